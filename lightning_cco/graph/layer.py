@@ -1,0 +1,47 @@
+"""What a model is made of: layers and the tensors that run between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of a torch function, an input of the model, or an output of it.
+
+    Attributes:
+        name: Kind and counter in execution order, such as ``conv_1``.
+        path: Dotted path of the module that made the call; empty for the root module, inputs and outputs.
+        kind: What the layer does, one word for its 1d, 2d and 3d forms: ``conv``, ``adaptive_avg_pool``.
+        input_shapes: Shape of each tensor it reads from another layer, in argument order.
+        output_shapes: Shape of each tensor it returns.
+        output_dtypes: Data type of each tensor it returns, written without ``torch.``: ``float32``.
+        attributes: What a reader wants to see of the call, such as ``{"kernel_size": (3, 3), "stride": (1, 1)}``.
+        parameters: Dotted names of the parameters it reads, the weight first.
+        weighted: Whether it multiplies by a weight (convolution, linear, embedding, recurrent, matmul with a parameter).
+        note: Why the layer can't be quantized whatever the settings say; empty when it can.
+    """
+
+    name: str
+    path: str
+    kind: str
+    input_shapes: tuple[Shape, ...] = ()
+    output_shapes: tuple[Shape, ...] = ()
+    output_dtypes: tuple[str, ...] = ()
+    attributes: Mapping[str, object] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
+    weighted: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A tensor that runs from one layer to another."""
+
+    source: str
+    destination: str
+    source_output: int = 0
+    destination_input: int = 0
