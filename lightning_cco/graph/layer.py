@@ -19,6 +19,7 @@ class Layer:
         input_shapes: Shape of each tensor it reads from another layer, in argument order.
         output_shapes: Shape of each tensor it returns.
         output_dtypes: Data type of each tensor it returns, written without ``torch.``: ``float32``.
+        quantizable_outputs: For each tensor it returns, whether it holds floats of ordinary size; empty: judged by data type.
         attributes: What a reader wants to see of the call, such as ``{"kernel_size": (3, 3), "stride": (1, 1)}``.
         parameters: Dotted names of the parameters it reads, the weight first.
         weighted: Whether it multiplies by a weight (convolution, linear, embedding, recurrent, matmul with a parameter).
@@ -31,6 +32,7 @@ class Layer:
     input_shapes: tuple[Shape, ...] = ()
     output_shapes: tuple[Shape, ...] = ()
     output_dtypes: tuple[str, ...] = ()
+    quantizable_outputs: tuple[bool, ...] = ()
     attributes: Mapping[str, object] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
     weighted: bool = False

@@ -1,0 +1,254 @@
+"""From a model and an example to its layer graph."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_cco.errors import CCOError
+from lightning_cco.graph.frames import CallNode
+from lightning_cco.graph.layer import Edge, Layer
+from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.graph.ops import Category, Op
+from lightning_cco.graph.trace import Call, Slot, Tracer, Weight
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor that a layer reads: where it stands in the call, which layer made it, and whether it can be quantized at all."""
+
+    slot: Slot
+    layer: str
+    output: int
+    quantizable: bool
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a layer happens at run time.
+
+    Attributes:
+        layer: Its name.
+        node: The module call it happens in.
+        op: Its row in the table of operations.
+        function: Name of the torch function, as called.
+        positions: Index of the call among those of its operation within the frame, for evaluation (`False`) and training (`True`).
+        sources: What it reads from other layers.
+        weights: What it multiplies by.
+        in_place: Whether it overwrites its first argument, which the caller may go on using.
+        visible: Whether the function mode sees it.
+        code_position: Where in the user's code the call stands; -1 if that tells nothing.
+    """
+
+    layer: str
+    node: CallNode
+    op: Op
+    function: str
+    positions: Mapping[bool, int]
+    sources: tuple[Source, ...] = ()
+    weights: tuple[Weight, ...] = ()
+    in_place: bool = False
+    visible: bool = True
+    code_position: int = -1
+
+
+@dataclass
+class Capture:
+    """A layer graph together with what it takes to find its layers again in a running model.
+
+    Attributes:
+        graph: The layers and edges.
+        root: The tree of module calls.
+        sites: Where each layer happens.
+        training_only: Calls that only training makes, in words; they are never quantized.
+    """
+
+    graph: LayerGraph
+    root: CallNode
+    sites: dict[str, Site]
+    training_only: list[str] = field(default_factory=list)
+
+
+def capture_graph(model: nn.Module, /, *args: Any, **kwargs: Any) -> LayerGraph:
+    """Run the model once in evaluation and once in training mode and return its layer graph.
+
+    Parameters, buffers, gradients, random state and each module's training flag are as before when it returns.
+
+    Args:
+        model: Any module.
+        *args: Positional arguments of its ``forward``; one example of any batch size.
+        **kwargs: Keyword arguments of its ``forward``.
+
+    Raises:
+        CCOError: If the forward fails, or makes no layer.
+    """
+    return capture(model, lambda: model(*args, **kwargs)).graph
+
+
+def capture(model: nn.Module, forward: Callable[[], Any]) -> Capture:
+    """Run ``forward``, which must call the model or parts of it, and write down what happens.
+
+    Args:
+        model: The module whose submodules are watched.
+        forward: Runs one example through it.
+
+    Raises:
+        CCOError: If the forward fails, or makes no layer.
+    """
+    root = CallNode("")
+    with _undisturbed(model):
+        model.eval()
+        evaluation = Tracer(model, root)
+        try:
+            with evaluation.watching():
+                forward()
+        except CCOError:
+            raise
+        except Exception as error:
+            raise CCOError(
+                f"{type(model).__name__}: its forward failed on the example that the layer graph is captured from: {type(error).__name__}: {error}. "
+                "Give an example that its forward takes: set `example_input_array`, or pass `forward_fn=lambda module, batch: module(...)`."
+            ) from error
+    if not any(call.visible for call in evaluation.calls):
+        raise CCOError(
+            f"{type(model).__name__}: no layer was captured: its forward called no torch function on the example's tensors. "
+            "Check that the example reaches the layers (`forward_fn`), and that they exist when the capture runs."
+        )
+    training: Tracer | None = Tracer(model, root)
+    assert training is not None
+    with _undisturbed(model):
+        model.train()
+        try:
+            with training.watching():
+                forward()
+        except Exception:
+            # A batch of one sample under batch norm, a detector that wants targets: training calls are then taken to be those of evaluation,
+            # and the runtime reports where they are not.
+            training = None
+    return _assemble(root, evaluation, training)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put buffers, training flags and random state back afterwards; record no gradients."""
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = [buffer.device for buffer in model.parameters() if buffer.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        try:
+            yield
+        finally:
+            for module, flag in flags:
+                module.training = flag
+            for buffer, saved in buffers:
+                buffer.copy_(saved)
+
+
+def _assemble(root: CallNode, evaluation: Tracer, training: Tracer | None) -> Capture:
+    calls, merged = _merge_repeats(evaluation.calls)
+    order = sorted(range(len(calls)), key=lambda i: {"input": 0, "output": 2}.get(calls[i].op.kind, 1))
+    names: dict[int, str] = {}
+    counters: dict[str, int] = {}
+    for i in order:
+        kind = calls[i].op.kind
+        count = counters.get(kind, 0)
+        counters[kind] = count + 1
+        names[i] = f"{kind}_{count}" if count or kind in ("input", "output") else kind
+    rank = {i: position for position, i in enumerate(order)}
+
+    positions, training_only = _match_training(calls, evaluation, training)
+    layers: list[Layer] = []
+    edges: dict[Edge, None] = {}
+    sites: dict[str, Site] = {}
+    for i in order:
+        call = calls[i]
+        # An encoder run again on a decoder's output would close a cycle; the first reading is the one shown.
+        reads = [(r, merged[r.source]) for r in call.reads if rank[merged[r.source]] < rank[i]]
+        layers.append(replace(call.layer, name=names[i]))
+        for k, (read, source) in enumerate(reads):
+            edges[Edge(names[source], names[i], read.output, k)] = None
+        sites[names[i]] = Site(
+            names[i],
+            call.node,
+            call.op,
+            call.function,
+            positions[i],
+            tuple(Source(read.slot, names[source], read.output, read.quantizable) for read, source in reads),
+            tuple(call.weights),
+            call.in_place,
+            call.visible,
+            call.position,
+        )
+    return Capture(LayerGraph(layers, list(edges)), root, sites, training_only)
+
+
+def _merge_repeats(calls: list[Call]) -> tuple[list[Call], dict[int, int]]:
+    """Let a module that the step calls several times from outside any frame (a discriminator on real and fake) be one set of layers."""
+    kept: list[Call] = []
+    first: dict[tuple[int, str, int], int] = {}
+    merged: dict[int, int] = {}
+    for number, call in enumerate(calls):
+        key = (id(call.node), call.op.kind, call.index)
+        if call.visible and key in first:
+            merged[number] = first[key]
+            continue
+        if call.visible:
+            first[key] = len(kept)
+        merged[number] = len(kept)
+        kept.append(call)
+    return kept, merged
+
+
+def _match_training(calls: list[Call], evaluation: Tracer, training: Tracer | None) -> tuple[dict[int, dict[bool, int]], list[str]]:
+    """Find each call of evaluation in the training run.
+
+    A branch under ``if self.training`` makes further calls and shifts the indices of those after it; the two sequences of calls of one
+    operation within one frame are then aligned by what the calls look like.
+    """
+    positions = {i: {False: call.index, True: call.index} for i, call in enumerate(calls)}
+    if training is None:
+        return positions, []
+    kept, _ = _merge_repeats(training.calls)
+    groups: dict[tuple[int, str], tuple[list[int], list[Call]]] = {}
+    for i, call in enumerate(calls):
+        if call.visible:
+            groups.setdefault((id(call.node), call.op.kind), ([], []))[0].append(i)
+    for call in kept:
+        if call.visible:
+            groups.setdefault((id(call.node), call.op.kind), ([], []))[1].append(call)
+    only: list[str] = []
+    for numbers, trained in groups.values():
+        if not trained or not all(call.training for call in trained):
+            continue  # not run, or run in evaluation mode (a frozen backbone): nothing to learn
+        paired = _pair([_looks(calls[i], evaluation.calls) for i in numbers], [_looks(call, training.calls) for call in trained])
+        for position, i in enumerate(numbers):
+            if position in paired:
+                positions[i][True] = trained[paired[position]].index
+            else:
+                del positions[i][True]
+        matched = set(paired.values())
+        only += [
+            f"{call.op.kind} in '{call.node.key or 'the root module'}'"
+            for k, call in enumerate(trained)
+            if k not in matched and call.op.category is not Category.IDENTITY and call.layer.note != "integer"
+        ]
+    return positions, only
+
+
+def _looks(call: Call, calls: list[Call]) -> tuple[Any, ...]:
+    layer = call.layer
+    reads = tuple((read.slot, calls[read.source].op.kind) for read in call.reads)
+    return (layer.input_shapes, layer.output_shapes, layer.parameters, repr(layer.attributes), reads)
+
+
+def _pair(evaluated: list[Any], trained: list[Any]) -> dict[int, int]:
+    if len(evaluated) == len(trained):
+        return {k: k for k in range(len(evaluated))}
+    matcher = difflib.SequenceMatcher(None, [repr(looks) for looks in evaluated], [repr(looks) for looks in trained], autojunk=False)
+    return {block.a + k: block.b + k for block in matcher.get_matching_blocks() for k in range(block.size)}

@@ -1,0 +1,66 @@
+"""What a reader wants to see of a layer beside its name: kernel size, stride, features, …"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+_OF_MODULES = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "in_features", "out_features", "num_embeddings",
+    "embedding_dim", "num_features", "normalized_shape", "eps", "output_size", "scale_factor", "mode", "p", "negative_slope", "input_size",
+    "hidden_size", "num_layers", "bidirectional", "num_heads", "embed_dim", "num_groups",
+)  # fmt: skip
+
+# Positional arguments of the functions that carry them, after the tensors.
+_OF_FUNCTIONS: Mapping[str, tuple[str, ...]] = {
+    "conv": ("", "", "", "stride", "padding", "dilation", "groups"),
+    "conv_transpose": ("", "", "", "stride", "padding", "output_padding", "groups", "dilation"),
+    "max_pool": ("", "kernel_size", "stride", "padding", "dilation"),
+    "avg_pool": ("", "kernel_size", "stride", "padding"),
+    "adaptive_avg_pool": ("", "output_size"),
+    "flatten": ("", "start_dim", "end_dim"),
+    "permute": ("", "dims"),
+    "transpose": ("", "dim0", "dim1"),
+    "softmax": ("", "dim"),
+    "mean": ("", "dim", "keepdim"),
+    "concat": ("", "dim"),
+    "clamp": ("", "min", "max"),
+    "hardtanh": ("", "min_val", "max_val"),
+    "interpolate": ("", "size", "scale_factor", "mode"),
+    "dropout": ("", "p"),
+}
+
+
+def attributes(kind: str, module: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], weight: Tensor | None) -> dict[str, object]:
+    """Collect the attributes of one call.
+
+    Args:
+        kind: The layer's kind.
+        module: The module that made the call, if it is a leaf: its own attributes say more than the call's.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        weight: The weight it multiplies by, if any.
+
+    Returns:
+        Plain values by name; ``bias`` tells whether there is one.
+    """
+    found: dict[str, object] = {}
+    if module is not None and next(module.children(), None) is None and module.__class__.__module__.startswith("torch.nn"):
+        for name in _OF_MODULES:
+            value = getattr(module, name, None)
+            if isinstance(value, (int, float, str, bool, tuple)):
+                found[name] = value
+    else:
+        if weight is not None:
+            found["weight_shape"] = tuple(weight.shape)
+        for name, value in zip(_OF_FUNCTIONS.get(kind, ()), args, strict=False):
+            if name and isinstance(value, (int, float, str, bool, tuple, list)):
+                found[name] = tuple(value) if isinstance(value, list) else value
+        for name, value in kwargs.items():
+            if isinstance(value, (int, float, str, bool)) and name in _OF_FUNCTIONS.get(kind, ()):
+                found[name] = value
+    if weight is not None and kind in ("conv", "conv_transpose", "linear"):
+        found["bias"] = isinstance(args[2] if len(args) > 2 else kwargs.get("bias"), Tensor)
+    return found

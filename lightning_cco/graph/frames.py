@@ -1,0 +1,251 @@
+"""Frames: which call of which module a torch function belongs to.
+
+Each submodule gets a forward pre-hook and an ``always_call`` forward hook that push and pop a frame. One function mode is entered with the first
+frame of a thread and left with its last, so it sees every torch call that the model makes and none that the training loop makes around it.
+
+A call is identified by the chain of modules it runs in, each with its call index inside the module above, by its function, and by the index of
+that function within the frame. Shapes, batch size and what other modules do have no say in it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from lightning_cco.graph.attention import multi_head_attention
+
+Handler = Callable[["Frame", str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+class CallNode:
+    """One call of one module within its chain of callers.
+
+    Attributes:
+        path: Dotted path of the module; empty for the root.
+        index: Which call of this module within the frame of its caller.
+        children: The calls made from within this one, by path and index.
+        tables: For evaluation (`False`) and training (`True`): what to do with each function, by name. Filled by the runtime.
+        seen: Likewise: how often the capture saw each kind of operation.
+        captured: Whether the capture saw this call; a call it never saw must not be quantized.
+    """
+
+    __slots__ = ("captured", "children", "index", "parent", "path", "seen", "tables")
+
+    def __init__(self, path: str, index: int = 0, parent: CallNode | None = None, captured: bool = True) -> None:
+        self.path = path
+        self.index = index
+        self.parent = parent
+        self.captured = captured
+        self.children: dict[tuple[str, int], CallNode] = {}
+        self.tables: dict[bool, dict[str, Any]] = {False: {}, True: {}}
+        self.seen: dict[bool, dict[str, int]] = {False: {}, True: {}}
+
+    def child(self, path: str, index: int) -> CallNode:
+        """The node of a call made from within this one, made on first use."""
+        node = self.children.get((path, index))
+        if node is None:
+            node = self.children[path, index] = CallNode(path, index, self, self.captured)
+        return node
+
+    @property
+    def key(self) -> str:
+        """Chain of modules as text, ``encoder/encoder.block#1``: the same in every process."""
+        own = self.path + (f"#{self.index}" if self.index else "")
+        return f"{self.parent.key}/{own}" if self.parent is not None and self.parent.parent is not None else own
+
+    def walk(self) -> list[CallNode]:
+        """This node and all below it, callers first."""
+        found, pending = [], [self]
+        while pending:
+            node = pending.pop()
+            found.append(node)
+            pending.extend(reversed(node.children.values()))
+        return found
+
+    def __repr__(self) -> str:
+        return f"CallNode({self.key!r})"
+
+
+class Frame:
+    """A module call that is running now: its node, its table of functions, and how often each thing has been called so far."""
+
+    __slots__ = ("calls", "counts", "node", "table", "training")
+
+    def __init__(self, node: CallNode, training: bool) -> None:
+        self.node = node
+        self.training = training
+        self.table: dict[str, Any] = node.tables[training]
+        self.counts: dict[str, int] = {}
+        self.calls: dict[str, int] = {}
+
+
+class _FrameMode(TorchFunctionMode):
+    """Hands each torch call to the handler, with the frame it belongs to."""
+
+    def __init__(self, frames: Frames) -> None:
+        super().__init__()
+        self.frames = frames
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        stack = self.frames.stack()
+        name = getattr(func, "__name__", "")
+        if not stack:
+            return func(*args, **kwargs)
+        if name == "multi_head_attention_forward":
+            # Its inner matmuls would run with the mode off, out of sight.
+            with self:
+                return multi_head_attention(*args, **kwargs)
+        return self.frames.handle(stack[-1], name, func, args, kwargs)
+
+
+class Frames:
+    """The hooks on a model, the frame stack of each thread, and the function mode.
+
+    Args:
+        model: Root of the module tree. It is hooked, never changed.
+        root: The tree of calls; the capture grows it, the runtime reads it.
+        handle: Called for each torch function with ``(frame, function name, function, args, kwargs)``; returns its result.
+    """
+
+    def __init__(self, model: nn.Module, root: CallNode, handle: Handler) -> None:
+        self.model = model
+        self.root = root
+        self.handle = handle
+        self.entered: Callable[[Frame, tuple[Any, ...], dict[str, Any]], None] | None = None
+        self.left: Callable[[Frame, Any], None] | None = None
+        self._mode = _FrameMode(self)
+        self._main: list[Frame] = []
+        self._thread = threading.get_ident()
+        self._others: dict[int, list[Frame]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._entries: dict[str, list[CallNode]] = {}
+
+    def attach(self) -> None:
+        """Hook every submodule. Code compiled before that runs on without the hooks, so it is dropped."""
+        self._thread = threading.get_ident()
+        self._entries = {}
+        for node in self.root.walk():
+            self._entries.setdefault(node.path, []).append(node)
+        for path, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            self._handles.append(module.register_forward_pre_hook(self._pre_hook(path), prepend=True, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._post_hook(path), always_call=True))
+        torch._dynamo.reset()
+
+    def detach(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.reset()
+        torch._dynamo.reset()
+
+    def reset(self) -> None:
+        """Forget frames left behind by a forward that was interrupted (Ctrl-C skips ``always_call`` hooks)."""
+        self._main.clear()
+        self._others.clear()
+        kept = []
+        while torch._C._len_torch_function_stack():
+            mode = torch._C._pop_torch_function_stack()
+            if mode is not self._mode:
+                kept.append(mode)
+        for mode in reversed(kept):
+            torch._C._push_on_torch_function_stack(mode)
+
+    def stack(self) -> list[Frame]:
+        """Frames of the current thread, the innermost last. (Autograd recomputes checkpoints on threads of its own.)"""
+        if torch.compiler.is_compiling() or threading.get_ident() == self._thread:
+            return self._main
+        return self._others.setdefault(threading.get_ident(), [])
+
+    def _node_for_entry(self, path: str) -> CallNode:
+        """The node of a module that is called from outside any frame."""
+        known = self._entries.get(path)
+        if known:
+            # A block recomputed by activation checkpointing is entered without its callers; the first call is the one meant,
+            # for a module called several times per forward nothing here can tell which.
+            return known[0]
+        node = self.root.child(path, 0) if path else self.root
+        self._entries[path] = [node]
+        return node
+
+    def _pre_hook(self, path: str) -> Callable[..., None]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if path == "" and _is_redirected(module):
+                return
+            stack = self.stack()
+            if stack:
+                parent = stack[-1]
+                index = parent.calls.get(path, 0)
+                parent.calls[path] = index + 1
+                node = parent.node.child(path, index)
+            else:
+                self._mode.__enter__()
+                node = self._node_for_entry(path)
+            frame = Frame(node, module.training)
+            stack.append(frame)
+            if self.entered is not None:
+                self.entered(frame, args, kwargs)
+
+        return enter
+
+    def _post_hook(self, path: str) -> Callable[..., None]:
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            stack = self.stack()
+            # A user's pre-hook may have raised before ours ran, and a redirected call pushed nothing.
+            if not stack or stack[-1].node.path != path:
+                return
+            if self.left is not None:
+                self.left(stack[-1], output)
+            stack.pop()
+            if not stack:
+                self._mode.__exit__(None, None, None)
+
+        return leave
+
+
+def _is_redirected(module: nn.Module) -> bool:
+    """Whether a strategy borrows the module's ``forward`` to run something else, such as ``training_step`` under DDP.
+
+    What the step does around the model is not the model: it must neither be quantized nor shift the indices of what is.
+    """
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__name__", "") == "wrapped_forward"
+
+
+def calling_position() -> int:
+    """Where in the user's code the torch call now running stands: an offset into the code of the innermost function that isn't PyTorch's or ours."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "lightning_cco.")):
+        frame = frame.f_back
+    return frame.f_lasti
+
+
+def tensors_in(value: Any, slot: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Tensor]]:
+    """Every tensor in nested tuples, lists, mappings and dataclasses, with the way to it.
+
+    >>> [slot for slot, _ in tensors_in({"a": torch.zeros(1), "b": [torch.zeros(1), 2]})]
+    [('a',), ('b', 0)]
+    """
+    if isinstance(value, Tensor):
+        return [(slot, value)]
+    found: list[tuple[tuple[Any, ...], Tensor]] = []
+    if isinstance(value, (tuple, list)):
+        for position, item in enumerate(value):
+            found += tensors_in(item, (*slot, position))
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            found += tensors_in(item, (*slot, key))
+    elif hasattr(value, "__dataclass_fields__"):
+        for key in value.__dataclass_fields__:
+            found += tensors_in(getattr(value, key, None), (*slot, key))
+    return found

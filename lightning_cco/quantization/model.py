@@ -1,0 +1,387 @@
+"""A model with quantization hooked on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cco.errors import CCOError
+from lightning_cco.graph.capture import Capture, capture
+from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.quantization.plan import QuantizationPlan, plan_quantization
+from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer, sync_ranges
+from lightning_cco.quantization.runtime import Runtime
+from lightning_cco.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from lightning_cco.sensitivity import LayerSensitivities, SensitivityReport
+
+Forward = Callable[[nn.Module, Any], Any]
+"""How one batch goes through the model."""
+
+_STATE_VERSION = 1
+
+
+def quantize(
+    model: nn.Module,
+    settings: Settings | Mapping[str, Any] | str | None = None,
+    example_args: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> QuantizedModel:
+    """Capture a model's layers, plan, and hook fake-quantization on it; no Trainer needed.
+
+    The model stays the same object with the same parameters. Until `QuantizedModel.calibrate` has run, it computes in float.
+
+    Args:
+        model: Any module whose ``forward`` takes the example.
+        settings: What `CCOCallback` takes: settings, mapping, YAML path or recipe name.
+        example_args: Positional arguments of one example forward.
+        example_kwargs: Keyword arguments of it.
+
+    Raises:
+        CCOError: The forward fails on the example, a setting matches nothing, or nothing can be quantized.
+    """
+    example_args = (example_args,) if isinstance(example_args, Tensor) else tuple(example_args)
+    captured = capture(model, lambda: model(*example_args, **(example_kwargs or {})))
+    return QuantizedModel(model, captured, load_settings(settings))
+
+
+def call_with(model: nn.Module, batch: Any) -> Any:
+    """Call a model on a batch: a mapping gives keyword arguments, a tuple or list positional ones, anything else the one argument."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+class QuantizedModel:
+    """A model, its layer graph, its plan and its quantizers. The model itself is hooked, not changed; `remove` takes the hooks off.
+
+    Args:
+        model: The model.
+        captured: Its captured layers.
+        settings: The recipe.
+        suggestions: Layers to skip because of their sensitivity.
+
+    Attributes:
+        model: The same object that was given.
+        graph: Its layer graph.
+        plan: What is quantized.
+        settings: The recipe.
+        activations: Quantizer of each fake-quantized tensor by name.
+        weights: Quantizers of each layer's weights.
+        calibrated: Whether the ranges are known; before that the model computes in float.
+        frozen: Whether the ranges stay as they are.
+    """
+
+    def __init__(self, model: nn.Module, captured: Capture, settings: Settings, suggestions: Iterable[str] = ()) -> None:
+        if not any(p.is_floating_point() for p in model.parameters()):
+            raise CCOError(
+                f"{type(model).__name__}: it has no floating-point parameter, so there is nothing to quantize. "
+                "Quantize the float model, before any other conversion, after its layers are built."
+            )
+        self.model = model
+        self.capture = captured
+        self.settings = settings
+        self.plan = plan_quantization(captured.graph, settings, suggestions)
+        self.activations: dict[str, ActivationQuantizer] = {}
+        self.weights: dict[str, list[WeightQuantizer]] = {}
+        self.calibrated = False
+        self.frozen = False
+        self._build_quantizers()
+        self.runtime = Runtime(model, captured, self.plan, self.activations, self.weights)
+        self.runtime.run = self.runtime._pass
+        self.runtime.frames.attach()
+        self.to(self._device())
+
+    @property
+    def graph(self) -> LayerGraph:
+        """The layer graph."""
+        return self.capture.graph
+
+    @property
+    def drift(self) -> list[str]:
+        """Where the running model has departed from the captured one, in words."""
+        return list(self.runtime.drift.values())
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _build_quantizers(self) -> None:
+        """Make the quantizers that the plan asks for and has none yet; those that stay keep their ranges."""
+        training = self.settings.training_settings
+        activations: dict[str, ActivationQuantizer] = {}
+        for key, spec in self.plan.tensors.items():
+            known = self.activations.get(key)
+            if known is not None and (known.num_bits, known.symmetric) == (spec.num_bits, spec.symmetric):
+                activations[key] = known
+            else:
+                activations[key] = ActivationQuantizer(
+                    spec.num_bits,
+                    symmetric=spec.symmetric,
+                    estimator=training.range_estimator,
+                    averaging_constant=training.averaging_constant,
+                    percentile=training.percentile,
+                )
+        weights: dict[str, list[WeightQuantizer]] = {}
+        for name in self.graph.names:
+            site, decision = self.capture.sites[name], self.plan.decisions[name]
+            if not decision.quantized or not site.weights:
+                continue
+            bits = decision.weights_num_bits
+            if bits is None:  # a constant operand of an addition: an activation that never changes
+                bits = decision.activations_num_bits or self.settings.global_quantization_settings.activations_num_bits
+            known_weights = self.weights.get(name)
+            if known_weights is None or known_weights[0].num_bits != bits:
+                known_weights = [WeightQuantizer(bits, weight.axis) for weight in site.weights]
+            weights[name] = known_weights
+        self.activations, self.weights = activations, weights
+
+    def to(self, device: torch.device) -> None:
+        """Move the quantizers to the model's device."""
+        for quantizer in self.activations.values():
+            quantizer.to(device)
+
+    def replan(self, settings: Settings | None = None, suggestions: Iterable[str] = ()) -> list[str]:
+        """Change what is quantized. Quantizers that stay keep their ranges.
+
+        Args:
+            settings: The new recipe; `None` keeps the old one.
+            suggestions: Layers to skip because of their sensitivity, all of them, not only new ones.
+
+        Returns:
+            Names of the new quantizers, whose ranges are not known yet: calibrate again if there are any.
+        """
+        self.settings = load_settings(settings) if settings is not None else self.settings
+        self.plan = plan_quantization(self.graph, self.settings, suggestions)
+        before = dict(self.activations)
+        self._build_quantizers()
+        self.to(self._device())
+        self.runtime.load(self.plan, self.activations, self.weights)
+        torch._dynamo.reset()
+        return [key for key, quantizer in self.activations.items() if before.get(key) is not quantizer]
+
+    def calibrate(self, batches: Iterable[Any], forward: Forward | None = None, only: Iterable[str] | None = None) -> int:
+        """Find the ranges of the activations from some batches, in evaluation mode and without gradients.
+
+        Args:
+            batches: What ``forward`` takes, on the model's device.
+            forward: ``(model, batch) -> Any``; by default the batch's items are the model's arguments.
+            only: Names of the quantizers to calibrate; `None`: all.
+
+        Returns:
+            How many batches were seen.
+
+        Raises:
+            CCOError: No batch came, or a weight or an activation is NaN or infinite; the message names the layer.
+        """
+        self._check_weights()
+        forward = forward or call_with
+        chosen = set(self.activations) if only is None else set(only)
+        for key in chosen:
+            self.activations[key].start_calibration()
+        count = 0
+        observed = {key: q for key, q in self.activations.items() if key in chosen}
+        with self._evaluating(), self.runtime.doing("observe"), _only(self.activations, chosen):
+            for batch in batches:
+                forward(self.model, batch)
+                count += 1
+        if not count:
+            raise CCOError(
+                "calibrate: no batch came, so no range is known. Expected at least one batch of what the model's forward takes; "
+                "check that the loader is not empty and that stats_steps is at least 1."
+            )
+        sync_ranges(list(observed.values()), calibrating=True)
+        for key, quantizer in observed.items():
+            self._finish(key, quantizer)
+        self.calibrated = True
+        self.runtime.run = self.runtime._quantize
+        torch._dynamo.reset()
+        return count
+
+    def _finish(self, key: str, quantizer: ActivationQuantizer) -> None:
+        problem = quantizer.finish_calibration()
+        if problem == "non_finite":
+            layer = self.graph[key.partition(":")[0]]
+            raise CCOError(
+                f"calibrate: layer '{layer.name}' (module '{layer.path}', {layer.kind}) gave NaN or infinite values; finite ones were expected. "
+                "Check the float model on the same batch (learning rate, input scaling, loss of precision in float16) before quantizing, "
+                f"or skip the layer: {{match: {layer.name}, skip_quantization: true}}."
+            )
+
+    def _check_weights(self) -> None:
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name in self.weights:
+            for parameter in self.graph[name].parameters:
+                tensor = parameters.get(parameter)
+                if tensor is not None and not bool(torch.isfinite(tensor.detach()).all()):
+                    raise CCOError(
+                        f"calibrate: the parameter '{parameter}' of layer '{name}' holds NaN or infinite values; finite ones were expected. "
+                        "Load a checkpoint from before the training diverged."
+                    )
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        flags = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, flag in flags:
+                module.training = flag
+
+    def freeze_ranges(self) -> None:
+        """Keep all activation ranges as they are from now on."""
+        for quantizer in self.activations.values():
+            quantizer.freeze()
+        self.frozen = True
+
+    def unfreeze_ranges(self) -> None:
+        """Let the ranges follow the activations again."""
+        for quantizer in self.activations.values():
+            quantizer.unfreeze()
+        self.frozen = False
+
+    def sync_ranges(self) -> None:
+        """Make the ranges equal on all ranks: one reduction for all of them. Does nothing on a single process or when frozen."""
+        if not self.frozen and self.calibrated:
+            sync_ranges(list(self.activations.values()))
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Compute in float inside the block."""
+        with self.runtime.doing("pass"):
+            yield
+
+    def sensitivity(self, batches: Iterable[Any], forward: Forward | None = None, modes: Sequence[str] = ("local", "accumulated")) -> SensitivityReport:
+        """Measure the Quantization Sensitivity of each layer.
+
+        Args:
+            batches: The held batches, on the model's device.
+            forward: How a batch goes through the model, as in `calibrate`.
+            modes: ``local``: float and quantized layer on the same float input. ``accumulated``: quantized model against float model.
+
+        Raises:
+            CCOError: The model was never calibrated.
+        """
+        from lightning_cco.sensitivity import LayerSensitivities
+
+        if not self.calibrated:
+            raise CCOError("sensitivity: the model was never calibrated, so there is no quantized output to compare. Call calibrate(batches) first.")
+        names = self.measured_layers()
+        metric = LayerSensitivities(names).to(self._device())
+        with self._evaluating():
+            for batch in batches:
+                self._measure(metric, batch, forward or call_with, modes)
+        return metric.report(modes)
+
+    def measured_layers(self) -> list[str]:
+        """Layers with a rounding of their own, in graph order: a weight, or a quantizer on the output."""
+        return [name for name in self.graph.names if name in self.weights or name in self.activations]
+
+    def _measure(self, metric: LayerSensitivities, batch: Any, forward: Forward, modes: Sequence[str]) -> None:
+        metric.start_batch()
+        if "local" in modes:
+            with self.runtime.doing("measure_local", lambda name, q, f: metric.update("local", name, q, f)):
+                forward(self.model, batch)
+        if "accumulated" in modes:
+            reference: dict[str, Tensor] = {}
+            in_place = any(site.in_place for site in self.capture.sites.values())
+
+            def keep(name: str, _: Tensor, output: Tensor) -> None:
+                reference[name] = output.clone() if in_place else output
+
+            with self.runtime.doing("record_float", keep):
+                forward(self.model, batch)
+            with self.runtime.doing("record_quantized", lambda name, q, _: metric.update("accumulated", name, q, reference.pop(name))):
+                forward(self.model, batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plan and ranges as plain dicts, strings, numbers and tensors."""
+        return {
+            "version": _STATE_VERSION,
+            "layers": list(self.graph.names),
+            "kinds": {layer.name: layer.kind for layer in self.graph},
+            "quantized": sorted(self.plan.quantized),
+            "suggestions": list(self.plan.suggestions),
+            "calibrated": self.calibrated,
+            "frozen": self.frozen,
+            "ranges": {key: quantizer.get_ranges() for key, quantizer in self.activations.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Take ranges over from a state.
+
+        Returns:
+            What differs between the state's plan and this one, in words; empty if nothing does.
+
+        Raises:
+            CCOError: The state belongs to another architecture.
+        """
+        theirs, ours = state["kinds"], {layer.name: layer.kind for layer in self.graph}
+        if theirs != ours:
+            missing, extra = [n for n in theirs if n not in ours], [n for n in ours if n not in theirs]
+            changed = [n for n in ours if n in theirs and ours[n] != theirs[n]]
+            raise CCOError(
+                f"load_state_dict: the checkpoint is of another architecture: it has {len(theirs)} layers, this model {len(ours)}. "
+                f"Only in the checkpoint: {missing[:5]}; only in the model: {extra[:5]}; of another kind: {changed[:5]}. "
+                "Build the model as it was when the checkpoint was written, or start from the checkpoint's weights alone."
+            )
+        differences = []
+        now_skipped = sorted(set(state["quantized"]) - self.plan.quantized)
+        now_quantized = sorted(self.plan.quantized - set(state["quantized"]))
+        if now_skipped:
+            differences.append(f"no longer quantized: {', '.join(now_skipped)}")
+        if now_quantized:
+            differences.append(f"newly quantized: {', '.join(now_quantized)}")
+        uncalibrated = []
+        for key, quantizer in self.activations.items():
+            ranges = state["ranges"].get(key)
+            if ranges is None:
+                uncalibrated.append(key)
+            else:
+                if ranges.get("num_bits", quantizer.num_bits) != quantizer.num_bits:
+                    differences.append(f"bits of '{key}': {ranges['num_bits']} → {quantizer.num_bits}")
+                quantizer.set_ranges(ranges)
+        self.uncalibrated = uncalibrated
+        if state["frozen"]:
+            self.freeze_ranges()
+        self.calibrated = bool(state["calibrated"])
+        self.runtime.run = self.runtime._quantize if self.calibrated else self.runtime._pass
+        torch._dynamo.reset()
+        return differences
+
+    uncalibrated: list[str] = []
+
+    def export(self, path: str, **options: Any) -> Any:
+        """Write an INT8 ONNX file; see `lightning_cco.export.export_onnx`."""
+        from lightning_cco.export import export_onnx
+
+        return export_onnx(self, path, **options)
+
+    def remove(self) -> None:
+        """Take all hooks off: the model is as it was."""
+        self.runtime.frames.detach()
+
+    def __repr__(self) -> str:
+        state = "frozen" if self.frozen else "calibrated" if self.calibrated else "not calibrated"
+        return f"QuantizedModel({type(self.model).__name__}, {len(self.plan.quantized)} of {self.plan.counted} layers quantized, {state})"
+
+
+@contextmanager
+def _only(quantizers: Mapping[str, ActivationQuantizer], chosen: set[str]) -> Iterator[None]:
+    """Let only the chosen quantizers observe."""
+    others = [quantizer for key, quantizer in quantizers.items() if key not in chosen]
+    for quantizer in others:
+        quantizer.observing = False
+    try:
+        yield
+    finally:
+        for quantizer in others:
+            quantizer.observing = True
+
+

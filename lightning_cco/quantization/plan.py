@@ -1,0 +1,348 @@
+"""Which layers and which tensors are quantized, with how many bits, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from lightning_cco.errors import CCOError
+from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.graph.ops import Category, is_known_kind, operation_of_kind
+from lightning_cco.quantization.rules import Said, apply_rules
+from lightning_cco.quantization.targets import TARGETS, Target
+from lightning_cco.settings import LayerRule, Settings, load_settings
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """What is done to one layer.
+
+    Attributes:
+        quantized: Whether it runs in INT8 (or fewer bits).
+        reason: Empty when quantized; else ``tail``, ``setting``, ``suggestion``, ``rule``, ``integer``, ``unsupported`` or ``output``.
+        detail: The reason in a sentence.
+        weights_num_bits: Bits of its weight; `None` without a quantized weight.
+        activations_num_bits: Bits of the quantizer on its output; `None` if it has none of its own.
+    """
+
+    quantized: bool
+    reason: str = ""
+    detail: str = ""
+    weights_num_bits: int | None = None
+    activations_num_bits: int | None = None
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A tensor that changes between float and INT8 on its way.
+
+    Attributes:
+        source: The layer that makes it.
+        destination: The layer that reads it.
+        direction: ``float → INT8`` or ``INT8 → float``.
+    """
+
+    source: str
+    destination: str
+    direction: str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A fake-quantized tensor: who makes it, and its format."""
+
+    layer: str
+    output: int
+    num_bits: int
+    symmetric: bool
+
+    @property
+    def key(self) -> str:
+        """Name of its quantizer: the layer's, with the output's number behind it from the second on."""
+        return f"{self.layer}:{self.output}" if self.output else self.layer
+
+
+@dataclass
+class QuantizationPlan:
+    """Every layer's decision and every quantized tensor.
+
+    Attributes:
+        graph: The layer graph.
+        settings: The settings that it follows.
+        decisions: One per layer, outputs included.
+        tensors: The fake-quantized tensors by quantizer name.
+        boundaries: Where tensors pass between float and INT8.
+        suggestions: Layers skipped because of their sensitivity.
+    """
+
+    graph: LayerGraph
+    settings: Settings
+    decisions: dict[str, LayerDecision]
+    tensors: dict[str, TensorSpec]
+    boundaries: list[Boundary]
+    suggestions: tuple[str, ...] = ()
+    quantized: set[str] = field(init=False)
+    skipped: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.quantized = {name for name, decision in self.decisions.items() if decision.quantized}
+        self.skipped = {
+            name: f"{decision.reason}: {decision.detail}" if decision.detail else decision.reason
+            for name, decision in self.decisions.items()
+            if not decision.quantized and decision.reason != "output"
+        }
+
+    @property
+    def counted(self) -> int:
+        """Number of layers of the deployed model: outputs are no layers, dropout is not deployed."""
+        left_out = {Category.IDENTITY}
+        return sum(layer.kind != "output" and operation_of_kind(layer.kind).category not in left_out for layer in self.graph)
+
+    def resolved_settings(self) -> Settings:
+        """Settings that name every layer with its decision; planning with them gives this plan again."""
+        settings = load_settings(self.settings)
+        settings.global_quantization_settings.skip_tail_quantization = False
+        rules = []
+        for layer in self.graph:
+            decision = self.decisions[layer.name]
+            if decision.quantized:
+                bits = self._bits(layer.name)
+                rules.append(LayerRule(match=layer.name, weights_num_bits=bits[0], activations_num_bits=bits[1], skip_quantization=bits[2]))
+            elif decision.reason in ("tail", "setting", "suggestion", "integer"):
+                rules.append(LayerRule(match=layer.name, skip_quantization=True))
+        settings.layer_settings = rules
+        return settings
+
+    def _bits(self, name: str) -> tuple[int | None, int | None, bool | None]:
+        decision = self.decisions[name]
+        tensor = self.tensors.get(name)
+        forced = False if self._forced(name) else None
+        return decision.weights_num_bits, tensor.num_bits if tensor is not None else None, forced
+
+    def _forced(self, name: str) -> bool:
+        """Whether the layer is quantized only because a rule asks for it by name."""
+        layer = self.graph[name]
+        return _intrinsic(layer, TARGETS[self.settings.deployment_settings.target_framework])[0] == "rule" and layer.kind != "batch_norm"
+
+
+def plan_quantization(graph: LayerGraph, settings: Settings | None = None, suggestions: Iterable[str] = ()) -> QuantizationPlan:
+    """Decide for every layer of a graph whether it is quantized.
+
+    Args:
+        graph: What `capture_graph` returned.
+        settings: The recipe; `None` for the defaults.
+        suggestions: Names of layers to skip because of their sensitivity.
+
+    Raises:
+        CCOError: A rule matches nothing, asks for something impossible, or contradicts another.
+    """
+    settings = load_settings(settings)
+    target = TARGETS[settings.deployment_settings.target_framework]
+    said = apply_rules(graph, settings.layer_settings)
+    suggestions = tuple(suggestions)
+    unknown = [name for name in suggestions if name not in graph]
+    if unknown:
+        raise CCOError(f"suggestions: no layer is named {unknown}. Suggestions are layer names of this graph, such as {list(graph.names[:3])}.")
+    skips = _skips(graph, settings, said, suggestions, target)
+    return _Planner(graph, settings, target, said, skips, suggestions).plan()
+
+
+def _intrinsic(layer: Layer, target: Target) -> tuple[str, str]:
+    """Why a layer can't run in INT8 whatever the settings say; two empty texts if it can."""
+    category = operation_of_kind(layer.kind).category
+    if layer.kind == "output":
+        return "output", ""
+    if layer.note == "integer":
+        what = "its values are integers (indices or counts)" if layer.kind == "input" else "it computes integers"
+        return "integer", f"{what}, which are never quantized"
+    if layer.note:
+        return "unsupported", layer.note
+    if category is Category.IDENTITY:
+        return "rule", "dropout is not part of the deployed model"
+    if category is Category.PRESERVE or layer.kind == "input":
+        return "", ""
+    if layer.kind in target.int8_kinds:
+        return "", ""
+    if layer.kind == "batch_norm":
+        return "rule", "batch norm runs in INT8 only where it folds into the quantized layer before it"
+    if is_known_kind(layer.kind):
+        return "rule", f"{layer.kind} is computed in float by {target.name}"
+    return "unsupported", f"{layer.kind} has no INT8 form here"
+
+
+def _skips(graph: LayerGraph, settings: Settings, said: dict[str, Said], suggestions: Collection[str], target: Target) -> dict[str, tuple[str, str]]:
+    """Reason and detail for every layer that is not to be quantized."""
+    tail = graph.tail() if settings.global_quantization_settings.skip_tail_quantization else set()
+    skips: dict[str, tuple[str, str]] = {}
+    for layer in graph:
+        entry = said.get(layer.name, Said())
+        reason, detail = _intrinsic(layer, target)
+        asked = entry.skip is False and entry.skip_exactness >= 2
+        if asked and (reason in ("integer", "unsupported") or operation_of_kind(layer.kind).category is Category.IDENTITY):
+            raise CCOError(
+                f"layer_settings: {entry.skip_by} asks to quantize layer '{layer.name}' (kind {layer.kind}), which is impossible: {detail}. "
+                f"Remove skip_quantization: false; to quantize what reads it, name that layer: {list(graph.successors(layer.name))}."
+            )
+        if reason and not (asked and reason == "rule"):
+            skips[layer.name] = (reason, detail)
+        elif entry.skip:
+            skips[layer.name] = ("setting", f"skip_quantization: true from {entry.skip_by}")
+        elif entry.skip is False:
+            continue
+        elif layer.name in suggestions:
+            skips[layer.name] = ("suggestion", "its Quantization Sensitivity was above the threshold")
+        elif layer.name in tail:
+            skips[layer.name] = ("tail", "between an output and the last weighted layer before it")
+    return skips
+
+
+class _Planner:
+    """Works out the tensors once it is known which layers may be quantized."""
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        settings: Settings,
+        target: Target,
+        said: dict[str, Said],
+        skips: dict[str, tuple[str, str]],
+        suggestions: tuple[str, ...],
+    ) -> None:
+        self.graph, self.settings, self.target, self.said, self.skips, self.suggestions = graph, settings, target, said, skips, suggestions
+        self.category = {layer.name: operation_of_kind(layer.kind).category for layer in graph}
+        self.reads: dict[str, list[tuple[str, int]]] = {name: [] for name in graph.names}
+        self.readers: dict[tuple[str, int], list[str]] = {}
+        for edge in graph.edges:
+            self.reads[edge.destination].append((edge.source, edge.source_output))
+            self.readers.setdefault((edge.source, edge.source_output), []).append(edge.destination)
+
+    def plan(self) -> QuantizationPlan:
+        graph = self.graph
+        self.origin = self._origins()
+        self.int8 = self._int8_layers()
+        self.fused_into = self._groups()
+        self.fused_from = {after: before for before, after in self.fused_into.items()}
+        wanted = self._wanted()
+        tensors: dict[str, TensorSpec] = {}
+        for layer in graph:
+            for output in range(len(layer.output_dtypes)):
+                key = (layer.name, output)
+                if key in wanted and self._quantizable(key):
+                    spec = TensorSpec(layer.name, output, self._activation_bits(layer.name), self.target.symmetric_activations)
+                    tensors[spec.key] = spec
+        made = {(spec.layer, spec.output) for spec in tensors.values()}
+        decisions = {layer.name: self._decision(layer, made) for layer in graph}
+        return QuantizationPlan(graph, self.settings, decisions, tensors, self._boundaries(decisions), self.suggestions)
+
+    def _passes(self, name: str) -> bool:
+        return self.category[name] in (Category.PRESERVE, Category.IDENTITY)
+
+    def _origins(self) -> dict[tuple[str, int], tuple[str, int]]:
+        """For every tensor the one it got its values from, seen through value-preserving layers."""
+        origin: dict[tuple[str, int], tuple[str, int]] = {}
+        for layer in self.graph:
+            reads = self.reads[layer.name]
+            for output in range(max(1, len(layer.output_dtypes))):
+                key = (layer.name, output)
+                origin[key] = origin.get(reads[0], reads[0]) if self._passes(layer.name) and reads else key
+        return origin
+
+    def _quantizable(self, key: tuple[str, int]) -> bool:
+        layer = self.graph[key[0]]
+        if layer.kind == "input" and self.said.get(layer.name, Said()).skip:
+            return False
+        return self._is_float(key) and (not layer.quantizable_outputs or layer.quantizable_outputs[key[1]])
+
+    def _int8_layers(self) -> set[str]:
+        """Layers that compute in INT8: allowed to, and every float they read can be quantized."""
+        found = set()
+        for layer in self.graph:
+            name = layer.name
+            if name in self.skips or self._passes(name) or layer.kind == "input":
+                continue
+            sources = [self.origin[read] for read in self.reads[name]]
+            floats = [s for s in sources if self._is_float(s)]
+            if not layer.weighted and (not floats or not all(self._quantizable(s) for s in floats)):
+                self.skips[name] = ("rule", "reads a tensor that can't be quantized")
+                continue
+            found.add(name)
+        return found
+
+    def _is_float(self, key: tuple[str, int]) -> bool:
+        dtypes = self.graph[key[0]].output_dtypes
+        return key[1] < len(dtypes) and dtypes[key[1]] in _FLOATS
+
+    def _groups(self) -> dict[str, str]:
+        """For each layer inside a fused group, the next one in it: conv → batch norm → activation is quantized at its end."""
+        fused: dict[str, str] = {}
+        for layer in self.graph:
+            if layer.name not in self.int8 or layer.kind in ("lstm", "gru", "rnn", "embedding", "embedding_bag"):
+                continue
+            end = layer.name
+            if layer.kind in ("conv", "conv_transpose", "linear"):
+                norm = self._only_reader(end)
+                if norm is not None and self.graph[norm].kind == "batch_norm" and self.skips.get(norm, ("rule",))[0] == "rule":
+                    self.skips.pop(norm, None)
+                    self.int8.add(norm)
+                    fused[end] = norm
+                    end = norm
+            clamp = self._only_reader(end)
+            if clamp is not None and clamp in self.int8 and self.category[clamp] is Category.CLAMP and len(self.reads[clamp]) == 1:
+                fused[end] = clamp
+        return fused
+
+    def _only_reader(self, name: str) -> str | None:
+        readers = self.readers.get((name, 0), [])
+        return readers[0] if len(readers) == 1 and len(self.graph[name].output_dtypes) == 1 else None
+
+    def _wanted(self) -> set[tuple[str, int]]:
+        """Tensors that an INT8 layer makes (at the end of its group) or reads (at their origin)."""
+        wanted = {(name, output) for name in self.int8 - set(self.fused_into) for output in range(len(self.graph[name].output_dtypes))}
+        wanted = {key for key in wanted if key[1] == 0 or key in self.readers}
+        inner = {(name, 0) for name in self.fused_into}
+        for name in self.int8:
+            wanted |= {self.origin[read] for read in self.reads[name]}
+        return wanted - inner
+
+    def _activation_bits(self, name: str) -> int:
+        """The layer's own rule, else that of the group it ends, else the global value."""
+        said = self.said.get(name, Said()).activations_num_bits
+        while said is None:
+            before = self.fused_from.get(name)
+            if before is None:
+                return self.settings.global_quantization_settings.activations_num_bits
+            name = before
+            said = self.said.get(name, Said()).activations_num_bits
+        return said
+
+    def _decision(self, layer: Layer, made: set[tuple[str, int]]) -> LayerDecision:
+        name = layer.name
+        own = self._activation_bits(name) if (name, 0) in made else None
+        if name in self.skips:
+            reason, detail = self.skips[name]
+            return LayerDecision(False, reason, detail, None, own)
+        if name not in self.int8:
+            source = self.origin[name, 0]
+            if source not in made:
+                what = "no INT8 layer reads it" if layer.kind == "input" else "the tensor it passes on is in float on both sides"
+                return LayerDecision(False, "rule", what)
+        weights = None
+        if layer.weighted:
+            said = self.said.get(name, Said()).weights_num_bits
+            weights = said if said is not None else self.settings.global_quantization_settings.weights_num_bits
+        return LayerDecision(True, "", "", weights, own)
+
+    def _boundaries(self, decisions: dict[str, LayerDecision]) -> list[Boundary]:
+        found: dict[Boundary, None] = {}
+        for edge in self.graph.edges:
+            source, destination = self.origin[edge.source, edge.source_output][0], edge.destination
+            if self._passes(destination) or self.graph[destination].kind == "output" or not self._is_float((source, 0)):
+                continue
+            before, after = decisions[source].quantized, decisions[destination].quantized
+            if before != after:
+                found[Boundary(source, destination, "INT8 → float" if before else "float → INT8")] = None
+        return list(found)
+
+
+_FLOATS = {"float32", "float16", "bfloat16", "float64"}

@@ -1,0 +1,322 @@
+"""What happens at each torch call of a hooked model: pass, observe, fake-quantize or measure."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cco.errors import CCOWarning
+from lightning_cco.graph.capture import Capture, Site
+from lightning_cco.graph.frames import CallNode, Frame, Frames, calling_position
+from lightning_cco.graph.ops import OPS, Category, operation
+from lightning_cco.graph.trace import Slot
+from lightning_cco.quantization.plan import QuantizationPlan
+from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
+
+Recorder = Callable[[str, Tensor, Tensor], None]
+"""Called with a layer's name, its quantized and its float output."""
+
+
+@dataclass(slots=True)
+class SiteQuantizers:
+    """The quantizers of one layer, and where in the call they stand."""
+
+    layer: str
+    weights: list[tuple[Slot, WeightQuantizer]] = field(default_factory=list)
+    reads: list[tuple[Slot, str, ActivationQuantizer]] = field(default_factory=list)
+    outputs: list[tuple[int, ActivationQuantizer]] = field(default_factory=list)
+    limits: Callable[[tuple[Any, ...], dict[str, Any]], tuple[float, float] | None] | None = None
+    in_place: bool = False
+    code_position: int = -1
+
+
+@dataclass(slots=True)
+class FunctionEntry:
+    """All calls of one operation within one frame: how many were captured, and which of them are quantized."""
+
+    kind: str
+    count: int
+    sites: dict[int, SiteQuantizers] = field(default_factory=dict)
+
+
+class Runtime:
+    """Hooks a model and quantizes it as planned.
+
+    Args:
+        model: The model; it is hooked, never changed.
+        capture: Where its layers are.
+        plan: What to do with them.
+        activations: Quantizer of each planned tensor, by `TensorSpec.key`.
+        weights: Quantizers of each layer's weights, by layer name, in the order of `Site.weights`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        capture: Capture,
+        plan: QuantizationPlan,
+        activations: Mapping[str, ActivationQuantizer],
+        weights: Mapping[str, list[WeightQuantizer]],
+    ) -> None:
+        self.capture = capture
+        self.frames = Frames(model, capture.root, self._handle)
+        self.drift: dict[str, str] = {}
+        self.recorder: Recorder | None = None
+        self.run = self._quantize
+        self._has_training_capture = any(node.seen[True] for node in capture.root.walk())
+        self.load(plan, activations, weights)
+
+    def load(self, plan: QuantizationPlan, activations: Mapping[str, ActivationQuantizer], weights: Mapping[str, list[WeightQuantizer]]) -> None:
+        """Fill the tables of every call node from a plan. Code compiled for another plan must be dropped by the caller."""
+        for node in self.capture.root.walk():
+            for training in (False, True):
+                seen = node.seen[training] or node.seen[False]
+                node.tables[training] = _table({kind: FunctionEntry(kind, count) for kind, count in seen.items()})
+        for site in self.capture.sites.values():
+            quantizers = _site_quantizers(site, self.capture, plan, activations, weights)
+            if quantizers is None:
+                continue
+            for training, position in site.positions.items():
+                entry = site.node.tables[training].get(site.function)
+                if entry is not None:
+                    entry.sites[position] = quantizers
+
+    def _handle(self, frame: Frame, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        entry = frame.table.get(name)
+        if entry is None:
+            if name in _COMPUTES:
+                self._unseen(frame, name, args)
+            return func(*args, **kwargs)
+        index = frame.counts.get(entry.kind, 0)
+        frame.counts[entry.kind] = index + 1
+        site = entry.sites.get(index)
+        if site is None:
+            if index >= entry.count:
+                self._unseen(frame, name, args)
+            return func(*args, **kwargs)
+        if site.code_position >= 0 and not torch.compiler.is_compiling() and calling_position() != site.code_position:
+            self._moved(frame, name, site)
+            return func(*args, **kwargs)
+        return self.run(frame, site, func, args, kwargs)
+
+    # What to do at a planned call; `run` is one of these.
+
+    def _quantize(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        track = frame.training
+        if site.weights or site.reads:
+            for slot, weight_quantizer in site.weights:
+                args, kwargs = _replaced(args, kwargs, slot, weight_quantizer)
+            for slot, _, quantizer in site.reads:
+                args, kwargs = _replaced(args, kwargs, slot, lambda x, q=quantizer: q(x, track=track))
+        if not site.outputs:
+            return func(*args, **kwargs)
+        if site.limits is not None:
+            clamp = site.limits(args, kwargs)
+            if clamp is not None:
+                return site.outputs[0][1](args[0] if args else kwargs["input"], clamp=clamp, inplace=site.in_place, track=track)
+        if site.in_place:
+            # The caller may drop the result and go on with the argument: both must be the quantized tensor. The operation runs on a copy because
+            # autograd may keep its result, which must then not change.
+            target = args[0]
+            result = func(target.clone(), *args[1:], **kwargs)
+            if result is None:  # __setitem__
+                raise AssertionError("an assignment has no quantizer of its own")
+            return target.copy_(site.outputs[0][1](result, track=track))
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            return site.outputs[0][1](result, track=track)
+        return _with_outputs(result, site.outputs, track)
+
+    def _observe(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for slot, _, quantizer in site.reads:
+            quantizer.observe(_at(args, kwargs, slot))
+        result = func(*args, **kwargs)
+        for position, quantizer in site.outputs:
+            quantizer.observe(result if isinstance(result, Tensor) else _flat(result)[position])
+        return result
+
+    def _measure_local(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Float and quantized layer on the same float input; the float result flows on."""
+        assert self.recorder is not None
+        for slot, source, quantizer in site.reads:
+            value = _at(args, kwargs, slot)
+            self.recorder(source, quantizer(value), value)
+        quantized = None
+        if site.weights:
+            weighted_args, weighted_kwargs = args, kwargs
+            for slot, weight_quantizer in site.weights:
+                weighted_args, weighted_kwargs = _replaced(weighted_args, weighted_kwargs, slot, weight_quantizer)
+            if site.in_place:
+                weighted_args = (weighted_args[0].clone(), *weighted_args[1:])
+            quantized = _flat(func(*weighted_args, **weighted_kwargs))
+        result = func(*args, **kwargs)
+        reference = _flat(result)
+        quantized = quantized if quantized is not None else list(reference)
+        for position, quantizer in site.outputs:
+            quantized[position] = quantizer(quantized[position])
+        self.recorder(site.layer, quantized[0], reference[0])
+        return result
+
+    def _record_float(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Float forward; the recorder gets each planned layer's float output."""
+        assert self.recorder is not None
+        result = func(*args, **kwargs)
+        output = _flat(result)[0]
+        self.recorder(site.layer, output, output)
+        return result
+
+    def _record_quantized(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Quantized forward; the recorder gets each planned layer's quantized output."""
+        assert self.recorder is not None
+        result = self._quantize(frame, site, func, args, kwargs)
+        output = _flat(result)[0]
+        self.recorder(site.layer, output, output)
+        return result
+
+    def _pass(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+    @contextmanager
+    def doing(self, what: str, recorder: Recorder | None = None) -> Iterator[None]:
+        """Do something else than quantize inside the block: ``pass``, ``observe``, ``measure_local``, ``record_float`` or ``record_quantized``."""
+        before = self.run, self.recorder
+        self.run, self.recorder = getattr(self, f"_{what}"), recorder
+        try:
+            yield
+        finally:
+            self.run, self.recorder = before
+
+    # A call that the capture never saw is never quantized, and never silent.
+
+    def _unseen(self, frame: Frame, name: str, args: tuple[Any, ...]) -> None:
+        if frame.training and not self._has_training_capture:
+            return
+        if not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
+            return
+        where = frame.node.key or "the root module"
+        again = " more often" if frame.table.get(name) is not None else ""
+        self._drifted(
+            f"{where}:{operation(name).kind}{again}",
+            f"'{operation(name).kind}' was called{again or ''} in '{where}' {'than' if again else 'though never'} when the layer graph was captured; "
+            "such calls run in float. Capture with an example that takes every path and the longest loop (`example_input_array` or `forward_fn`).",
+        )
+
+    def _moved(self, frame: Frame, name: str, site: SiteQuantizers) -> None:
+        where = frame.node.key or "the root module"
+        self._drifted(
+            f"{where}:{site.layer} moved",
+            f"layer '{site.layer}': in '{where}' another call of '{operation(name).kind}' came in its place (a branch that depends on data); it runs in "
+            "float. Move the branch into a module of its own, or skip the layer: skip_quantization: true.",
+        )
+
+    def _drifted(self, key: str, message: str) -> None:
+        if key in self.drift:
+            return
+        self.drift[key] = message
+        if not torch.compiler.is_compiling():
+            warnings.warn(f"lightning_cco: {message}", CCOWarning, stacklevel=2)
+
+
+# Names whose appearance out of the blue means that the model has changed its ways.
+_COMPUTES = frozenset(
+    name
+    for name, op in OPS.items()
+    if op.category in (Category.WEIGHTED, Category.MATMUL, Category.CLAMP) or op.kind in ("add", "sub", "mul", "concat", "avg_pool")
+)
+
+
+def _table(entries: dict[str, FunctionEntry]) -> dict[str, FunctionEntry]:
+    """By function name: every spelling of an operation shares one entry."""
+    spelled = {name: entries[op.kind] for name, op in OPS.items() if op.kind in entries}
+    return {**entries, **spelled}
+
+
+def _site_quantizers(
+    site: Site,
+    capture: Capture,
+    plan: QuantizationPlan,
+    activations: Mapping[str, ActivationQuantizer],
+    weights: Mapping[str, list[WeightQuantizer]],
+) -> SiteQuantizers | None:
+    if not site.visible:
+        return None
+    found = SiteQuantizers(site.layer, in_place=site.in_place, code_position=site.code_position)
+    if site.layer in weights:
+        found.weights = [(weight.slot, quantizer) for weight, quantizer in zip(site.weights, weights[site.layer], strict=True)]
+    for source in site.sources:
+        key = f"{source.layer}:{source.output}" if source.output else source.layer
+        if not capture.sites[source.layer].visible and key in activations and source.quantizable:
+            found.reads.append((source.slot, source.layer, activations[key]))
+    for output in range(len(plan.graph[site.layer].output_dtypes)):
+        key = f"{site.layer}:{output}" if output else site.layer
+        if key in activations:
+            found.outputs.append((output, activations[key]))
+    if found.outputs and site.op.category is Category.CLAMP:
+        found.limits = _LIMITS.get(site.function)
+    return found if found.weights or found.reads or found.outputs else None
+
+
+def _clamp_limits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float] | None:
+    low = args[1] if len(args) > 1 else kwargs.get("min", kwargs.get("min_val"))
+    high = args[2] if len(args) > 2 else kwargs.get("max", kwargs.get("max_val"))
+    if any(isinstance(bound, Tensor) for bound in (low, high)):
+        return None
+    return (float("-inf") if low is None else float(low), float("inf") if high is None else float(high))
+
+
+def _hardtanh_limits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float]:
+    low = args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)
+    high = args[2] if len(args) > 2 else kwargs.get("max_val", 1.0)
+    return float(low), float(high)
+
+
+_Limits = Callable[[tuple[Any, ...], dict[str, Any]], "tuple[float, float] | None"]
+_LIMITS: dict[str, _Limits] = {
+    **dict.fromkeys(("relu", "relu_"), lambda args, kwargs: (0.0, float("inf"))),
+    **dict.fromkeys(("relu6",), lambda args, kwargs: (0.0, 6.0)),
+    **dict.fromkeys(("hardtanh", "hardtanh_"), _hardtanh_limits),
+    **dict.fromkeys(("clamp", "clamp_", "clip", "clip_"), _clamp_limits),
+}
+"""The interval that a function clamps to, from its arguments; a quantizer on its output then clamps by itself."""
+
+
+def _at(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
+    value: Any = args[slot[0]] if isinstance(slot[0], int) else kwargs[slot[0]]
+    for part in slot[1:]:
+        value = value[part]
+    return value
+
+
+def _replaced(
+    args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot, change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with one tensor changed."""
+
+    def put(value: Any, way: Slot) -> Any:
+        if not way:
+            return change(value)
+        items = list(value)
+        items[way[0]] = put(items[way[0]], way[1:])
+        return tuple(items) if isinstance(value, tuple) else items
+
+    first, rest = slot[0], slot[1:]
+    if isinstance(first, int):
+        return (*args[:first], put(args[first], rest), *args[first + 1 :]), kwargs
+    return args, {**kwargs, first: put(kwargs[first], rest)}
+
+
+def _flat(result: Any) -> list[Any]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _with_outputs(result: Any, outputs: list[tuple[int, ActivationQuantizer]], track: bool) -> Any:
+    items = list(result)
+    for position, quantizer in outputs:
+        items[position] = quantizer(items[position], track=track)
+    return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
