@@ -162,7 +162,7 @@ def _assemble(root: CallNode, evaluation: Tracer, training: Tracer | None) -> Ca
         names[i] = f"{kind}_{count}" if count or kind in ("input", "output") else kind
     rank = {i: position for position, i in enumerate(order)}
 
-    positions, training_only = _match_training(calls, evaluation, training)
+    positions, training_only = _match_training(calls, training)
     layers: list[Layer] = []
     edges: dict[Edge, None] = {}
     sites: dict[str, Site] = {}
@@ -205,7 +205,7 @@ def _merge_repeats(calls: list[Call]) -> tuple[list[Call], dict[int, int]]:
     return kept, merged
 
 
-def _match_training(calls: list[Call], evaluation: Tracer, training: Tracer | None) -> tuple[dict[int, dict[bool, int]], list[str]]:
+def _match_training(calls: list[Call], training: Tracer | None) -> tuple[dict[int, dict[bool, int]], list[str]]:
     """Find each call of evaluation in the training run.
 
     A branch under ``if self.training`` makes further calls and shifts the indices of those after it; the two sequences of calls of one
@@ -226,7 +226,7 @@ def _match_training(calls: list[Call], evaluation: Tracer, training: Tracer | No
     for numbers, trained in groups.values():
         if not trained or not all(call.training for call in trained):
             continue  # not run, or run in evaluation mode (a frozen backbone): nothing to learn
-        paired = _pair([_looks(calls[i], evaluation.calls) for i in numbers], [_looks(call, training.calls) for call in trained])
+        paired = _pair([_looks(calls[i]) for i in numbers], [_looks(call) for call in trained])
         for position, i in enumerate(numbers):
             if position in paired:
                 positions[i][True] = trained[paired[position]].index
@@ -241,14 +241,16 @@ def _match_training(calls: list[Call], evaluation: Tracer, training: Tracer | No
     return positions, only
 
 
-def _looks(call: Call, calls: list[Call]) -> tuple[Any, ...]:
+def _looks(call: Call) -> str:
+    """What tells one call of an operation from the next: its place in the user's code, else its shapes and parameters."""
+    if call.position >= 0:
+        return str(call.position)
     layer = call.layer
-    reads = tuple((read.slot, calls[read.source].op.kind) for read in call.reads)
-    return (layer.input_shapes, layer.output_shapes, layer.parameters, repr(layer.attributes), reads)
+    return repr((layer.input_shapes, layer.output_shapes, layer.parameters, layer.attributes, [read.slot for read in call.reads]))
 
 
-def _pair(evaluated: list[Any], trained: list[Any]) -> dict[int, int]:
-    if len(evaluated) == len(trained):
+def _pair(evaluated: list[str], trained: list[str]) -> dict[int, int]:
+    if evaluated == trained:
         return {k: k for k in range(len(evaluated))}
-    matcher = difflib.SequenceMatcher(None, [repr(looks) for looks in evaluated], [repr(looks) for looks in trained], autojunk=False)
+    matcher = difflib.SequenceMatcher(None, evaluated, trained, autojunk=False)
     return {block.a + k: block.b + k for block in matcher.get_matching_blocks() for k in range(block.size)}

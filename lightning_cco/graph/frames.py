@@ -56,9 +56,14 @@ class CallNode:
 
     @property
     def key(self) -> str:
-        """Chain of modules as text, ``encoder/encoder.block#1``: the same in every process."""
-        own = self.path + (f"#{self.index}" if self.index else "")
-        return f"{self.parent.key}/{own}" if self.parent is not None and self.parent.parent is not None else own
+        """The module's path and, where a module is called more than once, which calls lead here: ``encoder.block#1``."""
+        indices: list[int] = []
+        node: CallNode | None = self
+        while node is not None and node.parent is not None:
+            indices.append(node.index)
+            node = node.parent
+        marks = "".join(f"#{index}" for index in reversed(indices)) if any(indices) else ""
+        return f"{self.path}{marks}"
 
     def walk(self) -> list[CallNode]:
         """This node and all below it, callers first."""
@@ -113,6 +118,11 @@ class Frames:
         model: Root of the module tree. It is hooked, never changed.
         root: The tree of calls; the capture grows it, the runtime reads it.
         handle: Called for each torch function with ``(frame, function name, function, args, kwargs)``; returns its result.
+
+    Attributes:
+        entered: Called with each frame pushed, and the arguments of its module.
+        left: Called with each frame about to be popped, and its module's output.
+        started: Called before the first frame of a thread is pushed.
     """
 
     def __init__(self, model: nn.Module, root: CallNode, handle: Handler) -> None:
@@ -121,6 +131,7 @@ class Frames:
         self.handle = handle
         self.entered: Callable[[Frame, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.left: Callable[[Frame, Any], None] | None = None
+        self.started: Callable[[], None] | None = None
         self._mode = _FrameMode(self)
         self._main: list[Frame] = []
         self._thread = threading.get_ident()
@@ -137,8 +148,8 @@ class Frames:
         for path, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            self._handles.append(module.register_forward_pre_hook(self._pre_hook(path), prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._post_hook(path), always_call=True))
+            self._handles.append(module.register_forward_pre_hook(_Enter(self, path), prepend=True, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(_Leave(self, path), always_call=True))
         torch._dynamo.reset()
 
     def detach(self) -> None:
@@ -178,39 +189,71 @@ class Frames:
         self._entries[path] = [node]
         return node
 
-    def _pre_hook(self, path: str) -> Callable[..., None]:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if path == "" and _is_redirected(module):
-                return
-            stack = self.stack()
-            if stack:
-                parent = stack[-1]
-                index = parent.calls.get(path, 0)
-                parent.calls[path] = index + 1
-                node = parent.node.child(path, index)
-            else:
-                self._mode.__enter__()
-                node = self._node_for_entry(path)
-            frame = Frame(node, module.training)
-            stack.append(frame)
-            if self.entered is not None:
-                self.entered(frame, args, kwargs)
+    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Push the frame of a module call that begins."""
+        stack = self.stack()
+        if stack:
+            parent = stack[-1]
+            index = parent.calls.get(path, 0)
+            parent.calls[path] = index + 1
+            node = parent.node.child(path, index)
+        else:
+            if self.started is not None:
+                self.started()
+            self._mode.__enter__()
+            node = self._node_for_entry(path)
+        frame = Frame(node, module.training)
+        stack.append(frame)
+        if self.entered is not None:
+            self.entered(frame, args, kwargs)
 
-        return enter
+    def leave(self, path: str, output: Any) -> None:
+        """Pop the frame of a module call that ends."""
+        stack = self.stack()
+        # A user's pre-hook may have raised before ours ran, and a redirected call pushed nothing.
+        if not stack or stack[-1].node.path != path:
+            return
+        if self.left is not None:
+            self.left(stack[-1], output)
+        stack.pop()
+        if not stack:
+            self._mode.__exit__(None, None, None)
 
-    def _post_hook(self, path: str) -> Callable[..., None]:
-        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            stack = self.stack()
-            # A user's pre-hook may have raised before ours ran, and a redirected call pushed nothing.
-            if not stack or stack[-1].node.path != path:
-                return
-            if self.left is not None:
-                self.left(stack[-1], output)
-            stack.pop()
-            if not stack:
-                self._mode.__exit__(None, None, None)
 
-        return leave
+class _Enter:
+    """Forward pre-hook of one module. A pickled module carries an inert one: the copy is the plain float model."""
+
+    def __init__(self, frames: Frames, path: str) -> None:
+        self.frames, self.path = frames, path
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.path == "" and _is_redirected(module):
+            return
+        self.frames.enter(self.path, module, args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return _inert, ()
+
+
+class _Leave:
+    """Forward hook of one module."""
+
+    def __init__(self, frames: Frames, path: str) -> None:
+        self.frames, self.path = frames, path
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.frames.leave(self.path, output)
+
+    def __reduce__(self) -> Any:
+        return _inert, ()
+
+
+def _inert() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*args: Any) -> None:
+    return None
 
 
 def _is_redirected(module: nn.Module) -> bool:

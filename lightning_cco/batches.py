@@ -1,0 +1,187 @@
+"""How one batch goes through a LightningModule, and where the batches for calibration come from."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+from lightning_cco.errors import CCOError
+
+ForwardFn = Callable[[Any, Any], Any]
+"""``(pl_module, batch) -> Any``: runs the model's layers on a batch."""
+
+
+def forward_through_model(module: pl.LightningModule, batch: Any) -> Any:
+    """Call ``module(...)`` on what a batch holds for it.
+
+    A mapping gives keyword arguments (those that ``forward`` names), a tensor itself; of a tuple or list as many of the first elements are
+    given as ``forward`` requires arguments.
+
+    Raises:
+        CCOError: The batch does not hold what ``forward`` requires.
+    """
+    parameters = [
+        p
+        for p in inspect.signature(type(module).forward).parameters.values()
+        if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    takes_any_keyword = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values())
+    required = [p.name for p in parameters if p.default is p.empty]
+    if isinstance(batch, Mapping):
+        names = [p.name for p in parameters]
+        if len(required) == 1 and required[0] not in batch and not takes_any_keyword:
+            return module(batch)  # a forward that takes the mapping itself
+        missing = [name for name in required if name not in batch]
+        if missing:
+            raise _mismatch(module, f"arguments {required}", f"a mapping with the keys {list(batch)}", missing)
+        return module(**{key: value for key, value in batch.items() if takes_any_keyword or key in names})
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise _mismatch(module, f"arguments {required}", "an empty batch", required)
+        count = max(1, len(required))
+        if count > 1 and len(batch) <= count and isinstance(batch[0], (tuple, list)) and len(batch[0]) >= count:
+            batch = batch[0]
+        if isinstance(batch[0], Mapping) and all(name in batch[0] for name in required):
+            return forward_through_model(module, batch[0])
+        if len(batch) < count:
+            raise _mismatch(module, f"arguments {required}", f"a {type(batch).__name__} of {len(batch)}", required[len(batch) :])
+        return module(*batch[:count])
+    if len(required) > 1:
+        raise _mismatch(module, f"arguments {required}", f"one {type(batch).__name__}", required[1:])
+    return module(batch)
+
+
+def _mismatch(module: pl.LightningModule, expected: str, came: str, missing: list[str]) -> CCOError:
+    return CCOError(
+        f"{type(module).__name__}.forward expects {expected}, but the batch is {came}: nothing for {missing}. "
+        "Say how a batch goes through the model: CCOCallback(cfg, forward_fn=lambda module, batch: module(...))."
+    )
+
+
+def overrides_forward(module: pl.LightningModule) -> bool:
+    """Whether the module has a ``forward`` of its own."""
+    return type(module).forward not in (pl.LightningModule.forward, nn.Module.forward)
+
+
+def forward_through_step(module: pl.LightningModule, batch: Any) -> Any:
+    """Run the module's ``training_step``, or its ``validation_step`` if it has none, for the layers that it calls: nothing is logged or optimized.
+
+    Raises:
+        CCOError: It has neither.
+    """
+    with _rehearsing(module):
+        for name in ("training_step", "validation_step"):
+            if getattr(type(module), name) is not getattr(pl.LightningModule, name):
+                step = getattr(module, name)
+                return step(batch, 0) if len(inspect.signature(step).parameters) > 1 else step(batch)
+    raise CCOError(
+        f"{type(module).__name__} has neither a forward nor a step of its own. Define one, or pass CCOCallback(cfg, forward_fn=lambda module, batch: ...)."
+    )
+
+
+class _NoOptimizer:
+    """Stands in for an optimizer while a step is rehearsed."""
+
+    param_groups: tuple[dict[str, Any], ...] = ({"lr": 0.0},)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: nullcontext() if name == "toggle_model" else None
+
+
+@contextmanager
+def _rehearsing(module: pl.LightningModule) -> Iterator[None]:
+    """Let a step run without consequences: no logging, no optimizer step, metric states put back."""
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    optimizers = getattr(module.trainer, "optimizers", None) or [None]
+    stand_ins = [_NoOptimizer() for _ in optimizers]
+    replaced: dict[str, Any] = dict.fromkeys(("log", "log_dict", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients"), nothing)
+    replaced["optimizers"] = lambda *args, **kwargs: stand_ins[0] if len(stand_ins) == 1 else stand_ins
+    replaced["lr_schedulers"] = lambda *args, **kwargs: _NoOptimizer()
+    own = {name: module.__dict__[name] for name in replaced if name in module.__dict__}
+    metrics = [
+        (metric, {name: _copied(getattr(metric, name)) for name in metric._defaults}, metric._update_count, metric._computed)
+        for metric in module.modules()
+        if isinstance(metric, Metric)
+    ]
+    module.__dict__.update(replaced)
+    try:
+        yield
+    finally:
+        for name in replaced:
+            module.__dict__.pop(name, None)
+        module.__dict__.update(own)
+        for metric, states, count, computed in metrics:
+            for name, state in states.items():
+                setattr(metric, name, state)
+            metric._update_count, metric._computed = count, computed
+
+
+def _copied(state: Any) -> Any:
+    return [item.clone() for item in state] if isinstance(state, list) else state.clone()
+
+
+@contextmanager
+def model_context(trainer: pl.Trainer) -> Iterator[None]:
+    """The Trainer's precision, without compiled code and without inference mode, whose tensors would spoil a later training."""
+    with trainer.precision_plugin.forward_context(), torch.inference_mode(False), torch.no_grad(), uncompiled():
+        yield
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled modules eagerly, so that a function mode sees each call as it is."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def to_device(trainer: pl.Trainer, batch: Any) -> Any:
+    """Convert and move a batch as the training loop does."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+
+
+def training_batches(trainer: pl.Trainer, count: int) -> Iterator[Any]:
+    """The first batches of the Trainer's own training loader, on its device.
+
+    The same ones each time: they are drawn under a random state of their own, and all others (also of the loaders' generators) are put back.
+    """
+    combined = trainer.fit_loop._combined_loader
+    assert combined is not None
+    loaders = [loader for loader in combined.flattened if isinstance(loader, DataLoader)]
+    generators = {id(g): g for loader in loaders for g in (loader.generator, getattr(loader.sampler, "generator", None)) if g is not None}
+    states = [(g, g.get_state()) for g in generators.values()]
+    limit = min(count, trainer.num_training_batches) if trainer.num_training_batches != float("inf") else count
+    with isolate_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        torch.manual_seed(0)
+        for generator, _ in states:
+            generator.manual_seed(0)
+        try:
+            iterator = iter(CombinedLoader(combined.iterables, mode=combined._mode))
+            for _ in range(int(limit)):
+                try:
+                    batch, _, _ = next(iterator)
+                except StopIteration:
+                    return
+                yield to_device(trainer, batch)
+        finally:
+            for generator, state in states:
+                generator.set_state(state)

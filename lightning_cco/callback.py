@@ -1,0 +1,356 @@
+"""The Trainer's side: when to capture, calibrate, measure, suggest and draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_cco.batches import (
+    ForwardFn,
+    forward_through_model,
+    forward_through_step,
+    model_context,
+    overrides_forward,
+    training_batches,
+)
+from lightning_cco.errors import CCOError
+from lightning_cco.graph.capture import Capture, capture
+from lightning_cco.monitoring import Monitor
+from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.sensitivity import SensitivityReport
+from lightning_cco.settings import Settings, load_settings
+from lightning_cco.suggestions import Suggestion, suggest_skips
+
+
+class CCOCallback(pl.Callback):
+    """Compresses any LightningModule to INT8 (or fewer bits) while it trains.
+
+    At the start of ``fit`` the model's layers are captured from one batch, planned, calibrated on ``stats_steps`` batches, and fake-quantized
+    from the first step on. At the end of each epoch the Quantization Sensitivity of every layer is measured on the same few batches, drawn,
+    logged, and turned into suggestions. The module's parameters, names and code stay as they are, so its checkpoints load into the plain float model.
+
+    Args:
+        cfg: The recipe: `Settings`, a mapping, a DictConfig, the path of a YAML file, or the name of a shipped recipe such as ``w8a8``; `None` for the
+            defaults.
+        forward_fn: ``(pl_module, batch) -> Any``: how a batch goes through the model's layers, for capture, calibration and measurement. By default
+            ``pl_module(...)`` on the batch's first element (or as many as ``forward`` requires, or the keys that it names), and if that does not reach
+            every layer with weights, ``training_step`` with nothing logged or optimized.
+
+    Logged each epoch, for ``monitor=`` of other callbacks:
+
+    ==================================  =============================================================
+    ``cco/qs_max``                      largest local Quantization Sensitivity of any layer (L2 norm)
+    ``cco/qs_mean``                     mean over the layers
+    ``cco/sqnr_min``                    smallest signal-to-quantization-noise ratio of any layer, dB
+    ``cco/num_quantized_layers``        number of layers in INT8
+    ``cco/num_suggested_skips``         number of layers above the threshold
+    ==================================  =============================================================
+
+    Raises:
+        CCOError: The recipe is not valid.
+    """
+
+    def __init__(self, cfg: Settings | Mapping[str, Any] | str | Path | None = None, forward_fn: ForwardFn | None = None) -> None:
+        self.settings = load_settings(cfg)
+        self.forward_fn = forward_fn
+        self.quantized: QuantizedModel | None = None
+        self.report: SensitivityReport | None = None
+        self.suggestions: list[Suggestion] = []
+        self.original_metrics: dict[str, float] = {}
+        self._forward: ForwardFn | None = None
+        self._monitor: Monitor | None = None
+        self._held: list[Any] = []
+        self._state: dict[str, Any] | None = None
+        self._skips: list[str] = []
+        self._pending_skips: list[str] = []
+        self._sanity_steps: int | float | None = None
+
+    # Set-up
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called before the run starts. Refuses what can't work; nothing is captured yet, since the layers may not exist."""
+        others = [callback for callback in trainer.callbacks if isinstance(callback, CCOCallback)]
+        if len(others) > 1:
+            raise CCOError(f"Trainer(callbacks=...): {len(others)} CCOCallbacks were given, but a model can be quantized only once. Keep one of them.")
+        if self.quantized is not None and self.quantized.model is not pl_module:
+            self._state = self._state or self.state_dict()
+            self.quantized.remove()
+            self.quantized = None
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when fit begins. Lets the sanity check run the whole validation: it gives each metric's original value."""
+        wanted = not self.settings.training_settings.skip_initial_evaluation and not self.original_metrics
+        if wanted and not trainer.fast_dev_run and not trainer.barebones and self.quantized is None:
+            self._sanity_steps = trainer.num_sanity_val_steps
+            trainer.num_sanity_val_steps = float("inf")
+
+    @override
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after the validation before training. Keeps the float model's metrics."""
+        if self._sanity_steps is not None:
+            self.original_metrics = _numbers(trainer.callback_metrics)
+            trainer.num_sanity_val_steps = self._sanity_steps
+            self._sanity_steps = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before the first batch. Captures, plans, calibrates (or takes the ranges of a checkpoint over), and draws."""
+        if self._sanity_steps is not None:  # there was nothing to validate
+            trainer.num_sanity_val_steps, self._sanity_steps = self._sanity_steps, None
+        first = next(training_batches(trainer, 1), None)
+        if first is None:
+            raise CCOError("CCOCallback: the training loader is empty; expected at least one batch to capture the layers and to calibrate on.")
+        monitor = self._start_monitor(trainer)
+        self._attach(trainer, pl_module, first)
+        assert self.quantized is not None
+        quantized = self.quantized
+        self._held = list(training_batches(trainer, self.settings.monitoring_settings.sensitivity_batches))
+        if not quantized.calibrated or quantized.uncalibrated:
+            self._calibrate(trainer, quantized)
+        monitor.on_start(quantized.graph, quantized.plan)
+        self._apply_pending_skips(trainer)
+        if self._freezes_at(trainer.global_step):
+            quantized.freeze_ranges()
+
+    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        """Capture the layers and hook the quantizers on, unless they are."""
+        if self.quantized is not None:
+            if self._state is not None:
+                self._take_over(self._state)
+            return
+        with model_context(trainer):
+            captured = self._capture(trainer, pl_module, batch)
+            self.quantized = QuantizedModel(pl_module, captured, self.settings, self._suggestions_in(self._state))
+        if self._state is not None:
+            self._take_over(self._state)
+
+    def _capture(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Capture:
+        """Capture through ``forward``, and through the step if that reaches more of the parameters."""
+        if self.forward_fn is not None:
+            forward = self._forward = self.forward_fn
+            return capture(pl_module, lambda: forward(pl_module, batch))
+        found: Capture | None = None
+        problem: CCOError | None = None
+        if overrides_forward(pl_module):
+            self._forward = forward_through_model
+            try:
+                found = capture(pl_module, lambda: forward_through_model(pl_module, batch))
+            except CCOError as error:
+                problem = error
+            if found is not None and not _unreached(pl_module, found):
+                return found
+        try:
+            through_step = capture(pl_module, lambda: forward_through_step(pl_module, batch))
+        except CCOError as error:
+            if found is not None:
+                return found
+            raise (problem or error) from None
+        if found is None or len(_unreached(pl_module, through_step)) < len(_unreached(pl_module, found)):
+            self._forward = forward_through_step
+            return through_step
+        return found
+
+    def _calibrate(self, trainer: pl.Trainer, quantized: QuantizedModel) -> None:
+        steps = max(1, self.settings.training_settings.stats_steps)
+        only = quantized.uncalibrated if quantized.calibrated else None
+        total = int(min(steps, trainer.num_training_batches))
+        rank_zero_info(f"Collecting statistics from the model for at most {total} steps.")
+        with model_context(trainer):
+            count = quantized.calibrate(_with_progress(trainer, training_batches(trainer, steps), total), self._forward, only)
+        quantized.uncalibrated = []
+        rank_zero_info(f"Done collecting statistics: {count} batches.")
+
+    def _start_monitor(self, trainer: pl.Trainer) -> Monitor:
+        monitoring = self.settings.monitoring_settings
+        folder = trainer.log_dir if trainer.loggers else None  # broadcasts: on all ranks
+        base = Path(monitoring.output_dir) if monitoring.output_dir else Path(folder or trainer.default_root_dir) / "cco"
+        loggers = [] if trainer.fast_dev_run else list(trainer.loggers)
+        history = self._monitor.state_dict() if self._monitor is not None else (self._state or {}).get("monitor")
+        self._monitor = Monitor(base, loggers, enabled=trainer.is_global_zero, draw=monitoring.draw_graph)
+        if history:
+            self._monitor.load_state_dict(history)
+        return self._monitor
+
+    # Training
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called at the start of each epoch. Applies the skips that the last measurement suggested, if the recipe says so."""
+        self._apply_pending_skips(trainer)
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Called after each batch. Makes the ranges equal on all ranks, and freezes them at their step."""
+        assert self.quantized is not None
+        self.quantized.sync_ranges()
+        if not self.quantized.frozen and self._freezes_at(trainer.global_step):
+            self.quantized.freeze_ranges()
+            rank_zero_info(f"Activation ranges are frozen from step {trainer.global_step} on.")
+
+    def _freezes_at(self, step: int) -> bool:
+        freeze = self.settings.training_settings.freeze_ranges_at_step
+        return freeze is not None and step >= freeze
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called at the end of each epoch. Measures, suggests, logs and draws; changes nothing, so that what is saved is what was measured."""
+        assert self.quantized is not None and self._monitor is not None
+        quantized = self.quantized
+        with model_context(trainer):
+            self.report = quantized.sensitivity(self._held, self._forward, self.settings.monitoring_settings.sensitivity_modes)
+        self.suggestions = suggest_skips(self.report, quantized.plan, self.settings)
+        if self.settings.global_quantization_settings.automatic_skip_quantization:
+            self._pending_skips = [suggestion.name for suggestion in self.suggestions]
+        for name, value in _logged(self.report, quantized, self.suggestions).items():
+            pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
+        self._monitor.on_epoch(
+            trainer.current_epoch,
+            trainer.global_step,
+            quantized.plan,
+            self.report,
+            self.suggestions,
+            _numbers(trainer.callback_metrics),
+            self.original_metrics,
+        )
+
+    def _apply_pending_skips(self, trainer: pl.Trainer) -> None:
+        if not self._pending_skips or self.quantized is None:
+            return
+        self._skips += [name for name in self._pending_skips if name not in self._skips]
+        rank_zero_info(f"Automatic Quantization: skipping quantization from now on for: {', '.join(self._pending_skips)}.")
+        self._pending_skips = []
+        self.quantized.uncalibrated = self.quantized.replan(suggestions=self._skips)
+        if self.quantized.uncalibrated:
+            self._calibrate(trainer, self.quantized)
+
+    # Evaluation outside fit: the checkpoint's quantizers on the first batch
+
+    def _before_evaluation_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        if trainer.sanity_checking or trainer.training or trainer.state.fn == "fit" or self.quantized is not None and self._state is None:
+            return
+        if self._state is None:
+            return
+        self._attach(trainer, pl_module, batch)
+
+    @override
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Called before each validation batch. Outside fit: hooks the checkpoint's quantizers on before the first."""
+        self._before_evaluation_batch(trainer, pl_module, batch)
+
+    @override
+    def on_test_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Called before each test batch. Hooks the checkpoint's quantizers on before the first."""
+        self._before_evaluation_batch(trainer, pl_module, batch)
+
+    @override
+    def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Called before each prediction batch. Hooks the checkpoint's quantizers on before the first."""
+        self._before_evaluation_batch(trainer, pl_module, batch)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Called when a run is interrupted. Forgets the frames of the forward that did not end."""
+        if self.quantized is not None:
+            self.quantized.runtime.frames.reset()
+
+    # State
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Plan, ranges, original metrics and history as plain data, which a default resume loads with ``weights_only=True``."""
+        if self.quantized is None:
+            return dict(self._state or {})
+        return {
+            "quantized": self.quantized.state_dict(),
+            "settings": self.settings.to_dict(),
+            "original_metrics": dict(self.original_metrics),
+            "skips": list(self._skips),
+            "pending_skips": list(self._pending_skips),
+            "monitor": self._monitor.state_dict() if self._monitor is not None else {},
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Called when a checkpoint is loaded, after the weights. Applied at once to a quantized model, else as soon as there is a batch to capture from."""
+        if not state_dict:
+            return
+        self._state = state_dict
+        self.original_metrics = dict(state_dict["original_metrics"])
+        self._skips = list(state_dict["skips"])
+        self._pending_skips = list(state_dict["pending_skips"])
+        if self.quantized is not None:
+            self._take_over(state_dict)
+
+    def _suggestions_in(self, state: Mapping[str, Any] | None) -> list[str]:
+        return list(state["skips"]) if state else []
+
+    def _take_over(self, state: Mapping[str, Any]) -> None:
+        """Put a checkpoint's ranges in and say what has changed since."""
+        assert self.quantized is not None
+        if tuple(self._skips) != self.quantized.plan.suggestions:
+            self.quantized.replan(suggestions=self._skips)
+        with torch.inference_mode(False):
+            differences = self.quantized.load_state_dict(state["quantized"])
+        self._state = None
+        for difference in differences:
+            rank_zero_info(f"Resuming with other settings than the checkpoint's: {difference}.")
+        if self.quantized.uncalibrated:
+            rank_zero_info(f"Without ranges in the checkpoint, to be calibrated: {', '.join(self.quantized.uncalibrated)}.")
+
+    def export(self, path: str | Path, **options: Any) -> Any:
+        """Write the quantized model as an INT8 ONNX file.
+
+        Raises:
+            CCOError: ``fit`` has not run.
+        """
+        if self.quantized is None:
+            raise CCOError("CCOCallback.export: there is no quantized model yet. Run trainer.fit(model) first, or trainer.test(model, ckpt_path=...).")
+        return self.quantized.export(str(path), **options)
+
+
+def _unreached(module: pl.LightningModule, captured: Capture) -> set[str]:
+    """Parameters that no captured layer reads."""
+    read = {name for layer in captured.graph for name in layer.parameters}
+    return {name for name, _ in module.named_parameters() if name not in read}
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    found = {}
+    for name, value in metrics.items():
+        if name.startswith("cco/"):
+            continue
+        tensor = torch.as_tensor(value)
+        if tensor.numel() == 1:
+            found[name] = float(tensor)
+    return found
+
+
+def _logged(report: SensitivityReport, quantized: QuantizedModel, suggestions: list[Suggestion]) -> dict[str, float]:
+    values = [entry.qs for entry in (report.local or report.accumulated).values()]
+    ratios = [entry.sqnr_db for entry in (report.local or report.accumulated).values()]
+    return {
+        "cco/qs_max": max(values, default=0.0),
+        "cco/qs_mean": sum(values) / max(1, len(values)),
+        "cco/sqnr_min": min(ratios, default=float("inf")),
+        "cco/num_quantized_layers": float(len(quantized.plan.quantized)),
+        "cco/num_suggested_skips": float(len(suggestions)),
+    }
+
+
+def _with_progress(trainer: pl.Trainer, batches: Any, total: int) -> Any:
+    """Show a progress bar while calibrating, if the Trainer shows one."""
+    if trainer.progress_bar_callback is None or not trainer.is_global_zero:
+        return batches
+    from tqdm.auto import tqdm
+
+    return tqdm(batches, total=total, desc="Calibrating", leave=False)
+
+
