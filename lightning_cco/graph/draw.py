@@ -1,0 +1,268 @@
+"""The picture of a layer graph: blue for inputs and outputs, green for quantized layers, yellow for the others."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Protocol
+
+import pydot
+
+from . import node_label as html
+from .fold import MAX_NODES, Frame, Group, View, folded_view, whole_view
+from .layer import Layer
+from .layer_graph import LayerGraph
+
+_LARGE = 1500  # nodes above which the layout takes short cuts
+_MANY_READERS, _FAR = 4, 40  # a source with so many readers is copied beside those so many nodes away
+
+
+class DrawableDecision(Protocol):
+    """What a picture needs of the decision about a layer."""
+
+    @property
+    def quantized(self) -> bool: ...  # noqa: D102
+    @property
+    def reason(self) -> str: ...  # noqa: D102
+    @property
+    def detail(self) -> str: ...  # noqa: D102
+    @property
+    def weights_num_bits(self) -> int | None: ...  # noqa: D102
+    @property
+    def activations_num_bits(self) -> int | None: ...  # noqa: D102
+
+
+class DrawableBoundary(Protocol):
+    """What a picture needs of a float↔int boundary."""
+
+    @property
+    def source(self) -> str: ...  # noqa: D102
+    @property
+    def destination(self) -> str: ...  # noqa: D102
+
+
+class DrawableGlobals(Protocol):
+    """What a picture needs of the global settings."""
+
+    @property
+    def quantization_sensitivity_threshold(self) -> float | None: ...  # noqa: D102
+
+
+class DrawableSettings(Protocol):
+    """What a picture needs of the settings."""
+
+    @property
+    def global_quantization_settings(self) -> DrawableGlobals: ...  # noqa: D102
+
+
+class DrawablePlan(Protocol):
+    """What a picture needs of a plan; a ``QuantizationPlan`` has it."""
+
+    @property
+    def decisions(self) -> Mapping[str, DrawableDecision]: ...  # noqa: D102
+    @property
+    def settings(self) -> DrawableSettings: ...  # noqa: D102
+    @property
+    def boundaries(self) -> Sequence[DrawableBoundary]: ...  # noqa: D102
+    @property
+    def counted(self) -> int: ...  # noqa: D102
+
+
+def draw_graph(
+    graph: LayerGraph,
+    plan: DrawablePlan | None = None,
+    qs: Mapping[str, float] | None = None,
+    fold: bool = False,
+    title: str = "",
+    max_nodes: int = MAX_NODES,
+) -> pydot.Dot:
+    """Returns the picture of a graph, to be rendered by ``lightning_cco.graph.render``.
+
+    Args:
+        graph: The layers to draw; each is a node even when no edge touches it.
+        plan: Colours, bits and reasons; without it, inputs and outputs have a blue border and all else is white.
+        qs: Quantization Sensitivity by layer name; a number above the plan's threshold is red.
+        fold: Whether repeated blocks, and in huge nets whole modules, become one node.
+        title: First line of the picture.
+        max_nodes: About how many nodes a folded picture may have.
+    """
+    return _Drawing(graph, plan, qs or {}, title).draw(fold, max_nodes)
+
+
+class _Drawing:
+    def __init__(self, graph: LayerGraph, plan: DrawablePlan | None, qs: Mapping[str, float], title: str) -> None:
+        self.graph = graph
+        self.plan = plan
+        self.qs = {name: float(value) for name, value in qs.items() if name in graph}
+        self.title = title
+        self.largest = max((value for value in self.qs.values() if math.isfinite(value)), default=0.0)
+        self.threshold = None if plan is None else plan.settings.global_quantization_settings.quantization_sensitivity_threshold
+        self.crossing = {self._last_edge(boundary) for boundary in plan.boundaries} if plan is not None else set()
+        self.ghosts: dict[str, list[str]] = {}
+
+    def draw(self, fold: bool, max_nodes: int) -> pydot.Dot:
+        view = folded_view(self.graph, self._mark, max_nodes) if fold else whole_view(self.graph)
+        dot = pydot.Dot("layers", graph_type="digraph")
+        dot.set_graph_defaults(
+            rankdir="TB", bgcolor="white", pad="0.3", nodesep="0.3", ranksep="0.32", fontname=html.SANS, labelloc="t", labeljust="l"
+        )
+        dot.set_node_defaults(shape="plain", fontname=html.SANS, fontsize="13", fontcolor=html.TEXT)
+        dot.set_edge_defaults(color="#6B7785", penwidth="1.1", arrowsize="0.6", fontname=html.SANS, fontsize="9")
+        dot.set("label", self._legend())
+        if len(view.groups) > _LARGE:
+            dot.set_graph_defaults(nslimit="2", nslimit1="2", splines="line")
+        groups = {group.key: group for group in view.groups}
+        self.ghosts = _far_sources(view)
+        self._add_nodes(dot, [group.key for group in view.groups], view.frames, groups)
+        self._add_edges(dot, view)
+        return dot
+
+    def _add_nodes(self, holder: pydot.Graph, keys: Sequence[str], frames: Sequence[Frame], groups: Mapping[str, Group]) -> None:
+        framed = {key for frame in frames for key in frame.all_keys()}
+        for key in keys:
+            if key not in framed:
+                holder.add_node(self._node(groups[key]))
+                for source in self.ghosts.get(key, ()):
+                    holder.add_node(pydot.Node(_quoted(f"{source} for {key}"), label=html.ghost_label(source), tooltip=_quoted(source)))
+        for frame in frames:
+            box = pydot.Subgraph(
+                f"cluster_{len(holder.get_subgraphs())}_{frame.all_keys()[0]}",
+                label=f"<{html.font(frame.label, size=12, color=html.MUTED, bold=True)}>",
+                style="rounded,dashed",
+                color="#8894A0",
+                bgcolor="#F7F9FB",
+                margin="14",
+            )
+            self._add_nodes(box, frame.all_keys(), frame.frames, groups)
+            holder.add_subgraph(box)
+
+    def _add_edges(self, dot: pydot.Dot, view: View) -> None:
+        for source, destination in view.edges:
+            start = f"{source} for {destination}" if source in self.ghosts.get(destination, ()) else source
+            edge = pydot.Edge(_quoted(start), _quoted(destination))
+            if view.edges_behind.get((source, destination), (source, destination)) in self.crossing:
+                edge.set("style", "dashed")
+                edge.set("color", html.YELLOW.border)
+                edge.set("penwidth", "1.6")
+            dot.add_edge(edge)
+
+    def _node(self, group: Group) -> pydot.Node:
+        label, tooltip = self._layer(group) if group.is_layer else self._module(group)
+        return pydot.Node(_quoted(group.key), label=label, tooltip=_quoted(tooltip))
+
+    def _layer(self, group: Group) -> tuple[str, str]:
+        layer = self.graph[group.key]
+        decision = self._decision(layer.name)
+        rows = [html.shapes_row(layer.input_shapes, layer.output_shapes), html.attributes_rows(layer.attributes)]
+        is_end = layer.kind in ("input", "output")
+        if decision is not None and not decision.quantized and layer.kind != "output":
+            rows.append(
+                html.text_row(f"not quantized: {decision.reason}" if decision.reason else "not quantized", color="#7A5B00", bold=True)
+            )
+        worst = self._worst(group.members)
+        where = f" worst of {group.repeats}" if group.repeats > 1 else ""
+        rows.append(html.status_row(_bits(decision), self.qs.get(worst) if worst else None, self.largest, self.threshold, where))
+        if decision is None:
+            paint = html.WHITE_BLUE if is_end else html.WHITE
+        else:
+            paint = html.BLUE if is_end else html.GREEN if decision.quantized else html.YELLOW
+        title = layer.name if group.repeats == 1 else f"{layer.name} …"
+        label = html.node_label(title, html.type_name(layer.kind), group.path, rows, paint, border=2 if is_end else 1)
+        lines = [
+            f"{layer.name}: {html.type_name(layer.kind)}",
+            layer.path,
+            ", ".join(layer.parameters),
+            decision.detail if decision else "",
+        ]
+        if group.repeats > 1:
+            lines.append(f"stands for {', '.join(group.members)}")
+        return label, "\n".join(line for line in lines if line)
+
+    def _module(self, group: Group) -> tuple[str, str]:
+        kinds = Counter(self.graph[name].kind for name in group.members)
+        commonest = " · ".join(f"{count} {kind}" for kind, count in kinds.most_common(3)) + (" …" if len(kinds) > 3 else "")
+        rows = [html.text_row(commonest, color=html.MUTED)]
+        paint = html.WHITE
+        if self.plan is not None:
+            decisions = [self._decision(name) for name in group.members]
+            quantized = sum(decision is not None and decision.quantized for decision in decisions)
+            reasons = Counter(
+                decision.reason for decision in decisions if decision is not None and not decision.quantized and decision.reason
+            )
+            rows.append(html.share_row(quantized, len(decisions)))
+            if reasons:
+                listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+                rows.append(html.text_row(f"not quantized: {listed}", color="#7A5B00", bold=True))
+            paint = html.GREEN if quantized == len(decisions) else html.MIXED if quantized else html.YELLOW
+        worst = self._worst(group.members)
+        if worst:
+            rows.append(html.status_row("", self.qs[worst], self.largest, self.threshold, f" in {worst}"))
+        count = f"{len(group.members)} layers" if group.repeats == 1 else f"× {group.repeats} · {len(group.members)} layers"
+        return html.node_label(group.path or group.key, count, "", rows, paint, border=2), ", ".join(group.members)
+
+    def _last_edge(self, boundary: DrawableBoundary) -> tuple[str, str]:
+        """Returns the edge on which a boundary is drawn: the one into its destination, also when value-preserving layers lie between."""
+        for before in self.graph.predecessors(boundary.destination):
+            name = before
+            while name != boundary.source and len(self.graph.predecessors(name)) == 1:
+                name = self.graph.predecessors(name)[0]
+            if name == boundary.source:
+                return before, boundary.destination
+        return boundary.source, boundary.destination
+
+    def _decision(self, name: str) -> DrawableDecision | None:
+        return None if self.plan is None else self.plan.decisions.get(name)
+
+    def _mark(self, layer: Layer) -> Hashable:
+        decision = self._decision(layer.name)
+        return None if decision is None else (decision.quantized, decision.reason, _bits(decision))
+
+    def _worst(self, names: Sequence[str]) -> str | None:
+        measured = [name for name in names if name in self.qs]
+        return max(measured, key=lambda name: self.qs[name] if math.isfinite(self.qs[name]) else math.inf, default=None)
+
+    def _legend(self) -> str:
+        entries = [(html.WHITE_BLUE, "input or output"), (html.WHITE, "layer")]
+        lines = []
+        if self.plan is not None:
+            entries = [(html.BLUE, "input or output"), (html.GREEN, "quantized"), (html.YELLOW, "not quantized")]
+            quantized = sum(decision.quantized for decision in self.plan.decisions.values())
+            lines.append(f"{quantized} of {self.plan.counted} layers quantized · W8 A8: bits of weights and of the output")
+            if self.crossing:
+                lines.append("dashed arrow: between float and integer")
+        if self.qs:
+            limit = "" if self.threshold is None else f", red above {html.format_qs(self.threshold)}"
+            lines.append(f"QS: Quantization Sensitivity{limit}; its bar: share of the largest, {html.format_qs(self.largest)}")
+        cells = "".join(
+            f'<TD>{html.swatch(paint)}</TD><TD ALIGN="LEFT">{html.font(text, size=11)}</TD><TD WIDTH="6"></TD>' for paint, text in entries
+        )
+        rows = f'<TR><TD ALIGN="LEFT">{html.font(self.title, size=16, bold=True)}</TD></TR>' if self.title else ""
+        rows += f'<TR><TD ALIGN="LEFT"><TABLE BORDER="0" CELLBORDER="0" CELLSPACING="2"><TR>{cells}</TR></TABLE></TD></TR>'
+        rows += "".join(f'<TR><TD ALIGN="LEFT">{html.font(line, size=10, color=html.MUTED)}</TD></TR>' for line in lines)
+        return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2">{rows}</TABLE>>'
+
+
+def _far_sources(view: View) -> dict[str, list[str]]:
+    """Returns, by reader, the sources that a small copy beside the reader stands for.
+
+    An attention mask that each of 48 blocks reads would draw 48 lines along the whole picture, and the layout would take minutes.
+    """
+    position = {group.key: index for index, group in enumerate(view.groups)}
+    readers = Counter(source for source, _ in view.edges)
+    ghosts: dict[str, list[str]] = {}
+    for source, destination in view.edges:
+        if readers[source] >= _MANY_READERS and abs(position[destination] - position[source]) > _FAR:
+            ghosts.setdefault(destination, []).append(source)
+    return ghosts
+
+
+def _bits(decision: DrawableDecision | None) -> str:
+    if decision is None or not decision.quantized:
+        return ""
+    parts = [("W", decision.weights_num_bits), ("A", decision.activations_num_bits)]
+    return " ".join(f"{letter}{bits}" for letter, bits in parts if bits is not None)
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'

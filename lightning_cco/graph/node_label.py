@@ -1,0 +1,182 @@
+"""The text and colours of one node of a picture, as a Graphviz HTML-like label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from .layer import Shape
+
+SANS = "Helvetica,Arial,sans-serif"
+MONO = "Courier New,Courier,monospace"
+TEXT, MUTED, RED = "#1B2530", "#5B6875", "#C81E1E"
+_BAR = 64  # points
+_WRAP = 52  # characters
+
+
+@dataclass(frozen=True)
+class Paint:
+    """The colours of a node: fill, border, and the line between its head and its body."""
+
+    fill: str
+    border: str
+    rule: str
+
+
+BLUE = Paint("#DCE9FF", "#2962D9", "#A9C4F5")
+GREEN = Paint("#DDF4E1", "#23934A", "#A3D9B1")
+YELLOW = Paint("#FFF1BF", "#C99700", "#E8CF7A")
+WHITE = Paint("#FFFFFF", "#7C8894", "#D5DBE1")
+WHITE_BLUE = Paint("#FFFFFF", "#2962D9", "#A9C4F5")
+MIXED = Paint("#F7F7EE", "#8C9A3A", "#D3D8B0")
+
+
+def node_label(title: str, kind: str, path: str, rows: Iterable[str], paint: Paint, border: int = 1) -> str:
+    """Returns the label of a node: its name and type, its module path, and the given rows below a line."""
+    beside = font(path, size=9, color=MUTED, face=MONO) if path and len(title) + len(kind) + len(path) <= _WRAP - 10 else ""
+    left = f"<B>{escape(title)}</B>  {font(kind, size=11, color=MUTED)}"
+    head = f'<TR><TD ALIGN="LEFT">{left}</TD><TD ALIGN="RIGHT">{beside}</TD></TR>'
+    if path and not beside:
+        head += _row(font(path, size=9, color=MUTED, face=MONO))
+    body = "".join(rows)
+    return (
+        f'<<TABLE BORDER="{border}" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2" STYLE="ROUNDED" '
+        f'BGCOLOR="{paint.fill}" COLOR="{paint.border}">{head}{_rule(paint) if body else ""}{body}</TABLE>>'
+    )
+
+
+def ghost_label(name: str) -> str:
+    """Returns the label of the small copy of a node that is drawn beside a far reader of it."""
+    return (
+        f'<<TABLE BORDER="1" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2" STYLE="ROUNDED,DASHED" COLOR="{WHITE.border}">'
+        f"<TR><TD>{font('from ' + name, size=10, color=MUTED)}</TD></TR></TABLE>>"
+    )
+
+
+def shapes_row(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
+    """Returns the row with the input shapes, an arrow, and the output shapes; empty when there is neither."""
+    parts = [text for text in (_shapes(inputs), _shapes(outputs)) if text]
+    if not parts:
+        return ""
+    whole = " → ".join(parts)
+    if len(whole) <= _WRAP or len(parts) == 1:
+        return _row(font(whole, size=10, face=MONO))
+    return _row(font(parts[0], size=10, face=MONO)) + _row(font("→ " + parts[1], size=10, face=MONO))
+
+
+def attributes_rows(attributes: Mapping[str, object], limit: int = 4) -> str:
+    """Returns the attributes in a few lines, as many as fit beside each other in each."""
+    lines = [""]
+    for key, value in attributes.items():
+        item = f"{key} {_value(value)}"
+        if lines[-1] and len(lines[-1]) + len(item) + 3 > _WRAP:
+            lines.append("")
+        lines[-1] += (" · " if lines[-1] else "") + (item if len(item) <= 2 * _WRAP else item[: 2 * _WRAP] + "…")
+    if len(lines) > limit:
+        lines[limit - 1 :] = [lines[limit - 1] + " …"]
+    return "".join(_row(font(line, size=10, color=MUTED)) for line in lines if line)
+
+
+def text_row(text: str, *, color: str = TEXT, bold: bool = False) -> str:
+    """Returns a row with one short text."""
+    return _row(font(text, size=10, color=color, bold=bold))
+
+
+def status_row(bits: str, qs: float | None, largest: float, threshold: float | None, where: str = "") -> str:
+    """Returns the last row: bits at the left, QS with its bar at the right; red above the threshold. Empty when there is neither."""
+    if qs is None:
+        return _row(font(bits, size=11, bold=True)) if bits else ""
+    above = is_above(qs, threshold)
+    color = RED if above else TEXT
+    number = font(f"QS {format_qs(qs)}{where}", size=11, color=color, bold=above)
+    share = 1.0 if not math.isfinite(qs) else qs / largest if largest > 0 else 0.0
+    bar = _bar(share, RED if above else "#6F7D8C")
+    measured = (
+        f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2"><TR><TD ALIGN="RIGHT">{number}</TD>'
+        f'<TD WIDTH="{_BAR + 4}">{bar}</TD></TR></TABLE>'
+    )
+    return f'<TR><TD ALIGN="LEFT">{font(bits, size=11, bold=True)}</TD><TD ALIGN="RIGHT" CELLPADDING="0">{measured}</TD></TR>'
+
+
+def share_row(quantized: int, total: int) -> str:
+    """Returns the row of a folded module: a bar, green for the quantized share of its layers and yellow for the rest, and the counts."""
+    bar = _bar(quantized / total if total else 0.0, GREEN.border, "#F2C230")
+    text = font(f"{quantized} of {total} quantized", size=10)
+    cells = f'<TD ALIGN="LEFT" WIDTH="{_BAR + 4}">{bar}</TD><TD ALIGN="LEFT">{text}</TD>'
+    return _row(f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2"><TR>{cells}</TR></TABLE>', padding=1)
+
+
+def swatch(paint: Paint) -> str:
+    """Returns a small rounded box for the legend."""
+    return (
+        f'<TABLE BORDER="1" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0" STYLE="ROUNDED" BGCOLOR="{paint.fill}" COLOR="{paint.border}">'
+        '<TR><TD WIDTH="22" HEIGHT="12" FIXEDSIZE="TRUE"></TD></TR></TABLE>'
+    )
+
+
+def font(text: str, *, size: int, color: str = TEXT, face: str = "", bold: bool = False) -> str:
+    """Returns escaped text in a font."""
+    if not text:
+        return " "
+    inner = f"<B>{escape(text)}</B>" if bold else escape(text)
+    return f'<FONT POINT-SIZE="{size}" COLOR="{color}"{f" FACE={chr(34)}{face}{chr(34)}" if face else ""}>{inner}</FONT>'
+
+
+def is_above(qs: float, threshold: float | None) -> bool:
+    """Whether a QS is to be shown in red: above the threshold, or not a finite number."""
+    return not math.isfinite(qs) or (threshold is not None and qs > threshold)
+
+
+def format_qs(qs: float) -> str:
+    """Returns a QS for people.
+
+    >>> format_qs(12345.6), format_qs(31.4159), format_qs(0.00123456), format_qs(float("nan"))
+    ('12,346', '31.4', '0.00123', 'nan')
+    """
+    return f"{qs:,.0f}" if math.isfinite(qs) and abs(qs) >= 1000 else f"{qs:.3g}"
+
+
+def type_name(kind: str) -> str:
+    """Returns a kind as the name of a type: ``batch_norm`` as ``BatchNorm``."""
+    return "".join(part[:1].upper() + part[1:] for part in kind.split("_"))
+
+
+def _bar(share: float, color: str, rest: str = "#DFE4E8") -> str:
+    filled = round(_BAR * min(max(share, 0.0), 1.0))
+    cells = "".join(
+        f'<TD WIDTH="{width}" HEIGHT="6" FIXEDSIZE="TRUE" BGCOLOR="{paint}"></TD>'
+        for width, paint in ((filled, color), (_BAR - filled, rest))
+        if width
+    )
+    return f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0"><TR>{cells}</TR></TABLE>'
+
+
+def _row(content: str, padding: int = 2) -> str:
+    return f'<TR><TD COLSPAN="2" ALIGN="LEFT" CELLPADDING="{padding}">{content}</TD></TR>'
+
+
+def _rule(paint: Paint) -> str:
+    return f'<TR><TD COLSPAN="2" CELLPADDING="0" HEIGHT="1" FIXEDSIZE="FALSE" BGCOLOR="{paint.rule}"></TD></TR>'
+
+
+def _shapes(shapes: Sequence[Shape]) -> str:
+    """Returns shapes side by side, equal neighbours once with their number; after four kinds, how many more."""
+    runs: list[tuple[str, int]] = []
+    for shape in shapes:
+        text = "×".join(map(str, shape)) or "scalar"
+        if runs and runs[-1][0] == text:
+            runs[-1] = (text, runs[-1][1] + 1)
+        else:
+            runs.append((text, 1))
+    shown = [text if count == 1 else f"{count} of {text}" for text, count in runs[:3]]
+    return ", ".join(shown) + (f" … {len(shapes)} in all" if len(runs) > 3 else "")
+
+
+def _value(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (tuple, list)) and value and all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+        return "×".join(map(str, value)) if len(value) > 1 else str(value[0])
+    return str(value)
