@@ -122,7 +122,8 @@ class Tracer:
                 result = original.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined]
             finally:
                 tracer._inside_custom_function -= 1
-            tracer._custom_function(cls.__name__, args, kwargs, result)
+            with torch._C.DisableTorchFunction():
+                tracer._custom_function(cls.__name__, args, kwargs, result)
             return result
 
         torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
@@ -145,10 +146,10 @@ class Tracer:
     def _entered(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(self.frames.stack()) > 1:
             return
-        for slot, tensor in tensors_in([args, kwargs]):
-            if self._origin(tensor) is None:
-                argument = ".".join(str(part) for part in slot[1:])
-                self._add_input(tensor, argument)
+        with torch._C.DisableTorchFunction():  # what this looks at is no part of the model
+            for slot, tensor in tensors_in([args, kwargs]):
+                if self._origin(tensor) is None:
+                    self._add_input(tensor, ".".join(str(part) for part in slot[1:]))
 
     def _left(self, frame: Frame, output: Any) -> None:
         seen = frame.node.seen[frame.training]
