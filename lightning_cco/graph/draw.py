@@ -240,6 +240,7 @@ class _Drawing:
         rows = f'<TR><TD ALIGN="LEFT">{html.font(self.title, size=16, bold=True)}</TD></TR>' if self.title else ""
         rows += f'<TR><TD ALIGN="LEFT"><TABLE BORDER="0" CELLBORDER="0" CELLSPACING="2"><TR>{cells}</TR></TABLE></TD></TR>'
         rows += "".join(f'<TR><TD ALIGN="LEFT">{html.font(line, size=10, color=html.MUTED)}</TD></TR>' for line in lines)
+        rows += '<TR><TD HEIGHT="10"></TD></TR>'
         return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2">{rows}</TABLE>>'
 
 

@@ -42,7 +42,7 @@ def node_label(title: str, kind: str, path: str, rows: Iterable[str], paint: Pai
         head += _row(font(path, size=9, color=MUTED, face=MONO))
     body = "".join(rows)
     return (
-        f'<<TABLE BORDER="{border}" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2" STYLE="ROUNDED" '
+        f'<<TABLE BORDER="{border}" CELLBORDER="0" CELLSPACING="0" CELLPADDING="3" STYLE="ROUNDED" '
         f'BGCOLOR="{paint.fill}" COLOR="{paint.border}">{head}{_rule(paint) if body else ""}{body}</TABLE>>'
     )
 
@@ -153,7 +153,7 @@ def _bar(share: float, color: str, rest: str = "#DFE4E8") -> str:
     return f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0"><TR>{cells}</TR></TABLE>'
 
 
-def _row(content: str, padding: int = 2) -> str:
+def _row(content: str, padding: int = 3) -> str:
     return f'<TR><TD COLSPAN="2" ALIGN="LEFT" CELLPADDING="{padding}">{content}</TD></TR>'
 
 

@@ -62,7 +62,8 @@ def render_png_bytes(dot: pydot.Dot, timeout: float = TIMEOUT) -> bytes | None:
 
 
 def _draw(text: str, name: str, timeout: float) -> bytes | None:
-    settings = [f"dpi={DPI}", f"size={MAX_PIXELS / DPI:.1f},{MAX_PIXELS / DPI:.1f}"] if name == "png" else []
+    side = int(MAX_PIXELS / DPI - 1)  # inches; Graphviz shrinks what is larger, and adds a margin
+    settings = [f"dpi={DPI}", f"size={side},{side}"] if name == "png" else []
     commands = []
     if sys.executable and importlib.util.find_spec("pygraphviz") is not None:
         commands.append([sys.executable, "-c", _CHILD, name, *settings])

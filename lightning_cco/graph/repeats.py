@@ -80,7 +80,7 @@ class _RunFinder:
             waiting += [
                 (unit.start, unit.stop, depth + 1, level) for unit, taken in zip(units, inside, strict=True) if not taken and unit.child
             ]
-        return [level for level in self.levels if level]
+        return [sorted(level, key=lambda run: run.start) for level in self.levels]
 
     def _split(self, begin: int, end: int, depth: int) -> list[_Unit]:
         units = []
