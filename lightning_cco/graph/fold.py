@@ -226,6 +226,8 @@ class _Folding:
 
     def _run_label(self, run: Run, level: int) -> str:
         shown = [self._display_outer(path, run.start, level) for path in run.modules.values()]
+        if len(shown) > 2:
+            shown = [shown[0], "…", shown[-1]]
         return f"{' + '.join(shown) or 'the same layers'} × {run.repeats}"
 
     def _display_outer(self, path: str, position: int, level: int) -> str:

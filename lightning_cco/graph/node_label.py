@@ -93,10 +93,7 @@ def status_row(bits: str, qs: float | None, largest: float, threshold: float | N
     number = font(f"QS {format_qs(qs)}{where}", size=11, color=color, bold=above)
     share = 1.0 if not math.isfinite(qs) else qs / largest if largest > 0 else 0.0
     bar = _bar(share, RED if above else "#6F7D8C")
-    measured = (
-        f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2"><TR><TD ALIGN="RIGHT">{number}</TD>'
-        f'<TD WIDTH="{_BAR + 4}">{bar}</TD></TR></TABLE>'
-    )
+    measured = _beside(number, bar)
     return f'<TR><TD ALIGN="LEFT">{font(bits, size=11, bold=True)}</TD><TD ALIGN="RIGHT" CELLPADDING="0">{measured}</TD></TR>'
 
 
@@ -104,8 +101,7 @@ def share_row(quantized: int, total: int) -> str:
     """Returns the row of a folded module: a bar, green for the quantized share of its layers and yellow for the rest, and the counts."""
     bar = _bar(quantized / total if total else 0.0, GREEN.border, "#F2C230")
     text = font(f"{quantized} of {total} quantized", size=10)
-    cells = f'<TD ALIGN="LEFT" WIDTH="{_BAR + 4}">{bar}</TD><TD ALIGN="LEFT">{text}</TD>'
-    return _row(f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2"><TR>{cells}</TR></TABLE>', padding=1)
+    return f'<TR><TD ALIGN="LEFT">{text}</TD><TD ALIGN="RIGHT" CELLPADDING="0">{_beside("", bar)}</TD></TR>'
 
 
 def swatch(paint: Paint) -> str:
@@ -151,6 +147,11 @@ def _bar(share: float, color: str, rest: str = "#DFE4E8") -> str:
         if width
     )
     return f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0"><TR>{cells}</TR></TABLE>'
+
+
+def _beside(text: str, bar: str) -> str:
+    cells = (f'<TD ALIGN="RIGHT">{text}</TD>' if text else "") + f'<TD WIDTH="{_BAR + 4}">{bar}</TD>'
+    return f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2"><TR>{cells}</TR></TABLE>'
 
 
 def _row(content: str, padding: int = 3) -> str:
