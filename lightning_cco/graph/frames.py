@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class _FrameMode(TorchFunctionMode):
         kwargs = {} if kwargs is None else kwargs
         stack = self.frames.stack()
         name = getattr(func, "__name__", "")
-        if not stack:
+        if not stack or (not torch.compiler.is_compiling() and _in_compiled_graph()):
             return func(*args, **kwargs)
         if name == "multi_head_attention_forward":
             # Its inner matmuls would run with the mode off, out of sight.
@@ -254,6 +255,31 @@ def _inert() -> Callable[..., None]:
 
 def _do_nothing(*args: Any) -> None:
     return None
+
+
+_LOOK_FURTHER = ("torch.overrides", "torch.nn.functional", "torch.functional", "torch._tensor", "torch._jit_internal", "torch._ops")
+_COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch._subclasses", "torch.fx", "torch._higher_order_ops", "torch._decomp")
+_origins: dict[CodeType, bool | None] = {}
+
+
+def _in_compiled_graph() -> bool:
+    """Whether the torch call now seen comes from a graph that was compiled, or from the compiler.
+
+    A module compiled inside an eager one, and every ``torch.compile(model)`` (whose own hooks run eagerly), runs its graph while our mode is active.
+    What is in the graph is quantized already: it must be neither quantized again nor counted.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code not in _origins:
+            module = frame.f_globals.get("__name__", "")
+            compiled = module.startswith(_COMPILERS) or code.co_filename.startswith("<eval_with_key>") or "torchinductor" in code.co_filename
+            _origins[code] = True if compiled else None if module in _LOOK_FURTHER else False
+        origin = _origins[code]
+        if origin is not None:
+            return origin
+        frame = frame.f_back
+    return False
 
 
 def _is_redirected(module: nn.Module) -> bool:

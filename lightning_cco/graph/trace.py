@@ -112,14 +112,14 @@ class Tracer:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Hook the model, watch the forward inside the block, take the hooks off."""
-        original = torch.autograd.Function.apply
+        original = vars(torch.autograd.Function)["apply"]  # the classmethod itself, not one bound to the base class
         tracer = self
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             # What runs inside is seen by the mode at run time too, so it is counted here, but it is no layer.
             tracer._inside_custom_function += 1
             try:
-                result = original.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined]
+                result = original.__func__(cls, *args, **kwargs)
             finally:
                 tracer._inside_custom_function -= 1
             with torch._C.DisableTorchFunction():
@@ -132,7 +132,7 @@ class Tracer:
             yield
             self._finish()
         finally:
-            torch.autograd.Function.apply = original  # type: ignore[method-assign]
+            torch.autograd.Function.apply = original  # type: ignore[method-assign, assignment]
             self.frames.detach()
 
     # A tensor's origin is a (call number, output number) pair; parameters and constants carry the names of the parameters they come from.
