@@ -15,13 +15,13 @@ import pygraphviz
 import pytest
 
 from lightning_cco.errors import CCOWarning
-from lightning_cco.graph import node_label
+from lightning_cco.graph import fonts, node_label
 from lightning_cco.graph import render as render_module
 from lightning_cco.graph.draw import draw_graph
 from lightning_cco.graph.fold import folded_view, whole_view
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.render import render, render_png_bytes
+from lightning_cco.graph.render import render, render_png_bytes, save_pictures
 
 Mark = Callable[[Layer], object]
 
@@ -320,6 +320,16 @@ def test_files_are_written(tmp_path: Path) -> None:
     assert {str(node) for node in pygraphviz.AGraph(str(written["dot"])).nodes()} == set(graph.names)
 
 
+def test_saved_pictures_are_whole_as_svg_and_folded_as_png(tmp_path: Path) -> None:
+    graph = transformer(40)
+    written = save_pictures(graph, tmp_path / "model", plan_of(graph), {"linear": 3.0}, title="forty blocks")
+    assert set(written) == {"svg", "png", "dot"}
+    texts = set(ElementTree.parse(written["svg"]).getroot().itertext())
+    assert {*graph.names, "forty blocks"} <= texts
+    folded = render_png_bytes(draw_graph(graph, plan_of(graph), {"linear": 3.0}, fold=True, title="forty blocks"))
+    assert written["png"].read_bytes() == folded
+
+
 def png_size(data: bytes) -> tuple[int, int]:
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
 
@@ -328,6 +338,31 @@ def test_a_png_has_bounded_sides() -> None:
     data = render_png_bytes(flat(400).to_pydot())
     assert data is not None
     assert render_module.MAX_PIXELS * 0.9 < png_size(data)[1] <= render_module.MAX_PIXELS
+
+
+def text_widths(svg: bytes) -> dict[str, float]:
+    """Width of the box around each node, by its title."""
+    found = {}
+    for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}g"):
+        if node.get("class") == "node":
+            path = next(node.iter("{http://www.w3.org/2000/svg}path"))
+            numbers = [float(x) for x in re.findall(r"(-?[\d.]+),", path.get("d", ""))]
+            found[node[0].text or ""] = max(numbers) - min(numbers)
+    return found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have fonts")
+@pytest.mark.parametrize("source", ["matplotlib", "pillow"])
+def test_letters_are_drawn_on_a_machine_without_fonts(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip({"matplotlib": "matplotlib", "pillow": "PIL"}[source])
+    monkeypatch.delenv("FONTCONFIG_FILE", raising=False)
+    monkeypatch.setattr(fonts, "SYSTEM_FONTS", ())
+    if source == "pillow":
+        monkeypatch.setattr(fonts, "_matplotlib_fonts", lambda: None)
+    monkeypatch.setattr(render_module, "find_fonts", fonts.find_fonts.__wrapped__)
+    dot = LayerGraph([Layer("i" * 30, "", ""), Layer("W" * 30, "", "")], []).to_pydot()
+    widths = text_widths(render(dot, tmp_path / "a", formats=("svg",))["svg"].read_bytes())
+    assert widths["W" * 30] > 2 * widths["i" * 30]  # without a font, every letter is the same box
 
 
 def without_graphviz(monkeypatch: pytest.MonkeyPatch) -> None:

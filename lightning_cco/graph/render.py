@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pydot
 
 from ..errors import CCOWarning
+from .draw import DrawablePlan, draw_graph
+from .fonts import Fonts, find_fonts
+from .layer_graph import LayerGraph
 
 MAX_PIXELS = 16_000  # a side of a PNG; cairo ends at 32,767 and viewers long before
 DPI = 110
@@ -34,11 +37,17 @@ _warned: set[str] = set()
 _too_large: dict[str, int] = {}  # format -> size of the smallest graph whose layout was stopped, not to wait for it again each epoch
 
 
-def render(dot: pydot.Dot, stem: Path | str, formats: Sequence[str] = ("svg", "png", "dot"), timeout: float = TIMEOUT) -> dict[str, Path]:
+def render(
+    dot: pydot.Dot,
+    stem: Path | str,
+    formats: Sequence[str] = ("svg", "png", "dot"),
+    timeout: float = TIMEOUT,
+    dot_instead: bool = True,
+) -> dict[str, Path]:
     """Writes ``stem.svg``, ``stem.png`` and so on, each atomically, and returns the paths of those that could be written.
 
-    Emits a CCOWarning once per cause when one could not: no Graphviz (then the ``.dot`` file is written whether asked for or not), a layout
-    that took longer than ``timeout`` seconds, a folder that can't be written.
+    Emits a CCOWarning once per cause when one could not: no Graphviz, a layout that took longer than ``timeout`` seconds, a folder that
+    can't be written. With ``dot_instead``, ``stem.dot`` is written in place of a picture that could not be drawn.
     """
     stem = Path(stem)
     text = dot.to_string()
@@ -47,13 +56,21 @@ def render(dot: pydot.Dot, stem: Path | str, formats: Sequence[str] = ("svg", "p
     for name in wanted:
         data = text.encode() if name == "dot" else _draw(text, name, timeout)
         if data is None:
-            if "dot" not in wanted:
+            if dot_instead and "dot" not in wanted:
                 wanted.append("dot")
             continue
         path = stem.with_name(f"{stem.name}.{name}")
         if _write(path, data):
             written[name] = path
     return written
+
+
+def save_pictures(
+    graph: LayerGraph, stem: Path | str, plan: DrawablePlan | None = None, qs: Mapping[str, float] | None = None, title: str = ""
+) -> dict[str, Path]:
+    """Writes a graph as ``stem.svg`` and ``stem.dot``, which are whole, and ``stem.png``, in which large graphs are folded."""
+    written = render(draw_graph(graph, plan, qs, title=title), stem, ("svg", "dot"))
+    return written | render(draw_graph(graph, plan, qs, fold=True, title=title), stem, ("png",), dot_instead=False)
 
 
 def render_png_bytes(dot: pydot.Dot, timeout: float = TIMEOUT) -> bytes | None:
@@ -76,9 +93,16 @@ def _draw(text: str, name: str, timeout: float) -> bytes | None:
         )
     if len(text) >= _too_large.get(name, sys.maxsize):
         return None
+    fonts = find_fonts() if commands else Fonts()
+    if not fonts.found:
+        _warn_once(
+            "No font is installed, so the PNG pictures have boxes for letters. Install one, such as fonts-dejavu-core, or matplotlib."
+        )
+    source = text.translate(fonts.missing if name == "png" else {}).encode()
+    environment = {**os.environ, **fonts.environment}
     for command in commands:
         try:
-            done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=timeout, check=False)
+            done = subprocess.run(command, input=source, capture_output=True, timeout=timeout, env=environment, check=False)
         except subprocess.TimeoutExpired:
             _too_large[name] = len(text) * 9 // 10
             _warn_once(
