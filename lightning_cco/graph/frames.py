@@ -48,11 +48,11 @@ class CallNode:
         self.tables: dict[bool, dict[str, Any]] = {False: {}, True: {}}
         self.seen: dict[bool, dict[str, int]] = {False: {}, True: {}}
 
-    def child(self, path: str, index: int) -> CallNode:
+    def child(self, path: str, index: int, captured: bool) -> CallNode:
         """The node of a call made from within this one, made on first use."""
         node = self.children.get((path, index))
         if node is None:
-            node = self.children[path, index] = CallNode(path, index, self, self.captured)
+            node = self.children[path, index] = CallNode(path, index, self, captured)
         return node
 
     @property
@@ -121,6 +121,7 @@ class Frames:
         handle: Called for each torch function with ``(frame, function name, function, args, kwargs)``; returns its result.
 
     Attributes:
+        growing: Whether new calls belong to the capture; what turns up later is marked as never captured.
         entered: Called with each frame pushed, and the arguments of its module.
         left: Called with each frame about to be popped, and its module's output.
         started: Called before the first frame of a thread is pushed.
@@ -132,6 +133,7 @@ class Frames:
         self.handle = handle
         self.entered: Callable[[Frame, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.left: Callable[[Frame, Any], None] | None = None
+        self.growing = False
         self.started: Callable[[], None] | None = None
         self._mode = _FrameMode(self)
         self._main: list[Frame] = []
@@ -186,7 +188,7 @@ class Frames:
             # A block recomputed by activation checkpointing is entered without its callers; the first call is the one meant,
             # for a module called several times per forward nothing here can tell which.
             return known[0]
-        node = self.root.child(path, 0) if path else self.root
+        node = self.root.child(path, 0, self.growing) if path else self.root
         self._entries[path] = [node]
         return node
 
@@ -197,9 +199,9 @@ class Frames:
             parent = stack[-1]
             index = parent.calls.get(path, 0)
             parent.calls[path] = index + 1
-            node = parent.node.child(path, index)
+            node = parent.node.child(path, index, self.growing)
         else:
-            if self.started is not None:
+            if self.started is not None and not torch.compiler.is_compiling():
                 self.started()
             self._mode.__enter__()
             node = self._node_for_entry(path)

@@ -94,6 +94,7 @@ class Tracer:
         self.model = model
         self.calls: list[Call] = []
         self.frames = Frames(model, root, self._handle)
+        self.frames.growing = True
         self.frames.entered, self.frames.left = self._entered, self._left
         self._modules = dict(model.named_modules())
         self._known: dict[int, tuple[weakref.ref[Tensor], Any]] = {}

@@ -69,11 +69,23 @@ class Runtime:
         self.drift: dict[str, str] = {}
         self.recorder: Recorder | None = None
         self.run = self._quantize
+        self._with_parameters = {path for path, module in model.named_modules() if next(module.parameters(), None) is not None}
         self._has_training_capture = any(node.seen[True] for node in capture.root.walk())
+        parameter = next(model.parameters())
+
+        def follow_device() -> None:
+            """Keep the quantizers where the parameters are: Lightning moves the model to the CPU at the end of a run."""
+            for quantizer in self._activations.values():
+                if quantizer.scale.device == parameter.device:
+                    return
+                quantizer.to(parameter.device)
+
+        self.frames.started = follow_device
         self.load(plan, activations, weights)
 
     def load(self, plan: QuantizationPlan, activations: Mapping[str, ActivationQuantizer], weights: Mapping[str, list[WeightQuantizer]]) -> None:
         """Fill the tables of every call node from a plan. Code compiled for another plan must be dropped by the caller."""
+        self._activations = activations
         for node in self.capture.root.walk():
             for training in (False, True):
                 seen = node.seen[training] or node.seen[False]
@@ -197,6 +209,8 @@ class Runtime:
     def _unseen(self, frame: Frame, name: str, args: tuple[Any, ...]) -> None:
         if frame.training and not self._has_training_capture:
             return
+        if not frame.node.captured and frame.node.path not in self._with_parameters:
+            return  # a metric or a loss, not the model
         if not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
             return
         where = frame.node.key or "the root module"
