@@ -177,11 +177,12 @@ def test_a_boundary_seen_through_a_value_preserving_layer_is_dashed_at_its_reade
 
 
 def test_texts_of_users_do_not_break_the_label() -> None:
-    layers = [Layer("conv", 'a<b>&"c"', "conv", attributes={"mode": '<&>"\\'}, note=""), Layer("no de-1", "", "x y")]
-    svg = pygraphviz.AGraph(string=LayerGraph(layers, [Edge("conv", "no de-1")]).to_pydot().to_string()).draw(format="svg", prog="dot")
+    layers = [Layer("conv", 'a<b>&"c"', "conv", attributes={"mode": '<&>"\\'}), Layer('<no> "de"-1', "", "x y")]
+    dot = draw_graph(LayerGraph(layers, [Edge("conv", '<no> "de"-1')]), title="<i>&")
+    svg = pygraphviz.AGraph(string=dot.to_string()).draw(format="svg", prog="dot")
     texts = "".join(ElementTree.fromstring(svg).itertext())
-    assert 'a<b>&"c"' in texts
-    assert '<&>"\\' in texts
+    for text in ('a<b>&"c"', '<&>"\\', '<no> "de"-1', "<i>&"):
+        assert text in texts
 
 
 def counts(graph: LayerGraph, mark: Mark = lambda layer: None, **limits: int) -> list[tuple[str, int, int]]:
