@@ -131,10 +131,17 @@ class LayerGraph:
         """Returns the layers from each output upstream to the first weighted layer of every branch, that layer included.
 
         In other words: the layers from which a path leads to an output with no weighted layer on it other than, possibly, its first.
-        The output markers themselves and the inputs of the model are not part of it.
+        The output markers themselves and the inputs of the model are not part of it. An output that the model itself reads on (features returned
+        beside the logits, an encoder's states beside the decoder's) is not where it ends, and starts no tail while another output does.
         """
-        reached = self._reach(self.outputs, self._predecessors, stop=lambda name: self._by_name[name].weighted)
+        reached = self._reach(self._ends(), self._predecessors, stop=lambda name: self._by_name[name].weighted)
         return {name for name in reached if self._by_name[name].kind not in ("input", "output")}
+
+    def _ends(self) -> list[str]:
+        """Outputs that no layer reads on; all of them if there is no such output."""
+        read_on = {edge.source for edge in self.edges if self._by_name[edge.destination].kind != "output"}
+        ends = [name for name in self.outputs if not read_on.intersection(self._predecessors[name])]
+        return ends or list(self.outputs)
 
     def between(self, start: str, until: str | Iterable[str]) -> set[str]:
         """Returns the layers on the paths from ``start`` to any of ``until``: ``start`` included, the destinations not.

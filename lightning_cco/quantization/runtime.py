@@ -120,7 +120,8 @@ class Runtime:
     # What to do at a planned call; `run` is one of these.
 
     def _quantize(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        track = frame.training
+        # Activation checkpointing runs a part of the forward again inside the backward; the ranges have moved for this batch already.
+        track = frame.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
         if site.weights or site.reads:
             for slot, weight_quantizer in site.weights:
                 args, kwargs = _replaced(args, kwargs, slot, weight_quantizer)
