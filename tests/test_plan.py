@@ -172,7 +172,8 @@ def test_masked_scores_stay_in_float() -> None:
             scores = self.fc(x) + torch.full((2, 4), float("-inf")).triu(1)
             return self.out(scores.softmax(-1))
 
-    found = plan_quantization(capture_graph(Masked(), torch.ones(2, 4)))
+    settings = load_settings({"global_quantization_settings": {"skip_tail_quantization": False}})
+    found = plan_quantization(capture_graph(Masked(), torch.ones(2, 4)), settings)
     assert found.skipped["add"].startswith("unsupported")
     assert "add" not in found.tensors
     assert "softmax" in found.tensors

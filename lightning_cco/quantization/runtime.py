@@ -33,6 +33,7 @@ class SiteQuantizers:
     outputs: list[tuple[int, ActivationQuantizer]] = field(default_factory=list)
     limits: Callable[[tuple[Any, ...], dict[str, Any]], tuple[float, float] | None] | None = None
     in_place: bool = False
+    overwritten: bool = False
     code_position: int = -1
 
 
@@ -132,7 +133,7 @@ class Runtime:
         if site.limits is not None:
             clamp = site.limits(args, kwargs)
             if clamp is not None:
-                return site.outputs[0][1](args[0] if args else kwargs["input"], clamp=clamp, inplace=site.in_place, track=track)
+                return site.outputs[0][1](args[0] if args else kwargs["input"], clamp=clamp, inplace=site.in_place, track=track, overwritten=site.overwritten)
         if site.in_place:
             # The caller may drop the result and go on with the argument: both must be the quantized tensor. The operation runs on a copy because
             # autograd may keep its result, which must then not change.
@@ -143,8 +144,8 @@ class Runtime:
             return target.copy_(site.outputs[0][1](result, track=track))
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
-            return site.outputs[0][1](result, track=track)
-        return _with_outputs(result, site.outputs, track)
+            return site.outputs[0][1](result, track=track, overwritten=site.overwritten)
+        return _with_outputs(result, site.outputs, track, site.overwritten)
 
     def _observe(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for slot, _, quantizer in site.reads:
@@ -261,7 +262,7 @@ def _site_quantizers(
 ) -> SiteQuantizers | None:
     if not site.visible:
         return None
-    found = SiteQuantizers(site.layer, in_place=site.in_place, code_position=site.code_position)
+    found = SiteQuantizers(site.layer, in_place=site.in_place, overwritten=_is_overwritten(site.layer, capture), code_position=site.code_position)
     if site.layer in weights:
         found.weights = [(weight.slot, quantizer) for weight, quantizer in zip(site.weights, weights[site.layer], strict=True)]
     for source in site.sources:
@@ -275,6 +276,18 @@ def _site_quantizers(
     if found.outputs and site.op.category is Category.CLAMP:
         found.limits = _LIMITS.get(site.function)
     return found if found.weights or found.reads or found.outputs else None
+
+
+def _is_overwritten(layer: str, capture: Capture) -> bool:
+    """Whether a later in-place operation writes over a layer's output, or over a view of it."""
+    for reader in capture.graph.successors(layer):
+        site = capture.sites[reader]
+        first = site.sources[0].layer if site.sources else None
+        if site.in_place and first == layer:
+            return True
+        if site.op.category in (Category.PRESERVE, Category.IDENTITY) and _is_overwritten(reader, capture):
+            return True
+    return False
 
 
 def _clamp_limits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float] | None:
@@ -330,8 +343,8 @@ def _flat(result: Any) -> list[Any]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def _with_outputs(result: Any, outputs: list[tuple[int, ActivationQuantizer]], track: bool) -> Any:
+def _with_outputs(result: Any, outputs: list[tuple[int, ActivationQuantizer]], track: bool, overwritten: bool) -> Any:
     items = list(result)
     for position, quantizer in outputs:
-        items[position] = quantizer(items[position], track=track)
+        items[position] = quantizer(items[position], track=track, overwritten=overwritten)
     return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
