@@ -1,0 +1,252 @@
+"""Reading and checking recipes: where they come from, the forms CLIKA writes them in, and what can be wrong with them."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_cco.errors import CCOError
+from lightning_cco.settings import (
+    RANGE_ESTIMATORS,
+    SENSITIVITY_MODES,
+    TARGET_FRAMEWORKS,
+    Config,
+    LayerRule,
+    Settings,
+)
+
+_ALIASES = {"ov": "openvino", "trt": "tensorrt", "onnxruntime": "ort"}
+
+# What CLIKA's recipes set and Lightning's Trainer owns.
+_TRAINER_OWNS = {
+    "num_epochs": "Trainer(max_epochs=...)",
+    "steps_per_epoch": "Trainer(limit_train_batches=...)",
+    "evaluation_steps": "Trainer(limit_val_batches=...)",
+    "grads_acc_steps": "Trainer(accumulate_grad_batches=...)",
+    "grads_accumulation_steps": "Trainer(accumulate_grad_batches=...)",
+    "amp_dtype": 'Trainer(precision="bf16-mixed")',
+    "mixed_precision": 'Trainer(precision="bf16-mixed")',
+    "weights_dtype": 'Trainer(precision="bf16-true")',
+    "clip_grad_norm_val": "Trainer(gradient_clip_val=...)",
+    "clip_grad_norm_type": 'Trainer(gradient_clip_algorithm="norm")',
+    "random_seed": "lightning.pytorch.seed_everything(...)",
+    "print_interval": "Trainer(log_every_n_steps=...)",
+    "print_ma_window_size": "Trainer(log_every_n_steps=...)",
+    "save_interval": "ModelCheckpoint(every_n_epochs=...)",
+    "reset_train_data": "Trainer(reload_dataloaders_every_n_epochs=1)",
+    "reset_eval_data": "Trainer(reload_dataloaders_every_n_epochs=1)",
+    "lr_warmup_epochs": "a scheduler in configure_optimizers",
+    "lr_warmup_steps_per_epoch": "a scheduler in configure_optimizers",
+    "multi_gpu": 'Trainer(devices=..., strategy="ddp")',
+    "use_sharding": 'Trainer(devices=..., strategy="ddp")',
+    "is_training_from_scratch": "nothing: train float first, then compress",
+    "skip_initial_eval": "training_settings.skip_initial_evaluation",
+}
+_DROPPED = {"distributed_training_settings", "global_lora_settings"}
+
+
+def shipped_configs_dir() -> Path:
+    """The folder of the shipped Hydra configs: inside the package when installed, beside it in a source tree.
+
+    Raises:
+        CCOError: Neither is there.
+    """
+    here = Path(__file__).resolve().parent
+    for folder in (here / "configs", here.parent / "configs"):
+        if (folder / "cco").is_dir():
+            return folder
+    raise CCOError(f"The shipped configs are missing: expected {here / 'configs'}. Install lightning_cco again.")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Path of each shipped recipe by its name."""
+    return {path.stem: path for path in sorted((shipped_configs_dir() / "cco").glob("*.yaml"))}
+
+
+def read(cfg: Config) -> dict[str, Any]:
+    """Any form of a recipe as a plain dict, not checked yet."""
+    if cfg is None:
+        return {}
+    if isinstance(cfg, Settings):
+        return copy.deepcopy(vars(cfg))
+    if isinstance(cfg, DictConfig):
+        try:
+            plain = OmegaConf.to_container(cfg, resolve=True)
+        except OmegaConfBaseException as error:
+            raise CCOError(f"The recipe's interpolations can't be resolved: {error}") from error
+        return dict(plain)  # type: ignore[arg-type]
+    if isinstance(cfg, Mapping):
+        return {str(key): value for key, value in cfg.items()}
+    if isinstance(cfg, (str, Path)):
+        return _read_file(cfg)
+    raise CCOError(
+        f"A recipe was expected: None, Settings, a mapping, a DictConfig, the path of a YAML file or the name of a shipped recipe; "
+        f"{type(cfg).__name__} came. Write CCOCallback('w8a8') or CCOCallback({{'global_quantization_settings': {{'weights_num_bits': 8}}}})."
+    )
+
+
+def _read_file(cfg: str | Path) -> dict[str, Any]:
+    path = Path(cfg)
+    if not path.is_file():
+        recipes = shipped_recipes()
+        if str(cfg) in recipes:
+            path = recipes[str(cfg)]
+        elif path.suffix in (".yaml", ".yml") or path.parent != Path("."):
+            raise CCOError(f"The recipe '{cfg}' is not a file. Give the path of a YAML file, or the name of a shipped recipe: {sorted(recipes)}.")
+        else:
+            raise CCOError(f"There is no recipe named '{cfg}'.{_nearest(str(cfg), recipes)} The shipped ones are {sorted(recipes)}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            content = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise CCOError(f"The recipe '{cfg}' is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        came = "nothing" if content is None else f"a {type(content).__name__}"
+        raise CCOError(f"The recipe '{cfg}' holds {came}; a mapping with keys such as global_quantization_settings was expected.")
+    return {str(key): value for key, value in content.items()}
+
+
+def parse(raw: Mapping[str, Any]) -> Settings:
+    """Build checked settings from a plain dict (or from one that holds the dataclasses themselves)."""
+    _check_keys(raw, Settings, "")
+    found = Settings()
+    for section in ("global_quantization_settings", "training_settings", "monitoring_settings", "deployment_settings"):
+        kind = type(getattr(found, section))
+        values = raw.get(section)
+        if values is not None:
+            setattr(found, section, _section(values, kind, section))
+    found.layer_settings = _rules(raw.get("layer_settings"))
+    _check(found)
+    return found
+
+
+def _section(values: Any, kind: type, section: str) -> Any:
+    if isinstance(values, kind):
+        values = vars(values)
+    if not isinstance(values, Mapping):
+        raise CCOError(f"{section}: a mapping was expected, {type(values).__name__} came: {values!r}.")
+    values = dict(values)
+    if section == "global_quantization_settings":
+        if values.pop("method", "qat") != "qat":
+            raise CCOError("global_quantization_settings.method: only 'qat' (quantization-aware training) is there. Remove the key.")
+        # CLIKA: "keep it null if unsure".
+        values = {key: value for key, value in values.items() if value is not None or key.startswith("quantization_sensitivity")}
+    _check_keys(values, kind, section)
+    return _typed(kind, values, section)
+
+
+def _typed(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    """Let OmegaConf check the types; it says which key is wrong."""
+    result = {}
+    schema = OmegaConf.structured(kind)
+    for key, value in values.items():
+        try:
+            if isinstance(value, bool) and "bool" not in str(kind.__dataclass_fields__[key].type):  # type: ignore[attr-defined]
+                raise TypeError(f"a boolean is no {kind.__dataclass_fields__[key].type}")  # type: ignore[attr-defined]
+            schema[key] = list(value) if isinstance(value, tuple) else value
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            expected = kind.__dataclass_fields__[key].type  # type: ignore[attr-defined]
+            raise CCOError(f"{where}.{key}: {expected} was expected, {type(value).__name__} came: {value!r}.") from error
+        result[key] = OmegaConf.to_container(schema[key]) if OmegaConf.is_config(schema[key]) else schema[key]
+    return kind(**result)
+
+
+def _check_keys(values: Mapping[str, Any], kind: type, where: str) -> None:
+    fields = list(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+    for key in values:
+        if key in fields:
+            continue
+        full = f"{where}.{key}" if where else str(key)
+        if key in _TRAINER_OWNS:
+            raise CCOError(f"{full}: that is not the recipe's to say in Lightning. Remove it and write {_TRAINER_OWNS[key]}.")
+        if key in _DROPPED:
+            raise CCOError(f"{full}: lightning_cco has no such settings. Remove them; devices and strategy are arguments of the Trainer.")
+        raise CCOError(f"{full}: unknown key.{_nearest(str(key), fields)} The keys here are {fields}.")
+
+
+def _rules(raw: Any) -> list[LayerRule]:
+    if raw is None:
+        return []
+    if isinstance(raw, Mapping):  # CLIKA's form: {conv: {quantization_settings: {...}}}
+        raw = [{"match": name, **(value.get("quantization_settings", value) if isinstance(value, Mapping) else {"": value})} for name, value in raw.items()]
+    if not isinstance(raw, Iterable) or isinstance(raw, str):
+        raise CCOError(f"layer_settings: a list of rules was expected, {type(raw).__name__} came. Write [{{match: conv_1, skip_quantization: true}}].")
+    rules = []
+    for number, rule in enumerate(raw):
+        where = f"layer_settings[{number}]"
+        values = vars(rule) if isinstance(rule, LayerRule) else rule
+        if not isinstance(values, Mapping):
+            raise CCOError(f"{where}: a mapping was expected, {type(rule).__name__} came: {rule!r}. Write {{match: conv_1, skip_quantization: true}}.")
+        values = dict(values)
+        if isinstance(values.get("skip_quantization_until"), str):
+            values["skip_quantization_until"] = [values["skip_quantization_until"]]
+        if values.get("skip_quantization_until", ()) is None:
+            del values["skip_quantization_until"]
+        _check_keys(values, LayerRule, where)
+        rules.append(_typed(LayerRule, values, where))
+    return rules
+
+
+def _check(settings: Settings) -> None:
+    general, training, monitoring = settings.global_quantization_settings, settings.training_settings, settings.monitoring_settings
+    _bits("global_quantization_settings", general.weights_num_bits, general.activations_num_bits)
+    for key in ("quantization_sensitivity_threshold", "quantization_sensitivity_relative_threshold"):
+        value = getattr(general, key)
+        if value is not None and not value >= 0:
+            raise CCOError(f"global_quantization_settings.{key}: a number of at least 0, or null, was expected; {value} came.")
+    if training.stats_steps < 1:
+        raise CCOError(f"training_settings.stats_steps: at least 1 calibration batch was expected, {training.stats_steps} came. Write 20.")
+    _one_of("training_settings.range_estimator", training.range_estimator, RANGE_ESTIMATORS)
+    if not 0.0 < training.averaging_constant <= 1.0:
+        raise CCOError(f"training_settings.averaging_constant: a number in (0, 1] was expected, {training.averaging_constant} came. Write 0.01.")
+    if not 50.0 < training.percentile <= 100.0:
+        raise CCOError(f"training_settings.percentile: per cent in (50, 100] was expected, {training.percentile} came. Write 99.99.")
+    if training.freeze_ranges_at_step is not None and training.freeze_ranges_at_step < 0:
+        raise CCOError(f"training_settings.freeze_ranges_at_step: a step of at least 0, or null, was expected; {training.freeze_ranges_at_step} came.")
+    if monitoring.sensitivity_batches < 1:
+        raise CCOError(f"monitoring_settings.sensitivity_batches: at least 1 was expected, {monitoring.sensitivity_batches} came.")
+    if not monitoring.sensitivity_modes:
+        raise CCOError(f"monitoring_settings.sensitivity_modes: at least one of {list(SENSITIVITY_MODES)} was expected, none came.")
+    for mode in monitoring.sensitivity_modes:
+        _one_of("monitoring_settings.sensitivity_modes", mode, SENSITIVITY_MODES)
+    target = settings.deployment_settings.target_framework.lower()
+    settings.deployment_settings.target_framework = _ALIASES.get(target, target)
+    _one_of("deployment_settings.target_framework", settings.deployment_settings.target_framework, TARGET_FRAMEWORKS)
+    for number, rule in enumerate(settings.layer_settings):
+        _check_rule(rule, f"layer_settings[{number}]")
+
+
+def _check_rule(rule: LayerRule, where: str) -> None:
+    if not rule.match:
+        raise CCOError(f"{where}: `match` is missing: which layers is it about? Write a layer's name, a module's path or a glob, such as {{match: conv_1, ...}}.")
+    where = f"{where} (match: {rule.match})"
+    _bits(where, rule.weights_num_bits, rule.activations_num_bits)
+    reaching = "skip_quantization_until" if rule.skip_quantization_until else "skip_quantization_downstream" if rule.skip_quantization_downstream else ""
+    if reaching and rule.skip_quantization is not True:
+        raise CCOError(f"{where}: {reaching} says how far a skip goes, but skip_quantization is not true. Add skip_quantization: true.")
+    if rule.skip_quantization_until and rule.skip_quantization_downstream:
+        raise CCOError(f"{where}: skip_quantization_until and skip_quantization_downstream contradict each other. Keep one of them.")
+
+
+def _bits(where: str, weights: int | None, activations: int | None) -> None:
+    for key, bits in (("weights_num_bits", weights), ("activations_num_bits", activations)):
+        if bits is not None and not 2 <= bits <= 8:
+            raise CCOError(f"{where}.{key}: 2 to 8 bits were expected, {bits} came. To leave a layer in float write skip_quantization: true.")
+
+
+def _one_of(where: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise CCOError(f"{where}: one of {list(allowed)} was expected, '{value}' came.{_nearest(value, allowed)}")
+
+
+def _nearest(value: str, candidates: Iterable[str]) -> str:
+    near = difflib.get_close_matches(value, list(candidates), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""

@@ -1,0 +1,206 @@
+"""The settings of a compression: what a recipe can say.
+
+Names follow the CLIKA CCO guide. `load_settings` is the one way in: it reads every form a recipe comes in and checks every value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+
+from lightning_cco.errors import CCOError
+
+Config: TypeAlias = "Settings | Mapping[str, Any] | str | Path | None"
+"""What `load_settings` takes. A DictConfig is a mapping."""
+
+RANGE_ESTIMATORS = ("moving_average", "min_max", "percentile", "mse")
+TARGET_FRAMEWORKS = ("ort", "openvino", "tensorrt")
+SENSITIVITY_MODES = ("local", "accumulated")
+
+
+@dataclass
+class LayerQuantizationSettings:
+    """What is said of one layer, or of the layers from it on.
+
+    Attributes:
+        skip_quantization: True: don't quantize. False: quantize, even in the model's tail. None: not said.
+        skip_quantization_until: With ``skip_quantization``: skip all layers between this one and these, this one included, these not.
+        skip_quantization_downstream: With ``skip_quantization``: skip everything from this layer to the outputs.
+        weights_num_bits: Bits of the weights, 2 to 8; None: the global value.
+        activations_num_bits: Bits of the layer's output, 2 to 8; None: the global value.
+    """
+
+    skip_quantization: bool | None = None
+    skip_quantization_until: list[str] = field(default_factory=list)
+    skip_quantization_downstream: bool = False
+    weights_num_bits: int | None = None
+    activations_num_bits: int | None = None
+
+
+@dataclass
+class LayerRule(LayerQuantizationSettings):
+    """The settings of the layers that ``match`` selects: a layer's name, a module's path, or a glob over either."""
+
+    match: str = ""
+
+
+@dataclass
+class GlobalQuantizationSettings:
+    """What holds for every layer that no rule says otherwise of.
+
+    Attributes:
+        weights_num_bits: Bits of the weights, 2 to 8.
+        activations_num_bits: Bits of the activations, 2 to 8.
+        skip_tail_quantization: Skip the layers from each output up to the first weighted layer of every branch.
+        automatic_skip_quantization: Skip the layers above the threshold from the next epoch on, instead of suggesting it.
+        quantization_sensitivity_threshold: Quantization Sensitivity (L2 norm) above which a skip is suggested; None: no such threshold.
+        quantization_sensitivity_relative_threshold: The same for the norm relative to the layer's output, such as 0.5; None: no such threshold.
+    """
+
+    weights_num_bits: int = 8
+    activations_num_bits: int = 8
+    skip_tail_quantization: bool = True
+    automatic_skip_quantization: bool = False
+    quantization_sensitivity_threshold: float | None = 10000.0
+    quantization_sensitivity_relative_threshold: float | None = None
+
+
+@dataclass
+class TrainingSettings:
+    """Calibration and ranges.
+
+    Attributes:
+        stats_steps: Batches of the training loader for the calibration before the first step.
+        range_estimator: ``moving_average``, ``min_max``, ``percentile`` or ``mse``.
+        averaging_constant: Share of a training batch in the moving average, in (0, 1].
+        percentile: Per cent of the values that the ``percentile`` estimator covers at each end, in (50, 100].
+        freeze_ranges_at_step: Global step from which ranges stand still; 0: right after the calibration; None: never.
+        skip_initial_evaluation: Don't validate the float model before training.
+    """
+
+    stats_steps: int = 20
+    range_estimator: str = "moving_average"
+    averaging_constant: float = 0.01
+    percentile: float = 99.99
+    freeze_ranges_at_step: int | None = None
+    skip_initial_evaluation: bool = False
+
+
+@dataclass
+class MonitoringSettings:
+    """What is measured and shown each epoch.
+
+    Attributes:
+        sensitivity_batches: Batches on which Quantization Sensitivity is measured, the same ones each epoch.
+        sensitivity_modes: ``local``, ``accumulated``, or both.
+        draw_graph: Draw the layer graph.
+        output_dir: Folder for pictures and recipes; None: ``cco`` in the Trainer's log folder.
+    """
+
+    sensitivity_batches: int = 2
+    sensitivity_modes: list[str] = field(default_factory=lambda: list(SENSITIVITY_MODES))
+    draw_graph: bool = True
+    output_dir: str | None = None
+
+
+@dataclass
+class DeploymentSettings:
+    """Where the model is going.
+
+    Attributes:
+        target_framework: ``ort``, ``openvino`` (or ``ov``) or ``tensorrt`` (or ``trt``): decides which kinds of layer run in INT8.
+        export_dir: Folder that the best checkpoint is exported to when ``fit`` ends; None: no export.
+    """
+
+    target_framework: str = "ort"
+    export_dir: str | None = None
+
+
+@dataclass
+class Settings:
+    """A whole recipe.
+
+    >>> settings = generate_default_settings()
+    >>> settings.set_quantization_settings_for_layer("conv", LayerQuantizationSettings(weights_num_bits=4))
+    >>> settings.layer_settings[0].match, settings.layer_settings[0].weights_num_bits
+    ('conv', 4)
+    """
+
+    global_quantization_settings: GlobalQuantizationSettings = field(default_factory=GlobalQuantizationSettings)
+    training_settings: TrainingSettings = field(default_factory=TrainingSettings)
+    monitoring_settings: MonitoringSettings = field(default_factory=MonitoringSettings)
+    deployment_settings: DeploymentSettings = field(default_factory=DeploymentSettings)
+    layer_settings: list[LayerRule] = field(default_factory=list)
+
+    def set_quantization_settings_for_layer(self, name: str, settings: LayerQuantizationSettings) -> None:
+        """Say something of a layer; what was said of the same name before is replaced.
+
+        Args:
+            name: Layer name, module path or glob.
+            settings: What to do with it.
+
+        Raises:
+            CCOError: The arguments are of other types, or the settings make no sense.
+        """
+        if not isinstance(name, str) or not isinstance(settings, LayerQuantizationSettings):
+            raise CCOError(
+                "set_quantization_settings_for_layer(name, settings) expects a layer name and LayerQuantizationSettings, "
+                f"but {type(name).__name__} and {type(settings).__name__} came. Write "
+                'set_quantization_settings_for_layer("conv_1", LayerQuantizationSettings(skip_quantization=True)).'
+            )
+        values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(LayerQuantizationSettings)}
+        rule = LayerRule(**values, match=name)
+        load_settings(Settings(layer_settings=[rule]))  # say what is wrong where it is written
+        for position, known in enumerate(self.layer_settings):
+            if known.match == name:
+                self.layer_settings[position] = rule
+                return
+        self.layer_settings.append(rule)
+
+    @classmethod
+    def load_from_path(cls, path: str | Path) -> Settings:
+        """Read a YAML file.
+
+        Raises:
+            CCOError: The file is missing, empty, or not a valid recipe.
+        """
+        return load_settings(Path(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain dicts, lists, strings and numbers. Rules carry only what they say."""
+        plain = dataclasses.asdict(self)
+        empty = dataclasses.asdict(LayerRule())
+        plain["layer_settings"] = [
+            {"match": rule["match"], **{key: value for key, value in rule.items() if key != "match" and value != empty[key]}}
+            for rule in plain["layer_settings"]
+        ]
+        return plain
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe as YAML that `load_settings` reads back to an equal one."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def generate_default_settings() -> Settings:
+    """The default recipe: 8-bit weights and activations, the tail skipped."""
+    return Settings()
+
+
+def load_settings(cfg: Config = None) -> Settings:
+    """Read a recipe in any of its forms and check it.
+
+    Args:
+        cfg: None for the defaults; Settings (a checked copy is returned); a mapping or DictConfig; the path of a YAML file; or the name of a
+            shipped recipe, such as ``w8a8``.
+
+    Raises:
+        CCOError: A key is unknown, a value of the wrong type or out of its bounds, a file missing; the message says what to write.
+    """
+    from lightning_cco._recipes import parse, read  # imports the dataclasses above
+
+    return parse(read(cfg))
