@@ -1,0 +1,205 @@
+"""Quantization Sensitivity: how far a layer's quantized output is from its float one.
+
+For layer l and batch b, ``QS = sqrt(mean_b ‖q_l(x_b) − f_l(x_b)‖₂²)`` with the norm over the whole output tensor: the L2 norm between the quantized and
+the float output, as the CLIKA CCO guide defines it. The raw norm grows with batch and tensor size; beside it stand the relative form ``‖q − f‖ / ‖f‖``
+and the signal-to-quantization-noise ratio ``10 · log10(‖f‖² / ‖q − f‖²)`` in dB.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_cco.settings import SENSITIVITY_MODES
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """One layer's sensitivity.
+
+    Attributes:
+        name: The layer.
+        qs: Root mean square over the batches of the L2 norm between quantized and float output.
+        relative: Norm of the difference over the norm of the float output; 0 if both are 0.
+        sqnr_db: Signal-to-quantization-noise ratio in dB; infinite without a difference.
+    """
+
+    name: str
+    qs: float
+    relative: float
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """The sensitivity of every measured layer, in graph order.
+
+    Attributes:
+        local: Float and quantized layer on the same float input.
+        accumulated: Quantized model against float model; the error of all layers before is in it.
+        num_batches: Batches measured, over all processes.
+    """
+
+    local: dict[str, LayerSensitivity]
+    accumulated: dict[str, LayerSensitivity]
+    num_batches: int
+
+    @property
+    def main(self) -> dict[str, LayerSensitivity]:
+        """The local sensitivities if they were measured, else the accumulated ones."""
+        return self.local or self.accumulated
+
+    def worst_first(self) -> list[LayerSensitivity]:
+        """Layers from the most sensitive on; NaN counts as worst of all."""
+        return sorted(self.main.values(), key=lambda entry: -_rank(entry.qs))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        modes = {mode: [asdict(entry) for entry in getattr(self, mode).values()] for mode in SENSITIVITY_MODES}
+        return {**modes, "num_batches": self.num_batches}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> SensitivityReport:
+        """The report of what `to_dict` returned."""
+        modes = {mode: {entry["name"]: LayerSensitivity(**entry) for entry in state[mode]} for mode in SENSITIVITY_MODES}
+        return cls(modes["local"], modes["accumulated"], state["num_batches"])
+
+
+def _rank(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def energies(quantized: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms of the difference and of the reference.
+
+    Args:
+        quantized: Any shape, any float type.
+        reference: The same shape.
+
+    Returns:
+        Two 0-d float64 tensors.
+
+    >>> energies(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
+    (tensor(4., dtype=torch.float64), tensor(17., dtype=torch.float64))
+    """
+    quantized, reference = quantized.detach().float(), reference.detach().float()
+    error = torch.linalg.vector_norm(quantized - reference).double().square()
+    return error, torch.linalg.vector_norm(reference).double().square()
+
+
+def summarize(name: str, error: float, signal: float, count: float) -> LayerSensitivity:
+    """Sensitivity from sums over ``count`` batches of the two energies."""
+    if error == 0.0:
+        return LayerSensitivity(name, 0.0, 0.0, math.inf)
+    relative = math.sqrt(error / signal) if signal > 0.0 else math.inf
+    sqnr = 10.0 * math.log10(signal / error) if signal > 0.0 and math.isfinite(signal) and math.isfinite(error) else -math.inf
+    if math.isnan(error) or math.isnan(signal):
+        relative = sqnr = math.nan
+    return LayerSensitivity(name, math.sqrt(error / count), relative, sqnr)
+
+
+class QuantizationSensitivity(Metric):
+    """Quantization Sensitivity of one layer, as a torchmetrics metric.
+
+    ``update(quantized, reference)`` takes one batch's outputs; ``compute()`` gives the QS, a 0-d float64 tensor.
+
+    >>> metric = QuantizationSensitivity()
+    >>> metric.update(torch.zeros(2, 2), torch.full((2, 2), 2.0))
+    >>> metric.compute()
+    tensor(4., dtype=torch.float64)
+    """
+
+    error: Tensor
+    signal: Tensor
+    count: Tensor
+    higher_is_better = False
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("error", "signal", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, quantized: Tensor, reference: Tensor) -> None:
+        """Add one batch.
+
+        Args:
+            quantized: The quantized layer's output, any shape.
+            reference: The float layer's output, the same shape.
+        """
+        error, signal = energies(quantized, reference)
+        self.error += error
+        self.signal += signal
+        self.count += 1
+
+    def compute(self) -> Tensor:
+        """Root mean square of the L2 norms."""
+        return (self.error / self.count.clamp(min=1)).sqrt()
+
+    def sensitivity(self, name: str = "") -> LayerSensitivity:
+        """QS, relative form and SQNR, summed over processes."""
+        self.compute()
+        return summarize(name, float(self.error), float(self.signal), max(1.0, float(self.count)))
+
+
+class LayerSensitivities(Metric):
+    """Quantization Sensitivity of all layers at once: one state, one reduction.
+
+    Args:
+        names: The layers, in the order of the report.
+    """
+
+    sums: Tensor
+    batches: Tensor
+    full_state_update = False
+
+    def __init__(self, names: Iterable[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.names = list(names)
+        self._number = {name: number for number, name in enumerate(self.names)}
+        # Mode, layer, and error, signal, count.
+        self.add_state("sums", torch.zeros(len(SENSITIVITY_MODES), len(self.names), 3, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("batches", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def start_batch(self) -> None:
+        """Count a batch."""
+        self.batches += 1
+
+    def update(self, mode: str, name: str, quantized: Tensor, reference: Tensor) -> None:
+        """Add one layer's outputs on one batch.
+
+        Args:
+            mode: ``local`` or ``accumulated``.
+            name: The layer.
+            quantized: Its quantized output, any shape.
+            reference: Its float output, the same shape.
+        """
+        if name not in self._number:
+            return
+        error, signal = energies(quantized, reference)
+        entry = self.sums[SENSITIVITY_MODES.index(mode), self._number[name]]
+        entry += torch.stack([error, signal, torch.ones_like(error)]).to(entry.device)
+
+    def compute(self) -> Tensor:
+        """QS of each mode and layer, of shape (2, layers), float64."""
+        return (self.sums[..., 0] / self.sums[..., 2].clamp(min=1)).sqrt()
+
+    def report(self, modes: Sequence[str]) -> SensitivityReport:
+        """The report, summed over processes. A layer that never ran is left out."""
+        with self.sync_context(should_sync=self._to_sync and torch.distributed.is_available() and torch.distributed.is_initialized()):
+            sums, batches = self.sums.cpu().tolist(), int(self.batches)
+        found = {
+            mode: {
+                name: summarize(name, *row) for name, row in zip(self.names, sums[number], strict=True) if row[2] > 0
+            }
+            for number, mode in enumerate(SENSITIVITY_MODES)
+            if mode in modes
+        }
+        return SensitivityReport(found.get("local", {}), found.get("accumulated", {}), batches)
