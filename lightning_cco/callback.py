@@ -217,6 +217,7 @@ class CCOCallback(pl.Callback):
             quantized.plan,
             self.report,
             self.suggestions,
+            self.settings,
             _numbers(trainer.callback_metrics),
             self.original_metrics,
         )
@@ -230,6 +231,14 @@ class CCOCallback(pl.Callback):
         self.quantized.uncalibrated = self.quantized.replan(suggestions=self._skips)
         if self.quantized.uncalibrated:
             self._calibrate(trainer, self.quantized)
+        if self._monitor is not None:
+            self._monitor.on_plan(self.quantized.plan)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when fit ends. Waits for the pictures."""
+        if self._monitor is not None:
+            self._monitor.finish()
 
     # Evaluation outside fit: the checkpoint's quantizers on the first batch
 

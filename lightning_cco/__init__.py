@@ -1,0 +1,24 @@
+"""Compress any LightningModule to INT8 or fewer bits while it trains: ``Trainer(callbacks=[CCOCallback(cfg)])``."""
+
+from lightning_cco.callback import CCOCallback
+from lightning_cco.errors import CCOError, CCOWarning
+from lightning_cco.graph.capture import capture_graph
+from lightning_cco.quantization.model import QuantizedModel, quantize
+from lightning_cco.quantization.plan import plan_quantization
+from lightning_cco.settings import LayerQuantizationSettings, Settings, generate_default_settings, load_settings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CCOCallback",
+    "CCOError",
+    "CCOWarning",
+    "LayerQuantizationSettings",
+    "QuantizedModel",
+    "Settings",
+    "capture_graph",
+    "generate_default_settings",
+    "load_settings",
+    "plan_quantization",
+    "quantize",
+]
