@@ -99,7 +99,9 @@ def _read_file(cfg: str | Path) -> dict[str, Any]:
         if str(cfg) in recipes:
             path = recipes[str(cfg)]
         elif path.suffix in (".yaml", ".yml") or path.parent != Path("."):
-            raise CCOError(f"The recipe '{cfg}' is not a file. Give the path of a YAML file, or the name of a shipped recipe: {sorted(recipes)}.")
+            raise CCOError(
+                f"The recipe '{cfg}' is not a file. Give the path of a YAML file, or the name of a shipped recipe: {sorted(recipes)}."
+            )
         else:
             raise CCOError(f"There is no recipe named '{cfg}'.{_nearest(str(cfg), recipes)} The shipped ones are {sorted(recipes)}.")
     try:
@@ -176,15 +178,22 @@ def _rules(raw: Any) -> list[LayerRule]:
     if raw is None:
         return []
     if isinstance(raw, Mapping):  # CLIKA's form: {conv: {quantization_settings: {...}}}
-        raw = [{"match": name, **(value.get("quantization_settings", value) if isinstance(value, Mapping) else {"": value})} for name, value in raw.items()]
+        raw = [
+            {"match": name, **(value.get("quantization_settings", value) if isinstance(value, Mapping) else {"": value})}
+            for name, value in raw.items()
+        ]
     if not isinstance(raw, Iterable) or isinstance(raw, str):
-        raise CCOError(f"layer_settings: a list of rules was expected, {type(raw).__name__} came. Write [{{match: conv_1, skip_quantization: true}}].")
+        raise CCOError(
+            f"layer_settings: a list of rules was expected, {type(raw).__name__} came. Write [{{match: conv_1, skip_quantization: true}}]."
+        )
     rules = []
     for number, rule in enumerate(raw):
         where = f"layer_settings[{number}]"
         values = vars(rule) if isinstance(rule, LayerRule) else rule
         if not isinstance(values, Mapping):
-            raise CCOError(f"{where}: a mapping was expected, {type(rule).__name__} came: {rule!r}. Write {{match: conv_1, skip_quantization: true}}.")
+            raise CCOError(
+                f"{where}: a mapping was expected, {type(rule).__name__} came: {rule!r}. Write {{match: conv_1, skip_quantization: true}}."
+            )
         values = dict(values)
         if isinstance(values.get("skip_quantization_until"), str):
             values["skip_quantization_until"] = [values["skip_quantization_until"]]
@@ -206,11 +215,15 @@ def _check(settings: Settings) -> None:
         raise CCOError(f"training_settings.stats_steps: at least 1 calibration batch was expected, {training.stats_steps} came. Write 20.")
     _one_of("training_settings.range_estimator", training.range_estimator, RANGE_ESTIMATORS)
     if not 0.0 < training.averaging_constant <= 1.0:
-        raise CCOError(f"training_settings.averaging_constant: a number in (0, 1] was expected, {training.averaging_constant} came. Write 0.01.")
+        raise CCOError(
+            f"training_settings.averaging_constant: a number in (0, 1] was expected, {training.averaging_constant} came. Write 0.01."
+        )
     if not 50.0 < training.percentile <= 100.0:
         raise CCOError(f"training_settings.percentile: per cent in (50, 100] was expected, {training.percentile} came. Write 99.99.")
     if training.freeze_ranges_at_step is not None and training.freeze_ranges_at_step < 0:
-        raise CCOError(f"training_settings.freeze_ranges_at_step: a step of at least 0, or null, was expected; {training.freeze_ranges_at_step} came.")
+        raise CCOError(
+            f"training_settings.freeze_ranges_at_step: a step of at least 0, or null, was expected; {training.freeze_ranges_at_step} came."
+        )
     if monitoring.sensitivity_batches < 1:
         raise CCOError(f"monitoring_settings.sensitivity_batches: at least 1 was expected, {monitoring.sensitivity_batches} came.")
     if not monitoring.sensitivity_modes:
@@ -226,10 +239,18 @@ def _check(settings: Settings) -> None:
 
 def _check_rule(rule: LayerRule, where: str) -> None:
     if not rule.match:
-        raise CCOError(f"{where}: `match` is missing: which layers is it about? Write a layer's name, a module's path or a glob, such as {{match: conv_1, ...}}.")
+        raise CCOError(
+            f"{where}: `match` is missing: which layers is it about? Write a layer's name, a module's path or a glob, such as {{match: conv_1, ...}}."
+        )
     where = f"{where} (match: {rule.match})"
     _bits(where, rule.weights_num_bits, rule.activations_num_bits)
-    reaching = "skip_quantization_until" if rule.skip_quantization_until else "skip_quantization_downstream" if rule.skip_quantization_downstream else ""
+    reaching = (
+        "skip_quantization_until"
+        if rule.skip_quantization_until
+        else "skip_quantization_downstream"
+        if rule.skip_quantization_downstream
+        else ""
+    )
     if reaching and rule.skip_quantization is not True:
         raise CCOError(f"{where}: {reaching} says how far a skip goes, but skip_quantization is not true. Add skip_quantization: true.")
     if rule.skip_quantization_until and rule.skip_quantization_downstream:
@@ -239,7 +260,9 @@ def _check_rule(rule: LayerRule, where: str) -> None:
 def _bits(where: str, weights: int | None, activations: int | None) -> None:
     for key, bits in (("weights_num_bits", weights), ("activations_num_bits", activations)):
         if bits is not None and not 2 <= bits <= 8:
-            raise CCOError(f"{where}.{key}: 2 to 8 bits were expected, {bits} came. To leave a layer in float write skip_quantization: true.")
+            raise CCOError(
+                f"{where}.{key}: 2 to 8 bits were expected, {bits} came. To leave a layer in float write skip_quantization: true."
+            )
 
 
 def _one_of(where: str, value: str, allowed: Iterable[str]) -> None:

@@ -111,7 +111,9 @@ def _rehearsing(module: pl.LightningModule) -> Iterator[None]:
 
     optimizers = getattr(module.trainer, "optimizers", None) or [None]
     stand_ins = [_NoOptimizer() for _ in optimizers]
-    replaced: dict[str, Any] = dict.fromkeys(("log", "log_dict", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients"), nothing)
+    replaced: dict[str, Any] = dict.fromkeys(
+        ("log", "log_dict", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients"), nothing
+    )
     replaced["optimizers"] = lambda *args, **kwargs: stand_ins[0] if len(stand_ins) == 1 else stand_ins
     replaced["lr_schedulers"] = lambda *args, **kwargs: _NoOptimizer()
     own = {name: module.__dict__[name] for name in replaced if name in module.__dict__}

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_cco.batches import (
@@ -76,9 +76,11 @@ class CCOCallback(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called before the run starts. Refuses what can't work; nothing is captured yet, since the layers may not exist."""
-        others = [callback for callback in trainer.callbacks if isinstance(callback, CCOCallback)]
+        others = [callback for callback in trainer.callbacks if isinstance(callback, CCOCallback)]  # type: ignore[attr-defined]
         if len(others) > 1:
-            raise CCOError(f"Trainer(callbacks=...): {len(others)} CCOCallbacks were given, but a model can be quantized only once. Keep one of them.")
+            raise CCOError(
+                f"Trainer(callbacks=...): {len(others)} CCOCallbacks were given, but a model can be quantized only once. Keep one of them."
+            )
         if self.quantized is not None and self.quantized.model is not pl_module:
             self._state = self._state or self.state_dict()
             self.quantized.remove()
@@ -88,7 +90,7 @@ class CCOCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when fit begins. Lets the sanity check run the whole validation: it gives each metric's original value."""
         wanted = not self.settings.training_settings.skip_initial_evaluation and not self.original_metrics
-        if wanted and not trainer.fast_dev_run and not trainer.barebones and self.quantized is None:
+        if wanted and not trainer.fast_dev_run and not trainer.barebones and self.quantized is None:  # type: ignore[attr-defined]
             self._sanity_steps = trainer.num_sanity_val_steps
             trainer.num_sanity_val_steps = float("inf")
 
@@ -107,7 +109,9 @@ class CCOCallback(pl.Callback):
             trainer.num_sanity_val_steps, self._sanity_steps = self._sanity_steps, None
         first = next(training_batches(trainer, 1), None)
         if first is None:
-            raise CCOError("CCOCallback: the training loader is empty; expected at least one batch to capture the layers and to calibrate on.")
+            raise CCOError(
+                "CCOCallback: the training loader is empty; expected at least one batch to capture the layers and to calibrate on."
+            )
         monitor = self._start_monitor(trainer)
         self._attach(trainer, pl_module, first)
         assert self.quantized is not None
@@ -172,7 +176,7 @@ class CCOCallback(pl.Callback):
         monitoring = self.settings.monitoring_settings
         folder = trainer.log_dir if trainer.loggers else None  # broadcasts: on all ranks
         base = Path(monitoring.output_dir) if monitoring.output_dir else Path(folder or trainer.default_root_dir) / "cco"
-        loggers = [] if trainer.fast_dev_run else list(trainer.loggers)
+        loggers = [] if trainer.fast_dev_run else list(trainer.loggers)  # type: ignore[attr-defined]
         history = self._monitor.state_dict() if self._monitor is not None else (self._state or {}).get("monitor")
         self._monitor = Monitor(base, loggers, enabled=trainer.is_global_zero, draw=monitoring.draw_graph)
         if history:
@@ -202,8 +206,9 @@ class CCOCallback(pl.Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called at the end of each epoch. Measures, suggests, logs and draws; changes nothing, so that what is saved is what was measured."""
-        assert self.quantized is not None and self._monitor is not None
-        quantized = self.quantized
+        quantized, monitor = self.quantized, self._monitor
+        assert quantized is not None
+        assert monitor is not None
         with model_context(trainer):
             self.report = quantized.sensitivity(self._held, self._forward, self.settings.monitoring_settings.sensitivity_modes)
         self.suggestions = suggest_skips(self.report, quantized.plan, self.settings)
@@ -211,7 +216,7 @@ class CCOCallback(pl.Callback):
             self._pending_skips = [suggestion.name for suggestion in self.suggestions]
         for name, value in _logged(self.report, quantized, self.suggestions).items():
             pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
-        self._monitor.on_epoch(
+        monitor.on_epoch(
             trainer.current_epoch,
             trainer.global_step,
             quantized.plan,
@@ -243,24 +248,30 @@ class CCOCallback(pl.Callback):
     # Evaluation outside fit: the checkpoint's quantizers on the first batch
 
     def _before_evaluation_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        if trainer.sanity_checking or trainer.training or trainer.state.fn == "fit" or self.quantized is not None and self._state is None:
+        if trainer.sanity_checking or trainer.training or trainer.state.fn == "fit" or (self.quantized is not None and self._state is None):
             return
         if self._state is None:
             return
         self._attach(trainer, pl_module, batch)
 
     @override
-    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Called before each validation batch. Outside fit: hooks the checkpoint's quantizers on before the first."""
         self._before_evaluation_batch(trainer, pl_module, batch)
 
     @override
-    def on_test_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Called before each test batch. Hooks the checkpoint's quantizers on before the first."""
         self._before_evaluation_batch(trainer, pl_module, batch)
 
     @override
-    def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_predict_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Called before each prediction batch. Hooks the checkpoint's quantizers on before the first."""
         self._before_evaluation_batch(trainer, pl_module, batch)
 
@@ -314,16 +325,6 @@ class CCOCallback(pl.Callback):
         if self.quantized.uncalibrated:
             rank_zero_info(f"Without ranges in the checkpoint, to be calibrated: {', '.join(self.quantized.uncalibrated)}.")
 
-    def export(self, path: str | Path, **options: Any) -> Any:
-        """Write the quantized model as an INT8 ONNX file.
-
-        Raises:
-            CCOError: ``fit`` has not run.
-        """
-        if self.quantized is None:
-            raise CCOError("CCOCallback.export: there is no quantized model yet. Run trainer.fit(model) first, or trainer.test(model, ckpt_path=...).")
-        return self.quantized.export(str(path), **options)
-
 
 def _unreached(module: pl.LightningModule, captured: Capture) -> set[str]:
     """Parameters that no captured layer reads."""
@@ -361,5 +362,3 @@ def _with_progress(trainer: pl.Trainer, batches: Any, total: int) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(batches, total=total, desc="Calibrating", leave=False)
-
-

@@ -196,9 +196,7 @@ class LayerSensitivities(Metric):
         with self.sync_context(should_sync=self._to_sync and torch.distributed.is_available() and torch.distributed.is_initialized()):
             sums, batches = self.sums.cpu().tolist(), int(self.batches)
         found = {
-            mode: {
-                name: summarize(name, *row) for name, row in zip(self.names, sums[number], strict=True) if row[2] > 0
-            }
+            mode: {name: summarize(name, *row) for name, row in zip(self.names, sums[number], strict=True) if row[2] > 0}
             for number, mode in enumerate(SENSITIVITY_MODES)
             if mode in modes
         }

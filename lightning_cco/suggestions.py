@@ -87,7 +87,9 @@ def suggestions_yaml(suggestions: Sequence[Suggestion], settings: Settings | Non
     for rule in known:
         lines.append("  - {" + ", ".join(f"{key}: {_yaml(value)}" for key, value in rule.items()) + "}")
     for suggestion in suggestions:
-        lines.append(f"  # QS {suggestion.qs:,.4g}, relative {suggestion.relative:.4g}, SQNR {suggestion.sqnr_db:.1f} dB: {suggestion.reason}")
+        lines.append(
+            f"  # QS {suggestion.qs:,.4g}, relative {suggestion.relative:.4g}, SQNR {suggestion.sqnr_db:.1f} dB: {suggestion.reason}"
+        )
         lines.append(f"  - {{match: {_yaml(suggestion.name)}, skip_quantization: true}}")
     if not suggestions:
         lines.append("  # Nothing is above the threshold.")

@@ -22,7 +22,7 @@ def names(model: nn.Module, *args: Tensor) -> list[str]:
 def test_names_follow_the_guide() -> None:
     graph = capture_graph(GuideCNN(), GuideCNN.example())
     shown = [layer.name for layer in graph if layer.kind != "dropout"]
-    assert shown == "input_0 conv relu conv_1 relu_1 max_pool flatten linear relu_2 linear_1 output_0".split()
+    assert shown == ["input_0", "conv", "relu", "conv_1", "relu_1", "max_pool", "flatten", "linear", "relu_2", "linear_1", "output_0"]
     assert [layer.name for layer in graph if layer.kind == "dropout"] == ["dropout", "dropout_1"]
     assert graph.tail() == {"linear_1"}
     assert graph["conv_1"].path == "conv2"
@@ -179,7 +179,9 @@ def test_masks_and_integers_are_told_apart_from_activations() -> None:
         pytest.param({"add_zero_attn": True, "bias": False}, id="zero_attn"),
     ],
 )
-def test_attention_in_the_open_equals_pytorchs(need_weights: bool, causal: bool, options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_in_the_open_equals_pytorchs(
+    need_weights: bool, causal: bool, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
     query = torch.randn(3, 5, 8)

@@ -36,7 +36,9 @@ def test_affine_forward_and_gradient_are_torchs(num_bits: int, as_number: bool) 
     offset = float(zero_point) if as_number else zero_point
     low, high = quant_range(num_bits, symmetric=False)
     y, dx = with_gradient(lambda t: fake_quantize(t, scale, offset, num_bits), x, grad)
-    expected, expected_dx = with_gradient(lambda t: torch.fake_quantize_per_tensor_affine(t, float(scale), int(zero_point), low, high), x, grad)
+    expected, expected_dx = with_gradient(
+        lambda t: torch.fake_quantize_per_tensor_affine(t, float(scale), int(zero_point), low, high), x, grad
+    )
     torch.testing.assert_close(y, expected)
     same = dx == expected_dx
     if num_bits < 7:
@@ -82,10 +84,16 @@ def test_other_types_are_rounded_in_float32(num_bits: int, dtype: torch.dtype) -
 @pytest.mark.parametrize("num_bits", BITS)
 @pytest.mark.parametrize(
     ("limits", "activation"),
-    [pytest.param((0.0, float("inf")), F.relu, id="relu"), pytest.param((0.0, 6.0), F.relu6, id="relu6"), pytest.param((-1.0, 1.0), F.hardtanh, id="hardtanh")],
+    [
+        pytest.param((0.0, float("inf")), F.relu, id="relu"),
+        pytest.param((0.0, 6.0), F.relu6, id="relu6"),
+        pytest.param((-1.0, 1.0), F.hardtanh, id="hardtanh"),
+    ],
 )
 @pytest.mark.parametrize("as_number", [True, False], ids=["number", "tensor"])
-def test_a_folded_activation_is_the_activation_then_the_rounding(num_bits: int, limits: tuple[float, float], activation: object, as_number: bool) -> None:
+def test_a_folded_activation_is_the_activation_then_the_rounding(
+    num_bits: int, limits: tuple[float, float], activation: object, as_number: bool
+) -> None:
     x, grad = torch.randn(500) * 4, torch.randn(500)
     scale, zero_point = affine_qparams(torch.tensor(-1.0), torch.tensor(5.0), num_bits)
     offset = float(zero_point) if as_number else zero_point
@@ -158,7 +166,9 @@ def test_symmetric_activations() -> None:
     scale, zero_point = affine_qparams(torch.tensor(-1.0), torch.tensor(2.0), 8, symmetric=True)
     assert float(zero_point) == 0.0
     torch.testing.assert_close(float(scale), 2.0 / 127)
-    torch.testing.assert_close(fake_quantize(x, scale, 0.0, 8, symmetric=True), torch.fake_quantize_per_tensor_affine(x, float(scale), 0, -127, 127))
+    torch.testing.assert_close(
+        fake_quantize(x, scale, 0.0, 8, symmetric=True), torch.fake_quantize_per_tensor_affine(x, float(scale), 0, -127, 127)
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (2, 0, 4)])

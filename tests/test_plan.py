@@ -45,7 +45,17 @@ def test_default_plan_of_the_guides_cnn(cnn: LayerGraph) -> None:
 def test_groups_are_quantized_at_their_end(residual: LayerGraph) -> None:
     found = plan_quantization(residual)
     # conv → batch norm → relu: one tensor; the second conv → batch norm goes into the addition: one more; the addition → relu: one more.
-    assert list(found.tensors) == ["input_0", "relu", "relu_1", "batch_norm_2", "relu_2", "relu_3", "batch_norm_4", "relu_4", "adaptive_avg_pool"]
+    assert list(found.tensors) == [
+        "input_0",
+        "relu",
+        "relu_1",
+        "batch_norm_2",
+        "relu_2",
+        "relu_3",
+        "batch_norm_4",
+        "relu_4",
+        "adaptive_avg_pool",
+    ]
     assert found.decisions["conv"].activations_num_bits is None
     assert found.decisions["batch_norm"].quantized
 

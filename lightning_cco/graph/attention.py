@@ -60,7 +60,9 @@ def multi_head_attention(
     head_width = width // num_heads
 
     if use_separate_proj_weight:
-        assert q_proj_weight is not None and k_proj_weight is not None and v_proj_weight is not None
+        assert q_proj_weight is not None
+        assert k_proj_weight is not None
+        assert v_proj_weight is not None
         weights = (q_proj_weight, k_proj_weight, v_proj_weight)
         biases = in_proj_bias.chunk(3) if in_proj_bias is not None else (None, None, None)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))

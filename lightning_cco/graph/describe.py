@@ -1,4 +1,4 @@
-"""What a reader wants to see of a layer beside its name: kernel size, stride, features, …"""
+"""What a reader wants to see of a layer beside its name: kernel size, stride, features and so on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ _OF_FUNCTIONS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def attributes(kind: str, module: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], weight: Tensor | None) -> dict[str, object]:
+def attributes(
+    kind: str, module: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], weight: Tensor | None
+) -> dict[str, object]:
     """Collect the attributes of one call.
 
     Args:

@@ -9,10 +9,10 @@ from typing import Protocol
 
 import pydot
 
-from . import node_label as html
-from .fold import MAX_NODES, Frame, Group, View, folded_view, whole_view
-from .layer import Layer
-from .layer_graph import LayerGraph
+from lightning_cco.graph import node_label as html
+from lightning_cco.graph.fold import MAX_NODES, Frame, Group, View, folded_view, whole_view
+from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.layer_graph import LayerGraph
 
 _LARGE = 1500  # nodes above which the layout takes short cuts
 _MANY_READERS, _FAR = 4, 40  # a source with so many readers is copied beside those so many nodes away

@@ -6,10 +6,10 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
-from .layer import Layer
-from .layer_graph import LayerGraph
-from .repeats import Run, find_runs
-from .select import containers
+from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.graph.repeats import Run, find_runs
+from lightning_cco.graph.select import containers
 
 MAX_NODES = 150
 FOLD_ABOVE = 60  # below, a picture is readable as it is and worth its detail

@@ -176,7 +176,7 @@ class Frames:
             torch._C._push_on_torch_function_stack(mode)
 
     def stack(self) -> list[Frame]:
-        """Frames of the current thread, the innermost last. (Autograd recomputes checkpoints on threads of its own.)"""
+        """Frames of the current thread, the innermost last; autograd recomputes checkpoints on threads of its own."""
         if torch.compiler.is_compiling() or threading.get_ident() == self._thread:
             return self._main
         return self._others.setdefault(threading.get_ident(), [])
@@ -203,7 +203,7 @@ class Frames:
         else:
             if self.started is not None and not torch.compiler.is_compiling():
                 self.started()
-            self._mode.__enter__()
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
             node = self._node_for_entry(path)
         frame = Frame(node, module.training)
         stack.append(frame)
@@ -220,7 +220,7 @@ class Frames:
             self.left(stack[-1], output)
         stack.pop()
         if not stack:
-            self._mode.__exit__(None, None, None)
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 class _Enter:
@@ -260,7 +260,15 @@ def _do_nothing(*args: Any) -> None:
 
 
 _LOOK_FURTHER = ("torch.overrides", "torch.nn.functional", "torch.functional", "torch._tensor", "torch._jit_internal", "torch._ops")
-_COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch._subclasses", "torch.fx", "torch._higher_order_ops", "torch._decomp")
+_COMPILERS = (
+    "torch._dynamo",
+    "torch._inductor",
+    "torch._functorch",
+    "torch._subclasses",
+    "torch.fx",
+    "torch._higher_order_ops",
+    "torch._decomp",
+)
 _origins: dict[CodeType, bool | None] = {}
 
 
@@ -275,7 +283,9 @@ def _in_compiled_graph() -> bool:
         code = frame.f_code
         if code not in _origins:
             module = frame.f_globals.get("__name__", "")
-            compiled = module.startswith(_COMPILERS) or code.co_filename.startswith("<eval_with_key>") or "torchinductor" in code.co_filename
+            compiled = (
+                module.startswith(_COMPILERS) or code.co_filename.startswith("<eval_with_key>") or "torchinductor" in code.co_filename
+            )
             _origins[code] = True if compiled else None if module in _LOOK_FURTHER else False
         origin = _origins[code]
         if origin is not None:

@@ -6,14 +6,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import CCOError
-from .layer import Edge, Layer, Shape
-from .select import PathIndex, list_names, nearest, quote, select_layers
+from lightning_cco.errors import CCOError
+from lightning_cco.graph.layer import Edge, Layer, Shape
+from lightning_cco.graph.select import PathIndex, list_names, nearest, quote, select_layers
 
 if TYPE_CHECKING:
     import pydot
 
-    from .draw import DrawablePlan
+    from lightning_cco.graph.draw import DrawablePlan
 
 _RANK = {"input": 0, "output": 2}
 
@@ -166,7 +166,7 @@ class LayerGraph:
 
     def to_pydot(self, plan: DrawablePlan | None = None, qs: Mapping[str, float] | None = None, fold: bool = False) -> pydot.Dot:
         """Returns the picture of the graph as a pydot graph; see ``lightning_cco.graph.draw``."""
-        from .draw import draw_graph  # pydot is needed for pictures only
+        from lightning_cco.graph.draw import draw_graph  # pydot is needed for pictures only
 
         return draw_graph(self, plan=plan, qs=qs, fold=fold)
 

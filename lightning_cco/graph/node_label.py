@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from .layer import Shape
+from lightning_cco.graph.layer import Shape
 
 SANS = "Helvetica,Arial,sans-serif"
 MONO = "Courier New,Courier,monospace"

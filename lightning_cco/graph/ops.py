@@ -95,7 +95,21 @@ def _table() -> dict[str, Op]:
     put(Op("interpolate", Category.COMPUTE), "interpolate", "upsample", "upsample_nearest", "upsample_bilinear")
     for kind in ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm", "normalize"):
         put(Op(kind, Category.COMPUTE), kind)
-    for kind in ("sigmoid", "tanh", "hardsigmoid", "hardswish", "leaky_relu", "silu", "gelu", "elu", "celu", "selu", "prelu", "mish", "softplus"):
+    for kind in (
+        "sigmoid",
+        "tanh",
+        "hardsigmoid",
+        "hardswish",
+        "leaky_relu",
+        "silu",
+        "gelu",
+        "elu",
+        "celu",
+        "selu",
+        "prelu",
+        "mish",
+        "softplus",
+    ):
         put(Op(kind, Category.COMPUTE), kind, f"{kind}_")
     put(Op("softmax", Category.COMPUTE), "softmax")
     put(Op("log_softmax", Category.COMPUTE), "log_softmax")

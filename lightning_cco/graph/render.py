@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pydot
 
-from ..errors import CCOWarning
-from .draw import DrawablePlan, draw_graph
-from .fonts import Fonts, find_fonts
-from .layer_graph import LayerGraph
+from lightning_cco.errors import CCOWarning
+from lightning_cco.graph.draw import DrawablePlan, draw_graph
+from lightning_cco.graph.fonts import Fonts, find_fonts
+from lightning_cco.graph.layer_graph import LayerGraph
 
 MAX_PIXELS = 16_000  # a side of a PNG; cairo ends at 32,767 and viewers long before
 DPI = 110

@@ -7,8 +7,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .layer import Layer
-from .layer_graph import LayerGraph
+from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.layer_graph import LayerGraph
 
 MAX_PERIOD = 16  # modules and calls beside each other that repeat together
 MIN_SAVED = 4  # layers that a run must hide to be worth a frame

@@ -8,8 +8,8 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..errors import CCOError, CCOWarning
-from .layer import Layer
+from lightning_cco.errors import CCOError, CCOWarning
+from lightning_cco.graph.layer import Layer
 
 PATH_PREFIX = "path:"
 _GLOB = re.compile(r"[*?\[]")

@@ -133,7 +133,7 @@ class Tracer:
             yield
             self._finish()
         finally:
-            torch.autograd.Function.apply = original  # type: ignore[method-assign, assignment]
+            torch.autograd.Function.apply = original  # type: ignore[method-assign]
             self.frames.detach()
 
     # A tensor's origin is a (call number, output number) pair; parameters and constants carry the names of the parameters they come from.
@@ -184,7 +184,7 @@ class Tracer:
             shape = tuple(tensor.shape)
             layer = Layer("", "", "output", (shape,), (shape,), (_dtype(tensor),), (), {"key": key} if key else {})
             call = Call(layer, self.frames.root, "", Op("output", Category.COMPUTE), 0, visible=False)
-            call.reads = [Read((0,), *origin, _quantizable(tensor))]
+            call.reads = [Read((0,), origin[0], origin[1], _quantizable(tensor))]
             self.calls.append(call)
 
     def _custom_function(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -251,9 +251,13 @@ class Tracer:
 
         call = Call(Layer("", frame.node.path, op.kind), frame.node, name, op, index, frame.training, visible=visible)
         call.in_place = bool(args) and outputs[0] is args[0]
-        call.reads = [Read(slot, *origin, _quantizable(t) and self._source_quantizable(origin)) for slot, t, origin in dynamic]
+        call.reads = [Read(slot, origin[0], origin[1], _quantizable(t) and self._source_quantizable(origin)) for slot, t, origin in dynamic]
         call.weights = _weights(op, constants, args)
-        masking = op.kind in _MASKING or bool(mask_like) or any(not r.quantizable and t.is_floating_point() for r, (_, t, _) in zip(call.reads, dynamic, strict=True))
+        masking = (
+            op.kind in _MASKING
+            or bool(mask_like)
+            or any(not r.quantizable and t.is_floating_point() for r, (_, t, _) in zip(call.reads, dynamic, strict=True))
+        )
         quantizable = tuple(t.is_floating_point() and not (masking and _is_mask_like(t)) for t in outputs)
         if _is_own_code(self._modules.get(frame.node.path)):
             call.position = calling_position()

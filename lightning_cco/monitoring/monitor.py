@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer_graph import LayerGraph
@@ -198,7 +198,11 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """The history as plain data."""
         history = [{"epoch": epoch, "qs": dict(values)} for epoch, values in self.history]
-        return {"history": history, "extremes": {name: dict(best) for name, best in self.extremes.items()}, "rows": [list(row) for row in self._rows]}
+        return {
+            "history": history,
+            "extremes": {name: dict(best) for name, best in self.extremes.items()},
+            "rows": [list(row) for row in self._rows],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a history."""

@@ -25,13 +25,13 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequ
     conv     1.5
     linear  10.0
     """
-    rows = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in [list(header), *rows]) for i in range(len(header))]
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
 
-    def line(cells: Sequence[str]) -> str:
-        return "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))).rstrip()
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
 
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in cells)])
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -70,8 +70,7 @@ def plan_lines(plan: QuantizationPlan) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for name, reason in others.items():
         by_reason.setdefault(reason, []).append(name)
-    for reason, names in by_reason.items():
-        lines.append(f"Not quantized ({reason}): {', '.join(names)}")
+    lines += [f"Not quantized ({reason}): {', '.join(group)}" for reason, group in by_reason.items()]
     lines += [f"{boundary.direction}: from '{boundary.source}' to '{boundary.destination}'" for boundary in plan.boundaries]
     return lines
 
@@ -82,7 +81,9 @@ def sensitivity_rows(report: SensitivityReport, plan: QuantizationPlan) -> list[
     for entry in report.worst_first():
         decision, accumulated = plan.decisions[entry.name], report.accumulated.get(entry.name)
         bits = "/".join(
-            f"{letter}{bits}" for letter, bits in (("W", decision.weights_num_bits), ("A", decision.activations_num_bits)) if bits is not None
+            f"{letter}{bits}"
+            for letter, bits in (("W", decision.weights_num_bits), ("A", decision.activations_num_bits))
+            if bits is not None
         )
         rows.append(
             [
@@ -101,7 +102,7 @@ def sensitivity_rows(report: SensitivityReport, plan: QuantizationPlan) -> list[
 SENSITIVITY_HEADER = ["layer", "module", "QS", "relative", "SQNR dB", "accumulated QS", "bits"]
 
 
-def sensitivity_table(report: SensitivityReport, plan: QuantizationPlan, most: int = 20) -> str:
+def sensitivity_table(report: SensitivityReport, plan: QuantizationPlan, most: int = 10) -> str:
     """The most sensitive layers as text."""
     rows = sensitivity_rows(report, plan)
     table = text_table(SENSITIVITY_HEADER, rows[:most], right=[2, 3, 4, 5])
@@ -115,7 +116,9 @@ def suggestion_lines(suggestions: Sequence[Suggestion]) -> list[str]:
     return ["Suggested skips:", *(f"  {s.name}: {s.reason}" for s in suggestions)]
 
 
-def metrics_table(epoch: int, values: Mapping[str, float], original: Mapping[str, float], extremes: Mapping[str, Mapping[str, float]]) -> str:
+def metrics_table(
+    epoch: int, values: Mapping[str, float], original: Mapping[str, float], extremes: Mapping[str, Mapping[str, float]]
+) -> str:
     """The end of an epoch: each metric's value, original value, difference, and the lowest and highest so far with their epochs.
 
     Args:

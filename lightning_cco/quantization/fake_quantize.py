@@ -111,7 +111,9 @@ def fake_quantize(
     high: Bound = quant_max - zero_point
     from_output = num_bits >= _MASK_FROM_OUTPUT_BITS and not overwritten
     limits = clamp if clamp is not None else (float("-inf"), float("inf"))
-    result: Tensor = _FakeQuantize.apply(x, scale, low, high, limits, from_output, inplace)
+    result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
+        x, scale, low, high, limits, from_output, inplace
+    )
     return result
 
 
@@ -119,14 +121,16 @@ class _FakeQuantize(torch.autograd.Function):
     """``clamp(round(x / scale), low, high) * scale`` with ``low`` and ``high`` in levels."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Bound, high: Bound, limits: tuple[float, float], from_output: bool, inplace: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, low: Bound, high: Bound, limits: tuple[float, float], from_output: bool, inplace: bool
+    ) -> Tensor:
         wide = x.dtype in (torch.float32, torch.float64)
         inside = None
         if inplace and not from_output:
             inside = _inside(x, scale, low, high, limits)
         first, last = _level_bounds(scale, low, high, limits)
         levels = x.div(scale) if wide else x.float().div_(scale)
-        levels.round_().clamp_(first, last)
+        levels.round_().clamp_(first, last)  # type: ignore[arg-type]
         if inplace:
             # The last step writes into the argument, whatever its type.
             torch.mul(levels, scale, out=x) if wide else x.copy_(levels.mul_(scale))
@@ -193,7 +197,9 @@ def fake_quantize_weight(weight: Tensor, num_bits: int, axis: int | None) -> Ten
         num_bits: Bits of the format.
         axis: Axis of the output channels; `None`: one scale for all.
     """
-    result: Tensor = _FakeQuantizeWeight.apply(weight, num_bits, axis)
+    result: Tensor = _FakeQuantizeWeight.apply(  # type: ignore[no-untyped-call]
+        weight, num_bits, axis
+    )
     return result
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import Capture, capture
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.quantization.plan import QuantizationPlan, plan_quantization
+from lightning_cco.quantization.plan import plan_quantization
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer, sync_ranges
 from lightning_cco.quantization.runtime import Runtime
 from lightning_cco.settings import Settings, load_settings
@@ -75,6 +75,7 @@ class QuantizedModel:
         weights: Quantizers of each layer's weights.
         calibrated: Whether the ranges are known; before that the model computes in float.
         frozen: Whether the ranges stay as they are.
+        uncalibrated: Quantizers that have no range after a state was loaded or the plan changed.
     """
 
     def __init__(self, model: nn.Module, captured: Capture, settings: Settings, suggestions: Iterable[str] = ()) -> None:
@@ -91,6 +92,7 @@ class QuantizedModel:
         self.weights: dict[str, list[WeightQuantizer]] = {}
         self.calibrated = False
         self.frozen = False
+        self.uncalibrated: list[str] = []
         self._build_quantizers()
         self.runtime = Runtime(model, captured, self.plan, self.activations, self.weights)
         self.runtime.run = self.runtime._pass
@@ -257,7 +259,9 @@ class QuantizedModel:
         with self.runtime.doing("pass"):
             yield
 
-    def sensitivity(self, batches: Iterable[Any], forward: Forward | None = None, modes: Sequence[str] = ("local", "accumulated")) -> SensitivityReport:
+    def sensitivity(
+        self, batches: Iterable[Any], forward: Forward | None = None, modes: Sequence[str] = ("local", "accumulated")
+    ) -> SensitivityReport:
         """Measure the Quantization Sensitivity of each layer.
 
         Args:
@@ -271,7 +275,9 @@ class QuantizedModel:
         from lightning_cco.sensitivity import LayerSensitivities
 
         if not self.calibrated:
-            raise CCOError("sensitivity: the model was never calibrated, so there is no quantized output to compare. Call calibrate(batches) first.")
+            raise CCOError(
+                "sensitivity: the model was never calibrated, so there is no quantized output to compare. Call calibrate(batches) first."
+            )
         names = self.measured_layers()
         metric = LayerSensitivities(names).to(self._device())
         with self._evaluating():
@@ -355,14 +361,6 @@ class QuantizedModel:
         torch._dynamo.reset()
         return differences
 
-    uncalibrated: list[str] = []
-
-    def export(self, path: str, **options: Any) -> Any:
-        """Write an INT8 ONNX file; see `lightning_cco.export.export_onnx`."""
-        from lightning_cco.export import export_onnx
-
-        return export_onnx(self, path, **options)
-
     def remove(self) -> None:
         """Take all hooks off: the model is as it was."""
         self.runtime.frames.detach()
@@ -383,5 +381,3 @@ def _only(quantizers: Mapping[str, ActivationQuantizer], chosen: set[str]) -> It
     finally:
         for quantizer in others:
             quantizer.observing = True
-
-

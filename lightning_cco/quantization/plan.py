@@ -143,7 +143,9 @@ def plan_quantization(graph: LayerGraph, settings: Settings | None = None, sugge
     suggestions = tuple(suggestions)
     unknown = [name for name in suggestions if name not in graph]
     if unknown:
-        raise CCOError(f"suggestions: no layer is named {unknown}. Suggestions are layer names of this graph, such as {list(graph.names[:3])}.")
+        raise CCOError(
+            f"suggestions: no layer is named {unknown}. Suggestions are layer names of this graph, such as {list(graph.names[:3])}."
+        )
     skips = _skips(graph, settings, said, suggestions, target)
     return _Planner(graph, settings, target, said, skips, suggestions).plan()
 
@@ -171,7 +173,9 @@ def _intrinsic(layer: Layer, target: Target) -> tuple[str, str]:
     return "unsupported", f"{layer.kind} has no INT8 form here"
 
 
-def _skips(graph: LayerGraph, settings: Settings, said: dict[str, Said], suggestions: Collection[str], target: Target) -> dict[str, tuple[str, str]]:
+def _skips(
+    graph: LayerGraph, settings: Settings, said: dict[str, Said], suggestions: Collection[str], target: Target
+) -> dict[str, tuple[str, str]]:
     """Reason and detail for every layer that is not to be quantized."""
     tail = graph.tail() if settings.global_quantization_settings.skip_tail_quantization else set()
     skips: dict[str, tuple[str, str]] = {}

@@ -223,7 +223,7 @@ class WeightQuantizer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts with nothing kept."""
-        return {**super().__getstate__(), "_kept": None}  # type: ignore[misc]
+        return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
         """Bits and axis."""

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.capture import Capture, Site
-from lightning_cco.graph.frames import CallNode, Frame, Frames, calling_position
+from lightning_cco.graph.frames import Frame, Frames, calling_position
 from lightning_cco.graph.ops import OPS, Category, operation
 from lightning_cco.graph.trace import Slot
 from lightning_cco.quantization.plan import QuantizationPlan
@@ -84,7 +85,9 @@ class Runtime:
         self.frames.started = follow_device
         self.load(plan, activations, weights)
 
-    def load(self, plan: QuantizationPlan, activations: Mapping[str, ActivationQuantizer], weights: Mapping[str, list[WeightQuantizer]]) -> None:
+    def load(
+        self, plan: QuantizationPlan, activations: Mapping[str, ActivationQuantizer], weights: Mapping[str, list[WeightQuantizer]]
+    ) -> None:
         """Fill the tables of every call node from a plan. Code compiled for another plan must be dropped by the caller."""
         self._activations = activations
         for node in self.capture.root.walk():
@@ -127,13 +130,15 @@ class Runtime:
             for slot, weight_quantizer in site.weights:
                 args, kwargs = _replaced(args, kwargs, slot, weight_quantizer)
             for slot, _, quantizer in site.reads:
-                args, kwargs = _replaced(args, kwargs, slot, lambda x, q=quantizer: q(x, track=track))
+                args, kwargs = _replaced(args, kwargs, slot, partial(quantizer, track=track))
         if not site.outputs:
             return func(*args, **kwargs)
         if site.limits is not None:
             clamp = site.limits(args, kwargs)
             if clamp is not None:
-                return site.outputs[0][1](args[0] if args else kwargs["input"], clamp=clamp, inplace=site.in_place, track=track, overwritten=site.overwritten)
+                return site.outputs[0][1](
+                    args[0] if args else kwargs["input"], clamp=clamp, inplace=site.in_place, track=track, overwritten=site.overwritten
+                )
         if site.in_place:
             # The caller may drop the result and go on with the argument: both must be the quantized tensor. The operation runs on a copy because
             # autograd may keep its result, which must then not change.
@@ -155,7 +160,9 @@ class Runtime:
             quantizer.observe(result if isinstance(result, Tensor) else _flat(result)[position])
         return result
 
-    def _measure_local(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _measure_local(
+        self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Float and quantized layer on the same float input; the float result flows on."""
         assert self.recorder is not None
         for slot, source, quantizer in site.reads:
@@ -177,7 +184,9 @@ class Runtime:
         self.recorder(site.layer, quantized[0], reference[0])
         return result
 
-    def _record_float(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _record_float(
+        self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Float forward; the recorder gets each planned layer's float output."""
         assert self.recorder is not None
         result = func(*args, **kwargs)
@@ -185,7 +194,9 @@ class Runtime:
         self.recorder(site.layer, output, output)
         return result
 
-    def _record_quantized(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _record_quantized(
+        self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Quantized forward; the recorder gets each planned layer's quantized output."""
         assert self.recorder is not None
         result = self._quantize(frame, site, func, args, kwargs)
@@ -262,7 +273,9 @@ def _site_quantizers(
 ) -> SiteQuantizers | None:
     if not site.visible:
         return None
-    found = SiteQuantizers(site.layer, in_place=site.in_place, overwritten=_is_overwritten(site.layer, capture), code_position=site.code_position)
+    found = SiteQuantizers(
+        site.layer, in_place=site.in_place, overwritten=_is_overwritten(site.layer, capture), code_position=site.code_position
+    )
     if site.layer in weights:
         found.weights = [(weight.slot, quantizer) for weight, quantizer in zip(site.weights, weights[site.layer], strict=True)]
     for source in site.sources:

@@ -1,0 +1,111 @@
+"""The demo: train a small CNN on real scans, then compress it to INT8 with one callback.
+
+Run: ``python recipes/digits_cnn.py`` (about a minute on two cores).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+from digits import DigitsData, DigitsModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_cco import CCOCallback
+from lightning_cco.monitoring.tables import sensitivity_table, suggestion_lines, text_table
+
+FLOAT_RATE = 2e-3
+"""Learning rate of the float training; it ends at a tenth of this, and the compression goes on from there."""
+
+
+def main(argv: Sequence[str] | None = None) -> CCOCallback:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default="w8a8", help="a shipped recipe or the path of a YAML file")
+    parser.add_argument("--output", type=Path, default=Path("outputs/digits_cnn"), help="folder for everything written")
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of float training; half as many compress")
+    parser.add_argument("--fast", action="store_true", help="a few steps only")
+    options = parser.parse_args(argv)
+    quiet()
+    shutil.rmtree(options.output, ignore_errors=True)
+    pl.seed_everything(1)
+    data = DigitsData()
+    limits = {"limit_train_batches": 3, "max_epochs": 1} if options.fast else {}
+
+    print("\n1. Float training")
+    model = DigitsModule(lr=FLOAT_RATE)
+    trainer = pl.Trainer(**arguments(options.output / "float", options.epochs), **limits)
+    trainer.fit(model, data)
+    for group in trainer.optimizers[0].param_groups:
+        group["lr"] = FLOAT_RATE / 10
+    before = trainer.test(model, data, verbose=False)[0]["test_acc"]
+    print(f"Float accuracy on the 400 test scans: {100 * before:.2f} %")
+
+    print("\n2. Compression")
+    model.hparams["lr"] = FLOAT_RATE / 10
+    cco = CCOCallback(options.recipe)
+    checkpoint = ModelCheckpoint(options.output / "checkpoints", monitor="val_loss")
+    logger = TensorBoardLogger(options.output, name="tensorboard", version="")
+    trainer = pl.Trainer(
+        **arguments(options.output, max(1, options.epochs // 2)) | {"callbacks": [cco, checkpoint], "logger": logger} | limits,
+    )
+    trainer.fit(model, data)
+    after = trainer.test(model, data, ckpt_path="best", verbose=False)[0]["test_acc"]
+
+    report(cco, before, after, options.output)
+    return cco
+
+
+def arguments(folder: Path, epochs: int) -> dict[str, object]:
+    return {
+        "max_epochs": epochs,
+        "default_root_dir": folder,
+        "accelerator": "auto",
+        "devices": 1,
+        "log_every_n_steps": 10,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": True,
+        "logger": False,
+        "callbacks": [ModelCheckpoint(folder / "checkpoints")],
+    }
+
+
+def report(cco: CCOCallback, before: float, after: float, output: Path) -> None:
+    assert cco.quantized is not None
+    assert cco.report is not None
+    plan = cco.quantized.plan
+    files = sorted(path for path in (output / "tensorboard" / "cco").iterdir() if path.suffix in (".png", ".svg", ".yaml", ".csv"))
+    print("\n3. Result")
+    rows = [
+        ["float", f"{100 * before:.2f} %"],
+        ["INT8 (fake-quantized)", f"{100 * after:.2f} %"],
+        ["difference", f"{100 * (after - before):+.2f}"],
+    ]
+    print(text_table(["model", "test accuracy"], rows, right=[1]))
+    print(f"\n{len(plan.quantized)} of {plan.counted} layers are quantized. Left in float:")
+    print(text_table(["layer", "why"], plan.skipped.items()))
+    print("\nQuantization Sensitivity, most sensitive layers first:")
+    print(sensitivity_table(cco.report, plan, most=8))
+    print("\n".join(suggestion_lines(cco.suggestions)))
+    print("\nPictures and files:")
+    print("\n".join(f"  {path}" for path in files))
+    print(f"\nTensorBoard:  tensorboard --logdir {output / 'tensorboard'}\n")
+
+
+def quiet() -> None:
+    """Leave out what Lightning says of loaders and hardware."""
+    warnings.filterwarnings(
+        "ignore", message=".*(does not have many workers|LeafSpec|number of training batches|exists and is not empty).*"
+    )
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).addFilter(lambda record: "available:" not in record.getMessage() and "Tip:" not in record.getMessage())
+
+
+if __name__ == "__main__":
+    main()
