@@ -1,5 +1,6 @@
 """Compress any LightningModule to INT8 or fewer bits while it trains: ``Trainer(callbacks=[CCOCallback(cfg)])``."""
 
+from lightning_cco._recipes import shipped_configs_dir
 from lightning_cco.callback import CCOCallback
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.capture import capture_graph
@@ -21,4 +22,5 @@ __all__ = [
     "load_settings",
     "plan_quantization",
     "quantize",
+    "shipped_configs_dir",
 ]

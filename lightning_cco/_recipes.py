@@ -216,7 +216,7 @@ def _check(settings: Settings) -> None:
     _one_of("training_settings.range_estimator", training.range_estimator, RANGE_ESTIMATORS)
     if not 0.0 < training.averaging_constant <= 1.0:
         raise CCOError(
-            f"training_settings.averaging_constant: a number in (0, 1] was expected, {training.averaging_constant} came. Write 0.01."
+            f"training_settings.averaging_constant: a number in (0, 1] was expected, {training.averaging_constant} came. Write 0.05."
         )
     if not 50.0 < training.percentile <= 100.0:
         raise CCOError(f"training_settings.percentile: per cent in (50, 100] was expected, {training.percentile} came. Write 99.99.")

@@ -85,7 +85,7 @@ class TrainingSettings:
 
     stats_steps: int = 20
     range_estimator: str = "moving_average"
-    averaging_constant: float = 0.01
+    averaging_constant: float = 0.05
     percentile: float = 99.99
     freeze_ranges_at_step: int | None = None
     skip_initial_evaluation: bool = False

@@ -47,7 +47,7 @@ class ActivationQuantizer(nn.Module):
         num_bits: int = 8,
         symmetric: bool = False,
         estimator: str = "moving_average",
-        averaging_constant: float = 0.01,
+        averaging_constant: float = 0.05,
         percentile: float = 99.99,
     ) -> None:
         super().__init__()

@@ -1,0 +1,454 @@
+"""The callback does its work in every kind of run, and its checkpoints are ordinary ones."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_modules import Classifier, batches, make_trainer
+from models import ResidualCNN, TokenModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_cco import CCOCallback, CCOError, Settings
+from lightning_cco.settings import load_settings
+
+QUICK: dict[str, Any] = {"training_settings": {"stats_steps": 2}, "monitoring_settings": {"draw_graph": False}}
+
+
+def quick(**more: Any) -> CCOCallback:
+    return CCOCallback({**QUICK, **more})
+
+
+def test_fit_quantizes_measures_and_writes(tmp_path: Path) -> None:
+    cco, model = quick(), Classifier()
+    trainer = make_trainer(tmp_path, cco, max_epochs=2)
+    trainer.fit(model, batches(), batches())
+    assert cco.quantized is not None
+    assert cco.quantized.model is model
+    assert len(cco.quantized.plan.quantized) == 20
+    assert cco.report is not None
+    assert cco.report.num_batches == 2
+    assert set(cco.report.local) >= {"conv", "relu", "linear"} - {"linear"}
+    assert {"cco/qs_max", "cco/num_quantized_layers", "val_loss"} <= set(trainer.callback_metrics)
+    files = {path.name for path in (tmp_path / "cco").iterdir()}
+    assert files == {"resolved_recipe.yaml", "suggested_skips.yaml", "sensitivity.csv", "heat_map.png"}
+    rows = (tmp_path / "cco" / "sensitivity.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * len(cco.report.local)
+    load_settings(tmp_path / "cco" / "resolved_recipe.yaml")
+    load_settings(tmp_path / "cco" / "suggested_skips.yaml")
+
+
+def test_ranges_come_from_stats_steps_batches_before_the_first_step(tmp_path: Path) -> None:
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 0:
+                self.quantizer = cco.quantized.activations["input_0"]
+                self.observed = self.quantizer.observed
+
+    cco, watch = quick(), Watch()
+    make_trainer(tmp_path, cco, watch).fit(Classifier(), batches())
+    assert watch.observed == 2
+
+
+def test_original_metrics_are_those_of_the_whole_float_validation(tmp_path: Path) -> None:
+    model, val = Classifier(), batches(shuffle=False, seed=5)
+    plain = make_trainer(tmp_path).validate(model, val, verbose=False)[0]
+    cco = quick()
+    make_trainer(tmp_path, cco).fit(model, batches(), val)
+    assert cco.original_metrics["val_loss"] == pytest.approx(plain["val_loss"])
+    skipping = quick(training_settings={"stats_steps": 2, "skip_initial_evaluation": True})
+    make_trainer(tmp_path, skipping).fit(Classifier(), batches(), val)
+    assert skipping.original_metrics == {}
+
+
+def test_checkpoint_is_that_of_the_plain_model(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    make_trainer(tmp_path, quick(), checkpoint).fit(Classifier(), batches())
+    saved = torch.load(checkpoint.last_model_path, weights_only=True)
+    Classifier().load_state_dict(saved["state_dict"], strict=True)
+    state = saved["callbacks"]["CCOCallback"]
+    assert {"quantized", "settings", "skips"} <= set(state)
+
+
+def test_best_checkpoint_gives_the_quantized_metrics_with_any_trainer(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", monitor="val_loss", save_top_k=-1)
+    cco, model, val = quick(), Classifier(), batches(shuffle=False, seed=5)
+    trainer = make_trainer(tmp_path, cco, checkpoint, max_epochs=3)
+    trainer.fit(model, batches(), val)
+    same = trainer.test(model, val, ckpt_path="best", verbose=False)[0]["test_loss"]
+    assert same == pytest.approx(float(checkpoint.best_model_score), rel=1e-5)
+    fresh_cco, fresh_model = quick(), Classifier()
+    fresh = make_trainer(tmp_path, fresh_cco).test(fresh_model, val, ckpt_path=checkpoint.best_model_path, verbose=False)[0]["test_loss"]
+    assert fresh == pytest.approx(same, rel=1e-6)
+    assert fresh_cco.quantized is not None
+    float_loss = make_trainer(tmp_path).test(Classifier(), val, ckpt_path=checkpoint.best_model_path, verbose=False)[0]["test_loss"]
+    assert float_loss != same
+    # What inference mode touched can be trained again.
+    make_trainer(tmp_path, fresh_cco).fit(fresh_model, batches())
+
+
+def test_predict_and_validate_use_the_quantized_model(tmp_path: Path) -> None:
+    cco, model, val = quick(), Classifier(), batches(shuffle=False)
+    trainer = make_trainer(tmp_path, cco)
+    trainer.fit(model, batches(), val)
+    predicted = torch.cat(trainer.predict(model, val))
+    images = torch.cat([x for x, _ in val])
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(predicted, model(images))
+        with cco.quantized.disabled():
+            assert not torch.equal(predicted, model(images))
+    again = trainer.validate(model, val, verbose=False)[0]["val_loss"]
+    assert again == pytest.approx(float(trainer.callback_metrics["val_loss"]))
+
+
+def test_a_second_fit_goes_on_with_the_same_quantizers(tmp_path: Path) -> None:
+    cco, model = quick(), Classifier()
+    make_trainer(tmp_path, cco).fit(model, batches())
+    quantized = cco.quantized
+    make_trainer(tmp_path, cco, max_epochs=2).fit(model, batches())
+    assert cco.quantized is quantized
+
+
+RESUME = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from lightning_modules import Classifier, batches, make_trainer, losses_of
+from test_callback import quick
+import json
+print(json.dumps(losses_of(Path({folder!r}), quick(), {epochs}, {ckpt!r})))
+"""
+
+
+def run_apart(folder: Path, epochs: int, ckpt: str | None) -> list[float]:
+    import json
+
+    tests = str(Path(__file__).parent)
+    code = RESUME.format(tests=tests, folder=str(folder), epochs=epochs, ckpt=ckpt)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False, cwd=tests)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_resuming_in_a_new_process_continues_with_the_same_losses(tmp_path: Path) -> None:
+    whole = run_apart(tmp_path / "whole", 4, None)
+    half = run_apart(tmp_path / "half", 2, None)
+    rest = run_apart(tmp_path / "rest", 4, str(tmp_path / "half" / "last.ckpt"))
+    assert len(whole) == 16
+    assert half == pytest.approx(whole[:8], rel=1e-5)
+    assert rest == pytest.approx(whole[8:], rel=1e-4)
+
+
+def test_resuming_with_another_skip_says_what_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    make_trainer(tmp_path, quick(), checkpoint).fit(Classifier(), batches())
+    changed = quick(layer_settings=[{"match": "conv_1", "skip_quantization": True}])
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        make_trainer(tmp_path, changed, max_epochs=2).fit(Classifier(), batches(), ckpt_path=checkpoint.last_model_path)
+    assert "no longer quantized" in caplog.text
+    assert "conv_1" in changed.quantized.plan.skipped
+
+
+def test_a_float_checkpoint_can_be_the_start(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    make_trainer(tmp_path, checkpoint).fit(Classifier(), batches())
+    cco = quick()
+    make_trainer(tmp_path, cco, max_epochs=2).fit(Classifier(), batches(), ckpt_path=checkpoint.last_model_path)
+    assert cco.quantized.calibrated
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    make_trainer(tmp_path, quick(), checkpoint).fit(Classifier(), batches())
+    state = torch.load(checkpoint.last_model_path, weights_only=True)["callbacks"]["CCOCallback"]
+    cco = quick()
+    cco.load_state_dict(state)
+
+    class Other(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    with pytest.raises(CCOError, match="another architecture"):
+        make_trainer(tmp_path, cco).fit(Other(), batches())
+
+
+class InSetup(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net
+
+    def setup(self, stage: str) -> None:
+        if not hasattr(self, "net"):
+            self.net = ResidualCNN()
+
+
+class InConfigureModel(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = ResidualCNN()
+
+
+class OwnForward(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4 * 36, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.flatten(F.relu(self.conv(x)), 1))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        # An augmentation before the model must not be mistaken for the model.
+        x = F.relu(batch[0] + 0.1)
+        return F.cross_entropy(self(x), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Parts(OwnForward):
+    """Forward encodes only; the training step also decodes: the autoencoder of Lightning's documentation."""
+
+    def __init__(self) -> None:
+        pl.LightningModule.__init__(self)
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU())
+        self.decoder = nn.Linear(8, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = F.mse_loss(self.decoder(self.encoder(batch[0])), batch[0].flatten(1))
+        self.log("train_loss", loss)
+        return loss
+
+
+class NoForward(Parts):
+    forward = pl.LightningModule.forward
+
+
+@pytest.mark.parametrize(
+    ("module", "weighted"),
+    [
+        pytest.param(Classifier, 6, id="init"),
+        pytest.param(InSetup, 6, id="setup"),
+        pytest.param(InConfigureModel, 6, id="configure_model"),
+        pytest.param(OwnForward, 2, id="own_forward"),
+        pytest.param(Parts, 2, id="parts"),
+        pytest.param(NoForward, 2, id="no_forward"),
+    ],
+)
+def test_wherever_the_layers_are_built_and_called(module: type[pl.LightningModule], weighted: int, tmp_path: Path) -> None:
+    cco = quick()
+    make_trainer(tmp_path, cco).fit(module(), batches())
+    assert sum(layer.weighted for layer in cco.quantized.graph) == weighted
+    assert cco.quantized.drift == []
+    assert cco.report.local
+
+
+class TwoInputs(OwnForward):
+    def __init__(self) -> None:
+        pl.LightningModule.__init__(self)
+        self.left, self.right, self.fc = nn.Linear(64, 4), nn.Linear(64, 4), nn.Linear(4, 10)
+
+    def forward(self, image: Tensor, other: Tensor, scale: float = 1.0) -> Tensor:
+        return self.fc(torch.relu(self.left(image.flatten(1)) + scale * self.right(other.flatten(1))))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if isinstance(batch, dict):
+            return F.cross_entropy(self(batch["image"], batch["other"]), batch["label"])
+        return F.cross_entropy(self(batch[0], batch[1]), batch[2])
+
+
+@pytest.mark.parametrize("form", ["tuple", "mapping"])
+def test_several_arguments(form: str, tmp_path: Path) -> None:
+    rows = [(torch.randn(1, 8, 8), torch.randn(1, 8, 8), i % 10) for i in range(16)]
+    data = rows if form == "tuple" else [dict(zip(("image", "other", "label"), row, strict=True)) for row in rows]
+    cco = quick()
+    make_trainer(tmp_path, cco).fit(TwoInputs(), DataLoader(data, 4))
+    assert len(cco.quantized.graph.inputs) == 2
+
+
+def test_a_batch_without_what_forward_requires(tmp_path: Path) -> None:
+    with pytest.raises(CCOError, match=r"TwoInputs.forward expects.*'other'.*forward_fn"):
+        make_trainer(tmp_path, quick()).fit(TwoInputs(), DataLoader(torch.randn(4, 1, 8, 8), 2))
+
+
+def test_forward_fn_says_how_a_batch_goes_through(tmp_path: Path) -> None:
+    calls = []
+
+    def forward_fn(module: Any, batch: Any) -> Any:
+        calls.append(1)
+        return module.net(batch[0])
+
+    cco = CCOCallback(QUICK, forward_fn=forward_fn)
+    make_trainer(tmp_path, cco).fit(Classifier(), batches())
+    assert calls
+    assert cco.quantized.drift == []
+
+
+class Tokens(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = TokenModel()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.net(tokens)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch).flatten(0, 1), batch.flatten())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_token_models(tmp_path: Path) -> None:
+    cco = quick()
+    make_trainer(tmp_path, cco).fit(Tokens(), DataLoader(torch.randint(0, 20, (16, 12)), 4))
+    assert cco.quantized.plan.skipped["input_0"].startswith("integer")
+    assert "embedding" in cco.report.local
+
+
+class Outliers(Classifier):
+    """One convolution has a few huge weights per channel: at 8 bits the others round to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = self.net.blocks[1].conv1.weight.data
+        weight[:, 0, 0, 0] = 3e4
+
+
+def test_the_layer_made_to_resist_comes_first_and_skipping_it_helps(tmp_path: Path) -> None:
+    model, val = Outliers(), batches(shuffle=False, seed=5)
+    general = {"quantization_sensitivity_threshold": 1000.0}
+    cco = quick(global_quantization_settings=general)
+    make_trainer(tmp_path, cco, limit_train_batches=1).fit(model, batches(), val)
+    assert cco.suggestions[0].name == "conv_3"
+    assert cco.report.worst_first()[0].name == "conv_3"
+    suggested = yaml.safe_load((tmp_path / "cco" / "suggested_skips.yaml").read_text())
+    images = torch.cat([x for x, _ in val])
+    model.eval()
+
+    def error(quantized: Any) -> float:
+        with torch.no_grad():
+            y = model(images)
+            with quantized.disabled():
+                return float((y - model(images)).norm() / model(images).norm())
+
+    before = error(cco.quantized)
+    cco.quantized.uncalibrated = cco.quantized.replan(load_settings({**QUICK, **suggested}))
+    cco.quantized.calibrate([(images,)])
+    assert "conv_3" in cco.quantized.plan.skipped
+    assert error(cco.quantized) < 0.5 * before
+
+
+def test_automatic_skips_are_applied_at_the_next_epoch_and_survive_a_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    general = {"quantization_sensitivity_threshold": 1000.0, "automatic_skip_quantization": True}
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    cco = quick(global_quantization_settings=general)
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        make_trainer(tmp_path, cco, checkpoint, max_epochs=2).fit(Outliers(), batches())
+    assert cco.quantized.plan.skipped["conv_3"].startswith("suggestion")
+    assert "Automatic Quantization: skipping" in caplog.text
+    resumed = quick(global_quantization_settings=general)
+    make_trainer(tmp_path, resumed, max_epochs=3).fit(Outliers(), batches(), ckpt_path=checkpoint.last_model_path)
+    assert "conv_3" in resumed.quantized.plan.skipped
+
+
+def test_frozen_ranges(tmp_path: Path) -> None:
+    cco = quick(training_settings={"stats_steps": 2, "freeze_ranges_at_step": 2})
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            seen.append(float(cco.quantized.activations["relu"].scale))
+
+    make_trainer(tmp_path, cco, Watch()).fit(Classifier(), batches())
+    assert seen[0] != seen[1]
+    assert seen[1] == seen[2] == seen[3]
+    assert cco.quantized.frozen
+
+
+def test_two_callbacks_are_one_too_many(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.callbacks += [quick(), quick()]
+    with pytest.raises(CCOError, match="2 CCOCallbacks"):
+        trainer.fit(Classifier(), batches())
+
+
+def test_an_empty_loader(tmp_path: Path) -> None:
+    class Empty(IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(())
+
+    with pytest.raises(CCOError, match="loader is empty"):
+        make_trainer(tmp_path, quick()).fit(Classifier(), DataLoader(Empty(), 4))
+
+
+def test_an_unwritable_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cco = quick(monitoring_settings={"output_dir": str(tmp_path / "file" / "below"), "draw_graph": False})
+    with pytest.raises(CCOError, match=r"can't be written.*output_dir"):
+        make_trainer(tmp_path, cco).fit(Classifier(), batches())
+
+
+def test_nan_in_a_batch_names_the_layer(tmp_path: Path) -> None:
+    data = DataLoader([(torch.full((1, 8, 8), float("nan")), 1)] * 8, 4)
+    with pytest.raises(CCOError, match="input_0"):
+        make_trainer(tmp_path, quick()).fit(Classifier(), data)
+
+
+def test_the_recipe_is_checked_when_the_callback_is_made() -> None:
+    with pytest.raises(CCOError, match="weights_num_bits"):
+        CCOCallback({"global_quantization_settings": {"weights_num_bits": 1}})
+
+
+@pytest.mark.parametrize(
+    "options", [{"fast_dev_run": True}, {"limit_train_batches": 1}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}]
+)
+def test_trainer_options(options: dict[str, Any], tmp_path: Path) -> None:
+    cco = quick()
+    make_trainer(tmp_path, cco, **options).fit(Classifier(), batches(), batches())
+    assert cco.report.local
+    assert cco.quantized.drift == []
+
+
+def test_ranges_and_sensitivities_agree_on_two_processes(tmp_path: Path) -> None:
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(tests / "two_processes.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tests,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert ranks[0]["ranges"].keys() == ranks[1]["ranges"].keys()
+    for key, values in ranks[0]["ranges"].items():
+        assert torch.equal(values, ranks[1]["ranges"][key]), key
+    assert ranks[0]["qs"] == ranks[1]["qs"]
+    assert ranks[0]["batches"] == 4  # two batches on each of two ranks
+    assert ranks[0]["drift"] == ranks[1]["drift"] == []
+    assert [rank["quantized"] for rank in ranks] == [20, 20]
+
+
+def test_settings_object_is_copied() -> None:
+    settings = Settings()
+    cco = CCOCallback(settings)
+    settings.global_quantization_settings.weights_num_bits = 3
+    assert cco.settings.global_quantization_settings.weights_num_bits == 8
