@@ -61,7 +61,11 @@ def _above(what: str, value: float, threshold: float | None) -> str:
         return f"its {what} is {value}"
     if threshold is None or value <= threshold:
         return ""
-    return f"its {what} of {value:,.4g} is above {threshold:,.4g}"
+    return f"its {what} of {_figure(value)} is above {_figure(threshold)}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _culprit(entry: LayerSensitivity, plan: QuantizationPlan) -> str:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> CCOCallback:
 
     print("\n1. Float training")
     model = DigitsModule(lr=FLOAT_RATE)
-    trainer = pl.Trainer(**arguments(options.output / "float", options.epochs), **limits)
+    trainer = pl.Trainer(**arguments(options.output / "float", options.epochs) | limits)
     trainer.fit(model, data)
     for group in trainer.optimizers[0].param_groups:
         group["lr"] = FLOAT_RATE / 10
