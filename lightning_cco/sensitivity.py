@@ -85,8 +85,8 @@ def energies(quantized: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two 0-d float64 tensors.
 
-    >>> energies(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
-    (tensor(4., dtype=torch.float64), tensor(17., dtype=torch.float64))
+    >>> energies(torch.tensor([3.0, 2.0]), torch.tensor([3.0, 4.0]))
+    (tensor(4., dtype=torch.float64), tensor(25., dtype=torch.float64))
     """
     quantized, reference = quantized.detach().float(), reference.detach().float()
     error = torch.linalg.vector_norm(quantized - reference).double().square()
