@@ -35,7 +35,17 @@ def test_the_wheel_carries_the_configs(tmp_path: Path) -> None:
     assert "lightning_cco/configs/cco/w8a8.yaml" in names
     assert "lightning_cco/configs/callbacks/cco.yaml" in names
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    code = "import lightning_cco as cc; print(cc.shipped_configs_dir(), cc.load_settings('w4a8').global_quantization_settings.weights_num_bits)"
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "own.yaml").write_text("defaults: [callbacks: cco]\nhydra: {searchpath: ['pkg://lightning_cco.configs']}\n")
+    code = f"""
+import hydra
+import lightning_cco as cc
+
+print(cc.shipped_configs_dir(), cc.load_settings("w4a8").global_quantization_settings.weights_num_bits)
+with hydra.initialize_config_dir(version_base="1.3", config_dir={str(tmp_path / "conf")!r}):
+    config = hydra.compose("own", overrides=["cco@callbacks.cco.cfg=w4a4"])
+print(config.callbacks.cco.cfg.global_quantization_settings.activations_num_bits)
+"""
     done = subprocess.run(
         [sys.executable, "-c", code],
         check=True,
@@ -44,4 +54,4 @@ def test_the_wheel_carries_the_configs(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(tmp_path / "installed")},
         cwd=tmp_path,
     )
-    assert done.stdout.split() == [str(tmp_path / "installed" / "lightning_cco" / "configs"), "4"]
+    assert done.stdout.split() == [str(tmp_path / "installed" / "lightning_cco" / "configs"), "4", "4"]
