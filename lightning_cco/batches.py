@@ -24,7 +24,13 @@ ForwardFn = Callable[[Any, Any], Any]
 
 
 def forward_through_model(module: pl.LightningModule, batch: Any) -> Any:
-    """Call ``module(...)`` on what a batch holds for it.
+    """Call ``module(...)`` on what a batch holds for it; see `forward_arguments`."""
+    args, kwargs = forward_arguments(module, batch)
+    return module(*args, **kwargs)
+
+
+def forward_arguments(module: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of ``forward`` in a batch.
 
     A mapping gives keyword arguments (those that ``forward`` names), a tensor itself; of a tuple or list as many of the first elements are
     given as ``forward`` requires arguments.
@@ -42,11 +48,11 @@ def forward_through_model(module: pl.LightningModule, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         names = [p.name for p in parameters]
         if len(required) == 1 and required[0] not in batch and not takes_any_keyword:
-            return module(batch)  # a forward that takes the mapping itself
+            return (batch,), {}  # a forward that takes the mapping itself
         missing = [name for name in required if name not in batch]
         if missing:
             raise _mismatch(module, f"arguments {required}", f"a mapping with the keys {list(batch)}", missing)
-        return module(**{key: value for key, value in batch.items() if takes_any_keyword or key in names})
+        return (), {key: value for key, value in batch.items() if takes_any_keyword or key in names}
     if isinstance(batch, (tuple, list)):
         if not batch:
             raise _mismatch(module, f"arguments {required}", "an empty batch", required)
@@ -54,16 +60,16 @@ def forward_through_model(module: pl.LightningModule, batch: Any) -> Any:
         if count > 1 and len(batch) <= count and isinstance(batch[0], (tuple, list)) and len(batch[0]) >= count:
             batch = batch[0]
         if isinstance(batch[0], Mapping) and all(name in batch[0] for name in required):
-            return forward_through_model(module, batch[0])
+            return forward_arguments(module, batch[0])
         if len(batch) < count:
             raise _mismatch(module, f"arguments {required}", f"a {type(batch).__name__} of {len(batch)}", required[len(batch) :])
-        return module(*batch[:count])
+        return tuple(batch[:count]), {}
     if len(required) > 1:
         raise _mismatch(module, f"arguments {required}", f"one {type(batch).__name__}", required[1:])
-    return module(batch)
+    return (batch,), {}
 
 
-def _mismatch(module: pl.LightningModule, expected: str, came: str, missing: list[str]) -> CCOError:
+def _mismatch(module: nn.Module, expected: str, came: str, missing: list[str]) -> CCOError:
     return CCOError(
         f"{type(module).__name__}.forward expects {expected}, but the batch is {came}: nothing for {missing}. "
         "Say how a batch goes through the model: CCOCallback(cfg, forward_fn=lambda module, batch: module(...))."

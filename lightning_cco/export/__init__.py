@@ -1,1 +1,6 @@
-"""From a quantized model to a file that an engine runs."""
+"""From a quantized model to a file that an engine runs in INT8."""
+
+from lightning_cco.export.onnx_file import export_onnx
+from lightning_cco.export.report import ExportReport
+
+__all__ = ["ExportReport", "export_onnx"]

@@ -74,6 +74,7 @@ class QuantizationPlan:
         tensors: The fake-quantized tensors by quantizer name.
         boundaries: Where tensors pass between float and INT8.
         suggestions: Layers skipped because of their sensitivity.
+        origins: For every tensor, by layer and output number, the one it got its values from, seen through value-preserving layers.
     """
 
     graph: LayerGraph
@@ -82,6 +83,7 @@ class QuantizationPlan:
     tensors: dict[str, TensorSpec]
     boundaries: list[Boundary]
     suggestions: tuple[str, ...] = ()
+    origins: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
     quantized: set[str] = field(init=False)
     skipped: dict[str, str] = field(init=False)
 
@@ -237,7 +239,7 @@ class _Planner:
                     tensors[spec.key] = spec
         made = {(spec.layer, spec.output) for spec in tensors.values()}
         decisions = {layer.name: self._decision(layer, made) for layer in graph}
-        return QuantizationPlan(graph, self.settings, decisions, tensors, self._boundaries(decisions), self.suggestions)
+        return QuantizationPlan(graph, self.settings, decisions, tensors, self._boundaries(decisions), self.suggestions, self.origin)
 
     def _passes(self, name: str) -> bool:
         return self.category[name] in (Category.PRESERVE, Category.IDENTITY)

@@ -19,6 +19,7 @@ from lightning_cco.graph.ops import OPS, Category, operation
 from lightning_cco.graph.trace import Slot
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
+from lightning_cco.quantization.slots import at, replaced
 
 Recorder = Callable[[str, Tensor, Tensor], None]
 """Called with a layer's name, its quantized and its float output."""
@@ -128,9 +129,9 @@ class Runtime:
         track = frame.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
         if site.weights or site.reads:
             for slot, weight_quantizer in site.weights:
-                args, kwargs = _replaced(args, kwargs, slot, weight_quantizer)
+                args, kwargs = replaced(args, kwargs, slot, weight_quantizer)
             for slot, _, quantizer in site.reads:
-                args, kwargs = _replaced(args, kwargs, slot, partial(quantizer, track=track))
+                args, kwargs = replaced(args, kwargs, slot, partial(quantizer, track=track))
         if not site.outputs:
             return func(*args, **kwargs)
         if site.limits is not None:
@@ -154,7 +155,7 @@ class Runtime:
 
     def _observe(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for slot, _, quantizer in site.reads:
-            quantizer.observe(_at(args, kwargs, slot))
+            quantizer.observe(at(args, kwargs, slot))
         result = func(*args, **kwargs)
         for position, quantizer in site.outputs:
             quantizer.observe(result if isinstance(result, Tensor) else _flat(result)[position])
@@ -166,13 +167,13 @@ class Runtime:
         """Float and quantized layer on the same float input; the float result flows on."""
         assert self.recorder is not None
         for slot, source, quantizer in site.reads:
-            value = _at(args, kwargs, slot)
+            value = at(args, kwargs, slot)
             self.recorder(source, quantizer(value), value)
         quantized = None
         if site.weights:
             weighted_args, weighted_kwargs = args, kwargs
             for slot, weight_quantizer in site.weights:
-                weighted_args, weighted_kwargs = _replaced(weighted_args, weighted_kwargs, slot, weight_quantizer)
+                weighted_args, weighted_kwargs = replaced(weighted_args, weighted_kwargs, slot, weight_quantizer)
             if site.in_place:
                 weighted_args = (weighted_args[0].clone(), *weighted_args[1:])
             quantized = _flat(func(*weighted_args, **weighted_kwargs))
@@ -325,31 +326,6 @@ _LIMITS: dict[str, _Limits] = {
     **dict.fromkeys(("clamp", "clamp_", "clip", "clip_"), _clamp_limits),
 }
 """The interval that a function clamps to, from its arguments; a quantizer on its output then clamps by itself."""
-
-
-def _at(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
-    value: Any = args[slot[0]] if isinstance(slot[0], int) else kwargs[slot[0]]
-    for part in slot[1:]:
-        value = value[part]
-    return value
-
-
-def _replaced(
-    args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot, change: Callable[[Tensor], Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments with one tensor changed."""
-
-    def put(value: Any, way: Slot) -> Any:
-        if not way:
-            return change(value)
-        items = list(value)
-        items[way[0]] = put(items[way[0]], way[1:])
-        return tuple(items) if isinstance(value, tuple) else items
-
-    first, rest = slot[0], slot[1:]
-    if isinstance(first, int):
-        return (*args[:first], put(args[first], rest), *args[first + 1 :]), kwargs
-    return args, {**kwargs, first: put(kwargs[first], rest)}
 
 
 def _flat(result: Any) -> list[Any]:

@@ -1,0 +1,198 @@
+"""Runs the model once more, for an exporter: where fake-quantization would be, quantize and dequantize operators are written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_cco.export.fold import IntegerWeight, integer_weight
+from lightning_cco.graph.capture import Site
+from lightning_cco.graph.frames import Frame
+from lightning_cco.graph.ops import Category, operation
+from lightning_cco.graph.trace import Slot
+from lightning_cco.quantization.fake_quantize import quant_range, weight_scale
+from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.quantization.quantizer import ActivationQuantizer
+from lightning_cco.quantization.slots import at, replaced
+
+_BIASED = ("conv", "conv_transpose", "linear")
+
+
+class Emitter:
+    """Writes a quantized model's operators while an exporter traces its forward.
+
+    Args:
+        quantized: The calibrated model.
+        opset: ONNX opset of the operators.
+
+    Attributes:
+        order: Quantizer name of each QuantizeLinear, in the order written.
+        folded: Names of the batch norms that went into the weights before them.
+    """
+
+    def __init__(self, quantized: QuantizedModel, opset: int = 21) -> None:
+        self.quantized, self.opset = quantized, opset
+        self.order: list[str] = []
+        self.weights: dict[str, list[IntegerWeight]] = {}
+        self.operands: dict[str, list[Tensor]] = {}
+        self.folded: set[str] = set()
+        self._sites: dict[tuple[int, str, int], Site] = {
+            (id(site.node), site.op.kind, site.positions[False]): site for site in quantized.capture.sites.values() if site.visible
+        }
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Inside the block an ordinary forward gives the weights as the layers see them (parametrized, sliced, tied)."""
+        with self._handling(self._collect):
+            yield
+        self.folded = {weight.folded for weights in self.weights.values() for weight in weights if weight.folded}
+
+    @contextmanager
+    def emitting(self) -> Iterator[None]:
+        """Inside the block a traced forward contains the operators."""
+        self.order.clear()
+        with self._handling(self._emit):
+            yield
+
+    @contextmanager
+    def _handling(self, handle: Callable[..., Any]) -> Iterator[None]:
+        frames = self.quantized.runtime.frames
+
+        def find(frame: Frame, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            kind = operation(name).kind
+            index = frame.counts.get(kind, 0)
+            frame.counts[kind] = index + 1
+            site = self._sites.get((id(frame.node), kind, index))
+            return func(*args, **kwargs) if site is None else handle(site, func, args, kwargs)
+
+        before, frames.handle = frames.handle, find
+        try:
+            yield
+        finally:
+            frames.handle = before
+
+    def _collect(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if site.layer in self.quantized.weights:
+            found = [at(args, kwargs, weight.slot) for weight in site.weights]
+            if site.op.category in (Category.WEIGHTED, Category.MATMUL):
+                bias = self._bias(site, args, kwargs)
+                self.weights[site.layer] = [integer_weight(self.quantized, site.layer, tensor, bias, i) for i, tensor in enumerate(found)]
+            else:
+                self.operands[site.layer] = [weight_scale(tensor, self.quantized.weights[site.layer][0].num_bits, None) for tensor in found]
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _bias(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        if site.op.kind not in _BIASED:
+            return None
+        return args[2] if len(args) > 2 else kwargs.get("bias")
+
+    def _emit(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = site.layer
+        if name in self.folded:
+            result = args[0]
+        else:
+            args, kwargs = self._with_inputs(site, args, kwargs)
+            if site.op.kind == "embedding" and name in self.weights:
+                result = self._embedding(self.weights[name][0], args, kwargs)
+            else:
+                args, kwargs = self._with_weights(site, args, kwargs)
+                result = func(*args, **kwargs)
+        return self._with_outputs(site, args, result)
+
+    def _with_inputs(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Quantize what comes from where no function mode can see: the model's inputs, custom functions."""
+        for source in site.sources:
+            key = f"{source.layer}:{source.output}" if source.output else source.layer
+            if source.quantizable and key in self.quantized.activations and not self.quantized.capture.sites[source.layer].visible:
+                args, kwargs = replaced(args, kwargs, source.slot, lambda x, key=key: self._round(x, key))  # type: ignore[misc]
+        return args, kwargs
+
+    def _with_weights(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for weight, integers in zip(site.weights, self.weights.get(site.layer, ()), strict=False):
+            args, kwargs = replaced(args, kwargs, weight.slot, lambda _, w=integers: self._dequantize_weight(w))  # type: ignore[misc]
+            if site.op.kind in _BIASED:
+                args, kwargs = self._with_bias(site, integers, args, kwargs)
+        for weight, scale in zip(site.weights, self.operands.get(site.layer, ()), strict=False):
+            args, kwargs = replaced(args, kwargs, weight.slot, lambda x, s=scale: self._round_operand(x, s, site.layer))  # type: ignore[misc]
+        return args, kwargs
+
+    def _with_bias(
+        self, site: Site, weight: IntegerWeight, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """An INT32 bias on the grid of the accumulator, whose step is that of the input times that of the weight."""
+        bias = weight.bias
+        if bias is None:
+            return args, kwargs
+        quantizer = self._input_quantizer(site)
+        value: Any = bias
+        if quantizer is not None:
+            scale = quantizer.scale.detach() * weight.scale
+            integers = (bias / scale).round().clamp(-(2.0**31) + 128, 2.0**31 - 128).to(torch.int32)
+            value = self._symbolic("DequantizeLinear", (integers, scale), bias.shape, torch.float32, {"axis": 0} if scale.dim() else {})
+        slot: Slot = (2,) if len(args) > 2 else ("bias",)
+        if slot == ("bias",):
+            return args, {**kwargs, "bias": value}
+        return (*args[:2], value, *args[3:]), kwargs
+
+    def _input_quantizer(self, site: Site) -> ActivationQuantizer | None:
+        source = site.sources[0]
+        layer, output = self.quantized.plan.origins.get((source.layer, source.output), (source.layer, source.output))
+        return self.quantized.activations.get(f"{layer}:{output}" if output else layer)
+
+    def _with_outputs(self, site: Site, args: tuple[Any, ...], result: Any) -> Any:
+        if isinstance(result, Tensor):
+            if site.layer not in self.quantized.activations:
+                return result
+            rounded = self._round(result, site.layer)
+            return args[0].copy_(rounded) if site.in_place and site.layer not in self.folded else rounded
+        if not isinstance(result, (tuple, list)):
+            return result
+        items = list(result)
+        for output in range(len(items)):
+            key = f"{site.layer}:{output}" if output else site.layer
+            if key in self.quantized.activations:
+                items[output] = self._round(items[output], key)
+        return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
+
+    def _round(self, x: Tensor, key: str) -> Tensor:
+        """QuantizeLinear and DequantizeLinear; formats of fewer than 8 bits are stored in 8 with a narrower range."""
+        quantizer = self.quantized.activations[key]
+        scale, zero_point = quantizer.scale.detach().clone(), quantizer.zero_point
+        low, high = quant_range(quantizer.num_bits, quantizer.symmetric)
+        if quantizer.num_bits < 8:
+            x = x.clamp(float((low - zero_point) * scale), float((high - zero_point) * scale))
+        dtype = torch.int8 if quantizer.symmetric else torch.uint8
+        self.order.append(key)
+        return self._pair(x, scale, zero_point.to(dtype).clone(), dtype)
+
+    def _round_operand(self, x: Tensor, scale: Tensor, layer: str) -> Tensor:
+        self.order.append(f"{layer}.operand")
+        return self._pair(x, scale.reshape(()), torch.zeros((), dtype=torch.int8, device=scale.device), torch.int8)
+
+    def _pair(self, x: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
+        levels = self._symbolic("QuantizeLinear", (x, scale, zero_point), x.shape, dtype)
+        return self._symbolic("DequantizeLinear", (levels, scale, zero_point), x.shape, torch.float32)
+
+    def _dequantize_weight(self, weight: IntegerWeight) -> Tensor:
+        attributes = {} if weight.axis is None else {"axis": weight.axis}
+        zero_point = torch.zeros(weight.scale.shape, dtype=torch.int8, device=weight.scale.device)
+        return self._symbolic(
+            "DequantizeLinear", (weight.integers, weight.scale, zero_point), weight.integers.shape, torch.float32, attributes
+        )
+
+    def _embedding(self, weight: IntegerWeight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Look integers up, then scale: dequantizing the whole table first would cost its float size again."""
+        indices = args[0] if args else kwargs["input"]
+        scale = weight.scale.reshape(-1, 1) if weight.scale.dim() else weight.scale.expand(weight.integers.shape[0], 1)
+        return F.embedding(indices, weight.integers).to(torch.float32) * F.embedding(indices, scale)
+
+    def _symbolic(
+        self, operator: str, inputs: tuple[Tensor, ...], shape: Any, dtype: torch.dtype, attributes: dict[str, int] | None = None
+    ) -> Tensor:
+        return torch.onnx.ops.symbolic(operator, inputs, attributes or {}, dtype=dtype, shape=shape, version=self.opset)

@@ -1,0 +1,92 @@
+"""Integer weights for a file, with batch norms folded into them exactly.
+
+``BN(conv(x, s·q) + b) = conv(x, (f·s)·q) + f·(b − mean) + beta`` with ``f = gamma / sqrt(var + eps)``: the per-channel scale takes the factor, the integers
+stay. A negative factor flips the integers' signs, since scales are positive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cco.errors import CCOError
+from lightning_cco.quantization.model import QuantizedModel
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A weight as an engine stores it.
+
+    Attributes:
+        integers: int8, the weight's shape.
+        scale: float32; 1-d along ``axis``, or 0-d.
+        axis: Axis of the channels; `None`: one scale.
+        bias: Bias of the layer after folding, float32, 1-d; `None`: none, or left as it is.
+        folded: Name of the batch norm layer folded in, if any.
+    """
+
+    integers: Tensor
+    scale: Tensor
+    axis: int | None
+    bias: Tensor | None
+    folded: str | None = None
+
+
+def batch_norm_after(quantized: QuantizedModel, name: str) -> str | None:
+    """The batch norm that belongs to the group of a weighted layer, if there is one."""
+    graph, plan = quantized.graph, quantized.plan
+    if graph[name].kind not in ("conv", "conv_transpose", "linear") or plan.decisions[name].activations_num_bits is not None:
+        return None
+    readers = graph.successors(name)
+    if len(readers) == 1 and graph[readers[0]].kind == "batch_norm" and plan.decisions[readers[0]].quantized:
+        return readers[0]
+    return None
+
+
+@torch.no_grad()
+def integer_weight(quantized: QuantizedModel, name: str, weight: Tensor, bias: Tensor | None, number: int = 0) -> IntegerWeight:
+    """Quantize one weight of a layer, with the batch norm behind it folded in.
+
+    Args:
+        quantized: The model.
+        name: The layer.
+        weight: Its weight as the layer sees it.
+        bias: Its bias, if any.
+        number: Which of the layer's weights.
+
+    Raises:
+        CCOError: The batch norm keeps no running statistics.
+    """
+    quantizer = quantized.weights[name][number]
+    integers, scale = quantizer.quantize(weight)
+    scale = scale.flatten() if quantizer.axis is not None else scale.reshape(())
+    norm = batch_norm_after(quantized, name)
+    bias = bias.detach().float() if bias is not None else None
+    if norm is None:
+        return IntegerWeight(integers, scale, quantizer.axis, bias)
+    module = quantized.model.get_submodule(quantized.graph[norm].path)
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None or module.running_var is None:
+        raise CCOError(
+            f"export: layer '{norm}' (module '{quantized.graph[norm].path}') is a batch norm without running statistics, which can't be folded into "
+            f"'{name}'. Use track_running_stats=True, or skip it: {{match: {norm}, skip_quantization: true}}."
+        )
+    factor = (module.running_var + module.eps).rsqrt()
+    factor = factor * module.weight if module.weight is not None else factor
+    shift = -module.running_mean * factor + (module.bias if module.bias is not None else 0.0)
+    axis = quantizer.axis or 0
+    groups = factor.numel() // integers.shape[axis]
+    if groups > 1:  # a grouped transposed convolution shares the scale of a channel between groups; the factor does not
+        raise CCOError(
+            f"export: layer '{name}' is a grouped transposed convolution with a batch norm, which can't be folded. "
+            f"Skip it: {{match: {name}, skip_quantization: true}}."
+        )
+    shape = [1] * integers.dim()
+    shape[axis] = -1
+    integers = integers * torch.where(factor < 0, -1, 1).to(torch.int8).reshape(shape)
+    # A factor of 0 would make a scale that engines refuse; the channel is its shift alone.
+    dead = factor == 0
+    integers = integers * (~dead).to(torch.int8).reshape(shape)
+    scale = torch.where(dead, scale, scale * factor.abs().float())
+    return IntegerWeight(integers, scale, quantizer.axis, (bias * factor if bias is not None else 0.0) + shift.float(), norm)

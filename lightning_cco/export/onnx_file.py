@@ -1,0 +1,211 @@
+"""Writes a quantized model as an ONNX file with quantize and dequantize operators, and checks it in ONNX Runtime."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_cco.errors import CCOError
+from lightning_cco.export.check import check_file
+from lightning_cco.export.emit import Emitter
+from lightning_cco.export.report import ExportReport
+from lightning_cco.quantization.model import QuantizedModel
+
+OPSET = 21
+"""The first whose quantize operators take every format used here."""
+
+
+def export_onnx(
+    quantized: QuantizedModel,
+    path: str | Path,
+    example_args: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_batch: bool = True,
+    check: bool = True,
+    min_sqnr_db: float = 15.0,
+    **options: Any,
+) -> ExportReport:
+    """Write an INT8 ONNX file and compare it with the fake-quantized model.
+
+    Weights are stored as int8 with their scales, biases as int32, batch norms are folded, activations carry QuantizeLinear and DequantizeLinear where the
+    plan has them and nowhere else. The plan and the package's version are in the file's metadata. The file appears under its name only once it is whole.
+
+    Args:
+        quantized: The calibrated model.
+        path: Where to write.
+        example_args: Positional arguments of one forward.
+        example_kwargs: Keyword arguments of it.
+        dynamic_batch: Let the first axis of every input vary.
+        check: Run the file in ONNX Runtime and compare.
+        min_sqnr_db: The check fails below this signal-to-noise ratio of the outputs.
+        **options: Further arguments of `torch.onnx.export`, such as ``dynamic_shapes``.
+
+    Raises:
+        CCOError: A package is missing, the model was never calibrated, it can't be exported, the path can't be written, or the check fails; then no
+            file is left.
+    """
+    _need_packages()
+    if not quantized.calibrated:
+        raise CCOError(
+            "export: the model was never calibrated, so its activations have no ranges. Run fit, or call calibrate(batches) first."
+        )
+    args, kwargs = tuple(example_args), dict(example_kwargs or {})
+    if not args and not kwargs:
+        raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            emitter = _write(quantized, temporary, args, kwargs, dynamic_batch, options)
+            report = ExportReport(str(path), temporary.stat().st_size, _float_size(quantized), notes=_notes(quantized))
+            if check:
+                check_file(quantized, temporary, emitter, args, kwargs, report)
+                _judge(report, min_sqnr_db)
+            os.replace(temporary, path)
+            data = temporary.with_name(f"{temporary.name}.data")
+            if data.exists():
+                os.replace(data, path.with_name(data.name))
+    except OSError as error:
+        raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
+    return report
+
+
+def _need_packages() -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CCOError(f"export: {', '.join(missing)} not installed. Write: pip install 'lightning-cco[export]'.")
+
+
+def _write(
+    quantized: QuantizedModel, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool, options: dict[str, Any]
+) -> Emitter:
+    emitter = Emitter(quantized, OPSET)
+    model = quantized.model
+    if dynamic_batch and "dynamic_shapes" not in options:
+        options = {**options, "dynamic_shapes": _batch_shapes(args, kwargs)}
+    with evaluating(quantized), _quietly(), torch.compiler.set_stance("force_eager"):
+        with emitter.collecting():
+            model(*args, **kwargs)
+        try:
+            with emitter.emitting():
+                program = torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, opset_version=OPSET, verbose=False, **options)
+        except Exception as error:
+            raise CCOError(
+                f"export: {type(model).__name__} can't be traced by torch.export: {type(error).__name__}: {str(error)[:1500]}. "
+                "If a part of it is not needed in deployment, export the submodule that is; if the batch size is fixed in the code, pass dynamic_batch=False."
+            ) from error
+    assert program is not None
+    _name_nodes(program.model.graph, emitter.order)
+    program.model.metadata_props.update(
+        {
+            "lightning_cco.version": _version(),
+            "lightning_cco.quantized_layers": json.dumps(sorted(quantized.plan.quantized)),
+            "lightning_cco.skipped_layers": json.dumps(quantized.plan.skipped),
+            "lightning_cco.recipe": json.dumps(quantized.settings.to_dict()),
+        }
+    )
+    program.save(str(path))
+    return emitter
+
+
+def _name_nodes(graph: Any, order: list[str]) -> None:
+    """Call quantize nodes after their layers. They stand in the file in the order they were written."""
+    nodes = [node for node in graph if node.op_type == "QuantizeLinear"]
+    if len(nodes) != len(order):
+        return
+    taken: dict[str, int] = {}
+    for node, key in zip(nodes, order, strict=True):
+        count = taken[key] = taken.get(key, 0) + 1
+        name = key if count == 1 else f"{key}.{count}"
+        node.name = f"{name}_quantize"
+        node.outputs[0].name = f"{name}_quantized"
+        for reader, _ in node.outputs[0].uses():
+            if reader.op_type == "DequantizeLinear":
+                reader.name = f"{name}_dequantize"
+                if not reader.outputs[0].is_graph_output():
+                    reader.outputs[0].name = f"{name}_dequantized"
+
+
+def _batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first axis of every tensor varies, together."""
+    batch = torch.export.Dim.DYNAMIC
+
+    def shape(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return {0: batch} if value.dim() else None
+        if isinstance(value, (tuple, list)):
+            return type(value)(shape(item) for item in value)
+        return {key: shape(item) for key, item in value.items()} if isinstance(value, dict) else None
+
+    return tuple(shape(value) for value in args) if args and not kwargs else [*map(shape, args), *map(shape, kwargs.values())]
+
+
+@contextlib.contextmanager
+def evaluating(quantized: QuantizedModel) -> Iterator[None]:
+    """Evaluation mode without gradients."""
+    with quantized._evaluating():
+        yield
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the exporter's own remarks from the user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _float_size(quantized: QuantizedModel) -> int:
+    """Bytes of the parameters and floating-point buffers, each tensor once."""
+    tensors = {id(t): t for _, t in [*quantized.model.named_parameters(), *quantized.model.named_buffers()] if t.is_floating_point()}
+    return sum(4 * tensor.numel() for tensor in tensors.values())
+
+
+def _notes(quantized: QuantizedModel) -> list[str]:
+    notes = []
+    narrow = [name for name, quantizers in quantized.weights.items() if quantizers[0].num_bits < 8]
+    if narrow:
+        notes.append(f"weights of fewer than 8 bits are stored in int8 with a narrower range: {', '.join(narrow)}")
+    narrow = [key for key, quantizer in quantized.activations.items() if quantizer.num_bits < 8]
+    if narrow:
+        notes.append(f"activations of fewer than 8 bits are clamped and stored in 8: {', '.join(narrow)}")
+    if quantized.settings.deployment_settings.target_framework == "tensorrt":
+        notes.append("the file is what TensorRT's documentation asks for (symmetric int8 Q/DQ pairs); it was run in ONNX Runtime only")
+    return notes
+
+
+def _judge(report: ExportReport, min_sqnr_db: float) -> None:
+    if report.sqnr_db >= min_sqnr_db:
+        return
+    first = report.first_differing_layer
+    where = f"the first layer that differs is '{first}'" if first else "no single layer stands out"
+    raise CCOError(
+        f"export: the file differs from the fake-quantized model: SQNR {report.sqnr_db:.1f} dB, at least {min_sqnr_db:.1f} was expected; {where}. "
+        "Skip that layer, or lower min_sqnr_db if the difference is known to be harmless. No file was written."
+    )
+
+
+def _version() -> str:
+    from lightning_cco import __version__
+
+    return __version__

@@ -1,0 +1,36 @@
+"""Reading and replacing one tensor in a call's nested arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_cco.graph.trace import Slot
+
+
+def at(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
+    """The value that a slot leads to."""
+    value: Any = args[slot[0]] if isinstance(slot[0], int) else kwargs[slot[0]]
+    for part in slot[1:]:
+        value = value[part]
+    return value
+
+
+def replaced(
+    args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot, change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with one tensor changed."""
+
+    def put(value: Any, way: Slot) -> Any:
+        if not way:
+            return change(value)
+        items = list(value)
+        items[way[0]] = put(items[way[0]], way[1:])
+        return tuple(items) if isinstance(value, tuple) else items
+
+    first, rest = slot[0], slot[1:]
+    if isinstance(first, int):
+        return (*args[:first], put(args[first], rest), *args[first + 1 :]), kwargs
+    return args, {**kwargs, first: put(kwargs[first], rest)}
