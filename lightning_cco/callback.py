@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_cco.batches import (
     ForwardFn,
+    forward_arguments,
     forward_through_model,
     forward_through_step,
     model_context,
@@ -26,6 +28,9 @@ from lightning_cco.quantization.model import QuantizedModel
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings, load_settings
 from lightning_cco.suggestions import Suggestion, suggest_skips
+
+if TYPE_CHECKING:
+    from lightning_cco.export import ExportReport
 
 
 class CCOCallback(pl.Callback):
@@ -241,9 +246,12 @@ class CCOCallback(pl.Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when fit ends. Waits for the pictures."""
+        """Called when fit ends. Waits for the pictures; exports the best checkpoint if the recipe says where."""
         if self._monitor is not None:
             self._monitor.finish()
+        folder = self.settings.deployment_settings.export_dir
+        if folder is not None and trainer.is_global_zero:
+            self._export_best(trainer, folder)
 
     # Evaluation outside fit: the checkpoint's quantizers on the first batch
 
@@ -308,6 +316,55 @@ class CCOCallback(pl.Callback):
         self._pending_skips = list(state_dict["pending_skips"])
         if self.quantized is not None:
             self._take_over(state_dict)
+
+    def export(
+        self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> ExportReport:
+        """Write the compressed model as an INT8 ONNX file and check it in ONNX Runtime.
+
+        Args:
+            path: Where to write.
+            example_args: Positional arguments of one forward; by default taken from a held batch.
+            example_kwargs: Keyword arguments of it.
+            **options: See `lightning_cco.export.export_onnx`.
+
+        Raises:
+            CCOError: Nothing was compressed yet, or the export fails; see `lightning_cco.export.export_onnx`.
+        """
+        if self.quantized is None:
+            raise CCOError(
+                "CCOCallback.export: nothing is compressed yet. Run trainer.fit(model) first, or trainer.test(model, ckpt_path=...) on a checkpoint."
+            )
+        if not len(example_args) and not example_kwargs:
+            if not self._held or self._forward is not forward_through_model:
+                raise CCOError(
+                    "CCOCallback.export: no example of forward's arguments is known. Pass example_args=(tensor, ...) or example_kwargs={...}."
+                )
+            device = next(self.quantized.model.parameters()).device
+            example_args, example_kwargs = forward_arguments(self.quantized.model, move_data_to_device(self._held[0], device))
+        report = self.quantized.export(path, example_args, example_kwargs, **options)
+        rank_zero_info(str(report))
+        return report
+
+    def _export_best(self, trainer: pl.Trainer, folder: str) -> None:
+        """Export the best checkpoint, or the last weights if there is none."""
+        assert self.quantized is not None
+        checkpoint = trainer.checkpoint_callback
+        best = getattr(checkpoint, "best_model_path", "")
+        model = self.quantized.model
+        kept = {name: value.detach().clone() for name, value in model.state_dict().items()}, self.quantized.state_dict()
+        if best:
+            saved = torch.load(best, map_location="cpu", weights_only=True)
+            model.load_state_dict(saved["state_dict"])
+            state = saved["callbacks"].get(self.state_key)
+            if state:
+                self.quantized.load_state_dict(state["quantized"])
+        try:
+            path = Path(folder) / f"{type(model).__name__}_int8.onnx"
+            self.export(path).save(path.with_name("export_report.json"))
+        finally:
+            model.load_state_dict(kept[0])
+            self.quantized.load_state_dict(kept[1])
 
     def _suggestions_in(self, state: Mapping[str, Any] | None) -> list[str]:
         return list(state["skips"]) if state else []

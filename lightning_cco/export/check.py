@@ -35,15 +35,16 @@ def check_file(
         report: Filled in place.
     """
     reference: dict[str, Tensor] = {}
-    with (
-        quantized._evaluating(),
-        quantized.runtime.doing("record_quantized", lambda name, q, _: reference.setdefault(name, q.detach().clone())),
-    ):
+
+    def keep(name: str, output: Tensor, _: Tensor) -> None:
+        reference.setdefault(name, output.detach().clone())
+
+    with quantized._evaluating(), quantized.runtime.doing("record_quantized", keep):
         outputs = [tensor.detach().cpu().double().numpy() for _, tensor in tensors_in(quantized.model(*args, **kwargs))]
     feeds = [tensor.detach().cpu().numpy() for _, tensor in tensors_in([args, kwargs])]
     results, optimized = _run(path, feeds)
     _compare(outputs, results, report)
-    _read_optimized(optimized, report)
+    _read_optimized(optimized, emitter.modules, report)
     _compare_layers(quantized, path, emitter, feeds, reference, report)
 
 
@@ -81,17 +82,18 @@ def _compare(outputs: list[np.ndarray[Any, Any]], results: list[np.ndarray[Any, 
         report.agreement = float((expected.argmax(-1) == got.argmax(-1)).mean())
 
 
-def _read_optimized(model: Any, report: ExportReport) -> None:
+def _read_optimized(model: Any, modules: dict[str, str], report: ExportReport) -> None:
     kinds: Counter[str] = Counter()
     islands: list[str] = []
     initializers = {entry.name for entry in model.graph.initializer}
     for node in model.graph.node:
         kinds[node.op_type] += 1
         if node.op_type in _HEAVY and sum(name not in initializers for name in node.input) > 0:
-            islands.append(node.name or node.output[0])
+            module = modules.get(node.name.partition("/")[0], "")
+            islands.append(f"{module} ({node.op_type})" if module else node.op_type)
     report.integer_nodes = {kind: count for kind, count in kinds.items() if kind.startswith(_INTEGER) or kind == "QLinearConv"}
     report.float_nodes = {kind: count for kind, count in kinds.items() if kind in _HEAVY}
-    report.float_islands = islands[:20]
+    report.float_islands = list(dict.fromkeys(islands))
     report.conversions = sum(count for kind, count in kinds.items() if kind in _CONVERSIONS)
 
 

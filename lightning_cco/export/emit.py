@@ -14,7 +14,6 @@ from lightning_cco.export.fold import IntegerWeight, integer_weight
 from lightning_cco.graph.capture import Site
 from lightning_cco.graph.frames import Frame
 from lightning_cco.graph.ops import Category, operation
-from lightning_cco.graph.trace import Slot
 from lightning_cco.quantization.fake_quantize import quant_range, weight_scale
 from lightning_cco.quantization.model import QuantizedModel
 from lightning_cco.quantization.quantizer import ActivationQuantizer
@@ -32,15 +31,19 @@ class Emitter:
 
     Attributes:
         order: Quantizer name of each QuantizeLinear, in the order written.
+        modules: Module path of each node of the file, by the node's name.
         folded: Names of the batch norms that went into the weights before them.
     """
 
-    def __init__(self, quantized: QuantizedModel, opset: int = 21) -> None:
+    def __init__(self, quantized: QuantizedModel, opset: int = 20) -> None:
         self.quantized, self.opset = quantized, opset
         self.order: list[str] = []
+        self.modules: dict[str, str] = {}
         self.weights: dict[str, list[IntegerWeight]] = {}
+        self.biases: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.operands: dict[str, list[Tensor]] = {}
         self.folded: set[str] = set()
+        self._formats = {key: _format(quantizer) for key, quantizer in quantized.activations.items()}
         self._sites: dict[tuple[int, str, int], Site] = {
             (id(site.node), site.op.kind, site.positions[False]): site for site in quantized.capture.sites.values() if site.visible
         }
@@ -75,13 +78,17 @@ class Emitter:
             yield
         finally:
             frames.handle = before
+            frames.reset()  # a trace that fails skips the hooks of the modules it was in
 
     def _collect(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if site.layer in self.quantized.weights:
             found = [at(args, kwargs, weight.slot) for weight in site.weights]
             if site.op.category in (Category.WEIGHTED, Category.MATMUL):
                 bias = self._bias(site, args, kwargs)
-                self.weights[site.layer] = [integer_weight(self.quantized, site.layer, tensor, bias, i) for i, tensor in enumerate(found)]
+                weights = [integer_weight(self.quantized, site.layer, tensor, bias, i) for i, tensor in enumerate(found)]
+                self.weights[site.layer] = weights
+                if site.op.kind in _BIASED and weights[0].bias is not None:
+                    self.biases[site.layer] = self._integer_bias(site, weights[0].bias, weights[0].scale)
             else:
                 self.operands[site.layer] = [weight_scale(tensor, self.quantized.weights[site.layer][0].num_bits, None) for tensor in found]
         return func(*args, **kwargs)
@@ -116,29 +123,27 @@ class Emitter:
     def _with_weights(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         for weight, integers in zip(site.weights, self.weights.get(site.layer, ()), strict=False):
             args, kwargs = replaced(args, kwargs, weight.slot, lambda _, w=integers: self._dequantize_weight(w))  # type: ignore[misc]
-            if site.op.kind in _BIASED:
-                args, kwargs = self._with_bias(site, integers, args, kwargs)
+            if site.layer in self.biases:
+                args, kwargs = self._with_bias(site, args, kwargs)
         for weight, scale in zip(site.weights, self.operands.get(site.layer, ()), strict=False):
             args, kwargs = replaced(args, kwargs, weight.slot, lambda x, s=scale: self._round_operand(x, s, site.layer))  # type: ignore[misc]
         return args, kwargs
 
-    def _with_bias(
-        self, site: Site, weight: IntegerWeight, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """An INT32 bias on the grid of the accumulator, whose step is that of the input times that of the weight."""
-        bias = weight.bias
-        if bias is None:
-            return args, kwargs
+    def _integer_bias(self, site: Site, bias: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The bias on the grid of the accumulator, whose step is that of the input times that of the weight; in float if the input is."""
         quantizer = self._input_quantizer(site)
-        value: Any = bias
-        if quantizer is not None:
-            scale = quantizer.scale.detach() * weight.scale
-            integers = (bias / scale).round().clamp(-(2.0**31) + 128, 2.0**31 - 128).to(torch.int32)
-            value = self._symbolic("DequantizeLinear", (integers, scale), bias.shape, torch.float32, {"axis": 0} if scale.dim() else {})
-        slot: Slot = (2,) if len(args) > 2 else ("bias",)
-        if slot == ("bias",):
-            return args, {**kwargs, "bias": value}
-        return (*args[:2], value, *args[3:]), kwargs
+        if quantizer is None:
+            return bias, None
+        scale = quantizer.scale.detach() * weight_scale
+        return (bias / scale).round().clamp(-(2.0**31) + 128, 2.0**31 - 128).to(torch.int32), scale
+
+    def _with_bias(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        value, scale = self.biases[site.layer]
+        if scale is not None:
+            value = self._symbolic("DequantizeLinear", (value, scale), value.shape, torch.float32, {"axis": 0} if scale.dim() else {})
+        if len(args) > 2:
+            return (*args[:2], value, *args[3:]), kwargs
+        return args, {**kwargs, "bias": value}
 
     def _input_quantizer(self, site: Site) -> ActivationQuantizer | None:
         source = site.sources[0]
@@ -162,21 +167,18 @@ class Emitter:
 
     def _round(self, x: Tensor, key: str) -> Tensor:
         """QuantizeLinear and DequantizeLinear; formats of fewer than 8 bits are stored in 8 with a narrower range."""
-        quantizer = self.quantized.activations[key]
-        scale, zero_point = quantizer.scale.detach().clone(), quantizer.zero_point
-        low, high = quant_range(quantizer.num_bits, quantizer.symmetric)
-        if quantizer.num_bits < 8:
-            x = x.clamp(float((low - zero_point) * scale), float((high - zero_point) * scale))
-        dtype = torch.int8 if quantizer.symmetric else torch.uint8
+        scale, zero_point, limits = self._formats[key]
+        if limits is not None:
+            x = x.clamp(*limits)
         self.order.append(key)
-        return self._pair(x, scale, zero_point.to(dtype).clone(), dtype)
+        return self._pair(x, scale, zero_point)
 
     def _round_operand(self, x: Tensor, scale: Tensor, layer: str) -> Tensor:
         self.order.append(f"{layer}.operand")
-        return self._pair(x, scale.reshape(()), torch.zeros((), dtype=torch.int8, device=scale.device), torch.int8)
+        return self._pair(x, scale, torch.zeros((), dtype=torch.int8, device=scale.device))
 
-    def _pair(self, x: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
-        levels = self._symbolic("QuantizeLinear", (x, scale, zero_point), x.shape, dtype)
+    def _pair(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        levels = self._symbolic("QuantizeLinear", (x, scale, zero_point), x.shape, zero_point.dtype)
         return self._symbolic("DequantizeLinear", (levels, scale, zero_point), x.shape, torch.float32)
 
     def _dequantize_weight(self, weight: IntegerWeight) -> Tensor:
@@ -195,4 +197,14 @@ class Emitter:
     def _symbolic(
         self, operator: str, inputs: tuple[Tensor, ...], shape: Any, dtype: torch.dtype, attributes: dict[str, int] | None = None
     ) -> Tensor:
-        return torch.onnx.ops.symbolic(operator, inputs, attributes or {}, dtype=dtype, shape=shape, version=self.opset)
+        return torch.onnx.ops.symbolic(operator, inputs, dict(attributes or {}), dtype=dtype, shape=shape, version=self.opset)
+
+
+def _format(quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor, tuple[float, float] | None]:
+    """Scale, zero point in its storage type, and the limits of a format of fewer than 8 bits."""
+    scale, zero_point = quantizer.scale.detach().clone(), quantizer.zero_point.detach()
+    limits = None
+    if quantizer.num_bits < 8:
+        low, high = quant_range(quantizer.num_bits, quantizer.symmetric)
+        limits = (float((low - zero_point) * scale), float((high - zero_point) * scale))
+    return scale, zero_point.to(torch.int8 if quantizer.symmetric else torch.uint8), limits

@@ -22,8 +22,8 @@ from lightning_cco.export.emit import Emitter
 from lightning_cco.export.report import ExportReport
 from lightning_cco.quantization.model import QuantizedModel
 
-OPSET = 21
-"""The first whose quantize operators take every format used here."""
+OPSET = 20
+"""From 21 on ONNX Runtime 1.32 refuses its own rewriting of symmetric int8 pairs (output_dtype does not match y_zero_point)."""
 
 
 def export_onnx(
@@ -94,13 +94,15 @@ def _write(
     emitter = Emitter(quantized, OPSET)
     model = quantized.model
     if dynamic_batch and "dynamic_shapes" not in options:
-        options = {**options, "dynamic_shapes": _batch_shapes(args, kwargs)}
+        options["dynamic_shapes"] = _batch_shapes(args, kwargs)
     with evaluating(quantized), _quietly(), torch.compiler.set_stance("force_eager"):
         with emitter.collecting():
             model(*args, **kwargs)
         try:
             with emitter.emitting():
-                program = torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, opset_version=OPSET, verbose=False, **options)
+                # By itself the ONNX exporter tries other ways of tracing when this one fails, which would lose the quantization.
+                traced = torch.export.export(model, args, kwargs, dynamic_shapes=options.pop("dynamic_shapes", None), strict=False)
+            program = torch.onnx.export(traced, dynamo=True, opset_version=OPSET, verbose=False, **options)
         except Exception as error:
             raise CCOError(
                 f"export: {type(model).__name__} can't be traced by torch.export: {type(error).__name__}: {str(error)[:1500]}. "
@@ -108,6 +110,7 @@ def _write(
             ) from error
     assert program is not None
     _name_nodes(program.model.graph, emitter.order)
+    emitter.modules = _take_modules(program.model.graph)
     program.model.metadata_props.update(
         {
             "lightning_cco.version": _version(),
@@ -124,7 +127,10 @@ def _name_nodes(graph: Any, order: list[str]) -> None:
     """Call quantize nodes after their layers. They stand in the file in the order they were written."""
     nodes = [node for node in graph if node.op_type == "QuantizeLinear"]
     if len(nodes) != len(order):
-        return
+        raise CCOError(
+            f"export: the traced file has {len(nodes)} QuantizeLinear nodes, {len(order)} were written. The exporter has left some out; "
+            "export the submodule that is deployed, so that every quantized layer leads to an output."
+        )
     taken: dict[str, int] = {}
     for node, key in zip(nodes, order, strict=True):
         count = taken[key] = taken.get(key, 0) + 1
@@ -136,6 +142,17 @@ def _name_nodes(graph: Any, order: list[str]) -> None:
                 reader.name = f"{name}_dequantize"
                 if not reader.outputs[0].is_graph_output():
                     reader.outputs[0].name = f"{name}_dequantized"
+
+
+def _take_modules(graph: Any) -> dict[str, str]:
+    """Module path of each node by its name. The exporter's own remarks, stack traces among them, are taken off: they can outweigh a small model."""
+    modules = {}
+    for node in graph:
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        parts = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
+        modules[node.name] = next((part for part in reversed(parts[:-1]) if part), "")
+        node.metadata_props.clear()
+    return modules
 
 
 def _batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from lightning_cco.quantization.runtime import Runtime
 from lightning_cco.settings import Settings, load_settings
 
 if TYPE_CHECKING:
+    from lightning_cco.export import ExportReport
     from lightning_cco.sensitivity import LayerSensitivities, SensitivityReport
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -47,7 +49,9 @@ def quantize(
     """
     example_args = (example_args,) if isinstance(example_args, Tensor) else tuple(example_args)
     captured = capture(model, lambda: model(*example_args, **(example_kwargs or {})))
-    return QuantizedModel(model, captured, load_settings(settings))
+    quantized = QuantizedModel(model, captured, load_settings(settings))
+    quantized.example = (example_args, example_kwargs)
+    return quantized
 
 
 def call_with(model: nn.Module, batch: Any) -> Any:
@@ -75,6 +79,7 @@ class QuantizedModel:
         weights: Quantizers of each layer's weights.
         calibrated: Whether the ranges are known; before that the model computes in float.
         frozen: Whether the ranges stay as they are.
+        example: Positional and keyword arguments of one forward, for exports.
         uncalibrated: Quantizers that have no range after a state was loaded or the plan changed.
     """
 
@@ -93,6 +98,7 @@ class QuantizedModel:
         self.calibrated = False
         self.frozen = False
         self.uncalibrated: list[str] = []
+        self.example: tuple[Sequence[Any], Mapping[str, Any] | None] = ((), None)
         self._build_quantizers()
         self.runtime = Runtime(model, captured, self.plan, self.activations, self.weights)
         self.runtime.run = self.runtime._pass
@@ -360,6 +366,23 @@ class QuantizedModel:
         self.runtime.run = self.runtime._quantize if self.calibrated else self.runtime._pass
         torch._dynamo.reset()
         return differences
+
+    def export(
+        self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> ExportReport:
+        """Write an INT8 ONNX file and check it in ONNX Runtime; see `lightning_cco.export.export_onnx`.
+
+        Args:
+            path: Where to write.
+            example_args: Positional arguments of one forward; by default those of `quantize`.
+            example_kwargs: Keyword arguments of it.
+            **options: See `lightning_cco.export.export_onnx`.
+        """
+        from lightning_cco.export import export_onnx
+
+        if not len(example_args) and not example_kwargs:
+            example_args, example_kwargs = self.example
+        return export_onnx(self, path, example_args, example_kwargs, **options)
 
     def remove(self) -> None:
         """Take all hooks off: the model is as it was."""
