@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_cco.export.fold import IntegerWeight, integer_weight
 from lightning_cco.graph.capture import Site
-from lightning_cco.graph.frames import Frame
+from lightning_cco.graph.frames import Frame, mode_stack, restore_modes
 from lightning_cco.graph.ops import Category, operation
 from lightning_cco.quantization.fake_quantize import quant_range, weight_scale
 from lightning_cco.quantization.model import QuantizedModel
@@ -74,11 +74,14 @@ class Emitter:
             return func(*args, **kwargs) if site is None else handle(site, func, args, kwargs)
 
         before, frames.handle = frames.handle, find
+        modes = mode_stack()
         try:
             yield
         finally:
             frames.handle = before
-            frames.reset()  # a trace that fails skips the hooks of the modules it was in
+            # A trace that fails skips the hooks of the modules it was in; torch.export then takes our mode off for its own and leaves that behind.
+            frames.reset()
+            restore_modes(modes)
 
     def _collect(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if site.layer in self.quantized.weights:

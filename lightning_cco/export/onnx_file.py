@@ -94,6 +94,7 @@ def _write(
     emitter = Emitter(quantized, OPSET)
     model = quantized.model
     if dynamic_batch and "dynamic_shapes" not in options:
+        args, kwargs = _two_samples(args), _two_samples(kwargs)
         options["dynamic_shapes"] = _batch_shapes(args, kwargs)
     with evaluating(quantized), _quietly(), torch.compiler.set_stance("force_eager"):
         with emitter.collecting():
@@ -153,6 +154,15 @@ def _take_modules(graph: Any) -> dict[str, str]:
         modules[node.name] = next((part for part in reversed(parts[:-1]) if part), "")
         node.metadata_props.clear()
     return modules
+
+
+def _two_samples(value: Any) -> Any:
+    """Double batches of one sample: torch.export takes a size of 1 for a constant."""
+    if isinstance(value, Tensor):
+        return torch.cat([value, value]) if value.dim() and value.shape[0] == 1 else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_two_samples(item) for item in value)
+    return {key: _two_samples(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

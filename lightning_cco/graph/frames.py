@@ -167,13 +167,7 @@ class Frames:
         """Forget frames left behind by a forward that was interrupted (Ctrl-C skips ``always_call`` hooks)."""
         self._main.clear()
         self._others.clear()
-        kept = []
-        while torch._C._len_torch_function_stack():
-            mode = torch._C._pop_torch_function_stack()
-            if mode is not self._mode:
-                kept.append(mode)
-        for mode in reversed(kept):
-            torch._C._push_on_torch_function_stack(mode)
+        restore_modes([mode for mode in mode_stack() if mode is not self._mode])
 
     def stack(self) -> list[Frame]:
         """Frames of the current thread, the innermost last; autograd recomputes checkpoints on threads of its own."""
@@ -301,6 +295,19 @@ def _is_redirected(module: nn.Module) -> bool:
     """
     forward = module.__dict__.get("forward")
     return forward is not None and getattr(forward, "__name__", "") == "wrapped_forward"
+
+
+def mode_stack() -> list[Any]:
+    """The function modes that are active, the innermost last."""
+    return [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+
+
+def restore_modes(modes: list[Any]) -> None:
+    """Make these the active function modes."""
+    while torch._C._len_torch_function_stack():
+        torch._C._pop_torch_function_stack()
+    for mode in modes:
+        torch._C._push_on_torch_function_stack(mode)
 
 
 def calling_position() -> int:
