@@ -112,8 +112,16 @@ class Emitter:
                 result = self._embedding(self.weights[name][0], args, kwargs)
             else:
                 args, kwargs = self._with_weights(site, args, kwargs)
+                if site.op.kind == "linear" and args and args[0].dim() > 2 and name in self.quantized.activations:
+                    return self._linear(name, func, args, kwargs)
                 result = func(*args, **kwargs)
         return self._with_outputs(site, args, result)
+
+    def _linear(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """A linear layer on rows: engines fuse weight, bias and rounding of a matrix product, not of a product of more dimensions."""
+        x = args[0]
+        rows = self._round(func(x.flatten(0, -2), *args[1:], **kwargs), name)
+        return rows.unflatten(0, x.shape[:-1])
 
     def _with_inputs(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Quantize what comes from where no function mode can see: the model's inputs, custom functions."""
