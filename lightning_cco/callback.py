@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -28,9 +28,6 @@ from lightning_cco.quantization.model import QuantizedModel
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings, load_settings
 from lightning_cco.suggestions import Suggestion, suggest_skips
-
-if TYPE_CHECKING:
-    from lightning_cco.export import ExportReport
 
 
 class CCOCallback(pl.Callback):
@@ -319,14 +316,19 @@ class CCOCallback(pl.Callback):
 
     def export(
         self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any
-    ) -> ExportReport:
-        """Write the compressed model as an INT8 ONNX file and check it in ONNX Runtime.
+    ) -> Any:
+        """Write the compressed model as an INT8 ONNX file and check it in ONNX Runtime; or, if ``path`` ends in ``.pt2``, as a `torch.export` program.
+
+        The report goes to the log, to ``export_report.json`` beside the file, and to TensorBoard.
 
         Args:
             path: Where to write.
             example_args: Positional arguments of one forward; by default taken from a held batch.
             example_kwargs: Keyword arguments of it.
             **options: See `lightning_cco.export.export_onnx`.
+
+        Returns:
+            The `ExportReport`; the program for a ``.pt2`` file.
 
         Raises:
             CCOError: Nothing was compressed yet, or the export fails; see `lightning_cco.export.export_onnx`.
@@ -342,9 +344,10 @@ class CCOCallback(pl.Callback):
                 )
             device = next(self.quantized.model.parameters()).device
             example_args, example_kwargs = forward_arguments(self.quantized.model, move_data_to_device(self._held[0], device))
-        report = self.quantized.export(path, example_args, example_kwargs, **options)
-        rank_zero_info(str(report))
-        return report
+        written = self.quantized.export(path, example_args, example_kwargs, **options)
+        if hasattr(written, "save") and self._monitor is not None:
+            self._monitor.on_export(written)
+        return written
 
     def _export_best(self, trainer: pl.Trainer, folder: str) -> None:
         """Export the best checkpoint, or the last weights if there is none."""
@@ -360,8 +363,7 @@ class CCOCallback(pl.Callback):
             if state:
                 self.quantized.load_state_dict(state["quantized"])
         try:
-            path = Path(folder) / f"{type(model).__name__}_int8.onnx"
-            self.export(path).save(path.with_name("export_report.json"))
+            self.export(Path(folder) / f"{type(model).__name__}_int8.onnx")
         finally:
             model.load_state_dict(kept[0])
             self.quantized.load_state_dict(kept[1])

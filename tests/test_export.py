@@ -106,6 +106,57 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
 
 
+@pytest.mark.parametrize("name", ["cnn", "mobilenet", "unet", "lstm", "vit", "decoder"])
+def test_a_torch_export_program_is_the_fake_quantized_model(name: str, tmp_path: Path) -> None:
+    make, example, _ = MODELS[name]
+    quantized, _ = calibrated(make(), example)
+    quantized.export(tmp_path / "model.pt2")
+    other = example()[:3]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(other), quantized.model(other))
+
+
+@pytest.mark.parametrize("name", ["cnn", "residual", "mobilenet", "resnet18"])
+def test_openvino_runs_the_convolutions_in_int8(name: str, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    make, example, _ = MODELS[name]
+    quantized, _ = calibrated(make(), example, {"deployment_settings": {"target_framework": "openvino"}})
+    quantized.export(tmp_path / "model.onnx")
+    compiled = openvino.Core().compile_model(str(tmp_path / "model.onnx"), "CPU")
+    other = example()[:3]
+    with torch.no_grad():
+        expected = quantized.model(other).numpy()
+    got = compiled(other.numpy())[0]
+    assert np.square(got - expected).sum() < 0.01 * np.square(expected).sum()
+    convolutions = [
+        op.get_rt_info()
+        for op in compiled.get_runtime_model().get_ordered_ops()
+        if "Convolution" in op.get_rt_info()["layerType"].astype(str)
+    ]
+    assert convolutions
+    assert {info["runtimePrecision"].astype(str) for info in convolutions} <= {"u8", "i8"}
+
+
+def test_inputs_and_outputs_keep_their_names(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.boxes, self.scores = nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(8, 3)
+
+        def forward(self, image: Tensor, scale: Tensor) -> dict[str, Tensor]:
+            h = torch.relu(self.body(image) * scale)
+            return {"scores": self.scores(h), "boxes": self.boxes(h)}
+
+    torch.manual_seed(0)
+    example = {"image": torch.randn(3, 4), "scale": torch.rand(3, 8)}
+    quantized = quantize(Named().eval(), None, example_kwargs=example)
+    quantized.calibrate([example])
+    assert quantized.export(tmp_path / "model.onnx").sqnr_db > 20
+    session = ort.InferenceSession(str(tmp_path / "model.onnx"))
+    assert [entry.name for entry in session.get_inputs()] == ["image", "scale"]
+    assert [entry.name for entry in session.get_outputs()] == ["scores", "boxes"]
+
+
 def test_weights_take_a_quarter_of_the_size(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 2))
     quantized, _ = calibrated(model, images(8))
@@ -212,6 +263,7 @@ def test_the_callback_exports_after_fit(tmp_path: Path) -> None:
     make_trainer(tmp_path, cco).fit(model, batches())
     report = cco.export(tmp_path / "model.onnx")
     assert report.sqnr_db > 20
+    assert json.loads((tmp_path / "export_report.json").read_text())["integer_nodes"]["QLinearConv"] == 5
     x = next(iter(batches()))[0]
     model.eval()
     with torch.no_grad():

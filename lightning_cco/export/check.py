@@ -39,7 +39,7 @@ def check_file(
     def keep(name: str, output: Tensor, _: Tensor) -> None:
         reference.setdefault(name, output.detach().clone())
 
-    with quantized._evaluating(), quantized.runtime.doing("record_quantized", keep):
+    with quantized.evaluating(), quantized.runtime.doing("record_quantized", keep):
         outputs = [tensor.detach().cpu().double().numpy() for _, tensor in tensors_in(quantized.model(*args, **kwargs))]
     feeds = [tensor.detach().cpu().numpy() for _, tensor in tensors_in([args, kwargs])]
     results, optimized = _run(path, feeds)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_cco.export.fold import IntegerWeight, integer_weight
 from lightning_cco.graph.capture import Site
@@ -41,7 +41,7 @@ class Emitter:
         self.modules: dict[str, str] = {}
         self.weights: dict[str, list[IntegerWeight]] = {}
         self.biases: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self.operands: dict[str, list[Tensor]] = {}
+        self.operands: dict[str, list[IntegerWeight | Tensor]] = {}
         self.folded: set[str] = set()
         self._formats = {key: _format(quantizer) for key, quantizer in quantized.activations.items()}
         self._sites: dict[tuple[int, str, int], Site] = {
@@ -93,8 +93,16 @@ class Emitter:
                 if site.op.kind in _BIASED and weights[0].bias is not None:
                     self.biases[site.layer] = self._integer_bias(site, weights[0].bias, weights[0].scale)
             else:
-                self.operands[site.layer] = [weight_scale(tensor, self.quantized.weights[site.layer][0].num_bits, None) for tensor in found]
+                self.operands[site.layer] = [self._operand(site.layer, tensor, i) for i, tensor in enumerate(found)]
         return func(*args, **kwargs)
+
+    def _operand(self, layer: str, tensor: Tensor, number: int) -> IntegerWeight | Tensor:
+        """A parameter as integers; what is computed from one (a class token expanded to the batch) is rounded in the file, by this scale."""
+        quantizer = self.quantized.weights[layer][number]
+        if isinstance(tensor, nn.Parameter):
+            integers, scale = quantizer.quantize(tensor)
+            return IntegerWeight(integers, scale.reshape(()), None, None)
+        return weight_scale(tensor, quantizer.num_bits, None)
 
     @staticmethod
     def _bias(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -121,7 +129,7 @@ class Emitter:
         """A linear layer on rows: engines fuse weight, bias and rounding of a matrix product, not of a product of more dimensions."""
         x = args[0]
         rows = self._round(func(x.flatten(0, -2), *args[1:], **kwargs), name)
-        return rows.unflatten(0, x.shape[:-1])
+        return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
     def _with_inputs(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Quantize what comes from where no function mode can see: the model's inputs, custom functions."""
@@ -136,8 +144,11 @@ class Emitter:
             args, kwargs = replaced(args, kwargs, weight.slot, lambda _, w=integers: self._dequantize_weight(w))  # type: ignore[misc]
             if site.layer in self.biases:
                 args, kwargs = self._with_bias(site, args, kwargs)
-        for weight, scale in zip(site.weights, self.operands.get(site.layer, ()), strict=False):
-            args, kwargs = replaced(args, kwargs, weight.slot, lambda x, s=scale: self._round_operand(x, s, site.layer))  # type: ignore[misc]
+        for weight, operand in zip(site.weights, self.operands.get(site.layer, ()), strict=False):
+            if isinstance(operand, IntegerWeight):
+                args, kwargs = replaced(args, kwargs, weight.slot, lambda _, w=operand: self._dequantize_weight(w))  # type: ignore[misc]
+            else:
+                args, kwargs = replaced(args, kwargs, weight.slot, lambda x, s=operand: self._round_operand(x, s, site.layer))  # type: ignore[misc]
         return args, kwargs
 
     def _integer_bias(self, site: Site, bias: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -20,6 +20,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.export.check import check_file
 from lightning_cco.export.emit import Emitter
 from lightning_cco.export.report import ExportReport
+from lightning_cco.graph.frames import tensors_in
 from lightning_cco.quantization.model import QuantizedModel
 
 OPSET = 20
@@ -94,11 +95,11 @@ def _write(
     emitter = Emitter(quantized, OPSET)
     model = quantized.model
     if dynamic_batch and "dynamic_shapes" not in options:
-        args, kwargs = _two_samples(args), _two_samples(kwargs)
-        options["dynamic_shapes"] = _batch_shapes(args, kwargs)
-    with evaluating(quantized), _quietly(), torch.compiler.set_stance("force_eager"):
+        args, kwargs = two_samples(args), two_samples(kwargs)
+        options["dynamic_shapes"] = batch_shapes(args, kwargs)
+    with quantized.evaluating(), _quietly(), torch.compiler.set_stance("force_eager"):
         with emitter.collecting():
-            model(*args, **kwargs)
+            outputs = [".".join(map(str, slot)) for slot, _ in tensors_in(model(*args, **kwargs))]
         try:
             with emitter.emitting():
                 # By itself the ONNX exporter tries other ways of tracing when this one fails, which would lose the quantization.
@@ -112,6 +113,7 @@ def _write(
     assert program is not None
     _name_nodes(program.model.graph, emitter.order)
     emitter.modules = _take_modules(program.model.graph)
+    _name_outputs(program.model.graph, outputs)
     program.model.metadata_props.update(
         {
             "lightning_cco.version": _version(),
@@ -145,6 +147,14 @@ def _name_nodes(graph: Any, order: list[str]) -> None:
                     reader.outputs[0].name = f"{name}_dequantized"
 
 
+def _name_outputs(graph: Any, keys: list[str]) -> None:
+    """Call outputs what the model's forward calls them: the keys of a mapping or the fields of a dataclass."""
+    if len(keys) != len(graph.outputs):
+        return
+    for number, (value, key) in enumerate(zip(graph.outputs, keys, strict=True)):
+        value.name = key if key and not key[0].isdigit() else f"output_{number}"
+
+
 def _take_modules(graph: Any) -> dict[str, str]:
     """Module path of each node by its name. The exporter's own remarks, stack traces among them, are taken off: they can outweigh a small model."""
     modules = {}
@@ -156,16 +166,16 @@ def _take_modules(graph: Any) -> dict[str, str]:
     return modules
 
 
-def _two_samples(value: Any) -> Any:
+def two_samples(value: Any) -> Any:
     """Double batches of one sample: torch.export takes a size of 1 for a constant."""
     if isinstance(value, Tensor):
         return torch.cat([value, value]) if value.dim() and value.shape[0] == 1 else value
     if isinstance(value, (tuple, list)):
-        return type(value)(_two_samples(item) for item in value)
-    return {key: _two_samples(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return type(value)(two_samples(item) for item in value)
+    return {key: two_samples(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The first axis of every tensor varies, together."""
     batch = torch.export.Dim.DYNAMIC
 
@@ -177,13 +187,6 @@ def _batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return {key: shape(item) for key, item in value.items()} if isinstance(value, dict) else None
 
     return tuple(shape(value) for value in args) if args and not kwargs else [*map(shape, args), *map(shape, kwargs.values())]
-
-
-@contextlib.contextmanager
-def evaluating(quantized: QuantizedModel) -> Iterator[None]:
-    """Evaluation mode without gradients."""
-    with quantized._evaluating():
-        yield
 
 
 @contextlib.contextmanager

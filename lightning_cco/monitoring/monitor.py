@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -22,6 +22,9 @@ from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings
 from lightning_cco.suggestions import Suggestion, suggestions_yaml
+
+if TYPE_CHECKING:
+    from lightning_cco.export import ExportReport
 
 
 class Monitor:
@@ -42,6 +45,7 @@ class Monitor:
         self.history: list[tuple[int, dict[str, float]]] = []
         self.extremes: dict[str, dict[str, float]] = {}
         self._rows: list[list[str]] = []
+        self._step = 0
         self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cco-draw")
         self._pending: list[Future[None]] = []
 
@@ -93,6 +97,7 @@ class Monitor:
         """
         if not self.enabled:
             return
+        self._step = step
         qs = {name: entry.qs for name, entry in report.main.items()}
         ordered = {name: qs[name] for name in plan.graph.names if name in qs}
         self.history = [entry for entry in self.history if entry[0] != epoch] + [(epoch, ordered)]
@@ -124,6 +129,14 @@ class Monitor:
         show(self.loggers, payload)
         if self.draw:
             self._draw_plan(plan, qs, step)
+
+    def on_export(self, report: ExportReport) -> None:
+        """Show what an export says of its file."""
+        rank_zero_info(str(report))
+        path = Path(report.path).with_name("export_report.json")
+        report.save(path)
+        text = "\n".join(f"    {line}" for line in str(report).splitlines())
+        show(self.loggers, Payload(self._step, {"cco/export": text}, files=[path]))
 
     def _draw_plan(self, plan: QuantizationPlan, qs: Mapping[str, float], step: int) -> None:
         """Draw in the background: the layout of a large net takes seconds, the training need not wait for it."""

@@ -19,7 +19,6 @@ from lightning_cco.quantization.runtime import Runtime
 from lightning_cco.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from lightning_cco.export import ExportReport
     from lightning_cco.sensitivity import LayerSensitivities, SensitivityReport
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -193,7 +192,7 @@ class QuantizedModel:
             self.activations[key].start_calibration()
         count = 0
         observed = {key: q for key, q in self.activations.items() if key in chosen}
-        with self._evaluating(), self.runtime.doing("observe"), _only(self.activations, chosen):
+        with self.evaluating(), self.runtime.doing("observe"), _only(self.activations, chosen):
             for batch in batches:
                 forward(self.model, batch)
                 count += 1
@@ -232,7 +231,8 @@ class QuantizedModel:
                     )
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients inside the block."""
         flags = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
@@ -286,7 +286,7 @@ class QuantizedModel:
             )
         names = self.measured_layers()
         metric = LayerSensitivities(names).to(self._device())
-        with self._evaluating():
+        with self.evaluating():
             for batch in batches:
                 self._measure(metric, batch, forward or call_with, modes)
         return metric.report(modes)
@@ -369,20 +369,24 @@ class QuantizedModel:
 
     def export(
         self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any
-    ) -> ExportReport:
-        """Write an INT8 ONNX file and check it in ONNX Runtime; see `lightning_cco.export.export_onnx`.
+    ) -> Any:
+        """Write an INT8 ONNX file and check it in ONNX Runtime; or, if ``path`` ends in ``.pt2``, a `torch.export` program.
 
         Args:
             path: Where to write.
             example_args: Positional arguments of one forward; by default those of `quantize`.
             example_kwargs: Keyword arguments of it.
-            **options: See `lightning_cco.export.export_onnx`.
+            **options: See `lightning_cco.export.export_onnx` and `lightning_cco.export.export_program`.
+
+        Returns:
+            The report of the check; the program for a ``.pt2`` file.
         """
-        from lightning_cco.export import export_onnx
+        from lightning_cco.export import export_onnx, export_program
 
         if not len(example_args) and not example_kwargs:
             example_args, example_kwargs = self.example
-        return export_onnx(self, path, example_args, example_kwargs, **options)
+        write = export_program if str(path).endswith(".pt2") else export_onnx
+        return write(self, path, example_args, example_kwargs, **options)
 
     def remove(self) -> None:
         """Take all hooks off: the model is as it was."""
