@@ -7,9 +7,8 @@ two fresh processes)
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from export_models import Decoder, MobileNetV2, ResNet18, ViT
 
-from lightning_cco import QuantizedModel, quantize
+from lightning_cco import quantize
 from lightning_cco.monitoring.tables import markdown_table
 
 Step = Callable[[], None]
@@ -67,13 +66,11 @@ def seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def ratio(step: Step, quantized: QuantizedModel, pairs: int) -> tuple[float, float]:
+def ratio(step: Step, float_step: Step, pairs: int) -> tuple[float, float]:
     """Median of QAT over float, and median float seconds."""
     ratios, floats = [], []
     for turn in range(pairs + 2):
-        taken = seconds(step)
-        with quantized.disabled():
-            base = seconds(step)
+        taken, base = seconds(step), seconds(float_step)
         if turn >= 2:
             ratios.append(taken / base)
             floats.append(base)
@@ -81,23 +78,21 @@ def ratio(step: Step, quantized: QuantizedModel, pairs: int) -> tuple[float, flo
 
 
 def measure(name: str, pairs: int) -> list[str]:
-    model, step, x = prepare(name)
+    float_model, float_step, x = prepare(name)
+    model, step, _ = prepare(name)
     start = time.perf_counter()
     quantized = quantize(model, None, (x,))
     setup = time.perf_counter() - start
     quantized.calibrate([(x,)])
     quantized.freeze_ranges()
-    frozen, base = ratio(step, quantized, pairs)
+    frozen, base = ratio(step, float_step, pairs)
     quantized.unfreeze_ranges()
-    moving, _ = ratio(step, quantized, pairs)
-    model.eval()
+    moving, _ = ratio(step, float_step, pairs)
+    model.eval(), float_model.eval()
     with torch.no_grad():
-        forward, _ = ratio(lambda: model(x), quantized, pairs)
-        start = time.perf_counter()
-        quantized.sensitivity([(x,)], modes=["local"])
-        local = time.perf_counter() - start
-        with quantized.disabled():
-            local /= min(seconds(lambda: model(x)) for _ in range(3))
+        forward, _ = ratio(lambda: model(x), lambda: float_model(x), pairs)
+        local, _ = ratio(lambda: quantized.sensitivity([(x,)], modes=["local"]), lambda: float_model(x), 3)
+        both, _ = ratio(lambda: quantized.sensitivity([(x,)]), lambda: float_model(x), 3)
     memory = [peak(name, kind) for kind in ("float", "quantized")]
     return [
         name,
@@ -107,27 +102,39 @@ def measure(name: str, pairs: int) -> list[str]:
         f"{forward:.2f}",
         f"{memory[1] / memory[0]:.2f}",
         f"{local:.1f}",
+        f"{both:.1f}",
         f"{setup:.1f}",
     ]
 
 
 def peak(name: str, kind: str) -> float:
-    """Growth of the peak resident memory over a step, in a fresh process."""
-    done = subprocess.run([sys.executable, __file__, "--peak", name, kind], capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    """Peak memory of a step in a fresh process, beyond what the interpreter and its packages take, in MiB."""
+    # A fixed threshold makes the allocator give freed tensors back, so that what is resident is what is held.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, __file__, "--peak", name, kind]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return float(done.stdout.splitlines()[-1])
 
 
 def print_peak(name: str, kind: str) -> None:
+    F.conv2d(torch.randn(1, 3, 8, 8), torch.randn(3, 3, 3, 3))  # thread pools and kernels are no part of the model
+    before = resident("VmRSS")
     model, step, x = prepare(name)
     if kind == "quantized":
-        small = x[:1]
-        quantized = quantize(model, None, (small,))
-        quantized.calibrate([(small,)])
+        quantized = quantize(model, None, (x[:1],))
+        quantized.calibrate([(x[:1],)])
         quantized.freeze_ranges()
     model.train()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step()
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    step()
+    print((resident("VmHWM") - before) / 1024)
+
+
+def resident(field: str) -> int:
+    """A memory figure of this process in KiB (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def main() -> None:
@@ -150,6 +157,7 @@ def main() -> None:
         "forward, no grad",
         "peak memory",
         "local QS in forwards",
+        "both QS in forwards",
         "set-up s",
     ]
     print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}; ratios to float\n")

@@ -194,9 +194,9 @@ class CCOCallback(pl.Callback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Called after each batch. Makes the ranges equal on all ranks, and freezes them at their step."""
+        """Called after each batch. Lets the ranges follow it, equally on all ranks, and freezes them at their step."""
         assert self.quantized is not None
-        self.quantized.sync_ranges()
+        self.quantized.update_ranges()
         if not self.quantized.frozen and self._freezes_at(trainer.global_step):
             self.quantized.freeze_ranges()
             rank_zero_info(f"Activation ranges are frozen from step {trainer.global_step} on.")

@@ -33,9 +33,9 @@ def test_affine_forward_and_gradient_are_torchs(num_bits: int, as_number: bool) 
     x, grad = torch.randn(4, 50, 7) * 3, torch.randn(4, 50, 7)
     # A range narrower than the values, so that some are clipped.
     scale, zero_point = affine_qparams(torch.tensor(-2.0), torch.tensor(3.0), num_bits)
-    offset = float(zero_point) if as_number else zero_point
+    numbers = (float(scale), float(zero_point)) if as_number else None
     low, high = quant_range(num_bits, symmetric=False)
-    y, dx = with_gradient(lambda t: fake_quantize(t, scale, offset, num_bits), x, grad)
+    y, dx = with_gradient(lambda t: fake_quantize(t, scale, zero_point, num_bits, numbers=numbers), x, grad)
     expected, expected_dx = with_gradient(
         lambda t: torch.fake_quantize_per_tensor_affine(t, float(scale), int(zero_point), low, high), x, grad
     )
@@ -96,8 +96,8 @@ def test_a_folded_activation_is_the_activation_then_the_rounding(
 ) -> None:
     x, grad = torch.randn(500) * 4, torch.randn(500)
     scale, zero_point = affine_qparams(torch.tensor(-1.0), torch.tensor(5.0), num_bits)
-    offset = float(zero_point) if as_number else zero_point
-    y, dx = with_gradient(lambda t: fake_quantize(t, scale, offset, num_bits, clamp=limits), x, grad)
+    numbers = (float(scale), float(zero_point)) if as_number else None
+    y, dx = with_gradient(lambda t: fake_quantize(t, scale, zero_point, num_bits, clamp=limits, numbers=numbers), x, grad)
     low, high = quant_range(num_bits, symmetric=False)
 
     def apart(t: Tensor) -> Tensor:
@@ -120,11 +120,13 @@ def test_a_folded_activation_is_the_activation_then_the_rounding(
 def test_in_place_is_the_same_in_the_same_memory(num_bits: int, dtype: torch.dtype) -> None:
     x, grad = torch.randn(300).to(dtype), torch.randn(300).to(dtype)
     scale, zero_point = affine_qparams(torch.tensor(-1.0), torch.tensor(1.0), num_bits)
-    expected, expected_dx = with_gradient(lambda t: fake_quantize(t, scale, 0.0, num_bits, clamp=(0.0, float("inf"))), x, grad)
+    expected, expected_dx = with_gradient(
+        lambda t: fake_quantize(t, scale, torch.tensor(0.0), num_bits, clamp=(0.0, float("inf"))), x, grad
+    )
 
     def in_place(t: Tensor) -> Tensor:
         buffer = t * 1.0
-        result = fake_quantize(buffer, scale, 0.0, num_bits, clamp=(0.0, float("inf")), inplace=True)
+        result = fake_quantize(buffer, scale, torch.tensor(0.0), num_bits, clamp=(0.0, float("inf")), inplace=True)
         assert result.data_ptr() == buffer.data_ptr()
         return result
 
@@ -167,7 +169,7 @@ def test_symmetric_activations() -> None:
     assert float(zero_point) == 0.0
     torch.testing.assert_close(float(scale), 2.0 / 127)
     torch.testing.assert_close(
-        fake_quantize(x, scale, 0.0, 8, symmetric=True), torch.fake_quantize_per_tensor_affine(x, float(scale), 0, -127, 127)
+        fake_quantize(x, scale, torch.tensor(0.0), 8, symmetric=True), torch.fake_quantize_per_tensor_affine(x, float(scale), 0, -127, 127)
     )
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from lightning_cco.quantization.fake_quantize import affine_qparams, quant_range
-from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer, sync_ranges
+from lightning_cco.quantization.fake_quantize import affine_qparams, fake_quantize_weight, quant_range
+from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
+from lightning_cco.quantization.range_updates import sync_calibration, update_ranges
 from lightning_cco.quantization.ranges import batch_range, mse_clip_ratio, percentile_range
 
 
@@ -70,17 +71,59 @@ def test_min_max_and_mean_over_calibration() -> None:
     assert (float(mean.min_val), float(mean.max_val)) == pytest.approx((-2.0, 3.0))
 
 
+def bounds(quantizer: ActivationQuantizer) -> tuple[float, float]:
+    return float(quantizer.min_val), float(quantizer.max_val)
+
+
 def test_training_moves_the_range_by_the_averaging_constant() -> None:
     quantizer = calibrated(torch.tensor([-1.0, 1.0]), averaging_constant=0.1)
-    quantizer(torch.tensor([-2.0, 3.0]), track=True)
-    assert (float(quantizer.min_val), float(quantizer.max_val)) == pytest.approx((-1.1, 1.2))
+    quantizer(torch.tensor([-2.0, 1.0]), track=True)
+    quantizer(torch.tensor([0.0, 3.0]), track=True)
+    assert bounds(quantizer) == (-1.0, 1.0)  # within a step the range stands still
+    update_ranges([quantizer])
+    assert bounds(quantizer) == pytest.approx((-1.1, 1.2))
     quantizer(torch.tensor([-9.0, 9.0]))
-    quantizer.freeze()
+    update_ranges([quantizer])  # nothing was watched
     quantizer(torch.tensor([-9.0, 9.0]), track=True)
-    assert (float(quantizer.min_val), float(quantizer.max_val)) == pytest.approx((-1.1, 1.2))
+    quantizer.freeze()
+    update_ranges([quantizer])
     quantizer.unfreeze()
+    update_ranges([quantizer])  # what passed before the freeze is forgotten
+    assert bounds(quantizer) == pytest.approx((-1.1, 1.2))
     quantizer(torch.tensor([-9.0, 9.0]), clamp=(0.0, float("inf")), track=True)
-    assert (float(quantizer.min_val), float(quantizer.max_val)) == pytest.approx((-0.99, 1.98))
+    update_ranges([quantizer])
+    assert bounds(quantizer) == pytest.approx((-0.99, 1.98))
+
+
+def test_many_ranges_move_as_each_would_alone() -> None:
+    formats = [(8, False), (4, True), (8, True), (8, False)]
+    together, alone = ([ActivationQuantizer(bits, symmetric) for bits, symmetric in formats] for _ in range(2))
+    for quantizers in (together, alone):
+        torch.manual_seed(0)
+        for quantizer in quantizers:
+            quantizer.observe(torch.randn(9))
+            quantizer.finish_calibration()
+            quantizer(3 * torch.randn(9), track=True)
+    update_ranges(together)
+    for quantizer in alone:
+        update_ranges([quantizer])
+    x = torch.randn(50)
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one(x), other(x))
+        expected = affine_qparams(one.min_val, one.max_val, one.num_bits, one.symmetric)
+        assert (one.scale, one.zero_point) == expected
+        assert one._numbers == (float(one.scale), float(one.zero_point))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_moves_no_range(value: float) -> None:
+    quantizer = calibrated(torch.tensor([-1.0, 1.0]))
+    quantizer(torch.tensor([0.5, value]), track=True)
+    update_ranges([quantizer])
+    assert bounds(quantizer) == (-1.0, 1.0)
+    quantizer(torch.tensor([-3.0, 3.0]), track=True)
+    update_ranges([quantizer])
+    assert bounds(quantizer) == pytest.approx((-1.1, 1.1))
 
 
 def test_evidence_of_trouble() -> None:
@@ -121,24 +164,74 @@ def test_compiled_tracking_is_the_same(estimator: str) -> None:
     for _ in range(3):
         x = 3 * torch.randn(20)
         torch.testing.assert_close(compiled(x, track=True), eager(x, track=True))
+        for quantizer in (other, eager):
+            update_ranges([quantizer])
     assert float(other.scale) == pytest.approx(float(eager.scale))
     torch._dynamo.reset()
 
 
-def test_weights_are_quantized_once_per_version_without_gradients() -> None:
+def test_weights_are_quantized_once_per_version() -> None:
     quantizer, weight = WeightQuantizer(8, 0), torch.nn.Parameter(torch.randn(4, 5))
     with torch.no_grad():
         first = quantizer(weight)
         assert quantizer(weight) is first
-        weight.add_(1.0)
+        before = first.clone()
+        weight.add_(torch.randn(4, 5))
         second = quantizer(weight)
-    assert second is not first
-    assert quantizer(weight) is not second  # with gradients it must be computed
+        torch.testing.assert_close(second, fake_quantize_weight(weight, 8, 0))
+    assert not torch.equal(second, before)
+    trained = quantizer(weight)
+    assert torch.equal(trained, second)
+    trained.sum().backward()
+    assert torch.equal(weight.grad, torch.ones(4, 5))
     integers, scale = quantizer.quantize(weight)
     assert integers.dtype == torch.int8
     torch.testing.assert_close(integers * scale, second)
+    quantizer.forget()
+    assert quantizer._kept is None
+    assert torch.equal(quantizer(weight), second)
     assert copy.deepcopy(quantizer)._kept is None
     assert pickle.loads(pickle.dumps(quantizer))._kept is None
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_weight_written_through_data_is_noticed(memory_format: torch.memory_format) -> None:
+    # Averaging callbacks swap weights that way: the version stays.
+    weight = torch.nn.Parameter(torch.randn(20, 8, 3, 3).to(memory_format=memory_format))
+    quantizer = WeightQuantizer(8, 0)
+    with torch.no_grad():
+        quantizer(weight)
+        weight.data.copy_(torch.randn(20, 8, 3, 3))
+        torch.testing.assert_close(quantizer(weight), fake_quantize_weight(weight, 8, 0))
+        weight.data = torch.randn(20, 8, 3, 3)
+        torch.testing.assert_close(quantizer(weight), fake_quantize_weight(weight, 8, 0))
+
+
+def test_a_weight_kept_under_inference_mode_can_be_trained_with() -> None:
+    weight, quantizer = torch.nn.Parameter(torch.randn(4, 5)), WeightQuantizer(8, 0)
+    with torch.inference_mode():
+        quantizer(weight)
+    x = torch.randn(3, 5, requires_grad=True)
+    torch.nn.functional.linear(x, quantizer(weight)).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_weight_changed_before_its_gradient_is_an_error_as_in_float() -> None:
+    weight, quantizer = torch.nn.Parameter(torch.randn(4, 5)), WeightQuantizer(8, 0)
+    x = torch.randn(3, 5, requires_grad=True)
+    loss = torch.nn.functional.linear(x, quantizer(weight)).sum()
+    with torch.no_grad():
+        weight.mul_(2.0)
+    quantizer(weight)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_is_computed_from_parameters_is_never_kept() -> None:
+    weight, quantizer = torch.nn.Parameter(torch.randn(4, 5)), WeightQuantizer(8, 0)
+    for factor in (1.0, 2.0):
+        torch.testing.assert_close(quantizer(weight * factor), fake_quantize_weight(weight * factor, 8, 0))
+    assert quantizer._kept is None
 
 
 def test_print_tells_bits_and_range() -> None:
@@ -152,10 +245,10 @@ def _rank(rank: int, folder: str, estimator: str) -> None:
     quantizers = [ActivationQuantizer(estimator=estimator) for _ in range(2)]
     for number, quantizer in enumerate(quantizers):
         quantizer.observe(torch.tensor([-1.0 - rank, 2.0 + rank + number]))
-    sync_ranges(quantizers, calibrating=True)
+    sync_calibration(quantizers)
     statuses = [quantizer.finish_calibration() for quantizer in quantizers]
     quantizers[0](torch.tensor([-10.0 * rank, 5.0]), track=True)
-    sync_ranges(quantizers)
+    update_ranges(quantizers)
     torch.save({"ranges": [q.get_ranges() for q in quantizers], "statuses": statuses}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

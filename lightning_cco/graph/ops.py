@@ -46,6 +46,17 @@ class Op:
     weight: tuple[int, str] | None = None
     channel_axis: int = 0
 
+    @property
+    def fresh(self) -> bool:
+        """Whether the result is new memory that the operation's own gradient does not read, so that it may be overwritten."""
+        return self.kind in _FRESH
+
+
+_FRESH = frozenset({
+    "conv", "conv_transpose", "linear", "embedding", "matmul", "addmm", "baddbmm", "add", "sub", "mul", "concat", "stack", "avg_pool",
+    "adaptive_avg_pool", "mean", "interpolate", "batch_norm", "layer_norm", "group_norm", "gelu", "silu", "hardswish",
+})  # fmt: skip
+
 
 def _spellings(stem: str) -> tuple[str, ...]:
     return (stem, f"{stem}_", f"__{stem}__", f"__r{stem}__", f"__i{stem}__")

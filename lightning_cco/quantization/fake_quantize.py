@@ -9,14 +9,17 @@ on one fresh buffer do the same, and from 7 bits on the gradient's mask is read 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # With fewer bits the outermost levels hold too many values to take all of them for clipped.
 _MASK_FROM_OUTPUT_BITS = 7
 _SMALLEST_SCALE = 1e-12
+_INF = float("inf")
 
 Bound = float | Tensor
 
@@ -69,36 +72,40 @@ def weight_scale(weight: Tensor, num_bits: int, axis: int | None) -> Tensor:
     """
     weight = weight.detach()
     if axis is None:
-        largest = weight.abs().amax()
-    elif axis == 0:
-        low, high = torch.aminmax(weight.flatten(1), dim=1) if weight.dim() > 1 else (weight, weight)
-        largest = torch.maximum(-low, high).view(-1, *[1] * (weight.dim() - 1))
+        high, low = weight.amax(), weight.amin()
     else:
-        largest = weight.abs().amax(dim=[d for d in range(weight.dim()) if d != axis], keepdim=True)
+        # The axes behind the channels first: one reduction over axes on both sides of one that stays is many times slower.
+        high = low = weight
+        for dims in (tuple(range(axis + 1, weight.dim())), tuple(range(axis))):
+            if dims:
+                high, low = high.amax(dims, keepdim=True), low.amin(dims, keepdim=True)
+    largest = torch.maximum(high, -low)
     return largest.float().div(quant_range(num_bits, symmetric=True)[1]).clamp(min=_SMALLEST_SCALE)
 
 
 def fake_quantize(
     x: Tensor,
     scale: Tensor,
-    zero_point: Tensor | float,
+    zero_point: Tensor,
     num_bits: int,
     symmetric: bool = False,
     clamp: tuple[float, float] | None = None,
     inplace: bool = False,
     overwritten: bool = False,
+    numbers: tuple[float, float] | None = None,
 ) -> Tensor:
     """Round an activation to its grid; the gradient passes where the value lies inside the range.
 
     Args:
         x: Any shape, any float type; the arithmetic is in float32 at least.
         scale: 0-d float32.
-        zero_point: 0-d float32, integer-valued; or a Python float, which is faster on a CPU.
+        zero_point: 0-d float32, integer-valued.
         num_bits: Bits of the format.
         symmetric: Whether the levels are ``-limit … limit`` instead of ``0 … 2**num_bits - 1``.
         clamp: An activation to apply on the way: ``(0, inf)`` is ReLU, ``(0, 6)`` ReLU6. Its gradient is included.
         inplace: Overwrite ``x``.
         overwritten: Whether the caller goes on to overwrite the result, so that the gradient can't be read off it.
+        numbers: Scale and zero point as Python floats, where they are known: clamping to tensors is four times slower on a CPU.
 
     Returns:
         A tensor of the shape and type of ``x``; ``x`` itself if ``inplace``.
@@ -107,84 +114,103 @@ def fake_quantize(
     is read off the output. Below that it is that of `torch.fake_quantize_per_tensor_affine`.
     """
     quant_min, quant_max = quant_range(num_bits, symmetric)
-    low: Bound = quant_min - zero_point
-    high: Bound = quant_max - zero_point
+    offset = zero_point if numbers is None else numbers[1]
+    low, high = quant_min - offset, quant_max - offset
+    number = None if numbers is None else numbers[0]
+    limits = clamp if clamp is not None else (-_INF, _INF)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _rounded(x, scale, *_level_bounds(number or scale, low, high, limits), inplace)
     from_output = num_bits >= _MASK_FROM_OUTPUT_BITS and not overwritten
-    limits = clamp if clamp is not None else (float("-inf"), float("inf"))
     result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
-        x, scale, low, high, limits, from_output, inplace
+        x, scale, number, low, high, limits, from_output, inplace
     )
     return result
 
 
+def _rounded(x: Tensor, scale: Tensor, first: Bound, last: Bound, inplace: bool) -> Tensor:
+    """``clamp(round(x / scale), first, last) * scale``: one fresh buffer at most, and four operations on it."""
+    if x.dtype in (torch.float32, torch.float64):
+        levels = x.div_(scale) if inplace else x.div(scale)
+        return levels.round_().clamp_(first, last).mul_(scale)  # type: ignore[arg-type]
+    values = x.float().div_(scale).round_().clamp_(first, last).mul_(scale)  # type: ignore[arg-type]
+    return x.copy_(values) if inplace else values.to(x.dtype)
+
+
 class _FakeQuantize(torch.autograd.Function):
-    """``clamp(round(x / scale), low, high) * scale`` with ``low`` and ``high`` in levels."""
+    """Rounding with ``low`` and ``high`` in levels, and the gradient of a clamp. They are Python floats if ``number``, the scale as one, is known."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, low: Bound, high: Bound, limits: tuple[float, float], from_output: bool, inplace: bool
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        number: float | None,
+        low: Bound,
+        high: Bound,
+        limits: tuple[float, float],
+        from_output: bool,
+        inplace: bool,
     ) -> Tensor:
-        wide = x.dtype in (torch.float32, torch.float64)
-        inside = None
-        if inplace and not from_output:
-            inside = _inside(x, scale, low, high, limits)
-        first, last = _level_bounds(scale, low, high, limits)
-        levels = x.div(scale) if wide else x.float().div_(scale)
-        levels.round_().clamp_(first, last)  # type: ignore[arg-type]
+        known = number if number is not None else scale
+        first, last = _level_bounds(known, low, high, limits)
+        # In place the input is gone when the gradient comes: what is inside must be known now.
+        inside = _inside(x, known, low, high, limits) if inplace and not from_output else None
+        result = _rounded(x, scale, first, last, inplace)
         if inplace:
-            # The last step writes into the argument, whatever its type.
-            torch.mul(levels, scale, out=x) if wide else x.copy_(levels.mul_(scale))
             ctx.mark_dirty(x)
-            result = x
-        else:
-            result = levels.mul_(scale) if wide else levels.mul_(scale).to(x.dtype)
-        ctx.limits, ctx.from_output, ctx.masked = limits, from_output, inside is not None
-        ctx.bounds = None if isinstance(low, Tensor) else (low, high)
-        bounds = (low, high) if isinstance(low, Tensor) else ()
-        ctx.save_for_backward(inside if inside is not None else result if from_output else x, scale, *bounds)
+            result = x  # the same tensor; the compiler wants it by name
+        kept = inside if inside is not None else result if from_output else x
+        ctx.masked, ctx.from_output, ctx.limits = inside is not None, from_output, limits
+        if number is not None:
+            ctx.save_for_backward(kept)
+            ctx.bounds = number, *((first, last) if from_output else (low, high))
+        else:  # of the scale a copy: a range may move on before the gradient comes
+            ctx.save_for_backward(kept, *((first * scale, last * scale) if from_output else (scale.clone(), low, high)))
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        kept, scale, *bounds = ctx.saved_tensors
-        nothing = (None,) * 6
+        kept, *bounds = ctx.saved_tensors
+        nothing = (None,) * 7
         if ctx.masked:
             return (grad * kept, *nothing)
-        low, high = bounds or ctx.bounds
         if not ctx.from_output:
+            scale, low, high = bounds or ctx.bounds
             return (grad * _inside(kept, scale, low, high, ctx.limits), *nothing)
-        first, last = _level_bounds(scale, low, high, ctx.limits)
-        if isinstance(first, Tensor) or isinstance(last, Tensor):
-            return (grad * ((kept > first * scale) & (kept < last * scale)), *nothing)
+        if bounds:
+            return (grad * ((kept > bounds[0]) & (kept < bounds[1])), *nothing)
         # Half a step inside the outermost levels, so that rounding of the product can't matter.
-        step = float(scale)
-        return (torch.ops.aten.hardtanh_backward(grad, kept, (first + 0.5) * step, (last - 0.5) * step), *nothing)
+        scale, first, last = ctx.bounds
+        return (torch.ops.aten.hardtanh_backward(grad, kept, (first + 0.5) * scale, (last - 0.5) * scale), *nothing)
 
 
-def _level_bounds(scale: Tensor, low: Bound, high: Bound, limits: tuple[float, float]) -> tuple[Bound, Bound]:
+def _level_bounds(scale: Bound, low: Bound, high: Bound, limits: tuple[float, float]) -> tuple[Bound, Bound]:
     """First and last level once the clamp of the activation is taken into account: rounding is monotone, so it may come after."""
     below, above = limits
-    if isinstance(low, Tensor) or isinstance(high, Tensor):
-        first = torch.as_tensor(low) if below == float("-inf") else torch.maximum(torch.as_tensor(low), (below / scale).round())
-        last = torch.as_tensor(high) if above == float("inf") else torch.minimum(torch.as_tensor(high), (above / scale).round())
+    if isinstance(scale, Tensor):
+        first = low if below == -_INF else torch.maximum(low, (below / scale).round())  # type: ignore[arg-type]
+        last = high if above == _INF else torch.minimum(high, (above / scale).round())  # type: ignore[arg-type]
         return first, last
-    if below == 0.0:  # no need to know the scale
+    if below == 0.0:
         low = max(low, 0.0)
-    elif below != float("-inf"):
-        low = max(low, float((below / scale).round()))
-    if above != float("inf"):
-        high = min(high, float((above / scale).round()))
-    return low, high
+    elif below != -_INF:
+        low = max(low, _level(below, scale))
+    return low, high if above == _INF else min(high, _level(above, scale))
 
 
-def _inside(x: Tensor, scale: Tensor, low: Bound, high: Bound, limits: tuple[float, float]) -> Tensor:
+def _level(value: float, scale: float) -> float:
+    """Nearest level, by float32 division as for the values themselves: both must fall on the same side of a tie."""
+    return float(np.rint(np.float32(value) / np.float32(scale)))
+
+
+def _inside(x: Tensor, scale: Bound, low: Bound, high: Bound, limits: tuple[float, float]) -> Tensor:
     """Where the value is not clipped: by rounding, as torch's own operation judges, and not by the activation's clamp."""
     levels = (x.float() if x.dtype not in (torch.float32, torch.float64) else x).div(scale).round_()
     inside = (levels >= low) & (levels <= high)
     below, above = limits
-    if below != float("-inf"):
+    if below != -_INF:
         inside &= x > below
-    if above != float("inf"):
+    if above != _INF:
         inside &= x < above
     return inside
 
@@ -197,21 +223,33 @@ def fake_quantize_weight(weight: Tensor, num_bits: int, axis: int | None) -> Ten
         num_bits: Bits of the format.
         axis: Axis of the output channels; `None`: one scale for all.
     """
-    result: Tensor = _FakeQuantizeWeight.apply(  # type: ignore[no-untyped-call]
-        weight, num_bits, axis
-    )
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return rounded_weight(weight, num_bits, axis)
+    return straight_through(weight, lambda: rounded_weight(weight, num_bits, axis))
+
+
+def rounded_weight(weight: Tensor, num_bits: int, axis: int | None, out: Tensor | None = None) -> Tensor:
+    """The values of `fake_quantize_weight` without a gradient, written to ``out`` if that is given."""
+    weight = weight.detach()
+    scale = weight_scale(weight, num_bits, axis)
+    if weight.dtype in (torch.float32, torch.float64):
+        levels = weight.div(scale) if out is None else torch.div(weight, scale, out=out)
+        return levels.round_().mul_(scale)
+    values = weight.float().div_(scale).round_().mul_(scale)
+    return values.to(weight.dtype) if out is None else out.copy_(values)
+
+
+def straight_through(weight: Tensor, rounded: Callable[[], Tensor]) -> Tensor:
+    """What ``rounded`` returns, with the gradient of the identity to ``weight``."""
+    result: Tensor = _StraightThrough.apply(weight, rounded)  # type: ignore[no-untyped-call]
     return result
 
 
-class _FakeQuantizeWeight(torch.autograd.Function):
+class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, num_bits: int, axis: int | None) -> Tensor:
-        scale = weight_scale(weight, num_bits, axis)
-        wide = weight.dtype in (torch.float32, torch.float64)
-        levels = weight.div(scale) if wide else weight.float().div_(scale)
-        result = levels.round_().mul_(scale)
-        return result if wide else result.to(weight.dtype)
+    def forward(ctx: Any, weight: Tensor, rounded: Callable[[], Tensor]) -> Tensor:
+        return rounded()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, None, None
+        return grad, None

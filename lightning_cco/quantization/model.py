@@ -14,7 +14,8 @@ from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import Capture, capture
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.quantization.plan import plan_quantization
-from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer, sync_ranges
+from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
+from lightning_cco.quantization.range_updates import sync_calibration, update_ranges, world_size
 from lightning_cco.quantization.runtime import Runtime
 from lightning_cco.settings import Settings, load_settings
 
@@ -98,9 +99,12 @@ class QuantizedModel:
         self.frozen = False
         self.uncalibrated: list[str] = []
         self.example: tuple[Sequence[Any], Mapping[str, Any] | None] = ((), None)
+        self._trained = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
+        self._moved_at = self._weights_version()
         self._build_quantizers()
         self.runtime = Runtime(model, captured, self.plan, self.activations, self.weights)
         self.runtime.run = self.runtime._pass
+        self.runtime.frames.started = self._forward_starts
         self.runtime.frames.attach()
         self.to(self._device())
 
@@ -201,7 +205,7 @@ class QuantizedModel:
                 "calibrate: no batch came, so no range is known. Expected at least one batch of what the model's forward takes; "
                 "check that the loader is not empty and that stats_steps is at least 1."
             )
-        sync_ranges(list(observed.values()), calibrating=True)
+        sync_calibration(list(observed.values()))
         for key, quantizer in observed.items():
             self._finish(key, quantizer)
         self.calibrated = True
@@ -254,10 +258,34 @@ class QuantizedModel:
             quantizer.unfreeze()
         self.frozen = False
 
-    def sync_ranges(self) -> None:
-        """Make the ranges equal on all ranks: one reduction for all of them. Does nothing on a single process or when frozen."""
+    def update_ranges(self) -> None:
+        """Let the ranges follow what has passed in training since they last moved; under DDP equally on all ranks.
+
+        On a single process this happens by itself, before the first forward after the weights have changed, and before ranges are read. Under DDP call it
+        after each step, on all ranks (the callback does).
+        """
+        self._moved_at = self._weights_version()
         if not self.frozen and self.calibrated:
-            sync_ranges(list(self.activations.values()))
+            update_ranges(list(self.activations.values()))
+
+    def _weights_version(self) -> int:
+        return sum(parameter._version for parameter in self._trained)
+
+    def _forward_starts(self) -> None:
+        """Before a forward: quantizers on the model's device, ranges moved on."""
+        self._follow_device()
+        if self.frozen or not self.calibrated or world_size() > 1:
+            return
+        if self._moved_at != self._weights_version():
+            self.update_ranges()
+
+    def _follow_device(self) -> None:
+        """Keep the quantizers where the parameters are: Lightning moves the model to the CPU at the end of a run."""
+        device = self._device()
+        for quantizer in self.activations.values():
+            if quantizer.scale.device == device:
+                return
+            quantizer.to(device)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -314,6 +342,8 @@ class QuantizedModel:
 
     def state_dict(self) -> dict[str, Any]:
         """Plan and ranges as plain dicts, strings, numbers and tensors."""
+        if world_size() == 1:
+            self.update_ranges()
         return {
             "version": _STATE_VERSION,
             "layers": list(self.graph.names),

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_cco.quantization.fake_quantize import affine_qparams, fake_quantize, fake_quantize_weight, quant_range, weight_scale
+from lightning_cco.quantization.fake_quantize import (
+    affine_qparams,
+    fake_quantize,
+    fake_quantize_weight,
+    quant_range,
+    rounded_weight,
+    straight_through,
+    weight_scale,
+)
 from lightning_cco.quantization.ranges import batch_range, mse_clip_ratio, percentile_range, sample
 
 _RANGE_BUFFERS = ("min_val", "max_val", "scale", "zero_point", "clip_ratio")
+_INF = float("inf")
+# How many values of a weight along each axis are compared to notice a change that its version does not show.
+_FINGERPRINT = 8
 
 
 class ActivationQuantizer(nn.Module):
     """Fake-quantizes one activation tensor with one scale and zero point.
 
+    In training it notes the smallest and the largest value that pass; `update_ranges` lets the ranges of all quantizers follow, once per step.
     Buffers are written in place, never assigned: a buffer assigned under ``trainer.validate`` would be an inference tensor for good.
 
     Args:
@@ -32,6 +43,7 @@ class ActivationQuantizer(nn.Module):
         observing: Whether `observe` looks at what it is given.
         min_val, max_val: The range, 0-d float32.
         scale, zero_point: What follows from it, 0-d float32.
+        batch_min, batch_max: What passed in training since the range last moved; infinite if nothing did.
         clip_ratio: Factor of the range that the ``mse`` estimator found.
     """
 
@@ -40,6 +52,8 @@ class ActivationQuantizer(nn.Module):
     scale: Tensor
     zero_point: Tensor
     clip_ratio: Tensor
+    batch_min: Tensor
+    batch_max: Tensor
     non_finite: Tensor
 
     def __init__(
@@ -57,10 +71,14 @@ class ActivationQuantizer(nn.Module):
         self.observing = True
         self.observed = 0
         self._samples: list[Tensor] = []
-        # The zero point as a Python number: clamping to tensors is four times slower on a CPU. None: not known.
-        self._zero_point: float | None = None
+        # Scale and zero point as Python numbers, and the version of the scale that they belong to: operations with tensors of one
+        # number are up to four times slower on a CPU.
+        self._numbers: tuple[float, float] = (1.0, 0.0)
+        self._numbers_version = -1
         for name in _RANGE_BUFFERS:
             self.register_buffer(name, torch.ones(()) if name in ("scale", "clip_ratio") else torch.zeros(()))
+        self.register_buffer("batch_min", torch.full((), _INF))
+        self.register_buffer("batch_max", torch.full((), -_INF))
         self.register_buffer("non_finite", torch.zeros((), dtype=torch.bool))
 
     def start_calibration(self) -> None:
@@ -123,18 +141,12 @@ class ActivationQuantizer(nn.Module):
         scale, zero_point = affine_qparams(self.min_val, self.max_val, self.num_bits, self.symmetric)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
-        self._zero_point = 0.0 if self.symmetric else None
 
     @torch.no_grad()
-    def _track(self, x: Tensor, clamp: tuple[float, float] | None) -> None:
+    def _watch(self, x: Tensor, clamp: tuple[float, float] | None) -> None:
         low, high = self._range_of(x, clamp)
-        if self.estimator == "min_max":
-            self.min_val.copy_(torch.minimum(self.min_val, low))
-            self.max_val.copy_(torch.maximum(self.max_val, high))
-        else:
-            self.min_val.lerp_(low * self.clip_ratio, self.averaging_constant)
-            self.max_val.lerp_(high * self.clip_ratio, self.averaging_constant)
-        self.refresh()
+        self.batch_min.copy_(torch.minimum(self.batch_min, low))
+        self.batch_max.copy_(torch.maximum(self.batch_max, high))
 
     def forward(
         self, x: Tensor, clamp: tuple[float, float] | None = None, inplace: bool = False, track: bool = False, overwritten: bool = False
@@ -145,21 +157,27 @@ class ActivationQuantizer(nn.Module):
             x: The activation, any shape, any float type.
             clamp: An activation function to apply on the way, as an interval.
             inplace: Overwrite ``x``.
-            track: Whether the range follows this batch first, unless it is frozen.
+            track: Whether the range is to follow this batch, unless it is frozen.
             overwritten: Whether the caller goes on to overwrite the result.
         """
         if track and not self.frozen:
-            self._track(x, clamp)
-        zero_point: Tensor | float = self.zero_point
-        if not torch.compiler.is_compiling() and x.device.type == "cpu":
-            if self._zero_point is None:
-                self._zero_point = float(self.zero_point)
-            zero_point = self._zero_point
-        return fake_quantize(x, self.scale, zero_point, self.num_bits, self.symmetric, clamp, inplace, overwritten)
+            self._watch(x, clamp)
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
+            return fake_quantize(x, self.scale, self.zero_point, self.num_bits, self.symmetric, clamp, inplace, overwritten)
+        if self._numbers_version != self.scale._version:
+            self._numbers = float(self.scale), float(self.zero_point)
+            self._numbers_version = self.scale._version
+        return fake_quantize(x, self.scale, self.zero_point, self.num_bits, self.symmetric, clamp, inplace, overwritten, self._numbers)
 
     def freeze(self) -> None:
         """Keep the range as it is from now on."""
         self.frozen = True
+        self.forget_batch()
+
+    def forget_batch(self) -> None:
+        """Drop what passed since the range last moved."""
+        self.batch_min.fill_(_INF)
+        self.batch_max.fill_(-_INF)
 
     def unfreeze(self) -> None:
         """Let the range follow the activations again."""
@@ -175,7 +193,7 @@ class ActivationQuantizer(nn.Module):
         for name in _RANGE_BUFFERS:
             getattr(self, name).copy_(ranges[name])
         self.observed = max(1, self.observed)
-        self._zero_point = None
+        self.forget_batch()
         if ranges["num_bits"] != self.num_bits:
             self.refresh()
 
@@ -188,9 +206,9 @@ class ActivationQuantizer(nn.Module):
 
 
 class WeightQuantizer(nn.Module):
-    """Fake-quantizes a weight with scales from its own largest magnitudes, symmetric, computed anew from the weight.
+    """Fake-quantizes a weight with scales from its own largest magnitudes, symmetric.
 
-    Without gradients the result is kept until the weight changes.
+    The result for a parameter is kept, in memory of its own, until the parameter changes.
 
     Args:
         num_bits: 2 to 8.
@@ -200,16 +218,36 @@ class WeightQuantizer(nn.Module):
     def __init__(self, num_bits: int = 8, axis: int | None = 0) -> None:
         super().__init__()
         self.num_bits, self.axis = num_bits, axis
-        self._kept: tuple[tuple[int, int], Tensor] | None = None
+        self._kept: Tensor | None = None
+        self._kept_of: tuple[int, int, Tensor, Tensor] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """Fake-quantize; the gradient is that of the identity."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or weight.is_inference():
+        # What is computed from parameters (a slice, a parametrization) is new at each call: nothing to keep.
+        if torch.compiler.is_compiling() or not isinstance(weight, nn.Parameter) or weight.is_inference():
             return fake_quantize_weight(weight, self.num_bits, self.axis)
-        version = (weight.data_ptr(), weight._version)
-        if self._kept is None or self._kept[0] != version or self._kept[1].shape != weight.shape or self._kept[1].device != weight.device:
-            self._kept = version, fake_quantize_weight(weight, self.num_bits, self.axis)
-        return self._kept[1]
+        kept = self._up_to_date(weight)
+        if torch.is_grad_enabled() and weight.requires_grad:
+            # An alias, so that each forward has a node of its own. It shares the version counter: overwriting it before the gradient has come is
+            # the same error as changing the weight itself would be.
+            return straight_through(weight, kept.detach)
+        return kept
+
+    def _up_to_date(self, weight: nn.Parameter) -> Tensor:
+        """The rounded weight, computed anew if the weight is another or has changed."""
+        kept, of = self._kept, self._kept_of
+        if kept is not None and of is not None and of[0] == weight.data_ptr() and of[1] == weight._version and torch.equal(of[2], of[3]):
+            return kept
+        values = weight.detach()
+        if kept is None or not _alike(kept, values):
+            with torch.inference_mode(False):  # a tensor made under inference mode could never be trained with
+                kept = self._kept = torch.empty_like(values)
+        # Into the same memory: fresh memory costs more than the rounding itself.
+        rounded_weight(values, self.num_bits, self.axis, out=kept)
+        # Writing through `.data` leaves the version as it is; some of the values will tell.
+        some = values[tuple(slice(None, None, -(-size // _FINGERPRINT) or 1) for size in values.shape)]
+        self._kept_of = weight.data_ptr(), weight._version, some, some.clone()
+        return kept
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The integers themselves.
@@ -221,40 +259,18 @@ class WeightQuantizer(nn.Module):
         low, high = quant_range(self.num_bits, symmetric=True)
         return weight.detach().float().div(scale).round().clamp(low, high).to(torch.int8), scale
 
+    def forget(self) -> None:
+        """Give the memory of the kept result back."""
+        self._kept = self._kept_of = None
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts with nothing kept."""
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "_kept_of": None}
 
     def extra_repr(self) -> str:
         """Bits and axis."""
         return f"num_bits={self.num_bits}, axis={self.axis}"
 
 
-@torch.no_grad()
-def sync_ranges(quantizers: Sequence[ActivationQuantizer], calibrating: bool = False) -> None:
-    """Make ranges equal on all ranks by one reduction for all of them; nothing happens on a single process.
-
-    Min-max ranges take the smallest and the largest of the ranks. Others take the mean, and the union while the ``mse`` estimator calibrates.
-
-    Args:
-        quantizers: The same ones in the same order on every rank.
-        calibrating: Whether a calibration is about to finish: evidence of NaN and infinity is shared too.
-    """
-    if not quantizers or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    bounds = torch.stack([*(-q.min_val for q in quantizers), *(q.max_val for q in quantizers)])
-    if quantizers[0].estimator == "min_max" or (calibrating and quantizers[0].estimator == "mse"):
-        dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
-    else:
-        dist.all_reduce(bounds)
-        bounds /= dist.get_world_size()
-    flags = torch.stack([q.non_finite for q in quantizers]).float()
-    if calibrating:
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    for number, quantizer in enumerate(quantizers):
-        quantizer.min_val.copy_(-bounds[number])
-        quantizer.max_val.copy_(bounds[len(quantizers) + number])
-        if calibrating:
-            quantizer.non_finite.copy_(flags[number] > 0)
-        else:
-            quantizer.refresh()
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype and a.device == b.device

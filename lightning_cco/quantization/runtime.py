@@ -36,6 +36,7 @@ class SiteQuantizers:
     limits: Callable[[tuple[Any, ...], dict[str, Any]], tuple[float, float] | None] | None = None
     in_place: bool = False
     overwritten: bool = False
+    fresh: bool = False
     code_position: int = -1
 
 
@@ -74,23 +75,12 @@ class Runtime:
         self.run = self._quantize
         self._with_parameters = {path for path, module in model.named_modules() if next(module.parameters(), None) is not None}
         self._has_training_capture = any(node.seen[True] for node in capture.root.walk())
-        parameter = next(model.parameters())
-
-        def follow_device() -> None:
-            """Keep the quantizers where the parameters are: Lightning moves the model to the CPU at the end of a run."""
-            for quantizer in self._activations.values():
-                if quantizer.scale.device == parameter.device:
-                    return
-                quantizer.to(parameter.device)
-
-        self.frames.started = follow_device
         self.load(plan, activations, weights)
 
     def load(
         self, plan: QuantizationPlan, activations: Mapping[str, ActivationQuantizer], weights: Mapping[str, list[WeightQuantizer]]
     ) -> None:
         """Fill the tables of every call node from a plan. Code compiled for another plan must be dropped by the caller."""
-        self._activations = activations
         for node in self.capture.root.walk():
             for training in (False, True):
                 seen = node.seen[training] or node.seen[False]
@@ -150,7 +140,14 @@ class Runtime:
             return target.copy_(site.outputs[0][1](result, track=track))
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
-            return site.outputs[0][1](result, track=track, overwritten=site.overwritten)
+            if not site.fresh or torch.compiler.is_compiling():
+                return site.outputs[0][1](result, track=track, overwritten=site.overwritten)
+            # Nobody but us holds a fresh result, and new memory would cost more than the rounding. A linear layer's is a view of its rows.
+            base = result._base if result._is_view() else result
+            if base is None or base.numel() != result.numel():
+                return site.outputs[0][1](result, track=track)
+            rounded = site.outputs[0][1](base, inplace=True, track=track)
+            return rounded if base is result else rounded.view(result.shape)
         return _with_outputs(result, site.outputs, track, site.overwritten)
 
     def _observe(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -274,8 +271,13 @@ def _site_quantizers(
 ) -> SiteQuantizers | None:
     if not site.visible:
         return None
+    overwritten = _is_overwritten(site.layer, capture)
     found = SiteQuantizers(
-        site.layer, in_place=site.in_place, overwritten=_is_overwritten(site.layer, capture), code_position=site.code_position
+        site.layer,
+        in_place=site.in_place,
+        overwritten=overwritten,
+        fresh=site.op.fresh and not overwritten,
+        code_position=site.code_position,
     )
     if site.layer in weights:
         found.weights = [(weight.slot, quantizer) for weight, quantizer in zip(site.weights, weights[site.layer], strict=True)]
