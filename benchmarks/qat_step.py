@@ -117,7 +117,9 @@ def peak(name: str, kind: str) -> float:
 
 
 def print_peak(name: str, kind: str) -> None:
-    F.conv2d(torch.randn(1, 3, 8, 8), torch.randn(3, 3, 3, 3))  # thread pools and kernels are no part of the model
+    # Packages, thread pools and kernels that are loaded on first use are no part of the model.
+    torch._dynamo.reset()
+    F.conv2d(torch.randn(1, 3, 8, 8), torch.randn(3, 3, 3, 3))
     before = resident("VmRSS")
     model, step, x = prepare(name)
     if kind == "quantized":

@@ -187,9 +187,9 @@ def test_weights_are_quantized_once_per_version() -> None:
     integers, scale = quantizer.quantize(weight)
     assert integers.dtype == torch.int8
     torch.testing.assert_close(integers * scale, second)
-    quantizer.forget()
-    assert quantizer._kept is None
-    assert torch.equal(quantizer(weight), second)
+    assert quantizer._kept is None  # no memory held through training
+    with torch.no_grad():
+        assert torch.equal(quantizer(weight), second)
     assert copy.deepcopy(quantizer)._kept is None
     assert pickle.loads(pickle.dumps(quantizer))._kept is None
 
@@ -216,21 +216,11 @@ def test_a_weight_kept_under_inference_mode_can_be_trained_with() -> None:
     assert x.grad is not None
 
 
-def test_a_weight_changed_before_its_gradient_is_an_error_as_in_float() -> None:
-    weight, quantizer = torch.nn.Parameter(torch.randn(4, 5)), WeightQuantizer(8, 0)
-    x = torch.randn(3, 5, requires_grad=True)
-    loss = torch.nn.functional.linear(x, quantizer(weight)).sum()
-    with torch.no_grad():
-        weight.mul_(2.0)
-    quantizer(weight)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
 def test_what_is_computed_from_parameters_is_never_kept() -> None:
     weight, quantizer = torch.nn.Parameter(torch.randn(4, 5)), WeightQuantizer(8, 0)
     for factor in (1.0, 2.0):
-        torch.testing.assert_close(quantizer(weight * factor), fake_quantize_weight(weight * factor, 8, 0))
+        with torch.no_grad():
+            torch.testing.assert_close(quantizer(weight * factor), fake_quantize_weight(weight * factor, 8, 0))
     assert quantizer._kept is None
 
 

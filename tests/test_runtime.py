@@ -398,3 +398,40 @@ def test_changed_settings_are_reported_on_loading() -> None:
     state = hooked(model, x).state_dict()
     other = quantize(GuideCNN().eval(), {"layer_settings": [{"match": "conv_1", "skip_quantization": True}]}, (x,))
     assert any("conv_1" in difference for difference in other.load_state_dict(state))
+
+
+def test_rounding_fresh_results_in_place_changes_no_value_and_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        model, x = TokenModel(), TokenModel.example()
+        quantized = quantize(model, None, (x,))
+        quantized.calibrate([(x,)])
+        if not in_place:
+            for node in quantized.capture.root.walk():
+                for table in node.tables.values():
+                    for entry in table.values():
+                        for site in entry.sites.values():
+                            site.fresh = False
+        output = model(x)
+        output.square().sum().backward()
+        results.append([output, *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_ranges_move_once_the_weights_have_changed_and_are_saved_moved() -> None:
+    torch.manual_seed(0)
+    model, x = GuideCNN(), GuideCNN.example()
+    quantized = quantize(model, None, (x,))
+    quantized.calibrate([(x,)])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    start = quantized.activations["relu"].max_val.clone()
+    (model(3 * x).sum() + model(3 * x).sum()).backward()
+    assert quantized.activations["relu"].max_val == start  # two forwards of one step
+    optimizer.step()
+    with torch.no_grad():
+        model(x)
+    moved = quantized.activations["relu"].max_val.clone()
+    assert moved > start
+    model.train()(9 * x)
+    assert float(quantized.state_dict()["ranges"]["relu"]["max_val"]) > float(moved)

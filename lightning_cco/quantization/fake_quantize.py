@@ -9,7 +9,6 @@ on one fresh buffer do the same, and from 7 bits on the gradient's mask is read 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -91,7 +90,7 @@ def fake_quantize(
     symmetric: bool = False,
     clamp: tuple[float, float] | None = None,
     inplace: bool = False,
-    overwritten: bool = False,
+    apart: bool = False,
     numbers: tuple[float, float] | None = None,
 ) -> Tensor:
     """Round an activation to its grid; the gradient passes where the value lies inside the range.
@@ -104,7 +103,8 @@ def fake_quantize(
         symmetric: Whether the levels are ``-limit … limit`` instead of ``0 … 2**num_bits - 1``.
         clamp: An activation to apply on the way: ``(0, inf)`` is ReLU, ``(0, 6)`` ReLU6. Its gradient is included.
         inplace: Overwrite ``x``.
-        overwritten: Whether the caller goes on to overwrite the result, so that the gradient can't be read off it.
+        apart: Whether what the gradient needs is to be kept beside the result, in half its size: because the result is going to be overwritten, or
+            because nothing that reads it keeps it.
         numbers: Scale and zero point as Python floats, where they are known: clamping to tensors is four times slower on a CPU.
 
     Returns:
@@ -118,70 +118,105 @@ def fake_quantize(
     low, high = quant_min - offset, quant_max - offset
     number = None if numbers is None else numbers[0]
     limits = clamp if clamp is not None else (-_INF, _INF)
+    first, last = _level_bounds(scale if number is None else number, low, high, limits)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return _rounded(x, scale, *_level_bounds(number or scale, low, high, limits), inplace)
-    from_output = num_bits >= _MASK_FROM_OUTPUT_BITS and not overwritten
-    result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
-        x, scale, number, low, high, limits, from_output, inplace
-    )
+        return _rounded(x, scale, first, last, inplace)
+    result: Tensor
+    if num_bits < _MASK_FROM_OUTPUT_BITS:
+        result = _FakeQuantizeFewBits.apply(x, scale, (low, high), (first, last), limits, inplace)  # type: ignore[no-untyped-call]
+    else:
+        result = _FakeQuantize.apply(x, scale, number, first, last, apart, inplace)  # type: ignore[no-untyped-call]
     return result
 
 
 def _rounded(x: Tensor, scale: Tensor, first: Bound, last: Bound, inplace: bool) -> Tensor:
     """``clamp(round(x / scale), first, last) * scale``: one fresh buffer at most, and four operations on it."""
+    return _scaled(x, _levels(x, scale, first, last, inplace), scale, inplace)
+
+
+def _levels(x: Tensor, scale: Tensor, first: Bound, last: Bound, inplace: bool) -> Tensor:
     if x.dtype in (torch.float32, torch.float64):
         levels = x.div_(scale) if inplace else x.div(scale)
-        return levels.round_().clamp_(first, last).mul_(scale)  # type: ignore[arg-type]
-    values = x.float().div_(scale).round_().clamp_(first, last).mul_(scale)  # type: ignore[arg-type]
+    else:
+        levels = x.float().div_(scale)
+    return levels.round_().clamp_(first, last)  # type: ignore[arg-type]
+
+
+def _scaled(x: Tensor, levels: Tensor, scale: Tensor, inplace: bool) -> Tensor:
+    values = levels.mul_(scale)
+    if values.dtype == x.dtype:
+        return x if inplace else values
     return x.copy_(values) if inplace else values.to(x.dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Rounding with ``low`` and ``high`` in levels, and the gradient of a clamp. They are Python floats if ``number``, the scale as one, is known."""
+    """Rounding to levels from ``first`` to ``last``, Python floats if ``number``, the scale as one, is known. The gradient passes between the two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, number: float | None, first: Bound, last: Bound, apart: bool, inplace: bool) -> Tensor:
+        levels = _levels(x, scale, first, last, inplace)
+        # bfloat16 holds the integers up to 256.
+        kept = levels.to(torch.bfloat16) if apart else None
+        result = _scaled(x, levels, scale, inplace)
+        if inplace:
+            ctx.mark_dirty(x)
+        # Half a step inside the outermost levels, so that rounding of a product can't matter.
+        below, above = first + 0.5, last - 0.5
+        if kept is None:
+            kept, unit = result, scale if number is None else number
+            below, above = below * unit, above * unit
+        if isinstance(below, Tensor):
+            ctx.save_for_backward(kept, below, above)
+        else:
+            ctx.save_for_backward(kept)
+            ctx.bounds = below, above
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        kept, *bounds = ctx.saved_tensors
+        kept = kept.to(grad.dtype)
+        if bounds:
+            grad = grad * ((kept > bounds[0]) & (kept < bounds[1]))
+        else:
+            grad = torch.ops.aten.hardtanh_backward(grad, kept, *ctx.bounds)
+        return grad, *(None,) * 6
+
+
+class _FakeQuantizeFewBits(torch.autograd.Function):
+    """The same with the gradient of torch's own operation: it passes wherever the rounded value is a level."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         scale: Tensor,
-        number: float | None,
-        low: Bound,
-        high: Bound,
+        ends: tuple[Bound, Bound],
+        bounds: tuple[Bound, Bound],
         limits: tuple[float, float],
-        from_output: bool,
         inplace: bool,
     ) -> Tensor:
-        known = number if number is not None else scale
-        first, last = _level_bounds(known, low, high, limits)
         # In place the input is gone when the gradient comes: what is inside must be known now.
-        inside = _inside(x, known, low, high, limits) if inplace and not from_output else None
-        result = _rounded(x, scale, first, last, inplace)
-        if inplace:
+        inside = _inside(x, scale, *ends, limits) if inplace else None
+        result = _rounded(x, scale, *bounds, inplace)
+        ctx.limits, ctx.masked = limits, inside is not None
+        if inside is not None:
             ctx.mark_dirty(x)
-            result = x  # the same tensor; the compiler wants it by name
-        kept = inside if inside is not None else result if from_output else x
-        ctx.masked, ctx.from_output, ctx.limits = inside is not None, from_output, limits
-        if number is not None:
-            ctx.save_for_backward(kept)
-            ctx.bounds = number, *((first, last) if from_output else (low, high))
-        else:  # of the scale a copy: a range may move on before the gradient comes
-            ctx.save_for_backward(kept, *((first * scale, last * scale) if from_output else (scale.clone(), low, high)))
+            ctx.save_for_backward(inside)
+        elif isinstance(ends[0], Tensor):  # of the scale a copy: a range may move on before the gradient comes
+            ctx.save_for_backward(x, scale.clone(), *ends)
+        else:
+            ctx.save_for_backward(x, scale.clone())
+            ctx.ends = ends
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        kept, *bounds = ctx.saved_tensors
-        nothing = (None,) * 7
-        if ctx.masked:
-            return (grad * kept, *nothing)
-        if not ctx.from_output:
-            scale, low, high = bounds or ctx.bounds
-            return (grad * _inside(kept, scale, low, high, ctx.limits), *nothing)
-        if bounds:
-            return (grad * ((kept > bounds[0]) & (kept < bounds[1])), *nothing)
-        # Half a step inside the outermost levels, so that rounding of the product can't matter.
-        scale, first, last = ctx.bounds
-        return (torch.ops.aten.hardtanh_backward(grad, kept, (first + 0.5) * scale, (last - 0.5) * scale), *nothing)
+        kept, *others = ctx.saved_tensors
+        if not ctx.masked:
+            scale, low, high = others if len(others) == 3 else (*others, *ctx.ends)
+            kept = _inside(kept, scale, low, high, ctx.limits)
+        return grad * kept, *(None,) * 5
 
 
 def _level_bounds(scale: Bound, low: Bound, high: Bound, limits: tuple[float, float]) -> tuple[Bound, Bound]:
@@ -223,33 +258,20 @@ def fake_quantize_weight(weight: Tensor, num_bits: int, axis: int | None) -> Ten
         num_bits: Bits of the format.
         axis: Axis of the output channels; `None`: one scale for all.
     """
-    if not (torch.is_grad_enabled() and weight.requires_grad):
-        return rounded_weight(weight, num_bits, axis)
-    return straight_through(weight, lambda: rounded_weight(weight, num_bits, axis))
-
-
-def rounded_weight(weight: Tensor, num_bits: int, axis: int | None, out: Tensor | None = None) -> Tensor:
-    """The values of `fake_quantize_weight` without a gradient, written to ``out`` if that is given."""
-    weight = weight.detach()
-    scale = weight_scale(weight, num_bits, axis)
-    if weight.dtype in (torch.float32, torch.float64):
-        levels = weight.div(scale) if out is None else torch.div(weight, scale, out=out)
-        return levels.round_().mul_(scale)
-    values = weight.float().div_(scale).round_().mul_(scale)
-    return values.to(weight.dtype) if out is None else out.copy_(values)
-
-
-def straight_through(weight: Tensor, rounded: Callable[[], Tensor]) -> Tensor:
-    """What ``rounded`` returns, with the gradient of the identity to ``weight``."""
-    result: Tensor = _StraightThrough.apply(weight, rounded)  # type: ignore[no-untyped-call]
+    result: Tensor = _FakeQuantizeWeight.apply(  # type: ignore[no-untyped-call]
+        weight, num_bits, axis
+    )
     return result
 
 
-class _StraightThrough(torch.autograd.Function):
+class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, rounded: Callable[[], Tensor]) -> Tensor:
-        return rounded()
+    def forward(ctx: Any, weight: Tensor, num_bits: int, axis: int | None) -> Tensor:
+        scale = weight_scale(weight, num_bits, axis)
+        if weight.dtype in (torch.float32, torch.float64):
+            return weight.div(scale).round_().mul_(scale)
+        return weight.float().div_(scale).round_().mul_(scale).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, None
+        return grad, None, None

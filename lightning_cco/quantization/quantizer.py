@@ -13,8 +13,6 @@ from lightning_cco.quantization.fake_quantize import (
     fake_quantize,
     fake_quantize_weight,
     quant_range,
-    rounded_weight,
-    straight_through,
     weight_scale,
 )
 from lightning_cco.quantization.ranges import batch_range, mse_clip_ratio, percentile_range, sample
@@ -149,7 +147,7 @@ class ActivationQuantizer(nn.Module):
         self.batch_max.copy_(torch.maximum(self.batch_max, high))
 
     def forward(
-        self, x: Tensor, clamp: tuple[float, float] | None = None, inplace: bool = False, track: bool = False, overwritten: bool = False
+        self, x: Tensor, clamp: tuple[float, float] | None = None, inplace: bool = False, track: bool = False, apart: bool = False
     ) -> Tensor:
         """Fake-quantize.
 
@@ -158,16 +156,16 @@ class ActivationQuantizer(nn.Module):
             clamp: An activation function to apply on the way, as an interval.
             inplace: Overwrite ``x``.
             track: Whether the range is to follow this batch, unless it is frozen.
-            overwritten: Whether the caller goes on to overwrite the result.
+            apart: Whether to keep what the gradient needs apart from the result.
         """
         if track and not self.frozen:
             self._watch(x, clamp)
         if torch.compiler.is_compiling() or x.device.type != "cpu":
-            return fake_quantize(x, self.scale, self.zero_point, self.num_bits, self.symmetric, clamp, inplace, overwritten)
+            return fake_quantize(x, self.scale, self.zero_point, self.num_bits, self.symmetric, clamp, inplace, apart)
         if self._numbers_version != self.scale._version:
             self._numbers = float(self.scale), float(self.zero_point)
             self._numbers_version = self.scale._version
-        return fake_quantize(x, self.scale, self.zero_point, self.num_bits, self.symmetric, clamp, inplace, overwritten, self._numbers)
+        return fake_quantize(x, self.scale, self.zero_point, self.num_bits, self.symmetric, clamp, inplace, apart, self._numbers)
 
     def freeze(self) -> None:
         """Keep the range as it is from now on."""
@@ -206,9 +204,10 @@ class ActivationQuantizer(nn.Module):
 
 
 class WeightQuantizer(nn.Module):
-    """Fake-quantizes a weight with scales from its own largest magnitudes, symmetric.
+    """Fake-quantizes a weight with scales from its own largest magnitudes, symmetric, computed anew from the weight.
 
-    The result for a parameter is kept, in memory of its own, until the parameter changes.
+    Without gradients the result for a parameter is kept until the parameter changes. With gradients it is not, so that its memory is free for
+    gradients as soon as the backward has passed.
 
     Args:
         num_bits: 2 to 8.
@@ -224,30 +223,17 @@ class WeightQuantizer(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Fake-quantize; the gradient is that of the identity."""
         # What is computed from parameters (a slice, a parametrization) is new at each call: nothing to keep.
-        if torch.compiler.is_compiling() or not isinstance(weight, nn.Parameter) or weight.is_inference():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not isinstance(weight, nn.Parameter) or weight.is_inference():
+            self._kept = self._kept_of = None
             return fake_quantize_weight(weight, self.num_bits, self.axis)
-        kept = self._up_to_date(weight)
-        if torch.is_grad_enabled() and weight.requires_grad:
-            # An alias, so that each forward has a node of its own. It shares the version counter: overwriting it before the gradient has come is
-            # the same error as changing the weight itself would be.
-            return straight_through(weight, kept.detach)
-        return kept
-
-    def _up_to_date(self, weight: nn.Parameter) -> Tensor:
-        """The rounded weight, computed anew if the weight is another or has changed."""
         kept, of = self._kept, self._kept_of
-        if kept is not None and of is not None and of[0] == weight.data_ptr() and of[1] == weight._version and torch.equal(of[2], of[3]):
+        if kept is not None and of is not None and of[:2] == (weight.data_ptr(), weight._version) and torch.equal(of[2], of[3]):
             return kept
-        values = weight.detach()
-        if kept is None or not _alike(kept, values):
-            with torch.inference_mode(False):  # a tensor made under inference mode could never be trained with
-                kept = self._kept = torch.empty_like(values)
-        # Into the same memory: fresh memory costs more than the rounding itself.
-        rounded_weight(values, self.num_bits, self.axis, out=kept)
+        self._kept = fake_quantize_weight(weight, self.num_bits, self.axis)
         # Writing through `.data` leaves the version as it is; some of the values will tell.
-        some = values[tuple(slice(None, None, -(-size // _FINGERPRINT) or 1) for size in values.shape)]
+        some = weight.detach()[tuple(slice(None, None, -(-size // _FINGERPRINT) or 1) for size in weight.shape)]
         self._kept_of = weight.data_ptr(), weight._version, some, some.clone()
-        return kept
+        return self._kept
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The integers themselves.
@@ -259,10 +245,6 @@ class WeightQuantizer(nn.Module):
         low, high = quant_range(self.num_bits, symmetric=True)
         return weight.detach().float().div(scale).round().clamp(low, high).to(torch.int8), scale
 
-    def forget(self) -> None:
-        """Give the memory of the kept result back."""
-        self._kept = self._kept_of = None
-
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts with nothing kept."""
         return {**self.__dict__, "_kept": None, "_kept_of": None}
@@ -270,7 +252,3 @@ class WeightQuantizer(nn.Module):
     def extra_repr(self) -> str:
         """Bits and axis."""
         return f"num_bits={self.num_bits}, axis={self.axis}"
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype and a.device == b.device

@@ -35,7 +35,7 @@ class SiteQuantizers:
     outputs: list[tuple[int, ActivationQuantizer]] = field(default_factory=list)
     limits: Callable[[tuple[Any, ...], dict[str, Any]], tuple[float, float] | None] | None = None
     in_place: bool = False
-    overwritten: bool = False
+    apart: bool = False
     fresh: bool = False
     code_position: int = -1
 
@@ -128,7 +128,7 @@ class Runtime:
             clamp = site.limits(args, kwargs)
             if clamp is not None:
                 return site.outputs[0][1](
-                    args[0] if args else kwargs["input"], clamp=clamp, inplace=site.in_place, track=track, overwritten=site.overwritten
+                    args[0] if args else kwargs["input"], clamp=clamp, inplace=site.in_place, track=track, apart=site.apart
                 )
         if site.in_place:
             # The caller may drop the result and go on with the argument: both must be the quantized tensor. The operation runs on a copy because
@@ -141,14 +141,14 @@ class Runtime:
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             if not site.fresh or torch.compiler.is_compiling():
-                return site.outputs[0][1](result, track=track, overwritten=site.overwritten)
+                return site.outputs[0][1](result, track=track, apart=site.apart)
             # Nobody but us holds a fresh result, and new memory would cost more than the rounding. A linear layer's is a view of its rows.
             base = result._base if result._is_view() else result
             if base is None or base.numel() != result.numel():
-                return site.outputs[0][1](result, track=track)
-            rounded = site.outputs[0][1](base, inplace=True, track=track)
+                return site.outputs[0][1](result, track=track, apart=site.apart)
+            rounded = site.outputs[0][1](base, inplace=True, track=track, apart=site.apart)
             return rounded if base is result else rounded.view(result.shape)
-        return _with_outputs(result, site.outputs, track, site.overwritten)
+        return _with_outputs(result, site.outputs, track, site.apart)
 
     def _observe(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for slot, _, quantizer in site.reads:
@@ -271,12 +271,11 @@ def _site_quantizers(
 ) -> SiteQuantizers | None:
     if not site.visible:
         return None
-    overwritten = _is_overwritten(site.layer, capture)
     found = SiteQuantizers(
         site.layer,
         in_place=site.in_place,
-        overwritten=overwritten,
-        fresh=site.op.fresh and not overwritten,
+        apart=_is_overwritten(site.layer, capture) or _is_kept_by_none(site.layer, capture),
+        fresh=site.op.fresh,
         code_position=site.code_position,
     )
     if site.layer in weights:
@@ -304,6 +303,16 @@ def _is_overwritten(layer: str, capture: Capture) -> bool:
         if site.op.category in (Category.PRESERVE, Category.IDENTITY) and _is_overwritten(reader, capture):
             return True
     return False
+
+
+def _is_kept_by_none(layer: str, capture: Capture) -> bool:
+    """Whether nothing that reads a layer's output keeps it for its own gradient, so that the quantizer would be alone in holding it."""
+    for reader in capture.graph.successors(layer):
+        op = capture.sites[reader].op
+        passed_on = op.category is Category.PRESERVE and _is_kept_by_none(reader, capture)
+        if op.kind not in ("add", "sub", "concat", "stack", "output") and not passed_on:
+            return False
+    return True
 
 
 def _clamp_limits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float] | None:
@@ -334,8 +343,8 @@ def _flat(result: Any) -> list[Any]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def _with_outputs(result: Any, outputs: list[tuple[int, ActivationQuantizer]], track: bool, overwritten: bool) -> Any:
+def _with_outputs(result: Any, outputs: list[tuple[int, ActivationQuantizer]], track: bool, apart: bool) -> Any:
     items = list(result)
     for position, quantizer in outputs:
-        items[position] = quantizer(items[position], track=track, overwritten=overwritten)
+        items[position] = quantizer(items[position], track=track, apart=apart)
     return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
