@@ -105,6 +105,8 @@ class _FrameMode(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if not stack or (not torch.compiler.is_compiling() and _in_compiled_graph()):
             return func(*args, **kwargs)
+        if func is Tensor.unflatten:  # its Python half is one that the compiler can't trace under a mode
+            func = torch.unflatten
         if name == "multi_head_attention_forward":
             # Its inner matmuls would run with the mode off, out of sight.
             with self:

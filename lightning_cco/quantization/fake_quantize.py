@@ -130,15 +130,16 @@ def fake_quantize(
 
 
 def _rounded(x: Tensor, scale: Tensor, first: Bound, last: Bound, inplace: bool) -> Tensor:
-    """``clamp(round(x / scale), first, last) * scale``: one fresh buffer at most, and four operations on it."""
+    """``clamp(round(x * (1 / scale)), first, last) * scale``: one fresh buffer at most, and four operations on it."""
     return _scaled(x, _levels(x, scale, first, last, inplace), scale, inplace)
 
 
 def _levels(x: Tensor, scale: Tensor, first: Bound, last: Bound, inplace: bool) -> Tensor:
+    inverse = scale.reciprocal()  # a division takes twice the time of a multiplication
     if x.dtype in (torch.float32, torch.float64):
-        levels = x.div_(scale) if inplace else x.div(scale)
+        levels = x.mul_(inverse) if inplace else x.mul(inverse)
     else:
-        levels = x.float().div_(scale)
+        levels = x.float().mul_(inverse)
     return levels.round_().clamp_(first, last)  # type: ignore[arg-type]
 
 
@@ -166,7 +167,7 @@ class _FakeQuantize(torch.autograd.Function):
             kept, unit = result, scale if number is None else number
             below, above = below * unit, above * unit
         if isinstance(below, Tensor):
-            ctx.save_for_backward(kept, below, above)
+            ctx.save_for_backward(kept, 0.5 * (below + above), 0.5 * (above - below))
         else:
             ctx.save_for_backward(kept)
             ctx.bounds = below, above
@@ -174,10 +175,11 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        kept, *bounds = ctx.saved_tensors
+        kept, *interval = ctx.saved_tensors
         kept = kept.to(grad.dtype)
-        if bounds:
-            grad = grad * ((kept > bounds[0]) & (kept < bounds[1]))
+        if interval:
+            middle, half = interval
+            grad = torch.where((kept - middle).abs() < half, grad, 0.0)
         else:
             grad = torch.ops.aten.hardtanh_backward(grad, kept, *ctx.bounds)
         return grad, *(None,) * 6
@@ -223,8 +225,8 @@ def _level_bounds(scale: Bound, low: Bound, high: Bound, limits: tuple[float, fl
     """First and last level once the clamp of the activation is taken into account: rounding is monotone, so it may come after."""
     below, above = limits
     if isinstance(scale, Tensor):
-        first = low if below == -_INF else torch.maximum(low, (below / scale).round())  # type: ignore[arg-type]
-        last = high if above == _INF else torch.minimum(high, (above / scale).round())  # type: ignore[arg-type]
+        first = low if below == -_INF else torch.maximum(low, (below * scale.reciprocal()).round())  # type: ignore[arg-type]
+        last = high if above == _INF else torch.minimum(high, (above * scale.reciprocal()).round())  # type: ignore[arg-type]
         return first, last
     if below == 0.0:
         low = max(low, 0.0)
@@ -234,13 +236,13 @@ def _level_bounds(scale: Bound, low: Bound, high: Bound, limits: tuple[float, fl
 
 
 def _level(value: float, scale: float) -> float:
-    """Nearest level, by float32 division as for the values themselves: both must fall on the same side of a tie."""
-    return float(np.rint(np.float32(value) / np.float32(scale)))
+    """Nearest level, by float32 arithmetic as for the values themselves: both must fall on the same side of a tie."""
+    return float(np.rint(np.float32(value) * (np.float32(1.0) / np.float32(scale))))
 
 
-def _inside(x: Tensor, scale: Bound, low: Bound, high: Bound, limits: tuple[float, float]) -> Tensor:
+def _inside(x: Tensor, scale: Tensor, low: Bound, high: Bound, limits: tuple[float, float]) -> Tensor:
     """Where the value is not clipped: by rounding, as torch's own operation judges, and not by the activation's clamp."""
-    levels = (x.float() if x.dtype not in (torch.float32, torch.float64) else x).div(scale).round_()
+    levels = (x.float() if x.dtype not in (torch.float32, torch.float64) else x).mul(scale.reciprocal()).round_()
     inside = (levels >= low) & (levels <= high)
     below, above = limits
     if below != -_INF:
@@ -268,9 +270,10 @@ class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, num_bits: int, axis: int | None) -> Tensor:
         scale = weight_scale(weight, num_bits, axis)
+        inverse = scale.reciprocal()
         if weight.dtype in (torch.float32, torch.float64):
-            return weight.div(scale).round_().mul_(scale)
-        return weight.float().div_(scale).round_().mul_(scale).to(weight.dtype)
+            return weight.mul(inverse).round_().mul_(scale)
+        return weight.float().mul_(inverse).round_().mul_(scale).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

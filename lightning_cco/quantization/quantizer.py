@@ -243,7 +243,7 @@ class WeightQuantizer(nn.Module):
         """
         scale = weight_scale(weight, self.num_bits, self.axis)
         low, high = quant_range(self.num_bits, symmetric=True)
-        return weight.detach().float().div(scale).round().clamp(low, high).to(torch.int8), scale
+        return weight.detach().float().mul(scale.reciprocal()).round().clamp(low, high).to(torch.int8), scale
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts with nothing kept."""
