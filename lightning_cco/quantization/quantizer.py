@@ -118,15 +118,20 @@ class ActivationQuantizer(nn.Module):
         return batch_range(x, clamp)
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Compute scale and zero point from the range."""
+    def refresh(self) -> Tensor:
+        """Compute scale and zero point from the range.
+
+        Returns:
+            The scale as a tensor of its own, which autograd may keep while the buffer goes on changing.
+        """
         scale, zero_point = affine_qparams(self.min_val, self.max_val, self.num_bits, self.symmetric)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
         self._zero_point = 0.0 if self.symmetric else None
+        return scale
 
     @torch.no_grad()
-    def _track(self, x: Tensor, clamp: tuple[float, float] | None) -> None:
+    def _track(self, x: Tensor, clamp: tuple[float, float] | None) -> Tensor:
         low, high = self._range_of(x, clamp)
         if self.estimator == "min_max":
             self.min_val.copy_(torch.minimum(self.min_val, low))
@@ -134,7 +139,7 @@ class ActivationQuantizer(nn.Module):
         else:
             self.min_val.lerp_(low * self.clip_ratio, self.averaging_constant)
             self.max_val.lerp_(high * self.clip_ratio, self.averaging_constant)
-        self.refresh()
+        return self.refresh()
 
     def forward(
         self, x: Tensor, clamp: tuple[float, float] | None = None, inplace: bool = False, track: bool = False, overwritten: bool = False
@@ -148,14 +153,14 @@ class ActivationQuantizer(nn.Module):
             track: Whether the range follows this batch first, unless it is frozen.
             overwritten: Whether the caller goes on to overwrite the result.
         """
-        if track and not self.frozen:
-            self._track(x, clamp)
+        # Two forwards may come before one backward (a Siamese network, a discriminator): the first must not keep the buffer.
+        scale = self._track(x, clamp) if track and not self.frozen else self.scale
         zero_point: Tensor | float = self.zero_point
         if not torch.compiler.is_compiling() and x.device.type == "cpu":
             if self._zero_point is None:
                 self._zero_point = float(self.zero_point)
             zero_point = self._zero_point
-        return fake_quantize(x, self.scale, zero_point, self.num_bits, self.symmetric, clamp, inplace, overwritten)
+        return fake_quantize(x, scale, zero_point, self.num_bits, self.symmetric, clamp, inplace, overwritten)
 
     def freeze(self) -> None:
         """Keep the range as it is from now on."""
