@@ -144,10 +144,9 @@ class Runtime:
             # The caller may drop the result and go on with the argument: both must be the quantized tensor. The operation runs on a copy because
             # autograd may keep its result, which must then not change.
             target = args[0]
-            result = func(target.clone(), *args[1:], **kwargs)
-            if result is None:  # __setitem__
-                raise AssertionError("an assignment has no quantizer of its own")
-            return target.copy_(site.outputs[0][1](result, track=track))
+            changed = target.clone()
+            func(changed, *args[1:], **kwargs)
+            return target.copy_(site.outputs[0][1](changed, track=track))
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             return site.outputs[0][1](result, track=track, overwritten=site.overwritten)
@@ -158,7 +157,7 @@ class Runtime:
             quantizer.observe(at(args, kwargs, slot))
         result = func(*args, **kwargs)
         for position, quantizer in site.outputs:
-            quantizer.observe(result if isinstance(result, Tensor) else _flat(result)[position])
+            quantizer.observe(_flat(result, args)[position])
         return result
 
     def _measure_local(
@@ -176,9 +175,9 @@ class Runtime:
                 weighted_args, weighted_kwargs = replaced(weighted_args, weighted_kwargs, slot, weight_quantizer)
             if site.in_place:
                 weighted_args = (weighted_args[0].clone(), *weighted_args[1:])
-            quantized = _flat(func(*weighted_args, **weighted_kwargs))
+            quantized = _flat(func(*weighted_args, **weighted_kwargs), weighted_args)
         result = func(*args, **kwargs)
-        reference = _flat(result)
+        reference = _flat(result, args)
         quantized = quantized if quantized is not None else list(reference)
         for position, quantizer in site.outputs:
             quantized[position] = quantizer(quantized[position])
@@ -191,7 +190,7 @@ class Runtime:
         """Float forward; the recorder gets each planned layer's float output."""
         assert self.recorder is not None
         result = func(*args, **kwargs)
-        output = _flat(result)[0]
+        output = _flat(result, args)[0]
         self.recorder(site.layer, output, output)
         return result
 
@@ -201,7 +200,7 @@ class Runtime:
         """Quantized forward; the recorder gets each planned layer's quantized output."""
         assert self.recorder is not None
         result = self._quantize(frame, site, func, args, kwargs)
-        output = _flat(result)[0]
+        output = _flat(result, args)[0]
         self.recorder(site.layer, output, output)
         return result
 
@@ -328,7 +327,10 @@ _LIMITS: dict[str, _Limits] = {
 """The interval that a function clamps to, from its arguments; a quantizer on its output then clamps by itself."""
 
 
-def _flat(result: Any) -> list[Any]:
+def _flat(result: Any, args: tuple[Any, ...]) -> list[Any]:
+    """What a call returned, as a list; an assignment returns nothing and changes its first argument."""
+    if result is None:
+        return [args[0]]
     return [result] if isinstance(result, Tensor) else list(result)
 
 

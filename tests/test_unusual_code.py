@@ -1,0 +1,69 @@
+"""Ways of writing a model that are easily quantized in the wrong place, or not at all without a word."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_cco import QuantizedModel, quantize
+from lightning_cco.errors import CCOWarning
+
+
+def hooked(model: nn.Module, *example: Tensor) -> QuantizedModel:
+    quantized = quantize(model.eval(), None, example)
+    quantized.calibrate([example])
+    return quantized
+
+
+def quantizers_called(quantized: QuantizedModel, *args: Tensor) -> set[str]:
+    called: set[str] = set()
+    handles = [
+        quantizer.register_forward_hook(lambda *_, key=key: called.add(key))  # type: ignore[misc]
+        for key, quantizer in quantized.activations.items()
+    ]
+    quantized.model(*args)
+    for handle in handles:
+        handle.remove()
+    return called
+
+
+class Between(nn.Module):
+    """Two linear layers, and something to be written between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def between(self, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.read = self.between(self.first(x))
+        return self.head(self.second(self.read))
+
+
+class AssignsToItem(Between):
+    def between(self, y: Tensor) -> Tensor:
+        y[:, 0] = 0.5
+        return y
+
+
+class AddsToSlice(Between):
+    def between(self, y: Tensor) -> Tensor:
+        y[:, 1:3] += 1.0
+        return y
+
+
+@pytest.mark.parametrize("model_class", [AssignsToItem, AddsToSlice])
+def test_an_assignment_is_quantized(model_class: type[Between]) -> None:
+    model, x = model_class(), torch.randn(5, 4)
+    quantized = hooked(model, x)
+    model(x)
+    grid = model.read / quantized.activations["setitem"].scale
+    torch.testing.assert_close(grid, grid.round(), rtol=0, atol=1e-3)
+    assert "setitem" in quantized.sensitivity([(x,)]).accumulated
+    model.train()
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
