@@ -67,3 +67,24 @@ def test_an_assignment_is_quantized(model_class: type[Between]) -> None:
     model.train()
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+class Exponential(Between):
+    def between(self, y: Tensor) -> Tensor:
+        y.exp_()
+        return torch.exp(-y)
+
+
+class PowerOfTwo(Between):
+    def between(self, y: Tensor) -> Tensor:
+        return 2**y
+
+
+@pytest.mark.parametrize("model_class", [Exponential, PowerOfTwo])
+def test_spellings_that_the_table_does_not_know(model_class: type[Between]) -> None:
+    """``exp_`` and ``exp`` are one kind: the runtime must find both, and count both."""
+    model, x = model_class(), torch.randn(5, 4)
+    quantized = hooked(model, x)
+    assert quantizers_called(quantized, x) == set(quantized.activations)
+    grid = model.read / quantized.activations[quantized.graph.predecessors("linear_1")[0]].scale
+    torch.testing.assert_close(grid, grid.round(), rtol=0, atol=1e-3)

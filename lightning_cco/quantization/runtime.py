@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.capture import Capture, Site
 from lightning_cco.graph.frames import Frame, Frames, calling_position
-from lightning_cco.graph.ops import OPS, Category, operation
+from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation
 from lightning_cco.graph.trace import Slot
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
@@ -259,9 +259,10 @@ _COMPUTES = frozenset(
 
 
 def _table(entries: dict[str, FunctionEntry]) -> dict[str, FunctionEntry]:
-    """By function name: every spelling of an operation shares one entry."""
+    """By function name: every spelling of an operation shares one entry, also where the table of operations does not know it (``exp_``, ``__rpow__``)."""
     spelled = {name: entries[op.kind] for name, op in OPS.items() if op.kind in entries}
-    return {**entries, **spelled}
+    guessed = {name: entry for kind, entry in entries.items() if not is_known_kind(kind) for name in (f"{kind}_", f"_{kind}", f"__{kind}__")}
+    return {**guessed, **entries, **spelled}
 
 
 def _site_quantizers(
