@@ -88,3 +88,18 @@ def test_spellings_that_the_table_does_not_know(model_class: type[Between]) -> N
     assert quantizers_called(quantized, x) == set(quantized.activations)
     grid = model.read / quantized.activations[quantized.graph.predecessors("linear_1")[0]].scale
     torch.testing.assert_close(grid, grid.round(), rtol=0, atol=1e-3)
+
+
+class OwnLinear(nn.Linear):
+    """A subclass that inherits ``forward``: no line of it is the user's."""
+
+
+def test_a_subclass_that_inherits_forward_may_be_called_from_anywhere() -> None:
+    model, x = nn.Sequential(OwnLinear(4, 4), nn.ReLU(), OwnLinear(4, 4), nn.ReLU(), OwnLinear(4, 2)), torch.randn(5, 4)
+    quantized = hooked(model, x)
+
+    def another_place() -> set[str]:
+        return quantizers_called(quantized, x)
+
+    assert another_place() == set(quantized.activations)
+    assert quantized.drift == []
