@@ -103,3 +103,23 @@ def test_a_subclass_that_inherits_forward_may_be_called_from_anywhere() -> None:
 
     assert another_place() == set(quantized.activations)
     assert quantized.drift == []
+
+
+class NormOfOneSample(Between):
+    """Its batch norm refuses to train on a batch of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def between(self, y: Tensor) -> Tensor:
+        return self.norm(F.relu(y)) + y
+
+
+def test_an_example_of_one_sample_is_enough() -> None:
+    model, batch = NormOfOneSample(), torch.randn(5, 4)
+    quantized = quantize(model, None, (batch[:1],))
+    quantized.calibrate([(batch,)])
+    model.train()
+    assert quantizers_called(quantized, batch) == set(quantized.activations)
+    assert quantized.drift == []

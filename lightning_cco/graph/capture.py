@@ -131,6 +131,8 @@ def capture(model: nn.Module, forward: Callable[[], Any]) -> Capture:
             # A batch of one sample under batch norm, a detector that wants targets: training calls are then taken to be those of evaluation,
             # and the runtime reports where they are not.
             training = None
+            for node in root.walk():
+                node.seen[True].clear()
     return _assemble(root, evaluation, training)
 
 

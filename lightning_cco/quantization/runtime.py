@@ -261,7 +261,9 @@ _COMPUTES = frozenset(
 def _table(entries: dict[str, FunctionEntry]) -> dict[str, FunctionEntry]:
     """By function name: every spelling of an operation shares one entry, also where the table of operations does not know it (``exp_``, ``__rpow__``)."""
     spelled = {name: entries[op.kind] for name, op in OPS.items() if op.kind in entries}
-    guessed = {name: entry for kind, entry in entries.items() if not is_known_kind(kind) for name in (f"{kind}_", f"_{kind}", f"__{kind}__")}
+    guessed = {
+        name: entry for kind, entry in entries.items() if not is_known_kind(kind) for name in (f"{kind}_", f"_{kind}", f"__{kind}__")
+    }
     return {**guessed, **entries, **spelled}
 
 
