@@ -123,3 +123,27 @@ def test_an_example_of_one_sample_is_enough() -> None:
     model.train()
     assert quantizers_called(quantized, batch) == set(quantized.activations)
     assert quantized.drift == []
+
+
+class SometimesConcatenates(Between):
+    twice = False
+
+    def between(self, y: Tensor) -> Tensor:
+        return torch.cat([y[:, :2], y[:, 2:]], dim=1) if self.twice else y
+
+
+class SometimesByKeyword(Between):
+    twice = False
+
+    def between(self, y: Tensor) -> Tensor:
+        return torch.clamp(input=y, min=-1.0) if self.twice else y
+
+
+@pytest.mark.parametrize("model_class", [SometimesConcatenates, SometimesByKeyword])
+def test_a_new_operation_is_reported_however_its_operands_are_given(model_class: type[Between]) -> None:
+    model, x = model_class(), torch.randn(5, 4)
+    quantized = hooked(model, x)
+    model.twice = True
+    with pytest.warns(CCOWarning, match="though never"):
+        model(x)
+    assert len(quantized.drift) == 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.capture import Capture, Site
-from lightning_cco.graph.frames import Frame, Frames, calling_position
+from lightning_cco.graph.frames import Frame, Frames, calling_position, tensors_in
 from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation
 from lightning_cco.graph.trace import Slot
 from lightning_cco.quantization.plan import QuantizationPlan
@@ -108,14 +108,14 @@ class Runtime:
         entry = frame.table.get(name)
         if entry is None:
             if name in _COMPUTES:
-                self._unseen(frame, name, args)
+                self._unseen(frame, name, args, kwargs)
             return func(*args, **kwargs)
         index = frame.counts.get(entry.kind, 0)
         frame.counts[entry.kind] = index + 1
         site = entry.sites.get(index)
         if site is None:
             if index >= entry.count:
-                self._unseen(frame, name, args)
+                self._unseen(frame, name, args, kwargs)
             return func(*args, **kwargs)
         if site.code_position >= 0 and not torch.compiler.is_compiling() and calling_position() != site.code_position:
             self._moved(frame, name, site)
@@ -219,12 +219,12 @@ class Runtime:
 
     # A call that the capture never saw is never quantized, and never silent.
 
-    def _unseen(self, frame: Frame, name: str, args: tuple[Any, ...]) -> None:
+    def _unseen(self, frame: Frame, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if frame.training and not self._has_training_capture:
             return
         if not frame.node.captured and frame.node.path not in self._with_parameters:
             return  # a metric or a loss, not the model
-        if not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
+        if not any(tensor.is_floating_point() for _, tensor in tensors_in((*args, kwargs))):
             return
         where = frame.node.key or "the root module"
         again = " more often" if frame.table.get(name) is not None else ""
