@@ -147,3 +147,20 @@ def test_a_new_operation_is_reported_however_its_operands_are_given(model_class:
     with pytest.warns(CCOWarning, match="though never"):
         model(x)
     assert len(quantized.drift) == 1
+
+
+class NoiseInPlace(Between):
+    """Only training writes over what the layer before made, here through a view."""
+
+    def between(self, y: Tensor) -> Tensor:
+        if self.training:
+            y.view(-1).add_(0.5)
+        return y
+
+
+def test_training_may_write_over_what_evaluation_leaves() -> None:
+    model, x = NoiseInPlace(), torch.randn(5, 4)
+    hooked(model, x)
+    model.train()
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())

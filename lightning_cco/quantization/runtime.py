@@ -276,9 +276,7 @@ def _site_quantizers(
 ) -> SiteQuantizers | None:
     if not site.visible:
         return None
-    found = SiteQuantizers(
-        site.layer, in_place=site.in_place, overwritten=_is_overwritten(site.layer, capture), code_position=site.code_position
-    )
+    found = SiteQuantizers(site.layer, in_place=site.in_place, overwritten=site.overwritten, code_position=site.code_position)
     if site.layer in weights:
         found.weights = [(weight.slot, quantizer) for weight, quantizer in zip(site.weights, weights[site.layer], strict=True)]
     for source in site.sources:
@@ -292,18 +290,6 @@ def _site_quantizers(
     if found.outputs and site.op.category is Category.CLAMP:
         found.limits = _LIMITS.get(site.function)
     return found if found.weights or found.reads or found.outputs else None
-
-
-def _is_overwritten(layer: str, capture: Capture) -> bool:
-    """Whether a later in-place operation writes over a layer's output, or over a view of it."""
-    for reader in capture.graph.successors(layer):
-        site = capture.sites[reader]
-        first = site.sources[0].layer if site.sources else None
-        if site.in_place and first == layer:
-            return True
-        if site.op.category in (Category.PRESERVE, Category.IDENTITY) and _is_overwritten(reader, capture):
-            return True
-    return False
 
 
 def _clamp_limits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float] | None:
