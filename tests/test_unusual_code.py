@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from lightning_cco import QuantizedModel, quantize
 from lightning_cco.errors import CCOWarning
+from lightning_cco.graph.capture import capture
+from lightning_cco.settings import Settings
 
 
 def hooked(model: nn.Module, *example: Tensor) -> QuantizedModel:
@@ -164,3 +166,16 @@ def test_training_may_write_over_what_evaluation_leaves() -> None:
     model.train()
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_sensitivity_of_a_module_that_the_step_calls_twice() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 4)
+
+    def twice(model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+        return model(batch), model(2 * batch)
+
+    quantized = QuantizedModel(model, capture(model, lambda: twice(model, x)), Settings())
+    quantized.calibrate([x], twice)
+    alone, both = (quantized.sensitivity([x], forward).accumulated["relu"].qs for forward in (lambda m, x: m(x), twice))
+    again = quantized.sensitivity([x], lambda m, x: m(2 * x)).accumulated["relu"].qs
+    assert both == pytest.approx(((alone**2 + again**2) / 2) ** 0.5, rel=1e-4)
