@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from lightning_cco import QuantizedModel, quantize
 from lightning_cco.errors import CCOWarning
@@ -179,3 +180,47 @@ def test_sensitivity_of_a_module_that_the_step_calls_twice() -> None:
     alone, both = (quantized.sensitivity([x], forward).accumulated["relu"].qs for forward in (lambda m, x: m(x), twice))
     again = quantized.sensitivity([x], lambda m, x: m(2 * x)).accumulated["relu"].qs
     assert both == pytest.approx(((alone**2 + again**2) / 2) ** 0.5, rel=1e-4)
+
+
+def weights_forgotten(quantized: QuantizedModel) -> None:
+    for quantizers in quantized.weights.values():
+        for quantizer in quantizers:
+            quantizer._kept = None
+
+
+def test_a_computed_weight_is_rounded_anew() -> None:
+    """It is a new tensor each time, often at the address of the last one."""
+    model, x = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 64)), nn.ReLU(), nn.Linear(64, 2)), torch.randn(5, 4)
+    quantized = hooked(model, x)
+    with torch.no_grad():
+        for _ in range(5):
+            model[0].parametrizations.weight.original1.mul_(-1)
+            found = model(x)
+            weights_forgotten(quantized)
+            assert torch.equal(found, model(x))
+            model(x)
+
+
+def test_weights_written_through_data_are_rounded_anew_after_a_training_step() -> None:
+    """As averaging callbacks and older optimizers write: the version of the parameter stays."""
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 4)
+    quantized = hooked(model, x)
+    with torch.no_grad():
+        model(x)
+    model(x).sum().backward()
+    model[0].weight.data.mul_(-1)
+    with torch.no_grad():
+        found = model(x)
+        weights_forgotten(quantized)
+        assert torch.equal(found, model(x))
+
+
+def test_weights_that_stay_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 3, 8)  # cuts its weight in three
+    call = {"query": x, "key": x.clone(), "value": x.clone()}
+    quantized = quantize(model.eval(), {"global_quantization_settings": {"skip_tail_quantization": False}}, (), call)
+    quantized.calibrate([call])
+    with torch.no_grad():
+        expected = model(**call)[0]
+        monkeypatch.setattr("lightning_cco.quantization.quantizer.fake_quantize_weight", lambda *_: pytest.fail("rounded again"))
+        assert torch.equal(model(**call)[0], expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -205,16 +206,23 @@ class WeightQuantizer(nn.Module):
     def __init__(self, num_bits: int = 8, axis: int | None = 0) -> None:
         super().__init__()
         self.num_bits, self.axis = num_bits, axis
-        self._kept: tuple[tuple[int, int], Tensor] | None = None
+        self._kept: tuple[weakref.ref[Tensor], tuple[int, int], Tensor] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """Fake-quantize; the gradient is that of the identity."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or weight.is_inference():
+        if torch.compiler.is_compiling() or weight.is_inference():
             return fake_quantize_weight(weight, self.num_bits, self.axis)
+        if torch.is_grad_enabled():
+            # What training is about to change is not kept: writing through ``.data`` would leave no trace.
+            self._kept = None
+            return fake_quantize_weight(weight, self.num_bits, self.axis)
+        # A computed weight (a parametrization) is a new tensor each time, often at the address of the last one: only the owner tells them apart.
+        owner = weight._base if weight._base is not None else weight
         version = (weight.data_ptr(), weight._version)
-        if self._kept is None or self._kept[0] != version or self._kept[1].shape != weight.shape or self._kept[1].device != weight.device:
-            self._kept = version, fake_quantize_weight(weight, self.num_bits, self.axis)
-        return self._kept[1]
+        kept = self._kept
+        if kept is None or kept[0]() is not owner or kept[1] != version or kept[2].shape != weight.shape or kept[2].device != weight.device:
+            kept = self._kept = weakref.ref(owner), version, fake_quantize_weight(weight, self.num_bits, self.axis)
+        return kept[2]
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The integers themselves.
