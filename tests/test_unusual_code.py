@@ -224,3 +224,26 @@ def test_weights_that_stay_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> 
         expected = model(**call)[0]
         monkeypatch.setattr("lightning_cco.quantization.quantizer.fake_quantize_weight", lambda *_: pytest.fail("rounded again"))
         assert torch.equal(model(**call)[0], expected)
+
+
+class ReadsCasts(nn.Module):
+    """Layers whose float input was an integer or a complex number just before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pixels, self.label, self.real, self.pairs = nn.Linear(6, 4), nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(8, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, pixels: Tensor, label: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(pixels.float() / 255.0)
+        x = self.pixels(pixels.float()) + self.label(F.one_hot(label, 3).to(torch.float32))
+        return self.head(x + self.real(spectrum.real) + self.pairs(torch.view_as_real(spectrum).flatten(1)))
+
+
+def test_floats_made_of_integers_and_complex_numbers_are_quantized() -> None:
+    inputs = torch.randint(0, 256, (5, 6), dtype=torch.uint8), torch.randint(0, 3, (5,))
+    model = ReadsCasts()
+    quantized = hooked(model, *inputs)
+    read = {name: quantized.graph.predecessors(name) for name in ("linear", "linear_1", "linear_2")}
+    assert read == {"linear": ("cast_1",), "linear_1": ("cast_2",), "linear_2": ("cast_3",)}
+    assert {f"cast_{i}" for i in range(1, 5)} <= quantizers_called(quantized, *inputs) == set(quantized.activations)

@@ -210,7 +210,10 @@ class Tracer:
         mask_like = {id(t) for _, t, origin in operands if _is_constant(origin) and _is_mask_like(t)}
         result = func(*args, **kwargs)
         if op.category is Category.ALIAS:
-            if isinstance(result, Tensor) and target is not None and self._origin(result) is None:
+            if isinstance(result, Tensor) and target is not None and result.is_floating_point() and not target.is_floating_point():
+                # Floats made of integers or complex numbers: consumers quantize them, as they do inputs.
+                self._record(frame, name, Op("cast", Category.COMPUTE), args, kwargs, result, operands=operands, visible=False)
+            elif isinstance(result, Tensor) and target is not None and self._origin(result) is None:
                 self._remember(result, () if target_origin is None else target_origin)
             return result
         self._record(frame, name, op, args, kwargs, result, operands=operands, mask_like=mask_like)
