@@ -247,3 +247,29 @@ def test_floats_made_of_integers_and_complex_numbers_are_quantized() -> None:
     read = {name: quantized.graph.predecessors(name) for name in ("linear", "linear_1", "linear_2")}
     assert read == {"linear": ("cast_1",), "linear_1": ("cast_2",), "linear_2": ("cast_3",)}
     assert {f"cast_{i}" for i in range(1, 5)} <= quantizers_called(quantized, *inputs) == set(quantized.activations)
+
+
+class MaskedAttention(nn.Module):
+    """Scaled dot product attention with an additive mask: from the input, or a buffer."""
+
+    def __init__(self, buffer: bool) -> None:
+        super().__init__()
+        self.qkv, self.out, self.head = nn.Linear(4, 12), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(3) if buffer else None)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        mask = self.mask
+        if mask is None:
+            mask = torch.zeros(padding.shape).masked_fill(padding, float("-inf"))[:, None]
+        return self.head(self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+
+
+@pytest.mark.parametrize("buffer", [True, False])
+def test_attention_with_a_float_mask_is_quantized(buffer: bool) -> None:
+    model, inputs = MaskedAttention(buffer), (torch.randn(2, 3, 4), torch.tensor([[False, False, True], [False] * 3]))
+    quantized = hooked(model, *inputs)
+    assert "scaled_dot_product_attention" in quantized.plan.quantized
+    assert not quantized.weights.get("scaled_dot_product_attention")
+    assert quantizers_called(quantized, *inputs) == set(quantized.activations)
+    assert torch.isfinite(model(*inputs)).all()
