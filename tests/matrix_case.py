@@ -23,7 +23,6 @@ class Case:
         run: How a batch goes through the model.
         other_batch: One that takes another path through a model whose path depends on data.
         twice: Whether ``run`` calls a network twice, on tensors of different origin: the quantizer of its input is named after the first.
-        slow: Whether its tests are run by ``make test-all`` only.
     """
 
     name: str
@@ -32,7 +31,6 @@ class Case:
     run: Callable[[nn.Module, Any], Any] = call_with
     other_batch: Callable[[], Any] | None = None
     twice: bool = False
-    slow: bool = False
 
 
 def image(*shape: int) -> Callable[[], tuple[Tensor, ...]]:

@@ -130,7 +130,7 @@ class InPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc1, self.fc2, self.fc3, self.fc4 = (nn.Linear(4, 4) for _ in range(4))
-        self.head = nn.Linear(4, 2)
+        self.dropout, self.head = nn.Dropout(0.1, inplace=True), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.fc1(x)
@@ -142,7 +142,7 @@ class InPlace(nn.Module):
         w = self.fc4(z)
         w[:, 0] = 0.5
         w[:, 1:3] += 1.0
-        F.dropout(w, 0.1, self.training, inplace=True)
+        self.dropout(w)
         return self.head(w)
 
 

@@ -26,6 +26,17 @@ def same_tensors(found: Iterable[Tensor], expected: Iterable[Tensor], exact: boo
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, expected, strict=True))
 
 
+def loss_of(output: Any) -> Tensor:
+    """The model's own loss, else the mean squares of all floats that it returns."""
+    if getattr(output, "loss", None) is not None:
+        return output.loss
+    return sum(
+        t.float().square().mean()
+        for _, t in tensors_in(output)
+        if t.is_floating_point() and (t.requires_grad or not torch.is_grad_enabled())
+    )
+
+
 def repeatable(model: nn.Module) -> None:
     """Let training compute what evaluation computes: no dropout, batch norms with the batch's statistics in both modes."""
     for module in model.modules():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from matrix_case import Case
 from matrix_expected import QUANTIZED
-from matrix_values import Recorder, identities, repeatable, same_tensors
+from matrix_values import Recorder, identities, loss_of, repeatable, same_tensors
 from torch import Tensor, nn
 
 from lightning_cco import QuantizedModel
@@ -26,7 +26,7 @@ from lightning_cco.graph.render import render_png_bytes
 from lightning_cco.settings import Settings
 
 CASES = [*matrix_models.CASES, *matrix_code.CASES, *matrix_transformers.CASES]
-ALL = [pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else []) for case in CASES]
+ALL = [pytest.param(case, id=case.name) for case in CASES]
 PICTURES = {"resnet", "transformer_encoder", "nested"}
 
 
@@ -40,13 +40,6 @@ def made(case: Case) -> tuple[nn.Module, Any]:
     model, batch = case.make(), case.batch()
     case.run(model, batch)  # builds lazy layers
     return model, batch
-
-
-def loss_of(output: Any) -> Tensor:
-    """The model's own loss, else the mean squares of all floats that it returns."""
-    if getattr(output, "loss", None) is not None:
-        return output.loss
-    return sum(t.float().square().mean() for _, t in tensors_in(output) if t.is_floating_point() and t.requires_grad)
 
 
 def outputs_of(case: Case, model: nn.Module, batch: Any) -> list[Tensor]:
