@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -108,6 +109,16 @@ class _NoOptimizer:
         return lambda *args, **kwargs: nullcontext() if name == "toggle_model" else None
 
 
+def _number_of_optimizers(module: pl.LightningModule) -> int:
+    """How many optimizers ``self.optimizers()`` gives in the step. Outside of fit there are none yet, so they are configured for a moment."""
+    if module.trainer.optimizers:
+        return len(module.trainer.optimizers)
+    try:
+        return max(1, len(_init_optimizers_and_lr_schedulers(module)[0]))
+    except Exception:  # it may need what only a fit has, such as the number of steps
+        return 1
+
+
 @contextmanager
 def _rehearsing(module: pl.LightningModule) -> Iterator[None]:
     """Let a step run without consequences: no logging, no optimizer step, metric states put back."""
@@ -115,8 +126,7 @@ def _rehearsing(module: pl.LightningModule) -> Iterator[None]:
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
 
-    optimizers = getattr(module.trainer, "optimizers", None) or [None]
-    stand_ins = [_NoOptimizer() for _ in optimizers]
+    stand_ins = [_NoOptimizer() for _ in range(_number_of_optimizers(module))]
     replaced: dict[str, Any] = dict.fromkeys(
         ("log", "log_dict", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients"), nothing
     )

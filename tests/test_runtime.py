@@ -137,6 +137,14 @@ def test_operations_that_only_training_makes_never_shift_a_quantizer() -> None:
         torch.testing.assert_close(seen[key][0], value, rtol=0, atol=1e-2)
 
 
+def test_two_forwards_before_one_backward() -> None:
+    model, x = ResidualCNN(), ResidualCNN.example()
+    hooked(model, x)
+    model.train()
+    (model(x) - model(2 * x)).square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -312,10 +312,18 @@ def restore_modes(modes: list[Any]) -> None:
         torch._C._push_on_torch_function_stack(mode)
 
 
+_MODULE_CALL = nn.Module._call_impl.__code__
+
+
 def calling_position() -> int:
-    """Where in the user's code the torch call now running stands: an offset into the code of the innermost function that isn't PyTorch's or ours."""
+    """Where in the user's code the torch call now running stands: an offset into the code of the innermost function that isn't PyTorch's or ours.
+
+    -1 if the module that runs now has no such code: one of PyTorch's, or a subclass that inherits its ``forward``. Who calls the module tells nothing.
+    """
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "lightning_cco.")):
+        if frame.f_code is _MODULE_CALL:
+            return -1
         frame = frame.f_back
     return frame.f_lasti
 

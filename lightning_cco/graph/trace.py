@@ -207,10 +207,15 @@ class Tracer:
         target_origin = self._origin(target) if target is not None else None
         # In-place calls overwrite what they read: look at the operands first.
         operands = [(slot, tensor, self._origin(tensor)) for slot, tensor in _operands(args, kwargs)]
-        mask_like = {id(t) for _, t, origin in operands if _is_constant(origin) and _is_mask_like(t)}
+        mask_like = {
+            id(t) for slot, t, origin in operands if _is_constant(origin) and not _is_attention_mask(op, slot) and _is_mask_like(t)
+        }
         result = func(*args, **kwargs)
         if op.category is Category.ALIAS:
-            if isinstance(result, Tensor) and target is not None and self._origin(result) is None:
+            if isinstance(result, Tensor) and target is not None and result.is_floating_point() and not target.is_floating_point():
+                # Floats made of integers or complex numbers: consumers quantize them, as they do inputs.
+                self._record(frame, name, Op("cast", Category.COMPUTE), args, kwargs, result, operands=operands, visible=False)
+            elif isinstance(result, Tensor) and target is not None and self._origin(result) is None:
                 self._remember(result, () if target_origin is None else target_origin)
             return result
         self._record(frame, name, op, args, kwargs, result, operands=operands, mask_like=mask_like)
@@ -314,8 +319,8 @@ def _weights(op: Op, constants: list[tuple[Slot, Tensor, tuple[str, ...]]], args
     if op.category is Category.MATMUL:
         found = []
         for slot, t, names in floats:
-            if t.dim() < 2 or (op.kind in ("addmm", "baddbmm") and slot[0] in (0, "input")):
-                continue  # the added operand is a bias: it is rounded with the accumulator, not with the weight
+            if t.dim() < 2 or (op.kind in ("addmm", "baddbmm") and slot[0] in (0, "input")) or _is_attention_mask(op, slot):
+                continue  # an added operand is a bias: it is rounded with the accumulator, not with the weight
             left = slot[0] == (1 if op.kind in ("addmm", "baddbmm") else 0)
             axis = None if op.kind == "einsum" or t.dim() > 2 else (t.dim() - 2 if left else t.dim() - 1)
             found.append(Weight(slot, names, axis))
@@ -323,6 +328,10 @@ def _weights(op: Op, constants: list[tuple[Slot, Tensor, tuple[str, ...]]], args
     if op.kind in ("add", "sub", "mul", "div", "concat", "stack"):
         return [Weight(slot, names, None) for slot, t, names in floats if t.numel() > 1]
     return []
+
+
+def _is_attention_mask(op: Op, slot: Slot) -> bool:
+    return op.kind == "scaled_dot_product_attention" and slot[0] in (3, "attn_mask")
 
 
 def _is_own_code(module: nn.Module | None) -> bool:

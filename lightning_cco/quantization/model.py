@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -329,15 +330,20 @@ class QuantizedModel:
             with self.runtime.doing("measure_local", lambda name, q, f: metric.update("local", name, q, f)):
                 forward(self.model, batch)
         if "accumulated" in modes:
-            reference: dict[str, Tensor] = {}
+            # A module that the forward calls twice from outside (a discriminator) is one set of layers with two outputs each.
+            reference: dict[str, deque[Tensor]] = {}
             in_place = any(site.in_place for site in self.capture.sites.values())
 
             def keep(name: str, _: Tensor, output: Tensor) -> None:
-                reference[name] = output.clone() if in_place else output
+                reference.setdefault(name, deque()).append(output.clone() if in_place else output)
+
+            def compare(name: str, output: Tensor, _: Tensor) -> None:
+                if reference.get(name):  # none if rounding made the model take another path
+                    metric.update("accumulated", name, output, reference[name].popleft())
 
             with self.runtime.doing("record_float", keep):
                 forward(self.model, batch)
-            with self.runtime.doing("record_quantized", lambda name, q, _: metric.update("accumulated", name, q, reference.pop(name))):
+            with self.runtime.doing("record_quantized", compare):
                 forward(self.model, batch)
 
     def state_dict(self) -> dict[str, Any]:

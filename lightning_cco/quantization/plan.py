@@ -269,6 +269,8 @@ class _Planner:
                 continue
             sources = [self.origin[read] for read in self.reads[name]]
             floats = [s for s in sources if self._is_float(s)]
+            if layer.kind == "scaled_dot_product_attention":  # its mask is added in float between the two matmuls
+                floats = [s for s in floats if self._quantizable(s)]
             if not layer.weighted and (not floats or not all(self._quantizable(s) for s in floats)):
                 self.skips[name] = ("rule", "reads a tensor that can't be quantized")
                 continue

@@ -218,21 +218,23 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.num_bits, self.axis = num_bits, axis
         self._kept: Tensor | None = None
-        self._kept_of: tuple[int, int, Tensor, Tensor] | None = None
+        self._kept_of: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """Fake-quantize; the gradient is that of the identity."""
-        # What is computed from parameters (a slice, a parametrization) is new at each call: nothing to keep.
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not isinstance(weight, nn.Parameter) or weight.is_inference():
+        # What is computed from parameters (a parametrization) is a new tensor each time, often at the address of the last one: nothing to keep.
+        owner = weight._base if weight._base is not None else weight
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not isinstance(owner, nn.Parameter) or weight.is_inference():
             self._kept = self._kept_of = None
             return fake_quantize_weight(weight, self.num_bits, self.axis)
         kept, of = self._kept, self._kept_of
-        if kept is not None and of is not None and of[:2] == (weight.data_ptr(), weight._version) and torch.equal(of[2], of[3]):
+        version = weight.data_ptr(), weight._version, weight.shape
+        if kept is not None and of is not None and of[0] == version and torch.equal(of[1], of[2]):
             return kept
         self._kept = fake_quantize_weight(weight, self.num_bits, self.axis)
         # Writing through `.data` leaves the version as it is; some of the values will tell.
         some = weight.detach()[tuple(slice(None, None, -(-size // _FINGERPRINT) or 1) for size in weight.shape)]
-        self._kept_of = weight.data_ptr(), weight._version, some, some.clone()
+        self._kept_of = version, some, some.clone()
         return self._kept
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.capture import Capture, Site
-from lightning_cco.graph.frames import Frame, Frames, calling_position
-from lightning_cco.graph.ops import OPS, Category, operation
+from lightning_cco.graph.frames import Frame, Frames, calling_position, tensors_in
+from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation
 from lightning_cco.graph.trace import Slot
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
@@ -98,14 +98,14 @@ class Runtime:
         entry = frame.table.get(name)
         if entry is None:
             if name in _COMPUTES:
-                self._unseen(frame, name, args)
+                self._unseen(frame, name, args, kwargs)
             return func(*args, **kwargs)
         index = frame.counts.get(entry.kind, 0)
         frame.counts[entry.kind] = index + 1
         site = entry.sites.get(index)
         if site is None:
             if index >= entry.count:
-                self._unseen(frame, name, args)
+                self._unseen(frame, name, args, kwargs)
             return func(*args, **kwargs)
         if site.code_position >= 0 and not torch.compiler.is_compiling() and calling_position() != site.code_position:
             self._moved(frame, name, site)
@@ -134,10 +134,9 @@ class Runtime:
             # The caller may drop the result and go on with the argument: both must be the quantized tensor. The operation runs on a copy because
             # autograd may keep its result, which must then not change.
             target = args[0]
-            result = func(target.clone(), *args[1:], **kwargs)
-            if result is None:  # __setitem__
-                raise AssertionError("an assignment has no quantizer of its own")
-            return target.copy_(site.outputs[0][1](result, track=track))
+            changed = target.clone()
+            func(changed, *args[1:], **kwargs)
+            return target.copy_(site.outputs[0][1](changed, track=track))
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             if not site.fresh or torch.compiler.is_compiling():
@@ -155,7 +154,7 @@ class Runtime:
             quantizer.observe(at(args, kwargs, slot))
         result = func(*args, **kwargs)
         for position, quantizer in site.outputs:
-            quantizer.observe(result if isinstance(result, Tensor) else _flat(result)[position])
+            quantizer.observe(_flat(result, args)[position])
         return result
 
     def _measure_local(
@@ -173,9 +172,9 @@ class Runtime:
                 weighted_args, weighted_kwargs = replaced(weighted_args, weighted_kwargs, slot, weight_quantizer)
             if site.in_place:
                 weighted_args = (weighted_args[0].clone(), *weighted_args[1:])
-            quantized = _flat(func(*weighted_args, **weighted_kwargs))
+            quantized = _flat(func(*weighted_args, **weighted_kwargs), weighted_args)
         result = func(*args, **kwargs)
-        reference = _flat(result)
+        reference = _flat(result, args)
         quantized = quantized if quantized is not None else list(reference)
         for position, quantizer in site.outputs:
             quantized[position] = quantizer(quantized[position])
@@ -188,7 +187,7 @@ class Runtime:
         """Float forward; the recorder gets each planned layer's float output."""
         assert self.recorder is not None
         result = func(*args, **kwargs)
-        output = _flat(result)[0]
+        output = _flat(result, args)[0]
         self.recorder(site.layer, output, output)
         return result
 
@@ -198,7 +197,7 @@ class Runtime:
         """Quantized forward; the recorder gets each planned layer's quantized output."""
         assert self.recorder is not None
         result = self._quantize(frame, site, func, args, kwargs)
-        output = _flat(result)[0]
+        output = _flat(result, args)[0]
         self.recorder(site.layer, output, output)
         return result
 
@@ -217,12 +216,12 @@ class Runtime:
 
     # A call that the capture never saw is never quantized, and never silent.
 
-    def _unseen(self, frame: Frame, name: str, args: tuple[Any, ...]) -> None:
+    def _unseen(self, frame: Frame, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if frame.training and not self._has_training_capture:
             return
         if not frame.node.captured and frame.node.path not in self._with_parameters:
             return  # a metric or a loss, not the model
-        if not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
+        if not any(tensor.is_floating_point() for _, tensor in tensors_in((*args, kwargs))):
             return
         where = frame.node.key or "the root module"
         again = " more often" if frame.table.get(name) is not None else ""
@@ -257,9 +256,12 @@ _COMPUTES = frozenset(
 
 
 def _table(entries: dict[str, FunctionEntry]) -> dict[str, FunctionEntry]:
-    """By function name: every spelling of an operation shares one entry."""
+    """By function name: every spelling of an operation shares one entry, also where the table of operations does not know it (``exp_``, ``__rpow__``)."""
     spelled = {name: entries[op.kind] for name, op in OPS.items() if op.kind in entries}
-    return {**entries, **spelled}
+    guessed = {
+        name: entry for kind, entry in entries.items() if not is_known_kind(kind) for name in (f"{kind}_", f"_{kind}", f"__{kind}__")
+    }
+    return {**guessed, **entries, **spelled}
 
 
 def _site_quantizers(
@@ -274,7 +276,7 @@ def _site_quantizers(
     found = SiteQuantizers(
         site.layer,
         in_place=site.in_place,
-        apart=_is_overwritten(site.layer, capture) or _is_kept_by_none(site.layer, capture),
+        apart=site.overwritten or _is_kept_by_none(site.layer, capture),
         fresh=site.op.fresh,
         code_position=site.code_position,
     )
@@ -291,18 +293,6 @@ def _site_quantizers(
     if found.outputs and site.op.category is Category.CLAMP:
         found.limits = _LIMITS.get(site.function)
     return found if found.weights or found.reads or found.outputs else None
-
-
-def _is_overwritten(layer: str, capture: Capture) -> bool:
-    """Whether a later in-place operation writes over a layer's output, or over a view of it."""
-    for reader in capture.graph.successors(layer):
-        site = capture.sites[reader]
-        first = site.sources[0].layer if site.sources else None
-        if site.in_place and first == layer:
-            return True
-        if site.op.category in (Category.PRESERVE, Category.IDENTITY) and _is_overwritten(reader, capture):
-            return True
-    return False
 
 
 def _is_kept_by_none(layer: str, capture: Capture) -> bool:
@@ -339,7 +329,10 @@ _LIMITS: dict[str, _Limits] = {
 """The interval that a function clamps to, from its arguments; a quantizer on its output then clamps by itself."""
 
 
-def _flat(result: Any) -> list[Any]:
+def _flat(result: Any, args: tuple[Any, ...]) -> list[Any]:
+    """What a call returned, as a list; an assignment returns nothing and changes its first argument."""
+    if result is None:
+        return [args[0]]
     return [result] if isinstance(result, Tensor) else list(result)
 
 
