@@ -216,8 +216,9 @@ class CCOCallback(pl.Callback):
         self.suggestions = suggest_skips(self.report, quantized.plan, self.settings)
         if self.settings.global_quantization_settings.automatic_skip_quantization:
             self._pending_skips = [suggestion.name for suggestion in self.suggestions]
-        for name, value in _logged(self.report, quantized, self.suggestions).items():
-            pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
+        if not trainer.barebones:
+            for name, value in _logged(self.report, quantized, self.suggestions).items():
+                pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
         monitor.on_epoch(
             trainer.current_epoch,
             trainer.global_step,
