@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +196,7 @@ class QuantizedModel:
             self.activations[key].start_calibration()
         count = 0
         observed = {key: q for key, q in self.activations.items() if key in chosen}
-        with self.evaluating(), self.runtime.doing("observe"), _only(self.activations, chosen):
+        with self.evaluating(), self._forked_random(), self.runtime.doing("observe"), _only(self.activations, chosen):
             for batch in batches:
                 forward(self.model, batch)
                 count += 1
@@ -326,19 +326,29 @@ class QuantizedModel:
     def _measure(self, metric: LayerSensitivities, batch: Any, forward: Forward, modes: Sequence[str]) -> None:
         metric.start_batch()
         if "local" in modes:
-            with self.runtime.doing("measure_local", lambda name, q, f: metric.update("local", name, q, f)):
+            with self._forked_random(), self.runtime.doing("measure_local", lambda name, q, f: metric.update("local", name, q, f)):
                 forward(self.model, batch)
         if "accumulated" in modes:
-            reference: dict[str, Tensor] = {}
+            # A list for each layer: a step may call a module more than once (a discriminator on real and fake).
+            reference: dict[str, list[Tensor]] = {}
             in_place = any(site.in_place for site in self.capture.sites.values())
 
             def keep(name: str, _: Tensor, output: Tensor) -> None:
-                reference[name] = output.clone() if in_place else output
+                reference.setdefault(name, []).append(output.clone() if in_place else output)
 
-            with self.runtime.doing("record_float", keep):
+            def compare(name: str, quantized: Tensor, _: Tensor) -> None:
+                metric.update("accumulated", name, quantized, reference[name].pop(0))
+
+            # What a step draws (a generator's noise) must be the same in both.
+            with self._forked_random(), self.runtime.doing("record_float", keep):
                 forward(self.model, batch)
-            with self.runtime.doing("record_quantized", lambda name, q, _: metric.update("accumulated", name, q, reference.pop(name))):
+            with self._forked_random(), self.runtime.doing("record_quantized", compare):
                 forward(self.model, batch)
+
+    def _forked_random(self) -> AbstractContextManager[None]:
+        """Random numbers inside the block, beginning where they are now; afterwards they are there again."""
+        device = self._device()
+        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
     def state_dict(self) -> dict[str, Any]:
         """Plan and ranges as plain dicts, strings, numbers and tensors."""
