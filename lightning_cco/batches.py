@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -187,7 +187,7 @@ def training_batches(trainer: pl.Trainer, count: int) -> Iterator[Any]:
     generators = {id(g): g for loader in loaders for g in (loader.generator, getattr(loader.sampler, "generator", None)) if g is not None}
     states = [(g, g.get_state()) for g in generators.values()]
     limit = min(count, trainer.num_training_batches) if trainer.num_training_batches != float("inf") else count
-    with isolate_rng(), warnings.catch_warnings():
+    with _isolated_random(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         torch.manual_seed(0)
         for generator, _ in states:
@@ -203,3 +203,14 @@ def training_batches(trainer: pl.Trainer, count: int) -> Iterator[Any]:
         finally:
             for generator, state in states:
                 generator.set_state(state)
+
+
+@contextmanager
+def _isolated_random() -> Iterator[None]:
+    """Lightning's `isolate_rng`, which by itself puts nothing back when an exception leaves it, such as that of a generator dropped halfway."""
+    stack = ExitStack()
+    stack.enter_context(isolate_rng())
+    try:
+        yield
+    finally:
+        stack.close()

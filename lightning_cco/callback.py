@@ -97,12 +97,16 @@ class CCOCallback(pl.Callback):
             trainer.num_sanity_val_steps = float("inf")
 
     @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after each validation. Keeps the float model's metrics from the one before training."""
+        if trainer.sanity_checking and self._sanity_steps is not None:
+            self.original_metrics = _numbers(_sanity_check_metrics(trainer))
+
+    @override
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after the validation before training. Keeps the float model's metrics."""
+        """Called after the validation before training. Puts its number of steps back."""
         if self._sanity_steps is not None:
-            self.original_metrics = _numbers(trainer.callback_metrics)
-            trainer.num_sanity_val_steps = self._sanity_steps
-            self._sanity_steps = None
+            trainer.num_sanity_val_steps, self._sanity_steps = self._sanity_steps, None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -216,8 +220,9 @@ class CCOCallback(pl.Callback):
         self.suggestions = suggest_skips(self.report, quantized.plan, self.settings)
         if self.settings.global_quantization_settings.automatic_skip_quantization:
             self._pending_skips = [suggestion.name for suggestion in self.suggestions]
-        for name, value in _logged(self.report, quantized, self.suggestions).items():
-            pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
+        if not trainer.barebones:
+            for name, value in _logged(self.report, quantized, self.suggestions).items():
+                pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
         monitor.on_epoch(
             trainer.current_epoch,
             trainer.global_step,
@@ -389,6 +394,17 @@ def _unreached(module: pl.LightningModule, captured: Capture) -> set[str]:
     """Parameters that no captured layer reads."""
     read = {name for layer in captured.graph for name in layer.parameters}
     return {name for name, _ in module.named_parameters() if name not in read}
+
+
+def _sanity_check_metrics(trainer: pl.Trainer) -> dict[str, Any]:
+    """What the sanity check logged. With several loaders Lightning drops it instead of showing it in ``callback_metrics``."""
+    metrics: dict[str, Any] = dict(trainer.callback_metrics)
+    results = trainer._results
+    if results is not None and len(trainer.num_sanity_val_batches) > 1:
+        for results.dataloader_idx in range(len(trainer.num_sanity_val_batches)):
+            metrics.update(results.metrics(on_step=False)["callback"])
+        results.dataloader_idx = None
+    return metrics
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

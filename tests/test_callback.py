@@ -13,19 +13,13 @@ import torch
 import torch.nn.functional as F
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_modules import Classifier, batches, make_trainer
+from lightning_modules import QUICK, Classifier, batches, make_trainer, quick
 from models import GuideCNN, ResidualCNN, TokenModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_cco import CCOCallback, CCOError, Settings
 from lightning_cco.settings import load_settings
-
-QUICK: dict[str, Any] = {"training_settings": {"stats_steps": 2}, "monitoring_settings": {"draw_graph": False}}
-
-
-def quick(**more: Any) -> CCOCallback:
-    return CCOCallback({**QUICK, **more})
 
 
 def test_fit_quantizes_measures_and_writes(tmp_path: Path) -> None:
@@ -123,7 +117,7 @@ RESUME = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from lightning_modules import Classifier, batches, make_trainer, losses_of
+from lightning_modules import QUICK, Classifier, batches, make_trainer, quick, losses_of
 from test_callback import quick
 import json
 print(json.dumps(losses_of(Path({folder!r}), quick(), {epochs}, {ckpt!r})))

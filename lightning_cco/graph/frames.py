@@ -226,7 +226,7 @@ class _Enter:
         self.frames, self.path = frames, path
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.path == "" and _is_redirected(module):
+        if self.path == "" and not torch.compiler.is_compiling() and _is_redirected(module):
             return
         self.frames.enter(self.path, module, args, kwargs)
 

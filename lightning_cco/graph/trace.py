@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_cco.graph.describe import attributes
 from lightning_cco.graph.frames import CallNode, Frame, Frames, calling_position, tensors_in
@@ -117,6 +118,8 @@ class Tracer:
         tracer = self
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            if cls is CheckpointFunction:  # reentrant checkpointing: its forward is the user's own, layer by layer
+                return original.__func__(cls, *args, **kwargs)
             # What runs inside is seen by the mode at run time too, so it is counted here, but it is no layer.
             tracer._inside_custom_function += 1
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,7 +197,7 @@ class QuantizedModel:
             self.activations[key].start_calibration()
         count = 0
         observed = {key: q for key, q in self.activations.items() if key in chosen}
-        with self.evaluating(), self.runtime.doing("observe"), _only(self.activations, chosen):
+        with self.evaluating(), self._forked_random(), self.runtime.doing("observe"), _only(self.activations, chosen):
             for batch in batches:
                 forward(self.model, batch)
                 count += 1
@@ -326,25 +326,37 @@ class QuantizedModel:
 
     def _measure(self, metric: LayerSensitivities, batch: Any, forward: Forward, modes: Sequence[str]) -> None:
         metric.start_batch()
+        # A list for each layer: a step may call a module more than once (a discriminator on real and fake), one set of layers with two outputs.
+        reference: dict[str, deque[Tensor]] = {}
+        in_place = any(site.in_place for site in self.capture.sites.values())
+
+        def keep(name: str, output: Tensor) -> None:
+            reference.setdefault(name, deque()).append(output.clone() if in_place else output)
+
+        def compare_local(name: str, output: Tensor, expected: Tensor) -> None:
+            metric.update("local", name, output, expected)
+            if "accumulated" in modes:  # the layers around run in float: the same reference
+                keep(name, expected)
+
+        def compare(name: str, output: Tensor, _: Tensor) -> None:
+            if reference.get(name):  # none if rounding made the model take another path
+                metric.update("accumulated", name, output, reference[name].popleft())
+
+        # What a step draws (a generator's noise) must be the same in each forward.
         if "local" in modes:
-            with self.runtime.doing("measure_local", lambda name, q, f: metric.update("local", name, q, f)):
+            with self._forked_random(), self.runtime.doing("measure_local", compare_local):
+                forward(self.model, batch)
+        else:
+            with self._forked_random(), self.runtime.doing("record_float", lambda name, _, output: keep(name, output)):
                 forward(self.model, batch)
         if "accumulated" in modes:
-            # A module that the forward calls twice from outside (a discriminator) is one set of layers with two outputs each.
-            reference: dict[str, deque[Tensor]] = {}
-            in_place = any(site.in_place for site in self.capture.sites.values())
-
-            def keep(name: str, _: Tensor, output: Tensor) -> None:
-                reference.setdefault(name, deque()).append(output.clone() if in_place else output)
-
-            def compare(name: str, output: Tensor, _: Tensor) -> None:
-                if reference.get(name):  # none if rounding made the model take another path
-                    metric.update("accumulated", name, output, reference[name].popleft())
-
-            with self.runtime.doing("record_float", keep):
+            with self._forked_random(), self.runtime.doing("record_quantized", compare):
                 forward(self.model, batch)
-            with self.runtime.doing("record_quantized", compare):
-                forward(self.model, batch)
+
+    def _forked_random(self) -> AbstractContextManager[None]:
+        """Random numbers inside the block, beginning where they are now; afterwards they are there again."""
+        device = self._device()
+        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
     def state_dict(self) -> dict[str, Any]:
         """Plan and ranges as plain dicts, strings, numbers and tensors."""

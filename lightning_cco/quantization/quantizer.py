@@ -73,10 +73,10 @@ class ActivationQuantizer(nn.Module):
         # number are up to four times slower on a CPU.
         self._numbers: tuple[float, float] = (1.0, 0.0)
         self._numbers_version = -1
-        for name in _RANGE_BUFFERS:
-            self.register_buffer(name, torch.ones(()) if name in ("scale", "clip_ratio") else torch.zeros(()))
-        self.register_buffer("batch_min", torch.full((), _INF))
-        self.register_buffer("batch_max", torch.full((), -_INF))
+        # By name float32: under bf16-true the Trainer makes another type the default.
+        starts = {**dict.fromkeys(_RANGE_BUFFERS, 0.0), "scale": 1.0, "clip_ratio": 1.0, "batch_min": _INF, "batch_max": -_INF}
+        for name, start in starts.items():
+            self.register_buffer(name, torch.tensor(start, dtype=torch.float32))
         self.register_buffer("non_finite", torch.zeros((), dtype=torch.bool))
 
     def start_calibration(self) -> None:

@@ -41,7 +41,7 @@ def percentile_range(x: Tensor, percentile: float, clamp: tuple[float, float] | 
         return batch_range(x, clamp)
     if clamp is not None:
         values = values.clamp(*clamp)
-    ends = torch.tensor([1.0 - percentile / 100.0, percentile / 100.0], device=values.device)
+    ends = torch.tensor([1.0 - percentile / 100.0, percentile / 100.0], device=values.device, dtype=values.dtype)
     low, high = torch.quantile(values, ends)
     return low, high
 

@@ -186,6 +186,9 @@ class Runtime:
     ) -> Any:
         """Float forward; the recorder gets each planned layer's float output."""
         assert self.recorder is not None
+        for slot, source, _ in site.reads:
+            value = at(args, kwargs, slot)
+            self.recorder(source, value, value)
         result = func(*args, **kwargs)
         output = _flat(result, args)[0]
         self.recorder(site.layer, output, output)
@@ -196,6 +199,9 @@ class Runtime:
     ) -> Any:
         """Quantized forward; the recorder gets each planned layer's quantized output."""
         assert self.recorder is not None
+        for slot, source, quantizer in site.reads:
+            value = at(args, kwargs, slot)
+            self.recorder(source, quantizer(value), value)
         result = self._quantize(frame, site, func, args, kwargs)
         output = _flat(result, args)[0]
         self.recorder(site.layer, output, output)
