@@ -163,11 +163,12 @@ class _FakeQuantize(torch.autograd.Function):
             ctx.mark_dirty(x)
         # Half a step inside the outermost levels, so that rounding of a product can't matter.
         below, above = first + 0.5, last - 0.5
+        unit: Bound = 1.0
         if kept is None:
             kept, unit = result, scale if number is None else number
             below, above = below * unit, above * unit
         if isinstance(below, Tensor):
-            ctx.save_for_backward(kept, 0.5 * (below + above), 0.5 * (above - below))
+            ctx.save_for_backward(kept, 0.5 * (below + above), 0.5 * (above - below), torch.full_like(scale, 4.0) / unit)
         else:
             ctx.save_for_backward(kept)
             ctx.bounds = below, above
@@ -176,12 +177,12 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         kept, *interval = ctx.saved_tensors
-        kept = kept.to(grad.dtype)
         if interval:
-            middle, half = interval
-            grad = torch.where((kept - middle).abs() < half, grad, 0.0)
+            # A mask made of floats: compilers for CPUs store bools many times slower. What is inside is so by half a step at least.
+            middle, half, slope = interval
+            grad = grad * (half - (kept.float() - middle).abs()).mul(slope).clamp(0.0, 1.0).to(grad.dtype)
         else:
-            grad = torch.ops.aten.hardtanh_backward(grad, kept, *ctx.bounds)
+            grad = torch.ops.aten.hardtanh_backward(grad, kept.to(grad.dtype), *ctx.bounds)
         return grad, *(None,) * 6
 
 
