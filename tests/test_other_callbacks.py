@@ -81,6 +81,9 @@ class Tuned(Classifier):
     def train_dataloader(self) -> Any:
         return DataLoader(batches().dataset, self.batch_size)
 
+    def val_dataloader(self) -> Any:  # the batch-size finder asks for it in any model with a validation step
+        return batches(seed=5)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), self.lr)
 
