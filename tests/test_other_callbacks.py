@@ -98,10 +98,10 @@ def test_tuner(hooked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         trainer = make_trainer(tmp_path, cco)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     ranges = cco.state_dict()
-    Tuner(trainer).lr_find(model, num_training=8, attr_name="lr")
+    Tuner(trainer).lr_find(model, num_training=30, attr_name="lr")
     Tuner(trainer).scale_batch_size(model, max_trials=2, steps_per_trial=1, init_val=2)
     assert model.lr != 1e-3
-    assert model.batch_size == 8
+    assert model.batch_size == 4
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights[name]), name
     if hooked:
