@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.attention import multi_head_attention
-from lightning_cco.graph.compiled import in_compiled_graph
+from lightning_cco.graph.foreign import is_foreign
 from lightning_cco.graph.recompute import Resumed, running_checkpoint
 
 Handler = Callable[["Frame", str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -118,7 +118,7 @@ class _FrameMode(TorchFunctionMode):
         stack = self.frames.stack()
         name = getattr(func, "__name__", "")
         if not torch.compiler.is_compiling():
-            if not stack or in_compiled_graph():
+            if not stack or is_foreign():
                 return func(*args, **kwargs)
             if stack[0].records:
                 self.frames.note_checkpoint(stack, entering=False)

@@ -1,4 +1,4 @@
-"""Calls that come from compiled code: a mode that is active around a compiled graph sees the graph's own operations."""
+"""Calls that are not the model's own: those of compiled graphs, and of the machinery that moves parameters between processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from types import CodeType, FrameType
 
 _LOOK_FURTHER = ("torch.overrides", "torch.nn.functional", "torch.functional", "torch._tensor", "torch._jit_internal", "torch._ops")
-_COMPILERS = (
+_MACHINERY = (
     "torch._dynamo",
     "torch._inductor",
     "torch._functorch",
@@ -14,12 +14,13 @@ _COMPILERS = (
     "torch.fx",
     "torch._higher_order_ops",
     "torch._decomp",
+    "torch.distributed",  # fully sharded parameters are put together by hooks, inside of the frame of their module
 )
 _origins: dict[CodeType, bool | None] = {}
 
 
-def in_compiled_graph() -> bool:
-    """Whether the torch call now seen comes from a graph that was compiled, or from the compiler.
+def is_foreign() -> bool:
+    """Whether the torch call now seen comes from a graph that was compiled, from the compiler, or from the machinery of distributed training.
 
     A module compiled inside an eager one, and every ``torch.compile(model)`` (whose own hooks run eagerly), runs its graph while our mode is active.
     What is in the graph is quantized already: it must be neither quantized again nor counted.
@@ -29,10 +30,8 @@ def in_compiled_graph() -> bool:
         code = frame.f_code
         if code not in _origins:
             module = frame.f_globals.get("__name__", "")
-            compiled = (
-                module.startswith(_COMPILERS) or code.co_filename.startswith("<eval_with_key>") or "torchinductor" in code.co_filename
-            )
-            _origins[code] = True if compiled else None if module in _LOOK_FURTHER else False
+            foreign = module.startswith(_MACHINERY) or code.co_filename.startswith("<eval_with_key>") or "torchinductor" in code.co_filename
+            _origins[code] = True if foreign else None if module in _LOOK_FURTHER else False
         origin = _origins[code]
         if origin is not None:
             return origin
