@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from lightning_cco import QuantizedModel, quantize
@@ -223,3 +224,43 @@ def test_a_checkpoint_that_the_step_calls() -> None:
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     torch.testing.assert_close(gradients_of_step(not_reentrant), gradients_of_step(plainly), rtol=1e-5, atol=1e-7)
+
+
+def graphs_and_gradients(model: Model, x: Tensor, run: Run) -> tuple[int, list[Tensor]]:
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    model.compile(backend=backend)
+    found = gradients(model, x, run)
+    model._compiled_call_impl = None
+    torch._dynamo.reset()
+    return backend.frame_count, found
+
+
+# The compiler looks at the gradients of its inputs.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(
+    ("model_class", "run", "frozen"),
+    [
+        (CalledOnce, not_reentrant, False),
+        (NoModuleInside, not_reentrant, True),
+        pytest.param(CalledOnce, reentrant, False, marks=pytest.mark.slow),
+        pytest.param(EveryCallApart, not_reentrant, True, marks=pytest.mark.slow),
+        pytest.param(TwiceInOne, not_reentrant, False, marks=pytest.mark.slow),
+        pytest.param(BesideModules, not_reentrant, False, marks=pytest.mark.slow),
+        pytest.param(NoModuleInside, reentrant, False, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_in_as_many_graphs_as_without_the_hooks(model_class: type[Model], run: Run, frozen: bool) -> None:
+    model, x = model_class().train(), torch.randn(6, 4)
+    graphs, _ = graphs_and_gradients(model, x, run)
+    model.run = plainly
+    quantized = hooked(model, x)
+    expected = gradients(model, x, plainly)
+    if not frozen:
+        quantized.unfreeze_ranges()
+    found_graphs, found = graphs_and_gradients(model, x, run)
+    assert found_graphs == graphs == 1
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert quantized.drift == []
+    passed = [key for key, quantizer in quantized.activations.items() if torch.isfinite(quantizer.batch_max)]
+    assert passed == ([] if frozen else list(quantized.activations))

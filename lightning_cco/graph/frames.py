@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.attention import multi_head_attention
 from lightning_cco.graph.foreign import is_foreign
-from lightning_cco.graph.recompute import Resumed, running_checkpoint
+from lightning_cco.graph.recompute import COMPILED_CHECKPOINTS, Resumed, UnderMode, running_checkpoint
 
 Handler = Callable[["Frame", str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -124,6 +124,8 @@ class _FrameMode(TorchFunctionMode):
                 self.frames.note_checkpoint(stack, entering=False)
         elif not stack:
             return func(*args, **kwargs)
+        elif name in COMPILED_CHECKPOINTS:
+            return func(UnderMode(self, args[0]), *args[1:], **kwargs)
         if func is Tensor.unflatten:  # its Python half is one that the compiler can't trace under a mode
             func = torch.unflatten
         if name == "multi_head_attention_forward":
