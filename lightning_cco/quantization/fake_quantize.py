@@ -147,7 +147,10 @@ def _scaled(x: Tensor, levels: Tensor, scale: Tensor, inplace: bool) -> Tensor:
     values = levels.mul_(scale)
     if values.dtype == x.dtype:
         return x if inplace else values
-    return x.copy_(values) if inplace else values.to(x.dtype)
+    if not inplace:
+        return values.to(x.dtype)
+    x.copy_(values)
+    return x  # what copy_ returns is another tensor to the compiler
 
 
 class _FakeQuantize(torch.autograd.Function):
