@@ -80,7 +80,7 @@ class Combined(pl.LightningModule):
             checkpointed(self.net)
         if "compile" in self.features:
             torch._dynamo.config.allow_rnn = True  # else the compiler leaves the whole forward of an LSTM to Python
-            self.net.compile(backend="aot_eager", fullgraph=True)
+            self.net.compile(backend="aot_eager", fullgraph=True, dynamic=False)
 
     def loss(self, batch: Any) -> Tensor:
         return self.net(**batch).loss if isinstance(batch, dict) else F.cross_entropy(self.net(batch[0]), batch[1])
