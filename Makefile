@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all benchmark lint clean
+.PHONY: demo test test-all compatibility benchmark lint clean
 
 demo: $(STAMP)
 	$(RUN) recipes/digits_cnn.py
@@ -14,6 +14,9 @@ test: lint
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+compatibility: $(STAMP)
+	OMP_NUM_THREADS=1 $(RUN) tests/compatibility.py -n 2
 
 benchmark: $(STAMP)
 	$(RUN) benchmarks/qat_step.py
