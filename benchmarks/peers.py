@@ -1,0 +1,241 @@
+"""Cost of a training step in other tools for quantization-aware training, against the same step in float.
+
+Each tool is set to what is nearest to 8-bit weights per channel and 8-bit activations per tensor for all layers; what it leaves out is said beside it.
+Each runs in processes of its own: one for time, two for memory. What is not installed, or fails, says so in the table.
+
+Run: ``make benchmark-peers`` (it makes the environment of ``requirements-peers.txt`` first; about half an hour on two cores).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from cases import CASES, Case, chosen, training_step
+from measure import interleaved, load_kernels, peak_of, resident, run_fresh
+from report import Table, parser, publish, version
+from torch import Tensor, nn
+
+Prepare = Callable[[nn.Module, Tensor], nn.Module]
+
+
+def modelopt(model: nn.Module, x: Tensor) -> nn.Module:
+    import modelopt.torch.quantization as mtq
+
+    return mtq.quantize(model, mtq.INT8_DEFAULT_CFG, lambda network: network(x))
+
+
+def fx(model: nn.Module, x: Tensor) -> nn.Module:
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    prepared = prepare_qat_fx(model.train(), get_default_qat_qconfig_mapping("fbgemm"), (x,))
+    prepared(x)
+    return prepared
+
+
+def fx_frozen(model: nn.Module, x: Tensor) -> nn.Module:
+    from torch.ao.quantization import disable_observer
+
+    return fx(model, x).apply(disable_observer)
+
+
+def pt2e(model: nn.Module, x: Tensor) -> nn.Module:
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
+    from torchao.quantization.pt2e import move_exported_model_to_train
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+
+    program = torch.export.export(model.train(), (x,)).module()
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+    prepared = move_exported_model_to_train(prepare_qat_pt2e(program, quantizer))
+    prepared(x)
+    return prepared
+
+
+def nncf(model: nn.Module, x: Tensor) -> nn.Module:
+    import nncf
+
+    kind = nncf.ModelType.TRANSFORMER if any(isinstance(module, nn.LayerNorm) for module in model.modules()) else None
+    data = nncf.Dataset([x])
+    return nncf.quantize(model, data, preset=nncf.QuantizationPreset.MIXED, subset_size=1, model_type=kind)
+
+
+def aimet(model: nn.Module, x: Tensor) -> nn.Module:
+    # Beside torch's CPU build torchvision lacks its compiled operators and stops at the first that it looks for; aimet needs none of them.
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from aimet_torch.model_preparer import prepare_model
+    from aimet_torch.quantsim import QuantizationSimModel
+    from aimet_torch.quantsim.config_utils import get_path_for_per_channel_config
+
+    simulation = QuantizationSimModel(prepare_model(model.eval()), x, config_file=get_path_for_per_channel_config())
+    simulation.compute_encodings(lambda network: network(x))
+    return simulation.model
+
+
+def brevitas(model: nn.Module, x: Tensor) -> nn.Module:
+    from brevitas.graph.calibrate import calibration_mode
+    from brevitas.graph.quantize import COMPUTE_LAYER_MAP, preprocess_for_quantize, quantize
+
+    prepared = preprocess_for_quantize(model.eval(), relu6_to_relu=False)
+    quantized = quantize(prepared, compute_layer_map=_per_channel(COMPUTE_LAYER_MAP))
+    with torch.no_grad(), calibration_mode(quantized):
+        quantized(x)
+    return quantized
+
+
+def brevitas_layerwise(model: nn.Module, x: Tensor) -> nn.Module:
+    from brevitas.graph.calibrate import calibration_mode
+    from brevitas.graph.quantize import LAYERWISE_COMPUTE_LAYER_MAP, layerwise_quantize
+
+    quantized = layerwise_quantize(model.eval(), compute_layer_map=_per_channel(LAYERWISE_COMPUTE_LAYER_MAP))
+    with torch.no_grad(), calibration_mode(quantized):
+        quantized(x)
+    return quantized
+
+
+def _per_channel(layers: dict) -> dict:
+    from brevitas.quant import Int8WeightPerChannelFloat, Int8WeightPerTensorFloat
+
+    changed = copy.copy(layers)
+    for layer, entry in layers.items():
+        if entry is not None and entry[1].get("weight_quant") is Int8WeightPerTensorFloat:
+            changed[layer] = (entry[0], {**entry[1], "weight_quant": Int8WeightPerChannelFloat})
+    return changed
+
+
+@dataclass(frozen=True)
+class Tool:
+    """Another tool.
+
+    Attributes:
+        name: What the table calls it.
+        package: Its distribution, for the version.
+        prepare: Makes a network ready for quantization-aware training, calibrated on the given inputs.
+        ranges: How the ranges of its activations come about in training.
+        leaves_out: What it does not quantize in this setting, or does otherwise.
+    """
+
+    name: str
+    package: str
+    prepare: Prepare
+    ranges: str
+    leaves_out: str
+
+
+TOOLS = {
+    tool.name: tool
+    for tool in (
+        Tool("ModelOpt", "nvidia-modelopt", modelopt, "fixed", "all but weights and inputs of weighted modules: additions, attention's products"),
+        Tool("torch.ao FX", "torch", fx, "moving average", "attention's products, GELU and layer norm run between quantized tensors; 7-bit activations"),
+        Tool("torch.ao FX, observers off", "torch", fx_frozen, "fixed", "as above"),
+        Tool("torchao PT2E", "torchao", pt2e, "moving average", "what its X86InductorQuantizer does not list"),
+        Tool("NNCF", "nncf", nncf, "learned", "nothing that its OpenVINO target runs in INT8"),
+        Tool("AIMET", "aimet-torch", aimet, "learned", "nothing: outputs of all modules"),
+        Tool("Brevitas", "brevitas", brevitas, "learned after 300 steps", "batch norms are merged into convolutions first"),
+        Tool("Brevitas, layerwise", "brevitas", brevitas_layerwise, "learned after 300 steps", "all but weights and inputs of weighted modules"),
+    )
+}
+
+
+def measured(tool: Tool, case: Case, rounds: int) -> dict[str, float]:
+    """Set-up time and step ratio of a tool, in this process."""
+    inputs, targets = case.batch()
+    float_model, model = case.model(), case.model()
+    start = time.perf_counter()
+    prepared = tool.prepare(model, inputs[:2])
+    set_up = time.perf_counter() - start
+    _train(prepared)
+    steps = {
+        "float": training_step(float_model, list(float_model.parameters()), (inputs, targets)),
+        "quantized": training_step(prepared, [p for p in prepared.parameters() if p.requires_grad], (inputs, targets)),
+    }
+    found = interleaved(steps, rounds)["quantized"]
+    return {"set_up": set_up, "ratio": found.ratio, "low": found.low, "high": found.high}
+
+
+def peak(tool: Tool | None, case: Case) -> dict[str, float]:
+    """Peak memory of a step in this process in MiB; in float without a tool."""
+    load_kernels()
+    before = resident("VmRSS")
+    model, (inputs, targets) = case.model(), case.batch()
+    if tool is not None:
+        model = tool.prepare(model, inputs[:2])
+        _train(model)
+    return {"peak": peak_of(training_step(model, [p for p in model.parameters() if p.requires_grad], (inputs, targets)), before)}
+
+
+def _train(model: nn.Module) -> None:
+    if not isinstance(model, torch.fx.GraphModule) or not hasattr(model, "_exported_training"):
+        model.train()
+
+
+def run(*arguments: str) -> dict[str, float] | str:
+    """One measurement in a fresh process: figures, or why there are none."""
+    try:
+        return dict(json.loads(run_fresh(__file__, *arguments)))
+    except subprocess.CalledProcessError as failure:
+        lines = [line.strip() for line in failure.stderr.splitlines() if line.strip()]
+        reasons = [line for line in lines if line.split(":")[0].rpartition(".")[2].endswith(("Error", "Exception", "NotImplemented"))]
+        reason = (reasons or lines or [f"exit {failure.returncode}"])[-1]
+        if reason.startswith("ModuleNotFoundError"):
+            return "not installed"
+        return f"fails: {reason if len(reason) < 100 else reason[:97] + '…'}"
+
+
+def rows(tool: Tool, cases: list[Case], floats: dict[str, float], rounds: int, threads: int) -> list[list[str]]:
+    found = []
+    for case in cases:
+        common = (tool.name, case.name, "--threads", str(threads))
+        times = run("--one", *common, "--rounds", str(rounds))
+        if isinstance(times, str):
+            found.append([f"{tool.name}", case.name, times, "", "", ""])
+            continue
+        memory = run("--peak", *common)
+        cells = memory if isinstance(memory, str) else f"{memory['peak'] / floats[case.name]:.2f}"
+        ratio = f"{times['ratio']:.2f} ({times['low']:.2f}–{times['high']:.2f})"
+        found.append([tool.name, case.name, ratio, cells, f"{times['set_up']:.1f}", tool.ranges])
+        print(f"{found[-1]}", flush=True)
+    return found
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--models", nargs="*", default=[], help="parts of the names of the cases")
+    arguments.add_argument("--tools", nargs="*", default=list(TOOLS), choices=list(TOOLS))
+    arguments.add_argument("--rounds", type=int, default=7)
+    arguments.add_argument("--one", nargs=2, metavar=("TOOL", "CASE"), help=argparse.SUPPRESS)
+    arguments.add_argument("--peak", nargs=2, metavar=("TOOL", "CASE"), help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.one:
+        print(json.dumps(measured(TOOLS[options.one[0]], CASES[options.one[1]], options.rounds)))
+    elif options.peak:
+        print(json.dumps(peak(TOOLS.get(options.peak[0]), CASES[options.peak[1]])))
+    else:
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    cases = chosen(options.models)
+    floats = {}
+    for case in cases:
+        found = run("--peak", "float", case.name, "--threads", str(options.threads))
+        assert isinstance(found, dict), found
+        floats[case.name] = found["peak"]
+    table = []
+    for name in options.tools:
+        table += rows(TOOLS[name], cases, floats, options.rounds, options.threads)
+    notes = [f"- {tool.name} ({version(tool.package)}) leaves out: {tool.leaves_out}." for tool in (TOOLS[name] for name in options.tools)]
+    header = ["tool", "model", "step ÷ float", "memory ÷ float", "set-up s", "ranges"]
+    publish(Table("peers", "What does a training step cost in other tools?", header, table, ["\n".join(notes)]), options)
+
+
+if __name__ == "__main__":
+    main()
