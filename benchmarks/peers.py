@@ -11,10 +11,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
+from unittest.mock import MagicMock
 
 import torch
 from cases import CASES, Case, chosen, training_step
@@ -32,10 +36,11 @@ def modelopt(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 def fx(model: nn.Module, x: Tensor) -> nn.Module:
-    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization import default_embedding_qat_qconfig, get_default_qat_qconfig_mapping
     from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
-    prepared = prepare_qat_fx(model.train(), get_default_qat_qconfig_mapping("fbgemm"), (x,))
+    mapping = get_default_qat_qconfig_mapping("fbgemm").set_object_type(nn.Embedding, default_embedding_qat_qconfig)
+    prepared = prepare_qat_fx(model.train(), mapping, (x,))
     prepared(x)
     return prepared
 
@@ -59,6 +64,8 @@ def pt2e(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 def nncf(model: nn.Module, x: Tensor) -> nn.Module:
+    # It builds its kernels at the first use, which takes longer than it is ready to wait by itself.
+    os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")
     import nncf
 
     kind = nncf.ModelType.TRANSFORMER if any(isinstance(module, nn.LayerNorm) for module in model.modules()) else None
@@ -67,14 +74,14 @@ def nncf(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 def aimet(model: nn.Module, x: Tensor) -> nn.Module:
-    # Beside torch's CPU build torchvision lacks its compiled operators and stops at the first that it looks for; aimet needs none of them.
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    # torchvision does not load beside torch's CPU build; aimet imports it for data sets and detection layers that no case here has.
+    for part in ("torchvision", "torchvision.datasets", "torchvision.ops", "torchvision.transforms"):
+        sys.modules[part] = MagicMock()
     from aimet_torch.model_preparer import prepare_model
     from aimet_torch.quantsim import QuantizationSimModel
-    from aimet_torch.quantsim.config_utils import get_path_for_per_channel_config
 
-    simulation = QuantizationSimModel(prepare_model(model.eval()), x, config_file=get_path_for_per_channel_config())
+    settings = resources.files("aimet_torch.common.quantsim_config") / "default_config_per_channel.json"
+    simulation = QuantizationSimModel(prepare_model(model.eval()), x, config_file=str(settings))
     simulation.compute_encodings(lambda network: network(x))
     return simulation.model
 
@@ -149,7 +156,7 @@ def measured(tool: Tool, case: Case, rounds: int) -> dict[str, float]:
     inputs, targets = case.batch()
     float_model, model = case.model(), case.model()
     start = time.perf_counter()
-    prepared = tool.prepare(model, inputs[:2])
+    prepared = tool.prepare(model, inputs)
     set_up = time.perf_counter() - start
     _train(prepared)
     steps = {
@@ -166,7 +173,7 @@ def peak(tool: Tool | None, case: Case) -> dict[str, float]:
     before = resident("VmRSS")
     model, (inputs, targets) = case.model(), case.batch()
     if tool is not None:
-        model = tool.prepare(model, inputs[:2])
+        model = tool.prepare(model, inputs)
         _train(model)
     return {"peak": peak_of(training_step(model, [p for p in model.parameters() if p.requires_grad], (inputs, targets)), before)}
 
