@@ -70,7 +70,15 @@ def identities(quantized: QuantizedModel, monkeypatch: pytest.MonkeyPatch) -> Se
     """Make fake-quantization the identity, so that no rounding hides whose values a quantizer sees, and write down what comes."""
 
     def same(
-        x: Tensor, scale: Any, zero_point: Any, num_bits: int, symmetric: bool, clamp: Any, inplace: bool, apart: bool, numbers: Any = None
+        x: Tensor,
+        scale: Any,
+        zero_point: Any,
+        num_bits: int,
+        symmetric: bool,
+        clamp: Any,
+        inplace: bool,
+        numbers: Any = None,
+        extrema: Any = None,
     ) -> Tensor:
         if clamp is None:
             return x

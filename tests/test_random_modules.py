@@ -162,7 +162,15 @@ def test_quantizers_that_round_nothing_change_nothing(source: str) -> None:
     """In-place operations, clamps that a quantizer takes over and shared submodules included."""
 
     def same(
-        x: Tensor, scale: Any, zero_point: Any, num_bits: int, symmetric: bool, clamp: Any, inplace: bool, apart: bool, numbers: Any = None
+        x: Tensor,
+        scale: Any,
+        zero_point: Any,
+        num_bits: int,
+        symmetric: bool,
+        clamp: Any,
+        inplace: bool,
+        numbers: Any = None,
+        extrema: Any = None,
     ) -> Tensor:
         if clamp is None:
             return x.clone()

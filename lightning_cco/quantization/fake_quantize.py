@@ -3,20 +3,22 @@
 The grid of an affine tensor is ``(level - zero_point) * scale`` for the levels ``quant_min … quant_max``; that of a symmetric one is
 ``level * scale`` (Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018).
 
-PyTorch's own operation is 20 to 30 times slower on a CPU than the memory allows and keeps a mask beside the tensor. Here a few in-place operations
-on one fresh buffer do the same, and from 7 bits on the gradient's mask is read off the output, which the next layer keeps anyway.
+PyTorch's own operation is 20 to 30 times slower on a CPU than the memory allows. Here one pass over the memory does the same where `native` has kernels, and
+a few in-place operations on one fresh buffer elsewhere; both with the same results to the last bit, gradients included.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import sys
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# With fewer bits the outermost levels hold too many values to take all of them for clipped.
-_MASK_FROM_OUTPUT_BITS = 7
+from lightning_cco.quantization.native import Kernels, kernels_for
+
 _SMALLEST_SCALE = 1e-12
 _INF = float("inf")
 
@@ -82,6 +84,28 @@ def weight_scale(weight: Tensor, num_bits: int, axis: int | None) -> Tensor:
     return largest.float().div(quant_range(num_bits, symmetric=True)[1]).clamp(min=_SMALLEST_SCALE)
 
 
+class Grid(NamedTuple):
+    """The levels of a format with its zero point taken off, and where values have a gradient.
+
+    Attributes:
+        scale: Step between two levels; a 0-d float32 tensor.
+        number: The scale as a Python float, where it is known.
+        first: First level that is used, given the activation's clamp.
+        last: Last level that is used.
+        low: First level of the format.
+        high: Last level of the format.
+        limits: The activation's clamp.
+    """
+
+    scale: Tensor
+    number: float | None
+    first: Bound
+    last: Bound
+    low: Bound
+    high: Bound
+    limits: tuple[float, float]
+
+
 def fake_quantize(
     x: Tensor,
     scale: Tensor,
@@ -90,10 +114,10 @@ def fake_quantize(
     symmetric: bool = False,
     clamp: tuple[float, float] | None = None,
     inplace: bool = False,
-    apart: bool = False,
     numbers: tuple[float, float] | None = None,
+    extrema: Tensor | None = None,
 ) -> Tensor:
-    """Round an activation to its grid; the gradient passes where the value lies inside the range.
+    """Round an activation to its grid. The gradient is that of `torch.fake_quantize_per_tensor_affine`: it passes where the rounded value is a level.
 
     Args:
         x: Any shape, any float type; the arithmetic is in float32 at least.
@@ -103,44 +127,47 @@ def fake_quantize(
         symmetric: Whether the levels are ``-limit … limit`` instead of ``0 … 2**num_bits - 1``.
         clamp: An activation to apply on the way: ``(0, inf)`` is ReLU, ``(0, 6)`` ReLU6. Its gradient is included.
         inplace: Overwrite ``x``.
-        apart: Whether what the gradient needs is to be kept beside the result, in half its size: because the result is going to be overwritten, or
-            because nothing that reads it keeps it.
-        numbers: Scale and zero point as Python floats, where they are known: clamping to tensors is four times slower on a CPU.
+        numbers: Scale and zero point as Python floats, where they are known: reading them off a tensor takes longer than rounding a small one.
+        extrema: float32 of 2, which widens to the smallest and the largest value after the clamp.
 
     Returns:
         A tensor of the shape and type of ``x``; ``x`` itself if ``inplace``.
-
-    From 7 bits on, values that land on the outermost level count as clipped, and with a ReLU those that land on 0 count as negative: the gradient
-    is read off the output. Below that it is that of `torch.fake_quantize_per_tensor_affine`.
     """
     quant_min, quant_max = quant_range(num_bits, symmetric)
     offset = zero_point if numbers is None else numbers[1]
-    low, high = quant_min - offset, quant_max - offset
     number = None if numbers is None else numbers[0]
+    low, high = quant_min - offset, quant_max - offset
     limits = clamp if clamp is not None else (-_INF, _INF)
-    first, last = _level_bounds(scale if number is None else number, low, high, limits)
+    grid = Grid(scale, number, *_level_bounds(scale if number is None else number, low, high, limits), low, high, limits)
+    kernels = None if number is None or torch.compiler.is_compiling() else kernels_for(x)
+    if extrema is not None and kernels is None:
+        _widen(extrema, x.detach(), limits)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return _rounded(x, scale, first, last, inplace)
+        if kernels is not None:
+            return _run(kernels, x, grid, inplace, None, extrema)
+        return _scaled(x, _levels(x, scale, inplace).clamp_(grid.first, grid.last), scale, inplace)  # type: ignore[arg-type]
     result: Tensor
-    if num_bits < _MASK_FROM_OUTPUT_BITS:
-        result = _FakeQuantizeFewBits.apply(x, scale, (low, high), (first, last), limits, inplace)  # type: ignore[no-untyped-call]
+    if kernels is not None:
+        result = _FakeQuantizeByKernel.apply(x, kernels, grid, inplace, extrema)  # type: ignore[no-untyped-call]
     else:
-        result = _FakeQuantize.apply(x, scale, number, first, last, apart, inplace)  # type: ignore[no-untyped-call]
+        result = _FakeQuantize.apply(x, grid, inplace)  # type: ignore[no-untyped-call]
     return result
 
 
-def _rounded(x: Tensor, scale: Tensor, first: Bound, last: Bound, inplace: bool) -> Tensor:
-    """``clamp(round(x * (1 / scale)), first, last) * scale``: one fresh buffer at most, and four operations on it."""
-    return _scaled(x, _levels(x, scale, first, last, inplace), scale, inplace)
+def _widen(extrema: Tensor, x: Tensor, limits: tuple[float, float]) -> None:
+    if x.numel():
+        ends = torch.stack(torch.aminmax(x)).float().clamp(*limits)
+        extrema.copy_(torch.stack([torch.minimum(extrema[0], ends[0]), torch.maximum(extrema[1], ends[1])]))
 
 
-def _levels(x: Tensor, scale: Tensor, first: Bound, last: Bound, inplace: bool) -> Tensor:
+def _levels(x: Tensor, scale: Tensor, inplace: bool) -> Tensor:
+    """``round(x * (1 / scale))`` in at least float32; one fresh buffer at most."""
     inverse = scale.reciprocal()  # a division takes twice the time of a multiplication
     if x.dtype in (torch.float32, torch.float64):
         levels = x.mul_(inverse) if inplace else x.mul(inverse)
     else:
         levels = x.float().mul_(inverse)
-    return levels.round_().clamp_(first, last)  # type: ignore[arg-type]
+    return levels.round_()
 
 
 def _scaled(x: Tensor, levels: Tensor, scale: Tensor, inplace: bool) -> Tensor:
@@ -151,75 +178,97 @@ def _scaled(x: Tensor, levels: Tensor, scale: Tensor, inplace: bool) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Rounding to levels from ``first`` to ``last``, Python floats if ``number``, the scale as one, is known. The gradient passes between the two."""
+    """By torch operations."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, number: float | None, first: Bound, last: Bound, apart: bool, inplace: bool) -> Tensor:
-        levels = _levels(x, scale, first, last, inplace)
-        # bfloat16 holds the integers up to 256.
-        kept = levels.to(torch.bfloat16) if apart else None
-        result = _scaled(x, levels, scale, inplace)
+    def forward(ctx: Any, x: Tensor, grid: Grid, inplace: bool) -> Tensor:
+        below, above = grid.limits
+        active = [x > below] if below != -_INF else []
+        active += [x < above] if above != _INF else []
+        levels = _levels(x, grid.scale, inplace)
+        inside = (levels >= grid.low) & (levels <= grid.high)
+        for condition in active:
+            inside &= condition
         if inplace:
             ctx.mark_dirty(x)
-        # Half a step inside the outermost levels, so that rounding of a product can't matter.
-        below, above = first + 0.5, last - 0.5
-        unit: Bound = 1.0
-        if kept is None:
-            kept, unit = result, scale if number is None else number
-            below, above = below * unit, above * unit
-        if isinstance(below, Tensor):
-            ctx.save_for_backward(kept, 0.5 * (below + above), 0.5 * (above - below), torch.full_like(scale, 4.0) / unit)
-        else:
-            ctx.save_for_backward(kept)
-            ctx.bounds = below, above
-        return result
+        ctx.save_for_backward(inside)
+        return _scaled(x, levels.clamp_(grid.first, grid.last), grid.scale, inplace)  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        kept, *interval = ctx.saved_tensors
-        if interval:
-            # A mask made of floats: compilers for CPUs store bools many times slower. What is inside is so by half a step at least.
-            middle, half, slope = interval
-            grad = grad * (half - (kept.float() - middle).abs()).mul(slope).clamp(0.0, 1.0).to(grad.dtype)
-        else:
-            grad = torch.ops.aten.hardtanh_backward(grad, kept.to(grad.dtype), *ctx.bounds)
-        return grad, *(None,) * 6
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None
 
 
-class _FakeQuantizeFewBits(torch.autograd.Function):
-    """The same with the gradient of torch's own operation: it passes wherever the rounded value is a level."""
+class _FakeQuantizeByKernel(torch.autograd.Function):
+    """In one pass, with the mask in one bit per value."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        ends: tuple[Bound, Bound],
-        bounds: tuple[Bound, Bound],
-        limits: tuple[float, float],
-        inplace: bool,
-    ) -> Tensor:
-        # In place the input is gone when the gradient comes: what is inside must be known now.
-        inside = _inside(x, scale, *ends, limits) if inplace else None
-        result = _rounded(x, scale, *bounds, inplace)
-        ctx.limits, ctx.masked = limits, inside is not None
-        if inside is not None:
+    def forward(ctx: Any, x: Tensor, kernels: Kernels, grid: Grid, inplace: bool, extrema: Tensor | None) -> Tensor:
+        mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+        result = _run(kernels, x, grid, inplace, mask, extrema)
+        ctx.kernels, ctx.strides = kernels, x.stride()
+        _fewest_holders()
+        if inplace:
             ctx.mark_dirty(x)
-            ctx.save_for_backward(inside)
-        elif isinstance(ends[0], Tensor):  # of the scale a copy: a range may move on before the gradient comes
-            ctx.save_for_backward(x, scale.clone(), *ends)
-        else:
-            ctx.save_for_backward(x, scale.clone())
-            ctx.ends = ends
+        ctx.save_for_backward(mask)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        kept, *others = ctx.saved_tensors
-        if not ctx.masked:
-            scale, low, high = others if len(others) == 3 else (*others, *ctx.ends)
-            kept = _inside(kept, scale, low, high, ctx.limits)
-        return grad * kept, *(None,) * 5
+        (mask,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or kernels_for(grad) is None or grad.stride() != ctx.strides:
+            return grad * _unpacked(mask, grad.shape, ctx.strides), None, None, None, None
+        is_own = all(count <= fewest for count, fewest in zip(_holders(grad), _fewest_holders(), strict=True))
+        out = grad if is_own else torch.empty_like(grad)
+        ctx.kernels.mask_gradient(grad, out, mask)
+        return out, None, None, None, None
+
+
+def _run(kernels: Kernels, x: Tensor, grid: Grid, inplace: bool, mask: Tensor | None, extrema: Tensor | None) -> Tensor:
+    out = x if inplace else torch.empty_like(x)
+    assert grid.number is not None
+    kernels.fake_quantize(x, out, grid.number, (grid.first, grid.last), (grid.low, grid.high), grid.limits, mask, extrema)  # type: ignore[arg-type]
+    if inplace:
+        torch.autograd.graph.increment_version(x)
+    return out
+
+
+def _unpacked(mask: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+    """The mask as bools in the shape and order of the values that it is of."""
+    bits = mask.unsqueeze(1).bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and_(1).bool().flatten()
+    return bits[: shape.numel()].as_strided(shape, strides)
+
+
+def _holders(grad: Tensor) -> tuple[int, int, int]:
+    """How many in C++ and in Python hold a tensor, and how many its memory."""
+    return grad._use_count(), sys.getrefcount(grad), torch._C._storage_Use_Count(grad.untyped_storage()._cdata)  # type: ignore[attr-defined]
+
+
+class _Probe(torch.autograd.Function):
+    """Tells how many hold a gradient that nobody but its backward sees."""
+
+    fewest: tuple[int, int, int] = (0, 0, 0)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        _Probe.fewest = _holders(grad)
+        return grad
+
+
+@functools.cache
+def _fewest_holders() -> tuple[int, int, int]:
+    """The counts of `_holders` in a backward whose gradient is its own; with them it may be overwritten, as autograd does itself. It depends on versions."""
+    try:
+        with torch.enable_grad():
+            (_Probe.apply(torch.ones(2, requires_grad=True)) * torch.ones(2)).sum().backward()  # type: ignore[no-untyped-call]
+    except (AttributeError, RuntimeError):  # then nothing is ever taken for one's own
+        return 0, 0, 0
+    return _Probe.fewest
 
 
 def _level_bounds(scale: Bound, low: Bound, high: Bound, limits: tuple[float, float]) -> tuple[Bound, Bound]:
@@ -241,18 +290,6 @@ def _level(value: float, scale: float) -> float:
     return float(np.rint(np.float32(value) * (np.float32(1.0) / np.float32(scale))))
 
 
-def _inside(x: Tensor, scale: Tensor, low: Bound, high: Bound, limits: tuple[float, float]) -> Tensor:
-    """Where the value is not clipped: by rounding, as torch's own operation judges, and not by the activation's clamp."""
-    levels = (x.float() if x.dtype not in (torch.float32, torch.float64) else x).mul(scale.reciprocal()).round_()
-    inside = (levels >= low) & (levels <= high)
-    below, above = limits
-    if below != -_INF:
-        inside &= x > below
-    if above != _INF:
-        inside &= x < above
-    return inside
-
-
 def fake_quantize_weight(weight: Tensor, num_bits: int, axis: int | None) -> Tensor:
     """Round a weight to the symmetric grid of its own largest magnitudes. Nothing clips, so the gradient is that of the identity.
 
@@ -270,6 +307,12 @@ def fake_quantize_weight(weight: Tensor, num_bits: int, axis: int | None) -> Ten
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, num_bits: int, axis: int | None) -> Tensor:
+        kernels = None if axis is None or torch.compiler.is_compiling() or not weight.is_contiguous() else kernels_for(weight)
+        if kernels is not None:
+            assert axis is not None
+            result = torch.empty_like(weight)
+            kernels.fake_quantize_weight(weight, result, axis, quant_range(num_bits, symmetric=True)[1], _SMALLEST_SCALE)
+            return result
         scale = weight_scale(weight, num_bits, axis)
         inverse = scale.reciprocal()
         if weight.dtype in (torch.float32, torch.float64):

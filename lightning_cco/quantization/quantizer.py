@@ -41,7 +41,7 @@ class ActivationQuantizer(nn.Module):
         observing: Whether `observe` looks at what it is given.
         min_val, max_val: The range, 0-d float32.
         scale, zero_point: What follows from it, 0-d float32.
-        batch_min, batch_max: What passed in training since the range last moved; infinite if nothing did.
+        extrema: Smallest and largest value that passed in training since the range last moved, float32 of 2; infinite if nothing did.
         clip_ratio: Factor of the range that the ``mse`` estimator found.
     """
 
@@ -50,8 +50,7 @@ class ActivationQuantizer(nn.Module):
     scale: Tensor
     zero_point: Tensor
     clip_ratio: Tensor
-    batch_min: Tensor
-    batch_max: Tensor
+    extrema: Tensor
     non_finite: Tensor
 
     def __init__(
@@ -74,7 +73,7 @@ class ActivationQuantizer(nn.Module):
         self._numbers: tuple[float, float] = (1.0, 0.0)
         self._numbers_version = -1
         # By name float32: under bf16-true the Trainer makes another type the default.
-        starts = {**dict.fromkeys(_RANGE_BUFFERS, 0.0), "scale": 1.0, "clip_ratio": 1.0, "batch_min": _INF, "batch_max": -_INF}
+        starts: dict[str, Any] = {**dict.fromkeys(_RANGE_BUFFERS, 0.0), "scale": 1.0, "clip_ratio": 1.0, "extrema": [_INF, -_INF]}
         for name, start in starts.items():
             self.register_buffer(name, torch.tensor(start, dtype=torch.float32))
         self.register_buffer("non_finite", torch.zeros((), dtype=torch.bool))
@@ -128,10 +127,8 @@ class ActivationQuantizer(nn.Module):
         self.refresh()
         return "ok" if self.observed else "never_observed"
 
-    def _range_of(self, x: Tensor, clamp: tuple[float, float] | None = None) -> tuple[Tensor, Tensor]:
-        if self.estimator == "percentile":
-            return percentile_range(x, self.percentile, clamp)
-        return batch_range(x, clamp)
+    def _range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return percentile_range(x, self.percentile) if self.estimator == "percentile" else batch_range(x)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -142,13 +139,10 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def _watch(self, x: Tensor, clamp: tuple[float, float] | None) -> None:
-        low, high = self._range_of(x, clamp)
-        self.batch_min.copy_(torch.minimum(self.batch_min, low))
-        self.batch_max.copy_(torch.maximum(self.batch_max, high))
+        low, high = percentile_range(x, self.percentile, clamp)
+        self.extrema.copy_(torch.stack([torch.minimum(self.extrema[0], low), torch.maximum(self.extrema[1], high)]))
 
-    def forward(
-        self, x: Tensor, clamp: tuple[float, float] | None = None, inplace: bool = False, track: bool = False, apart: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, clamp: tuple[float, float] | None = None, inplace: bool = False, track: bool = False) -> Tensor:
         """Fake-quantize.
 
         Args:
@@ -156,16 +150,23 @@ class ActivationQuantizer(nn.Module):
             clamp: An activation function to apply on the way, as an interval.
             inplace: Overwrite ``x``.
             track: Whether the range is to follow this batch, unless it is frozen.
-            apart: Whether to keep what the gradient needs apart from the result.
         """
-        if track and not self.frozen:
+        extrema = self.extrema if track and not self.frozen else None
+        if extrema is not None and self.estimator == "percentile":
             self._watch(x, clamp)
-        if torch.compiler.is_compiling() or x.device.type != "cpu":
-            return fake_quantize(x, self.scale, self.zero_point, self.num_bits, self.symmetric, clamp, inplace, apart)
+            extrema = None
+        return fake_quantize(
+            x, self.scale, self.zero_point, self.num_bits, self.symmetric, clamp, inplace, self.numbers(x.device.type), extrema
+        )
+
+    def numbers(self, device: str = "cpu") -> tuple[float, float] | None:
+        """Scale and zero point as Python numbers, where reading them makes neither a compiler nor a device stop: eagerly and on the CPU."""
+        if torch.compiler.is_compiling() or device != "cpu":
+            return None
         if self._numbers_version != self.scale._version:
             self._numbers = float(self.scale), float(self.zero_point)
             self._numbers_version = self.scale._version
-        return fake_quantize(x, self.scale, self.zero_point, self.num_bits, self.symmetric, clamp, inplace, apart, self._numbers)
+        return self._numbers
 
     def freeze(self) -> None:
         """Keep the range as it is from now on."""
@@ -174,8 +175,7 @@ class ActivationQuantizer(nn.Module):
 
     def forget_batch(self) -> None:
         """Drop what passed since the range last moved."""
-        self.batch_min.fill_(_INF)
-        self.batch_max.fill_(-_INF)
+        self.extrema[0], self.extrema[1] = _INF, -_INF
 
     def unfreeze(self) -> None:
         """Let the range follow the activations again."""

@@ -49,13 +49,13 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
         if min_val.device.type == "cpu":
             for quantizer, scale, zero_point in zip(chosen, *(values.tolist() for values in qparams), strict=True):
                 quantizer._numbers, quantizer._numbers_version = (scale, zero_point), quantizer.scale._version
-    for name, value in (("batch_min", _INF), ("batch_max", -_INF)):
-        torch._foreach_copy_([getattr(quantizer, name) for quantizer in moving], list(torch.full_like(min_val, value).unbind()))
+    nothing = torch.tensor([_INF, -_INF], device=min_val.device)
+    torch._foreach_copy_([quantizer.extrema for quantizer in moving], [nothing] * len(moving))
 
 
 def _batch_of_all_ranks(quantizers: Sequence[ActivationQuantizer], widens: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Lower ends, upper ends, and which of them are known; one of each per quantizer."""
-    low, high = torch.stack([q.batch_min for q in quantizers]), torch.stack([q.batch_max for q in quantizers])
+    low, high = torch.stack([q.extrema for q in quantizers]).unbind(1)
     seen = torch.isfinite(low) & torch.isfinite(high)
     if world_size() == 1:
         return low, high, seen

@@ -11,20 +11,14 @@ _MOST_SAMPLES = 65_536
 _CLIP_RATIOS = 40
 
 
-def batch_range(x: Tensor, clamp: tuple[float, float] | None = None) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value, as 0-d float32, after an activation's clamp."""
+def batch_range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value, as 0-d float32."""
     x = x.detach()
     if x.numel() == 0:
         zero = torch.zeros((), device=x.device)
         return zero, zero
-    if clamp is not None and clamp[0] == 0.0:
-        low, high = torch.zeros((), device=x.device), x.amax()
-    else:
-        low, high = torch.aminmax(x)
-    low, high = low.float(), high.float()
-    if clamp is not None:
-        low, high = low.clamp(*clamp), high.clamp(*clamp)
-    return low, high
+    low, high = torch.aminmax(x)
+    return low.float(), high.float()
 
 
 def sample(x: Tensor) -> Tensor:
@@ -38,7 +32,7 @@ def percentile_range(x: Tensor, percentile: float, clamp: tuple[float, float] | 
     """The interval that leaves out ``100 - percentile`` per cent of the values at each end (linear interpolation, as in NumPy)."""
     values = sample(x)
     if values.numel() == 0:
-        return batch_range(x, clamp)
+        return batch_range(x)
     if clamp is not None:
         values = values.clamp(*clamp)
     ends = torch.tensor([1.0 - percentile / 100.0, percentile / 100.0], device=values.device, dtype=values.dtype)

@@ -35,7 +35,6 @@ class SiteQuantizers:
     outputs: list[tuple[int, ActivationQuantizer]] = field(default_factory=list)
     limits: Callable[[tuple[Any, ...], dict[str, Any]], tuple[float, float] | None] | None = None
     in_place: bool = False
-    apart: bool = False
     fresh: bool = False
     code_position: int = -1
 
@@ -127,9 +126,7 @@ class Runtime:
         if site.limits is not None:
             clamp = site.limits(args, kwargs)
             if clamp is not None:
-                return site.outputs[0][1](
-                    args[0] if args else kwargs["input"], clamp=clamp, inplace=site.in_place, track=track, apart=site.apart
-                )
+                return site.outputs[0][1](args[0] if args else kwargs["input"], clamp=clamp, inplace=site.in_place, track=track)
         if site.in_place:
             # The caller may drop the result and go on with the argument: both must be the quantized tensor. The operation runs on a copy because
             # autograd may keep its result, which must then not change.
@@ -140,14 +137,14 @@ class Runtime:
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             if not site.fresh or torch.compiler.is_compiling():
-                return site.outputs[0][1](result, track=track, apart=site.apart)
+                return site.outputs[0][1](result, track=track)
             # Nobody but us holds a fresh result, and new memory would cost more than the rounding. A linear layer's is a view of its rows.
             base = result._base if result._is_view() else result
             if base is None or base.numel() != result.numel():
-                return site.outputs[0][1](result, track=track, apart=site.apart)
-            rounded = site.outputs[0][1](base, inplace=True, track=track, apart=site.apart)
+                return site.outputs[0][1](result, track=track)
+            rounded = site.outputs[0][1](base, inplace=True, track=track)
             return rounded if base is result else rounded.view(result.shape)
-        return _with_outputs(result, site.outputs, track, site.apart)
+        return _with_outputs(result, site.outputs, track)
 
     def _observe(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for slot, _, quantizer in site.reads:
@@ -282,7 +279,6 @@ def _site_quantizers(
     found = SiteQuantizers(
         site.layer,
         in_place=site.in_place,
-        apart=site.overwritten or _is_kept_by_none(site.layer, capture),
         fresh=site.op.fresh,
         code_position=site.code_position,
     )
@@ -299,16 +295,6 @@ def _site_quantizers(
     if found.outputs and site.op.category is Category.CLAMP:
         found.limits = _LIMITS.get(site.function)
     return found if found.weights or found.reads or found.outputs else None
-
-
-def _is_kept_by_none(layer: str, capture: Capture) -> bool:
-    """Whether nothing that reads a layer's output keeps it for its own gradient, so that the quantizer would be alone in holding it."""
-    for reader in capture.graph.successors(layer):
-        op = capture.sites[reader].op
-        passed_on = op.category is Category.PRESERVE and _is_kept_by_none(reader, capture)
-        if op.kind not in ("add", "sub", "concat", "stack", "output") and not passed_on:
-            return False
-    return True
 
 
 def _clamp_limits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float] | None:
@@ -342,8 +328,8 @@ def _flat(result: Any, args: tuple[Any, ...]) -> list[Any]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def _with_outputs(result: Any, outputs: list[tuple[int, ActivationQuantizer]], track: bool, apart: bool) -> Any:
+def _with_outputs(result: Any, outputs: list[tuple[int, ActivationQuantizer]], track: bool) -> Any:
     items = list(result)
     for position, quantizer in outputs:
-        items[position] = quantizer(items[position], track=track, apart=apart)
+        items[position] = quantizer(items[position], track=track)
     return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)

@@ -1,0 +1,229 @@
+/* Fake-quantization on a CPU in one pass over memory.
+ *
+ * Each function computes exactly what the torch operations in fake_quantize.py compute, operation by operation in float32, so that results are equal to
+ * the last bit whether a compiler is there or not. Tensors are dense: n values in storage order. Values come as float32 (half = 0) or bfloat16
+ * (half = 1); the arithmetic is in float32.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 512       /* values worked on at once: they stay in the first-level cache; a multiple of 64 */
+#define GRAIN (1 << 15) /* fewer values than this per thread are not worth a second thread */
+
+static int threads_for(int64_t n, int threads) {
+    int64_t most = n / GRAIN + 1;
+    return most < threads ? (int)most : threads;
+}
+
+static inline float from_half(uint16_t value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float result;
+    memcpy(&result, &bits, 4);
+    return result;
+}
+
+static inline uint16_t to_half(float value) { /* to nearest even */
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0; /* NaN */
+    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+static inline void load(const void *from, int64_t at, int count, int half, float *to) {
+    if (half)
+        for (int i = 0; i < count; i++) to[i] = from_half(((const uint16_t *)from)[at + i]);
+    else
+        memcpy(to, (const float *)from + at, (size_t)count * 4);
+}
+
+static inline void store(const float *from, int64_t at, int count, int half, void *to) {
+    if (half)
+        for (int i = 0; i < count; i++) ((uint16_t *)to)[at + i] = to_half(from[i]);
+    else
+        memcpy((float *)to + at, from, (size_t)count * 4);
+}
+
+/* One bit per value, the first value in the lowest bit. */
+static inline void pack(const uint8_t *inside, uint8_t *bits, int count) {
+    for (int i = 0; i < count / 8; i++) {
+        uint64_t eight;
+        memcpy(&eight, inside + 8 * i, 8);
+        bits[i] = (uint8_t)((eight * 0x0102040810204080ull) >> 56);
+    }
+    if (count % 8) {
+        uint8_t last = 0;
+        for (int k = 0; k < count % 8; k++) last |= (uint8_t)(inside[count / 8 * 8 + k] << k);
+        bits[count / 8] = last;
+    }
+}
+
+/* Round x to its grid, from the level `first` to the level `last`.
+ *
+ * mask:    null, or (n + 7) / 8 bytes for one bit per value that has a gradient: its level, before it is clamped, is one of low ... high, and the
+ *          value itself lies between below and above, the ends excluded.
+ * extrema: null, or two numbers that widen to the smallest and the largest value of x, limited by below and above; NaN is passed over.
+ * Returns how many values have no gradient; 0 without a mask.
+ */
+int64_t fake_quantize(const void *x, void *y, int64_t n, int half, float scale, float first, float last, float low, float high, float below,
+                      float above, uint8_t *mask, float *extrema, int threads) {
+    const float inverse = 1.0f / scale;
+    const int bounded = below > -INFINITY || above < INFINITY;
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    int64_t blocked = 0;
+    float smallest = INFINITY, largest = -INFINITY;
+#pragma omp parallel num_threads(threads_for(n, threads)) reduction(+ : blocked) reduction(min : smallest) reduction(max : largest)
+    {
+        float value[BLOCK], result[BLOCK];
+        uint8_t inside[BLOCK];
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t at = block * BLOCK;
+            const int count = n - at < BLOCK ? (int)(n - at) : BLOCK;
+            load(x, at, count, half, value);
+            if (extrema) {
+                float low_end = INFINITY, high_end = -INFINITY;
+#pragma omp simd reduction(min : low_end) reduction(max : high_end)
+                for (int i = 0; i < count; i++) {
+                    low_end = value[i] < low_end ? value[i] : low_end;
+                    high_end = value[i] > high_end ? value[i] : high_end;
+                }
+                smallest = low_end < smallest ? low_end : smallest;
+                largest = high_end > largest ? high_end : largest;
+            }
+            int outside = 0;
+            for (int i = 0; i < count; i++) {
+                const float level = rintf(value[i] * inverse);
+                float clamped = level < first ? first : level;
+                clamped = clamped > last ? last : clamped;
+                result[i] = clamped * scale;
+                outside |= !((level >= low) & (level <= high));
+            }
+            store(result, at, count, half, y);
+            if (!mask) continue;
+            if (!outside && !bounded) {
+                memset(mask + at / 8, 0xff, (size_t)(count + 7) / 8);
+                continue;
+            }
+            int kept = 0;
+            for (int i = 0; i < count; i++) {
+                const float level = rintf(value[i] * inverse);
+                inside[i] = (level >= low) & (level <= high) & (value[i] > below) & (value[i] < above);
+                kept += inside[i];
+            }
+            blocked += count - kept;
+            pack(inside, mask + at / 8, count);
+        }
+    }
+    if (extrema && smallest <= largest) {
+        smallest = smallest < below ? below : smallest > above ? above : smallest;
+        largest = largest < below ? below : largest > above ? above : largest;
+        extrema[0] = smallest < extrema[0] ? smallest : extrema[0];
+        extrema[1] = largest > extrema[1] ? largest : extrema[1];
+    }
+    return blocked;
+}
+
+/* Set gradients to 0 where the mask's bit is 0. `to` may be `from`. */
+void mask_gradient(const void *from, void *to, const uint8_t *mask, int64_t n, int half, int threads) {
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    const size_t size = half ? 2 : 4;
+#pragma omp parallel for schedule(static) num_threads(threads_for(n, threads))
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t at = block * BLOCK;
+        const int count = n - at < BLOCK ? (int)(n - at) : BLOCK;
+        const uint8_t *bits = mask + at / 8;
+        const uint8_t *source = (const uint8_t *)from + at * size;
+        uint8_t *target = (uint8_t *)to + at * size;
+        int all = count == BLOCK;
+        for (int i = 0; all && i < BLOCK / 64; i++) {
+            uint64_t word;
+            memcpy(&word, bits + 8 * i, 8);
+            all = word == UINT64_MAX;
+        }
+        if (all) {
+            if (from != to) memcpy(target, source, size * BLOCK);
+            continue;
+        }
+        uint8_t inside[BLOCK];
+        for (int i = 0; i < (count + 7) / 8; i++) {
+            const uint64_t eight = bits[i] * 0x0101010101010101ull & 0x8040201008040201ull;
+            memcpy(inside + 8 * i, &eight, 8);
+        }
+        if (half)
+            for (int i = 0; i < count; i++) ((uint16_t *)target)[i] = inside[i] ? ((const uint16_t *)source)[i] : 0;
+        else
+            for (int i = 0; i < count; i++) ((float *)target)[i] = inside[i] ? ((const float *)source)[i] : 0.0f;
+    }
+}
+
+/* Round a weight to the symmetric grid of each channel's largest magnitude: scale = largest / limit, at least `smallest`.
+ *
+ * The weight is outer x channels x inner values; a channel's are read twice, the second time out of the cache.
+ */
+void fake_quantize_weight(const void *weight, void *result, int64_t outer, int64_t channels, int64_t inner, int half, float limit, float smallest,
+                          int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads_for(outer * channels * inner, threads))
+    for (int64_t channel = 0; channel < channels; channel++) {
+        float value[BLOCK], largest = 0.0f;
+        int broken = 0;
+        for (int64_t row = 0; row < outer; row++)
+            for (int64_t i = 0; i < inner; i += BLOCK) {
+                const int count = inner - i < BLOCK ? (int)(inner - i) : BLOCK;
+                load(weight, (row * channels + channel) * inner + i, count, half, value);
+#pragma omp simd reduction(max : largest) reduction(| : broken)
+                for (int j = 0; j < count; j++) {
+                    const float magnitude = fabsf(value[j]);
+                    largest = magnitude > largest ? magnitude : largest;
+                    broken |= magnitude != magnitude;
+                }
+            }
+        float scale = largest / limit;
+        scale = scale < smallest ? smallest : scale;
+        if (broken) scale = NAN;
+        const float inverse = 1.0f / scale;
+        for (int64_t row = 0; row < outer; row++)
+            for (int64_t i = 0; i < inner; i += BLOCK) {
+                const int count = inner - i < BLOCK ? (int)(inner - i) : BLOCK;
+                const int64_t at = (row * channels + channel) * inner + i;
+                load(weight, at, count, half, value);
+                for (int j = 0; j < count; j++) value[j] = rintf(value[j] * inverse) * scale;
+                store(value, at, count, half, result);
+            }
+    }
+}
+
+/* Squared norms of y - x and of x, summed in float64 over blocks summed in float32. With a scale, y is x rounded to its grid, and need not be there. */
+void energies(const void *x, const void *y, int64_t n, int half, float scale, float first, float last, double *sums, int threads) {
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    double error = 0.0, signal = 0.0;
+#pragma omp parallel for schedule(static) num_threads(threads_for(n, threads)) reduction(+ : error, signal)
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t at = block * BLOCK;
+        const int count = n - at < BLOCK ? (int)(n - at) : BLOCK;
+        float value[BLOCK], other[BLOCK];
+        load(x, at, count, half, value);
+        if (scale > 0.0f) {
+            for (int i = 0; i < count; i++) {
+                const float level = rintf(value[i] * inverse);
+                float clamped = level < first ? first : level;
+                clamped = clamped > last ? last : clamped;
+                other[i] = clamped * scale;
+            }
+            if (half)
+                for (int i = 0; i < count; i++) other[i] = from_half(to_half(other[i]));
+        } else {
+            load(y, at, count, half, other);
+        }
+        float differences = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : differences, squares)
+        for (int i = 0; i < count; i++) {
+            const float difference = other[i] - value[i];
+            differences += difference * difference;
+            squares += value[i] * value[i];
+        }
+        error += differences, signal += squares;
+    }
+    sums[0] = error, sums[1] = signal;
+}

@@ -1,0 +1,211 @@
+"""The kernels in ``kernels.c``: compiled on first use, kept in the user's cache, called through ctypes. Without a C compiler there are none.
+
+PyTorch runs fake-quantization as four operations, each of which passes over the memory; one pass costs a quarter. The compiler is the system's own (``CC``,
+else ``cc``, ``gcc`` or ``clang``), and takes under a second once per machine. ``LIGHTNING_CCO_NATIVE=0`` turns the kernels off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("kernels.c")
+# Contraction would round once where torch rounds twice; errno and traps keep compilers from using vector instructions.
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
+_TIMEOUT = 60.0  # seconds
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+_INF = float("inf")
+
+_float, _int, _long, _pointer = ctypes.c_float, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+
+
+class Kernels:
+    """The compiled functions, for dense CPU tensors of float32 or bfloat16.
+
+    Args:
+        library: The loaded library.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._fake_quantize = library.fake_quantize
+        self._fake_quantize.argtypes = [_pointer, _pointer, _long, _int, *[_float] * 7, _pointer, _pointer, _int]
+        self._fake_quantize.restype = _long
+        self._mask_gradient = library.mask_gradient
+        self._mask_gradient.argtypes = [_pointer, _pointer, _pointer, _long, _int, _int]
+        self._mask_gradient.restype = None
+        self._fake_quantize_weight = library.fake_quantize_weight
+        self._fake_quantize_weight.argtypes = [_pointer, _pointer, _long, _long, _long, _int, _float, _float, _int]
+        self._fake_quantize_weight.restype = None
+        self._energies = library.energies
+        self._energies.argtypes = [_pointer, _pointer, _long, _int, *[_float] * 3, _pointer, _int]
+        self._energies.restype = None
+
+    def fake_quantize(
+        self,
+        x: Tensor,
+        out: Tensor,
+        scale: float,
+        levels: tuple[float, float],
+        ends: tuple[float, float],
+        limits: tuple[float, float],
+        mask: Tensor | None,
+        extrema: Tensor | None,
+    ) -> int:
+        """Round to the grid.
+
+        Args:
+            x: What to round.
+            out: Where to, of the same type and strides; may be ``x``.
+            scale: Step of the grid.
+            levels: First and last level that are used.
+            ends: First and last level of the format: beyond them there is no gradient.
+            limits: Interval of an activation function applied on the way: beyond it there is no gradient either.
+            mask: uint8 of ``(x.numel() + 7) // 8`` for one bit per value that has a gradient.
+            extrema: float32 of 2, widened to the smallest and the largest value.
+
+        Returns:
+            How many values have no gradient; 0 without a mask.
+        """
+        blocked: int = self._fake_quantize(
+            x.data_ptr(),
+            out.data_ptr(),
+            x.numel(),
+            _FORMATS[x.dtype],
+            scale,
+            *levels,
+            *ends,
+            *limits,
+            None if mask is None else mask.data_ptr(),
+            None if extrema is None else extrema.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return blocked
+
+    def mask_gradient(self, grad: Tensor, out: Tensor, mask: Tensor) -> None:
+        """Copy a gradient to ``out`` (which may be ``grad``) and set it to 0 where the mask's bit is 0."""
+        self._mask_gradient(grad.data_ptr(), out.data_ptr(), mask.data_ptr(), grad.numel(), _FORMATS[grad.dtype], torch.get_num_threads())
+
+    def fake_quantize_weight(self, weight: Tensor, out: Tensor, axis: int, limit: int, smallest_scale: float) -> None:
+        """Round a contiguous weight to the symmetric grid of each channel's largest magnitude.
+
+        Args:
+            weight: Any shape.
+            out: The same shape and type.
+            axis: Axis of the channels.
+            limit: Largest level.
+            smallest_scale: Least scale.
+        """
+        shape = weight.shape
+        outer, inner = shape[:axis].numel(), shape[axis + 1 :].numel()
+        self._fake_quantize_weight(
+            weight.data_ptr(),
+            out.data_ptr(),
+            outer,
+            shape[axis],
+            inner,
+            _FORMATS[weight.dtype],
+            limit,
+            smallest_scale,
+            torch.get_num_threads(),
+        )
+
+    def energies(self, x: Tensor, y: Tensor) -> tuple[float, float]:
+        """Squared norms of ``y - x`` and of ``x``, two tensors of the same type and strides."""
+        sums = (ctypes.c_double * 2)()
+        self._energies(x.data_ptr(), y.data_ptr(), x.numel(), _FORMATS[x.dtype], 0.0, 0.0, 0.0, sums, torch.get_num_threads())
+        return sums[0], sums[1]
+
+    def rounding_energies(self, x: Tensor, scale: float, levels: tuple[float, float]) -> tuple[float, float]:
+        """Squared norms of what rounding to a grid changes, and of ``x``."""
+        sums = (ctypes.c_double * 2)()
+        self._energies(x.data_ptr(), None, x.numel(), _FORMATS[x.dtype], scale, *levels, sums, torch.get_num_threads())
+        return sums[0], sums[1]
+
+
+def kernels_for(tensor: Tensor) -> Kernels | None:
+    """The kernels, if they can work on a tensor: an ordinary one, dense, on the CPU, of a type that they know."""
+    if tensor.dtype not in _FORMATS or tensor.device.type != "cpu" or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return None
+    return load() if tensor.is_contiguous() or _is_dense(tensor) else None
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the values fill their memory without gaps or overlaps, in whatever order: channels last, or heads swapped with positions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+@functools.cache
+def load() -> Kernels | None:
+    """Compile the kernels, or take them out of the cache. `None` if that is turned off or there is no compiler that can."""
+    if os.environ.get("LIGHTNING_CCO_NATIVE", "1") == "0" or sys.platform == "win32":
+        return None
+    compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None)
+    if compiler is None:
+        return None
+    # torch's own OpenMP: a second pool of threads would wait for the first one's processors.
+    openmp = _loaded_openmp()
+    command = [compiler, *_FLAGS, str(SOURCE), *openmp]
+    key = hashlib.sha256("\0".join([*command[1:], _processor(), SOURCE.read_text(encoding="utf-8")]).encode()).hexdigest()[:16]
+    try:
+        library = _cache_folder() / f"kernels-{key}.so"
+        if not library.exists():
+            _compile(command, library)
+        return Kernels(ctypes.CDLL(str(library)))
+    except (OSError, subprocess.SubprocessError, AttributeError):
+        return None
+
+
+def _compile(command: list[str], library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        built = Path(folder) / library.name
+        subprocess.run([*command, "-lm", "-o", str(built)], check=True, capture_output=True, timeout=_TIMEOUT)
+        os.replace(built, library)
+
+
+def _cache_folder() -> Path:
+    """A folder of the user's own; one for this process alone where there is none that can be written."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = (Path(base) if base else Path.home() / ".cache") / "lightning_cco"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):
+        pass
+    return Path(tempfile.mkdtemp(prefix="lightning_cco-"))
+
+
+def _loaded_openmp() -> list[str]:
+    """Path of the OpenMP runtime that this process has loaded, on Linux."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    paths = {line.split(maxsplit=5)[-1] for line in lines if "omp" in line.rpartition("/")[2]}
+    return sorted(path for path in paths if path.startswith("/") and ".so" in path)[:1]
+
+
+def _processor() -> str:
+    """What the compiler's ``-march=native`` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
