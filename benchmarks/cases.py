@@ -70,6 +70,52 @@ CASES = {
 }
 
 
+class Bottleneck(nn.Module):
+    """Three convolutions and a way around them."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        out = 4 * width
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out)
+        self.relu = nn.ReLU(inplace=True)
+        same = stride == 1 and channels == out
+        self.downsample = None if same else nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += identity
+        return self.relu(out)
+
+
+class ResNet50(ResNet18):
+    """The published net with blocks of three convolutions."""
+
+    def __init__(self, depths: tuple[int, ...] = (3, 4, 6, 3), classes: int = 1000) -> None:
+        super().__init__(classes=classes)
+        blocks, channels = [], 64
+        for stage, depth in enumerate(depths):
+            width = 64 * 2**stage
+            for number in range(depth):
+                blocks.append(Bottleneck(channels, width, 2 if stage and not number else 1))
+                channels = 4 * width
+        self.blocks, self.fc = nn.Sequential(*blocks), nn.Linear(channels, classes)
+
+
+def vit_b() -> nn.Module:
+    return ViT(width=768, depth=12, heads=12)
+
+
+IMAGENET = (
+    Case("ResNet-50 64×3×224×224", ResNet50, images(224, 64)),
+    Case("ViT-B 64×3×224×224", vit_b, images(224, 64)),
+)
+
+
 def chosen(parts: list[str]) -> list[Case]:
     """The cases whose names contain one of the parts; all of them if there are none."""
     return [case for name, case in CASES.items() if not parts or any(part.lower() in name.lower() for part in parts)]

@@ -75,8 +75,13 @@ def seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def run_fresh(script: str, *arguments: str) -> str:
+def run_fresh(script: str, *arguments: str, for_memory: bool = False) -> str:
     """Run one of the scripts in a fresh process.
+
+    Args:
+        script: Its path.
+        *arguments: Its command line.
+        for_memory: Let the allocator give freed tensors back at once, so that what is resident is what is held. It costs time.
 
     Returns:
         The last line that it printed.
@@ -84,8 +89,9 @@ def run_fresh(script: str, *arguments: str) -> str:
     Raises:
         subprocess.CalledProcessError: It failed.
     """
-    # A fixed threshold makes the allocator give freed tensors back, so that what is resident is what is held.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    if for_memory:
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True, env=environment)
     return done.stdout.splitlines()[-1]
 

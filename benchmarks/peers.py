@@ -12,12 +12,14 @@ import argparse
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import torch
@@ -26,6 +28,7 @@ from measure import interleaved, load_kernels, peak_of, resident, run_fresh
 from report import Table, parser, publish, version
 from torch import Tensor, nn
 
+KEPT = Path("outputs/peers.json")
 Prepare = Callable[[nn.Module, Tensor], nn.Module]
 
 
@@ -139,14 +142,32 @@ class Tool:
 TOOLS = {
     tool.name: tool
     for tool in (
-        Tool("ModelOpt", "nvidia-modelopt", modelopt, "fixed", "all but weights and inputs of weighted modules: additions, attention's products"),
-        Tool("torch.ao FX", "torch", fx, "moving average", "attention's products, GELU and layer norm run between quantized tensors; 7-bit activations"),
+        Tool(
+            "ModelOpt",
+            "nvidia-modelopt",
+            modelopt,
+            "fixed",
+            "all but weights and inputs of weighted modules: additions, attention's products",
+        ),
+        Tool(
+            "torch.ao FX",
+            "torch",
+            fx,
+            "moving average",
+            "attention's products, GELU and layer norm run between quantized tensors; 7-bit activations",
+        ),
         Tool("torch.ao FX, observers off", "torch", fx_frozen, "fixed", "as above"),
         Tool("torchao PT2E", "torchao", pt2e, "moving average", "what its X86InductorQuantizer does not list"),
         Tool("NNCF", "nncf", nncf, "learned", "nothing that its OpenVINO target runs in INT8"),
         Tool("AIMET", "aimet-torch", aimet, "learned", "nothing: outputs of all modules"),
         Tool("Brevitas", "brevitas", brevitas, "learned after 300 steps", "batch norms are merged into convolutions first"),
-        Tool("Brevitas, layerwise", "brevitas", brevitas_layerwise, "learned after 300 steps", "all but weights and inputs of weighted modules"),
+        Tool(
+            "Brevitas, layerwise",
+            "brevitas",
+            brevitas_layerwise,
+            "learned after 300 steps",
+            "all but weights and inputs of weighted modules",
+        ),
     )
 }
 
@@ -186,30 +207,34 @@ def _train(model: nn.Module) -> None:
 def run(*arguments: str) -> dict[str, float] | str:
     """One measurement in a fresh process: figures, or why there are none."""
     try:
-        return dict(json.loads(run_fresh(__file__, *arguments)))
+        return dict(json.loads(run_fresh(__file__, *arguments, for_memory=arguments[0] == "--peak")))
     except subprocess.CalledProcessError as failure:
         lines = [line.strip() for line in failure.stderr.splitlines() if line.strip()]
-        reasons = [line for line in lines if line.split(":")[0].rpartition(".")[2].endswith(("Error", "Exception", "NotImplemented"))]
+        reasons = [line for line in lines if _ERROR.match(line)]
         reason = (reasons or lines or [f"exit {failure.returncode}"])[-1]
         if reason.startswith("ModuleNotFoundError"):
             return "not installed"
-        return f"fails: {reason if len(reason) < 100 else reason[:97] + '…'}"
+        return f"fails: {reason if len(reason) < 120 else reason[:117] + '…'}"
 
 
-def rows(tool: Tool, cases: list[Case], floats: dict[str, float], rounds: int, threads: int) -> list[list[str]]:
-    found = []
-    for case in cases:
-        common = (tool.name, case.name, "--threads", str(threads))
-        times = run("--one", *common, "--rounds", str(rounds))
-        if isinstance(times, str):
-            found.append([f"{tool.name}", case.name, times, "", "", ""])
-            continue
-        memory = run("--peak", *common)
-        cells = memory if isinstance(memory, str) else f"{memory['peak'] / floats[case.name]:.2f}"
-        ratio = f"{times['ratio']:.2f} ({times['low']:.2f}–{times['high']:.2f})"
-        found.append([tool.name, case.name, ratio, cells, f"{times['set_up']:.1f}", tool.ranges])
-        print(f"{found[-1]}", flush=True)
-    return found
+_ERROR = re.compile(r"[\w.]*(Error|Exception)\b")
+
+
+def row(tool: Tool, case: Case, float_peak: float, options: argparse.Namespace) -> list[str]:
+    common = (tool.name, case.name, "--threads", str(options.threads))
+    times = run("--one", *common, "--rounds", str(options.rounds))
+    if isinstance(times, str):
+        return [case.name, tool.name, times, "", "", tool.ranges]
+    memory = run("--peak", *common)
+    ratio = f"{times['ratio']:.2f} ({times['low']:.2f}–{times['high']:.2f})"
+    return [
+        case.name,
+        tool.name,
+        ratio,
+        memory if isinstance(memory, str) else f"{memory['peak'] / float_peak:.2f}",
+        f"{times['set_up']:.1f}",
+        tool.ranges,
+    ]
 
 
 def main() -> None:
@@ -217,6 +242,7 @@ def main() -> None:
     arguments.add_argument("--models", nargs="*", default=[], help="parts of the names of the cases")
     arguments.add_argument("--tools", nargs="*", default=list(TOOLS), choices=list(TOOLS))
     arguments.add_argument("--rounds", type=int, default=7)
+    arguments.add_argument("--resume", action="store_true", help=f"keep what earlier runs have measured ({KEPT})")
     arguments.add_argument("--one", nargs=2, metavar=("TOOL", "CASE"), help=argparse.SUPPRESS)
     arguments.add_argument("--peak", nargs=2, metavar=("TOOL", "CASE"), help=argparse.SUPPRESS)
     options = arguments.parse_args()
@@ -230,17 +256,22 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    cases = chosen(options.models)
-    floats = {}
+    kept: dict[str, list[str]] = json.loads(KEPT.read_text()) if options.resume and KEPT.exists() else {}
+    KEPT.parent.mkdir(exist_ok=True)
+    cases, tools = chosen(options.models), [TOOLS[name] for name in options.tools]
     for case in cases:
-        found = run("--peak", "float", case.name, "--threads", str(options.threads))
-        assert isinstance(found, dict), found
-        floats[case.name] = found["peak"]
-    table = []
-    for name in options.tools:
-        table += rows(TOOLS[name], cases, floats, options.rounds, options.threads)
-    notes = [f"- {tool.name} ({version(tool.package)}) leaves out: {tool.leaves_out}." for tool in (TOOLS[name] for name in options.tools)]
-    header = ["tool", "model", "step ÷ float", "memory ÷ float", "set-up s", "ranges"]
+        missing = [tool for tool in tools if f"{tool.name} / {case.name}" not in kept]
+        if not missing:
+            continue
+        base = run("--peak", "float", case.name, "--threads", str(options.threads))
+        assert isinstance(base, dict), base
+        for tool in missing:
+            found = kept[f"{tool.name} / {case.name}"] = row(tool, case, base["peak"], options)
+            KEPT.write_text(json.dumps(kept, ensure_ascii=False, indent=1))
+            print(" | ".join(found), flush=True)
+    table = [kept[f"{tool.name} / {case.name}"] for case in cases for tool in tools]
+    notes = [f"- {tool.name} ({version(tool.package)}) leaves out: {tool.leaves_out}." for tool in tools]
+    header = ["model", "tool", "step ÷ float", "memory ÷ float", "set-up s", "ranges"]
     publish(Table("peers", "What does a training step cost in other tools?", header, table, ["\n".join(notes)]), options)
 
 

@@ -93,7 +93,7 @@ def forward(case: Case, rounds: int) -> list[str]:
 
 
 def memory(case: Case, rounds: int) -> list[str]:
-    peaks = [float(run_fresh(__file__, "--peak", case.name, kind)) for kind in KINDS]
+    peaks = [float(run_fresh(__file__, "--peak", case.name, kind, for_memory=True)) for kind in KINDS]
     return [case.name, f"{peaks[0]:.0f}", *(f"{peak / peaks[0]:.2f}" for peak in peaks[1:])]
 
 

@@ -63,10 +63,10 @@ def publish(table: Table, options: argparse.Namespace) -> None:
 
 
 def placed(text: str, key: str, section: str) -> str:
-    """The text with what stands between the marks of ``key`` replaced; at the end, with new marks, if there are none yet.
+    r"""The text with what stands between the marks of ``key`` replaced; at the end, with new marks, if there are none yet.
 
-    >>> placed("a\\n<!-- k -->\\nold\\n<!-- /k -->\\nb", "k", "new")
-    'a\\n<!-- k -->\\nnew\\n<!-- /k -->\\nb'
+    >>> placed("a\n<!-- k -->\nold\n<!-- /k -->\nb", "k", "new")
+    'a\n<!-- k -->\nnew\n<!-- /k -->\nb'
     """
     start, end = f"<!-- {key} -->", f"<!-- /{key} -->"
     block = f"{start}\n{section}\n{end}"
