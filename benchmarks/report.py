@@ -50,16 +50,17 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     warnings.simplefilter("ignore")
     arguments = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     arguments.add_argument("--threads", type=int, default=2)
-    arguments.add_argument("--write", action="store_true", help="also put the tables into benchmarks/RESULTS.md")
+    arguments.add_argument(
+        "--write", action="store_true", help="also put the tables into their page (benchmarks/RESULTS.md, docs/performance.md)"
+    )
     return arguments
 
 
-def publish(table: Table, options: argparse.Namespace) -> None:
-    """Print a table, and write it into the results if asked to."""
+def publish(table: Table, options: argparse.Namespace, page: Path = RESULTS) -> None:
+    """Print a table, and write it into a page if asked to."""
     print(f"\n{table}\n\n{measured_on(options.threads)}", flush=True)
     if options.write:
-        text = RESULTS.read_text()
-        RESULTS.write_text(placed(text, table.key, f"{table}\n\n{measured_on(options.threads)}"))
+        page.write_text(placed(page.read_text(), table.key, f"{table}\n\n{measured_on(options.threads)}"))
 
 
 def placed(text: str, key: str, section: str) -> str:
