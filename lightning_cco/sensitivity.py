@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_cco.quantization.fake_quantize import quant_range
+from lightning_cco.quantization.native import kernels_for
+from lightning_cco.quantization.quantizer import ActivationQuantizer
 from lightning_cco.settings import SENSITIVITY_MODES
 
 
@@ -75,7 +78,7 @@ def _rank(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def energies(quantized: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+def energies(quantized: Tensor, reference: Tensor) -> tuple[float | Tensor, float | Tensor]:
     """Squared norms of the difference and of the reference.
 
     Args:
@@ -83,14 +86,33 @@ def energies(quantized: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         reference: The same shape.
 
     Returns:
-        Two 0-d float64 tensors.
+        Two numbers: Python floats where they are known without waiting for a device, else 0-d float64 tensors.
 
     >>> energies(torch.tensor([3.0, 2.0]), torch.tensor([3.0, 4.0]))
-    (tensor(4., dtype=torch.float64), tensor(25., dtype=torch.float64))
+    (4.0, 25.0)
     """
-    quantized, reference = quantized.detach().float(), reference.detach().float()
+    quantized, reference = quantized.detach(), reference.detach()
+    kernels = kernels_for(reference)
+    alike = quantized.dtype == reference.dtype and quantized.stride() == reference.stride() and quantized.shape == reference.shape
+    if kernels is not None and alike and kernels_for(quantized) is not None:
+        return kernels.energies(reference, quantized)
+    quantized, reference = quantized.float(), reference.float()
     error = torch.linalg.vector_norm(quantized - reference).double().square()
     return error, torch.linalg.vector_norm(reference).double().square()
+
+
+def rounding_energies(quantizer: ActivationQuantizer, reference: Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """Squared norms of what a quantizer's rounding changes, and of the tensor: `energies` of ``quantizer(reference)``, without memory for it.
+
+    Args:
+        quantizer: The quantizer.
+        reference: What it reads, any shape.
+    """
+    kernels, numbers = kernels_for(reference.detach()), quantizer.numbers(reference.device.type)
+    if kernels is None or numbers is None:
+        return energies(quantizer(reference), reference)
+    low, high = quant_range(quantizer.num_bits, quantizer.symmetric)
+    return kernels.rounding_energies(reference, numbers[0], (low - numbers[1], high - numbers[1]))
 
 
 def summarize(name: str, error: float, signal: float, count: float) -> LayerSensitivity:
@@ -181,11 +203,17 @@ class LayerSensitivities(Metric):
             quantized: Its quantized output, any shape.
             reference: Its float output, the same shape.
         """
+        self.add(mode, name, *energies(quantized, reference))
+
+    def add(self, mode: str, name: str, error: float | Tensor, signal: float | Tensor) -> None:
+        """Add one layer's energies on one batch, as `energies` gives them."""
         if name not in self._number:
             return
-        error, signal = energies(quantized, reference)
         entry = self.sums[SENSITIVITY_MODES.index(mode), self._number[name]]
-        entry += torch.stack([error, signal, torch.ones_like(error)]).to(entry.device)
+        if isinstance(error, Tensor) and isinstance(signal, Tensor):
+            entry += torch.stack([error, signal, torch.ones_like(error)]).to(entry.device)
+        else:
+            entry += torch.tensor([error, signal, 1.0], dtype=entry.dtype, device=entry.device)
 
     def compute(self) -> Tensor:
         """QS of each mode and layer, of shape (2, layers), float64."""

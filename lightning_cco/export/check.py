@@ -14,6 +14,7 @@ from lightning_cco.export.emit import Emitter
 from lightning_cco.export.report import ExportReport, LayerDifference
 from lightning_cco.graph.frames import tensors_in
 from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.quantization.quantizer import ActivationQuantizer
 
 _CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 _INTEGER = ("QLinear", "QGemm", "QAttention", "ConvInteger", "MatMulInteger", "QEmbed", "QOrdered")
@@ -36,7 +37,8 @@ def check_file(
     """
     reference: dict[str, Tensor] = {}
 
-    def keep(name: str, output: Tensor, _: Tensor) -> None:
+    def keep(name: str, output: Tensor | ActivationQuantizer, _: Tensor) -> None:
+        assert isinstance(output, Tensor)
         reference.setdefault(name, output.detach().clone())
 
     with quantized.evaluating(), quantized.runtime.doing("record_quantized", keep):

@@ -42,6 +42,7 @@ class Site:
         sources: What it reads from other layers.
         weights: What it multiplies by.
         in_place: Whether it overwrites its first argument, which the caller may go on using.
+        overwritten: Whether a later call writes over its output or over a view of it.
         visible: Whether the function mode sees it.
         code_position: Where in the user's code the call stands; -1 if that tells nothing.
     """
@@ -54,6 +55,7 @@ class Site:
     sources: tuple[Source, ...] = ()
     weights: tuple[Weight, ...] = ()
     in_place: bool = False
+    overwritten: bool = False
     visible: bool = True
     code_position: int = -1
 
@@ -165,6 +167,7 @@ def _assemble(root: CallNode, evaluation: Tracer, training: Tracer | None) -> Ca
     rank = {i: position for position, i in enumerate(order)}
 
     positions, training_only = _match_training(calls, training)
+    overwritten = {merged[number] for number in _overwritten(evaluation.calls)}
     layers: list[Layer] = []
     edges: dict[Edge, None] = {}
     sites: dict[str, Site] = {}
@@ -184,6 +187,7 @@ def _assemble(root: CallNode, evaluation: Tracer, training: Tracer | None) -> Ca
             tuple(Source(read.slot, names[source], read.output, read.quantizable) for read, source in reads),
             tuple(call.weights),
             call.in_place,
+            i in overwritten,
             call.visible,
             call.position,
         )
@@ -209,6 +213,19 @@ def _merge_repeats(calls: list[Call]) -> tuple[list[Call], dict[int, int]]:
 
 def _place(call: Call) -> tuple[int, str, int]:
     return id(call.node), call.op.kind, call.index
+
+
+def _overwritten(calls: list[Call]) -> set[int]:
+    """Numbers of the calls whose output a later one writes over, directly or through views."""
+    found: set[int] = set()
+    for call in calls:
+        source = call.reads[0].source if call.in_place and call.reads and call.reads[0].slot == (0,) else None
+        while source is not None:
+            found.add(source)
+            before = calls[source]
+            is_view = before.op.category in (Category.PRESERVE, Category.IDENTITY) and before.reads
+            source = before.reads[0].source if is_view else None
+    return found
 
 
 def _match_training(calls: list[Call], training: Tracer | None) -> tuple[dict[int, dict[bool, int]], list[str]]:

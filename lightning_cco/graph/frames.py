@@ -101,9 +101,11 @@ class _FrameMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        stack = self.frames.stack()
+        frames = self.frames
+        compiling = torch.compiler.is_compiling()
+        stack = frames._main if compiling or threading.get_ident() == frames._thread else frames.stack()
         name = getattr(func, "__name__", "")
-        if not stack or (not torch.compiler.is_compiling() and _in_compiled_graph()):
+        if not stack or (not compiling and _in_compiled_graph()):
             return func(*args, **kwargs)
         if func is Tensor.unflatten:  # its Python half is one that the compiler can't trace under a mode
             func = torch.unflatten
@@ -111,7 +113,7 @@ class _FrameMode(TorchFunctionMode):
             # Its inner matmuls would run with the mode off, out of sight.
             with self:
                 return multi_head_attention(*args, **kwargs)
-        return self.frames.handle(stack[-1], name, func, args, kwargs)
+        return frames.handle(stack[-1], name, func, args, kwargs)
 
 
 class Frames:

@@ -21,6 +21,7 @@ from lightning_cco.quantization.native import Kernels, kernels_for
 
 _SMALLEST_SCALE = 1e-12
 _INF = float("inf")
+_NO_LIMITS = (-_INF, _INF)
 
 Bound = float | Tensor
 
@@ -88,8 +89,6 @@ class Grid(NamedTuple):
     """The levels of a format with its zero point taken off, and where values have a gradient.
 
     Attributes:
-        scale: Step between two levels; a 0-d float32 tensor.
-        number: The scale as a Python float, where it is known.
         first: First level that is used, given the activation's clamp.
         last: Last level that is used.
         low: First level of the format.
@@ -97,13 +96,20 @@ class Grid(NamedTuple):
         limits: The activation's clamp.
     """
 
-    scale: Tensor
-    number: float | None
     first: Bound
     last: Bound
     low: Bound
     high: Bound
     limits: tuple[float, float]
+
+
+def _grid(scale: Bound, zero_point: Bound, num_bits: int, symmetric: bool, limits: tuple[float, float]) -> Grid:
+    quant_min, quant_max = quant_range(num_bits, symmetric)
+    low, high = quant_min - zero_point, quant_max - zero_point
+    return Grid(*_level_bounds(scale, low, high, limits), low, high, limits)
+
+
+_grid_of_numbers = functools.lru_cache(maxsize=4096)(_grid)
 
 
 def fake_quantize(
@@ -133,24 +139,22 @@ def fake_quantize(
     Returns:
         A tensor of the shape and type of ``x``; ``x`` itself if ``inplace``.
     """
-    quant_min, quant_max = quant_range(num_bits, symmetric)
-    offset = zero_point if numbers is None else numbers[1]
-    number = None if numbers is None else numbers[0]
-    low, high = quant_min - offset, quant_max - offset
-    limits = clamp if clamp is not None else (-_INF, _INF)
-    grid = Grid(scale, number, *_level_bounds(scale if number is None else number, low, high, limits), low, high, limits)
-    kernels = None if number is None or torch.compiler.is_compiling() else kernels_for(x)
+    limits = clamp if clamp is not None else _NO_LIMITS
+    if numbers is None:
+        grid, kernels = _grid(scale, zero_point, num_bits, symmetric, limits), None
+    else:
+        grid, kernels = _grid_of_numbers(*numbers, num_bits, symmetric, limits), kernels_for(x)
     if extrema is not None and kernels is None:
         _widen(extrema, x.detach(), limits)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        if kernels is not None:
-            return _run(kernels, x, grid, inplace, None, extrema)
+        if kernels is not None and numbers is not None:
+            return _run(kernels, x, numbers[0], grid, inplace, None, extrema)
         return _scaled(x, _levels(x, scale, inplace).clamp_(grid.first, grid.last), scale, inplace)  # type: ignore[arg-type]
     result: Tensor
-    if kernels is not None:
-        result = _FakeQuantizeByKernel.apply(x, kernels, grid, inplace, extrema)  # type: ignore[no-untyped-call]
+    if kernels is not None and numbers is not None:
+        result = _FakeQuantizeByKernel.apply(x, kernels, numbers[0], grid, inplace, extrema)  # type: ignore[no-untyped-call]
     else:
-        result = _FakeQuantize.apply(x, grid, inplace)  # type: ignore[no-untyped-call]
+        result = _FakeQuantize.apply(x, scale, grid, inplace)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -181,32 +185,32 @@ class _FakeQuantize(torch.autograd.Function):
     """By torch operations."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: Grid, inplace: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, grid: Grid, inplace: bool) -> Tensor:
         below, above = grid.limits
         active = [x > below] if below != -_INF else []
         active += [x < above] if above != _INF else []
-        levels = _levels(x, grid.scale, inplace)
+        levels = _levels(x, scale, inplace)
         inside = (levels >= grid.low) & (levels <= grid.high)
         for condition in active:
             inside &= condition
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(inside)
-        return _scaled(x, levels.clamp_(grid.first, grid.last), grid.scale, inplace)  # type: ignore[arg-type]
+        return _scaled(x, levels.clamp_(grid.first, grid.last), scale, inplace)  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (inside,) = ctx.saved_tensors
-        return grad * inside, None, None
+        return grad * inside, None, None, None
 
 
 class _FakeQuantizeByKernel(torch.autograd.Function):
     """In one pass, with the mask in one bit per value."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernels: Kernels, grid: Grid, inplace: bool, extrema: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kernels: Kernels, scale: float, grid: Grid, inplace: bool, extrema: Tensor | None) -> Tensor:
         mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
-        result = _run(kernels, x, grid, inplace, mask, extrema)
+        result = _run(kernels, x, scale, grid, inplace, mask, extrema)
         ctx.kernels, ctx.strides = kernels, x.stride()
         _fewest_holders()
         if inplace:
@@ -218,17 +222,16 @@ class _FakeQuantizeByKernel(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (mask,) = ctx.saved_tensors
         if torch.is_grad_enabled() or kernels_for(grad) is None or grad.stride() != ctx.strides:
-            return grad * _unpacked(mask, grad.shape, ctx.strides), None, None, None, None
-        is_own = all(count <= fewest for count, fewest in zip(_holders(grad), _fewest_holders(), strict=True))
-        out = grad if is_own else torch.empty_like(grad)
+            return grad * _unpacked(mask, grad.shape, ctx.strides), *(None,) * 5
+        own = _fewest_holders()
+        out = grad if own and _holders(grad) in own else torch.empty_like(grad)
         ctx.kernels.mask_gradient(grad, out, mask)
-        return out, None, None, None, None
+        return out, *(None,) * 5
 
 
-def _run(kernels: Kernels, x: Tensor, grid: Grid, inplace: bool, mask: Tensor | None, extrema: Tensor | None) -> Tensor:
+def _run(kernels: Kernels, x: Tensor, scale: float, grid: Grid, inplace: bool, mask: Tensor | None, extrema: Tensor | None) -> Tensor:
     out = x if inplace else torch.empty_like(x)
-    assert grid.number is not None
-    kernels.fake_quantize(x, out, grid.number, (grid.first, grid.last), (grid.low, grid.high), grid.limits, mask, extrema)  # type: ignore[arg-type]
+    kernels.fake_quantize(x, out, scale, (grid.first, grid.last), (grid.low, grid.high), grid.limits, mask, extrema)  # type: ignore[arg-type]
     if inplace:
         torch.autograd.graph.increment_version(x)
     return out
@@ -240,15 +243,17 @@ def _unpacked(mask: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tens
     return bits[: shape.numel()].as_strided(shape, strides)
 
 
-def _holders(grad: Tensor) -> tuple[int, int, int]:
-    """How many in C++ and in Python hold a tensor, and how many its memory."""
-    return grad._use_count(), sys.getrefcount(grad), torch._C._storage_Use_Count(grad.untyped_storage()._cdata)  # type: ignore[attr-defined]
+def _holders(grad: Tensor) -> tuple[int, ...]:
+    """How many in C++ and in Python hold a tensor, how many its memory, and how many the tensor that it is a view of."""
+    holders = grad._use_count(), sys.getrefcount(grad), torch._C._storage_Use_Count(grad.untyped_storage()._cdata)  # type: ignore[attr-defined]
+    base = grad._base
+    return holders if base is None else (*holders, base._use_count(), sys.getrefcount(base))  # type: ignore[attr-defined]
 
 
 class _Probe(torch.autograd.Function):
-    """Tells how many hold a gradient that nobody but its backward sees."""
+    """Counts who holds a gradient that nobody but its backward sees."""
 
-    fewest: tuple[int, int, int] = (0, 0, 0)
+    holders: tuple[int, ...] = ()
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -256,19 +261,26 @@ class _Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        _Probe.fewest = _holders(grad)
+        _Probe.holders = _holders(grad)
         return grad
 
 
 @functools.cache
-def _fewest_holders() -> tuple[int, int, int]:
-    """The counts of `_holders` in a backward whose gradient is its own; with them it may be overwritten, as autograd does itself. It depends on versions."""
+def _fewest_holders() -> tuple[tuple[int, ...], ...]:
+    """The counts of `_holders` for gradients that may be overwritten, as autograd itself does: one of its own memory, one that is a view.
+
+    They depend on the versions of Python and PyTorch. Where PyTorch does not tell them, no gradient is ever taken for one's own.
+    """
+    found = []
     try:
-        with torch.enable_grad():
-            (_Probe.apply(torch.ones(2, requires_grad=True)) * torch.ones(2)).sum().backward()  # type: ignore[no-untyped-call]
-    except (AttributeError, RuntimeError):  # then nothing is ever taken for one's own
-        return 0, 0, 0
-    return _Probe.fewest
+        for shape in ((2,), (2, 1)):
+            with torch.enable_grad():
+                y = _Probe.apply(torch.ones(2, requires_grad=True))  # type: ignore[no-untyped-call]
+                ((y if shape == (2,) else y.view(shape)) * torch.ones(shape)).sum().backward()
+            found.append(_Probe.holders)
+    except (AttributeError, RuntimeError):
+        return ()
+    return tuple(found)
 
 
 def _level_bounds(scale: Bound, low: Bound, high: Bound, limits: tuple[float, float]) -> tuple[Bound, Bound]:

@@ -325,20 +325,29 @@ class QuantizedModel:
         return [name for name in self.graph.names if name in self.weights or name in self.activations]
 
     def _measure(self, metric: LayerSensitivities, batch: Any, forward: Forward, modes: Sequence[str]) -> None:
+        from lightning_cco.sensitivity import rounding_energies
+
         metric.start_batch()
         # A list for each layer: a step may call a module more than once (a discriminator on real and fake), one set of layers with two outputs.
         reference: dict[str, deque[Tensor]] = {}
-        in_place = any(site.in_place for site in self.capture.sites.values())
 
         def keep(name: str, output: Tensor) -> None:
-            reference.setdefault(name, deque()).append(output.clone() if in_place else output)
+            overwritten = self.capture.sites[name].overwritten
+            reference.setdefault(name, deque()).append(output.clone() if overwritten else output)
 
-        def compare_local(name: str, output: Tensor, expected: Tensor) -> None:
-            metric.update("local", name, output, expected)
+        def compare_local(name: str, quantized: Tensor | ActivationQuantizer, expected: Tensor) -> None:
+            if isinstance(quantized, Tensor):
+                metric.update("local", name, quantized, expected)
+            else:
+                metric.add("local", name, *rounding_energies(quantized, expected))
             if "accumulated" in modes:  # the layers around run in float: the same reference
                 keep(name, expected)
 
-        def compare(name: str, output: Tensor, _: Tensor) -> None:
+        def keep_float(name: str, _: Tensor | ActivationQuantizer, output: Tensor) -> None:
+            keep(name, output)
+
+        def compare(name: str, output: Tensor | ActivationQuantizer, _: Tensor) -> None:
+            assert isinstance(output, Tensor)
             if reference.get(name):  # none if rounding made the model take another path
                 metric.update("accumulated", name, output, reference[name].popleft())
 
@@ -347,7 +356,7 @@ class QuantizedModel:
             with self._forked_random(), self.runtime.doing("measure_local", compare_local):
                 forward(self.model, batch)
         else:
-            with self._forked_random(), self.runtime.doing("record_float", lambda name, _, output: keep(name, output)):
+            with self._forked_random(), self.runtime.doing("record_float", keep_float):
                 forward(self.model, batch)
         if "accumulated" in modes:
             with self._forked_random(), self.runtime.doing("record_quantized", compare):

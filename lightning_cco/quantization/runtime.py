@@ -21,8 +21,8 @@ from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_cco.quantization.slots import at, replaced
 
-Recorder = Callable[[str, Tensor, Tensor], None]
-"""Called with a layer's name, its quantized and its float output."""
+Recorder = Callable[[str, Tensor | ActivationQuantizer, Tensor], None]
+"""Called with a layer's name, its quantized output (or the quantizer that would make it of the float one), and its float output."""
 
 
 @dataclass(slots=True)
@@ -116,11 +116,10 @@ class Runtime:
     def _quantize(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Activation checkpointing runs a part of the forward again inside the backward; the ranges have moved for this batch already.
         track = frame.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
-        if site.weights or site.reads:
-            for slot, weight_quantizer in site.weights:
-                args, kwargs = replaced(args, kwargs, slot, weight_quantizer)
-            for slot, _, quantizer in site.reads:
-                args, kwargs = replaced(args, kwargs, slot, partial(quantizer, track=track))
+        for slot, weight_quantizer in site.weights:
+            args, kwargs = replaced(args, kwargs, slot, weight_quantizer)
+        for slot, _, quantizer in site.reads:
+            args, kwargs = replaced(args, kwargs, slot, partial(quantizer, track=track))
         if not site.outputs:
             return func(*args, **kwargs)
         if site.limits is not None:
@@ -161,7 +160,11 @@ class Runtime:
         assert self.recorder is not None
         for slot, source, quantizer in site.reads:
             value = at(args, kwargs, slot)
-            self.recorder(source, quantizer(value), value)
+            self.recorder(source, quantizer, value)
+        if not site.weights and [position for position, _ in site.outputs] == [0]:
+            result = func(*args, **kwargs)
+            self.recorder(site.layer, site.outputs[0][1], _flat(result, args)[0])
+            return result
         quantized = None
         if site.weights:
             weighted_args, weighted_kwargs = args, kwargs

@@ -31,6 +31,8 @@ def replaced(
         return tuple(items) if isinstance(value, tuple) else items
 
     first, rest = slot[0], slot[1:]
+    if not rest and isinstance(first, int):  # nearly always
+        return (*args[:first], change(args[first]), *args[first + 1 :]), kwargs
     if isinstance(first, int):
         return (*args[:first], put(args[first], rest), *args[first + 1 :]), kwargs
     return args, {**kwargs, first: put(kwargs[first], rest)}
