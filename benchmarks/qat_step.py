@@ -1,169 +1,138 @@
-"""Cost of a training step with fake-quantization: time and peak memory against the same step in float.
+"""Cost of a training step with fake-quantization against the same step in float: eager, compiled, without gradients, and in memory.
 
-Run: ``python benchmarks/qat_step.py`` (a few minutes; each time ratio is the median of interleaved pairs in one process, each memory ratio that of
-two fresh processes)
+Run: ``python benchmarks/qat_step.py`` (a few minutes). Each time ratio is the median of interleaved rounds in one process, in brackets the quartiles;
+each memory ratio is that of two fresh processes.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import statistics
-import subprocess
-import sys
 import time
-import warnings
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
-import torch.nn.functional as F
+from cases import CASES, Case, Step, chosen, training_step
+from measure import Timing, interleaved, load_kernels, peak_of, resident, run_fresh
+from report import Table, parser, publish
+from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from export_models import Decoder, MobileNetV2, ResNet18, ViT
+from lightning_cco import QuantizedModel, quantize
 
-from lightning_cco import quantize
-from lightning_cco.monitoring.tables import markdown_table
-
-Step = Callable[[], None]
-
-
-def images(size: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
+KINDS = ("float", "frozen", "moving average")
 
 
-def text(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = torch.randint(0, 128, (batch, length + 1))
-    return tokens[:, :-1], tokens[:, 1:]
+def prepared(case: Case, kind: str) -> tuple[nn.Module, QuantizedModel | None]:
+    """The network of a case, quantized and calibrated unless it is to stay float."""
+    model = case.model()
+    if kind == "float":
+        return model, None
+    inputs, _ = case.batch()
+    quantized = quantize(model, None, (inputs[:2],))
+    quantized.calibrate([(inputs[:2],)])
+    if kind == "frozen":
+        quantized.freeze_ranges()
+    return model, quantized
 
 
-CASES: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], tuple[torch.Tensor, torch.Tensor]]]] = {
-    "ResNet-18 16×3×96×96": (ResNet18, lambda: images(96, 16)),
-    "MobileNetV2 16×3×96×96": (MobileNetV2, lambda: images(96, 16)),
-    "ViT-tiny 8×3×224×224": (ViT, lambda: images(224, 8)),
-    "6-layer character transformer 16×128": (lambda: Decoder(128, 128, 6, 128), lambda: text(16, 128)),
-}
+def step_of(case: Case, kind: str, wrap: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda model: model) -> Step:
+    """A training step of a case, with the network wrapped (compiled)."""
+    model, _ = prepared(case, kind)
+    return training_step(wrap(model), list(model.parameters()), case.batch())
 
 
-def prepare(name: str) -> tuple[torch.nn.Module, Step, torch.Tensor]:
-    torch.manual_seed(0)
-    make, data = CASES[name]
-    model, (x, y) = make().train(), data()
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
-        optimizer.step()
-
-    return model, step, x
+def eager(case: Case, rounds: int) -> list[str]:
+    found = interleaved({kind: step_of(case, kind) for kind in KINDS}, rounds)
+    return [case.name, *_cells(found)]
 
 
-def seconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+def compiled(case: Case, rounds: int) -> list[str]:
+    torch._dynamo.reset()
+    steps, waits = {}, []
+    for kind in KINDS:
+        # All three share the code of the same class: each keeps its compiled code to itself, as if it were alone.
+        steps[kind] = step_of(case, kind, partial(torch.compile, isolate_recompiles=True))
+    # Quantizing drops compiled code: nothing is compiled before all are quantized.
+    for step in steps.values():
+        start = time.perf_counter()
+        step()
+        waits.append(time.perf_counter() - start)
+    found = interleaved(steps, rounds, warm_up=4)
+    torch._dynamo.reset()
+    return [case.name, *_cells(found), *(f"{wait:.0f}" for wait in waits)]
 
 
-def ratio(step: Step, float_step: Step, pairs: int) -> tuple[float, float]:
-    """Median of QAT over float, and median float seconds."""
-    ratios, floats = [], []
-    for turn in range(pairs + 2):
-        taken, base = seconds(step), seconds(float_step)
-        if turn >= 2:
-            ratios.append(taken / base)
-            floats.append(base)
-    return statistics.median(ratios), statistics.median(floats)
+def _cells(found: dict[str, Timing]) -> list[str]:
+    return [f"{1e3 * found['float'].seconds:.0f}", str(found["frozen"]), str(found["moving average"])]
 
 
-def measure(name: str, pairs: int) -> list[str]:
-    float_model, float_step, x = prepare(name)
-    model, step, _ = prepare(name)
-    start = time.perf_counter()
-    quantized = quantize(model, None, (x,))
-    setup = time.perf_counter() - start
-    quantized.calibrate([(x,)])
-    quantized.freeze_ranges()
-    frozen, base = ratio(step, float_step, pairs)
-    quantized.unfreeze_ranges()
-    moving, _ = ratio(step, float_step, pairs)
-    model.eval(), float_model.eval()
+def forward(case: Case, rounds: int) -> list[str]:
+    """Forward in evaluation mode without gradients, and Quantization Sensitivity in such forwards."""
+    models = {kind: prepared(case, kind) for kind in ("float", "frozen")}
+    inputs, _ = case.batch()
+    quantized = models["frozen"][1]
+    assert quantized is not None
+    for model, _ in models.values():
+        model.eval()
     with torch.no_grad():
-        forward, _ = ratio(lambda: model(x), lambda: float_model(x), pairs)
-        local, _ = ratio(lambda: quantized.sensitivity([(x,)], modes=["local"]), lambda: float_model(x), 3)
-        both, _ = ratio(lambda: quantized.sensitivity([(x,)]), lambda: float_model(x), 3)
-    memory = [peak(name, kind) for kind in ("float", "quantized")]
+        steps: dict[str, Step] = {kind: (lambda model=model: model(inputs)) for kind, (model, _) in models.items()}  # type: ignore[misc]
+        found = interleaved(steps, rounds)
+        steps = {
+            "float": steps["float"],
+            "local": lambda: quantized.sensitivity([(inputs,)], modes=["local"]),  # type: ignore[dict-item]
+            "both": lambda: quantized.sensitivity([(inputs,)]),  # type: ignore[dict-item]
+        }
+        measured = interleaved(steps, max(3, rounds // 2), warm_up=1)
     return [
-        name,
-        f"{1e3 * base:.0f}",
-        f"{frozen:.2f}",
-        f"{moving:.2f}",
-        f"{forward:.2f}",
-        f"{memory[1] / memory[0]:.2f}",
-        f"{local:.1f}",
-        f"{both:.1f}",
-        f"{setup:.1f}",
+        case.name,
+        f"{1e3 * found['float'].seconds:.0f}",
+        str(found["frozen"]),
+        f"{measured['local'].ratio:.1f}",
+        f"{measured['both'].ratio:.1f}",
     ]
 
 
-def peak(name: str, kind: str) -> float:
-    """Peak memory of a step in a fresh process, beyond what the interpreter and its packages take, in MiB."""
-    # A fixed threshold makes the allocator give freed tensors back, so that what is resident is what is held.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, __file__, "--peak", name, kind]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return float(done.stdout.splitlines()[-1])
+def memory(case: Case, rounds: int) -> list[str]:
+    peaks = [float(run_fresh(__file__, "--peak", case.name, kind, for_memory=True)) for kind in KINDS]
+    return [case.name, f"{peaks[0]:.0f}", *(f"{peak / peaks[0]:.2f}" for peak in peaks[1:])]
 
 
 def print_peak(name: str, kind: str) -> None:
-    # Packages, thread pools and kernels that are loaded on first use are no part of the model.
-    torch._dynamo.reset()
-    F.conv2d(torch.randn(1, 3, 8, 8), torch.randn(3, 3, 3, 3))
+    load_kernels()
     before = resident("VmRSS")
-    model, step, x = prepare(name)
-    if kind == "quantized":
-        quantized = quantize(model, None, (x[:1],))
-        quantized.calibrate([(x[:1],)])
-        quantized.freeze_ranges()
-    model.train()
-    step()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    step()
-    print((resident("VmHWM") - before) / 1024)
+    print(peak_of(step_of(CASES[name], kind), before))
 
 
-def resident(field: str) -> int:
-    """A memory figure of this process in KiB (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
+QUESTIONS: dict[str, tuple[str, list[str], Callable[[Case, int], list[str]]]] = {
+    "eager": ("What does a training step cost?", ["model", "float ms", "frozen ranges", "moving average"], eager),
+    "compiled": (
+        "What does a compiled training step cost, against the compiled float step?",
+        ["model", "float ms", "frozen ranges", "moving average", "compiling float s", "… frozen s", "… moving s"],
+        compiled,
+    ),
+    "memory": ("How much memory does a training step take?", ["model", "float MiB", "frozen ranges", "moving average"], memory),
+    "forward": (
+        "What do a forward without gradients and the Quantization Sensitivity of a batch cost, in float forwards?",
+        ["model", "float ms", "quantized forward", "local QS", "local and accumulated QS"],
+        forward,
+    ),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=list(CASES), help="parts of the names of the cases")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=11)
-    parser.add_argument("--peak", nargs=2, metavar=("CASE", "KIND"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
+    arguments = parser(__doc__)
+    arguments.add_argument("--models", nargs="*", default=[], help="parts of the names of the cases")
+    arguments.add_argument("--questions", nargs="*", default=list(QUESTIONS), choices=list(QUESTIONS))
+    arguments.add_argument("--rounds", type=int, default=11)
+    arguments.add_argument("--peak", nargs=2, metavar=("CASE", "KIND"), help=argparse.SUPPRESS)
+    options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak:
         return print_peak(*options.peak)
-    rows = [measure(name, options.pairs) for name in CASES if any(part in name for part in options.models)]
-    header = [
-        "model",
-        "float ms",
-        "step, frozen",
-        "step, moving average",
-        "forward, no grad",
-        "peak memory",
-        "local QS in forwards",
-        "both QS in forwards",
-        "set-up s",
-    ]
-    print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}; ratios to float\n")
-    print(markdown_table(header, rows))
+    for question in options.questions:
+        title, header, answer = QUESTIONS[question]
+        rows = [answer(case, options.rounds) for case in chosen(options.models)]
+        publish(Table(question, title, header, rows), options)
     return None
 
 
