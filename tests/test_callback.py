@@ -11,10 +11,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_modules import QUICK, Classifier, batches, make_trainer, quick
-from models import GuideCNN, ResidualCNN, TokenModel
+from models import ResidualCNN, TokenModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -315,60 +314,6 @@ def test_token_models(tmp_path: Path) -> None:
     make_trainer(tmp_path, cco).fit(Tokens(), DataLoader(torch.randint(0, 20, (16, 12)), 4))
     assert cco.quantized.plan.skipped["input_0"].startswith("integer")
     assert "embedding" in cco.report.local
-
-
-class Outliers(Classifier):
-    """Every row of one linear layer holds huge weights for inputs that are always 0: at 8 bits all the others round to nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = GuideCNN()
-        self.net.conv2.bias.data[0] = -100.0
-        self.net.fc1.weight.data[:, :4] = 1e4
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 1e-4)
-
-
-RESISTS = {"quantization_sensitivity_relative_threshold": 0.5}
-
-
-def test_the_layer_made_to_resist_comes_first_and_skipping_it_helps(tmp_path: Path) -> None:
-    model, val = Outliers(), batches(shuffle=False, seed=5)
-    cco = quick(global_quantization_settings=RESISTS)
-    make_trainer(tmp_path, cco).fit(model, batches(), val)
-    assert cco.report.worst_first()[0].name == "linear"
-    assert [suggestion.name for suggestion in cco.suggestions] == ["linear"]
-    assert "relative error" in cco.suggestions[0].reason
-    suggested = yaml.safe_load((tmp_path / "cco" / "suggested_skips.yaml").read_text())
-    images = torch.cat([x for x, _ in val])
-    model.eval()
-
-    def agreement() -> float:
-        with torch.no_grad():
-            quantized = model(images).argmax(-1)
-            with cco.quantized.disabled():
-                return float((quantized == model(images).argmax(-1)).float().mean())
-
-    before = agreement()
-    new = cco.quantized.replan(load_settings({**QUICK, **suggested}))
-    cco.quantized.calibrate([(images,)], only=new)
-    assert "linear" in cco.quantized.plan.skipped
-    assert before < 0.8
-    assert agreement() > 0.95
-
-
-def test_automatic_skips_are_applied_at_the_next_epoch_and_survive_a_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    general = {**RESISTS, "automatic_skip_quantization": True}
-    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
-    cco = quick(global_quantization_settings=general)
-    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
-        make_trainer(tmp_path, cco, checkpoint, max_epochs=2).fit(Outliers(), batches())
-    assert cco.quantized.plan.skipped["linear"].startswith("suggestion")
-    assert "Automatic Quantization: skipping" in caplog.text
-    resumed = quick(global_quantization_settings=general)
-    make_trainer(tmp_path, resumed, max_epochs=3).fit(Outliers(), batches(), ckpt_path=checkpoint.last_model_path)
-    assert "linear" in resumed.quantized.plan.skipped
 
 
 def test_frozen_ranges(tmp_path: Path) -> None:

@@ -106,7 +106,8 @@ class Monitor:
             rank_zero_info(tables.metrics_table(epoch, metrics, original, self.extremes))
         rank_zero_info(tables.sensitivity_table(report, plan))
         rank_zero_info("\n".join(tables.suggestion_lines(suggestions)))
-        self._write("suggested_skips.yaml", lambda path: path.write_text(suggestions_yaml(suggestions, settings), encoding="utf-8"))
+        suggested = suggestions_yaml(suggestions, settings, plan.suggestions)
+        self._write("suggested_skips.yaml", lambda path: path.write_text(suggested, encoding="utf-8"))
         self._write_csv(epoch, report, plan)
         picture = heat_map(self.history, settings.global_quantization_settings.quantization_sensitivity_threshold)
         self._write("heat_map.png", lambda path: picture.save(path, format="PNG"))
@@ -115,7 +116,7 @@ class Monitor:
         rows = tables.sensitivity_rows(report, plan)
         texts = {
             "cco/sensitivity": tables.markdown_table(tables.SENSITIVITY_HEADER, rows),
-            "cco/suggestions": "\n".join(f"    {line}" for line in suggestions_yaml(suggestions, settings).splitlines()),
+            "cco/suggestions": "\n".join(f"    {line}" for line in suggested.splitlines()),
         }
         first = len(self.history) == 1
         payload = Payload(
