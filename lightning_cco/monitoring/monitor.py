@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.render import render_png_bytes, save_pictures
+from lightning_cco.graph.render import save_pictures
 from lightning_cco.monitoring import tables
 from lightning_cco.monitoring.graph_def import graph_def
 from lightning_cco.monitoring.heat_map import heat_map
@@ -62,7 +62,7 @@ class Monitor:
         self.on_plan(plan)
         if self.draw:
             self._in_background(lambda: save_pictures(graph, self.folder / "model_init", title="model_init"))
-            self._draw_plan(plan, {}, step=0)
+            self._draw_plan(plan, {}, step=0, when="before training")
         rank_zero_info(f"Pictures and recipes: {self.folder}")
 
     def on_plan(self, plan: QuantizationPlan) -> None:
@@ -129,7 +129,7 @@ class Monitor:
         )
         show(self.loggers, payload)
         if self.draw:
-            self._draw_plan(plan, qs, step)
+            self._draw_plan(plan, qs, step, when=f"epoch {epoch}")
 
     def on_export(self, report: ExportReport) -> None:
         """Show what an export says of its file."""
@@ -139,16 +139,14 @@ class Monitor:
         text = "\n".join(f"    {line}" for line in str(report).splitlines())
         show(self.loggers, Payload(self._step, {"cco/export": text}, files=[path]))
 
-    def _draw_plan(self, plan: QuantizationPlan, qs: Mapping[str, float], step: int) -> None:
+    def _draw_plan(self, plan: QuantizationPlan, qs: Mapping[str, float], step: int, when: str) -> None:
         """Draw in the background: the layout of a large net takes seconds, the training need not wait for it."""
 
         def draw() -> None:
-            save_pictures(plan.graph, self.folder / "model_post_preprocessing", plan, qs, "model_post_preprocessing")
-            if self.loggers:
-                png = render_png_bytes(plan.graph.to_pydot(plan, qs, fold=True))
-                if png is not None:
-                    files = [self.folder / f"model_post_preprocessing.{ending}" for ending in ("svg", "png")]
-                    show(self.loggers, Payload(step, images={"cco/graph": png}, files=files))
+            written = save_pictures(plan.graph, self.folder / "model_post_preprocessing", plan, qs, f"model_post_preprocessing, {when}")
+            if self.loggers and "png" in written:
+                files = [written[ending] for ending in ("svg", "png") if ending in written]
+                show(self.loggers, Payload(step, images={"cco/graph": written["png"].read_bytes()}, files=files))
 
         self._in_background(draw)
 
