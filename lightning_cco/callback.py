@@ -24,6 +24,7 @@ from lightning_cco.batches import (
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import Capture, capture
 from lightning_cco.monitoring import Monitor
+from lightning_cco.monitoring.directions import metric_directions
 from lightning_cco.quantization.model import QuantizedModel
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings, load_settings
@@ -123,9 +124,9 @@ class CCOCallback(pl.Callback):
         assert self.quantized is not None
         quantized = self.quantized
         self._held = list(training_batches(trainer, self.settings.monitoring_settings.sensitivity_batches))
+        monitor.on_start(quantized.graph, quantized.plan)
         if not quantized.calibrated or quantized.uncalibrated:
             self._calibrate(trainer, quantized)
-        monitor.on_start(quantized.graph, quantized.plan)
         self._apply_pending_skips(trainer)
         if self._freezes_at(trainer.global_step):
             quantized.freeze_ranges()
@@ -223,6 +224,7 @@ class CCOCallback(pl.Callback):
         if not trainer.barebones:
             for name, value in _logged(self.report, quantized, self.suggestions).items():
                 pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
+        metrics = _numbers(trainer.callback_metrics)
         monitor.on_epoch(
             trainer.current_epoch,
             trainer.global_step,
@@ -230,8 +232,9 @@ class CCOCallback(pl.Callback):
             self.report,
             self.suggestions,
             self.settings,
-            _numbers(trainer.callback_metrics),
+            metrics,
             self.original_metrics,
+            metric_directions(trainer, metrics),
         )
 
     def _apply_pending_skips(self, trainer: pl.Trainer) -> None:

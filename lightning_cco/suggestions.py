@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_cco.quantization.plan import QuantizationPlan, plan_quantization
@@ -135,19 +135,31 @@ def suggestions_yaml(suggestions: Sequence[Suggestion], settings: Settings | Non
         return "\n".join([*lines, "# Nothing is above the threshold.", "layer_settings: []", ""])
     lines.append("layer_settings:")
     for rule in known:
-        lines.append("  - {" + ", ".join(f"{key}: {_yaml(value)}" for key, value in rule.items()) + "}")
+        lines.append(f"  - {rule_yaml(rule)}")
     if applied:
         lines.append("  # Applied by automatic_skip_quantization.")
     for name in applied:
-        lines.append(f"  - {{match: {_yaml(name)}, skip_quantization: true}}")
+        lines.append(f"  - {rule_yaml({'match': name, 'skip_quantization': True})}")
     for suggestion in suggestions:
         lines.append(
             f"  # QS {suggestion.qs:,.4g}, relative {suggestion.relative:.4g}, SQNR {suggestion.sqnr_db:.1f} dB: {suggestion.reason}"
         )
-        lines.append(f"  - {{match: {_yaml(suggestion.name)}, skip_quantization: true}}")
+        lines.append(f"  - {rule_yaml({'match': suggestion.name, 'skip_quantization': True})}")
     if not suggestions:
         lines.append("  # Nothing is above the threshold now.")
     return "\n".join([*lines, ""])
+
+
+def rule_yaml(rule: Mapping[str, object]) -> str:
+    """One rule on one line of YAML.
+
+    >>> rule_yaml({"match": "encoder.*", "skip_quantization": True, "skip_quantization_until": ["on"]})
+    "{match: 'encoder.*', skip_quantization: true, skip_quantization_until: ['on']}"
+    """
+    return "{" + ", ".join(f"{key}: {_yaml(value)}" for key, value in rule.items()) + "}"
+
+
+_RESERVED = {"true", "false", "yes", "no", "on", "off", "null"}  # words that YAML does not read as text
 
 
 def _yaml(value: object) -> str:
@@ -156,7 +168,8 @@ def _yaml(value: object) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_yaml(item) for item in value) + "]"
     if isinstance(value, str):
-        return value if value.replace("_", "").isalnum() and not value[0].isdigit() else "'" + value.replace("'", "''") + "'"
+        plain = value.replace("_", "").isalnum() and not value[0].isdigit() and value.lower() not in _RESERVED
+        return value if plain else "'" + value.replace("'", "''") + "'"
     return str(value)
 
 

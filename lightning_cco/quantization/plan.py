@@ -103,8 +103,12 @@ class QuantizationPlan:
     @property
     def counted(self) -> int:
         """Number of layers of the deployed model: outputs are no layers, dropout is not deployed."""
-        left_out = {Category.IDENTITY}
-        return sum(layer.kind != "output" and operation_of_kind(layer.kind).category not in left_out for layer in self.graph)
+        return sum(self.counts(name) for name in self.graph.names)
+
+    def counts(self, name: str) -> bool:
+        """Whether a layer is one of the deployed model."""
+        kind = self.graph[name].kind
+        return kind != "output" and operation_of_kind(kind).category is not Category.IDENTITY
 
     def resolved_settings(self) -> Settings:
         """Settings that name every layer with its decision; planning with them gives this plan again, with the reason ``setting`` for ``tail``."""
