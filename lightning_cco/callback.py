@@ -27,7 +27,7 @@ from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.directions import metric_directions
 from lightning_cco.quantization.model import QuantizedModel
 from lightning_cco.sensitivity import SensitivityReport
-from lightning_cco.settings import Settings, load_settings
+from lightning_cco.settings import Settings, changed_settings, load_settings
 from lightning_cco.suggestions import Suggestion, suggest_skips
 
 
@@ -386,6 +386,7 @@ class CCOCallback(pl.Callback):
             self.quantized.replan(suggestions=self._skips)
         with torch.inference_mode(False):
             differences = self.quantized.load_state_dict(state["quantized"])
+        differences += changed_settings(state["settings"], self.settings.to_dict())
         self._state = None
         for difference in differences:
             rank_zero_info(f"Resuming with other settings than the checkpoint's: {difference}.")

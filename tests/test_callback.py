@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_modules import QUICK, Classifier, batches, make_trainer, quick
+from lightning_modules import QUICK, Classifier, Losses, batches, make_trainer, quick
 from models import ResidualCNN, TokenModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -116,7 +117,7 @@ RESUME = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from lightning_modules import QUICK, Classifier, batches, make_trainer, quick, losses_of
+from lightning_modules import QUICK, Classifier, Losses, batches, make_trainer, quick, losses_of
 from test_callback import quick
 import json
 print(json.dumps(losses_of(Path({folder!r}), quick(), {epochs}, {ckpt!r})))
@@ -142,14 +143,44 @@ def test_resuming_in_a_new_process_continues_with_the_same_losses(tmp_path: Path
     assert rest == pytest.approx(whole[8:], rel=1e-4)
 
 
-def test_resuming_with_another_skip_says_what_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
-    make_trainer(tmp_path, quick(), checkpoint).fit(Classifier(), batches())
-    changed = quick(layer_settings=[{"match": "conv_1", "skip_quantization": True}])
+def resume(
+    folder: Path, before: CCOCallback, after: CCOCallback, caplog: pytest.LogCaptureFixture, epochs: int = 2
+) -> tuple[list[float], str]:
+    """Fit an epoch with one callback, go on with another: losses of the second run, and its log."""
+    checkpoint, losses = ModelCheckpoint(folder, save_last=True), Losses()
+    make_trainer(folder, before, checkpoint).fit(Classifier(), batches())
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
-        make_trainer(tmp_path, changed, max_epochs=2).fit(Classifier(), batches(), ckpt_path=checkpoint.last_model_path)
-    assert "no longer quantized" in caplog.text
+        caplog.clear()
+        make_trainer(folder, after, losses, max_epochs=epochs).fit(Classifier(), batches(), ckpt_path=checkpoint.last_model_path)
+    assert all(math.isfinite(loss) for loss in losses.values)
+    return losses.values, caplog.text
+
+
+def test_resuming_with_another_skip_and_more_epochs_says_what_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    changed = quick(layer_settings=[{"match": "conv_1", "skip_quantization": True}])
+    losses, log = resume(tmp_path, quick(), changed, caplog, epochs=3)
+    assert len(losses) == 8
+    assert "Resuming with other settings than the checkpoint's: no longer quantized: batch_norm_1, conv_1" in log
+    assert "layer_settings: with {'match': 'conv_1', 'skip_quantization': True}" in log
     assert "conv_1" in changed.quantized.plan.skipped
+
+
+def test_resuming_with_fewer_skips_and_bits_calibrates_what_is_new(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = quick(layer_settings=[{"match": "net.blocks.0", "skip_quantization": True}])
+    after = quick(global_quantization_settings={"weights_num_bits": 4, "activations_num_bits": 6})
+    _, log = resume(tmp_path, before, after, caplog)
+    assert "newly quantized: add, batch_norm_1" in log
+    assert "global_quantization_settings.weights_num_bits: 8 → 4" in log
+    assert "bits of 'relu': 8 → 6" in log
+    assert "to be calibrated: " in log
+    assert "relu_1" in log.partition("to be calibrated: ")[2].splitlines()[0]
+    assert after.quantized.uncalibrated == []
+    assert all(q.num_bits == 6 and float(q.scale) > 0 for q in after.quantized.activations.values())
+    assert "relu_1" in after.report.local
+
+
+def test_resuming_with_the_same_settings_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert "Resuming with other settings" not in resume(tmp_path, quick(), quick(), caplog)[1]
 
 
 def test_a_float_checkpoint_can_be_the_start(tmp_path: Path) -> None:
