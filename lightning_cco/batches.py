@@ -39,12 +39,9 @@ def forward_arguments(module: nn.Module, batch: Any) -> tuple[tuple[Any, ...], d
     Raises:
         CCOError: The batch does not hold what ``forward`` requires.
     """
-    parameters = [
-        p
-        for p in inspect.signature(type(module).forward).parameters.values()
-        if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    takes_any_keyword = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values())
+    signature = list(inspect.signature(type(module).forward).parameters.values())[1:]  # without self, whatever it is called
+    parameters = [p for p in signature if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    takes_any_keyword = any(p.kind is p.VAR_KEYWORD for p in signature)
     required = [p.name for p in parameters if p.default is p.empty]
     if isinstance(batch, Mapping):
         names = [p.name for p in parameters]

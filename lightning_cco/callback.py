@@ -160,10 +160,12 @@ class CCOCallback(pl.Callback):
                 return found
         try:
             through_step = capture(pl_module, lambda: forward_through_step(pl_module, batch))
-        except CCOError as error:
+        except CCOError:
             if found is not None:
                 return found
-            raise (problem or error) from None
+            if problem is None:
+                raise
+            raise problem from problem.__cause__  # the model's own error, not that of the second try
         if found is None or len(_unreached(pl_module, through_step)) < len(_unreached(pl_module, found)):
             self._forward = forward_through_step
             return through_step

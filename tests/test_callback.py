@@ -18,7 +18,7 @@ from models import ResidualCNN, TokenModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_cco import CCOCallback, CCOError, Settings
+from lightning_cco import CCOCallback, CCOError, CCOWarning, Settings
 from lightning_cco.settings import load_settings
 
 
@@ -364,8 +364,52 @@ def test_frozen_ranges(tmp_path: Path) -> None:
 def test_two_callbacks_are_one_too_many(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.callbacks += [quick(), quick()]
-    with pytest.raises(CCOError, match="2 CCOCallbacks"):
+    with pytest.raises(CCOError, match=r"2 CCOCallbacks.*Keep one of them"):
         trainer.fit(Classifier(), batches())
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `CCOCallback`"):  # Lightning says it even sooner
+        make_trainer(tmp_path, quick(), quick())
+
+
+def test_a_forward_that_raises_says_so_and_keeps_the_models_error(tmp_path: Path) -> None:
+    class Broken(Classifier):
+        def forward(this, x: Tensor) -> Tensor:
+            raise ValueError("mine")
+
+    with pytest.raises(CCOError, match=r"Broken: its forward failed.*ValueError: mine.*forward_fn") as caught:
+        make_trainer(tmp_path, quick()).fit(Broken(), batches())
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_users_hook_that_raises_ends_the_fit_with_its_error(tmp_path: Path) -> None:
+    """In the capture it is named; later it is as without the callback, and the model is in order afterwards."""
+    model, calls = Classifier(), []
+
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        calls.append(1)
+        if len(calls) in raising:
+            raise ValueError("mine")
+
+    model.net.pool.register_forward_hook(hook)
+    raising = {1, 2}  # through forward, and through the step
+    with pytest.raises(CCOError, match="ValueError: mine"):
+        make_trainer(tmp_path, quick()).fit(model, batches())
+    cco, raising = quick(), {len(calls) + 8}
+    with pytest.raises(ValueError, match="mine"):
+        make_trainer(tmp_path, cco).fit(model, batches())
+    make_trainer(tmp_path, cco).fit(model, batches())
+    assert cco.quantized.drift == []
+    cco.quantized.remove()
+    torch.testing.assert_close(model.eval()(torch.ones(1, 1, 8, 8)), model.net(torch.ones(1, 1, 8, 8)), rtol=0, atol=0)
+
+
+def test_an_all_zero_tensor_is_said(tmp_path: Path) -> None:
+    class Dead(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.blocks[1].bn1.bias.data.fill_(-1e9)
+
+    with pytest.warns(CCOWarning, match=r"nothing but zeros came out of 'relu_3'.*\[0, 0\].*match: relu_3, skip_quantization: true"):
+        make_trainer(tmp_path, quick()).fit(Dead(), batches())
 
 
 def test_an_empty_loader(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def apply_rules(graph: LayerGraph, rules: Sequence[LayerRule]) -> dict[str, Said
         if known is not None and known != value and known_exactness == exactness:
             raise CCOError(
                 f"layer_settings: two rules contradict each other on layer '{name}': {known_by} says {_WORDS[part]}: {_yaml(known)}, "
-                f"{by} says {_WORDS[part]}: {_yaml(value)}. Remove one of them, or name the layer itself in the one that should win."
+                f"{by} says {_WORDS[part]}: {_yaml(value)}. Remove one of them"
+                + ("." if exactness == _NAME else ", or name the layer itself in the one that should win.")
             )
         if exactness >= known_exactness:
             setattr(entry, part, value)
