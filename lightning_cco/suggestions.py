@@ -113,9 +113,9 @@ def _culprit(entry: LayerSensitivity, plan: QuantizationPlan) -> str:
     decision = plan.decisions[entry.name]
     parts = []
     if decision.weights_num_bits is not None:
-        parts.append(f"{decision.weights_num_bits}-bit weights")
+        parts.append(f"the weights to {decision.weights_num_bits} bits")
     if decision.activations_num_bits is not None:
-        parts.append(f"a {decision.activations_num_bits}-bit output")
+        parts.append(f"the output to {decision.activations_num_bits} bits")
     return f" (rounding {' and '.join(parts)})" if parts else ""
 
 

@@ -78,7 +78,7 @@ def lost(quantized: QuantizedModel, images: torch.Tensor) -> float:
     ("scale", "general", "reason"),
     [
         pytest.param(1.0, RELATIVE, "relative error", id="relative"),
-        pytest.param(1e4, ABSOLUTE, "is above 10,000 (rounding 8-bit weights)", id="absolute"),
+        pytest.param(1e4, ABSOLUTE, "is above 10,000 (rounding the weights to 8 bits)", id="absolute"),
     ],
 )
 def test_outlier_weights_come_first_and_merging_the_suggestion_helps(

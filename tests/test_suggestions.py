@@ -29,7 +29,7 @@ def test_worst_first_and_only_quantized_layers(plan: QuantizationPlan) -> None:
     found = suggest_skips(measured, plan, Settings())
     assert [suggestion.name for suggestion in found] == ["conv_1", "relu", "conv"]
     assert "11,000 is above 10,000" in found[2].reason
-    assert "8-bit weights" in found[2].reason
+    assert "(rounding the weights to 8 bits)" in found[2].reason
 
 
 def test_relative_threshold(plan: QuantizationPlan) -> None:

@@ -55,7 +55,8 @@ def heat_map(
     image = Image.new("RGB", (width, top + _ROW * len(names) + _MARGIN), "white")
     draw = ImageDraw.Draw(image)
     draw.text((_MARGIN, 6), title, fill="black", font=font)
-    finite = [qs for _, values in epochs for name in names if math.isfinite(qs := values.get(name, math.nan)) and qs > 0]
+    limit_of_scale = math.inf if threshold is None else threshold  # what is above is red anyway
+    finite = [qs for _, values in epochs for name in names if 0 < (qs := values.get(name, 0.0)) < math.inf and qs <= limit_of_scale]
     low, high = (math.log(min(finite)), math.log(max(finite))) if finite else (0.0, 1.0)
     _scale(draw, font, label, low, high)
     for column, (epoch, values) in enumerate(epochs):
