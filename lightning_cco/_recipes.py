@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterable, Mapping
+import numbers
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ _TRAINER_OWNS = {
     "skip_initial_eval": "training_settings.skip_initial_evaluation",
 }
 _DROPPED = {"distributed_training_settings", "global_lora_settings"}
+
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it: ten times as fast
 
 
 def shipped_configs_dir() -> Path:
@@ -105,8 +109,9 @@ def _read_file(cfg: str | Path) -> dict[str, Any]:
         else:
             raise CCOError(f"There is no recipe named '{cfg}'.{_nearest(str(cfg), recipes)} The shipped ones are {sorted(recipes)}.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, _LOADER)
+        if isinstance(content, dict) and "${" in text:
             content = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise CCOError(f"The recipe '{cfg}' is not valid YAML: {error}") from error
@@ -146,19 +151,55 @@ def _section(values: Any, kind: type, section: str) -> Any:
 
 
 def _typed(kind: type, values: Mapping[str, Any], where: str) -> Any:
-    """Let OmegaConf check the types; it says which key is wrong."""
+    """Build a section or a rule from values of the right types. Not by OmegaConf: its conversion cuts 7.5 bits to 7, and takes 0.3 ms a value."""
     result = {}
-    schema = OmegaConf.structured(kind)
     for key, value in values.items():
+        expected = kind.__dataclass_fields__[key].type  # type: ignore[attr-defined]
         try:
-            if isinstance(value, bool) and "bool" not in str(kind.__dataclass_fields__[key].type):  # type: ignore[attr-defined]
-                raise TypeError(f"a boolean is no {kind.__dataclass_fields__[key].type}")  # type: ignore[attr-defined]
-            schema[key] = list(value) if isinstance(value, tuple) else value
-        except (OmegaConfBaseException, TypeError, ValueError) as error:
-            expected = kind.__dataclass_fields__[key].type  # type: ignore[attr-defined]
-            raise CCOError(f"{where}.{key}: {expected} was expected, {type(value).__name__} came: {value!r}.") from error
-        result[key] = OmegaConf.to_container(schema[key]) if OmegaConf.is_config(schema[key]) else schema[key]
+            result[key] = None if value is None and expected.endswith("| None") else _CONVERT[expected.removesuffix(" | None")](value)
+        except (TypeError, ValueError, OverflowError) as error:
+            words = _WORDS[expected.removesuffix(" | None")] + (" or null" if expected.endswith("| None") else "")
+            raise CCOError(f"{where}.{key}: {words} was expected, {type(value).__name__} came: {value!r}.") from error
     return kind(**result)
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false"):  # from an environment variable, say
+        return value.lower() == "true"
+    if isinstance(value, bool):
+        return value
+    raise TypeError
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, float, str)):
+        raise TypeError
+    converted = int(value)
+    if not isinstance(value, str) and converted != value:
+        raise ValueError
+    return converted
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):  # text: YAML reads 1e4 as one
+        raise TypeError
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (str, Path)):
+        return str(value)
+    raise TypeError
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, (str, Mapping)):
+        raise TypeError
+    return [_text(item) for item in value]
+
+
+_CONVERT: Mapping[str, Callable[[Any], Any]] = {"bool": _boolean, "int": _integer, "float": _float, "str": _text, "list[str]": _texts}
+_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "list[str]": "a list of names"}
 
 
 def _check_keys(values: Mapping[str, Any], kind: type, where: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_cco.errors import CCOError
+from lightning_cco.graph.capture import Capture, capture
 
 ForwardFn = Callable[[Any, Any], Any]
 """``(pl_module, batch) -> Any``: runs the model's layers on a batch."""
@@ -39,12 +40,9 @@ def forward_arguments(module: nn.Module, batch: Any) -> tuple[tuple[Any, ...], d
     Raises:
         CCOError: The batch does not hold what ``forward`` requires.
     """
-    parameters = [
-        p
-        for p in inspect.signature(type(module).forward).parameters.values()
-        if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    takes_any_keyword = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values())
+    signature = list(inspect.signature(type(module).forward).parameters.values())[1:]  # without self, whatever it is called
+    parameters = [p for p in signature if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    takes_any_keyword = any(p.kind is p.VAR_KEYWORD for p in signature)
     required = [p.name for p in parameters if p.default is p.empty]
     if isinstance(batch, Mapping):
         names = [p.name for p in parameters]
@@ -96,6 +94,50 @@ def forward_through_step(module: pl.LightningModule, batch: Any) -> Any:
     raise CCOError(
         f"{type(module).__name__} has neither a forward nor a step of its own. Define one, or pass CCOCallback(cfg, forward_fn=lambda module, batch: ...)."
     )
+
+
+def capture_module(module: pl.LightningModule, batch: Any, forward_fn: ForwardFn | None = None) -> tuple[Capture, ForwardFn]:
+    """Capture through ``forward``, or through the step if that reaches more of the parameters.
+
+    Args:
+        module: The module.
+        batch: A batch on its device.
+        forward_fn: The user's own way; then no other is tried.
+
+    Returns:
+        What was captured, and the way of a batch that did it.
+
+    Raises:
+        CCOError: The forward fails on the batch.
+    """
+    if forward_fn is not None:
+        return capture(module, lambda: forward_fn(module, batch)), forward_fn
+    found: Capture | None = None
+    problem: CCOError | None = None
+    if overrides_forward(module):
+        try:
+            found = capture(module, lambda: forward_through_model(module, batch))
+        except CCOError as error:
+            problem = error
+        if found is not None and not _unreached(module, found):
+            return found, forward_through_model
+    try:
+        through_step = capture(module, lambda: forward_through_step(module, batch))
+    except CCOError:
+        if found is not None:
+            return found, forward_through_model
+        if problem is None:
+            raise
+        raise problem from problem.__cause__  # the model's own error, not that of the second try
+    if found is None or len(_unreached(module, through_step)) < len(_unreached(module, found)):
+        return through_step, forward_through_step
+    return found, forward_through_model
+
+
+def _unreached(module: pl.LightningModule, captured: Capture) -> set[str]:
+    """Parameters that no captured layer reads."""
+    read = {name for layer in captured.graph for name in layer.parameters}
+    return {name for name, _ in module.named_parameters() if name not in read}
 
 
 class _NoOptimizer:
@@ -225,3 +267,13 @@ def _isolated_random() -> Iterator[None]:
         yield
     finally:
         stack.close()
+
+
+def with_progress(trainer: pl.Trainer, batches: Iterable[Any], total: int) -> Iterable[Any]:
+    """Show a progress bar while calibrating, if the Trainer shows one."""
+    if trainer.progress_bar_callback is None or not trainer.is_global_zero:
+        return batches
+    from tqdm.auto import tqdm
+
+    bar: Iterable[Any] = tqdm(batches, total=total, desc="Calibrating", leave=False)
+    return bar

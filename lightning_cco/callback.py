@@ -14,19 +14,20 @@ from typing_extensions import override
 
 from lightning_cco.batches import (
     ForwardFn,
+    capture_module,
     forward_arguments,
     forward_through_model,
-    forward_through_step,
     model_context,
-    overrides_forward,
     training_batches,
+    with_progress,
 )
 from lightning_cco.errors import CCOError
-from lightning_cco.graph.capture import Capture, capture
 from lightning_cco.monitoring import Monitor
+from lightning_cco.monitoring.directions import metric_directions
+from lightning_cco.monitoring.metrics import monitored_values, numbers, sanity_check_metrics
 from lightning_cco.quantization.model import QuantizedModel
 from lightning_cco.sensitivity import SensitivityReport
-from lightning_cco.settings import Settings, load_settings
+from lightning_cco.settings import Settings, changed_settings, load_settings
 from lightning_cco.strategies import check_strategy, is_sharded
 from lightning_cco.suggestions import Suggestion, suggest_skips
 
@@ -102,7 +103,7 @@ class CCOCallback(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called after each validation. Keeps the float model's metrics from the one before training."""
         if trainer.sanity_checking and self._sanity_steps is not None:
-            self.original_metrics = _numbers(_sanity_check_metrics(trainer))
+            self.original_metrics = numbers(sanity_check_metrics(trainer))
 
     @override
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,9 +126,9 @@ class CCOCallback(pl.Callback):
         assert self.quantized is not None
         quantized = self.quantized
         self._held = list(training_batches(trainer, self.settings.monitoring_settings.sensitivity_batches))
+        monitor.on_start(quantized.graph, quantized.plan)
         if not quantized.calibrated or quantized.uncalibrated:
             self._calibrate(trainer, quantized)
-        monitor.on_start(quantized.graph, quantized.plan)
         self._apply_pending_skips(trainer)
         if self._freezes_at(trainer.global_step):
             quantized.freeze_ranges()
@@ -139,36 +140,10 @@ class CCOCallback(pl.Callback):
                 self._take_over(self._state)
             return
         with model_context(trainer):
-            captured = self._capture(trainer, pl_module, batch)
+            captured, self._forward = capture_module(pl_module, batch, self.forward_fn)
             self.quantized = QuantizedModel(pl_module, captured, self.settings, self._suggestions_in(self._state))
         if self._state is not None:
             self._take_over(self._state)
-
-    def _capture(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Capture:
-        """Capture through ``forward``, and through the step if that reaches more of the parameters."""
-        if self.forward_fn is not None:
-            forward = self._forward = self.forward_fn
-            return capture(pl_module, lambda: forward(pl_module, batch))
-        found: Capture | None = None
-        problem: CCOError | None = None
-        if overrides_forward(pl_module):
-            self._forward = forward_through_model
-            try:
-                found = capture(pl_module, lambda: forward_through_model(pl_module, batch))
-            except CCOError as error:
-                problem = error
-            if found is not None and not _unreached(pl_module, found):
-                return found
-        try:
-            through_step = capture(pl_module, lambda: forward_through_step(pl_module, batch))
-        except CCOError as error:
-            if found is not None:
-                return found
-            raise (problem or error) from None
-        if found is None or len(_unreached(pl_module, through_step)) < len(_unreached(pl_module, found)):
-            self._forward = forward_through_step
-            return through_step
-        return found
 
     def _calibrate(self, trainer: pl.Trainer, quantized: QuantizedModel) -> None:
         steps = max(1, self.settings.training_settings.stats_steps)
@@ -176,7 +151,7 @@ class CCOCallback(pl.Callback):
         total = int(min(steps, trainer.num_training_batches))
         rank_zero_info(f"Collecting statistics from the model for at most {total} steps.")
         with model_context(trainer):
-            count = quantized.calibrate(_with_progress(trainer, training_batches(trainer, steps), total), self._forward, only)
+            count = quantized.calibrate(with_progress(trainer, training_batches(trainer, steps), total), self._forward, only)
         quantized.uncalibrated = []
         rank_zero_info(f"Done collecting statistics: {count} batches.")
 
@@ -223,8 +198,9 @@ class CCOCallback(pl.Callback):
         if self.settings.global_quantization_settings.automatic_skip_quantization:
             self._pending_skips = [suggestion.name for suggestion in self.suggestions]
         if not trainer.barebones:
-            for name, value in _logged(self.report, quantized, self.suggestions).items():
+            for name, value in monitored_values(self.report, quantized, self.suggestions).items():
                 pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
+        metrics = numbers(trainer.callback_metrics)
         monitor.on_epoch(
             trainer.current_epoch,
             trainer.global_step,
@@ -232,8 +208,9 @@ class CCOCallback(pl.Callback):
             self.report,
             self.suggestions,
             self.settings,
-            _numbers(trainer.callback_metrics),
+            metrics,
             self.original_metrics,
+            metric_directions(trainer, metrics),
         )
 
     def _apply_pending_skips(self, trainer: pl.Trainer) -> None:
@@ -391,57 +368,9 @@ class CCOCallback(pl.Callback):
             self.quantized.replan(suggestions=self._skips)
         with torch.inference_mode(False):
             differences = self.quantized.load_state_dict(state["quantized"])
+        differences += changed_settings(state["settings"], self.settings.to_dict())
         self._state = None
         for difference in differences:
             rank_zero_info(f"Resuming with other settings than the checkpoint's: {difference}.")
         if self.quantized.uncalibrated:
             rank_zero_info(f"Without ranges in the checkpoint, to be calibrated: {', '.join(self.quantized.uncalibrated)}.")
-
-
-def _unreached(module: pl.LightningModule, captured: Capture) -> set[str]:
-    """Parameters that no captured layer reads."""
-    read = {name for layer in captured.graph for name in layer.parameters}
-    return {name for name, _ in module.named_parameters() if name not in read}
-
-
-def _sanity_check_metrics(trainer: pl.Trainer) -> dict[str, Any]:
-    """What the sanity check logged. With several loaders Lightning drops it instead of showing it in ``callback_metrics``."""
-    metrics: dict[str, Any] = dict(trainer.callback_metrics)
-    results = trainer._results
-    if results is not None and len(trainer.num_sanity_val_batches) > 1:
-        for results.dataloader_idx in range(len(trainer.num_sanity_val_batches)):
-            metrics.update(results.metrics(on_step=False)["callback"])
-        results.dataloader_idx = None
-    return metrics
-
-
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    found = {}
-    for name, value in metrics.items():
-        if name.startswith("cco/"):
-            continue
-        tensor = torch.as_tensor(value)
-        if tensor.numel() == 1:
-            found[name] = float(tensor)
-    return found
-
-
-def _logged(report: SensitivityReport, quantized: QuantizedModel, suggestions: list[Suggestion]) -> dict[str, float]:
-    values = [entry.qs for entry in (report.local or report.accumulated).values()]
-    ratios = [entry.sqnr_db for entry in (report.local or report.accumulated).values()]
-    return {
-        "cco/qs_max": max(values, default=0.0),
-        "cco/qs_mean": sum(values) / max(1, len(values)),
-        "cco/sqnr_min": min(ratios, default=float("inf")),
-        "cco/num_quantized_layers": float(len(quantized.plan.quantized)),
-        "cco/num_suggested_skips": float(len(suggestions)),
-    }
-
-
-def _with_progress(trainer: pl.Trainer, batches: Any, total: int) -> Any:
-    """Show a progress bar while calibrating, if the Trainer shows one."""
-    if trainer.progress_bar_callback is None or not trainer.is_global_zero:
-        return batches
-    from tqdm.auto import tqdm
-
-    return tqdm(batches, total=total, desc="Calibrating", leave=False)

@@ -204,3 +204,20 @@ def load_settings(cfg: Config = None) -> Settings:
     from lightning_cco._recipes import parse, read  # imports the dataclasses above
 
     return parse(read(cfg))
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What two recipes, as `Settings.to_dict` gives them, say differently, in words.
+
+    >>> changed_settings(Settings().to_dict(), load_settings("w4a4").to_dict())[0]
+    'global_quantization_settings.weights_num_bits: 8 → 4'
+    """
+    found = []
+    for section, values in after.items():
+        old = before.get(section)
+        if isinstance(values, Mapping) and isinstance(old, Mapping):
+            found += [f"{section}.{key}: {old[key]} → {value}" for key, value in values.items() if key in old and old[key] != value]
+        elif isinstance(values, list) and isinstance(old, list):
+            found += [f"{section}: without {rule}" for rule in old if rule not in values]
+            found += [f"{section}: with {rule}" for rule in values if rule not in old]
+    return found

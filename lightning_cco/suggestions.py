@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_cco.quantization.plan import QuantizationPlan
+from lightning_cco.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_cco.sensitivity import LayerSensitivity, SensitivityReport
 from lightning_cco.settings import LayerRule, Settings, load_settings
 
@@ -31,29 +31,70 @@ class Suggestion:
 
 
 def suggest_skips(report: SensitivityReport, plan: QuantizationPlan, settings: Settings) -> list[Suggestion]:
-    """The layers above a threshold that the plan quantizes now, worst first.
+    """The layers to skip because something above a threshold is rounded in them, worst first.
 
     Judged by the local sensitivity where there is one: an accumulated error would blame every layer after the bad one. NaN and infinity are above
-    any threshold.
+    any threshold. A layer with weights is suggested by itself: most often they are the cause. Where the rounding of its output is (it has no weights, or is
+    in float already and measured all the same), skipping it alone would change nothing, since what reads it in INT8 has its input rounded: then the
+    layers that read it, and those fused with it, are suggested too.
 
     Args:
         report: What was measured.
         plan: What is quantized.
-        settings: The thresholds.
+        settings: The thresholds. A layer that a rule keeps in INT8 is not suggested.
     """
     general = settings.global_quantization_settings
-    found = []
+    above: dict[str, tuple[LayerSensitivity, str]] = {}
     for entry in report.worst_first():
-        if entry.name not in plan.quantized:
-            continue
         reasons = [
             _above("Quantization Sensitivity", entry.qs, general.quantization_sensitivity_threshold),
             _above("relative error", entry.relative, general.quantization_sensitivity_relative_threshold),
         ]
         said = " and ".join(reason for reason in reasons if reason)
         if said:
-            found.append(Suggestion(entry.name, entry.qs, entry.relative, entry.sqnr_db, f"{said}{_culprit(entry, plan)}"))
-    return found
+            above[entry.name] = (entry, said)
+    found: dict[str, Suggestion] = {}
+    around = _Around(plan)
+    for name, (entry, said) in above.items():
+        if name in plan.quantized:
+            found[name] = Suggestion(name, entry.qs, entry.relative, entry.sqnr_db, f"{said}{_culprit(entry, plan)}")
+        for other, relation in around.companions(name):
+            if other not in found and other not in above:
+                found[other] = Suggestion(other, entry.qs, entry.relative, entry.sqnr_db, f"it {relation} '{name}', and {said}")
+    return _effective(list(found.values()), plan, settings)
+
+
+class _Around:
+    """What stands around a quantized tensor: the group that makes it, the INT8 layers that read it."""
+
+    def __init__(self, plan: QuantizationPlan) -> None:
+        self.plan = plan
+        self.outputs = plan.output_bits()
+        self.before = {after: before for before, after in plan.groups.items()}
+        self.readers: dict[str, list[str]] = {}
+        for edge in plan.graph.edges:
+            if edge.destination in plan.quantized and plan.origins.get((edge.destination, 0)) == (edge.destination, 0):
+                self.readers.setdefault(plan.origins[edge.source, edge.source_output][0], []).append(edge.destination)
+
+    def companions(self, name: str) -> list[tuple[str, str]]:
+        """The layers that must be skipped with one for its output to stay in float, with their relation to it; none if it may be its weights."""
+        layer = self.plan.graph[name]
+        if name not in self.outputs or layer.kind == "input" or (name in self.plan.quantized and layer.weighted):
+            return []
+        found = []
+        inner = name
+        while inner in self.before:
+            inner = self.before[inner]
+            found.append((inner, "is fused with"))
+        return found + [(reader, "reads the output of") for reader in dict.fromkeys(self.readers.get(name, ()))]
+
+
+def _effective(suggestions: list[Suggestion], plan: QuantizationPlan, settings: Settings) -> list[Suggestion]:
+    """Those that a plan with them really skips: a rule of the user's may keep a layer in INT8."""
+    if not suggestions:
+        return []
+    then = plan_quantization(plan.graph, settings, [*plan.suggestions, *(suggestion.name for suggestion in suggestions)])
+    return [suggestion for suggestion in suggestions if suggestion.name not in then.quantized]
 
 
 def _above(what: str, value: float, threshold: float | None) -> str:
@@ -72,32 +113,53 @@ def _culprit(entry: LayerSensitivity, plan: QuantizationPlan) -> str:
     decision = plan.decisions[entry.name]
     parts = []
     if decision.weights_num_bits is not None:
-        parts.append(f"{decision.weights_num_bits}-bit weights")
+        parts.append(f"the weights to {decision.weights_num_bits} bits")
     if decision.activations_num_bits is not None:
-        parts.append(f"a {decision.activations_num_bits}-bit output")
+        parts.append(f"the output to {decision.activations_num_bits} bits")
     return f" (rounding {' and '.join(parts)})" if parts else ""
 
 
-def suggestions_yaml(suggestions: Sequence[Suggestion], settings: Settings | None = None) -> str:
+def suggestions_yaml(suggestions: Sequence[Suggestion], settings: Settings | None = None, applied: Sequence[str] = ()) -> str:
     """A recipe's ``layer_settings`` with the suggested skips.
 
     The rules that ``settings`` has already come first, since merging recipes replaces lists: the text can be merged over the recipe as it is.
+
+    Args:
+        suggestions: The suggested skips.
+        settings: The recipe.
+        applied: Layers that are skipped by themselves already.
     """
     lines = ["# Suggested by the Quantization Sensitivity of the last epoch. Merge over the recipe as it is."]
     known = settings.to_dict()["layer_settings"] if settings is not None else []
-    if not suggestions and not known:
+    if not suggestions and not known and not applied:
         return "\n".join([*lines, "# Nothing is above the threshold.", "layer_settings: []", ""])
     lines.append("layer_settings:")
     for rule in known:
-        lines.append("  - {" + ", ".join(f"{key}: {_yaml(value)}" for key, value in rule.items()) + "}")
+        lines.append(f"  - {rule_yaml(rule)}")
+    if applied:
+        lines.append("  # Applied by automatic_skip_quantization.")
+    for name in applied:
+        lines.append(f"  - {rule_yaml({'match': name, 'skip_quantization': True})}")
     for suggestion in suggestions:
         lines.append(
             f"  # QS {suggestion.qs:,.4g}, relative {suggestion.relative:.4g}, SQNR {suggestion.sqnr_db:.1f} dB: {suggestion.reason}"
         )
-        lines.append(f"  - {{match: {_yaml(suggestion.name)}, skip_quantization: true}}")
+        lines.append(f"  - {rule_yaml({'match': suggestion.name, 'skip_quantization': True})}")
     if not suggestions:
-        lines.append("  # Nothing is above the threshold.")
+        lines.append("  # Nothing is above the threshold now.")
     return "\n".join([*lines, ""])
+
+
+def rule_yaml(rule: Mapping[str, object]) -> str:
+    """One rule on one line of YAML.
+
+    >>> rule_yaml({"match": "encoder.*", "skip_quantization": True, "skip_quantization_until": ["on"]})
+    "{match: 'encoder.*', skip_quantization: true, skip_quantization_until: ['on']}"
+    """
+    return "{" + ", ".join(f"{key}: {_yaml(value)}" for key, value in rule.items()) + "}"
+
+
+_RESERVED = {"true", "false", "yes", "no", "on", "off", "null"}  # words that YAML does not read as text
 
 
 def _yaml(value: object) -> str:
@@ -106,7 +168,8 @@ def _yaml(value: object) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_yaml(item) for item in value) + "]"
     if isinstance(value, str):
-        return value if value.replace("_", "").isalnum() and not value[0].isdigit() else "'" + value.replace("'", "''") + "'"
+        plain = value.replace("_", "").isalnum() and not value[0].isdigit() and value.lower() not in _RESERVED
+        return value if plain else "'" + value.replace("'", "''") + "'"
     return str(value)
 
 

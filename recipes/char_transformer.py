@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_cco import CCOCallback
-from lightning_cco.monitoring.tables import text_table
+from lightning_cco.monitoring.tables import float_layers, text_table
 
 FILES = (
     "argparse",
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> CCOCallback:
     print("\n3. Result")
     print(text_table(["model", "validation loss (nats per character)"], rows, right=[1]))
     print(f"\n{len(plan.quantized)} of {plan.counted} layers are quantized. Left in float:")
-    print(text_table(["layer", "why"], plan.skipped.items()))
+    print(float_layers(plan))
     return cco
 
 

@@ -6,6 +6,7 @@ Run: ``python recipes/digits_cnn.py`` (about a minute on two cores).
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import shutil
 import statistics
@@ -23,7 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_cco import CCOCallback
-from lightning_cco.monitoring.tables import sensitivity_table, suggestion_lines, text_table
+from lightning_cco.monitoring.tables import float_layers, sensitivity_table, suggestion_lines, text_table
 
 FLOAT_RATE = 2e-3
 """Learning rate of the float training; it ends at a tenth of this, and the compression goes on from there."""
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> CCOCallback:
     print(f"Float accuracy on the 400 test scans: {100 * before:.2f} %")
 
     print("\n2. Compression")
+    float_model = copy.deepcopy(model).eval()
     model.hparams["lr"] = FLOAT_RATE / 10
     cco = CCOCallback(options.recipe)
     checkpoint = ModelCheckpoint(options.output / "checkpoints", monitor="val_loss")
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> CCOCallback:
     report(cco, before, after, options.output)
 
     print("4. Export")
-    hand_over(cco, model, data, options.output)
+    hand_over(cco, float_model, data, options.output)
     return cco
 
 
@@ -97,25 +99,23 @@ def report(cco: CCOCallback, before: float, after: float, output: Path) -> None:
     ]
     print(text_table(["model", "test accuracy"], rows, right=[1]))
     print(f"\n{len(plan.quantized)} of {plan.counted} layers are quantized. Left in float:")
-    print(text_table(["layer", "why"], plan.skipped.items()))
-    print("\nQuantization Sensitivity, most sensitive layers first:")
-    print(sensitivity_table(cco.report, plan, most=8))
-    print("\n".join(suggestion_lines(cco.suggestions)))
+    print(float_layers(plan))
+    print(f"\n{sensitivity_table(cco.report, plan, most=8)}")
+    print("\n".join(suggestion_lines(cco.suggestions, cco.settings)))
     print("\nPictures and files:")
     print("\n".join(f"  {path}" for path in files))
     print(f"\nTensorBoard:  tensorboard --logdir {output / 'tensorboard'}\n")
 
 
-def hand_over(cco: CCOCallback, model: DigitsModule, data: DigitsData, output: Path) -> None:
-    """Write the INT8 file, and run it and the float model in ONNX Runtime on the test scans."""
+def hand_over(cco: CCOCallback, float_model: DigitsModule, data: DigitsData, output: Path) -> None:
+    """Write the INT8 file, and run it and the model of the float training in ONNX Runtime on the test scans."""
     written = cco.export(output / "digits_int8.onnx")
     images, labels = (torch.stack(part) if torch.is_tensor(part[0]) else torch.tensor(part) for part in zip(*data.test, strict=True))
-    assert cco.quantized is not None
-    with cco.quantized.disabled(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         float_path = output / "digits_float.onnx"
         shapes = ({0: torch.export.Dim.DYNAMIC},)
-        torch.onnx.export(model.eval(), (images[:2],), float_path, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False)
+        torch.onnx.export(float_model, (images[:2],), float_path, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False)
     sessions = {"float": session(float_path), "INT8": session(Path(written.path))}
     accuracies = {name: float((answer(one, images).argmax(-1) == labels.numpy()).mean()) for name, one in sessions.items()}
     times: dict[str, list[float]] = {name: [] for name in sessions}
@@ -126,7 +126,7 @@ def hand_over(cco: CCOCallback, model: DigitsModule, data: DigitsData, output: P
             times[name].append(time.perf_counter() - start)
     speed = statistics.median(f / q for f, q in zip(*times.values(), strict=True))
     rows = [[name, f"{100 * accuracy:.2f} %", f"{1e6 * statistics.median(times[name]):.0f} µs"] for name, accuracy in accuracies.items()]
-    print(text_table(["as run by ONNX Runtime", "test accuracy", "100 scans"], rows, right=[1, 2]))
+    print(text_table(["as run by ONNX Runtime", "test accuracy", "time for 100 scans"], rows, right=[1, 2]))
     size = written.size_bytes / float_path.stat().st_size
     print(f"The INT8 file runs {speed:.2f} times as fast as the float file and has {size:.2f} of its size: {written.path}\n")
 

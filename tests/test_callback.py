@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_modules import QUICK, Classifier, batches, make_trainer, quick
-from models import GuideCNN, ResidualCNN, TokenModel
+from lightning_modules import QUICK, Classifier, Losses, batches, make_trainer, quick
+from models import ResidualCNN, TokenModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_cco import CCOCallback, CCOError, Settings
+from lightning_cco import CCOCallback, CCOError, CCOWarning, Settings
 from lightning_cco.settings import load_settings
 
 
@@ -117,7 +117,7 @@ RESUME = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from lightning_modules import QUICK, Classifier, batches, make_trainer, quick, losses_of
+from lightning_modules import QUICK, Classifier, Losses, batches, make_trainer, quick, losses_of
 from test_callback import quick
 import json
 print(json.dumps(losses_of(Path({folder!r}), quick(), {epochs}, {ckpt!r})))
@@ -143,14 +143,44 @@ def test_resuming_in_a_new_process_continues_with_the_same_losses(tmp_path: Path
     assert rest == pytest.approx(whole[8:], rel=1e-4)
 
 
-def test_resuming_with_another_skip_says_what_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
-    make_trainer(tmp_path, quick(), checkpoint).fit(Classifier(), batches())
-    changed = quick(layer_settings=[{"match": "conv_1", "skip_quantization": True}])
+def resume(
+    folder: Path, before: CCOCallback, after: CCOCallback, caplog: pytest.LogCaptureFixture, epochs: int = 2
+) -> tuple[list[float], str]:
+    """Fit an epoch with one callback, go on with another: losses of the second run, and its log."""
+    checkpoint, losses = ModelCheckpoint(folder, save_last=True), Losses()
+    make_trainer(folder, before, checkpoint).fit(Classifier(), batches())
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
-        make_trainer(tmp_path, changed, max_epochs=2).fit(Classifier(), batches(), ckpt_path=checkpoint.last_model_path)
-    assert "no longer quantized" in caplog.text
+        caplog.clear()
+        make_trainer(folder, after, losses, max_epochs=epochs).fit(Classifier(), batches(), ckpt_path=checkpoint.last_model_path)
+    assert all(math.isfinite(loss) for loss in losses.values)
+    return losses.values, caplog.text
+
+
+def test_resuming_with_another_skip_and_more_epochs_says_what_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    changed = quick(layer_settings=[{"match": "conv_1", "skip_quantization": True}])
+    losses, log = resume(tmp_path, quick(), changed, caplog, epochs=3)
+    assert len(losses) == 8
+    assert "Resuming with other settings than the checkpoint's: no longer quantized: batch_norm_1, conv_1" in log
+    assert "layer_settings: with {'match': 'conv_1', 'skip_quantization': True}" in log
     assert "conv_1" in changed.quantized.plan.skipped
+
+
+def test_resuming_with_fewer_skips_and_bits_calibrates_what_is_new(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = quick(layer_settings=[{"match": "net.blocks.0", "skip_quantization": True}])
+    after = quick(global_quantization_settings={"weights_num_bits": 4, "activations_num_bits": 6})
+    _, log = resume(tmp_path, before, after, caplog)
+    assert "newly quantized: add, batch_norm_1" in log
+    assert "global_quantization_settings.weights_num_bits: 8 → 4" in log
+    assert "bits of 'relu': 8 → 6" in log
+    assert "to be calibrated: " in log
+    assert "relu_1" in log.partition("to be calibrated: ")[2].splitlines()[0]
+    assert after.quantized.uncalibrated == []
+    assert all(q.num_bits == 6 and float(q.scale) > 0 for q in after.quantized.activations.values())
+    assert "relu_1" in after.report.local
+
+
+def test_resuming_with_the_same_settings_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert "Resuming with other settings" not in resume(tmp_path, quick(), quick(), caplog)[1]
 
 
 def test_a_float_checkpoint_can_be_the_start(tmp_path: Path) -> None:
@@ -317,60 +347,6 @@ def test_token_models(tmp_path: Path) -> None:
     assert "embedding" in cco.report.local
 
 
-class Outliers(Classifier):
-    """Every row of one linear layer holds huge weights for inputs that are always 0: at 8 bits all the others round to nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = GuideCNN()
-        self.net.conv2.bias.data[0] = -100.0
-        self.net.fc1.weight.data[:, :4] = 1e4
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 1e-4)
-
-
-RESISTS = {"quantization_sensitivity_relative_threshold": 0.5}
-
-
-def test_the_layer_made_to_resist_comes_first_and_skipping_it_helps(tmp_path: Path) -> None:
-    model, val = Outliers(), batches(shuffle=False, seed=5)
-    cco = quick(global_quantization_settings=RESISTS)
-    make_trainer(tmp_path, cco).fit(model, batches(), val)
-    assert cco.report.worst_first()[0].name == "linear"
-    assert [suggestion.name for suggestion in cco.suggestions] == ["linear"]
-    assert "relative error" in cco.suggestions[0].reason
-    suggested = yaml.safe_load((tmp_path / "cco" / "suggested_skips.yaml").read_text())
-    images = torch.cat([x for x, _ in val])
-    model.eval()
-
-    def agreement() -> float:
-        with torch.no_grad():
-            quantized = model(images).argmax(-1)
-            with cco.quantized.disabled():
-                return float((quantized == model(images).argmax(-1)).float().mean())
-
-    before = agreement()
-    new = cco.quantized.replan(load_settings({**QUICK, **suggested}))
-    cco.quantized.calibrate([(images,)], only=new)
-    assert "linear" in cco.quantized.plan.skipped
-    assert before < 0.8
-    assert agreement() > 0.95
-
-
-def test_automatic_skips_are_applied_at_the_next_epoch_and_survive_a_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    general = {**RESISTS, "automatic_skip_quantization": True}
-    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
-    cco = quick(global_quantization_settings=general)
-    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
-        make_trainer(tmp_path, cco, checkpoint, max_epochs=2).fit(Outliers(), batches())
-    assert cco.quantized.plan.skipped["linear"].startswith("suggestion")
-    assert "Automatic Quantization: skipping" in caplog.text
-    resumed = quick(global_quantization_settings=general)
-    make_trainer(tmp_path, resumed, max_epochs=3).fit(Outliers(), batches(), ckpt_path=checkpoint.last_model_path)
-    assert "linear" in resumed.quantized.plan.skipped
-
-
 def test_frozen_ranges(tmp_path: Path) -> None:
     cco = quick(training_settings={"stats_steps": 2, "freeze_ranges_at_step": 2})
     seen = []
@@ -388,8 +364,52 @@ def test_frozen_ranges(tmp_path: Path) -> None:
 def test_two_callbacks_are_one_too_many(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.callbacks += [quick(), quick()]
-    with pytest.raises(CCOError, match="2 CCOCallbacks"):
+    with pytest.raises(CCOError, match=r"2 CCOCallbacks.*Keep one of them"):
         trainer.fit(Classifier(), batches())
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `CCOCallback`"):  # Lightning says it even sooner
+        make_trainer(tmp_path, quick(), quick())
+
+
+def test_a_forward_that_raises_says_so_and_keeps_the_models_error(tmp_path: Path) -> None:
+    class Broken(Classifier):
+        def forward(this, x: Tensor) -> Tensor:
+            raise ValueError("mine")
+
+    with pytest.raises(CCOError, match=r"Broken: its forward failed.*ValueError: mine.*forward_fn") as caught:
+        make_trainer(tmp_path, quick()).fit(Broken(), batches())
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_users_hook_that_raises_ends_the_fit_with_its_error(tmp_path: Path) -> None:
+    """In the capture it is named; later it is as without the callback, and the model is in order afterwards."""
+    model, calls = Classifier(), []
+
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        calls.append(1)
+        if len(calls) in raising:
+            raise ValueError("mine")
+
+    model.net.pool.register_forward_hook(hook)
+    raising = {1, 2}  # through forward, and through the step
+    with pytest.raises(CCOError, match="ValueError: mine"):
+        make_trainer(tmp_path, quick()).fit(model, batches())
+    cco, raising = quick(), {len(calls) + 8}
+    with pytest.raises(ValueError, match="mine"):
+        make_trainer(tmp_path, cco).fit(model, batches())
+    make_trainer(tmp_path, cco).fit(model, batches())
+    assert cco.quantized.drift == []
+    cco.quantized.remove()
+    torch.testing.assert_close(model.eval()(torch.ones(1, 1, 8, 8)), model.net(torch.ones(1, 1, 8, 8)), rtol=0, atol=0)
+
+
+def test_an_all_zero_tensor_is_said(tmp_path: Path) -> None:
+    class Dead(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.blocks[1].bn1.bias.data.fill_(-1e9)
+
+    with pytest.warns(CCOWarning, match=r"nothing but zeros came out of 'relu_3'.*\[0, 0\].*match: relu_3, skip_quantization: true"):
+        make_trainer(tmp_path, quick()).fit(Dead(), batches())
 
 
 def test_an_empty_loader(tmp_path: Path) -> None:

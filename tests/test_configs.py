@@ -47,7 +47,7 @@ with hydra.initialize_config_dir(version_base="1.3", config_dir={str(tmp_path / 
 print(config.callbacks.cco.cfg.global_quantization_settings.activations_num_bits)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-W", "error:provider=hydra.searchpath", "-c", code],  # Hydra warns of a path that it can't find
         check=True,
         capture_output=True,
         text=True,

@@ -18,7 +18,7 @@ from lightning_cco.errors import CCOWarning
 from lightning_cco.graph import fonts, node_label
 from lightning_cco.graph import render as render_module
 from lightning_cco.graph.draw import draw_graph
-from lightning_cco.graph.fold import folded_view, whole_view
+from lightning_cco.graph.fold import MAX_NODES, folded_view, whole_view
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.render import render, render_png_bytes, save_pictures
@@ -133,11 +133,11 @@ def test_colours_follow_the_plan() -> None:
     }  # fmt: skip
 
 
-def test_without_a_plan_only_borders_are_blue() -> None:
+def test_without_a_plan_inputs_and_outputs_are_blue_and_the_others_white() -> None:
     drawn = labels(cnn().to_pydot())
     for name, label in drawn.items():
-        assert 'BGCOLOR="#FFFFFF"' in label
-        assert (f'COLOR="{node_label.BLUE.border}"' in label) == (name in ("input_0", "output_0"))
+        fill = node_label.BLUE.fill if name in ("input_0", "output_0") else node_label.WHITE.fill
+        assert f'BGCOLOR="{fill}"' in label
 
 
 def test_a_node_tells_name_type_path_shapes_attributes_bits_reason_and_qs() -> None:
@@ -146,9 +146,20 @@ def test_a_node_tells_name_type_path_shapes_attributes_bits_reason_and_qs() -> N
     for text in ("<B>conv</B>", "Conv", "stem.conv", "2×8×4×4 → 2×8×4×4", "kernel_size 3×3", "stride 2×2", "W4 A8", "QS 12.3"):
         assert text in drawn["conv"]
     assert "not quantized: tail" in drawn["linear"]
+    assert "<B>A8</B>" in drawn["linear"]  # in float itself, but its output is rounded for what reads it
     assert "W4" not in drawn["linear"]
     assert f'COLOR="{node_label.RED}"><B>QS 20,000' in drawn["linear"]
     assert node_label.RED not in drawn["conv"]
+
+
+def test_what_the_engine_cannot_do_is_said_in_full() -> None:
+    graph = cnn()
+    plan = plan_of(graph, {"relu": "rule", "linear": "tail"})
+    plan.decisions["relu"].detail = "relu is computed in float by an engine whose name is so long that it takes two lines"
+    drawn = labels(draw_graph(graph, plan))
+    assert "not quantized: relu is computed in float by an" in drawn["relu"]
+    assert "long that it takes two lines" in drawn["relu"]
+    assert "why linear" not in drawn["linear"]  # a word is enough; the rest is in the tooltip
 
 
 @pytest.mark.parametrize(
@@ -273,7 +284,7 @@ def flat(count: int) -> LayerGraph:
 )
 def test_huge_nets_fit_and_nothing_is_lost(graph: LayerGraph) -> None:
     view = folded_view(graph, lambda layer: None)
-    assert len(view.groups) <= 150
+    assert len(view.groups) <= MAX_NODES
     members = [name for group in view.groups for name in group.members]
     assert sorted(members) == sorted(graph.names)
     keys = {group.key for group in view.groups}
@@ -282,15 +293,32 @@ def test_huge_nets_fit_and_nothing_is_lost(graph: LayerGraph) -> None:
 
 
 def test_modules_fold_the_deepest_first() -> None:
-    view = folded_view(irregular(100, 12), lambda layer: None)
+    view = folded_view(irregular(100, 12), lambda layer: None, max_nodes=150)
     assert {group.path.count(".") for group in view.groups if not group.is_layer} == {2}  # net.stage.block, not net.stage
+
+
+def test_a_module_called_between_others_does_not_become_one_node() -> None:
+    """One node for the ReLU that a residual block calls three times would have edges from it to the convolutions and back."""
+    b = Builder()
+    x = b.add("input")
+    for k in range(30):
+        before = x
+        for j in range(3):
+            x = b.add("relu", b.add("conv", x, path=f"net.block{k}.conv{j}", out_channels=10 * k + j), path=f"net.block{k}.relu")
+        x = b.add("relu", b.add("add", x, before, path=f"net.block{k}"), path=f"net.block{k}.relu")
+    b.add("output", x)
+    view = folded_view(b.graph(), lambda layer: None, max_nodes=40)
+    assert len(view.groups) <= 40
+    order = [group.key for group in view.groups]
+    assert all(order.index(source) < order.index(destination) for source, destination in view.edges)
+    assert not any("relu" in group.path and len(group.members) > 1 for group in view.groups)
 
 
 def test_a_folded_module_counts_its_decisions() -> None:
     graph = irregular(100, 12)
     block = [layer.name for layer in graph if ".block7." in layer.path]
     plan = plan_of(graph, {block[0]: "rule", block[1]: "rule", block[2]: "setting"})
-    drawn = labels(draw_graph(graph, plan, {block[5]: 20_000.0}, fold=True))
+    drawn = labels(draw_graph(graph, plan, {block[5]: 20_000.0}, fold=True, max_nodes=150))
     label = drawn[block[0]]
     for text in ("net.stage0.block7", "12 layers", "9 of 12 quantized", "2 rule, 1 setting", f"QS 20,000 in {block[5]}", node_label.RED):
         assert text in label

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
+import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
+import lightning.pytorch.loggers
 import numpy as np
 import pytest
 import torch
+import yaml
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_modules import Classifier, batches, make_trainer
 from models import GuideCNN
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.graph_pb2 import GraphDef
+from torch import Tensor, nn
+from torchmetrics import MeanSquaredError
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_cco import CCOCallback, CCOWarning, QuantizedModel, capture_graph, plan_quantization, quantize
 from lightning_cco.graph.node_label import BLUE, GREEN, YELLOW
 from lightning_cco.monitoring import Monitor
+from lightning_cco.monitoring.directions import metric_directions
 from lightning_cco.monitoring.heat_map import heat_map
-from lightning_cco.monitoring.tables import metrics_table, parsed_layers, plan_lines, sensitivity_table
+from lightning_cco.monitoring.resolved import resolved_yaml
+from lightning_cco.monitoring.tables import float_layers, metrics_table, parsed_layers, plan_lines, sensitivity_table, suggestion_lines
+from lightning_cco.settings import load_settings
+from lightning_cco.suggestions import Suggestion
 
 
 @pytest.fixture(scope="module")
@@ -66,24 +80,109 @@ def test_skips_are_in_the_log_with_their_reasons(quantized: QuantizedModel) -> N
     )
 
 
+def test_many_layers_share_lines() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(50)))
+    lines = plan_lines(plan_quantization(capture_graph(model, torch.ones(1, 2))))
+    assert sum("Weight Quantization" in line for line in lines) == 1
+    assert "'linear_48'" in next(line for line in lines if "8 bits" in line)
+
+
+def test_dropout_is_not_counted_and_not_called_float() -> None:
+    plan = plan_quantization(capture_graph(GuideCNN(), GuideCNN.example()))
+    assert "Not counted (not part of the deployed model): dropout, dropout_1" in plan_lines(plan)
+    assert [line.split()[0] for line in float_layers(plan).splitlines()[2:]] == ["linear_1"]
+
+
+def test_inputs_are_named_by_their_argument(quantized: QuantizedModel) -> None:
+    assert ["(argument", "0)", "input_0", "input"] in [line.split() for line in parsed_layers(quantized.graph).splitlines()]
+
+
+def cells(table: str, name: str) -> list[str]:
+    """The cells of a metric's row."""
+    return re.split(r"\s{2,}", next(line for line in table.splitlines() if line.startswith(name)))
+
+
 def test_metrics_table() -> None:
-    extremes = {
-        "acc": {"lowest": 0.5, "lowest_epoch": 0, "highest": 0.9, "highest_epoch": 2},
-        "new": dict.fromkeys(("lowest", "highest"), 1.0),
-    }
-    extremes["new"] |= {"lowest_epoch": 3, "highest_epoch": 3}
-    table = metrics_table(3, {"acc": 0.75, "new": 1.0}, {"acc": 0.5}, extremes)
-    row = next(line for line in table.splitlines() if line.startswith("acc"))
-    assert row.split()[:3] == ["acc", "0.75", "0.5"]
-    assert "↗ +0.25 (+50.0%)" in row
-    assert "0.9 (epoch 2)" in row
-    assert next(line for line in table.splitlines() if line.startswith("new")).split()[2:4] == ["-", "-"]
+    extremes = {"acc": {"lowest": 0.5, "lowest_epoch": 0, "highest": 0.9, "highest_epoch": 2}}
+    extremes |= {"loss": {"lowest": 1.0, "lowest_epoch": 1, "highest": 4.0, "highest_epoch": 0}}
+    extremes |= {"odd": {"lowest": 1.0, "lowest_epoch": 3, "highest": 2.0, "highest_epoch": 0}}
+    values, original, previous = {"acc": 0.75, "loss": 3.0, "odd": 1.0}, {"acc": 0.5, "loss": 2.0}, {"acc": 0.9, "loss": 3.0}
+    table = metrics_table(values, original, previous, extremes, {"acc": "max", "loss": "min"})
+    assert cells(table, "acc") == ["acc", "0.75", "0.5", "+0.25 (+50.0%) better", "-0.15", "0.9 (epoch 2)"]
+    assert cells(table, "loss") == ["loss", "3", "2", "+1 (+50.0%) worse", "0", "1 (epoch 1)"]
+    assert cells(table, "odd") == ["odd", "1", "-", "-", "-", "1 to 2 (range)"]
+
+
+class Watched(Classifier):
+    """Logs metrics whose better end is known in one way each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.agreement, self.distance = MulticlassAccuracy(10), MeanSquaredError()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        logits = self(batch[0])
+        self.log("agreement", self.agreement.to(logits.device))
+        self.agreement.update(logits, batch[1])
+        self.log("distance", self.distance)
+        self.distance.update(logits.sum(-1), batch[1].float())
+        self.log_dict({"val_loss": logits.mean(), "watched": logits.mean(), "plateau": logits.mean(), "unknown": logits.mean()})
+
+    def configure_optimizers(self) -> dict[str, object]:
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "plateau"}}
+
+
+def test_which_end_is_better_comes_from_monitors_metrics_and_names(tmp_path: Path) -> None:
+    found = {}
+
+    class Look(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            found.update(metric_directions(trainer, trainer.callback_metrics))
+
+    trainer = make_trainer(tmp_path, Look(), EarlyStopping("watched", mode="max"))
+    trainer.fit(Watched(), batches(), batches())
+    assert found == {"agreement": "max", "distance": "min", "watched": "max", "plateau": "max", "val_loss": "min", "train_loss": "min"}
+
+
+def test_the_log_of_an_epoch_says_what_is_better(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cco = CCOCallback({"training_settings": {"stats_steps": 1}, "monitoring_settings": {"draw_graph": False}})
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        make_trainer(tmp_path, cco, max_epochs=2).fit(Classifier(), batches(), batches())
+    row = cells(caplog.text.rpartition("Summary of epoch 1")[2], "val_loss")
+    assert float(row[2]) == pytest.approx(cco.original_metrics["val_loss"], rel=1e-3)
+    assert re.search(r"(better|worse)$", row[3])
+    assert row[4] != "-"
+    assert "(epoch " in row[5]
+    assert "Suggested skips: none; no quantized layer has a QS above 10,000." in caplog.text
+
+
+def test_suggestions_in_the_log_say_what_to_do_and_end() -> None:
+    many = [Suggestion(f"conv_{i}", 2e4, 0.5, 3.0, "it is large") for i in range(12)]
+    lines = suggestion_lines(many, load_settings())
+    assert "merge suggested_skips.yaml" in lines[0]
+    assert lines[-1].strip() == "… and 2 more"
+    assert "from the next epoch on" in suggestion_lines(many, load_settings("w8a8_auto_skip"))[0]
+    no_threshold = {"global_quantization_settings": {"quantization_sensitivity_threshold": None}}
+    assert "no threshold" in suggestion_lines([], load_settings(no_threshold))[0]
+    assert "relative error above 0.33" in suggestion_lines([], load_settings("w8a8_auto_skip"))[0]
+
+
+def test_the_resolved_recipe_is_a_text_to_read_and_to_feed_back(quantized: QuantizedModel) -> None:
+    text = resolved_yaml(quantized.plan)
+    assert load_settings(yaml.safe_load(text)) == quantized.plan.resolved_settings()
+    lines = text.splitlines()
+    assert "  - {match: conv, weights_num_bits: 8}  # conv1: quantized" in lines
+    skipped = next(line for line in lines if "match: conv_1," in line)
+    assert re.search(r"skip_quantization: true.*# conv2: not quantized, setting: ", skipped)
+    assert any("match: linear_1, skip_quantization: true}  # fc2: not quantized, tail: " in line for line in lines)
 
 
 def test_sensitivity_table_is_sorted_and_says_what_it_leaves_out(quantized: QuantizedModel) -> None:
     report = quantized.sensitivity([(GuideCNN.example(),)])
     table = sensitivity_table(report, quantized.plan, most=2).splitlines()
-    assert table[2].split()[0] == report.worst_first()[0].name
+    assert table[3].split()[0] == report.worst_first()[0].name
     assert f"and {len(report.local) - 2} less sensitive" in table[-1]
 
 
@@ -125,9 +224,23 @@ def test_heat_map_of_any_size(layers: int, epochs: int) -> None:
 
 
 def test_heat_map_colours_follow_the_values() -> None:
-    image = np.asarray(heat_map([(0, {"cold": 0.01, "hot": 1e5, "broken": float("nan")})], None)).reshape(-1, 3)
-    for colour in ((232, 244, 233), (198, 40, 40)):
-        assert (image == colour).all(axis=1).any()
+    history = [(0, {"low": 0.01, "high": 900.0, "float": 3.0}), (1, {"low": 0.01, "high": 900.0})]
+
+    def colours(threshold: float | None, **more: float) -> set[tuple[int, ...]]:
+        pixels = np.asarray(heat_map([*history, (2, {"low": 0.01, "high": 900.0, **more})], threshold)).reshape(-1, 3)
+        return {tuple(pixel) for pixel in np.unique(pixels, axis=0)}
+
+    red = (198, 40, 40)
+    assert {(240, 246, 252), (24, 66, 122), (228, 228, 228)} <= colours(1000.0)  # lowest, highest, not measured
+    assert red not in colours(1000.0)
+    assert red not in colours(None)
+    assert red in colours(800.0)
+    assert red in colours(None, broken=float("nan"))
+
+
+def test_heat_map_marks_what_is_suggested() -> None:
+    history = [(0, {"conv": 1.0, "linear": 2.0})]
+    assert (np.asarray(heat_map(history)) != np.asarray(heat_map(history, suggested={"conv"}))).any()
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +254,10 @@ def run_with_tensorboard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tensorboard_events(run_with_tensorboard: Path) -> None:
     events = EventAccumulator(str(run_with_tensorboard), {"images": 0, "tensors": 0, "scalars": 0, "histograms": 0}).Reload()
     tags = events.Tags()
-    assert set(tags["images"]) == {"cco/graph", "cco/heat_map"}
+    assert set(tags["images"]) == {"cco/graph", "cco/heat_map", "cco/model_init"}
+    curves = [tag for tag in tags["scalars"] if tag.startswith("cco_qs/")]
+    assert len(curves) == 14  # one for each measured layer
+    assert [event.step for event in events.Scalars("cco_qs/batch_norm_2")] == [4, 8]
     assert {"cco/qs_max", "cco/qs_mean", "cco/sqnr_min", "cco/num_quantized_layers", "cco/num_suggested_skips"} <= set(tags["scalars"])
     assert {"cco/sensitivity/text_summary", "cco/suggestions/text_summary"} <= set(tags["tensors"])
     assert tags["histograms"] == ["cco/qs"]
@@ -178,7 +294,7 @@ def test_tensorboard_server(run_with_tensorboard: Path) -> None:
             except OSError:
                 pass
             time.sleep(0.5)
-        assert set(json.loads(ask("plugin/images/tags"))["."]) == {"cco/graph", "cco/heat_map"}
+        assert set(json.loads(ask("plugin/images/tags"))["."]) == {"cco/graph", "cco/heat_map", "cco/model_init"}
         assert "cco/qs_max" in json.loads(ask("plugin/scalars/tags"))["."]
         listed = json.loads(ask("plugin/images/images?run=.&tag=cco/graph&sample=0"))
         picture = ask(f"plugin/images/individualImage?{listed[-1]['query']}")
@@ -199,21 +315,37 @@ def test_csv_logger_gets_the_same_columns_from_the_first_epoch_on(tmp_path: Path
     assert len([row for row in rows[1:] if row.split(",")[rows[0].split(",").index("cco/qs_max")]]) == 2
 
 
+def as_lightnings(logger: type, method: str, *arguments: Any, **more: Any) -> dict[str, Any]:
+    """The arguments by the names that Lightning's own logger has for them; a TypeError if it would not take them."""
+    bound = inspect.signature(getattr(logger, method)).bind(None, *arguments, **more)
+    return bound.arguments
+
+
 class WandbLogger:
-    """Stands in for Lightning's, by name and methods."""
+    """Stands in for Lightning's, which needs wandb: it takes what that takes."""
 
     def __init__(self) -> None:
-        self.shown: list[str] = []
+        self.shown: dict[str, Any] = {}
 
-    def log_image(self, key: str, images: list[Any], step: int) -> None:
-        self.shown.append(key)
+    def log_image(self, *arguments: Any, **more: Any) -> None:
+        found = as_lightnings(lightning.pytorch.loggers.WandbLogger, "log_image", *arguments, **more)
+        self.shown[found["key"]] = found["images"][0].size
 
-    def log_text(self, key: str, columns: list[str], data: list[list[str]], step: int) -> None:
-        self.shown.append(key)
+    def log_text(self, *arguments: Any, **more: Any) -> None:
+        found = as_lightnings(lightning.pytorch.loggers.WandbLogger, "log_text", *arguments, **more)
+        self.shown[found["key"]] = found["data"]
+
+    def log_table(self, *arguments: Any, **more: Any) -> None:
+        found = as_lightnings(lightning.pytorch.loggers.WandbLogger, "log_table", *arguments, **more)
+        assert all(len(row) == len(found["columns"]) for row in found["data"])
+        self.shown[found["key"]] = found["data"]
+
+    def log_metrics(self, *arguments: Any, **more: Any) -> None:
+        self.shown |= as_lightnings(lightning.pytorch.loggers.WandbLogger, "log_metrics", *arguments, **more)["metrics"]
 
 
 class MLFlowLogger:
-    """Stands in for Lightning's."""
+    """Stands in for Lightning's, which needs mlflow."""
 
     run_id = "run"
 
@@ -221,16 +353,40 @@ class MLFlowLogger:
         self.experiment = self
         self.kept: list[str] = []
 
-    def log_artifact(self, run_id: str, path: str, artifact_path: str) -> None:
-        assert Path(path).exists()
-        self.kept.append(Path(path).name)
+    def log_artifact(self, run_id: str, local_path: str, artifact_path: str | None = None) -> None:  # as MlflowClient has it
+        assert Path(local_path).exists()
+        self.kept.append(Path(local_path).name)
 
 
-def test_wandb_and_mlflow_get_what_they_can_show(quantized: QuantizedModel, tmp_path: Path) -> None:
-    wandb, mlflow = WandbLogger(), MLFlowLogger()
+class UsersWandbLogger(WandbLogger):
+    """A logger derived from a known one."""
+
+
+def test_wandb_and_mlflow_get_what_they_can_show(quantized: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Histogram=lambda values: sorted(values)))
+    wandb, mlflow = UsersWandbLogger(), MLFlowLogger()
     show_epochs(Monitor(tmp_path, [wandb, mlflow]), quantized, epochs=1)
-    assert {"cco/graph", "cco/heat_map", "cco/sensitivity", "cco/suggestions"} <= set(wandb.shown)
-    assert {"sensitivity.csv", "suggested_skips.yaml", "model_post_preprocessing.svg"} <= set(mlflow.kept)
+    assert {"cco/graph", "cco/model_init", "cco/heat_map", "cco/sensitivity", "cco/suggestions", "cco/qs", "cco_qs/conv"} <= set(
+        wandb.shown
+    )
+    assert {row[0] for row in wandb.shown["cco/sensitivity"]} == set(quantized.measured_layers())
+    pictures = {f"{stem}.{ending}" for stem in ("model_init", "model_post_preprocessing") for ending in ("svg", "png")}
+    assert {"sensitivity.csv", "suggested_skips.yaml", "resolved_recipe.yaml", "heat_map.png"} | pictures <= set(mlflow.kept)
+
+
+def test_a_large_net_gets_a_bounded_number_of_curves(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(60))), torch.randn(2, 4)
+    net = quantize(model, None, (x,))
+    net.calibrate([(x,)])
+    report = net.sensitivity([(x,)])
+    monitor = Monitor(tmp_path, draw=False)
+    monitor.on_start(net.graph, net.plan)
+    monitor.on_epoch(0, 1, net.plan, report, [], net.settings, {}, {})
+    assert monitor.followed == [entry.name for entry in report.worst_first()[:30]]
+    again = Monitor(tmp_path, draw=False)
+    again.load_state_dict(monitor.state_dict())
+    assert again.followed == monitor.followed
 
 
 def test_a_logger_that_fails_ends_nothing(quantized: QuantizedModel, tmp_path: Path) -> None:
@@ -238,6 +394,5 @@ def test_a_logger_that_fails_ends_nothing(quantized: QuantizedModel, tmp_path: P
         def log_image(self, **more: Any) -> None:
             raise ConnectionError("no network")
 
-    Broken.__name__ = "WandbLogger"
-    with pytest.warns(CCOWarning, match=r"WandbLogger.*no network"):
+    with pytest.warns(CCOWarning, match=r"Broken could not show.*no network"):
         show_epochs(Monitor(tmp_path, [Broken()], draw=False), quantized, epochs=1)

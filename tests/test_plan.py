@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
+from export_models import LSTMClassifier, UNet
+from hypothesis import HealthCheck, given, reject
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from models import GuideCNN, ResidualCNN, TokenModel
 from torch import Tensor, nn
 
 from lightning_cco import LayerQuantizationSettings, Settings, capture_graph, generate_default_settings, plan_quantization
-from lightning_cco.errors import CCOError
+from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.quantization.plan import QuantizationPlan
-from lightning_cco.settings import load_settings
+from lightning_cco.settings import TARGET_FRAMEWORKS, load_settings
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +132,99 @@ def test_a_skipped_layer_keeps_what_its_neighbours_need(cnn: LayerGraph) -> None
     }
 
 
-@pytest.mark.parametrize("rules", [[], [{"match": "conv_1", "skip_quantization": True}], [{"match": "stem", "weights_num_bits": 4}]])
-def test_the_resolved_recipe_gives_the_same_plan(residual: LayerGraph, rules: list[dict[str, object]]) -> None:
-    found = plan(residual, *rules)
-    again = plan_quantization(residual, load_settings(found.resolved_settings().to_dict()))
+GRAPHS = {
+    "cnn": lambda: capture_graph(GuideCNN(), GuideCNN.example()),
+    "residual": lambda: capture_graph(ResidualCNN(), ResidualCNN.example()),
+    "tokens": lambda: capture_graph(TokenModel(), TokenModel.example()),
+    "lstm": lambda: capture_graph(LSTMClassifier(), torch.randint(0, 30, (2, 7))),
+    "u_net": lambda: capture_graph(UNet(), torch.randn(1, 3, 32, 32)),
+}
+
+
+@pytest.fixture(scope="module")
+def graphs() -> dict[str, LayerGraph]:
+    return {name: make() for name, make in GRAPHS.items()}
+
+
+@st.composite
+def rules_for(draw: st.DrawFn, names: tuple[str, ...]) -> list[dict[str, object]]:
+    bits = st.one_of(st.none(), st.integers(2, 8))
+    rules = []
+    for name in draw(st.lists(st.sampled_from(names), max_size=4, unique=True)):
+        said = {
+            "skip_quantization": draw(st.sampled_from([None, True, False])),
+            "weights_num_bits": draw(bits),
+            "activations_num_bits": draw(bits),
+        }
+        rules.append({"match": name, **{key: value for key, value in said.items() if value is not None}})
+    return rules
+
+
+@pytest.mark.filterwarnings("ignore:layer_settings. the rule:lightning_cco.CCOWarning")
+@pytest.mark.parametrize("model", GRAPHS)
+@hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_the_resolved_recipe_can_be_fed_back(graphs: dict[str, LayerGraph], model: str, data: st.DataObject) -> None:
+    """Whatever the rules, the suggestions, the bits, the tail and the engine: as a file and back, the plan is the same."""
+    graph = graphs[model]
+    recipe = {
+        "layer_settings": data.draw(rules_for(graph.names)),
+        "global_quantization_settings": {
+            "weights_num_bits": data.draw(st.integers(2, 8)),
+            "activations_num_bits": data.draw(st.integers(2, 8)),
+            "skip_tail_quantization": data.draw(st.booleans()),
+        },
+        "deployment_settings": {"target_framework": data.draw(st.sampled_from(TARGET_FRAMEWORKS))},
+    }
+    try:
+        found = plan_quantization(graph, load_settings(recipe), data.draw(st.lists(st.sampled_from(graph.names), max_size=2)))
+    except CCOError:  # asked for the impossible
+        reject()
+    resolved = found.resolved_settings()
+    again = plan_quantization(graph, load_settings(yaml.safe_load(yaml.safe_dump(resolved.to_dict()))))
+    assert [rule.match for rule in resolved.layer_settings] == [name for name in graph.names if name not in graph.outputs]
     assert again.quantized == found.quantized
     assert again.tensors == found.tensors
-    assert {n: d.weights_num_bits for n, d in again.decisions.items()} == {n: d.weights_num_bits for n, d in found.decisions.items()}
+    assert again.boundaries == found.boundaries
+    assert [(d.weights_num_bits, d.activations_num_bits) for d in again.decisions.values()] == [
+        (d.weights_num_bits, d.activations_num_bits) for d in found.decisions.values()
+    ]
+    assert again.resolved_settings() == resolved
+
+
+def test_a_batch_norm_can_be_left_out_of_its_group(residual: LayerGraph) -> None:
+    found = plan(residual, {"match": "batch_norm_1", "skip_quantization": True})
+    assert found.skipped["batch_norm_1"].startswith("setting")
+    assert "conv_1" in found.tensors  # the convolution is rounded at its own end
+    assert "batch_norm_1" in found.tensors  # and so is what the relu reads
+    assert plan_quantization(residual, suggestions=["batch_norm_1"]).skipped["batch_norm_1"].startswith("suggestion")
+
+
+def test_the_inner_container_wins_over_the_outer(residual: LayerGraph) -> None:
+    rules = [{"match": "blocks", "weights_num_bits": 4}, {"match": "blocks.1", "weights_num_bits": 6}]
+    for order in (rules, rules[::-1]):
+        found = plan(residual, *order)
+        assert [found.decisions[name].weights_num_bits for name in ("conv", "conv_1", "conv_3")] == [8, 4, 6]
+
+
+def test_several_starts_and_destinations(residual: LayerGraph) -> None:
+    found = plan(residual, {"match": "blocks.*.conv1", "skip_quantization": True, "skip_quantization_until": ["relu_3", "add_1"]})
+    between = residual.between("conv_1", ["relu_3", "add_1"]) | residual.between("conv_3", ["relu_3", "add_1"])
+    assert {name for name, reason in found.skipped.items() if reason.startswith("setting")} == between
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        pytest.param(
+            {"match": "relu", "weights_num_bits": 4}, r"'relu' sets weights_num_bits: 4.*no layer there has weights.*'conv'", id="weights"
+        ),
+        pytest.param({"match": "max_pool", "activations_num_bits": 4}, r"only passes values on.*'relu_1'", id="activations"),
+    ],
+)
+def test_bits_that_change_nothing_are_said(cnn: LayerGraph, rule: dict[str, object], message: str) -> None:
+    with pytest.warns(CCOWarning, match=message):
+        plan(cnn, rule)
 
 
 def test_suggestions_are_skipped_with_their_reason(cnn: LayerGraph) -> None:
@@ -148,12 +239,16 @@ def test_tensorrt_takes_symmetric_activations(cnn: LayerGraph, target: str) -> N
 
 
 def test_unknown_layer_names_the_nearest(cnn: LayerGraph) -> None:
-    with pytest.raises(CCOError, match="conv_1"):
+    with pytest.raises(CCOError, match=r"match: convv_1.*No layer name or module path is 'convv_1'.*Did you mean 'conv_1'"):
         plan(cnn, {"match": "convv_1", "skip_quantization": True})
+    with pytest.raises(CCOError, match=r"match: conv\).*'linearr'.*Did you mean 'linear'"):
+        plan(cnn, {"match": "conv", "skip_quantization": True, "skip_quantization_until": ["linearr"]})
 
 
 def test_unreachable_destination(cnn: LayerGraph) -> None:
-    with pytest.raises(CCOError, match="conv"):
+    with pytest.raises(
+        CCOError, match=r"match: linear.*'conv' can't be reached from 'linear'.*write 'linear' as the destination of 'conv'"
+    ):
         plan(cnn, {"match": "linear", "skip_quantization": True, "skip_quantization_until": ["conv"]})
 
 
@@ -165,6 +260,18 @@ def test_contradicting_rules(cnn: LayerGraph) -> None:
 def test_quantizing_an_index_input_is_refused(tokens: LayerGraph) -> None:
     with pytest.raises(CCOError, match=r"input_0.*integers.*embedding"):
         plan(tokens, {"match": "input_0", "skip_quantization": False})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        pytest.param("dropout", r"dropout.*not part of the deployed model.*Remove", id="dropout"),
+        pytest.param("output_0", r"only marks where the model returns.*'linear_1'", id="output"),
+    ],
+)
+def test_asking_for_what_has_no_int8_form(cnn: LayerGraph, name: str, message: str) -> None:
+    with pytest.raises(CCOError, match=message):
+        plan(cnn, {"match": name, "skip_quantization": False})
 
 
 def test_unknown_suggestion(cnn: LayerGraph) -> None:

@@ -83,6 +83,19 @@ def test_saying_something_of_a_layer_again_replaces_it() -> None:
     assert settings.layer_settings == [LayerRule(match="conv", skip_quantization=True)]
 
 
+def test_values_as_yaml_and_the_environment_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITS", "4")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "global_quantization_settings: {weights_num_bits: '${oc.env:BITS}', quantization_sensitivity_threshold: 1e4}\n"
+        "monitoring_settings: {draw_graph: 'False'}\n"
+    )
+    settings = load_settings(path)
+    assert settings.global_quantization_settings.weights_num_bits == 4
+    assert settings.global_quantization_settings.quantization_sensitivity_threshold == 10_000.0  # to YAML, 1e4 is text
+    assert settings.monitoring_settings.draw_graph is False
+
+
 def test_copies_and_pickles() -> None:
     settings = load_settings("w4a8")
     assert copy.deepcopy(settings) == pickle.loads(pickle.dumps(settings)) == settings
@@ -104,7 +117,15 @@ def test_shipped_recipes_are_valid(name: str) -> None:
         pytest.param({"training_settings": {"num_epochs": 3}}, r"max_epochs", id="num_epochs"),
         pytest.param({"training_settings": {"steps_per_epoch": 3}}, r"limit_train_batches", id="steps_per_epoch"),
         pytest.param({"distributed_training_settings": {"multi_gpu": True}}, r"Trainer", id="distributed"),
-        pytest.param({"training_settings": {"stats_steps": "many"}}, r"stats_steps.*int was expected.*'many'", id="type"),
+        pytest.param(
+            {"training_settings": {"stats_steps": "many"}}, r"stats_steps: a whole number was expected, str came: 'many'", id="type"
+        ),
+        pytest.param({"training_settings": {"stats_steps": 7.5}}, r"whole number.*7\.5", id="fraction"),
+        pytest.param({"training_settings": {"stats_steps": float("inf")}}, r"whole number.*inf", id="infinite"),
+        pytest.param({"training_settings": {"skip_initial_evaluation": 1}}, r"true or false was expected, int came", id="int_for_bool"),
+        pytest.param({"training_settings": {"freeze_ranges_at_step": "x"}}, r"whole number or null", id="optional"),
+        pytest.param({"monitoring_settings": {"sensitivity_modes": "local"}}, r"a list of names was expected", id="text_for_list"),
+        pytest.param({"monitoring_settings": {"output_dir": 3}}, r"text or null was expected, int came", id="int_for_text"),
         pytest.param({"global_quantization_settings": {"weights_num_bits": True}}, r"weights_num_bits.*bool came", id="bool_for_int"),
         pytest.param({"global_quantization_settings": {"weights_num_bits": 1}}, r"2 to 8 bits", id="bits_low"),
         pytest.param({"layer_settings": [{"match": "a", "activations_num_bits": 9}]}, r"match: a.*2 to 8 bits", id="bits_high"),

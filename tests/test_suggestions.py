@@ -29,7 +29,7 @@ def test_worst_first_and_only_quantized_layers(plan: QuantizationPlan) -> None:
     found = suggest_skips(measured, plan, Settings())
     assert [suggestion.name for suggestion in found] == ["conv_1", "relu", "conv"]
     assert "11,000 is above 10,000" in found[2].reason
-    assert "8-bit weights" in found[2].reason
+    assert "(rounding the weights to 8 bits)" in found[2].reason
 
 
 def test_relative_threshold(plan: QuantizationPlan) -> None:
@@ -49,7 +49,7 @@ def test_the_yaml_merges_over_the_recipe_as_it_is(plan: QuantizationPlan) -> Non
     recipe = {
         "global_quantization_settings": {"weights_num_bits": 4},
         "layer_settings": [
-            {"match": "encoder.*", "weights_num_bits": 5},
+            {"match": "fc*", "weights_num_bits": 5},
             {"match": "relu", "skip_quantization": True, "skip_quantization_until": ["linear"]},
         ],
     }
@@ -57,6 +57,24 @@ def test_the_yaml_merges_over_the_recipe_as_it_is(plan: QuantizationPlan) -> Non
     found = suggest_skips(report(conv=11_000.0), plan, settings)
     merged = load_settings(OmegaConf.merge(recipe, OmegaConf.create(suggestions_yaml(found, settings))))
     assert merged == merge_suggestions(settings, found)
-    assert [rule.match for rule in merged.layer_settings] == ["encoder.*", "relu", "conv"]
+    assert [rule.match for rule in merged.layer_settings] == ["fc*", "relu", "conv"]
     assert merged.global_quantization_settings.weights_num_bits == 4
     assert merge_suggestions(merged, found) == merged
+
+
+def test_what_was_skipped_by_itself_stays_in_the_yaml(plan: QuantizationPlan) -> None:
+    text = suggestions_yaml([], load_settings({"layer_settings": [{"match": "conv", "weights_num_bits": 4}]}), ["relu", "linear"])
+    rules = load_settings(yaml.safe_load(text)).layer_settings
+    assert [(rule.match, rule.skip_quantization) for rule in rules] == [("conv", None), ("relu", True), ("linear", True)]
+
+
+def test_an_output_that_resists_names_what_rounds_it(plan: QuantizationPlan) -> None:
+    """max_pool and flatten only pass relu_1 on: the reader of its output is the linear layer behind them."""
+    found = suggest_skips(report(relu_1=20_000.0, conv=12_000.0), plan, Settings())
+    assert [(s.name, s.qs) for s in found] == [("relu_1", 20_000.0), ("conv_1", 20_000.0), ("linear", 20_000.0), ("conv", 12_000.0)]
+    assert "fused with 'relu_1'" in found[1].reason
+    assert "reads the output of 'relu_1'" in found[2].reason
+
+
+def test_an_input_is_suggested_alone(plan: QuantizationPlan) -> None:
+    assert [s.name for s in suggest_skips(report(input_0=20_000.0), plan, Settings())] == ["input_0"]

@@ -81,7 +81,7 @@ def draw_graph(
 
     Args:
         graph: The layers to draw; each is a node even when no edge touches it.
-        plan: Colours, bits and reasons; without it, inputs and outputs have a blue border and all else is white.
+        plan: Colours, bits and reasons; without it, inputs and outputs are blue and all else is white.
         qs: Quantization Sensitivity by layer name; a number above the plan's threshold is red.
         fold: Whether repeated blocks, and in huge nets whole modules, become one node.
         title: First line of the picture.
@@ -157,14 +157,12 @@ class _Drawing:
         rows = [html.shapes_row(layer.input_shapes, layer.output_shapes), html.attributes_rows(layer.attributes)]
         is_end = layer.kind in ("input", "output")
         if decision is not None and not decision.quantized and layer.kind != "output":
-            rows.append(
-                html.text_row(f"not quantized: {decision.reason}" if decision.reason else "not quantized", color="#7A5B00", bold=True)
-            )
+            rows.append(html.reason_rows(decision.reason, decision.detail))
         worst = self._worst(group.members)
         where = f" worst of {group.repeats}" if group.repeats > 1 else ""
         rows.append(html.status_row(_bits(decision), self.qs.get(worst) if worst else None, self.largest, self.threshold, where))
         if decision is None:
-            paint = html.WHITE_BLUE if is_end else html.WHITE
+            paint = html.BLUE if is_end else html.WHITE
         else:
             paint = html.BLUE if is_end else html.GREEN if decision.quantized else html.YELLOW
         title = layer.name if group.repeats == 1 else f"{layer.name} …"
@@ -223,7 +221,7 @@ class _Drawing:
         return max(measured, key=lambda name: self.qs[name] if math.isfinite(self.qs[name]) else math.inf, default=None)
 
     def _legend(self) -> str:
-        entries = [(html.WHITE_BLUE, "input or output"), (html.WHITE, "layer")]
+        entries = [(html.BLUE, "input or output"), (html.WHITE, "layer")]
         lines = []
         if self.plan is not None:
             entries = [(html.BLUE, "input or output"), (html.GREEN, "quantized"), (html.YELLOW, "not quantized")]
@@ -259,9 +257,10 @@ def _far_sources(view: View) -> dict[str, list[str]]:
 
 
 def _bits(decision: DrawableDecision | None) -> str:
-    if decision is None or not decision.quantized:
+    if decision is None:
         return ""
-    parts = [("W", decision.weights_num_bits), ("A", decision.activations_num_bits)]
+    # What a float layer makes for an INT8 one is rounded, too.
+    parts = [("W", decision.weights_num_bits if decision.quantized else None), ("A", decision.activations_num_bits)]
     return " ".join(f"{letter}{bits}" for letter, bits in parts if bits is not None)
 
 

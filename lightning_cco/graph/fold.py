@@ -11,8 +11,8 @@ from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.repeats import Run, find_runs
 from lightning_cco.graph.select import containers
 
-MAX_NODES = 150
-FOLD_ABOVE = 60  # below, a picture is readable as it is and worth its detail
+MAX_NODES = 60  # what can be looked at as a whole
+FOLD_ABOVE = MAX_NODES
 
 
 @dataclass(frozen=True)
@@ -121,18 +121,23 @@ class _Folding:
         return source, destination
 
     def collapse_modules(self, max_nodes: int) -> None:
+        """Folds modules until the view fits. One whose layers have others between them stays: a reused ReLU as one node would lead edges back."""
         total = len(self.members)
         size: dict[str, int] = {}
         first: dict[str, int] = {}
-        for position in sorted(self.members):
+        last: dict[str, int] = {}
+        order = {position: index for index, position in enumerate(sorted(self.members))}
+        for position, index in order.items():
             for path in containers(self.graph.layers[position].path):
                 size[path] = size.get(path, 0) + 1
                 first.setdefault(path, position)
+                last[path] = index
+        in_one_piece = {path for path in size if last[path] - order[first[path]] + 1 == size[path]}
         by_depth: dict[int, list[str]] = {}
-        for path in size:
+        for path in in_one_piece:
             by_depth.setdefault(path.count("."), []).append(path)
         for depth in sorted(by_depth, reverse=True):
-            for path in sorted(by_depth[depth], key=lambda path: -size[path]):
+            for path in sorted(by_depth[depth], key=lambda path: (-size[path], first[path])):
                 if total <= max_nodes:
                     return
                 saved = size[path] - 1

@@ -46,7 +46,7 @@ class LayerGraph:
         self._by_name = _index_by_name(self.layers)
         self._position = {name: position for position, name in enumerate(self.names)}
         self._predecessors, self._successors = _adjacency(self._by_name, self.edges)
-        self._check_acyclic()
+        self._order = self._topological_order()
         self._paths: PathIndex | None = None
 
     def __getitem__(self, name: str) -> Layer:
@@ -143,25 +143,26 @@ class LayerGraph:
         ends = [name for name in self.outputs if not read_on.intersection(self._predecessors[name])]
         return ends or list(self.outputs)
 
-    def between(self, start: str, until: str | Iterable[str]) -> set[str]:
+    def between(self, start: str | Iterable[str], until: str | Iterable[str]) -> set[str]:
         """Returns the layers on the paths from ``start`` to any of ``until``: ``start`` included, the destinations not.
 
-        Raises:
-            CCOError: A destination can't be reached from ``start``, or there is none.
-        """
-        destinations = self._known(until)
-        below = self.descendants(start)
-        if not destinations:
-            raise CCOError(f"No destination is given for the layers after {quote(start)}; name at least one layer downstream of it.")
-        for destination in destinations:
-            if destination == start:
-                raise CCOError(f"{quote(start)} can't be its own destination; name a layer downstream of it.")
-            if destination not in below:
-                raise CCOError(self._unreachable(start, destination, below))
-        return (below & self.ancestors(destinations)) - set(destinations)
+        Args:
+            start: Name of a layer, or of several, for the paths from any of them.
+            until: Name of the destination, or of several.
 
-    def downstream(self, start: str) -> set[str]:
-        """Returns the layers that can be reached from ``start``, itself included and the output markers not."""
+        Raises:
+            CCOError: A destination can't be reached from each ``start``, or there is none.
+        """
+        starts, destinations = self._known(start), self._known(until)
+        if not destinations:
+            raise CCOError(f"No destination is given for the layers after {quote(starts[0])}; name at least one layer downstream of it.")
+        for name in set(starts).intersection(destinations):
+            raise CCOError(f"{quote(name)} can't be its own destination; name a layer downstream of it.")
+        self._check_reachable(starts, destinations)
+        return (self.descendants(starts) & self.ancestors(destinations)) - set(destinations)
+
+    def downstream(self, start: str | Iterable[str]) -> set[str]:
+        """Returns the layers that can be reached from ``start`` (one layer or several), itself included and the output markers not."""
         return {name for name in self.descendants(start) if self._by_name[name].kind != "output"}
 
     def to_pydot(self, plan: DrawablePlan | None = None, qs: Mapping[str, float] | None = None, fold: bool = False) -> pydot.Dot:
@@ -192,6 +193,21 @@ class LayerGraph:
                     queue.append(neighbour)
         return reached
 
+    def _check_reachable(self, starts: Sequence[str], destinations: Sequence[str]) -> None:
+        """Check that every start reaches every destination, in one pass: each layer passes the starts above it on, as the bits of a number."""
+        bit = {name: 1 << number for number, name in enumerate(starts)}
+        above: dict[str, int] = {}
+        for name in self._order:
+            reached = bit.get(name, 0)
+            for before in self._predecessors[name]:
+                reached |= above[before]
+            above[name] = reached
+        for destination in destinations:
+            lacking = ((1 << len(starts)) - 1) & ~above[destination]
+            if lacking:
+                start = starts[(lacking & -lacking).bit_length() - 1]
+                raise CCOError(self._unreachable(start, destination, self.descendants(start)))
+
     def _unreachable(self, start: str, destination: str, below: set[str]) -> str:
         message = f"{quote(destination)} can't be reached from {quote(start)}, so there is nothing between them."
         if start in self.descendants(destination):
@@ -202,17 +218,18 @@ class LayerGraph:
         near = nearest(destination, candidates)
         return message + (near or f" Layers downstream of {quote(start)}: {list_names(candidates)}.")
 
-    def _check_acyclic(self) -> None:
+    def _topological_order(self) -> list[str]:
+        """Each layer after all that it reads; an error if there is no such order."""
         waiting = {name: len(before) for name, before in self._predecessors.items()}
-        ready = deque(name for name, count in waiting.items() if count == 0)
-        while ready:
-            for successor in self._successors[ready.popleft()]:
+        order = [name for name, count in waiting.items() if count == 0]
+        for name in order:  # grows while it is read
+            for successor in self._successors[name]:
                 waiting[successor] -= 1
                 if waiting[successor] == 0:
-                    ready.append(successor)
+                    order.append(successor)
         stuck = {name for name, count in waiting.items() if count > 0}
         if not stuck:
-            return
+            return order
         # Each stuck layer waits for a stuck predecessor, so that walking upstream from any of them comes back to where it was.
         walk: dict[str, None] = {}
         name = min(stuck, key=self._position.__getitem__)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from textwrap import wrap
 
 from lightning_cco.graph.layer import Shape
 
@@ -29,7 +30,6 @@ BLUE = Paint("#DCE9FF", "#2962D9", "#A9C4F5")
 GREEN = Paint("#DDF4E1", "#23934A", "#A3D9B1")
 YELLOW = Paint("#FFF1BF", "#C99700", "#E8CF7A")
 WHITE = Paint("#FFFFFF", "#7C8894", "#D5DBE1")
-WHITE_BLUE = Paint("#FFFFFF", "#2962D9", "#A9C4F5")
 MIXED = Paint("#F7F7EE", "#8C9A3A", "#D3D8B0")
 
 
@@ -82,6 +82,13 @@ def attributes_rows(attributes: Mapping[str, object], limit: int = 4) -> str:
 def text_row(text: str, *, color: str = TEXT, bold: bool = False) -> str:
     """Returns a row with one short text."""
     return _row(font(text, size=10, color=color, bold=bold))
+
+
+def reason_rows(reason: str, detail: str) -> str:
+    """Returns why a layer is not quantized: one word for what the recipe says, in full what the engine can't do."""
+    said = detail if detail and reason in ("rule", "unsupported") else reason
+    lines = wrap(f"not quantized: {said}" if said else "not quantized", _WRAP)
+    return "".join(text_row(line, color="#7A5B00", bold=True) for line in lines)
 
 
 def status_row(bits: str, qs: float | None, largest: float, threshold: float | None, where: str = "") -> str:
@@ -146,12 +153,13 @@ def _bar(share: float, color: str, rest: str = "#DFE4E8") -> str:
         for width, paint in ((filled, color), (_BAR - filled, rest))
         if width
     )
-    return f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0"><TR>{cells}</TR></TABLE>'
+    size = f'WIDTH="{_BAR}" HEIGHT="6" FIXEDSIZE="TRUE"'  # else it is stretched over a wide node, with gaps between its parts
+    return f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0" ALIGN="RIGHT" {size}><TR>{cells}</TR></TABLE>'
 
 
 def _beside(text: str, bar: str) -> str:
     cells = (f'<TD ALIGN="RIGHT">{text}</TD>' if text else "") + f'<TD WIDTH="{_BAR + 4}">{bar}</TD>'
-    return f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2"><TR>{cells}</TR></TABLE>'
+    return f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2" ALIGN="RIGHT"><TR>{cells}</TR></TABLE>'
 
 
 def _row(content: str, padding: int = 3) -> str:

@@ -22,24 +22,31 @@ class Payload:
     Attributes:
         step: Global step.
         texts: Markdown by tag.
+        tables: Header and rows by tag, for loggers that show tables as such.
         images: PNG files by tag.
         histograms: Values by tag.
+        scalars: Single values by tag, for loggers that take many at once.
         files: Paths of files for loggers that take artifacts.
         graph: A serialized GraphDef for TensorBoard's Graphs page.
     """
 
     step: int
     texts: Mapping[str, str] = field(default_factory=dict)
+    tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = field(default_factory=dict)
     images: Mapping[str, bytes] = field(default_factory=dict)
     histograms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    scalars: Mapping[str, float] = field(default_factory=dict)
     files: Sequence[Path] = ()
     graph: bytes | None = None
 
 
 def show(loggers: Sequence[Any], payload: Payload) -> None:
-    """Give each logger what it can show. TensorBoard everything; WandB images and tables; MLflow the files; others nothing here."""
+    """Give each logger what it can show. TensorBoard everything; WandB images, tables, histograms and curves; MLflow the files; others nothing here.
+
+    Loggers derived from these are treated as these.
+    """
     for logger in loggers:
-        give = _GIVERS.get(type(logger).__name__)
+        give = next((_GIVERS[kind.__name__] for kind in type(logger).__mro__ if kind.__name__ in _GIVERS), None)
         if give is None:
             continue
         try:
@@ -56,10 +63,14 @@ def _tensorboard(logger: Any, payload: Payload) -> None:
         pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
         writer.add_image(tag, pixels, payload.step, dataformats="HWC")
     for tag, values in payload.histograms.items():
-        finite = np.asarray(values, dtype=np.float64)
-        finite = finite[np.isfinite(finite)]
+        finite = _finite(values)
         if finite.size:
             writer.add_histogram(tag, finite, payload.step)
+    if payload.scalars:  # one event for all: a call for each would cost ten times as much
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in payload.scalars.items()]
+        writer._get_file_writer().add_summary(Summary(value=values), payload.step)
     if payload.graph is not None:
         from tensorboard.compat.proto.event_pb2 import Event
 
@@ -70,14 +81,29 @@ def _tensorboard(logger: Any, payload: Payload) -> None:
 def _wandb(logger: Any, payload: Payload) -> None:
     for tag, png in payload.images.items():
         logger.log_image(key=tag, images=[Image.open(io.BytesIO(png))], step=payload.step)
+    for tag, (header, rows) in payload.tables.items():
+        logger.log_table(key=tag, columns=list(header), data=[list(row) for row in rows], step=payload.step)
     for tag, text in payload.texts.items():
-        logger.log_text(key=tag, columns=["markdown"], data=[[text]], step=payload.step)
+        if tag not in payload.tables:
+            logger.log_text(key=tag, columns=["text"], data=[[text]], step=payload.step)
+    metrics: dict[str, Any] = dict(payload.scalars)
+    if payload.histograms:
+        import wandb
+
+        metrics |= {tag: wandb.Histogram(_finite(values)) for tag, values in payload.histograms.items()}
+    if metrics:
+        logger.log_metrics(metrics, step=payload.step)
 
 
 def _mlflow(logger: Any, payload: Payload) -> None:
     for path in payload.files:
         if path.exists():
             logger.experiment.log_artifact(logger.run_id, str(path), artifact_path="cco")
+
+
+def _finite(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    array = np.asarray(values, dtype=np.float64)
+    return array[np.isfinite(array)]
 
 
 _GIVERS: dict[str, Callable[[Any, Payload], None]] = {

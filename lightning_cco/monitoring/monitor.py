@@ -13,11 +13,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.render import render_png_bytes, save_pictures
+from lightning_cco.graph.render import save_pictures
 from lightning_cco.monitoring import tables
 from lightning_cco.monitoring.graph_def import graph_def
 from lightning_cco.monitoring.heat_map import heat_map
 from lightning_cco.monitoring.loggers import Payload, show
+from lightning_cco.monitoring.resolved import resolved_yaml
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings
@@ -25,6 +26,9 @@ from lightning_cco.suggestions import Suggestion, suggestions_yaml
 
 if TYPE_CHECKING:
     from lightning_cco.export import ExportReport
+
+
+_FOLLOWED = 30  # layers with a curve of their own: as many as a page can show
 
 
 class Monitor:
@@ -44,6 +48,8 @@ class Monitor:
         self.folder, self.loggers, self.enabled, self.draw = Path(folder), list(loggers), enabled, draw
         self.history: list[tuple[int, dict[str, float]]] = []
         self.extremes: dict[str, dict[str, float]] = {}
+        self.previous: dict[str, float] = {}
+        self.followed: list[str] = []
         self._rows: list[list[str]] = []
         self._step = 0
         self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cco-draw")
@@ -61,8 +67,8 @@ class Monitor:
         rank_zero_info(f"Parsed layers:\n{tables.parsed_layers(graph)}")
         self.on_plan(plan)
         if self.draw:
-            self._in_background(lambda: save_pictures(graph, self.folder / "model_init", title="model_init"))
-            self._draw_plan(plan, {}, step=0)
+            self._draw_init(graph)
+            self._draw_plan(plan, {}, step=0, when="before training")
         rank_zero_info(f"Pictures and recipes: {self.folder}")
 
     def on_plan(self, plan: QuantizationPlan) -> None:
@@ -70,7 +76,7 @@ class Monitor:
         if not self.enabled:
             return
         rank_zero_info("\n".join(tables.plan_lines(plan)))
-        self._write("resolved_recipe.yaml", lambda path: plan.resolved_settings().save(path))
+        self._write("resolved_recipe.yaml", lambda path: path.write_text(resolved_yaml(plan), encoding="utf-8"))
 
     def on_epoch(
         self,
@@ -82,6 +88,7 @@ class Monitor:
         settings: Settings,
         metrics: Mapping[str, float],
         original: Mapping[str, float],
+        directions: Mapping[str, str] | None = None,
     ) -> None:
         """Show an epoch.
 
@@ -94,6 +101,7 @@ class Monitor:
             settings: The recipe; the suggestions are merged with its rules.
             metrics: The epoch's metrics.
             original: Those of the float model before training.
+            directions: ``min`` or ``max`` by metric, where it is known which is better.
         """
         if not self.enabled:
             return
@@ -102,33 +110,43 @@ class Monitor:
         ordered = {name: qs[name] for name in plan.graph.names if name in qs}
         self.history = [entry for entry in self.history if entry[0] != epoch] + [(epoch, ordered)]
         self._remember(epoch, metrics)
+        said = [f"Summary of epoch {epoch}"]
         if metrics:
-            rank_zero_info(tables.metrics_table(epoch, metrics, original, self.extremes))
-        rank_zero_info(tables.sensitivity_table(report, plan))
-        rank_zero_info("\n".join(tables.suggestion_lines(suggestions)))
-        self._write("suggested_skips.yaml", lambda path: path.write_text(suggestions_yaml(suggestions, settings), encoding="utf-8"))
+            said.append(tables.metrics_table(metrics, original, self.previous, self.extremes, directions or {}))
+        said += ["", tables.sensitivity_table(report, plan), *tables.suggestion_lines(suggestions, settings), ""]
+        rank_zero_info("\n".join(said))
+        self.previous = dict(metrics)
+        suggested = suggestions_yaml(suggestions, settings, plan.suggestions)
+        self._write("suggested_skips.yaml", lambda path: path.write_text(suggested, encoding="utf-8"))
         self._write_csv(epoch, report, plan)
-        picture = heat_map(self.history, settings.global_quantization_settings.quantization_sensitivity_threshold)
-        self._write("heat_map.png", lambda path: picture.save(path, format="PNG"))
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
+        picture = self._draw_heat_map(suggestions, settings)
         rows = tables.sensitivity_rows(report, plan)
-        texts = {
-            "cco/sensitivity": tables.markdown_table(tables.SENSITIVITY_HEADER, rows),
-            "cco/suggestions": "\n".join(f"    {line}" for line in suggestions_yaml(suggestions, settings).splitlines()),
-        }
         first = len(self.history) == 1
+        if first:
+            self.followed = [entry.name for entry in report.worst_first()[:_FOLLOWED]]
         payload = Payload(
             step,
-            texts,
-            {"cco/heat_map": buffer.getvalue()},
-            {"cco/qs": list(qs.values())},
-            [self.folder / name for name in ("suggested_skips.yaml", "sensitivity.csv", "heat_map.png", "resolved_recipe.yaml")],
-            graph_def(plan, qs) if first else None,
+            texts={
+                "cco/sensitivity": tables.markdown_table(tables.SENSITIVITY_HEADER, rows),
+                "cco/suggestions": "\n".join(f"    {line}" for line in suggested.splitlines()),
+            },
+            tables={"cco/sensitivity": (tables.SENSITIVITY_HEADER, rows)},
+            images={"cco/heat_map": picture},
+            histograms={"cco/qs": list(qs.values())},
+            scalars={f"cco_qs/{name}": qs[name] for name in self.followed if name in qs},
+            files=[self.folder / name for name in ("suggested_skips.yaml", "sensitivity.csv", "heat_map.png", "resolved_recipe.yaml")],
+            graph=graph_def(plan, qs) if first else None,
         )
         show(self.loggers, payload)
         if self.draw:
-            self._draw_plan(plan, qs, step)
+            self._draw_plan(plan, qs, step, when=f"epoch {epoch}")
+
+    def _draw_heat_map(self, suggestions: Sequence[Suggestion], settings: Settings) -> bytes:
+        threshold = settings.global_quantization_settings.quantization_sensitivity_threshold
+        buffer = io.BytesIO()
+        heat_map(self.history, threshold, {suggestion.name for suggestion in suggestions}).save(buffer, format="PNG")
+        self._write("heat_map.png", lambda path: path.write_bytes(buffer.getvalue()))
+        return buffer.getvalue()
 
     def on_export(self, report: ExportReport) -> None:
         """Show what an export says of its file."""
@@ -138,16 +156,23 @@ class Monitor:
         text = "\n".join(f"    {line}" for line in str(report).splitlines())
         show(self.loggers, Payload(self._step, {"cco/export": text}, files=[path]))
 
-    def _draw_plan(self, plan: QuantizationPlan, qs: Mapping[str, float], step: int) -> None:
+    def _draw_init(self, graph: LayerGraph) -> None:
+        def draw() -> None:
+            self._show_picture("cco/model_init", save_pictures(graph, self.folder / "model_init", title="model_init"), step=0)
+
+        self._in_background(draw)
+
+    def _show_picture(self, tag: str, written: Mapping[str, Path], step: int) -> None:
+        if self.loggers and "png" in written:
+            files = [written[ending] for ending in ("svg", "png") if ending in written]
+            show(self.loggers, Payload(step, images={tag: written["png"].read_bytes()}, files=files))
+
+    def _draw_plan(self, plan: QuantizationPlan, qs: Mapping[str, float], step: int, when: str) -> None:
         """Draw in the background: the layout of a large net takes seconds, the training need not wait for it."""
 
         def draw() -> None:
-            save_pictures(plan.graph, self.folder / "model_post_preprocessing", plan, qs, "model_post_preprocessing")
-            if self.loggers:
-                png = render_png_bytes(plan.graph.to_pydot(plan, qs, fold=True))
-                if png is not None:
-                    files = [self.folder / f"model_post_preprocessing.{ending}" for ending in ("svg", "png")]
-                    show(self.loggers, Payload(step, images={"cco/graph": png}, files=files))
+            stem = self.folder / "model_post_preprocessing"
+            self._show_picture("cco/graph", save_pictures(plan.graph, stem, plan, qs, f"model_post_preprocessing, {when}"), step)
 
         self._in_background(draw)
 
@@ -214,6 +239,8 @@ class Monitor:
         return {
             "history": history,
             "extremes": {name: dict(best) for name, best in self.extremes.items()},
+            "previous": dict(self.previous),
+            "followed": list(self.followed),
             "rows": [list(row) for row in self._rows],
         }
 
@@ -221,4 +248,6 @@ class Monitor:
         """Go on from a history."""
         self.history = [(entry["epoch"], dict(entry["qs"])) for entry in state["history"]]
         self.extremes = {name: dict(best) for name, best in state["extremes"].items()}
+        self.previous = dict(state["previous"])
+        self.followed = list(state["followed"])
         self._rows = [list(row) for row in state["rows"]]

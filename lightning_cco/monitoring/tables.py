@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.monitoring.directions import best_of
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.sensitivity import SensitivityReport
+from lightning_cco.settings import Settings
 from lightning_cco.suggestions import Suggestion
 
 
@@ -49,9 +51,17 @@ def number(value: float) -> str:
 
 
 def parsed_layers(graph: LayerGraph) -> str:
-    """The map from module path to layer name."""
-    rows = [(layer.path or "-", layer.name, layer.kind) for layer in graph if layer.kind not in ("input", "output")]
+    """The map from module path to layer name; inputs by the argument that they are."""
+    rows = []
+    for layer in graph:
+        if layer.kind == "input":
+            rows.append((f"(argument {layer.attributes.get('argument', '')})", layer.name, layer.kind))
+        elif layer.kind != "output":
+            rows.append((layer.path or "-", layer.name, layer.kind))
     return text_table(["module", "layer", "kind"], rows)
+
+
+_MANY = 40  # layers with weights from which on each is no longer worth a line
 
 
 def plan_lines(plan: QuantizationPlan) -> list[str]:
@@ -63,16 +73,30 @@ def plan_lines(plan: QuantizationPlan) -> list[str]:
         lines.append(f"Skipped Quantization automatically for the Tail of the model: {names}")
     lines.append(f"# of all Layers      : {plan.counted}")
     lines.append(f"# of Quantized Layers: {len(plan.quantized)}")
-    for name, decision in plan.decisions.items():
-        if decision.weights_num_bits is not None:
-            lines.append(f"'{name}': using {decision.weights_num_bits} bits for Weight Quantization")
-    others = {name: reason for name, reason in plan.skipped.items() if name not in tail}
+    bits = {name: d.weights_num_bits for name, d in plan.decisions.items() if d.weights_num_bits is not None}
+    if len(bits) <= _MANY:
+        lines += [f"'{name}': using {count} bits for Weight Quantization" for name, count in bits.items()]
+    else:
+        for count in sorted(set(bits.values())):
+            names = ", ".join(f"'{name}'" for name, its in bits.items() if its == count)
+            lines.append(f"Using {count} bits for Weight Quantization: {names}")
     by_reason: dict[str, list[str]] = {}
-    for name, reason in others.items():
-        by_reason.setdefault(reason, []).append(name)
-    lines += [f"Not quantized ({reason}): {', '.join(group)}" for reason, group in by_reason.items()]
-    lines += [f"{boundary.direction}: from '{boundary.source}' to '{boundary.destination}'" for boundary in plan.boundaries]
+    for name, reason in plan.skipped.items():
+        if name not in tail:
+            said = f"Not quantized ({reason})" if plan.counts(name) else "Not counted (not part of the deployed model)"
+            by_reason.setdefault(said, []).append(name)
+    lines += [f"{said}: {', '.join(group)}" for said, group in by_reason.items()]
+    crossings: dict[tuple[str, str], list[str]] = {}
+    for boundary in plan.boundaries:
+        crossings.setdefault((boundary.direction, boundary.source), []).append(boundary.destination)
+    for (direction, source), destinations in crossings.items():
+        lines.append(f"{direction}: from '{source}' to " + ", ".join(f"'{name}'" for name in destinations))
     return lines
+
+
+def float_layers(plan: QuantizationPlan) -> str:
+    """The layers left in float, with the reason."""
+    return text_table(["layer", "why"], [(name, reason) for name, reason in plan.skipped.items() if plan.counts(name)])
 
 
 def sensitivity_rows(report: SensitivityReport, plan: QuantizationPlan) -> list[list[str]]:
@@ -102,57 +126,95 @@ def sensitivity_rows(report: SensitivityReport, plan: QuantizationPlan) -> list[
 SENSITIVITY_HEADER = ["layer", "module", "QS", "relative", "SQNR dB", "accumulated QS", "bits"]
 
 
-def sensitivity_table(report: SensitivityReport, plan: QuantizationPlan, most: int = 10) -> str:
-    """The most sensitive layers as text."""
+def sensitivity_table(report: SensitivityReport, plan: QuantizationPlan, most: int = 5) -> str:
+    """The most sensitive layers as text.
+
+    Args:
+        report: What was measured.
+        plan: What is quantized.
+        most: How many layers at most.
+    """
     rows = sensitivity_rows(report, plan)
-    table = text_table(SENSITIVITY_HEADER, rows[:most], right=[2, 3, 4, 5])
+    title = "Quantization Sensitivity (QS): how far rounding moves a layer's output; the most sensitive layers first"
+    table = f"{title}\n{text_table(SENSITIVITY_HEADER, rows[:most], right=[2, 3, 4, 5])}"
     return table if len(rows) <= most else f"{table}\n… and {len(rows) - most} less sensitive layers (all are in sensitivity.csv)"
 
 
-def suggestion_lines(suggestions: Sequence[Suggestion]) -> list[str]:
-    """What the log says of suggested skips."""
+def suggestion_lines(suggestions: Sequence[Suggestion], settings: Settings, most: int = 10) -> list[str]:
+    """What the log says of suggested skips.
+
+    Args:
+        suggestions: The suggestions, worst first.
+        settings: The recipe, for its thresholds.
+        most: How many suggestions at most.
+    """
+    general = settings.global_quantization_settings
     if not suggestions:
-        return ["Suggested skips: none, every layer is below the threshold."]
-    return ["Suggested skips:", *(f"  {s.name}: {s.reason}" for s in suggestions)]
+        limits = []
+        if general.quantization_sensitivity_threshold is not None:
+            limits.append(f"a QS above {number(general.quantization_sensitivity_threshold)}")
+        if general.quantization_sensitivity_relative_threshold is not None:
+            limits.append(f"a relative error above {general.quantization_sensitivity_relative_threshold:.4g}")
+        return [
+            f"Suggested skips: none; no quantized layer has {' or '.join(limits)}."
+            if limits
+            else "Suggested skips: none; no threshold is set."
+        ]
+    what = (
+        "applied from the next epoch on"
+        if general.automatic_skip_quantization
+        else "merge suggested_skips.yaml into the recipe to apply them"
+    )
+    lines = [f"Suggested skips ({what}):", *(f"  {s.name}: {s.reason}" for s in suggestions[:most])]
+    return lines if len(suggestions) <= most else [*lines, f"  … and {len(suggestions) - most} more"]
 
 
 def metrics_table(
-    epoch: int, values: Mapping[str, float], original: Mapping[str, float], extremes: Mapping[str, Mapping[str, float]]
+    values: Mapping[str, float],
+    original: Mapping[str, float],
+    previous: Mapping[str, float],
+    extremes: Mapping[str, Mapping[str, float]],
+    directions: Mapping[str, str],
 ) -> str:
-    """The end of an epoch: each metric's value, original value, difference, and the lowest and highest so far with their epochs.
+    """The end of an epoch: each metric's value, the original one, the difference, the change since the last epoch, and the best so far.
 
     Args:
-        epoch: Number of the epoch, from 0.
         values: Metrics of the epoch.
         original: Metrics of the float model before training.
+        previous: Metrics of the epoch before; empty in the first.
         extremes: By metric: ``lowest``, ``lowest_epoch``, ``highest``, ``highest_epoch``.
+        directions: By metric ``min`` or ``max``, where it is known which is better; elsewhere both ends are shown.
     """
     rows = []
     for name, value in values.items():
-        before = original.get(name)
-        best = extremes[name]
+        direction = directions.get(name)
+        best = best_of(extremes[name], direction)
+        ends = extremes[name]
         rows.append(
             [
                 name,
                 number(value),
-                number(before) if before is not None else "-",
-                difference(value, before) if before is not None else "-",
-                f"{number(best['lowest'])} (epoch {int(best['lowest_epoch'])})",
-                f"{number(best['highest'])} (epoch {int(best['highest_epoch'])})",
+                number(original[name]) if name in original else "-",
+                difference(value, original[name], direction) if name in original else "-",
+                difference(value, previous[name], percent=False) if name in previous else "-",
+                f"{number(best[0])} (epoch {best[1]})"
+                if best is not None
+                else f"{number(ends['lowest'])} to {number(ends['highest'])} (range)",
             ]
         )
-    header = ["metric", "value", "original", "difference", "lowest so far", "highest so far"]
-    return f"Summary of epoch {epoch}\n{text_table(header, rows, right=[1, 2, 3])}"
+    header = ["metric", "value", "original", "difference", "since last epoch", "best so far"]
+    return text_table(header, rows, right=[1, 2, 3, 4])
 
 
-def difference(value: float, before: float) -> str:
-    """Change from one value to another, absolute and in per cent.
+def difference(value: float, before: float, direction: str | None = None, percent: bool = True) -> str:
+    """Change from one value to another, and whether it is for the better.
 
-    >>> difference(0.75, 0.5), difference(0.5, 0.5), difference(1.0, 0.0)
-    ('↗ +0.25 (+50.0%)', '= 0', '↗ +1')
+    >>> difference(0.75, 0.5, "max"), difference(0.5, 0.5), difference(1.0, 0.0)
+    ('+0.25 (+50.0%) better', '0', '+1')
     """
     change = value - before
     if change == 0 or math.isnan(change):
-        return "= 0" if change == 0 else "nan"
-    percent = f" ({100 * change / abs(before):+.1f}%)" if before else ""
-    return f"{'↗' if change > 0 else '↘'} {change:+.4g}{percent}"
+        return "0" if change == 0 else "nan"
+    share = f" ({100 * change / abs(before):+.1f}%)" if before and percent else ""
+    verdict = "" if direction is None else " better" if (change > 0) == (direction == "max") else " worse"
+    return f"{change:+.4g}{share}{verdict}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_cco.errors import CCOError
+from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.capture import Capture, capture
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.graph.select import list_names
 from lightning_cco.quantization.plan import plan_quantization
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_cco.quantization.range_updates import sync_calibration, update_ranges, world_size
@@ -209,6 +211,7 @@ class QuantizedModel:
         sync_calibration(list(observed.values()))
         for key, quantizer in observed.items():
             self._finish(key, quantizer)
+        self._warn_of_zeros(observed)
         self.calibrated = True
         self.runtime.run = self.runtime._quantize
         torch._dynamo.reset()
@@ -218,10 +221,24 @@ class QuantizedModel:
         problem = quantizer.finish_calibration()
         if problem == "non_finite":
             layer = self.graph[key.partition(":")[0]]
+            where = f"module '{layer.path}', {layer.kind}" if layer.path else layer.kind
             raise CCOError(
-                f"calibrate: layer '{layer.name}' (module '{layer.path}', {layer.kind}) gave NaN or infinite values; finite ones were expected. "
+                f"calibrate: layer '{layer.name}' ({where}) gave NaN or infinite values; finite ones were expected. "
                 "Check the float model on the same batch (learning rate, input scaling, loss of precision in float16) before quantizing, "
                 f"or skip the layer: {{match: {layer.name}, skip_quantization: true}}."
+            )
+
+    def _warn_of_zeros(self, observed: Mapping[str, ActivationQuantizer]) -> None:
+        """Say which ranges are [0, 0]: until they move, everything that passes there becomes 0."""
+        zero = [key.partition(":")[0] for key, q in observed.items() if float(q.min_val) == float(q.max_val) == 0.0]
+        zero = [name for name in dict.fromkeys(zero) if name in self.plan.quantized]
+        if zero:
+            warnings.warn(
+                f"calibrate: nothing but zeros came out of {list_names(zero)}, so the range there is [0, 0]. It follows what comes in training, unless ranges "
+                "are frozen. If the zeros are not meant, check the batches (scaling, masks, dead units) or raise training_settings.stats_steps; "
+                f"if they are, the layer is better skipped: {{match: {zero[0]}, skip_quantization: true}}.",
+                CCOWarning,
+                stacklevel=3,
             )
 
     def _check_weights(self) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.ops import Category, is_known_kind, operation_of_kind
+from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.quantization.rules import Said, apply_rules
+from lightning_cco.quantization.skips import find_skips, warn_of_bits_for_nothing
 from lightning_cco.quantization.targets import TARGETS, Target
 from lightning_cco.settings import LayerRule, Settings, load_settings
 
@@ -75,6 +76,8 @@ class QuantizationPlan:
         boundaries: Where tensors pass between float and INT8.
         suggestions: Layers skipped because of their sensitivity.
         origins: For every tensor, by layer and output number, the one it got its values from, seen through value-preserving layers.
+        groups: For each layer inside a fused group, the next one in it.
+        forced: Layers that run in INT8 only because a rule asks for it by name.
     """
 
     graph: LayerGraph
@@ -84,6 +87,8 @@ class QuantizationPlan:
     boundaries: list[Boundary]
     suggestions: tuple[str, ...] = ()
     origins: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+    forced: frozenset[str] = frozenset()
     quantized: set[str] = field(init=False)
     skipped: dict[str, str] = field(init=False)
 
@@ -98,34 +103,31 @@ class QuantizationPlan:
     @property
     def counted(self) -> int:
         """Number of layers of the deployed model: outputs are no layers, dropout is not deployed."""
-        left_out = {Category.IDENTITY}
-        return sum(layer.kind != "output" and operation_of_kind(layer.kind).category not in left_out for layer in self.graph)
+        return sum(self.counts(name) for name in self.graph.names)
+
+    def counts(self, name: str) -> bool:
+        """Whether a layer is one of the deployed model."""
+        kind = self.graph[name].kind
+        return kind != "output" and operation_of_kind(kind).category is not Category.IDENTITY
 
     def resolved_settings(self) -> Settings:
-        """Settings that name every layer with its decision; planning with them gives this plan again."""
+        """Settings that name every layer with its decision; planning with them gives this plan again, with the reason ``setting`` for ``tail``."""
         settings = load_settings(self.settings)
         settings.global_quantization_settings.skip_tail_quantization = False
-        rules = []
+        settings.layer_settings = []
+        bits = self.output_bits()
         for layer in self.graph:
+            if layer.kind == "output":
+                continue
             decision = self.decisions[layer.name]
-            if decision.quantized:
-                bits = self._bits(layer.name)
-                rules.append(LayerRule(match=layer.name, weights_num_bits=bits[0], activations_num_bits=bits[1], skip_quantization=bits[2]))
-            elif decision.reason in ("tail", "setting", "suggestion", "integer"):
-                rules.append(LayerRule(match=layer.name, skip_quantization=True))
-        settings.layer_settings = rules
+            skip = True if not decision.quantized else False if layer.name in self.forced else None
+            rule = LayerRule(skip, weights_num_bits=decision.weights_num_bits, activations_num_bits=bits.get(layer.name), match=layer.name)
+            settings.layer_settings.append(rule)
         return settings
 
-    def _bits(self, name: str) -> tuple[int | None, int | None, bool | None]:
-        decision = self.decisions[name]
-        tensor = self.tensors.get(name)
-        forced = False if self._forced(name) else None
-        return decision.weights_num_bits, tensor.num_bits if tensor is not None else None, forced
-
-    def _forced(self, name: str) -> bool:
-        """Whether the layer is quantized only because a rule asks for it by name."""
-        layer = self.graph[name]
-        return _intrinsic(layer, TARGETS[self.settings.deployment_settings.target_framework])[0] == "rule" and layer.kind != "batch_norm"
+    def output_bits(self) -> dict[str, int]:
+        """Bits of each layer's fake-quantized output, whether the layer itself runs in INT8 or only what reads it."""
+        return {spec.layer: spec.num_bits for spec in self.tensors.values()}
 
 
 def plan_quantization(graph: LayerGraph, settings: Settings | None = None, suggestions: Iterable[str] = ()) -> QuantizationPlan:
@@ -142,65 +144,17 @@ def plan_quantization(graph: LayerGraph, settings: Settings | None = None, sugge
     settings = load_settings(settings)
     target = TARGETS[settings.deployment_settings.target_framework]
     said = apply_rules(graph, settings.layer_settings)
+    warn_of_bits_for_nothing(graph, settings.layer_settings)
     suggestions = tuple(suggestions)
     unknown = [name for name in suggestions if name not in graph]
     if unknown:
         raise CCOError(
             f"suggestions: no layer is named {unknown}. Suggestions are layer names of this graph, such as {list(graph.names[:3])}."
         )
-    skips = _skips(graph, settings, said, suggestions, target)
-    return _Planner(graph, settings, target, said, skips, suggestions).plan()
-
-
-def _intrinsic(layer: Layer, target: Target) -> tuple[str, str]:
-    """Why a layer can't run in INT8 whatever the settings say; two empty texts if it can."""
-    category = operation_of_kind(layer.kind).category
-    if layer.kind == "output":
-        return "output", ""
-    if layer.note == "integer":
-        what = "its values are integers (indices or counts)" if layer.kind == "input" else "it computes integers"
-        return "integer", f"{what}, which are never quantized"
-    if layer.note:
-        return "unsupported", layer.note
-    if category is Category.IDENTITY:
-        return "rule", "dropout is not part of the deployed model"
-    if category is Category.PRESERVE or layer.kind == "input":
-        return "", ""
-    if layer.kind in target.int8_kinds:
-        return "", ""
-    if layer.kind == "batch_norm":
-        return "rule", "batch norm runs in INT8 only where it folds into the quantized layer before it"
-    if is_known_kind(layer.kind):
-        return "rule", f"{layer.kind} is computed in float by {target.name}"
-    return "unsupported", f"{layer.kind} has no INT8 form here"
-
-
-def _skips(
-    graph: LayerGraph, settings: Settings, said: dict[str, Said], suggestions: Collection[str], target: Target
-) -> dict[str, tuple[str, str]]:
-    """Reason and detail for every layer that is not to be quantized."""
-    tail = graph.tail() if settings.global_quantization_settings.skip_tail_quantization else set()
-    skips: dict[str, tuple[str, str]] = {}
-    for layer in graph:
-        entry = said.get(layer.name, Said())
-        reason, detail = _intrinsic(layer, target)
-        asked = entry.skip is False and entry.skip_exactness >= 2
-        if asked and (reason in ("integer", "unsupported") or operation_of_kind(layer.kind).category is Category.IDENTITY):
-            raise CCOError(
-                f"layer_settings: {entry.skip_by} asks to quantize layer '{layer.name}' (kind {layer.kind}), which is impossible: {detail}. "
-                f"Remove skip_quantization: false; to quantize what reads it, name that layer: {list(graph.successors(layer.name))}."
-            )
-        if reason and not (asked and reason == "rule"):
-            skips[layer.name] = (reason, detail)
-        elif entry.skip:
-            skips[layer.name] = ("setting", f"skip_quantization: true from {entry.skip_by}")
-        elif entry.skip is False:
-            continue
-        elif layer.name in suggestions:
-            skips[layer.name] = ("suggestion", "its Quantization Sensitivity was above the threshold")
-        elif layer.name in tail:
-            skips[layer.name] = ("tail", "between an output and the last weighted layer before it")
-    return skips
+    skips, forced = find_skips(graph, settings, said, suggestions, target)
+    plan = _Planner(graph, settings, target, said, skips, suggestions).plan()
+    plan.forced = forced
+    return plan
 
 
 class _Planner:
@@ -239,7 +193,9 @@ class _Planner:
                     tensors[spec.key] = spec
         made = {(spec.layer, spec.output) for spec in tensors.values()}
         decisions = {layer.name: self._decision(layer, made) for layer in graph}
-        return QuantizationPlan(graph, self.settings, decisions, tensors, self._boundaries(decisions), self.suggestions, self.origin)
+        return QuantizationPlan(
+            graph, self.settings, decisions, tensors, self._boundaries(decisions), self.suggestions, self.origin, self.fused_into
+        )
 
     def _passes(self, name: str) -> bool:
         return self.category[name] in (Category.PRESERVE, Category.IDENTITY)
@@ -256,7 +212,7 @@ class _Planner:
 
     def _quantizable(self, key: tuple[str, int]) -> bool:
         layer = self.graph[key[0]]
-        if layer.kind == "input" and self.said.get(layer.name, Said()).skip:
+        if layer.kind == "input" and layer.name in self.skips:
             return False
         return self._is_float(key) and (not layer.quantizable_outputs or layer.quantizable_outputs[key[1]])
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.settings import LayerRule
 
-# How exactly a rule names a layer; the more exact rule wins over the wider one.
+# How exactly a rule names a layer; the more exact rule wins over the wider one, and the inner container over the outer.
 _WIDE, _CONTAINER, _PATH, _NAME = range(4)
+BY_ITSELF = _PATH
+"""From here on a rule names the one layer."""
 
 
 @dataclass
@@ -19,32 +21,33 @@ class Said:
 
     skip: bool | None = None
     skip_by: str = ""
-    skip_exactness: int = -1
+    skip_exactness: float = -1
     weights_num_bits: int | None = None
-    weights_exactness: int = -1
+    weights_exactness: float = -1
     weights_by: str = ""
     activations_num_bits: int | None = None
-    activations_exactness: int = -1
+    activations_exactness: float = -1
     activations_by: str = ""
 
 
 def apply_rules(graph: LayerGraph, rules: Sequence[LayerRule]) -> dict[str, Said]:
     """Resolve every rule against the graph.
 
-    A rule that names a layer more exactly (name, then path, then container, then glob or range) wins over a wider one.
+    A rule that names a layer more exactly (name, then path, then the inner container, then the outer, then glob or range) wins over a wider one.
 
     Raises:
         CCOError: A rule matches nothing, a destination can't be reached, or two equally exact rules contradict each other.
     """
     said: dict[str, Said] = {}
 
-    def say(name: str, part: str, value: object, exactness: int, by: str) -> None:
+    def say(name: str, part: str, value: object, exactness: float, by: str) -> None:
         entry = said.setdefault(name, Said())
         known, known_exactness, known_by = getattr(entry, part), getattr(entry, _EXACTNESS[part]), getattr(entry, _BY[part])
         if known is not None and known != value and known_exactness == exactness:
             raise CCOError(
                 f"layer_settings: two rules contradict each other on layer '{name}': {known_by} says {_WORDS[part]}: {_yaml(known)}, "
-                f"{by} says {_WORDS[part]}: {_yaml(value)}. Remove one of them, or name the layer itself in the one that should win."
+                f"{by} says {_WORDS[part]}: {_yaml(value)}. Remove one of them"
+                + ("." if exactness == _NAME else ", or name the layer itself in the one that should win.")
             )
         if exactness >= known_exactness:
             setattr(entry, part, value)
@@ -52,24 +55,34 @@ def apply_rules(graph: LayerGraph, rules: Sequence[LayerRule]) -> dict[str, Said
             setattr(entry, _BY[part], by)
 
     for rule in rules:
-        by = f"the rule '{rule.match}'"
-        for name in graph.select(rule.match):
-            exactness = _exactness(graph, rule.match, name)
-            if rule.skip_quantization is not None:
-                say(name, "skip", rule.skip_quantization, exactness, by)
-            if rule.skip_quantization and rule.skip_quantization_until:
-                until = [layer for pattern in rule.skip_quantization_until for layer in graph.select(pattern)]
-                targets = ", ".join(f"'{pattern}'" for pattern in rule.skip_quantization_until)
-                for inside in graph.between(name, until) - {name}:
-                    say(inside, "skip", True, _WIDE, f"{by} until {targets}")
-            if rule.skip_quantization and rule.skip_quantization_downstream:
-                for inside in graph.downstream(name) - {name}:
-                    say(inside, "skip", True, _WIDE, f"{by} and everything downstream")
-            if rule.weights_num_bits is not None:
-                say(name, "weights_num_bits", rule.weights_num_bits, exactness, by)
-            if rule.activations_num_bits is not None:
-                say(name, "activations_num_bits", rule.activations_num_bits, exactness, by)
+        try:
+            _apply(graph, rule, say)
+        except CCOError as error:
+            if str(error).startswith("layer_settings"):
+                raise
+            raise CCOError(f"layer_settings (match: {rule.match}): {error}") from None
     return said
+
+
+def _apply(graph: LayerGraph, rule: LayerRule, say: Callable[[str, str, object, float, str], None]) -> None:
+    by = f"the rule '{rule.match}'"
+    names = graph.select(rule.match)
+    if rule.skip_quantization and rule.skip_quantization_until:
+        until = list(dict.fromkeys(layer for pattern in rule.skip_quantization_until for layer in graph.select(pattern)))
+        targets = ", ".join(f"'{pattern}'" for pattern in rule.skip_quantization_until)
+        for inside in graph.between(names, until).difference(names):
+            say(inside, "skip", True, _WIDE, f"{by} until {targets}")
+    if rule.skip_quantization and rule.skip_quantization_downstream:
+        for inside in graph.downstream(names).difference(names):
+            say(inside, "skip", True, _WIDE, f"{by} and everything downstream")
+    for name in names:
+        exactness = _exactness(graph, rule.match, name)
+        if rule.skip_quantization is not None:
+            say(name, "skip", rule.skip_quantization, exactness, by)
+        if rule.weights_num_bits is not None:
+            say(name, "weights_num_bits", rule.weights_num_bits, exactness, by)
+        if rule.activations_num_bits is not None:
+            say(name, "activations_num_bits", rule.activations_num_bits, exactness, by)
 
 
 _EXACTNESS = {"skip": "skip_exactness", "weights_num_bits": "weights_exactness", "activations_num_bits": "activations_exactness"}
@@ -81,10 +94,12 @@ def _yaml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _exactness(graph: LayerGraph, pattern: str, name: str) -> int:
+def _exactness(graph: LayerGraph, pattern: str, name: str) -> float:
     path = pattern.removeprefix("path:")
     if pattern == name:
         return _NAME
     if path == graph[name].path:
         return _PATH
-    return _CONTAINER if graph[name].path.startswith(f"{path}.") else _WIDE
+    if graph[name].path.startswith(f"{path}."):
+        return _CONTAINER + (path.count(".") + 1) / 1000
+    return _WIDE

@@ -1,0 +1,31 @@
+"""The resolved recipe as a text that people read: every layer with its decision, and why."""
+
+from __future__ import annotations
+
+import yaml
+
+from lightning_cco.quantization.plan import QuantizationPlan
+from lightning_cco.suggestions import rule_yaml
+
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+def resolved_yaml(plan: QuantizationPlan) -> str:
+    """A recipe with a rule for every layer; planning with it gives the plan again.
+
+    Args:
+        plan: The plan; behind each rule stands the layer's module and what is done to it.
+    """
+    plain = plan.resolved_settings().to_dict()
+    rules = plain.pop("layer_settings")
+    lines = [
+        "# Every layer with its decision (the tail is among them, hence skip_tail_quantization: false). Can be fed back as it is.",
+        yaml.dump(plain, Dumper=_DUMPER, sort_keys=False, allow_unicode=True).rstrip(),
+        "layer_settings:",
+    ]
+    for rule in rules:
+        name = rule["match"]
+        path = plan.graph[name].path
+        done = "quantized" if name in plan.quantized else f"not quantized, {plan.skipped[name]}"
+        lines.append(f"  - {rule_yaml(rule)}  # {f'{path}: ' if path else ''}{done}")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,108 @@
+"""Models with several outputs: each branch walks up to its own first weighted layer, whatever the outputs come in."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_cco import capture_graph, plan_quantization
+from lightning_cco.quantization.plan import QuantizationPlan
+
+
+@dataclass
+class Boxes:
+    scores: Tensor
+    boxes: Tensor
+    level: int = 2
+
+
+Pair = namedtuple("Pair", ["scores", "boxes"])
+
+
+class Detector(nn.Module):
+    """Two levels of features, on each a convolution for scores and one for boxes, reshaped and joined over the levels."""
+
+    def __init__(self, pack: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.pack = pack
+        self.stem, self.deeper = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.scores, self.boxes = (nn.ModuleList(nn.Conv2d(8, 4, 1) for _ in range(2)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Any:
+        fine = F.relu(self.stem(x))
+        levels = (fine, F.relu(self.deeper(fine)))
+        scores = [head(level).permute(0, 2, 3, 1).reshape(len(x), -1, 4) for head, level in zip(self.scores, levels, strict=True)]
+        boxes = [head(level).permute(0, 2, 3, 1).reshape(len(x), -1, 4) for head, level in zip(self.boxes, levels, strict=True)]
+        return self.pack(torch.cat(scores, 1).sigmoid(), torch.cat(boxes, 1))
+
+
+class AuxiliaryUNet(nn.Module):
+    """A U-Net whose middle gives a prediction of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.down2 = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1)
+        self.up, self.join = nn.ConvTranspose2d(8, 4, 2, 2), nn.Conv2d(8, 4, 3, padding=1)
+        self.main, self.auxiliary = nn.Conv2d(4, 2, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        first = F.relu(self.down1(x))
+        second = F.relu(self.down2(F.max_pool2d(first, 2)))
+        auxiliary = F.interpolate(self.auxiliary(second), scale_factor=2.0).sigmoid()
+        joined = F.relu(self.join(torch.cat([self.up(second), first], 1)))
+        return {"main": self.main(joined).sigmoid(), "auxiliary": auxiliary}
+
+
+def tail_modules(plan: QuantizationPlan) -> tuple[set[str], set[str]]:
+    """Modules of the weighted layers in the tail, and kinds of the others there."""
+    tail = [plan.graph[name] for name, reason in plan.skipped.items() if reason.startswith("tail")]
+    return {layer.path for layer in tail if layer.weighted}, {layer.kind for layer in tail if not layer.weighted}
+
+
+@pytest.mark.parametrize(
+    ("pack", "keys"),
+    [
+        pytest.param(lambda scores, boxes: (scores, boxes), ["0", "1"], id="tuple"),
+        pytest.param(lambda scores, boxes: [scores, (boxes,)], ["0", "1.0"], id="nested"),
+        pytest.param(lambda scores, boxes: {"scores": scores, "boxes": boxes}, ["scores", "boxes"], id="dict"),
+        pytest.param(Boxes, ["scores", "boxes"], id="dataclass"),
+        pytest.param(Pair, ["0", "1"], id="namedtuple"),
+        pytest.param(
+            lambda scores, boxes: {"detections": Boxes(scores, boxes)}, ["detections.scores", "detections.boxes"], id="dataclass_in_dict"
+        ),
+    ],
+)
+def test_detection_heads(pack: Callable[[Tensor, Tensor], Any], keys: list[str]) -> None:
+    graph = capture_graph(Detector(pack), torch.randn(2, 3, 16, 16))
+    assert [graph[name].attributes["key"] for name in graph.outputs] == keys
+    plan = plan_quantization(graph)
+    weighted, others = tail_modules(plan)
+    assert weighted == {"scores.0", "scores.1", "boxes.0", "boxes.1"}
+    assert others == {"permute", "reshape", "concat", "sigmoid"}
+    assert {graph[name].path for name in plan.quantized if graph[name].weighted} == {"stem", "deeper"}
+
+
+def test_a_u_net_with_an_auxiliary_output() -> None:
+    plan = plan_quantization(capture_graph(AuxiliaryUNet(), torch.randn(2, 1, 8, 8)))
+    assert tail_modules(plan) == ({"main", "auxiliary"}, {"interpolate", "sigmoid"})
+    assert {plan.graph[name].path for name in plan.quantized if plan.graph[name].weighted} == {"down1", "down2", "up", "join"}
+
+
+def test_features_returned_beside_the_logits_end_nothing() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            features = F.relu(self.body(x))
+            return {"features": features, "logits": self.head(features)}
+
+    assert tail_modules(plan_quantization(capture_graph(Encoder(), torch.randn(2, 4)))) == ({"head"}, set())
