@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.check import check_file
+from lightning_cco.export.check import call_of, check_file
 from lightning_cco.export.emit import Emitter
 from lightning_cco.export.report import ExportReport
 from lightning_cco.graph.frames import tensors_in
@@ -32,6 +32,7 @@ def export_onnx(
     path: str | Path,
     example_args: Sequence[Any] = (),
     example_kwargs: Mapping[str, Any] | None = None,
+    batches: Iterable[Any] = (),
     dynamic_batch: bool = True,
     check: bool = True,
     min_sqnr_db: float = 15.0,
@@ -47,6 +48,7 @@ def export_onnx(
         path: Where to write.
         example_args: Positional arguments of one forward.
         example_kwargs: Keyword arguments of it.
+        batches: What the file is checked on, as in `QuantizedModel.calibrate`; by default the example.
         dynamic_batch: Let the first axis of every input vary.
         check: Run the file in ONNX Runtime and compare.
         min_sqnr_db: The check fails below this signal-to-noise ratio of the outputs.
@@ -72,7 +74,7 @@ def export_onnx(
             emitter = _write(quantized, temporary, args, kwargs, dynamic_batch, options)
             report = ExportReport(str(path), temporary.stat().st_size, _float_size(quantized), notes=_notes(quantized))
             if check:
-                check_file(quantized, temporary, emitter, args, kwargs, report)
+                check_file(quantized, temporary, emitter, [call_of(batch) for batch in batches] or [(args, kwargs)], report)
                 _judge(report, min_sqnr_db)
             os.replace(temporary, path)
             data = temporary.with_name(f"{temporary.name}.data")
@@ -111,6 +113,7 @@ def _write(
                 "If a part of it is not needed in deployment, export the submodule that is; if the batch size is fixed in the code, pass dynamic_batch=False."
             ) from error
     assert program is not None
+    _fix_shapes(program.model)
     _name_nodes(program.model.graph, emitter.order)
     emitter.modules = _take_modules(program.model.graph)
     _name_outputs(program.model.graph, outputs)
@@ -124,6 +127,26 @@ def _write(
     )
     program.save(str(path))
     return emitter
+
+
+def _fix_shapes(model: Any) -> None:
+    """Write a shape of known sizes and one unknown as a constant with -1: engines then need not put it together in every run."""
+    import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    for node in model.graph:
+        maker = node.inputs[1].producer() if node.op_type == "Reshape" else None
+        if maker is None or maker.op_type != "Concat":
+            continue
+        known = [onnx_ir.convenience.get_const_tensor(value) for value in maker.inputs]
+        sizes = [size for tensor in known for size in ([-1] if tensor is None else tensor.numpy().tolist())]
+        if sizes.count(-1) == 1 and sum(tensor is None for tensor in known) == 1 and 0 not in sizes:
+            name = f"{node.outputs[0].name}_shape"
+            value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(sizes, onnx_ir.DataType.INT64, name=name))
+            value.shape, value.dtype = onnx_ir.Shape([len(sizes)]), onnx_ir.DataType.INT64
+            model.graph.initializers[name] = value
+            node.replace_input_with(1, value)
+    RemoveUnusedNodesPass()(model)
 
 
 def _name_nodes(graph: Any, order: list[str]) -> None:
