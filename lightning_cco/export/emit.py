@@ -35,12 +35,14 @@ class Emitter:
     Attributes:
         order: Quantizer name of each QuantizeLinear, in the order written.
         modules: Module path of each node of the file, by the node's name.
+        reached: The last layer that a forward came to.
         folded: Names of the batch norms that went into the weights before them.
     """
 
     def __init__(self, quantized: QuantizedModel, opset: int = 20) -> None:
         self.quantized, self.opset = quantized, opset
         self.order: list[str] = []
+        self.reached = ""
         self.modules: dict[str, str] = {}
         self.weights: dict[str, list[IntegerWeight]] = {}
         self.biases: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -76,6 +78,7 @@ class Emitter:
             index = frame.counts.get(kind, 0)
             frame.counts[kind] = index + 1
             site = self._sites.get((id(frame.node), kind, index))
+            self.reached = site.layer if site is not None else self.reached
             return func(*args, **kwargs) if site is None else handle(site, func, args, kwargs)
 
         before, frames.handle = frames.handle, find
