@@ -333,7 +333,10 @@ class CCOCallback(pl.Callback):
                     "CCOCallback.export: no example of forward's arguments is known. Pass example_args=(tensor, ...) or example_kwargs={...}."
                 )
             device = next(self.quantized.model.parameters()).device
-            example_args, example_kwargs = forward_arguments(self.quantized.model, move_data_to_device(self._held[0], device))
+            calls = [forward_arguments(self.quantized.model, move_data_to_device(batch, device)) for batch in self._held]
+            example_args, example_kwargs = calls[0]
+            if not str(path).endswith(".pt2"):
+                options.setdefault("batches", [kwargs or args for args, kwargs in calls])
         written = self.quantized.export(path, example_args, example_kwargs, **options)
         if hasattr(written, "save") and self._monitor is not None:
             self._monitor.on_export(written)

@@ -294,3 +294,33 @@ def test_masked_scores_stay_in_float() -> None:
     assert found.skipped["add"].startswith("unsupported")
     assert "add" not in found.tensors
     assert "softmax" in found.tensors
+
+
+class Residual(nn.Module):
+    """A residual stream between layer norms, with attention: as in every transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out, self.head = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        return self.head(x + self.out(nn.functional.scaled_dot_product_attention(q, k, v)))
+
+
+def test_a_product_is_rounded_only_where_an_int8_layer_reads_it() -> None:
+    graph = capture_graph(Residual(), torch.randn(2, 5, 8))
+    found = plan_quantization(graph)
+    assert list(found.tensors) == ["layer_norm", "scaled_dot_product_attention"]  # what the two linear layers read
+    assert found.skipped["add"] == "rule: float layers are before and behind it"
+    assert found.skipped["scaled_dot_product_attention"] == "rule: scaled_dot_product_attention is computed in float by ort"
+    asked = plan_quantization(graph, load_settings({"layer_settings": [{"match": "add", "skip_quantization": False}]}))
+    assert set(asked.tensors) == {"input_0", "layer_norm", "scaled_dot_product_attention", "linear_1", "add"}
+
+
+@pytest.mark.parametrize("target", ["openvino", "tensorrt"])
+def test_other_engines_multiply_attention_in_int8(target: str) -> None:
+    graph = capture_graph(Residual(), torch.randn(2, 5, 8))
+    found = plan_quantization(graph, load_settings({"deployment_settings": {"target_framework": target}}))
+    assert "scaled_dot_product_attention" in found.quantized
+    assert "linear" in found.tensors  # q, k and v, rounded where they are made

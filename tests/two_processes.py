@@ -1,4 +1,4 @@
-"""Run by tests, as ``python two_processes.py FOLDER CASE``: fits on two gloo processes and saves what each rank ended with."""
+"""Run by tests, as ``python two_processes.py FOLDER CASE [EXPORT_DIR]``: fits on two gloo processes and saves what each rank ended with."""
 
 from __future__ import annotations
 
@@ -102,11 +102,11 @@ def spawned(folder: Path) -> None:
     torch.save(kept, folder / "result.pt")
 
 
-def main(folder: Path, case: str) -> None:
+def main(folder: Path, case: str, export_dir: str | None = None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     make, strategy, options = CASES[case]
-    cco, losses, model = quick(), Losses(), make()
+    cco, losses, model = quick(deployment_settings={"export_dir": export_dir}), Losses(), make()
     trainer = make_trainer(folder, cco, losses, max_epochs=2, devices=2, strategy=strategy(), num_sanity_val_steps=1, **options)
     trainer.fit(model, partial() if case == "ddp_accumulate" else batches(), batches())
     kept = {
@@ -125,4 +125,4 @@ if __name__ == "__main__":
     if sys.argv[2] == "ddp_spawn":
         spawned(Path(sys.argv[1]))
     else:
-        main(Path(sys.argv[1]), sys.argv[2])
+        main(Path(sys.argv[1]), *sys.argv[2:])

@@ -4,50 +4,117 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from lightning_cco.errors import CCOError
 from lightning_cco.export.emit import Emitter
-from lightning_cco.export.report import ExportReport, LayerDifference
+from lightning_cco.export.report import ExportReport, FloatIsland, LayerDifference
 from lightning_cco.graph.frames import tensors_in
 from lightning_cco.quantization.model import QuantizedModel
 from lightning_cco.quantization.quantizer import ActivationQuantizer
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one forward."""
+
 _CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
-_INTEGER = ("QLinear", "QGemm", "QAttention", "ConvInteger", "MatMulInteger", "QEmbed", "QOrdered")
-_HEAVY = {"Conv", "ConvTranspose", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add", "Mul", "Concat", "LSTM", "GRU", "RNN", "Attention",
-          "MultiHeadAttention", "GlobalAveragePool", "AveragePool", "NhwcFusedConv"}  # fmt: skip
+_INTEGER = ("QLinear", "QGemm", "QAttention", "ConvInteger", "MatMulInteger", "MatMulNBits", "QEmbed", "QOrdered")
+_PRODUCTS = {"linear", "matmul", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
+_AVERAGES = {"avg_pool", "adaptive_avg_pool", "mean"}
+_HEAVY = {
+    "Conv": {"conv"},
+    "FusedConv": {"conv"},
+    "NhwcFusedConv": {"conv"},
+    "ConvTranspose": {"conv_transpose"},
+    "Gemm": _PRODUCTS,
+    "FusedGemm": _PRODUCTS,
+    "MatMul": _PRODUCTS,
+    "FusedMatMul": _PRODUCTS,
+    "GlobalAveragePool": _AVERAGES,
+    "AveragePool": _AVERAGES,
+    "Add": {"add"},
+    "Sub": {"sub"},
+    "Mul": {"mul"},
+    "Div": {"div"},
+    "Concat": {"concat", "stack"},
+    "LSTM": {"lstm"},
+    "GRU": {"gru"},
+    "RNN": {"rnn"},
+}
+"""Operators with weights or two inputs, and the kinds of layer that they come from."""
 
 
-def check_file(
-    quantized: QuantizedModel, path: Path, emitter: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any], report: ExportReport
-) -> None:
-    """Fill a report with what a run of the file shows.
+def call_of(batch: Any) -> Call:
+    """The arguments that a batch stands for: a mapping gives keyword arguments, a tuple or list positional ones, anything else the one argument."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
+
+
+def check_file(quantized: QuantizedModel, path: Path, emitter: Emitter, calls: Sequence[Call], report: ExportReport) -> None:
+    """Fill a report with what runs of the file show.
 
     Args:
         quantized: The model, the reference.
         path: The file.
         emitter: What wrote it.
-        args: Positional arguments to run both with.
-        kwargs: Keyword arguments.
+        calls: What to run both on.
         report: Filled in place.
+
+    Raises:
+        CCOError: The file's outputs are not those of the model: another number, or another shape.
     """
-    reference: dict[str, Tensor] = {}
+    _read_optimized(quantized, _optimized(path), emitter.modules, report)
+    names = list(dict.fromkeys(emitter.order))
+    session, tensors = _inspected(path, names)
+    sums = _Sums()
+    for args, kwargs in calls:
+        feeds = _feeds(session, args, kwargs)
+        if not _fits(session, feeds):
+            continue
+        report.batches += 1
+        reference: dict[str, Tensor] = {}
 
-    def keep(name: str, output: Tensor | ActivationQuantizer, _: Tensor) -> None:
-        assert isinstance(output, Tensor)
-        reference.setdefault(name, output.detach().clone())
+        def keep(name: str, output: Tensor | ActivationQuantizer, _: Tensor, reference: dict[str, Tensor] = reference) -> None:
+            assert isinstance(output, Tensor)
+            reference.setdefault(name, output.detach().clone())
 
-    with quantized.evaluating(), quantized.runtime.doing("record_quantized", keep):
-        outputs = [tensor.detach().cpu().double().numpy() for _, tensor in tensors_in(quantized.model(*args, **kwargs))]
-    feeds = [tensor.detach().cpu().numpy() for _, tensor in tensors_in([args, kwargs])]
-    results, optimized = _run(path, feeds)
-    _compare(outputs, results, report)
-    _read_optimized(optimized, emitter.modules, report)
-    _compare_layers(quantized, path, emitter, feeds, reference, report)
+        with quantized.evaluating(), quantized.runtime.doing("record_quantized", keep):
+            expected = [_array(tensor) for _, tensor in tensors_in(quantized.model(*args, **kwargs))]
+        results = session.run(None, feeds)
+        count = len(results) - len(tensors)
+        sums.outputs(expected, results[:count])
+        for key, got in zip(tensors, results[count:], strict=True):
+            wanted = reference.get(key)
+            if wanted is not None and tuple(wanted.shape) == got.shape:
+                sums.layer(key, np.abs(got - wanted.float().cpu().numpy()) / float(quantized.activations[key].scale))
+    sums.tell(report, tensors)
+
+
+def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    return tensor.detach().cpu().double().numpy()
+
+
+def _feeds(session: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """Arrays by the file's names of its inputs: keyword arguments by name, where they are single tensors, else in order."""
+    names = [entry.name for entry in session.get_inputs()]
+    named = {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and name in names}
+    others = [tensor for _, tensor in tensors_in([args, {name: value for name, value in kwargs.items() if name not in named}])]
+    left = [name for name in names if name not in named]
+    return {name: tensor.detach().cpu().numpy() for name, tensor in [*named.items(), *zip(left, others, strict=False)]}
+
+
+def _fits(session: Any, feeds: dict[str, np.ndarray[Any, Any]]) -> bool:
+    """Whether arrays have the sizes that the file fixes: held batches may be of other lengths than the example."""
+    return all(
+        all(not isinstance(size, int) or size == given for size, given in zip(entry.shape, feeds[entry.name].shape, strict=True))
+        for entry in session.get_inputs()
+        if entry.name in feeds
+    )
 
 
 def _session(model: Any, **options: Any) -> Any:
@@ -60,68 +127,97 @@ def _session(model: Any, **options: Any) -> Any:
     return ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
 
 
-def _run(path: Path, feeds: list[np.ndarray[Any, Any]]) -> tuple[list[np.ndarray[Any, Any]], Any]:
+def _optimized(path: Path) -> Any:
+    """The graph that the engine makes of the file."""
     import onnx
 
     optimized = path.with_name("optimized.onnx")
-    session = _session(str(path), optimized_model_filepath=str(optimized))
-    results = session.run(None, {entry.name: feed for entry, feed in zip(session.get_inputs(), feeds, strict=False)})
-    return results, onnx.load(str(optimized), load_external_data=False)
+    _session(str(path), optimized_model_filepath=str(optimized))
+    return onnx.load(str(optimized), load_external_data=False)
 
 
-def _compare(outputs: list[np.ndarray[Any, Any]], results: list[np.ndarray[Any, Any]], report: ExportReport) -> None:
-    floats = [
-        (expected, got.astype(np.float64))
-        for expected, got in zip(outputs, results, strict=False)
-        if expected.shape == got.shape and expected.size
-    ]
-    noise = sum(float(np.square(got - expected).sum()) for expected, got in floats)
-    signal = sum(float(np.square(expected).sum()) for expected, _ in floats)
-    report.sqnr_db = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal > 0 and math.isfinite(noise) else -math.inf
-    report.largest_difference = max((float(np.abs(got - expected).max()) for expected, got in floats), default=math.nan)
-    if floats and floats[0][0].ndim:
-        expected, got = floats[0]
-        report.agreement = float((expected.argmax(-1) == got.argmax(-1)).mean())
-
-
-def _read_optimized(model: Any, modules: dict[str, str], report: ExportReport) -> None:
-    kinds: Counter[str] = Counter()
-    islands: list[str] = []
-    initializers = {entry.name for entry in model.graph.initializer}
-    for node in model.graph.node:
-        kinds[node.op_type] += 1
-        if node.op_type in _HEAVY and sum(name not in initializers for name in node.input) > 0:
-            module = modules.get(node.name.partition("/")[0], "")
-            islands.append(f"{module} ({node.op_type})" if module else node.op_type)
-    report.integer_nodes = {kind: count for kind, count in kinds.items() if kind.startswith(_INTEGER) or kind == "QLinearConv"}
-    report.float_nodes = {kind: count for kind, count in kinds.items() if kind in _HEAVY}
-    report.float_islands = list(dict.fromkeys(islands))
-    report.conversions = sum(count for kind, count in kinds.items() if kind in _CONVERSIONS)
-
-
-def _compare_layers(
-    quantized: QuantizedModel,
-    path: Path,
-    emitter: Emitter,
-    feeds: list[np.ndarray[Any, Any]],
-    reference: dict[str, Tensor],
-    report: ExportReport,
-) -> None:
-    """Look at each dequantized tensor: a second copy of the file with all of them as outputs."""
+def _inspected(path: Path, names: list[str]) -> tuple[Any, list[str]]:
+    """A session of the file with its dequantized tensors as further outputs, and the names of their quantizers."""
     import onnx
 
     model = onnx.load(str(path))
-    names = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    wanted = [key for key in dict.fromkeys(emitter.order) if f"{key}_dequantized" in names and key in reference]
-    for key in wanted:
-        model.graph.output.append(onnx.helper.make_tensor_value_info(f"{key}_dequantized", onnx.TensorProto.FLOAT, None))
+    made = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    tensors = [name for name in names if f"{name}_dequantized" in made]
+    for name in tensors:
+        model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}_dequantized", onnx.TensorProto.FLOAT, None))
     whole = path.with_name("inspected.onnx")
     onnx.save(model, str(whole), save_as_external_data=model.ByteSize() > 1_900_000_000)
-    session = _session(str(whole))
-    inputs = {entry.name: feed for entry, feed in zip(session.get_inputs(), feeds, strict=False)}
-    for key, got in zip(wanted, session.run([f"{key}_dequantized" for key in wanted], inputs), strict=True):
-        expected = reference[key].float().cpu().numpy()
-        if expected.shape != got.shape:
-            continue
-        steps = np.abs(got - expected) / float(quantized.activations[key].scale)
-        report.layers.append(LayerDifference(key, float(steps.max(initial=0.0)), float(steps.mean()) if steps.size else 0.0))
+    return _session(str(whole)), tensors
+
+
+class _Sums:
+    """What is added up over the batches."""
+
+    def __init__(self) -> None:
+        self.noise = self.signal = self.absolute = self.largest = 0.0
+        self.count = self.rows = self.agreeing = 0
+        self.steps: dict[str, tuple[float, float, int]] = {}
+
+    def outputs(self, expected: list[np.ndarray[Any, Any]], results: list[np.ndarray[Any, Any]]) -> None:
+        shapes = [array.shape for array in expected], [array.shape for array in results]
+        if shapes[0] != shapes[1]:
+            raise CCOError(
+                f"export: the file's outputs have the shapes {shapes[1]}, the model's {shapes[0]}. No file was written. "
+                "If the model gives another number of tensors in evaluation, export in that form; if a size is fixed in the code, pass dynamic_batch=False."
+            )
+        for number, (wanted, result) in enumerate(zip(expected, results, strict=True)):
+            got = result.astype(np.float64)
+            difference = np.abs(got - wanted)
+            self.noise += float(np.square(difference).sum())
+            self.signal += float(np.square(wanted).sum())
+            self.absolute += float(difference.sum())
+            self.count += difference.size
+            self.largest = max(self.largest, float(difference.max(initial=0.0)))
+            if number == 0 and wanted.ndim and wanted.size:
+                same = wanted.argmax(-1) == got.argmax(-1)
+                self.agreeing, self.rows = self.agreeing + int(same.sum()), self.rows + same.size
+
+    def layer(self, key: str, steps: np.ndarray[Any, Any]) -> None:
+        largest, total, count = self.steps.get(key, (0.0, 0.0, 0))
+        self.steps[key] = max(largest, float(steps.max(initial=0.0))), total + float(steps.sum()), count + steps.size
+
+    def tell(self, report: ExportReport, order: list[str]) -> None:
+        if not math.isfinite(self.noise):
+            report.sqnr_db = -math.inf
+        elif self.noise == 0:
+            report.sqnr_db = math.inf
+        else:
+            report.sqnr_db = 10 * math.log10(self.signal / self.noise) if self.signal > 0 else -math.inf
+        report.largest_difference, report.mean_difference = self.largest, self.absolute / max(1, self.count)
+        report.agreement = self.agreeing / self.rows if self.rows else math.nan
+        for key in order:
+            if key in self.steps:
+                largest, total, count = self.steps[key]
+                report.layers.append(LayerDifference(key, largest, total / max(1, count)))
+
+
+def _read_optimized(quantized: QuantizedModel, model: Any, modules: dict[str, str], report: ExportReport) -> None:
+    kinds: Counter[str] = Counter()
+    constants = {entry.name for entry in model.graph.initializer}
+    for node in model.graph.node:
+        kinds[node.op_type] += 1
+        if node.op_type in _HEAVY and any(name not in constants for name in node.input):
+            island = _island(quantized, node.op_type, modules.get(node.name.partition("/")[0]))
+            report.float_islands += [island] if island is not None and island not in report.float_islands else []
+    report.integer_nodes = {kind: count for kind, count in kinds.items() if kind.startswith(_INTEGER)}
+    report.float_nodes = {kind: count for kind, count in kinds.items() if kind in _HEAVY}
+    report.conversions = sum(count for kind, count in kinds.items() if kind in _CONVERSIONS)
+
+
+def _island(quantized: QuantizedModel, operator: str, module: str | None) -> FloatIsland | None:
+    """The layers behind a node that computes in float, and why; `None` for what belongs to a layer that runs in INT8, such as the bias of a product."""
+    plan = quantized.plan
+    inside = [layer for layer in quantized.graph if layer.path == (module or "") and layer.kind != "output"]
+    layers = [layer.name for layer in inside if layer.kind in _HEAVY[operator]]
+    if operator == "Add" and not layers and any(layer.kind in _PRODUCTS and layer.name in plan.quantized for layer in inside):
+        return None
+    in_float = [name for name in layers if name in plan.skipped]
+    if in_float:
+        return FloatIsland(operator, tuple(in_float), plan.skipped[in_float[0]])
+    reason = "planned in INT8, but the engine computes it in float" if layers else "part of another layer's computation"
+    return FloatIsland(operator, tuple(layers or [f"module '{module}'" if module else "the model itself"]), reason)

@@ -7,9 +7,10 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.check import check_file
+from lightning_cco.export.check import call_of, check_file
 from lightning_cco.export.emit import Emitter
 from lightning_cco.export.report import ExportReport
 from lightning_cco.graph.frames import tensors_in
 from lightning_cco.quantization.model import QuantizedModel
 
+INT4_OPSET = 21
 OPSET = 20
 """From 21 on ONNX Runtime 1.32 refuses its own rewriting of symmetric int8 pairs (output_dtype does not match y_zero_point)."""
 
@@ -32,9 +34,12 @@ def export_onnx(
     path: str | Path,
     example_args: Sequence[Any] = (),
     example_kwargs: Mapping[str, Any] | None = None,
+    batches: Iterable[Any] = (),
     dynamic_batch: bool = True,
     check: bool = True,
     min_sqnr_db: float = 15.0,
+    max_mean_steps: float = 5.0,
+    int4: bool = False,
     **options: Any,
 ) -> ExportReport:
     """Write an INT8 ONNX file and compare it with the fake-quantized model.
@@ -47,9 +52,13 @@ def export_onnx(
         path: Where to write.
         example_args: Positional arguments of one forward.
         example_kwargs: Keyword arguments of it.
+        batches: What the file is checked on, as in `QuantizedModel.calibrate`; by default the example.
         dynamic_batch: Let the first axis of every input vary.
         check: Run the file in ONNX Runtime and compare.
         min_sqnr_db: The check fails below this signal-to-noise ratio of the outputs.
+        max_mean_steps: The check fails if a quantized tensor is further off than this on average, in steps of its scale. Rounding alone makes less than
+            1.5 in a deep model, a wrong weight more than 10.
+        int4: Store weights of at most 4 bits in 4 bits (opset 21): half the size, but ONNX Runtime then computes those layers in float.
         **options: Further arguments of `torch.onnx.export`, such as ``dynamic_shapes``.
 
     Raises:
@@ -64,16 +73,19 @@ def export_onnx(
     args, kwargs = tuple(example_args), dict(example_kwargs or {})
     if not args and not kwargs:
         raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
+    if int4 and quantized.settings.deployment_settings.target_framework == "tensorrt":
+        raise CCOError("export: int4=True with target_framework: tensorrt, which takes 4-bit weights in blocks only. Leave int4 out.")
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             temporary = Path(folder) / path.name
-            emitter = _write(quantized, temporary, args, kwargs, dynamic_batch, options)
-            report = ExportReport(str(path), temporary.stat().st_size, _float_size(quantized), notes=_notes(quantized))
+            emitter = _write(quantized, temporary, args, kwargs, dynamic_batch, int4, options)
+            size = sum(part.stat().st_size for part in Path(folder).iterdir())
+            report = ExportReport(str(path), size, _float_size(quantized), notes=_notes(quantized, int4))
             if check:
-                check_file(quantized, temporary, emitter, args, kwargs, report)
-                _judge(report, min_sqnr_db)
+                check_file(quantized, temporary, emitter, [call_of(batch) for batch in batches] or [(args, kwargs)], report)
+                _judge(report, min_sqnr_db, max_mean_steps)
             os.replace(temporary, path)
             data = temporary.with_name(f"{temporary.name}.data")
             if data.exists():
@@ -90,9 +102,16 @@ def _need_packages() -> None:
 
 
 def _write(
-    quantized: QuantizedModel, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool, options: dict[str, Any]
+    quantized: QuantizedModel,
+    path: Path,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_batch: bool,
+    int4: bool,
+    options: dict[str, Any],
 ) -> Emitter:
-    emitter = Emitter(quantized, OPSET)
+    opset = INT4_OPSET if int4 else OPSET
+    emitter = Emitter(quantized, opset)
     model = quantized.model
     if dynamic_batch and "dynamic_shapes" not in options:
         args, kwargs = two_samples(args), two_samples(kwargs)
@@ -104,13 +123,16 @@ def _write(
             with emitter.emitting():
                 # By itself the ONNX exporter tries other ways of tracing when this one fails, which would lose the quantization.
                 traced = torch.export.export(model, args, kwargs, dynamic_shapes=options.pop("dynamic_shapes", None), strict=False)
-            program = torch.onnx.export(traced, dynamo=True, opset_version=OPSET, verbose=False, **options)
         except Exception as error:
-            raise CCOError(
-                f"export: {type(model).__name__} can't be traced by torch.export: {type(error).__name__}: {str(error)[:1500]}. "
-                "If a part of it is not needed in deployment, export the submodule that is; if the batch size is fixed in the code, pass dynamic_batch=False."
-            ) from error
+            raise CCOError(_untraceable(quantized, emitter.reached, error)) from error
+        try:
+            program = torch.onnx.export(traced, dynamo=True, opset_version=opset, verbose=False, **options)
+        except Exception as error:
+            raise CCOError(_inexpressible(model, error)) from error
     assert program is not None
+    _fix_shapes(program.model)
+    if int4:
+        _pack(program.model.graph)
     _name_nodes(program.model.graph, emitter.order)
     emitter.modules = _take_modules(program.model.graph)
     _name_outputs(program.model.graph, outputs)
@@ -124,6 +146,64 @@ def _write(
     )
     program.save(str(path))
     return emitter
+
+
+def _untraceable(quantized: QuantizedModel, reached: str, error: Exception) -> str:
+    where = f" behind layer '{reached}' (module '{quantized.graph[reached].path}')" if reached else ""
+    return (
+        f"export: {type(quantized.model).__name__} can't be traced by torch.export{where}: {type(error).__name__}: {_first_paragraph(error)}. "
+        "Control flow that depends on values can't be in a file: write it with torch.where or torch.cond. If a part of the model is not needed in "
+        "deployment, export the submodule that is; if the batch size is fixed in the code, pass dynamic_batch=False."
+    )
+
+
+def _inexpressible(model: torch.nn.Module, error: Exception) -> str:
+    operators = re.findall(r"OpOverload\(op='([^']+)'", str(error)) or re.findall(r"No ONNX function found for (\S+)", str(error))
+    what = f"it uses {', '.join(dict.fromkeys(operators))}, which ONNX has no operator for" if operators else _first_paragraph(error)
+    return (
+        f"export: {type(model).__name__} can't be converted to ONNX: {what}. Replace it by operations that ONNX has, pass custom_translation_table as in "
+        "torch.onnx.export, or export a .pt2 file, which can hold any operation."
+    )
+
+
+def _first_paragraph(error: Exception) -> str:
+    return " ".join(str(error).strip().split("\n\n")[0].split())[:400].rstrip(".")
+
+
+def _fix_shapes(model: Any) -> None:
+    """Write a shape of known sizes and one unknown as a constant with -1: engines then need not put it together in every run."""
+    import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    for node in model.graph:
+        maker = node.inputs[1].producer() if node.op_type == "Reshape" else None
+        if maker is None or maker.op_type != "Concat":
+            continue
+        known = [onnx_ir.convenience.get_const_tensor(value) for value in maker.inputs]
+        sizes = [size for tensor in known for size in ([-1] if tensor is None else tensor.numpy().tolist())]
+        if sizes.count(-1) == 1 and sum(tensor is None for tensor in known) == 1 and 0 not in sizes:
+            name = f"{node.outputs[0].name}_shape"
+            value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(sizes, onnx_ir.DataType.INT64, name=name))
+            value.shape, value.dtype = onnx_ir.Shape([len(sizes)]), onnx_ir.DataType.INT64
+            model.graph.initializers[name] = value
+            node.replace_input_with(1, value)
+    RemoveUnusedNodesPass()(model)
+
+
+def _pack(graph: Any) -> None:
+    """Store the integers of dequantized weights that fit into 4 bits so."""
+    import ml_dtypes
+    import onnx_ir
+
+    for node in graph:
+        value = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if value is None or value.const_value is None or value.dtype != onnx_ir.DataType.INT8:
+            continue
+        integers = value.const_value.numpy()
+        if integers.min(initial=0) >= -8 and integers.max(initial=0) <= 7:
+            value.const_value = onnx_ir.tensor(integers.astype(ml_dtypes.int4), name=value.name)
+            value.dtype = onnx_ir.DataType.INT4
+            node.resize_inputs(2)  # its zero point was of the other type; 0 is the default
 
 
 def _name_nodes(graph: Any, order: list[str]) -> None:
@@ -192,7 +272,7 @@ def batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Keep the exporter's own remarks from the user's terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -211,10 +291,12 @@ def _float_size(quantized: QuantizedModel) -> int:
     return sum(4 * tensor.numel() for tensor in tensors.values())
 
 
-def _notes(quantized: QuantizedModel) -> list[str]:
+def _notes(quantized: QuantizedModel, int4: bool) -> list[str]:
     notes = []
     narrow = [name for name, quantizers in quantized.weights.items() if quantizers[0].num_bits < 8]
-    if narrow:
+    if narrow and int4:
+        notes.append("weights of at most 4 bits are stored in int4; ONNX Runtime computes their layers in float")
+    elif narrow:
         notes.append(f"weights of fewer than 8 bits are stored in int8 with a narrower range: {', '.join(narrow)}")
     narrow = [key for key, quantizer in quantized.activations.items() if quantizer.num_bits < 8]
     if narrow:
@@ -224,14 +306,19 @@ def _notes(quantized: QuantizedModel) -> list[str]:
     return notes
 
 
-def _judge(report: ExportReport, min_sqnr_db: float) -> None:
-    if report.sqnr_db >= min_sqnr_db:
+def _judge(report: ExportReport, min_sqnr_db: float, max_mean_steps: float) -> None:
+    worst = max(report.layers, key=lambda entry: entry.mean_steps, default=None)
+    if report.sqnr_db < min_sqnr_db:
+        what = f"SQNR {report.sqnr_db:.1f} dB, at least {min_sqnr_db:.1f} (min_sqnr_db) was expected"
+    elif worst is not None and not worst.mean_steps <= max_mean_steps:
+        what = f"'{worst.layer}' is {worst.mean_steps:.1f} steps off on average, at most {max_mean_steps:.1f} (max_mean_steps) was expected"
+    else:
         return
     first = report.first_differing_layer
     where = f"the first layer that differs is '{first}'" if first else "no single layer stands out"
     raise CCOError(
-        f"export: the file differs from the fake-quantized model: SQNR {report.sqnr_db:.1f} dB, at least {min_sqnr_db:.1f} was expected; {where}. "
-        "Skip that layer, or lower min_sqnr_db if the difference is known to be harmless. No file was written."
+        f"export: the file differs from the fake-quantized model: {what}; {where}. No file was written. "
+        "Skip that layer, or change the limit if the difference is known to be harmless."
     )
 
 

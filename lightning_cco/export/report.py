@@ -16,6 +16,21 @@ class LayerDifference:
     mean_steps: float
 
 
+@dataclass(frozen=True)
+class FloatIsland:
+    """A node that the engine computes in float, and the layers that cause it.
+
+    Attributes:
+        operator: What the node computes.
+        layers: The layers that it may come from.
+        reason: Why they are in float: the plan's reason, or the engine.
+    """
+
+    operator: str
+    layers: tuple[str, ...]
+    reason: str
+
+
 @dataclass
 class ExportReport:
     """A written file, compared with the fake-quantized model on held batches.
@@ -27,10 +42,12 @@ class ExportReport:
         sqnr_db: Signal-to-noise ratio of the outputs against the fake-quantized model's.
         agreement: Share of equal arg-max over the last axis of the first output.
         largest_difference: Largest absolute difference of an output.
+        mean_difference: Mean absolute difference of the outputs.
+        batches: How many batches both were run on.
         layers: Difference of each quantized tensor, in execution order.
         integer_nodes: After the engine's optimization: how many nodes of each kind compute in INT8.
         float_nodes: Nodes with weights or two inputs that compute in float.
-        float_islands: The layers behind them, as far as the file tells.
+        float_islands: The layers behind them, and why.
         conversions: Quantize and dequantize nodes left between them.
         notes: What a reader should know, such as bits stored in wider formats.
     """
@@ -41,10 +58,12 @@ class ExportReport:
     sqnr_db: float = float("nan")
     agreement: float = float("nan")
     largest_difference: float = float("nan")
+    mean_difference: float = float("nan")
+    batches: int = 0
     layers: list[LayerDifference] = field(default_factory=list)
     integer_nodes: dict[str, int] = field(default_factory=dict)
     float_nodes: dict[str, int] = field(default_factory=dict)
-    float_islands: list[str] = field(default_factory=list)
+    float_islands: list[FloatIsland] = field(default_factory=list)
     conversions: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -54,31 +73,68 @@ class ExportReport:
         return self.size_bytes / max(1, self.float_size_bytes)
 
     @property
+    def largest_steps(self) -> float:
+        """Largest difference of any quantized tensor, in steps of its scale."""
+        return max((entry.largest_steps for entry in self.layers), default=float("nan"))
+
+    @property
+    def mean_steps(self) -> float:
+        """Mean over the quantized tensors of their mean difference in steps."""
+        return sum(entry.mean_steps for entry in self.layers) / len(self.layers) if self.layers else float("nan")
+
+    @property
     def first_differing_layer(self) -> str | None:
-        """The first tensor that is more than two steps off somewhere and a tenth of a step on average."""
-        return next((entry.layer for entry in self.layers if entry.largest_steps > 2.0 and entry.mean_steps > 0.1), None)
+        """The first tensor that is a step off on average; if none is, the first that is two steps off somewhere and a tenth of a step on average."""
+        far = (entry.layer for entry in self.layers if not entry.mean_steps < 1.0)
+        near = (entry.layer for entry in self.layers if entry.largest_steps > 2.0 and entry.mean_steps > 0.1)
+        return next(far, None) or next(near, None)
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
-        path.write_text(json.dumps({**asdict(self), "size_ratio": self.size_ratio}, indent=2), encoding="utf-8")
+        ratios = {"size_ratio": self.size_ratio, "largest_steps": self.largest_steps, "mean_steps": self.mean_steps}
+        path.write_text(json.dumps({**asdict(self), **ratios}, indent=2), encoding="utf-8")
 
     def __str__(self) -> str:
-        worst = max(self.layers, key=lambda entry: entry.mean_steps, default=None)
         lines = [
             f"INT8 file: {self.path}",
             f"  size                {self.size_bytes:,} bytes, {self.size_ratio:.3f} of the float parameters",
-            f"  against fake-quant  SQNR {self.sqnr_db:.1f} dB, same arg-max {100 * self.agreement:.1f} %, largest difference {self.largest_difference:.3g}",
         ]
-        if worst is not None:
-            most = max(entry.largest_steps for entry in self.layers)
-            lines.append(
-                f"  by tensor           at most {most:.0f} steps; on average most in '{worst.layer}': {worst.mean_steps:.3f} steps"
-            )
-        lines.append(f"  runs in INT8        {_counts(self.integer_nodes)}")
-        lines.append(f"  runs in float       {_counts(self.float_nodes)}; {self.conversions} conversions between them")
-        if self.float_islands:
-            lines.append(f"  float islands       {', '.join(self.float_islands)}")
+        if self.batches:
+            agreement = f", same arg-max {100 * self.agreement:.1f} %" if self.agreement == self.agreement else ""
+            lines += [
+                f"  against fake-quant  SQNR {self.sqnr_db:.1f} dB{agreement}, outputs differ by {self.largest_difference:.3g} at most, "
+                f"{self.mean_difference:.3g} on average ({self.batches} batches)",
+                *self._by_tensor(),
+                f"  runs in INT8        {_counts(self.integer_nodes)}",
+                f"  runs in float       {_counts(self.float_nodes)}; {self.conversions} conversions between them",
+                *self._islands(),
+            ]
+        else:
+            lines.append("  not checked")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def _by_tensor(self) -> list[str]:
+        worst = max(self.layers, key=lambda entry: entry.mean_steps, default=None)
+        if worst is None:
+            return []
+        return [
+            f"  in steps            at most {self.largest_steps:.0f}, {self.mean_steps:.3f} on average; "
+            f"most in '{worst.layer}': {worst.mean_steps:.3f} on average"
+        ]
+
+    def _islands(self) -> list[str]:
+        """One line for each reason: its layers, and the operators they became."""
+        grouped: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+        for island in self.float_islands:
+            layers, operators = grouped.setdefault(island.reason, ({}, {}))
+            layers.update(dict.fromkeys(island.layers))
+            operators[island.operator] = None
+        lines = []
+        for reason, (layers, operators) in grouped.items():
+            names = list(layers)
+            shown = ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:2])}, … {names[-1]} ({len(names)} layers)"
+            lines.append(f"  float island        {shown} ({', '.join(operators)}): {reason}")
+        return lines
 
 
 def _counts(nodes: dict[str, int]) -> str:

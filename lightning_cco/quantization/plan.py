@@ -231,6 +231,45 @@ class _Planner:
                 self.skips[name] = ("rule", "reads a tensor that can't be quantized")
                 continue
             found.add(name)
+        self._drop_followers(found)
+        return found
+
+    def _drop_followers(self, int8: set[str]) -> None:
+        """Take out the layers that multiply no weights and have float layers around them."""
+        pending = [layer.name for layer in self.graph if layer.name in int8 and layer.kind in self.target.followers]
+        while pending:
+            name = pending.pop()
+            if name not in int8 or self._asked(name) or self._reads_int8(name, int8) or any(r in int8 for r in self._consumers(name)):
+                continue
+            int8.discard(name)
+            self.skips[name] = ("rule", "float layers are before and behind it")
+            neighbours = {*self._consumers(name), *(self.origin[read][0] for read in self.reads[name])}
+            pending += [other for other in neighbours if self.graph[other].kind in self.target.followers]
+
+    def _asked(self, name: str) -> bool:
+        said = self.said.get(name, Said())
+        return said.skip is False and said.skip_exactness >= 2
+
+    def _reads_int8(self, name: str, int8: set[str]) -> bool:
+        """Whether every float that a layer reads comes out of an INT8 layer in INT8 anyway."""
+        sources = [self.origin[read] for read in self.reads[name] if self._is_float(self.origin[read])]
+        return bool(sources) and all(source[0] in int8 and not self._float_output(source[0]) for source in sources)
+
+    def _float_output(self, name: str) -> bool:
+        """Whether the engine hands a layer's result over in float. Behind a product with a clamp it does not: the rounding is the clamp."""
+        return self.graph[name].kind in self.target.float_outputs
+
+    def _consumers(self, name: str) -> list[str]:
+        """The layers that read what a layer makes, seen through those that only pass values on."""
+        found, pending = [], [name]
+        while pending:
+            one = pending.pop()
+            for output in range(max(1, len(self.graph[one].output_dtypes))):
+                for reader in self.readers.get((one, output), []):
+                    if self._passes(reader):
+                        pending.append(reader)
+                    else:
+                        found.append(reader)
         return found
 
     def _is_float(self, key: tuple[str, int]) -> bool:
@@ -262,7 +301,8 @@ class _Planner:
 
     def _wanted(self) -> set[tuple[str, int]]:
         """Tensors that an INT8 layer makes (at the end of its group) or reads (at their origin)."""
-        wanted = {(name, output) for name in self.int8 - set(self.fused_into) for output in range(len(self.graph[name].output_dtypes))}
+        makers = {name for name in self.int8 - set(self.fused_into) if not self._float_output(name)}
+        wanted = {(name, output) for name in makers for output in range(len(self.graph[name].output_dtypes))}
         wanted = {key for key in wanted if key[1] == 0 or key in self.readers}
         inner = {(name, 0) for name in self.fused_into}
         for name in self.int8:

@@ -13,6 +13,8 @@ _CLAMP = frozenset({"relu", "relu6", "hardtanh", "clamp"})
 _ELEMENTWISE = frozenset({"add", "sub", "mul", "div"})
 _SHAPING = frozenset({"concat", "stack", "interpolate", "avg_pool", "adaptive_avg_pool", "mean"})
 
+_SMOOTH = frozenset({"sigmoid", "leaky_relu", "tanh", "prelu", "hardswish", "hardsigmoid"})
+
 
 @dataclass(frozen=True)
 class Target:
@@ -22,20 +24,31 @@ class Target:
         name: The word for it in `DeploymentSettings.target_framework`.
         symmetric_activations: Whether activations must have zero point 0.
         int8_kinds: Layer kinds that the engine computes in INT8. Others read and write INT8 tensors but compute in float between them.
+        float_outputs: Kinds among them whose result the engine hands over in float at no cost. It is rounded only where an INT8 layer reads it.
+        followers: Kinds that multiply no weights. They run in INT8 if all that they read is INT8 anyway or something that reads them is; between float
+            layers (a residual stream between layer norms) the conversions would cost more than they save.
+        channel_multiple: How many input channels the fast convolution kernels read at a time.
+        integer_bias: Whether a bias is stored as integers on the grid of the accumulator; else in float.
     """
 
     name: str
     symmetric_activations: bool
     int8_kinds: frozenset[str]
+    float_outputs: frozenset[str] = _WEIGHTED - {"conv", "conv_transpose"} | _MATMUL
+    followers: frozenset[str] = _ELEMENTWISE | _SHAPING | _SMOOTH
+    channel_multiple: int = 1
+    integer_bias: bool = True
 
+
+_ALL = _WEIGHTED | _MATMUL | _CLAMP | _ELEMENTWISE | _SHAPING
 
 TARGETS: Mapping[str, Target] = {
-    "ort": Target("ort", False, _WEIGHTED | _MATMUL | _CLAMP | _ELEMENTWISE | _SHAPING | {"sigmoid", "leaky_relu"}),
-    "openvino": Target(
-        "openvino",
-        False,
-        _WEIGHTED | _MATMUL | _CLAMP | _ELEMENTWISE | _SHAPING | {"sigmoid", "leaky_relu", "tanh", "prelu", "hardswish", "hardsigmoid"},
-    ),
-    "tensorrt": Target("tensorrt", True, _WEIGHTED | _MATMUL | _CLAMP | _ELEMENTWISE | _SHAPING),
+    "ort": Target("ort", False, _ALL - {"scaled_dot_product_attention"} | {"sigmoid", "leaky_relu"}, channel_multiple=4),
+    "openvino": Target("openvino", False, _ALL | _SMOOTH),
+    "tensorrt": Target("tensorrt", True, _ALL, integer_bias=False),
 }
-"""The engines by name. Sources: ONNX Runtime's QDQ operator list, OpenVINO's low-precision transformations guide, TensorRT's Q/DQ placement guide."""
+"""The engines by name. Sources: ONNX Runtime's QDQ operator list, OpenVINO's low-precision transformations guide, TensorRT's Q/DQ placement guide.
+
+ONNX Runtime multiplies two activations in INT8 no faster than in float, and the softmax between attention's products is slower; so attention is left in
+float there (measured by `benchmarks/export_latency.py`).
+"""

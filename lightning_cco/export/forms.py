@@ -1,0 +1,95 @@
+"""The same computation in the form that engines run fastest: products, poolings and first convolutions that they recognize."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` without dropout, as two products and a softmax.
+
+    The exporter's own form computes the shapes of the transposed key in every run.
+    """
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+    scores = torch.matmul(query, key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype is torch.bool else scores + attn_mask
+    return torch.matmul(torch.softmax(scores, -1), value)
+
+
+def averages_images(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a pooling or a mean takes the average of each whole channel of a batch of images, which has an operator of its own."""
+    if not args or not isinstance(args[0], Tensor) or args[0].dim() != 4:
+        return False
+    if kind == "adaptive_avg_pool":
+        size = args[1] if len(args) > 1 else kwargs.get("output_size")
+        return size in (1, (1, 1), [1, 1])
+    axes = args[1] if len(args) > 1 else kwargs.get("dim")
+    return kind == "mean" and isinstance(axes, (tuple, list)) and sorted(axis % 4 for axis in axes) == [2, 3]
+
+
+@dataclass(frozen=True)
+class BlockedConvolution:
+    """A convolution of stride 2 as one of stride 1 on blocks of 2 × 2 pixels, whose channels it reads as one pixel's.
+
+    An image's 3 channels are too few for an engine's INT8 kernels, which read 4 at a time; the 12 of a block are not. No product is added or
+    left out but those with zeros.
+
+    Attributes:
+        weight: (out, 4 · in, blocks, blocks), of the old weight's type.
+        pads: Zeros around the image of blocks: top, left, bottom, right.
+    """
+
+    weight: Tensor
+    pads: tuple[int, int, int, int]
+
+
+def blocked_convolution(weight: Tensor, image: tuple[Any, Any], call: dict[str, Any], channel_multiple: int) -> BlockedConvolution | None:
+    """Write a convolution on blocks, if that helps and can be done.
+
+    Args:
+        weight: (out, in, height, width).
+        image: Height and width of what it reads; only fixed, even sizes can be blocked.
+        call: ``stride``, ``padding``, ``dilation`` and ``groups`` of the convolution, pairs or one number.
+        channel_multiple: How many channels the engine reads at a time.
+    """
+    pair = {name: (value, value) if isinstance(value, int) else tuple(value) for name, value in call.items() if name != "groups"}
+    if weight.dim() != 4 or weight.shape[1] % channel_multiple == 0 or (4 * weight.shape[1]) % channel_multiple or call["groups"] != 1:
+        return None
+    if isinstance(call["padding"], str) or pair["stride"] != (2, 2) or pair["dilation"] != (1, 1):
+        return None
+    if any(not isinstance(size, int) or size % 2 for size in image):
+        return None
+    out, channels = weight.shape[:2]
+    first, counts, after = [], [], []
+    for size, kernel, padding in zip(image, weight.shape[2:], pair["padding"], strict=True):
+        low, high = -padding // 2, (kernel - 1 - padding) // 2
+        result = (size + 2 * padding - kernel) // 2 + 1
+        first.append(low)
+        counts.append(high - low + 1)
+        after.append(result - 1 - size // 2 + low + counts[-1])
+    if min(after) < 0:
+        return None
+    blocked = weight.new_zeros(out, 2, 2, channels, *counts)
+    for i in range(weight.shape[2]):
+        for j in range(weight.shape[3]):
+            y, x = i - pair["padding"][0] - 2 * first[0], j - pair["padding"][1] - 2 * first[1]
+            blocked[:, y % 2, x % 2, :, y // 2, x // 2] = weight[:, :, i, j]
+    return BlockedConvolution(blocked.reshape(out, 4 * channels, *counts), (-first[0], -first[1], after[0], after[1]))
