@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 
-.PHONY: demo test test-all benchmark benchmark-peers lint clean
+.PHONY: demo test test-all compatibility benchmark benchmark-peers lint clean
 
 demo: $(STAMP)
 	$(RUN) recipes/digits_cnn.py
@@ -15,6 +15,9 @@ test: lint
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+compatibility: $(STAMP)
+	OMP_NUM_THREADS=1 $(RUN) tests/compatibility.py -n 2
 
 # Print the tables, and write them into benchmarks/RESULTS.md and docs/performance.md.
 benchmark: $(STAMP)

@@ -179,13 +179,15 @@ def to_device(trainer: pl.Trainer, batch: Any) -> Any:
 def training_batches(trainer: pl.Trainer, count: int) -> Iterator[Any]:
     """The first batches of the Trainer's own training loader, on its device.
 
-    The same ones each time: they are drawn under a random state of their own, and all others (also of the loaders' generators) are put back.
+    The same ones each time: they are drawn under a random state of their own, and all others (also of the loaders' generators) are put back. So is the
+    place at which a loader that keeps its own state goes on in the middle of an epoch.
     """
     combined = trainer.fit_loop._combined_loader
     assert combined is not None
     loaders = [loader for loader in combined.flattened if isinstance(loader, DataLoader)]
     generators = {id(g): g for loader in loaders for g in (loader.generator, getattr(loader.sampler, "generator", None)) if g is not None}
     states = [(g, g.get_state()) for g in generators.values()]
+    places = [(loader, loader.state_dict()) for loader in combined.flattened if _keeps_its_place(loader)]
     limit = min(count, trainer.num_training_batches) if trainer.num_training_batches != float("inf") else count
     with _isolated_random(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -193,6 +195,8 @@ def training_batches(trainer: pl.Trainer, count: int) -> Iterator[Any]:
         for generator, _ in states:
             generator.manual_seed(0)
         try:
+            for loader, _ in places:
+                next(iter(loader), None)  # the one after this begins at the beginning
             iterator = iter(CombinedLoader(combined.iterables, mode=combined._mode))
             for _ in range(int(limit)):
                 try:
@@ -201,8 +205,15 @@ def training_batches(trainer: pl.Trainer, count: int) -> Iterator[Any]:
                     return
                 yield to_device(trainer, batch)
         finally:
+            for loader, place in places:
+                loader.load_state_dict(place)
             for generator, state in states:
                 generator.set_state(state)
+
+
+def _keeps_its_place(loader: Any) -> bool:
+    """Whether Lightning saves the loader's own state in checkpoints."""
+    return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from lightning_cco.monitoring import Monitor
 from lightning_cco.quantization.model import QuantizedModel
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings, load_settings
+from lightning_cco.strategies import check_strategy, is_sharded
 from lightning_cco.suggestions import Suggestion, suggest_skips
 
 
@@ -83,6 +84,7 @@ class CCOCallback(pl.Callback):
             raise CCOError(
                 f"Trainer(callbacks=...): {len(others)} CCOCallbacks were given, but a model can be quantized only once. Keep one of them."
             )
+        check_strategy(trainer)
         if self.quantized is not None and self.quantized.model is not pl_module:
             self._state = self._state or self.state_dict()
             self.quantized.remove()
@@ -340,7 +342,13 @@ class CCOCallback(pl.Callback):
         """
         if self.quantized is None:
             raise CCOError(
-                "CCOCallback.export: nothing is compressed yet. Run trainer.fit(model) first, or trainer.test(model, ckpt_path=...) on a checkpoint."
+                "CCOCallback.export: nothing is compressed yet. Run trainer.fit(model) first, or trainer.test(model, ckpt_path=...) on a checkpoint. "
+                "(A strategy that spawns processes, such as ddp_spawn, leaves the compressed model in them: test its checkpoint on one process.)"
+            )
+        if is_sharded(self.quantized.model):
+            raise CCOError(
+                "CCOCallback.export: this process holds only parts of the parameters. Save the checkpoint whole "
+                "(ModelParallelStrategy(save_distributed_checkpoint=False)), then export on one process after trainer.test(model, ckpt_path=...)."
             )
         if not len(example_args) and not example_kwargs:
             if not self._held or self._forward is not forward_through_model:

@@ -429,26 +429,6 @@ def test_trainer_options(options: dict[str, Any], tmp_path: Path) -> None:
     assert cco.quantized.drift == []
 
 
-def test_ranges_and_sensitivities_agree_on_two_processes(tmp_path: Path) -> None:
-    tests = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(tests / "two_processes.py"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tests,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    assert ranks[0]["ranges"].keys() == ranks[1]["ranges"].keys()
-    for key, values in ranks[0]["ranges"].items():
-        assert torch.equal(values, ranks[1]["ranges"][key]), key
-    assert ranks[0]["qs"] == ranks[1]["qs"]
-    assert ranks[0]["batches"] == 4  # two batches on each of two ranks
-    assert ranks[0]["drift"] == ranks[1]["drift"] == []
-    assert [rank["quantized"] for rank in ranks] == [20, 20]
-
-
 def test_settings_object_is_copied() -> None:
     settings = Settings()
     cco = CCOCallback(settings)

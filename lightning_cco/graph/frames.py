@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
-from types import CodeType, FrameType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from lightning_cco.errors import CCOError
 from lightning_cco.graph.attention import multi_head_attention
+from lightning_cco.graph.foreign import is_foreign
+from lightning_cco.graph.recompute import COMPILED_CHECKPOINTS, Resumed, UnderMode, running_checkpoint
 
 Handler = Callable[["Frame", str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -80,16 +83,27 @@ class CallNode:
 
 
 class Frame:
-    """A module call that is running now: its node, its table of functions, and how often each thing has been called so far."""
+    """A module call that is running now: its node, its table of functions, and how often each thing has been called so far.
 
-    __slots__ = ("calls", "counts", "node", "table", "training")
+    Attributes:
+        records: Whether gradients were recorded when it began.
+    """
 
-    def __init__(self, node: CallNode, training: bool) -> None:
+    __slots__ = ("calls", "counts", "node", "records", "table", "training")
+
+    def __init__(self, node: CallNode, training: bool, records: bool = False) -> None:
         self.node = node
         self.training = training
+        self.records = records
         self.table: dict[str, Any] = node.tables[training]
         self.counts: dict[str, int] = {}
         self.calls: dict[str, int] = {}
+
+    def copy(self) -> Frame:
+        """The same with counters of its own."""
+        twin = Frame(self.node, self.training, self.records)
+        twin.counts, twin.calls = dict(self.counts), dict(self.calls)
+        return twin
 
 
 class _FrameMode(TorchFunctionMode):
@@ -105,8 +119,15 @@ class _FrameMode(TorchFunctionMode):
         compiling = torch.compiler.is_compiling()
         stack = frames._main if compiling or threading.get_ident() == frames._thread else frames.stack()
         name = getattr(func, "__name__", "")
-        if not stack or (not compiling and _in_compiled_graph()):
+        if not compiling:
+            if not stack or is_foreign():
+                return func(*args, **kwargs)
+            if stack[0].records:
+                frames.note_checkpoint(stack, entering=False)
+        elif not stack:
             return func(*args, **kwargs)
+        elif name in COMPILED_CHECKPOINTS:
+            return func(UnderMode(self, args[0]), *args[1:], **kwargs)
         if func is Tensor.unflatten:  # its Python half is one that the compiler can't trace under a mode
             func = torch.unflatten
         if name == "multi_head_attention_forward":
@@ -145,13 +166,16 @@ class Frames:
         self._others: dict[int, list[Frame]] = {}
         self._handles: list[RemovableHandle] = []
         self._entries: dict[str, list[CallNode]] = {}
+        self._resuming = 0
 
     def attach(self) -> None:
         """Hook every submodule. Code compiled before that runs on without the hooks, so it is dropped."""
         self._thread = threading.get_ident()
         self._entries = {}
-        for node in self.root.walk():
-            self._entries.setdefault(node.path, []).append(node)
+        for node in [*self.root.children.values(), *self.root.walk()]:  # calls from outside any frame come first
+            known = self._entries.setdefault(node.path, [])
+            if node not in known:
+                known.append(node)
         for path, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
@@ -179,12 +203,43 @@ class Frames:
             return self._main
         return self._others.setdefault(threading.get_ident(), [])
 
+    def note_checkpoint(self, stack: list[Frame], entering: bool) -> None:
+        """If a checkpoint's forward has just begun, let its recomputation begin with the same frames."""
+        found = running_checkpoint(entering)
+        if found is None:
+            return
+        checkpoint, attribute = found
+        function = getattr(checkpoint, attribute)
+        if not (isinstance(function, Resumed) and function.belongs_to(self)):
+            setattr(checkpoint, attribute, Resumed(self, [frame.copy() for frame in stack], function))
+
+    @contextmanager
+    def resumed(self, saved: list[Frame]) -> Iterator[None]:
+        """Put frames of an earlier time back inside the block. The backward may run on a thread of its own, or inside of another forward."""
+        stack = self.stack()
+        before, stack[:] = list(stack), [frame.copy() for frame in saved]
+        enters = bool(saved) and self._mode not in mode_stack()
+        self._resuming += 1
+        if enters:
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            self._resuming -= 1
+            stack[:] = before
+            if enters:
+                self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
     def _node_for_entry(self, path: str) -> CallNode:
         """The node of a module that is called from outside any frame."""
         known = self._entries.get(path)
         if known:
-            # A block recomputed by activation checkpointing is entered without its callers; the first call is the one meant,
-            # for a module called several times per forward nothing here can tell which.
+            if len(known) > 1 and not self._resuming and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+                raise CCOError(
+                    f"module '{path}' is run again inside the backward by something that is not torch.utils.checkpoint, and it was captured {len(known)} "
+                    "times: nothing tells which of its calls this is, so its quantizers can't be found. Use torch.utils.checkpoint.checkpoint, or "
+                    f"skip the module: {{match: '{path}', skip_quantization: true}}."
+                )
             return known[0]
         node = self.root.child(path, 0, self.growing) if path else self.root
         self._entries[path] = [node]
@@ -193,17 +248,21 @@ class Frames:
     def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Push the frame of a module call that begins."""
         stack = self.stack()
+        compiling = torch.compiler.is_compiling()
+        records = not compiling and torch.is_grad_enabled()
+        if not compiling and (not stack or stack[0].records):
+            self.note_checkpoint(stack, entering=True)
         if stack:
             parent = stack[-1]
             index = parent.calls.get(path, 0)
             parent.calls[path] = index + 1
             node = parent.node.child(path, index, self.growing)
         else:
-            if self.started is not None and not torch.compiler.is_compiling():
+            if self.started is not None and not compiling:
                 self.started()
             self._mode.__enter__()  # type: ignore[no-untyped-call]
             node = self._node_for_entry(path)
-        frame = Frame(node, module.training)
+        frame = Frame(node, module.training, records)
         stack.append(frame)
         if self.entered is not None:
             self.entered(frame, args, kwargs)
@@ -255,41 +314,6 @@ def _inert() -> Callable[..., None]:
 
 def _do_nothing(*args: Any) -> None:
     return None
-
-
-_LOOK_FURTHER = ("torch.overrides", "torch.nn.functional", "torch.functional", "torch._tensor", "torch._jit_internal", "torch._ops")
-_COMPILERS = (
-    "torch._dynamo",
-    "torch._inductor",
-    "torch._functorch",
-    "torch._subclasses",
-    "torch.fx",
-    "torch._higher_order_ops",
-    "torch._decomp",
-)
-_origins: dict[CodeType, bool | None] = {}
-
-
-def _in_compiled_graph() -> bool:
-    """Whether the torch call now seen comes from a graph that was compiled, or from the compiler.
-
-    A module compiled inside an eager one, and every ``torch.compile(model)`` (whose own hooks run eagerly), runs its graph while our mode is active.
-    What is in the graph is quantized already: it must be neither quantized again nor counted.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        code = frame.f_code
-        if code not in _origins:
-            module = frame.f_globals.get("__name__", "")
-            compiled = (
-                module.startswith(_COMPILERS) or code.co_filename.startswith("<eval_with_key>") or "torchinductor" in code.co_filename
-            )
-            _origins[code] = True if compiled else None if module in _LOOK_FURTHER else False
-        origin = _origins[code]
-        if origin is not None:
-            return origin
-        frame = frame.f_back
-    return False
 
 
 def _is_redirected(module: nn.Module) -> bool:

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointFunction
 
+from lightning_cco.errors import CCOError
 from lightning_cco.graph.describe import attributes
 from lightning_cco.graph.frames import CallNode, Frame, Frames, calling_position, tensors_in
 from lightning_cco.graph.layer import Layer
@@ -210,6 +212,11 @@ class Tracer:
         target_origin = self._origin(target) if target is not None else None
         # In-place calls overwrite what they read: look at the operands first.
         operands = [(slot, tensor, self._origin(tensor)) for slot, tensor in _operands(args, kwargs)]
+        if any(isinstance(tensor, DTensor) for _, tensor, _ in operands):
+            raise CCOError(
+                f"module '{frame.node.path}': its '{op.kind}' reads a DTensor, cut over processes; whole tensors were expected. Shard the parameters with "
+                "fully_shard, which puts them together for each layer, or train with strategy='ddp'."
+            )
         mask_like = {
             id(t) for slot, t, origin in operands if _is_constant(origin) and not _is_attention_mask(op, slot) and _is_mask_like(t)
         }
@@ -247,10 +254,11 @@ class Tracer:
         if name.endswith("_like") or name.startswith("new_"):
             operands = []
         dynamic = [(slot, t, o) for slot, t, o in operands if o is not None and not _is_constant(o)]
-        unknown = [t for _, t, o in operands if o is None]
-        for tensor in unknown:  # made where no mode could see it: a constant for all we know
-            self._remember(tensor, ())
-        constants = [(slot, t, o if o is not None else ()) for slot, t, o in operands if o is None or _is_constant(o)]
+        for _, tensor, origin in operands:
+            if origin is None:  # made where no mode could see it: a constant for all we know
+                self._remember(tensor, self._parameter_name(tensor))
+        operands = [(slot, t, o if o is not None else self._origin(t)) for slot, t, o in operands]
+        constants = [(slot, t, o) for slot, t, o in operands if _is_constant(o)]
         if not dynamic:
             names = tuple(dict.fromkeys(n for _, _, o in constants for n in o))
             for tensor in outputs:
@@ -289,6 +297,12 @@ class Tracer:
         self.calls.append(call)
         for position, tensor in enumerate(outputs):
             self._remember(tensor, (number, position))
+
+    def _parameter_name(self, tensor: Tensor) -> tuple[str, ...]:
+        """The name of a parameter that came into the model after the hooks: fully sharded ones are put together just for their module's forward."""
+        if not isinstance(tensor, nn.Parameter):
+            return ()
+        return next(((name,) for name, parameter in self.model.named_parameters() if parameter is tensor), ())
 
     def _source_quantizable(self, origin: tuple[int, int]) -> bool:
         return self.calls[origin[0]].layer.quantizable_outputs[origin[1]]

@@ -21,6 +21,7 @@ from lightning_cco.quantization.native import Kernels, kernels_for
 
 _SMALLEST_SCALE = 1e-12
 _INF = float("inf")
+_SHARE = 8
 _NO_LIMITS = (-_INF, _INF)
 
 Bound = float | Tensor
@@ -145,7 +146,7 @@ def fake_quantize(
     else:
         grid, kernels = _grid_of_numbers(*numbers, num_bits, symmetric, limits), kernels_for(x)
     if extrema is not None and kernels is None:
-        _widen(extrema, x.detach(), limits)
+        _widen(extrema, _share_of(x.detach()) if torch.compiler.is_compiling() else x.detach(), limits)
     if not (torch.is_grad_enabled() and x.requires_grad):
         if kernels is not None and numbers is not None:
             return _run(kernels, x, numbers[0], grid, inplace, None, extrema)
@@ -153,9 +154,19 @@ def fake_quantize(
     result: Tensor
     if kernels is not None and numbers is not None:
         result = _FakeQuantizeByKernel.apply(x, kernels, numbers[0], grid, inplace, extrema)  # type: ignore[no-untyped-call]
+    elif torch.compiler.is_compiling() and isinstance(grid.low, Tensor) and isinstance(grid.high, Tensor):
+        result = _FakeQuantizeTraced.apply(x.clone() if inplace else x, scale, grid.low, grid.high, grid)  # type: ignore[no-untyped-call]
+        if inplace:
+            x.copy_(result)
+            return x
     else:
         result = _FakeQuantize.apply(x, scale, grid, inplace)  # type: ignore[no-untyped-call]
     return result
+
+
+def _share_of(x: Tensor) -> Tensor:
+    """The first eighth of a batch. To look at all of it, a compiler computes it once more, with all that is fused before it."""
+    return x[: (x.shape[0] + _SHARE - 1) // _SHARE] if x.dim() else x
 
 
 def _widen(extrema: Tensor, x: Tensor, limits: tuple[float, float]) -> None:
@@ -178,17 +189,18 @@ def _scaled(x: Tensor, levels: Tensor, scale: Tensor, inplace: bool) -> Tensor:
     values = levels.mul_(scale)
     if values.dtype == x.dtype:
         return x if inplace else values
-    return x.copy_(values) if inplace else values.to(x.dtype)
+    if not inplace:
+        return values.to(x.dtype)
+    x.copy_(values)
+    return x  # what copy_ returns is another tensor to a compiler
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """By torch operations."""
+    """By torch operations, eagerly."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, grid: Grid, inplace: bool) -> Tensor:
-        below, above = grid.limits
-        active = [x > below] if below != -_INF else []
-        active += [x < above] if above != _INF else []
+        active = _active(x, grid.limits)
         levels = _levels(x, scale, inplace)
         inside = (levels >= grid.low) & (levels <= grid.high)
         for condition in active:
@@ -201,7 +213,37 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (inside,) = ctx.saved_tensors
-        return grad * inside, None, None, None
+        return torch.where(inside, grad, 0.0), None, None, None
+
+
+class _FakeQuantizeTraced(torch.autograd.Function):
+    """By torch operations, for compilers.
+
+    The gradient is worked out from the input by float operations alone: a compiler fuses them with what is around, while it would store a mask of bools,
+    which on a CPU takes many times longer than all the rest.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, grid: Grid) -> Tensor:
+        ctx.save_for_backward(x, scale, low, high)
+        ctx.limits = grid.limits
+        return _scaled(x, _levels(x, scale, False).clamp(grid.first, grid.last), scale, False)  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, scale, low, high = ctx.saved_tensors
+        levels = _levels(x, scale, False)
+        # Levels are integers: beyond the ends by at least 1.
+        passes = 1.0 - (levels - levels.clamp(low, high)).abs().clamp(max=1.0)
+        for condition in _active(x, ctx.limits):
+            passes = passes * condition
+        return grad * passes.to(grad.dtype), *(None,) * 4
+
+
+def _active(x: Tensor, limits: tuple[float, float]) -> list[Tensor]:
+    """Where an activation's clamp has a gradient, one condition for each end that it has."""
+    below, above = limits
+    return [condition for condition, end in ((x > below, below), (x < above, above)) if abs(end) != _INF]
 
 
 class _FakeQuantizeByKernel(torch.autograd.Function):

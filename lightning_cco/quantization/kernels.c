@@ -62,7 +62,7 @@ static inline void pack(const uint8_t *inside, uint8_t *bits, int count) {
  *
  * mask:    null, or (n + 7) / 8 bytes for one bit per value that has a gradient: its level, before it is clamped, is one of low ... high, and the
  *          value itself lies between below and above, the ends excluded.
- * extrema: null, or two numbers that widen to the smallest and the largest value of x, limited by below and above; NaN is passed over.
+ * extrema: null, or two numbers that widen to the smallest and the largest value of x, limited by below and above; NaN if there is one.
  * Returns how many values have no gradient; 0 without a mask.
  */
 int64_t fake_quantize(const void *x, void *y, int64_t n, int half, float scale, float first, float last, float low, float high, float below,
@@ -72,7 +72,8 @@ int64_t fake_quantize(const void *x, void *y, int64_t n, int half, float scale, 
     const int64_t blocks = (n + BLOCK - 1) / BLOCK;
     int64_t blocked = 0;
     float smallest = INFINITY, largest = -INFINITY;
-#pragma omp parallel num_threads(threads_for(n, threads)) reduction(+ : blocked) reduction(min : smallest) reduction(max : largest)
+    int broken = 0;
+#pragma omp parallel num_threads(threads_for(n, threads)) reduction(+ : blocked) reduction(min : smallest) reduction(max : largest) reduction(| : broken)
     {
         float value[BLOCK], result[BLOCK];
         uint8_t inside[BLOCK];
@@ -83,10 +84,11 @@ int64_t fake_quantize(const void *x, void *y, int64_t n, int half, float scale, 
             load(x, at, count, half, value);
             if (extrema) {
                 float low_end = INFINITY, high_end = -INFINITY;
-#pragma omp simd reduction(min : low_end) reduction(max : high_end)
+#pragma omp simd reduction(min : low_end) reduction(max : high_end) reduction(| : broken)
                 for (int i = 0; i < count; i++) {
                     low_end = value[i] < low_end ? value[i] : low_end;
                     high_end = value[i] > high_end ? value[i] : high_end;
+                    broken |= value[i] != value[i];
                 }
                 smallest = low_end < smallest ? low_end : smallest;
                 largest = high_end > largest ? high_end : largest;
@@ -115,7 +117,9 @@ int64_t fake_quantize(const void *x, void *y, int64_t n, int half, float scale, 
             pack(inside, mask + at / 8, count);
         }
     }
-    if (extrema && smallest <= largest) {
+    if (extrema && broken) {
+        extrema[0] = extrema[1] = NAN;
+    } else if (extrema && smallest <= largest) {
         smallest = smallest < below ? below : smallest > above ? above : smallest;
         largest = largest < below ? below : largest > above ? above : largest;
         extrema[0] = smallest < extrema[0] ? smallest : extrema[0];
