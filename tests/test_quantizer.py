@@ -122,6 +122,16 @@ def test_a_batch_that_is_not_finite_moves_no_range(value: float) -> None:
     assert bounds(quantizer) == pytest.approx((-1.1, 1.1))
 
 
+def test_a_range_of_nothing_but_zeros_takes_the_first_values_whole() -> None:
+    quantizer = calibrated(torch.zeros(4))
+    quantizer(torch.zeros(4), track=True)
+    update_ranges([quantizer])
+    assert bounds(quantizer) == (0.0, 0.0)
+    quantizer(torch.tensor([-3.0, 5.0]), track=True)
+    update_ranges([quantizer])
+    assert bounds(quantizer) == (-3.0, 5.0)
+
+
 def test_evidence_of_trouble() -> None:
     quantizer = ActivationQuantizer()
     quantizer.start_calibration()

@@ -35,6 +35,9 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
     else:
         ratio, constant = torch.stack([q.clip_ratio for q in moving]), moving[0].averaging_constant
         new_min, new_max = torch.lerp(min_val, low * ratio, constant), torch.lerp(max_val, high * ratio, constant)
+        # What was all zeros so far (an adapter that begins at 0) has no range yet to move from.
+        empty = (min_val == 0) & (max_val == 0)
+        new_min, new_max = torch.where(empty, low * ratio, new_min), torch.where(empty, high * ratio, new_max)
     min_val, max_val = torch.where(seen, new_min, min_val), torch.where(seen, new_max, max_val)
     formats: dict[tuple[int, bool], list[int]] = {}
     for position, quantizer in enumerate(moving):
