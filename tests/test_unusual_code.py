@@ -268,7 +268,8 @@ class MaskedAttention(nn.Module):
 @pytest.mark.parametrize("buffer", [True, False])
 def test_attention_with_a_float_mask_is_quantized(buffer: bool) -> None:
     model, inputs = MaskedAttention(buffer), (torch.randn(2, 3, 4), torch.tensor([[False, False, True], [False] * 3]))
-    quantized = hooked(model, *inputs)
+    quantized = quantize(model, {"deployment_settings": {"target_framework": "openvino"}}, inputs)
+    quantized.calibrate([inputs])
     assert "scaled_dot_product_attention" in quantized.plan.quantized
     assert not quantized.weights.get("scaled_dot_product_attention")
     assert quantizers_called(quantized, *inputs) == set(quantized.activations)
