@@ -60,7 +60,7 @@ def check(model: str, features: Iterable[str], folder: Path) -> None:
         assert len(quantized["losses"]) == len(plain["losses"]) == EPOCHS * -(-samples // BATCH)
         # Quantized, but the same training.
         assert quantized["losses"] != pytest.approx(plain["losses"], rel=1e-6)
-        assert quantized["losses"] == pytest.approx(plain["losses"], rel=0.25)
+        assert quantized["losses"] == pytest.approx(plain["losses"], rel=0.35)  # the batch norms of four samples at a high rate
         if features <= EXACT:
             assert quantized["losses"] == pytest.approx(expected["losses"], rel=1e-4)
         if features <= {*EXACT, "bf16"}:
