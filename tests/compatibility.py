@@ -26,7 +26,6 @@ ROWS = {
     "partial_batch": "partial last batch",
     "configure_model": "built in `configure_model`",
     "pairs": "each two of these (but the compiler and DDP)",
-    "all": "all of these at once",
 }
 COLUMNS = ["CNN", "ViT", "Hugging Face", "LSTM"]
 PROPERTIES = {
