@@ -122,6 +122,7 @@ def train(model: str, features: Iterable[str], folder: Path, quantized: bool = T
         return make_trainer(folder, *more, max_epochs=epochs, num_sanity_val_steps=0, **options, **spread)
 
     def run(folder: Path, epochs: int, ckpt: str | None, cco: pl.Callback | None, *more: pl.Callback) -> tuple[Combined, pl.Trainer, str]:
+        torch._dynamo.reset()  # the compiler takes only so many models of one class
         module, keeper = make(model, features), ModelCheckpoint(folder, save_last=True)
         average = [EMAWeightAveraging(decay=0.5)] if "ema" in features else []
         fitted = trainer(folder, *([cco] if cco else []), losses, *more, *average, keeper, epochs=epochs)

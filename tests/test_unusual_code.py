@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 from lightning_cco import QuantizedModel, quantize
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.capture import capture
-from lightning_cco.settings import Settings
+from lightning_cco.settings import Settings, load_settings
 
 
 def hooked(model: nn.Module, *example: Tensor) -> QuantizedModel:
@@ -274,3 +274,31 @@ def test_attention_with_a_float_mask_is_quantized(buffer: bool) -> None:
     assert not quantized.weights.get("scaled_dot_product_attention")
     assert quantizers_called(quantized, *inputs) == set(quantized.activations)
     assert torch.isfinite(model(*inputs)).all()
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(1000.0 * x))
+
+
+def test_a_part_that_the_step_calls_by_itself_has_ranges_of_its_own() -> None:
+    model, x = nn.Sequential(Outer()), torch.randn(5, 4)
+    inner = model[0].inner
+
+    def step(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        return model(x), inner(x)
+
+    settings = load_settings({"global_quantization_settings": {"skip_tail_quantization": False}})
+    quantized = QuantizedModel(model, capture(model, lambda: step(model, x)), settings)
+    quantized.calibrate([x], step)
+    sizes = {name: float(quantized.activations[name].max_val) for name in ("relu", "relu_1")}
+    assert max(sizes.values()) > 100 * min(sizes.values())
+    with torch.no_grad():
+        alone, plain = inner(x), torch.relu(F.linear(x, inner[0].weight, inner[0].bias))
+    assert torch.allclose(alone, plain, atol=0.05)  # a thousandth of the other range would leave nothing of it
+    assert alone.unique().numel() > 4
+    assert quantized.drift == []

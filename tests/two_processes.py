@@ -25,6 +25,8 @@ class Sharded(Classifier):
     """Every block's parameters are in halves, and whole only while it runs."""
 
     def configure_model(self) -> None:
+        if any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+            return  # Lightning asks again for each run
         for block in self.net.blocks:
             fully_shard(block, mesh=self.device_mesh["data_parallel"])
         fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
