@@ -21,7 +21,7 @@ from lightning_cco.quantization.native import Kernels, kernels_for
 
 _SMALLEST_SCALE = 1e-12
 _INF = float("inf")
-_SHARE = 8
+_SHARE, _FEWEST = 8, 4
 _NO_LIMITS = (-_INF, _INF)
 
 Bound = float | Tensor
@@ -165,8 +165,8 @@ def fake_quantize(
 
 
 def _share_of(x: Tensor) -> Tensor:
-    """The first eighth of a batch. To look at all of it, a compiler computes it once more, with all that is fused before it."""
-    return x[: (x.shape[0] + _SHARE - 1) // _SHARE] if x.dim() else x
+    """The first eighth of a batch, four samples at least. To look at all of it, a compiler computes it once more, with all that is fused before it."""
+    return x[: max(_FEWEST, x.shape[0] // _SHARE)] if x.dim() else x
 
 
 def _widen(extrema: Tensor, x: Tensor, limits: tuple[float, float]) -> None:
