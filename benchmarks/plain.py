@@ -70,7 +70,7 @@ class _Weight:
     def __init__(self, quantizer: WeightQuantizer) -> None:
         self.quantizer = quantizer
 
-    def __call__(self, weight: Tensor) -> Tensor:
+    def __call__(self, weight: Tensor, **_: Any) -> Tensor:
         limit, axis = 2 ** (self.quantizer.num_bits - 1) - 1, self.quantizer.axis
         magnitudes = weight.detach().abs()
         if axis is None:

@@ -85,7 +85,7 @@ def identities(quantized: QuantizedModel, monkeypatch: pytest.MonkeyPatch) -> Se
         return x.clamp_(*clamp) if inplace else x.clamp(*clamp)
 
     monkeypatch.setattr(quantizer_module, "fake_quantize", same)
-    monkeypatch.setattr(quantizer_module, "fake_quantize_weight", lambda weight, num_bits, axis: weight)
+    monkeypatch.setattr(quantizer_module, "fake_quantize_weight", lambda weight, *_: weight)
     seen = Seen()
     for key, quantizer in quantized.activations.items():
 

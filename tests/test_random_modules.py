@@ -181,7 +181,7 @@ def test_quantizers_that_round_nothing_change_nothing(source: str) -> None:
     hooked(model, x)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantizer_module, "fake_quantize", same)
-        patch.setattr(quantizer_module, "fake_quantize_weight", lambda weight, num_bits, axis: weight.clone())
+        patch.setattr(quantizer_module, "fake_quantize_weight", lambda weight, *_: weight.clone())
         for training in (False, True):
             assert same_tensors(outputs(model.train(training), x), expected[training], exact=False)
 

@@ -344,28 +344,33 @@ def _level(value: float, scale: float) -> float:
     return float(np.rint(np.float32(value) * (np.float32(1.0) / np.float32(scale))))
 
 
-def fake_quantize_weight(weight: Tensor, num_bits: int, axis: int | None) -> Tensor:
+def fake_quantize_weight(
+    weight: Tensor, num_bits: int, axis: int | None, levels: Tensor | None = None, scales: Tensor | None = None
+) -> Tensor:
     """Round a weight to the symmetric grid of its own largest magnitudes. Nothing clips, so the gradient is that of the identity.
 
     Args:
         weight: Any shape, any float type.
         num_bits: Bits of the format.
         axis: Axis of the output channels; `None`: one scale for all.
+        levels: int8 of the same shape, which takes the levels; only where there are kernels for the weight.
+        scales: float32 with one value for each channel, likewise.
     """
     result: Tensor = _FakeQuantizeWeight.apply(  # type: ignore[no-untyped-call]
-        weight, num_bits, axis
+        weight, num_bits, axis, levels, scales
     )
     return result
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, num_bits: int, axis: int | None) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, num_bits: int, axis: int | None, levels: Tensor | None, scales: Tensor | None) -> Tensor:
         kernels = None if axis is None or torch.compiler.is_compiling() or not weight.is_contiguous() else kernels_for(weight)
         if kernels is not None:
             assert axis is not None
             result = torch.empty_like(weight)
-            kernels.fake_quantize_weight(weight, result, axis, quant_range(num_bits, symmetric=True)[1], _SMALLEST_SCALE)
+            limit = quant_range(num_bits, symmetric=True)[1]
+            kernels.fake_quantize_weight(weight, result, axis, limit, _SMALLEST_SCALE, levels, scales)
             return result
         scale = weight_scale(weight, num_bits, axis)
         inverse = scale.reciprocal()
@@ -375,4 +380,4 @@ class _FakeQuantizeWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, None, None
+        return grad, *(None,) * 4

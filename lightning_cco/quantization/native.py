@@ -45,8 +45,11 @@ class Kernels:
         self._mask_gradient.argtypes = [_pointer, _pointer, _pointer, _long, _int, _int]
         self._mask_gradient.restype = None
         self._fake_quantize_weight = library.fake_quantize_weight
-        self._fake_quantize_weight.argtypes = [_pointer, _pointer, _long, _long, _long, _int, _float, _float, _int]
+        self._fake_quantize_weight.argtypes = [_pointer, _pointer, _long, _long, _long, _int, _float, _float, _pointer, _pointer, _int]
         self._fake_quantize_weight.restype = None
+        self._dequantize_weight = library.dequantize_weight
+        self._dequantize_weight.argtypes = [_pointer, _pointer, _pointer, _long, _long, _long, _int, _int]
+        self._dequantize_weight.restype = None
         self._energies = library.energies
         self._energies.argtypes = [_pointer, _pointer, _long, _int, *[_float] * 3, _pointer, _int]
         self._energies.restype = None
@@ -96,7 +99,9 @@ class Kernels:
         """Copy a gradient to ``out`` (which may be ``grad``) and set it to 0 where the mask's bit is 0."""
         self._mask_gradient(grad.data_ptr(), out.data_ptr(), mask.data_ptr(), grad.numel(), _FORMATS[grad.dtype], torch.get_num_threads())
 
-    def fake_quantize_weight(self, weight: Tensor, out: Tensor, axis: int, limit: int, smallest_scale: float) -> None:
+    def fake_quantize_weight(
+        self, weight: Tensor, out: Tensor, axis: int, limit: int, smallest_scale: float, levels: Tensor | None, scales: Tensor | None
+    ) -> None:
         """Round a contiguous weight to the symmetric grid of each channel's largest magnitude.
 
         Args:
@@ -105,6 +110,8 @@ class Kernels:
             axis: Axis of the channels.
             limit: Largest level.
             smallest_scale: Least scale.
+            levels: int8 of the same shape, for the levels.
+            scales: float32 with one value for each channel.
         """
         shape = weight.shape
         outer, inner = shape[:axis].numel(), shape[axis + 1 :].numel()
@@ -117,6 +124,23 @@ class Kernels:
             _FORMATS[weight.dtype],
             limit,
             smallest_scale,
+            None if levels is None else levels.data_ptr(),
+            None if scales is None else scales.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def dequantize_weight(self, levels: Tensor, scales: Tensor, out: Tensor, axis: int) -> None:
+        """Make a rounded weight again from what `fake_quantize_weight` wrote."""
+        shape = levels.shape
+        outer, inner = shape[:axis].numel(), shape[axis + 1 :].numel()
+        self._dequantize_weight(
+            levels.data_ptr(),
+            scales.data_ptr(),
+            out.data_ptr(),
+            outer,
+            shape[axis],
+            inner,
+            _FORMATS[out.dtype],
             torch.get_num_threads(),
         )
 

@@ -15,6 +15,7 @@ from lightning_cco.quantization.fake_quantize import (
     quant_range,
     weight_scale,
 )
+from lightning_cco.quantization.packed_weights import PackedWeight, packed_weight
 from lightning_cco.quantization.ranges import batch_range, mse_clip_ratio, percentile_range, sample
 
 _RANGE_BUFFERS = ("min_val", "max_val", "scale", "zero_point", "clip_ratio")
@@ -220,8 +221,20 @@ class WeightQuantizer(nn.Module):
         self._kept: Tensor | None = None
         self._kept_of: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """Fake-quantize; the gradient is that of the identity."""
+    def forward(self, weight: Tensor, packed: list[PackedWeight] | None = None) -> Tensor:
+        """Fake-quantize; the gradient is that of the identity.
+
+        Args:
+            weight: The weight.
+            packed: Takes what the result can be saved as until the backward, if that is possible and worth it.
+        """
+        room = packed_weight(weight, self.axis) if packed is not None else None
+        if room is not None and packed is not None:
+            self._kept = self._kept_of = None
+            result = fake_quantize_weight(weight, self.num_bits, self.axis, room.levels, room.scales)
+            room.address = result.data_ptr()
+            packed.append(room)
+            return result
         # What is computed from parameters (a parametrization) is a new tensor each time, often at the address of the last one: nothing to keep.
         owner = weight._base if weight._base is not None else weight
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not isinstance(owner, nn.Parameter) or weight.is_inference():

@@ -17,6 +17,7 @@ from lightning_cco.graph.capture import Capture, Site
 from lightning_cco.graph.frames import Frame, Frames, calling_position, tensors_in
 from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation
 from lightning_cco.graph.trace import Slot
+from lightning_cco.quantization.packed_weights import PackedWeight, saving_packed
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_cco.quantization.slots import at, replaced
@@ -116,8 +117,12 @@ class Runtime:
     def _quantize(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Activation checkpointing runs a part of the forward again inside the backward; the ranges have moved for this batch already.
         track = frame.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
-        for slot, weight_quantizer in site.weights:
-            args, kwargs = replaced(args, kwargs, slot, weight_quantizer)
+        if site.weights:
+            packed: list[PackedWeight] = []
+            for slot, weight_quantizer in site.weights:
+                args, kwargs = replaced(args, kwargs, slot, partial(weight_quantizer, packed=packed))
+            if packed:
+                func = saving_packed(func, packed)
         for slot, _, quantizer in site.reads:
             args, kwargs = replaced(args, kwargs, slot, partial(quantizer, track=track))
         if not site.outputs:

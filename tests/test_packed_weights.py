@@ -1,0 +1,98 @@
+"""Rounded weights that wait for the backward as integers: the same gradients, less memory."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_cco import quantize
+from lightning_cco.quantization import packed_weights, quantizer
+from lightning_cco.quantization.fake_quantize import fake_quantize_weight
+from lightning_cco.quantization.native import kernels_for
+from lightning_cco.quantization.packed_weights import PackedWeight
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up, self.flat = nn.Conv2d(4, 64, 8), nn.ConvTranspose2d(64, 8, 8), nn.Linear(8 * 16 * 16, 16)
+        self.rnn, self.head = nn.LSTM(16, 64, batch_first=True), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.flat(self.up(F.relu(self.conv(x))).flatten(1))
+        return self.head(self.rnn(h[:, None].expand(-1, 3, -1))[0])
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [x.grad, *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("num_bits", [2, 8])
+@pytest.mark.parametrize(("shape", "axis"), [((64, 300), 0), ((20, 30, 5, 7), 1), ((300, 70), 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_unpacked_is_what_was_packed(num_bits: int, shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(shape).to(dtype)
+    packed = PackedWeight(weight, axis, kernels_for(weight))
+    rounded = fake_quantize_weight(weight, num_bits, axis, packed.levels, packed.scales)
+    assert torch.equal(rounded, fake_quantize_weight(weight, num_bits, axis))
+    assert torch.equal(packed.unpack(), rounded)
+
+
+def test_gradients_are_the_same_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 4, 16, 16), Layers()
+    plain = copy.deepcopy(model)
+    unpacked: list[int] = []
+    original = PackedWeight.unpack
+    monkeypatch.setattr(PackedWeight, "unpack", lambda self: unpacked.append(self.levels.numel()) or original(self))
+    for one in (model, plain):
+        quantize(one, {"global_quantization_settings": {"skip_tail_quantization": False}}, (x,)).calibrate([(x,)])
+    found = gradients(model, x)
+    assert {model.conv.weight.numel(), model.up.weight.numel(), model.flat.weight.numel()} <= set(unpacked)
+    monkeypatch.setattr(quantizer, "packed_weight", lambda weight, axis: None)
+    unpacked.clear()
+    for got, expected in zip(found, gradients(plain, x), strict=True):
+        assert torch.equal(got, expected)
+    assert unpacked == []
+
+
+def test_the_float_copy_is_freed_with_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nothing is won."""
+    copies: list[weakref.ref[Tensor]] = []
+    original = quantizer.fake_quantize_weight
+
+    def watched(*args: Any) -> Tensor:
+        result = original(*args)
+        copies.append(weakref.ref(result.untyped_storage()))
+        return result
+
+    monkeypatch.setattr(quantizer, "fake_quantize_weight", watched)
+    model, x = nn.Sequential(nn.Linear(200, 300), nn.ReLU(), nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 2)), torch.randn(4, 200)
+    quantize(model, None, (x,)).calibrate([(x,)])
+    copies.clear()
+    loss = model(x).sum()
+    assert len(copies) == 2
+    assert [copy() for copy in copies] == [None, None]
+    loss.backward()
+
+
+def test_hooks_of_others_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint counts what is saved, offloading wants to see it: then weights are saved as they are."""
+    monkeypatch.setattr(packed_weights, "PackedWeight", lambda *args: pytest.fail("packed"))
+    model, x = nn.Sequential(nn.Linear(200, 300), nn.ReLU(), nn.Linear(300, 2)), torch.randn(4, 200, requires_grad=True)
+    quantize(model, None, (x.detach(),)).calibrate([(x.detach(),)])
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor):
+        model(x).sum().backward()
+    assert 200 * 300 in saved
+    checkpoint(model, x, use_reentrant=False).sum().backward()
