@@ -10,13 +10,13 @@ a few in-place operations on one fresh buffer elsewhere; both with the same resu
 from __future__ import annotations
 
 import functools
-import sys
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_cco.quantization.gradient_holders import fewest_holders, holders
 from lightning_cco.quantization.native import Kernels, kernels_for
 
 _SMALLEST_SCALE = 1e-12
@@ -254,7 +254,7 @@ class _FakeQuantizeByKernel(torch.autograd.Function):
         mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
         result = _run(kernels, x, scale, grid, inplace, mask, extrema)
         ctx.kernels, ctx.strides = kernels, x.stride()
-        _fewest_holders()
+        fewest_holders()
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(mask)
@@ -265,8 +265,8 @@ class _FakeQuantizeByKernel(torch.autograd.Function):
         (mask,) = ctx.saved_tensors
         if torch.is_grad_enabled() or kernels_for(grad) is None or grad.stride() != ctx.strides:
             return grad * _unpacked(mask, grad.shape, ctx.strides), *(None,) * 5
-        own = _fewest_holders()
-        out = grad if own and _holders(grad) in own else torch.empty_like(grad)
+        own = fewest_holders()
+        out = grad if own and holders(grad) in own else torch.empty_like(grad)
         ctx.kernels.mask_gradient(grad, out, mask)
         return out, *(None,) * 5
 
@@ -283,46 +283,6 @@ def _unpacked(mask: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tens
     """The mask as bools in the shape and order of the values that it is of."""
     bits = mask.unsqueeze(1).bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and_(1).bool().flatten()
     return bits[: shape.numel()].as_strided(shape, strides)
-
-
-def _holders(grad: Tensor) -> tuple[int, ...]:
-    """How many in C++ and in Python hold a tensor, how many its memory, and how many the tensor that it is a view of."""
-    holders = grad._use_count(), sys.getrefcount(grad), torch._C._storage_Use_Count(grad.untyped_storage()._cdata)  # type: ignore[attr-defined]
-    base = grad._base
-    return holders if base is None else (*holders, base._use_count(), sys.getrefcount(base))  # type: ignore[attr-defined]
-
-
-class _Probe(torch.autograd.Function):
-    """Counts who holds a gradient that nobody but its backward sees."""
-
-    holders: tuple[int, ...] = ()
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        _Probe.holders = _holders(grad)
-        return grad
-
-
-@functools.cache
-def _fewest_holders() -> tuple[tuple[int, ...], ...]:
-    """The counts of `_holders` for gradients that may be overwritten, as autograd itself does: one of its own memory, one that is a view.
-
-    They depend on the versions of Python and PyTorch. Where PyTorch does not tell them, no gradient is ever taken for one's own.
-    """
-    found = []
-    try:
-        for shape in ((2,), (2, 1)):
-            with torch.enable_grad():
-                y = _Probe.apply(torch.ones(2, requires_grad=True))  # type: ignore[no-untyped-call]
-                ((y if shape == (2,) else y.view(shape)) * torch.ones(shape)).sum().backward()
-            found.append(_Probe.holders)
-    except (AttributeError, RuntimeError):
-        return ()
-    return tuple(found)
 
 
 def _level_bounds(scale: Bound, low: Bound, high: Bound, limits: tuple[float, float]) -> tuple[Bound, Bound]:

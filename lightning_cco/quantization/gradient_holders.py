@@ -1,0 +1,50 @@
+"""Who else sees a gradient: one that nobody but its backward holds may be overwritten, as autograd does itself with gradients that it adds up."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def holders(grad: Tensor) -> tuple[int, ...]:
+    """How many in C++ and in Python hold a tensor, how many its memory, and how many the tensor that it is a view of."""
+    counts = grad._use_count(), sys.getrefcount(grad), torch._C._storage_Use_Count(grad.untyped_storage()._cdata)  # type: ignore[attr-defined]
+    base = grad._base
+    return counts if base is None else (*counts, base._use_count(), sys.getrefcount(base))  # type: ignore[attr-defined]
+
+
+class _Probe(torch.autograd.Function):
+    """Counts who holds a gradient that nobody but its backward sees."""
+
+    counts: tuple[int, ...] = ()
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        _Probe.counts = holders(grad)
+        return grad
+
+
+@functools.cache
+def fewest_holders() -> tuple[tuple[int, ...], ...]:
+    """The counts of `holders` for gradients that may be overwritten, as autograd itself does: one of its own memory, one that is a view.
+
+    They depend on the versions of Python and PyTorch. Where PyTorch does not tell them, no gradient is ever taken for one's own.
+    """
+    found = []
+    try:
+        for shape in ((2,), (2, 1)):
+            with torch.enable_grad():
+                y = _Probe.apply(torch.ones(2, requires_grad=True))  # type: ignore[no-untyped-call]
+                ((y if shape == (2,) else y.view(shape)) * torch.ones(shape)).sum().backward()
+            found.append(_Probe.counts)
+    except (AttributeError, RuntimeError):
+        return ()
+    return tuple(found)
