@@ -68,7 +68,7 @@ def find_skips(
                 f"layer_settings: {entry.skip_by} asks to quantize layer '{layer.name}' (kind {layer.kind}), which is impossible: {detail}. "
                 f"Remove skip_quantization: false{_instead(graph, layer)}."
             )
-        if asked and reason == "rule":
+        if asked and (reason == "rule" or (not reason and layer.kind in target.followers)):
             forced.add(layer.name)
             continue
         unwanted = entry.skip or (entry.skip is None and layer.name in suggestions)
