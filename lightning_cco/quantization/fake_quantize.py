@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_cco.quantization.gradient_holders import fewest_holders, holders
 from lightning_cco.quantization.native import Kernels, kernels_for
+from lightning_cco.quantization.packed_weights import PackedWeight
 
 _SMALLEST_SCALE = 1e-12
 _INF = float("inf")
@@ -304,32 +305,28 @@ def _level(value: float, scale: float) -> float:
     return float(np.rint(np.float32(value) * (np.float32(1.0) / np.float32(scale))))
 
 
-def fake_quantize_weight(
-    weight: Tensor, num_bits: int, axis: int | None, levels: Tensor | None = None, scales: Tensor | None = None
-) -> Tensor:
+def fake_quantize_weight(weight: Tensor, num_bits: int, axis: int | None, packed: PackedWeight | None = None) -> Tensor:
     """Round a weight to the symmetric grid of its own largest magnitudes. Nothing clips, so the gradient is that of the identity.
 
     Args:
         weight: Any shape, any float type.
         num_bits: Bits of the format.
         axis: Axis of the output channels; `None`: one scale for all.
-        levels: int8 of the same shape, which takes the levels; only where there are kernels for the weight.
-        scales: float32 with one value for each channel, likewise.
+        packed: Takes the levels and scales, and gives the memory for the result; only where there are kernels for the weight.
     """
-    result: Tensor = _FakeQuantizeWeight.apply(  # type: ignore[no-untyped-call]
-        weight, num_bits, axis, levels, scales
-    )
+    result: Tensor = _FakeQuantizeWeight.apply(weight, num_bits, axis, packed)  # type: ignore[no-untyped-call]
     return result
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, num_bits: int, axis: int | None, levels: Tensor | None, scales: Tensor | None) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, num_bits: int, axis: int | None, packed: PackedWeight | None) -> Tensor:
         kernels = None if axis is None or torch.compiler.is_compiling() or not weight.is_contiguous() else kernels_for(weight)
         if kernels is not None:
             assert axis is not None
-            result = torch.empty_like(weight)
             limit = quant_range(num_bits, symmetric=True)[1]
+            result = torch.empty_like(weight) if packed is None else packed.room()
+            levels, scales = (None, None) if packed is None else (packed.levels, packed.scales)
             kernels.fake_quantize_weight(weight, result, axis, limit, _SMALLEST_SCALE, levels, scales)
             return result
         scale = weight_scale(weight, num_bits, axis)
@@ -340,4 +337,4 @@ class _FakeQuantizeWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, *(None,) * 4
+        return grad, *(None,) * 3

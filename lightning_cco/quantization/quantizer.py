@@ -231,10 +231,8 @@ class WeightQuantizer(nn.Module):
         room = packed_weight(weight, self.axis) if packed is not None else None
         if room is not None and packed is not None:
             self._kept = self._kept_of = None
-            result = fake_quantize_weight(weight, self.num_bits, self.axis, room.levels, room.scales)
-            room.address = result.data_ptr()
             packed.append(room)
-            return result
+            return fake_quantize_weight(weight, self.num_bits, self.axis, room)
         # What is computed from parameters (a parametrization) is a new tensor each time, often at the address of the last one: nothing to keep.
         owner = weight._base if weight._base is not None else weight
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not isinstance(owner, nn.Parameter) or weight.is_inference():
