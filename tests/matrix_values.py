@@ -66,26 +66,22 @@ class Seen:
         return taken
 
 
-def identities(quantized: QuantizedModel, monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """Make fake-quantization the identity, so that no rounding hides whose values a quantizer sees, and write down what comes."""
+def round_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make fake-quantization the identity, or the clamp alone that it takes over."""
 
-    def same(
-        x: Tensor,
-        scale: Any,
-        zero_point: Any,
-        num_bits: int,
-        symmetric: bool,
-        clamp: Any,
-        inplace: bool,
-        numbers: Any = None,
-        extrema: Any = None,
-    ) -> Tensor:
+    def same(x: Tensor, scale: Any, zero_point: Any, num_bits: int, symmetric: bool, clamp: Any, inplace: bool, *_: Any) -> Tensor:
         if clamp is None:
-            return x
+            return x.clone()
         return x.clamp_(*clamp) if inplace else x.clamp(*clamp)
 
     monkeypatch.setattr(quantizer_module, "fake_quantize", same)
-    monkeypatch.setattr(quantizer_module, "fake_quantize_weight", lambda weight, *_: weight)
+    monkeypatch.setattr(quantizer_module, "fake_quantize_weight", lambda weight, *_: weight.clone())
+
+
+def identities(quantized: QuantizedModel, monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """Make fake-quantization the identity, so that no rounding hides whose values a quantizer sees, and write down what comes."""
+
+    round_nothing(monkeypatch)
     seen = Seen()
     for key, quantizer in quantized.activations.items():
 

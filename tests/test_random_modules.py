@@ -11,12 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
-from matrix_values import same_tensors
+from matrix_values import round_nothing, same_tensors
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_cco import QuantizedModel, quantize
-from lightning_cco.quantization import quantizer as quantizer_module
 
 VARIABLES = ["a", "b", "c"]
 NEW = [
@@ -160,28 +159,11 @@ def test_hooks_alone_change_no_bit(source: str) -> None:
 @given(forwards())
 def test_quantizers_that_round_nothing_change_nothing(source: str) -> None:
     """In-place operations, clamps that a quantizer takes over and shared submodules included."""
-
-    def same(
-        x: Tensor,
-        scale: Any,
-        zero_point: Any,
-        num_bits: int,
-        symmetric: bool,
-        clamp: Any,
-        inplace: bool,
-        numbers: Any = None,
-        extrema: Any = None,
-    ) -> Tensor:
-        if clamp is None:
-            return x.clone()
-        return x.clamp_(*clamp) if inplace else x.clamp(*clamp)
-
     model, x = built(source)
     expected = {training: outputs(model.train(training), x) for training in (False, True)}
     hooked(model, x)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantizer_module, "fake_quantize", same)
-        patch.setattr(quantizer_module, "fake_quantize_weight", lambda weight, *_: weight.clone())
+        round_nothing(patch)
         for training in (False, True):
             assert same_tensors(outputs(model.train(training), x), expected[training], exact=False)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from lightning_cco.quantization.runtime import Runtime
 from lightning_cco.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from lightning_cco.sensitivity import LayerSensitivities, SensitivityReport
+    from lightning_cco.sensitivity import SensitivityReport
 
 Forward = Callable[[nn.Module, Any], Any]
 """How one batch goes through the model."""
@@ -109,7 +108,7 @@ class QuantizedModel:
         self.runtime.run = self.runtime._pass
         self.runtime.frames.started = self._forward_starts
         self.runtime.frames.attach()
-        self.to(self._device())
+        self.to(self.device)
 
     @property
     def graph(self) -> LayerGraph:
@@ -121,7 +120,9 @@ class QuantizedModel:
         """Where the running model has departed from the captured one, in words."""
         return list(self.runtime.drift.values())
 
-    def _device(self) -> torch.device:
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
         return next(self.model.parameters()).device
 
     def _build_quantizers(self) -> None:
@@ -173,7 +174,7 @@ class QuantizedModel:
         self.plan = plan_quantization(self.graph, self.settings, suggestions)
         before = dict(self.activations)
         self._build_quantizers()
-        self.to(self._device())
+        self.to(self.device)
         self.runtime.load(self.plan, self.activations, self.weights)
         torch._dynamo.reset()
         return [key for key, quantizer in self.activations.items() if before.get(key) is not quantizer]
@@ -199,7 +200,7 @@ class QuantizedModel:
             self.activations[key].start_calibration()
         count = 0
         observed = {key: q for key, q in self.activations.items() if key in chosen}
-        with self.evaluating(), self._forked_random(), self.runtime.doing("observe"), _only(self.activations, chosen):
+        with self.evaluating(), self.forked_random(), self.runtime.doing("observe"), _only(self.activations, chosen):
             for batch in batches:
                 forward(self.model, batch)
                 count += 1
@@ -299,7 +300,7 @@ class QuantizedModel:
 
     def _follow_device(self) -> None:
         """Keep the quantizers where the parameters are: Lightning moves the model to the CPU at the end of a run."""
-        device = self._device()
+        device = self.device
         for quantizer in self.activations.values():
             if quantizer.scale.device == device:
                 return
@@ -324,64 +325,21 @@ class QuantizedModel:
         Raises:
             CCOError: The model was never calibrated.
         """
-        from lightning_cco.sensitivity import LayerSensitivities
+        from lightning_cco.measurement import measure
 
         if not self.calibrated:
             raise CCOError(
                 "sensitivity: the model was never calibrated, so there is no quantized output to compare. Call calibrate(batches) first."
             )
-        names = self.measured_layers()
-        metric = LayerSensitivities(names).to(self._device())
-        with self.evaluating():
-            for batch in batches:
-                self._measure(metric, batch, forward or call_with, modes)
-        return metric.report(modes)
+        return measure(self, batches, forward or call_with, modes)
 
     def measured_layers(self) -> list[str]:
         """Layers with a rounding of their own, in graph order: a weight, or a quantizer on the output."""
         return [name for name in self.graph.names if name in self.weights or name in self.activations]
 
-    def _measure(self, metric: LayerSensitivities, batch: Any, forward: Forward, modes: Sequence[str]) -> None:
-        from lightning_cco.sensitivity import rounding_energies
-
-        metric.start_batch()
-        # A list for each layer: a step may call a module more than once (a discriminator on real and fake), one set of layers with two outputs.
-        reference: dict[str, deque[Tensor]] = {}
-
-        def keep(name: str, output: Tensor) -> None:
-            overwritten = self.capture.sites[name].overwritten
-            reference.setdefault(name, deque()).append(output.clone() if overwritten else output)
-
-        def compare_local(name: str, quantized: Tensor | ActivationQuantizer, expected: Tensor) -> None:
-            if isinstance(quantized, Tensor):
-                metric.update("local", name, quantized, expected)
-            else:
-                metric.add("local", name, *rounding_energies(quantized, expected))
-            if "accumulated" in modes:  # the layers around run in float: the same reference
-                keep(name, expected)
-
-        def keep_float(name: str, _: Tensor | ActivationQuantizer, output: Tensor) -> None:
-            keep(name, output)
-
-        def compare(name: str, output: Tensor | ActivationQuantizer, _: Tensor) -> None:
-            assert isinstance(output, Tensor)
-            if reference.get(name):  # none if rounding made the model take another path
-                metric.update("accumulated", name, output, reference[name].popleft())
-
-        # What a step draws (a generator's noise) must be the same in each forward.
-        if "local" in modes:
-            with self._forked_random(), self.runtime.doing("measure_local", compare_local):
-                forward(self.model, batch)
-        else:
-            with self._forked_random(), self.runtime.doing("record_float", keep_float):
-                forward(self.model, batch)
-        if "accumulated" in modes:
-            with self._forked_random(), self.runtime.doing("record_quantized", compare):
-                forward(self.model, batch)
-
-    def _forked_random(self) -> AbstractContextManager[None]:
+    def forked_random(self) -> AbstractContextManager[None]:
         """Random numbers inside the block, beginning where they are now; afterwards they are there again."""
-        device = self._device()
+        device = self.device
         return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
     def state_dict(self) -> dict[str, Any]:

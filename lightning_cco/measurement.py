@@ -1,0 +1,61 @@
+"""The pass that measures the Quantization Sensitivity of every layer: two forwards and a repetition of the layers with weights."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_cco.quantization.model import Forward, QuantizedModel
+from lightning_cco.quantization.quantizer import ActivationQuantizer
+from lightning_cco.sensitivity import LayerSensitivities, SensitivityReport, rounding_energies
+
+
+def measure(quantized: QuantizedModel, batches: Iterable[Any], forward: Forward, modes: Sequence[str]) -> SensitivityReport:
+    """Measure the Quantization Sensitivity of each layer.
+
+    Args:
+        quantized: A calibrated model.
+        batches: The held batches, on the model's device.
+        forward: How a batch goes through the model.
+        modes: ``local``, ``accumulated`` or both.
+    """
+    metric = LayerSensitivities(quantized.measured_layers()).to(quantized.device)
+    with quantized.evaluating():
+        for batch in batches:
+            metric.start_batch()
+            _measure_batch(quantized, metric, lambda batch=batch: forward(quantized.model, batch), modes)  # type: ignore[misc]
+    return metric.report(modes)
+
+
+def _measure_batch(quantized: QuantizedModel, metric: LayerSensitivities, forward: Callable[[], Any], modes: Sequence[str]) -> None:
+    # A list for each layer: a step may call a module more than once (a discriminator on real and fake), one set of layers with two outputs.
+    reference: dict[str, deque[Tensor]] = {}
+
+    def keep(name: str, output: Tensor) -> None:
+        overwritten = quantized.capture.sites[name].overwritten
+        reference.setdefault(name, deque()).append(output.clone() if overwritten else output)
+
+    def compare_local(name: str, rounded: Tensor | ActivationQuantizer, expected: Tensor) -> None:
+        if isinstance(rounded, Tensor):
+            metric.update("local", name, rounded, expected)
+        else:
+            metric.add("local", name, *rounding_energies(rounded, expected))
+        if "accumulated" in modes:  # the layers around run in float: the same reference
+            keep(name, expected)
+
+    def keep_float(name: str, _: Tensor | ActivationQuantizer, output: Tensor) -> None:
+        keep(name, output)
+
+    def compare(name: str, output: Tensor | ActivationQuantizer, _: Tensor) -> None:
+        assert isinstance(output, Tensor)
+        if reference.get(name):  # none if rounding made the model take another path
+            metric.update("accumulated", name, output, reference[name].popleft())
+
+    first = ("measure_local", compare_local) if "local" in modes else ("record_float", keep_float)
+    for what, recorder in (first, ("record_quantized", compare)) if "accumulated" in modes else (first,):
+        # What a step draws (a generator's noise) must be the same in each forward.
+        with quantized.forked_random(), quantized.runtime.doing(what, recorder):
+            forward()
