@@ -15,6 +15,8 @@ from lightning_cco.quantization import fake_quantize as fake_quantize_module
 from lightning_cco.quantization import native
 from lightning_cco.quantization.fake_quantize import affine_qparams, fake_quantize, fake_quantize_weight
 
+pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no C compiler")
+
 INF, NAN = float("inf"), float("nan")
 # Around the kernels' blocks, bytes of a mask and share of a thread.
 SIZES = [0, 1, 7, 8, 9, 63, 511, 512, 513, 1537, 70_001]

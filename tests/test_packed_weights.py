@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_cco import quantize
-from lightning_cco.quantization import packed_weights, quantizer
+from lightning_cco.quantization import native, packed_weights, quantizer
 from lightning_cco.quantization.fake_quantize import fake_quantize_weight
 from lightning_cco.quantization.native import kernels_for
 from lightning_cco.quantization.packed_weights import PackedWeight
+
+pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no C compiler")
 
 
 class Layers(nn.Module):
