@@ -60,7 +60,7 @@ class PackedWeight:
 
     def unpack(self) -> Tensor:
         """The rounded weight."""
-        weight = _scratch.take(self.levels.shape, self.dtype)
+        weight = self.room()
         self.kernels.dequantize_weight(self.levels, self.scales, weight, self.axis)
         return weight
 

@@ -239,16 +239,17 @@ class _Planner:
         pending = [layer.name for layer in self.graph if layer.name in int8 and layer.kind in self.target.followers]
         while pending:
             name = pending.pop()
-            if name not in int8 or self._asked(name) or self._reads_int8(name, int8) or any(r in int8 for r in self._consumers(name)):
+            if (
+                name not in int8
+                or self.said.get(name, Said()).asked_for
+                or self._reads_int8(name, int8)
+                or any(r in int8 for r in self._consumers(name))
+            ):
                 continue
             int8.discard(name)
             self.skips[name] = ("rule", "float layers are before and behind it")
             neighbours = {*self._consumers(name), *(self.origin[read][0] for read in self.reads[name])}
             pending += [other for other in neighbours if self.graph[other].kind in self.target.followers]
-
-    def _asked(self, name: str) -> bool:
-        said = self.said.get(name, Said())
-        return said.skip is False and said.skip_exactness >= 2
 
     def _reads_int8(self, name: str, int8: set[str]) -> bool:
         """Whether every float that a layer reads comes out of an INT8 layer in INT8 anyway."""

@@ -29,6 +29,11 @@ class Said:
     activations_exactness: float = -1
     activations_by: str = ""
 
+    @property
+    def asked_for(self) -> bool:
+        """Whether a rule names the layer itself and wants it quantized."""
+        return self.skip is False and self.skip_exactness >= BY_ITSELF
+
 
 def apply_rules(graph: LayerGraph, rules: Sequence[LayerRule]) -> dict[str, Said]:
     """Resolve every rule against the graph.

@@ -10,7 +10,7 @@ from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, is_known_kind, operation_of_kind
 from lightning_cco.graph.select import list_names
-from lightning_cco.quantization.rules import BY_ITSELF, Said
+from lightning_cco.quantization.rules import Said
 from lightning_cco.quantization.targets import Target
 from lightning_cco.settings import LayerRule, Settings
 
@@ -62,7 +62,7 @@ def find_skips(
     for layer in graph:
         entry = said.get(layer.name, Said())
         reason, detail = _intrinsic(layer, target)
-        asked = entry.skip is False and entry.skip_exactness >= BY_ITSELF
+        asked = entry.asked_for
         if asked and (reason in ("integer", "unsupported", "output") or operation_of_kind(layer.kind).category is Category.IDENTITY):
             raise CCOError(
                 f"layer_settings: {entry.skip_by} asks to quantize layer '{layer.name}' (kind {layer.kind}), which is impossible: {detail}. "
