@@ -94,7 +94,7 @@ class Combined(pl.LightningModule):
     test_step = validation_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+        return torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)
 
 
 class Late(Combined):

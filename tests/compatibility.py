@@ -25,7 +25,9 @@ ROWS = {
     "test": "`test(ckpt_path=...)`",
     "partial_batch": "partial last batch",
     "configure_model": "built in `configure_model`",
-    "pairs": "each two of these (but the compiler and DDP)",
+    "pairs": "each two of these, but the compiler and DDP",
+    "slow_pairs": "the compiler or DDP with each other one, the models in turn",
+    "all": "all nine at once",
 }
 COLUMNS = ["CNN", "ViT", "Hugging Face", "LSTM"]
 PROPERTIES = {

@@ -60,7 +60,7 @@ def check(model: str, features: Iterable[str], folder: Path) -> None:
         assert len(quantized["losses"]) == len(plain["losses"]) == EPOCHS * -(-samples // BATCH)
         # Quantized, but the same training.
         assert quantized["losses"] != pytest.approx(plain["losses"], rel=1e-6)
-        assert quantized["losses"] == pytest.approx(plain["losses"], rel=0.35)  # the batch norms of four samples at a high rate
+        assert quantized["losses"] == pytest.approx(plain["losses"], rel=0.2)  # ranges from an untrained batch norm clip a little at first
         if features <= EXACT:
             assert quantized["losses"] == pytest.approx(expected["losses"], rel=1e-4)
         if features <= {*EXACT, "bf16"}:
@@ -85,12 +85,14 @@ def test_cell(model: str, feature: str, tmp_path: Path, record_property: pytest.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-def test_all_at_once(model: str, tmp_path: Path) -> None:
+def test_all_at_once(model: str, tmp_path: Path, record_property: pytest.RecordProperty) -> None:
+    record_property("cell", ("all", model))
     check(model, FEATURES, tmp_path)
 
 
 QUICK_PAIRS = [pair for pair in itertools.combinations(FEATURES, 2) if not SLOW & set(pair)]
-SLOW_PAIRS = [pair for pair in itertools.combinations(FEATURES, 2) if SLOW & set(pair)]
+SLOW_PAIRS = list(zip((pair for pair in itertools.combinations(FEATURES, 2) if SLOW & set(pair)), itertools.cycle(MODELS), strict=False))
+"""Half a minute each: the kinds of models take turns."""
 
 
 @pytest.mark.slow
@@ -102,12 +104,15 @@ def test_pair(model: str, pair: tuple[str, str], tmp_path: Path, record_property
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", SLOW_PAIRS, ids="-".join)
-def test_pair_with_the_compiler_or_two_processes(pair: tuple[str, str], tmp_path: Path) -> None:
-    check("LSTM" if "compile" in pair else "CNN", pair, tmp_path)
+@pytest.mark.parametrize(("pair", "model"), SLOW_PAIRS, ids=["-".join((*pair, model)) for pair, model in SLOW_PAIRS])
+def test_pair_with_the_compiler_or_two_processes(
+    pair: tuple[str, str], model: str, tmp_path: Path, record_property: pytest.RecordProperty
+) -> None:
+    record_property("cell", ("slow_pairs", model))
+    check(model, pair, tmp_path)
 
 
 def test_the_table_in_the_docs_has_every_cell_and_none_that_failed() -> None:
     table = compatibility.read_table(compatibility.PAGE)
-    assert set(table) == {(row, model) for row in [*FEATURES, "pairs"] for model in MODELS}
+    assert set(table) == {(row, model) for row in compatibility.ROWS for model in MODELS}
     assert set(table.values()) == {"✓"}

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_cco.quantization import operations
 from lightning_cco.quantization.gradient_holders import fewest_holders, holders
 from lightning_cco.quantization.native import Kernels, kernels_for
 from lightning_cco.quantization.packed_weights import PackedWeight
 
 _SMALLEST_SCALE = 1e-12
 _INF = float("inf")
-_SHARE, _FEWEST = 8, 4
 _NO_LIMITS = (-_INF, _INF)
 
 Bound = float | Tensor
@@ -75,6 +75,9 @@ def weight_scale(weight: Tensor, num_bits: int, axis: int | None) -> Tensor:
         float32 of the weight's number of dimensions, size 1 except along ``axis``; 0-d without an axis.
     """
     weight = weight.detach()
+    limit = quant_range(num_bits, symmetric=True)[1]
+    if axis is not None and operations.has_operations(weight):
+        return operations.weight_scale(weight, axis, limit, _SMALLEST_SCALE)
     if axis is None:
         high, low = weight.amax(), weight.amin()
     else:
@@ -84,7 +87,7 @@ def weight_scale(weight: Tensor, num_bits: int, axis: int | None) -> Tensor:
             if dims:
                 high, low = high.amax(dims, keepdim=True), low.amin(dims, keepdim=True)
     largest = torch.maximum(high, -low)
-    return largest.float().div(quant_range(num_bits, symmetric=True)[1]).clamp(min=_SMALLEST_SCALE)
+    return largest.float().div(limit).clamp(min=_SMALLEST_SCALE)
 
 
 class Grid(NamedTuple):
@@ -147,7 +150,7 @@ def fake_quantize(
     else:
         grid, kernels = _grid_of_numbers(*numbers, num_bits, symmetric, limits), kernels_for(x)
     if extrema is not None and kernels is None:
-        _widen(extrema, _share_of(x.detach()) if torch.compiler.is_compiling() else x.detach(), limits)
+        _widen(extrema, x.detach(), limits)
     if not (torch.is_grad_enabled() and x.requires_grad):
         if kernels is not None and numbers is not None:
             return _run(kernels, x, numbers[0], grid, inplace, None, extrema)
@@ -165,15 +168,14 @@ def fake_quantize(
     return result
 
 
-def _share_of(x: Tensor) -> Tensor:
-    """The first eighth of a batch, four samples at least. To look at all of it, a compiler computes it once more, with all that is fused before it."""
-    return x[: max(_FEWEST, x.shape[0] // _SHARE)] if x.dim() else x
-
-
 def _widen(extrema: Tensor, x: Tensor, limits: tuple[float, float]) -> None:
-    if x.numel():
-        ends = torch.stack(torch.aminmax(x)).float().clamp(*limits)
-        extrema.copy_(torch.stack([torch.minimum(extrema[0], ends[0]), torch.maximum(extrema[1], ends[1])]))
+    if not x.numel():
+        return
+    if operations.has_operations(x):
+        extrema.copy_(operations.widened(extrema, x, limits))
+        return
+    ends = torch.stack(torch.aminmax(x)).float().clamp(*limits)
+    extrema.copy_(torch.stack([torch.minimum(extrema[0], ends[0]), torch.maximum(extrema[1], ends[1])]))
 
 
 def _levels(x: Tensor, scale: Tensor, inplace: bool) -> Tensor:

@@ -58,6 +58,33 @@ static inline void pack(const uint8_t *inside, uint8_t *bits, int count) {
     }
 }
 
+/* Widen two numbers to the smallest and the largest of some values; returns whether there is a NaN. */
+static inline int range_of(const float *value, int count, float *smallest, float *largest) {
+    float low = INFINITY, high = -INFINITY;
+    int broken = 0;
+#pragma omp simd reduction(min : low) reduction(max : high) reduction(| : broken)
+    for (int i = 0; i < count; i++) {
+        low = value[i] < low ? value[i] : low;
+        high = value[i] > high ? value[i] : high;
+        broken |= value[i] != value[i];
+    }
+    *smallest = low < *smallest ? low : *smallest;
+    *largest = high > *largest ? high : *largest;
+    return broken;
+}
+
+/* Widen extrema to a range limited by below and above. */
+static void widen_to(float smallest, float largest, int broken, float below, float above, float *extrema) {
+    if (broken) {
+        extrema[0] = extrema[1] = NAN;
+    } else if (smallest <= largest) {
+        smallest = smallest < below ? below : smallest > above ? above : smallest;
+        largest = largest < below ? below : largest > above ? above : largest;
+        extrema[0] = smallest < extrema[0] ? smallest : extrema[0];
+        extrema[1] = largest > extrema[1] ? largest : extrema[1];
+    }
+}
+
 /* Round x to its grid, from the level `first` to the level `last`.
  *
  * mask:    null, or (n + 7) / 8 bytes for one bit per value that has a gradient: its level, before it is clamped, is one of low ... high, and the
@@ -82,17 +109,7 @@ int64_t fake_quantize(const void *x, void *y, int64_t n, int half, float scale, 
             const int64_t at = block * BLOCK;
             const int count = n - at < BLOCK ? (int)(n - at) : BLOCK;
             load(x, at, count, half, value);
-            if (extrema) {
-                float low_end = INFINITY, high_end = -INFINITY;
-#pragma omp simd reduction(min : low_end) reduction(max : high_end) reduction(| : broken)
-                for (int i = 0; i < count; i++) {
-                    low_end = value[i] < low_end ? value[i] : low_end;
-                    high_end = value[i] > high_end ? value[i] : high_end;
-                    broken |= value[i] != value[i];
-                }
-                smallest = low_end < smallest ? low_end : smallest;
-                largest = high_end > largest ? high_end : largest;
-            }
+            if (extrema) broken |= range_of(value, count, &smallest, &largest);
             int outside = 0;
             for (int i = 0; i < count; i++) {
                 const float level = rintf(value[i] * inverse);
@@ -117,15 +134,24 @@ int64_t fake_quantize(const void *x, void *y, int64_t n, int half, float scale, 
             pack(inside, mask + at / 8, count);
         }
     }
-    if (extrema && broken) {
-        extrema[0] = extrema[1] = NAN;
-    } else if (extrema && smallest <= largest) {
-        smallest = smallest < below ? below : smallest > above ? above : smallest;
-        largest = largest < below ? below : largest > above ? above : largest;
-        extrema[0] = smallest < extrema[0] ? smallest : extrema[0];
-        extrema[1] = largest > extrema[1] ? largest : extrema[1];
-    }
+    if (extrema) widen_to(smallest, largest, broken, below, above, extrema);
     return blocked;
+}
+
+/* Widen two numbers to the smallest and the largest value of x, limited by below and above; NaN if there is one. */
+void widen(const void *x, int64_t n, int half, float below, float above, float *extrema, int threads) {
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    float smallest = INFINITY, largest = -INFINITY;
+    int broken = 0;
+#pragma omp parallel for schedule(static) num_threads(threads_for(n, threads)) reduction(min : smallest) reduction(max : largest) reduction(| : broken)
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t at = block * BLOCK;
+        const int count = n - at < BLOCK ? (int)(n - at) : BLOCK;
+        float value[BLOCK];
+        load(x, at, count, half, value);
+        broken |= range_of(value, count, &smallest, &largest);
+    }
+    widen_to(smallest, largest, broken, below, above, extrema);
 }
 
 /* Set gradients to 0 where the mask's bit is 0. `to` may be `from`. */
@@ -161,6 +187,34 @@ void mask_gradient(const void *from, void *to, const uint8_t *mask, int64_t n, i
     }
 }
 
+/* Scale of one channel of a weight of outer x channels x inner values: largest magnitude / limit, at least `smallest`. */
+static float scale_of(const void *weight, int64_t outer, int64_t channels, int64_t inner, int half, int64_t channel, float limit, float smallest) {
+    float value[BLOCK], largest = 0.0f;
+    int broken = 0;
+    for (int64_t row = 0; row < outer; row++)
+        for (int64_t i = 0; i < inner; i += BLOCK) {
+            const int count = inner - i < BLOCK ? (int)(inner - i) : BLOCK;
+            load(weight, (row * channels + channel) * inner + i, count, half, value);
+#pragma omp simd reduction(max : largest) reduction(| : broken)
+            for (int j = 0; j < count; j++) {
+                const float magnitude = fabsf(value[j]);
+                largest = magnitude > largest ? magnitude : largest;
+                broken |= magnitude != magnitude;
+            }
+        }
+    if (broken) return NAN;
+    const float scale = largest / limit;
+    return scale < smallest ? smallest : scale;
+}
+
+/* The scales of all channels. */
+void weight_scale(const void *weight, int64_t outer, int64_t channels, int64_t inner, int half, float limit, float smallest, float *scales,
+                   int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads_for(outer * channels * inner, threads))
+    for (int64_t channel = 0; channel < channels; channel++)
+        scales[channel] = scale_of(weight, outer, channels, inner, half, channel, limit, smallest);
+}
+
 /* Round a weight to the symmetric grid of each channel's largest magnitude: scale = largest / limit, at least `smallest`.
  *
  * The weight is outer x channels x inner values; a channel's are read twice, the second time out of the cache.
@@ -171,22 +225,8 @@ void fake_quantize_weight(const void *weight, void *result, int64_t outer, int64
                           int8_t *levels, float *scales, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads_for(outer * channels * inner, threads))
     for (int64_t channel = 0; channel < channels; channel++) {
-        float value[BLOCK], largest = 0.0f;
-        int broken = 0;
-        for (int64_t row = 0; row < outer; row++)
-            for (int64_t i = 0; i < inner; i += BLOCK) {
-                const int count = inner - i < BLOCK ? (int)(inner - i) : BLOCK;
-                load(weight, (row * channels + channel) * inner + i, count, half, value);
-#pragma omp simd reduction(max : largest) reduction(| : broken)
-                for (int j = 0; j < count; j++) {
-                    const float magnitude = fabsf(value[j]);
-                    largest = magnitude > largest ? magnitude : largest;
-                    broken |= magnitude != magnitude;
-                }
-            }
-        float scale = largest / limit;
-        scale = scale < smallest ? smallest : scale;
-        if (broken) scale = NAN;
+        float value[BLOCK];
+        const float scale = scale_of(weight, outer, channels, inner, half, channel, limit, smallest);
         const float inverse = 1.0f / scale;
         for (int64_t row = 0; row < outer; row++)
             for (int64_t i = 0; i < inner; i += BLOCK) {

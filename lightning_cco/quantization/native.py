@@ -24,7 +24,7 @@ SOURCE = Path(__file__).with_name("kernels.c")
 # Contraction would round once where torch rounds twice; errno and traps keep compilers from using vector instructions.
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 _TIMEOUT = 60.0  # seconds
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 _INF = float("inf")
 
 _float, _int, _long, _pointer = ctypes.c_float, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
@@ -41,12 +41,18 @@ class Kernels:
         self._fake_quantize = library.fake_quantize
         self._fake_quantize.argtypes = [_pointer, _pointer, _long, _int, *[_float] * 7, _pointer, _pointer, _int]
         self._fake_quantize.restype = _long
+        self._widen = library.widen
+        self._widen.argtypes = [_pointer, _long, _int, _float, _float, _pointer, _int]
+        self._widen.restype = None
         self._mask_gradient = library.mask_gradient
         self._mask_gradient.argtypes = [_pointer, _pointer, _pointer, _long, _int, _int]
         self._mask_gradient.restype = None
         self._fake_quantize_weight = library.fake_quantize_weight
         self._fake_quantize_weight.argtypes = [_pointer, _pointer, _long, _long, _long, _int, _float, _float, _pointer, _pointer, _int]
         self._fake_quantize_weight.restype = None
+        self._weight_scale = library.weight_scale
+        self._weight_scale.argtypes = [_pointer, _long, _long, _long, _int, _float, _float, _pointer, _int]
+        self._weight_scale.restype = None
         self._dequantize_weight = library.dequantize_weight
         self._dequantize_weight.argtypes = [_pointer, _pointer, _pointer, _long, _long, _long, _int, _int]
         self._dequantize_weight.restype = None
@@ -84,7 +90,7 @@ class Kernels:
             x.data_ptr(),
             out.data_ptr(),
             x.numel(),
-            _FORMATS[x.dtype],
+            FORMATS[x.dtype],
             scale,
             *levels,
             *ends,
@@ -95,9 +101,13 @@ class Kernels:
         )
         return blocked
 
+    def widen(self, x: Tensor, limits: tuple[float, float], extrema: Tensor) -> None:
+        """Widen ``extrema``, float32 of 2, to the smallest and the largest value of ``x`` after a clamp to the limits."""
+        self._widen(x.data_ptr(), x.numel(), FORMATS[x.dtype], *limits, extrema.data_ptr(), torch.get_num_threads())
+
     def mask_gradient(self, grad: Tensor, out: Tensor, mask: Tensor) -> None:
         """Copy a gradient to ``out`` (which may be ``grad``) and set it to 0 where the mask's bit is 0."""
-        self._mask_gradient(grad.data_ptr(), out.data_ptr(), mask.data_ptr(), grad.numel(), _FORMATS[grad.dtype], torch.get_num_threads())
+        self._mask_gradient(grad.data_ptr(), out.data_ptr(), mask.data_ptr(), grad.numel(), FORMATS[grad.dtype], torch.get_num_threads())
 
     def fake_quantize_weight(
         self, weight: Tensor, out: Tensor, axis: int, limit: int, smallest_scale: float, levels: Tensor | None, scales: Tensor | None
@@ -121,11 +131,27 @@ class Kernels:
             outer,
             shape[axis],
             inner,
-            _FORMATS[weight.dtype],
+            FORMATS[weight.dtype],
             limit,
             smallest_scale,
             None if levels is None else levels.data_ptr(),
             None if scales is None else scales.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def weight_scale(self, weight: Tensor, axis: int, limit: int, smallest_scale: float, scales: Tensor) -> None:
+        """The scales that `fake_quantize_weight` takes, float32 with one value for each channel."""
+        shape = weight.shape
+        outer, inner = shape[:axis].numel(), shape[axis + 1 :].numel()
+        self._weight_scale(
+            weight.data_ptr(),
+            outer,
+            shape[axis],
+            inner,
+            FORMATS[weight.dtype],
+            limit,
+            smallest_scale,
+            scales.data_ptr(),
             torch.get_num_threads(),
         )
 
@@ -140,31 +166,31 @@ class Kernels:
             outer,
             shape[axis],
             inner,
-            _FORMATS[out.dtype],
+            FORMATS[out.dtype],
             torch.get_num_threads(),
         )
 
     def energies(self, x: Tensor, y: Tensor) -> tuple[float, float]:
         """Squared norms of ``y - x`` and of ``x``, two tensors of the same type and strides."""
         sums = (ctypes.c_double * 2)()
-        self._energies(x.data_ptr(), y.data_ptr(), x.numel(), _FORMATS[x.dtype], 0.0, 0.0, 0.0, sums, torch.get_num_threads())
+        self._energies(x.data_ptr(), y.data_ptr(), x.numel(), FORMATS[x.dtype], 0.0, 0.0, 0.0, sums, torch.get_num_threads())
         return sums[0], sums[1]
 
     def rounding_energies(self, x: Tensor, scale: float, levels: tuple[float, float]) -> tuple[float, float]:
         """Squared norms of what rounding to a grid changes, and of ``x``."""
         sums = (ctypes.c_double * 2)()
-        self._energies(x.data_ptr(), None, x.numel(), _FORMATS[x.dtype], scale, *levels, sums, torch.get_num_threads())
+        self._energies(x.data_ptr(), None, x.numel(), FORMATS[x.dtype], scale, *levels, sums, torch.get_num_threads())
         return sums[0], sums[1]
 
 
 def kernels_for(tensor: Tensor) -> Kernels | None:
     """The kernels, if they can work on a tensor: an ordinary one, dense, on the CPU, of a type that they know."""
-    if tensor.dtype not in _FORMATS or tensor.device.type != "cpu" or type(tensor) not in (Tensor, torch.nn.Parameter):
+    if tensor.dtype not in FORMATS or tensor.device.type != "cpu" or type(tensor) not in (Tensor, torch.nn.Parameter):
         return None
-    return load() if tensor.is_contiguous() or _is_dense(tensor) else None
+    return load() if tensor.is_contiguous() or is_dense(tensor) else None
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether the values fill their memory without gaps or overlaps, in whatever order: channels last, or heads swapped with positions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
