@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -259,6 +260,43 @@ def test_compiled_in_one_graph_with_the_same_result(model_class: type[nn.Module]
             torch.testing.assert_close(compiled(x), expected)
     with quantized.disabled():
         assert not torch.equal(model(x), expected)
+    assert quantized.drift == []
+    torch._dynamo.reset()
+
+
+def test_compiled_graphs_run_without_the_mode_and_what_is_between_them_with_it() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x) + 1.0
+            torch._dynamo.graph_break()
+            return self.head(self.second(self.eagerly(y)))
+
+        @torch._dynamo.disable
+        def eagerly(self, y: Tensor) -> Tensor:
+            return F.linear(y, self.second.weight)
+
+    modes = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            modes.append(torch._C._len_torch_function_stack())
+            return graph(*args)
+
+        return run
+
+    model, x = Broken(), torch.randn(3, 4)
+    quantized = hooked(model, x)
+    expected = model(x)
+    compiled = torch.compile(model, backend=backend)
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), expected)
+    assert len(modes) >= 4
+    assert set(modes) == {0}
     assert quantized.drift == []
     torch._dynamo.reset()
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_cco.export.fold import IntegerWeight, integer_weight
 from lightning_cco.export.forms import attention, averages_images, blocked_convolution
 from lightning_cco.graph.capture import Site
-from lightning_cco.graph.frames import Frame, mode_stack, restore_modes
+from lightning_cco.graph.compiled import mode_stack, restore_modes
+from lightning_cco.graph.frames import Frame
 from lightning_cco.graph.ops import Category, operation
 from lightning_cco.quantization.fake_quantize import quant_range, weight_scale
 from lightning_cco.quantization.model import QuantizedModel

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.attention import multi_head_attention
+from lightning_cco.graph.compiled import HiddenMode, hide_from_graph, mode_stack, restore_modes
 from lightning_cco.graph.foreign import is_foreign
 from lightning_cco.graph.recompute import COMPILED_CHECKPOINTS, Resumed, UnderMode, running_checkpoint
 
@@ -106,7 +106,7 @@ class Frame:
         return twin
 
 
-class _FrameMode(TorchFunctionMode):
+class _FrameMode(HiddenMode):
     """Hands each torch call to the handler, with the frame it belongs to."""
 
     def __init__(self, frames: Frames) -> None:
@@ -126,8 +126,10 @@ class _FrameMode(TorchFunctionMode):
                 frames.note_checkpoint(stack, entering=False)
         elif not stack:
             return func(*args, **kwargs)
-        elif name in COMPILED_CHECKPOINTS:
-            return func(UnderMode(self, args[0]), *args[1:], **kwargs)
+        else:
+            hide_from_graph()
+            if name in COMPILED_CHECKPOINTS:
+                return func(UnderMode(self, args[0]), *args[1:], **kwargs)
         if func is Tensor.unflatten:  # its Python half is one that the compiler can't trace under a mode
             func = torch.unflatten
         if name == "multi_head_attention_forward":
@@ -323,19 +325,6 @@ def _is_redirected(module: nn.Module) -> bool:
     """
     forward = module.__dict__.get("forward")
     return forward is not None and getattr(forward, "__name__", "") == "wrapped_forward"
-
-
-def mode_stack() -> list[Any]:
-    """The function modes that are active, the innermost last."""
-    return [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
-
-
-def restore_modes(modes: list[Any]) -> None:
-    """Make these the active function modes."""
-    while torch._C._len_torch_function_stack():
-        torch._C._pop_torch_function_stack()
-    for mode in modes:
-        torch._C._push_on_torch_function_stack(mode)
 
 
 _MODULE_CALL = nn.Module._call_impl.__code__

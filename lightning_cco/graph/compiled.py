@@ -1,0 +1,76 @@
+"""Compiled graphs run without the function mode: what is in them is quantized already, and the mode would be asked about each of their operations.
+
+The mode is on while a compiled module runs because PyTorch runs the hooks of the outermost compiled module outside of what it compiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class HiddenMode(TorchFunctionMode):
+    """A function mode that compiled graphs run without."""
+
+
+class _Compiler:
+    """A compiler's backend whose graphs run without our modes."""
+
+    def __init__(self, backend: Callable[..., Any]) -> None:
+        self.backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["backend"], name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _Graph(self.backend(*args, **kwargs))
+
+
+class _Graph:
+    """A compiled graph that runs without our modes."""
+
+    def __init__(self, graph: Callable[..., Any]) -> None:
+        self.graph = graph
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["graph"], name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        modes = mode_stack()
+        if not any(isinstance(mode, HiddenMode) for mode in modes):
+            return self.graph(*args, **kwargs)
+        restore_modes([mode for mode in modes if not isinstance(mode, HiddenMode)])
+        try:
+            return self.graph(*args, **kwargs)
+        finally:
+            restore_modes(modes)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def hide_from_graph() -> bool:
+    """Let the graph that is traced now run without our modes. A compiler without the attributes that this takes costs speed, nothing else."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        output = InstructionTranslator.current_tx().output
+        if output.compiler_fn is not None and not isinstance(output.compiler_fn, _Compiler):
+            output.compiler_fn = _Compiler(output.compiler_fn)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def mode_stack() -> list[Any]:
+    """The function modes that are active, the innermost last."""
+    return [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+
+
+def restore_modes(modes: list[Any]) -> None:
+    """Make these the active function modes."""
+    while torch._C._len_torch_function_stack():
+        torch._C._pop_torch_function_stack()
+    for mode in modes:
+        torch._C._push_on_torch_function_stack(mode)
