@@ -23,7 +23,9 @@ class _Compiler:
         self.backend = backend
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["backend"], name)
+        if name == "backend":  # a copy in the making has none yet
+            raise AttributeError(name)
+        return getattr(self.backend, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _Graph(self.backend(*args, **kwargs))
@@ -36,7 +38,9 @@ class _Graph:
         self.graph = graph
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["graph"], name)
+        if name == "graph":  # a copy in the making has none yet
+            raise AttributeError(name)
+        return getattr(self.graph, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         modes = mode_stack()
