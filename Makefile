@@ -27,7 +27,7 @@ benchmark: $(STAMP)
 	$(RUN) benchmarks/accuracy.py --write
 	$(RUN) benchmarks/profile_step.py --write
 
-# The other tools need an environment of their own; half an hour or more. What was measured before a break is kept.
+# The other tools need an environment of their own; a quarter of an hour. What was measured before a break is kept.
 benchmark-peers:
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements-peers.txt

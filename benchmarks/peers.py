@@ -3,7 +3,7 @@
 Each tool is set to what is nearest to 8-bit weights per channel and 8-bit activations per tensor for all layers; what it leaves out is said beside it.
 Each runs in processes of its own: one for time, two for memory. What is not installed, or fails, says so in the table.
 
-Run: ``make benchmark-peers`` (it makes the environment of ``requirements-peers.txt`` first; about half an hour on two cores).
+Run: ``make benchmark-peers`` (it makes the environment of ``requirements-peers.txt`` first; about a quarter of an hour on two cores).
 """
 
 from __future__ import annotations
