@@ -50,12 +50,23 @@ def test_ranges_and_sensitivities_agree_on_two_processes(tmp_path: Path) -> None
     found = ranks("ddp", tmp_path)
     assert [len(rank["quantized"]) for rank in found] == [20, 20]
     assert [rank["drift"] for rank in found] == [[], []]
+    assert_tested(found)
+
+
+def assert_tested(found: list[dict[str, Any]]) -> None:
+    """A fresh Trainer with a fresh callback gives the metric that the checkpoint was written with.
+
+    On one rank at least: batch norms have statistics on each rank, and the checkpoint has those of one. Only DDP makes them equal.
+    """
+    assert any(rank["tested"] == pytest.approx(rank["logged"], rel=1e-6) for rank in found)
+    assert all(rank["tested"] != pytest.approx(rank["float"], rel=1e-6) for rank in found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["fully_shard", "ddp_static_graph"])
 def test_it_trains_as_under_plain_ddp(case: str, tmp_path: Path) -> None:
     plain, other = ranks("ddp", tmp_path), ranks(case, tmp_path)
+    assert_tested(other)
     for one, two in zip(plain, other, strict=True):
         assert two["quantized"] == one["quantized"]
         assert two["drift"] == []

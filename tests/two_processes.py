@@ -109,9 +109,18 @@ def main(folder: Path, case: str, export_dir: str | None = None) -> None:
     torch.manual_seed(0)
     make, strategy, options = CASES[case]
     cco, losses, model = quick(deployment_settings={"export_dir": export_dir}), Losses(), make()
-    trainer = make_trainer(folder, cco, losses, max_epochs=2, devices=2, strategy=strategy(), num_sanity_val_steps=1, **options)
+    keeper = ModelCheckpoint(folder, save_last=True)
+    trainer = make_trainer(folder, cco, losses, keeper, max_epochs=2, devices=2, strategy=strategy(), num_sanity_val_steps=1, **options)
     trainer.fit(model, partial() if case == "ddp_accumulate" else batches(), batches())
+
+    def tested(*callbacks: CCOCallback) -> float:
+        tester = make_trainer(folder, *callbacks, devices=2, strategy=strategy())
+        return tester.test(make(), batches(), ckpt_path=keeper.last_model_path, verbose=False)[0]["test_loss"]
+
     kept = {
+        "logged": float(trainer.callback_metrics["val_loss"]),
+        "tested": tested(quick()),
+        "float": tested(),
         "losses": losses.values,
         "weights": {name: whole(tensor) for name, tensor in model.state_dict().items()},
         "ranges": {key: torch.stack([q.min_val, q.max_val, q.scale, q.zero_point]) for key, q in cco.quantized.activations.items()},
