@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from matrix_models import CASES
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -274,6 +275,23 @@ def test_attention_with_a_float_mask_is_quantized(buffer: bool) -> None:
     assert not quantized.weights.get("scaled_dot_product_attention")
     assert quantizers_called(quantized, *inputs) == set(quantized.activations)
     assert torch.isfinite(model(*inputs)).all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["multihead_attention", "transformer_encoder", "transformer_encoder_padded"])
+def test_inner_products_of_torchs_own_attention_are_quantized_for_openvino(name: str, training: bool) -> None:
+    case = next(case for case in CASES if case.name == name)
+    model, inputs = case.make().eval(), case.batch()
+    whole = {"skip_tail_quantization": False}  # one of them hands out the weights of its attention
+    settings = {"deployment_settings": {"target_framework": "openvino"}, "global_quantization_settings": whole}
+    quantized = quantize(model, settings, inputs)
+    quantized.calibrate([inputs])
+    inner = [layer.name for layer in quantized.graph if layer.kind in ("scaled_dot_product_attention", "matmul")]
+    assert inner
+    assert set(inner) <= set(quantized.plan.quantized)
+    model.train(training)
+    assert quantizers_called(quantized, *inputs) == set(quantized.activations)
+    assert quantized.drift == []
 
 
 class Outer(nn.Module):
