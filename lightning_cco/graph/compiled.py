@@ -16,39 +16,35 @@ class HiddenMode(TorchFunctionMode):
     """A function mode that compiled graphs run without."""
 
 
-class _Compiler:
+class _Around:
+    """Stands for a callable, its attributes included."""
+
+    def __init__(self, inner: Callable[..., Any]) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # a copy in the making has none yet
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+class _Compiler(_Around):
     """A compiler's backend whose graphs run without our modes."""
 
-    def __init__(self, backend: Callable[..., Any]) -> None:
-        self.backend = backend
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "backend":  # a copy in the making has none yet
-            raise AttributeError(name)
-        return getattr(self.backend, name)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _Graph(self.backend(*args, **kwargs))
+        return _Graph(self.inner(*args, **kwargs))
 
 
-class _Graph:
+class _Graph(_Around):
     """A compiled graph that runs without our modes."""
-
-    def __init__(self, graph: Callable[..., Any]) -> None:
-        self.graph = graph
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "graph":  # a copy in the making has none yet
-            raise AttributeError(name)
-        return getattr(self.graph, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         modes = mode_stack()
         if not any(isinstance(mode, HiddenMode) for mode in modes):
-            return self.graph(*args, **kwargs)
+            return self.inner(*args, **kwargs)
         restore_modes([mode for mode in modes if not isinstance(mode, HiddenMode)])
         try:
-            return self.graph(*args, **kwargs)
+            return self.inner(*args, **kwargs)
         finally:
             restore_modes(modes)
 

@@ -123,14 +123,10 @@ class Kernels:
             levels: int8 of the same shape, for the levels.
             scales: float32 with one value for each channel.
         """
-        shape = weight.shape
-        outer, inner = shape[:axis].numel(), shape[axis + 1 :].numel()
         self._fake_quantize_weight(
             weight.data_ptr(),
             out.data_ptr(),
-            outer,
-            shape[axis],
-            inner,
+            *_around(weight, axis),
             FORMATS[weight.dtype],
             limit,
             smallest_scale,
@@ -141,13 +137,9 @@ class Kernels:
 
     def weight_scale(self, weight: Tensor, axis: int, limit: int, smallest_scale: float, scales: Tensor) -> None:
         """The scales that `fake_quantize_weight` takes, float32 with one value for each channel."""
-        shape = weight.shape
-        outer, inner = shape[:axis].numel(), shape[axis + 1 :].numel()
         self._weight_scale(
             weight.data_ptr(),
-            outer,
-            shape[axis],
-            inner,
+            *_around(weight, axis),
             FORMATS[weight.dtype],
             limit,
             smallest_scale,
@@ -157,15 +149,11 @@ class Kernels:
 
     def dequantize_weight(self, levels: Tensor, scales: Tensor, out: Tensor, axis: int) -> None:
         """Make a rounded weight again from what `fake_quantize_weight` wrote."""
-        shape = levels.shape
-        outer, inner = shape[:axis].numel(), shape[axis + 1 :].numel()
         self._dequantize_weight(
             levels.data_ptr(),
             scales.data_ptr(),
             out.data_ptr(),
-            outer,
-            shape[axis],
-            inner,
+            *_around(levels, axis),
             FORMATS[out.dtype],
             torch.get_num_threads(),
         )
@@ -181,6 +169,12 @@ class Kernels:
         sums = (ctypes.c_double * 2)()
         self._energies(x.data_ptr(), None, x.numel(), FORMATS[x.dtype], scale, *levels, sums, torch.get_num_threads())
         return sums[0], sums[1]
+
+
+def _around(weight: Tensor, axis: int) -> tuple[int, int, int]:
+    """How many values there are before an axis, along it, and behind it."""
+    shape = weight.shape
+    return shape[:axis].numel(), shape[axis], shape[axis + 1 :].numel()
 
 
 def kernels_for(tensor: Tensor) -> Kernels | None:
