@@ -1,6 +1,7 @@
 """Latency and size of exported INT8 files in ONNX Runtime, against the same float model and ONNX Runtime's own static quantization.
 
-Run: ``python benchmarks/export_latency.py`` (batch 1, 224 × 224, two threads; each ratio is the median of interleaved pairs in one process)
+Run: ``python benchmarks/export_latency.py`` (batch 1, 224 × 224, two threads). The files take turns in one process. In its turn a file runs RUNS times, as
+a deployed model does, and the median of all but the first WARM_UP counts; each ratio is the median over the turns.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ class Reader(CalibrationDataReader):
         return self.left.pop(0) if self.left else None
 
 
+RUNS, WARM_UP = 15, 5
+
+
 def session(path: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -50,17 +54,19 @@ def session(path: Path, threads: int) -> ort.InferenceSession:
 
 
 def ratios(sessions: dict[str, ort.InferenceSession], feed: np.ndarray, rounds: int) -> dict[str, tuple[float, float]]:
-    """Median latency in ms, and median of float latency over this one's, pair by pair."""
-    times: dict[str, list[float]] = {name: [] for name in sessions}
-    for turn in range(rounds + 3):
+    """Median latency in ms, and median of float latency over this one's, turn by turn."""
+    turns: dict[str, list[float]] = {name: [] for name in sessions}
+    for _ in range(rounds):
         for name, one in sessions.items():
-            start = time.perf_counter()
-            one.run(None, {one.get_inputs()[0].name: feed})
-            if turn >= 3:
-                times[name].append(1e3 * (time.perf_counter() - start))
+            times = []
+            for _ in range(RUNS):
+                start = time.perf_counter()
+                one.run(None, {one.get_inputs()[0].name: feed})
+                times.append(1e3 * (time.perf_counter() - start))
+            turns[name].append(statistics.median(times[WARM_UP:]))
     return {
-        name: (statistics.median(taken), statistics.median(f / t for f, t in zip(times["float"], taken, strict=True)))
-        for name, taken in times.items()
+        name: (statistics.median(taken), statistics.median(f / t for f, t in zip(turns["float"], taken, strict=True)))
+        for name, taken in turns.items()
     }
 
 
@@ -103,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = []

@@ -115,10 +115,13 @@ class DeploymentSettings:
     Attributes:
         target_framework: ``ort``, ``openvino`` (or ``ov``) or ``tensorrt`` (or ``trt``): decides which kinds of layer run in INT8.
         export_dir: Folder that the best checkpoint is exported to when ``fit`` ends; None: no export.
+        amx: Whether files for ``ort`` are written for processors with AMX (Intel Xeon since 2023), where large convolutions then run up to twice as
+            fast, on others a third slower; None: as the processor that exports.
     """
 
     target_framework: str = "ort"
     export_dir: str | None = None
+    amx: bool | None = None
 
 
 @dataclass

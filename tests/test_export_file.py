@@ -67,11 +67,16 @@ def test_quantize_operators_stand_where_the_plan_has_them_and_nowhere_else(name:
         stem, _, number = key.rpartition(".")
         base[stem if number.isdigit() else key] += count
     assert base == expected
-    # Each is dequantized once; all other dequantize operators read integers that the file holds.
+    # Each, or what is picked from it, is dequantized once; all other dequantize operators read integers that the file holds.
     stored = {entry.name: entry.data_type for entry in graph.initializer}
+    levels = [node.output[0] for node in quantize_nodes]
+    for node in graph.node:
+        if node.op_type in ("Gather", "Slice", "Split") and node.input[0] in levels:
+            levels += node.output
+            levels.remove(node.input[0])
     dequantized = [node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"]
-    assert Counter(x for x in dequantized if x not in stored) == Counter(node.output[0] for node in quantize_nodes)
-    assert {stored[x] for x in dequantized if x in stored} <= {onnx.TensorProto.INT8, onnx.TensorProto.INT32}
+    assert Counter(x for x in dequantized if x not in stored) == Counter(levels)
+    assert {stored[x] for x in dequantized if x in stored} <= {onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT32}
 
 
 @pytest.mark.parametrize("name", ["residual", "mobilenet", "unet"])

@@ -91,7 +91,9 @@ def check_file(quantized: QuantizedModel, path: Path, emitter: Emitter, calls: S
         for key, got in zip(tensors, results[count:], strict=True):
             wanted = reference.get(key)
             if wanted is not None and tuple(wanted.shape) == got.shape:
-                sums.layer(key, np.abs(got - wanted.float().cpu().numpy()) / float(quantized.activations[key].scale))
+                quantizer = quantized.activations[key]
+                levels = got.astype(np.int32) - int(quantizer.zero_point)
+                sums.layer(key, np.abs(levels - wanted.float().cpu().numpy() / float(quantizer.scale)))
     sums.tell(report, tensors)
 
 
@@ -137,14 +139,16 @@ def _optimized(path: Path) -> Any:
 
 
 def _inspected(path: Path, names: list[str]) -> tuple[Any, list[str]]:
-    """A session of the file with its dequantized tensors as further outputs, and the names of their quantizers."""
+    """A session of the file with its rounded tensors, as integers, for further outputs, and the names of their quantizers."""
     import onnx
 
     model = onnx.load(str(path))
-    made = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    tensors = [name for name in names if f"{name}_dequantized" in made]
+    types = {entry.name: entry.data_type for entry in model.graph.initializer}
+    made = {node.output[0]: types[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    tensors = [name for name in names if f"{name}_quantized" in made]
     for name in tensors:
-        model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}_dequantized", onnx.TensorProto.FLOAT, None))
+        output = f"{name}_quantized"
+        model.graph.output.append(onnx.helper.make_tensor_value_info(output, made[output], None))
     whole = path.with_name("inspected.onnx")
     onnx.save(model, str(whole), save_as_external_data=model.ByteSize() > 1_900_000_000)
     return _session(str(whole)), tensors
@@ -199,9 +203,14 @@ class _Sums:
 def _read_optimized(quantized: QuantizedModel, model: Any, modules: dict[str, str], report: ExportReport) -> None:
     kinds: Counter[str] = Counter()
     constants = {entry.name for entry in model.graph.initializer}
+    sizes: set[str] = set()
     for node in model.graph.node:
+        varying = {name for name in node.input if name and name not in constants}
+        if node.op_type in ("Shape", "Size") or (varying and varying <= sizes):
+            sizes.update(node.output)  # what is computed from sizes alone is no layer's
+            continue
         kinds[node.op_type] += 1
-        if node.op_type in _HEAVY and any(name not in constants for name in node.input):
+        if node.op_type in _HEAVY and varying:
             island = _island(quantized, node.op_type, modules.get(node.name.partition("/")[0]))
             report.float_islands += [island] if island is not None and island not in report.float_islands else []
     report.integer_nodes = {kind: count for kind, count in kinds.items() if kind.startswith(_INTEGER)}

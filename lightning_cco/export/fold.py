@@ -6,7 +6,7 @@ stay. A negative factor flips the integers' signs, since scales are positive.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,12 @@ class IntegerWeight:
     """A weight as an engine stores it.
 
     Attributes:
-        integers: int8, the weight's shape.
+        integers: int8 (uint8 where an engine wants the type of its activations), the weight's shape.
         scale: float32; 1-d along ``axis``, or 0-d.
         axis: Axis of the channels; `None`: one scale.
         bias: Bias of the layer after folding, float32, 1-d; `None`: none, or left as it is.
         folded: Name of the batch norm layer folded in, if any.
+        zero_point: What stands for 0; `shifted` changes it.
     """
 
     integers: Tensor
@@ -32,6 +33,12 @@ class IntegerWeight:
     axis: int | None
     bias: Tensor | None
     folded: str | None = None
+    zero_point: int = 0
+
+    def shifted(self, zero_point: int, dtype: torch.dtype) -> IntegerWeight:
+        """The same values on a range with another zero point."""
+        moved = self.integers.to(torch.int16) + (zero_point - self.zero_point)
+        return replace(self, integers=moved.to(dtype), zero_point=zero_point)
 
 
 def batch_norm_after(quantized: QuantizedModel, name: str) -> str | None:

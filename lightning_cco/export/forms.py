@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def has_matrix_units() -> bool:
+    """Whether this processor multiplies matrices of 8-bit integers in units of their own (AMX)."""
+    return bool(torch.cpu.get_capabilities().get("amx_int8", False))
+
+
 def attention(
     query: Tensor,
     key: Tensor,

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from lightning_cco.errors import CCOError
+from lightning_cco.export import passes
 from lightning_cco.export.check import call_of, check_file
 from lightning_cco.export.emit import Emitter
+from lightning_cco.export.products import split_products
 from lightning_cco.export.report import ExportReport
+from lightning_cco.export.stored import StoredWeights
 from lightning_cco.graph.frames import tensors_in
 from lightning_cco.quantization.model import QuantizedModel
 
@@ -82,7 +85,7 @@ def export_onnx(
             temporary = Path(folder) / path.name
             emitter = _write(quantized, temporary, args, kwargs, dynamic_batch, int4, options)
             size = sum(part.stat().st_size for part in Path(folder).iterdir())
-            report = ExportReport(str(path), size, _float_size(quantized), notes=_notes(quantized, int4))
+            report = ExportReport(str(path), size, _float_size(quantized), notes=_notes(quantized, emitter, int4))
             if check:
                 check_file(quantized, temporary, emitter, [call_of(batch) for batch in batches] or [(args, kwargs)], report)
                 _judge(report, min_sqnr_db, max_mean_steps)
@@ -111,7 +114,8 @@ def _write(
     options: dict[str, Any],
 ) -> Emitter:
     opset = INT4_OPSET if int4 else OPSET
-    emitter = Emitter(quantized, opset)
+    stored = StoredWeights(quantized, int4)
+    emitter = Emitter(quantized, stored, opset)
     model = quantized.model
     if dynamic_batch and "dynamic_shapes" not in options:
         args, kwargs = two_samples(args), two_samples(kwargs)
@@ -130,12 +134,16 @@ def _write(
         except Exception as error:
             raise CCOError(_inexpressible(model, error)) from error
     assert program is not None
-    _fix_shapes(program.model)
+    passes.fix_shapes(program.model)
+    if stored.target.integer_indexing:
+        passes.index_integers(program.model)
+    if stored.target.split_products:
+        split_products(program.model)
     if int4:
-        _pack(program.model.graph)
-    _name_nodes(program.model.graph, emitter.order)
-    emitter.modules = _take_modules(program.model.graph)
-    _name_outputs(program.model.graph, outputs)
+        passes.pack_int4(program.model.graph)
+    passes.name_nodes(program.model.graph)
+    emitter.modules = passes.take_modules(program.model.graph)
+    passes.name_outputs(program.model.graph, outputs)
     program.model.metadata_props.update(
         {
             "lightning_cco.version": _version(),
@@ -168,82 +176,6 @@ def _inexpressible(model: torch.nn.Module, error: Exception) -> str:
 
 def _first_paragraph(error: Exception) -> str:
     return " ".join(str(error).strip().split("\n\n")[0].split())[:400].rstrip(".")
-
-
-def _fix_shapes(model: Any) -> None:
-    """Write a shape of known sizes and one unknown as a constant with -1: engines then need not put it together in every run."""
-    import onnx_ir
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-    for node in model.graph:
-        maker = node.inputs[1].producer() if node.op_type == "Reshape" else None
-        if maker is None or maker.op_type != "Concat":
-            continue
-        known = [onnx_ir.convenience.get_const_tensor(value) for value in maker.inputs]
-        sizes = [size for tensor in known for size in ([-1] if tensor is None else tensor.numpy().tolist())]
-        if sizes.count(-1) == 1 and sum(tensor is None for tensor in known) == 1 and 0 not in sizes:
-            name = f"{node.outputs[0].name}_shape"
-            value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(sizes, onnx_ir.DataType.INT64, name=name))
-            value.shape, value.dtype = onnx_ir.Shape([len(sizes)]), onnx_ir.DataType.INT64
-            model.graph.initializers[name] = value
-            node.replace_input_with(1, value)
-    RemoveUnusedNodesPass()(model)
-
-
-def _pack(graph: Any) -> None:
-    """Store the integers of dequantized weights that fit into 4 bits so."""
-    import ml_dtypes
-    import onnx_ir
-
-    for node in graph:
-        value = node.inputs[0] if node.op_type == "DequantizeLinear" else None
-        if value is None or value.const_value is None or value.dtype != onnx_ir.DataType.INT8:
-            continue
-        integers = value.const_value.numpy()
-        if integers.min(initial=0) >= -8 and integers.max(initial=0) <= 7:
-            value.const_value = onnx_ir.tensor(integers.astype(ml_dtypes.int4), name=value.name)
-            value.dtype = onnx_ir.DataType.INT4
-            node.resize_inputs(2)  # its zero point was of the other type; 0 is the default
-
-
-def _name_nodes(graph: Any, order: list[str]) -> None:
-    """Call quantize nodes after their layers. They stand in the file in the order they were written."""
-    nodes = [node for node in graph if node.op_type == "QuantizeLinear"]
-    if len(nodes) != len(order):
-        raise CCOError(
-            f"export: the traced file has {len(nodes)} QuantizeLinear nodes, {len(order)} were written. The exporter has left some out; "
-            "export the submodule that is deployed, so that every quantized layer leads to an output."
-        )
-    taken: dict[str, int] = {}
-    for node, key in zip(nodes, order, strict=True):
-        count = taken[key] = taken.get(key, 0) + 1
-        name = key if count == 1 else f"{key}.{count}"
-        node.name = f"{name}_quantize"
-        node.outputs[0].name = f"{name}_quantized"
-        for reader, _ in node.outputs[0].uses():
-            if reader.op_type == "DequantizeLinear":
-                reader.name = f"{name}_dequantize"
-                if not reader.outputs[0].is_graph_output():
-                    reader.outputs[0].name = f"{name}_dequantized"
-
-
-def _name_outputs(graph: Any, keys: list[str]) -> None:
-    """Call outputs what the model's forward calls them: the keys of a mapping or the fields of a dataclass."""
-    if len(keys) != len(graph.outputs):
-        return
-    for number, (value, key) in enumerate(zip(graph.outputs, keys, strict=True)):
-        value.name = key if key and not key[0].isdigit() else f"output_{number}"
-
-
-def _take_modules(graph: Any) -> dict[str, str]:
-    """Module path of each node by its name. The exporter's own remarks, stack traces among them, are taken off: they can outweigh a small model."""
-    modules = {}
-    for node in graph:
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-        parts = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
-        modules[node.name] = next((part for part in reversed(parts[:-1]) if part), "")
-        node.metadata_props.clear()
-    return modules
 
 
 def two_samples(value: Any) -> Any:
@@ -291,8 +223,13 @@ def _float_size(quantized: QuantizedModel) -> int:
     return sum(4 * tensor.numel() for tensor in tensors.values())
 
 
-def _notes(quantized: QuantizedModel, int4: bool) -> list[str]:
+def _notes(quantized: QuantizedModel, emitter: Emitter, int4: bool) -> list[str]:
     notes = []
+    if emitter.stored.for_matrix_units:
+        notes.append(
+            f"{len(emitter.stored.for_matrix_units)} convolutions are written for processors with AMX; "
+            "for others set deployment_settings.amx: false"
+        )
     narrow = [name for name, quantizers in quantized.weights.items() if quantizers[0].num_bits < 8]
     if narrow and int4:
         notes.append("weights of at most 4 bits are stored in int4; ONNX Runtime computes their layers in float")

@@ -29,6 +29,10 @@ class Target:
             layers (a residual stream between layer norms) the conversions would cost more than they save.
         channel_multiple: How many input channels the fast convolution kernels read at a time.
         integer_bias: Whether a bias is stored as integers on the grid of the accumulator; else in float.
+        matrix_unit_depth: From how many products per output on a convolution runs faster on a processor's matrix units (AMX) than in the engine's own
+            convolution kernel, which does not use them; `None`: the engine decides by itself.
+        integer_indexing: Whether indexing is written on integers, since the engine does not move conversions past it.
+        split_products: Whether the parts that a linear layer's result is split into are computed faster as products of their own.
     """
 
     name: str
@@ -38,12 +42,23 @@ class Target:
     followers: frozenset[str] = _ELEMENTWISE | _SHAPING | _SMOOTH
     channel_multiple: int = 1
     integer_bias: bool = True
+    matrix_unit_depth: int | None = None
+    integer_indexing: bool = False
+    split_products: bool = False
 
 
 _ALL = _WEIGHTED | _MATMUL | _CLAMP | _ELEMENTWISE | _SHAPING
 
 TARGETS: Mapping[str, Target] = {
-    "ort": Target("ort", False, _ALL - {"scaled_dot_product_attention"} | {"sigmoid", "leaky_relu"}, channel_multiple=4),
+    "ort": Target(
+        "ort",
+        False,
+        _ALL - {"scaled_dot_product_attention"} | {"sigmoid", "leaky_relu"},
+        channel_multiple=4,
+        matrix_unit_depth=1024,
+        integer_indexing=True,
+        split_products=True,
+    ),
     "openvino": Target("openvino", False, _ALL | _SMOOTH),
     "tensorrt": Target("tensorrt", True, _ALL, integer_bias=False),
 }

@@ -1,0 +1,125 @@
+"""Rewrites the exporter's graph before it becomes a file: shapes, products, names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+NAME = "lightning_cco.quantizer"
+"""Metadata of a QuantizeLinear: the name of its quantizer."""
+
+
+def constant(value: Any) -> np.ndarray[Any, Any] | None:
+    """What a value is in every run; `None` if that depends on the input."""
+    import onnx_ir
+
+    tensor = onnx_ir.convenience.get_const_tensor(value) if value is not None else None
+    return tensor.numpy() if tensor is not None else None
+
+
+def initializer(graph: Any, name: str, array: np.ndarray[Any, Any]) -> Any:
+    """Add a constant to a graph."""
+    import onnx_ir
+
+    tensor = onnx_ir.tensor(array, name=name)
+    value = onnx_ir.Value(name=name, const_value=tensor, shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(tensor.dtype))
+    graph.initializers[name] = value
+    return value
+
+
+def fix_shapes(model: Any) -> None:
+    """Write a shape of known sizes and one unknown as a constant with -1: engines then need not put it together in every run."""
+    import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    for node in model.graph:
+        maker = node.inputs[1].producer() if node.op_type == "Reshape" else None
+        if maker is None or maker.op_type != "Concat":
+            continue
+        known = [onnx_ir.convenience.get_const_tensor(value) for value in maker.inputs]
+        sizes = [size for tensor in known for size in ([-1] if tensor is None else tensor.numpy().tolist())]
+        if sizes.count(-1) == 1 and sum(tensor is None for tensor in known) == 1 and 0 not in sizes:
+            node.replace_input_with(1, initializer(model.graph, f"{node.outputs[0].name}_shape", np.array(sizes, np.int64)))
+    RemoveUnusedNodesPass()(model)
+
+
+def index_integers(model: Any) -> None:
+    """Pick from the integers of a rounded tensor and scale what was picked, not the other way round.
+
+    Engines move a DequantizeLinear past what only reshapes a tensor; past what picks from it (``x[:, 0]``) they may not, and compute the layer that reads
+    it in float.
+    """
+    import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    for node in list(model.graph):
+        dequantize = node.inputs[0].producer() if node.op_type in ("Gather", "Slice", "Split") and node.inputs else None
+        if dequantize is None or dequantize.op_type != "DequantizeLinear" or any(value.is_graph_output() for value in node.outputs):
+            continue
+        levels, *format_ = dequantize.inputs
+        scale = constant(format_[0])
+        if levels.producer() is None or scale is None or scale.ndim:
+            continue
+        node.replace_input_with(0, levels)
+        for number, output in enumerate(node.outputs):
+            uses = tuple(output.uses())
+            after = onnx_ir.node("DequantizeLinear", [output, *format_], name=f"{node.name}.{number}_dequantize")
+            after.metadata_props.update({key: value for key, value in node.metadata_props.items() if key != NAME})
+            after.outputs[0].name, after.outputs[0].dtype, after.outputs[0].shape = f"{output.name}_dequantized", output.dtype, output.shape
+            output.dtype = levels.dtype
+            model.graph.insert_after(node, after)
+            for reader, position in uses:
+                reader.replace_input_with(position, after.outputs[0])
+    RemoveUnusedNodesPass()(model)
+
+
+def pack_int4(graph: Any) -> None:
+    """Store the integers of dequantized weights that fit into 4 bits so."""
+    import ml_dtypes
+    import onnx_ir
+
+    for node in graph:
+        value = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if value is None or value.const_value is None or value.dtype != onnx_ir.DataType.INT8:
+            continue
+        integers = value.const_value.numpy()
+        if integers.min(initial=0) >= -8 and integers.max(initial=0) <= 7:
+            value.const_value = onnx_ir.tensor(integers.astype(ml_dtypes.int4), name=value.name)
+            value.dtype = onnx_ir.DataType.INT4
+            node.resize_inputs(2)  # its zero point was of the other type; 0 is the default
+
+
+def name_nodes(graph: Any) -> None:
+    """Call quantize nodes after their layers; the second of a layer gets ``.2``, and so on."""
+    keys = [(node, node.metadata_props[NAME]) for node in graph if NAME in node.metadata_props]
+    taken: dict[str, int] = {}
+    for node, key in keys:
+        count = taken[key] = taken.get(key, 0) + 1
+        name = key if count == 1 else f"{key}.{count}"
+        node.name = f"{name}_quantize"
+        node.outputs[0].name = f"{name}_quantized"
+        for reader, _ in node.outputs[0].uses():
+            if reader.op_type == "DequantizeLinear":
+                reader.name = f"{name}_dequantize"
+                if not reader.outputs[0].is_graph_output():
+                    reader.outputs[0].name = f"{name}_dequantized"
+
+
+def name_outputs(graph: Any, keys: list[str]) -> None:
+    """Call outputs what the model's forward calls them: the keys of a mapping or the fields of a dataclass."""
+    if len(keys) != len(graph.outputs):
+        return
+    for number, (value, key) in enumerate(zip(graph.outputs, keys, strict=True)):
+        value.name = key if key and not key[0].isdigit() else f"output_{number}"
+
+
+def take_modules(graph: Any) -> dict[str, str]:
+    """Module path of each node by its name. The exporter's own remarks, stack traces among them, are taken off: they can outweigh a small model."""
+    modules = {}
+    for node in graph:
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        parts = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
+        modules[node.name] = next((part for part in reversed(parts[:-1]) if part), "")
+        node.metadata_props.clear()
+    return modules

@@ -1,0 +1,121 @@
+"""The weights, biases and constants of a model as a file stores them, collected from one ordinary forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cco.export.fold import IntegerWeight, integer_weight
+from lightning_cco.export.forms import blocked_convolution, has_matrix_units
+from lightning_cco.graph.capture import Site, Source
+from lightning_cco.graph.ops import Category
+from lightning_cco.quantization.fake_quantize import weight_scale
+from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.quantization.slots import at
+from lightning_cco.quantization.targets import TARGETS
+
+BIASED = ("conv", "conv_transpose", "linear")
+
+
+class StoredWeights:
+    """What a file holds of the layers, in the form that its engine runs fastest.
+
+    Args:
+        quantized: The calibrated model.
+        int4: Whether weights of at most 4 bits will be packed, which a zero point other than 0 or an unsigned type would hinder.
+
+    Attributes:
+        target: The engine.
+        weights: Integer weights by layer.
+        biases: Bias by layer, and its scale if it is stored as integers.
+        operands: Constants of layers without weights: integers, or the scale of what is computed from a parameter.
+        blocked: Convolutions on blocks of pixels (`forms.blocked_convolution`): weight, and zeros around the image.
+        for_matrix_units: Convolutions that the engine computes on a processor's matrix units.
+        unsigned: Whether operands are uint8, the type of affine activations: engines add two tensors of one type only.
+    """
+
+    def __init__(self, quantized: QuantizedModel, int4: bool = False) -> None:
+        deployment = quantized.settings.deployment_settings
+        self.quantized, self.target = quantized, TARGETS[deployment.target_framework]
+        self.weights: dict[str, list[IntegerWeight]] = {}
+        self.biases: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.operands: dict[str, list[IntegerWeight | Tensor]] = {}
+        self.blocked: dict[str, tuple[IntegerWeight, tuple[int, int, int, int]]] = {}
+        self.for_matrix_units: list[str] = []
+        self.unsigned = not int4 and not self.target.symmetric_activations
+        amx = has_matrix_units() if deployment.amx is None else deployment.amx
+        self._matrix_unit_depth = self.target.matrix_unit_depth if amx and not int4 else None
+
+    @property
+    def folded(self) -> set[str]:
+        """Names of the batch norms that went into the weights before them."""
+        return {weight.folded for weights in self.weights.values() for weight in weights if weight.folded}
+
+    def collect(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take the weights that a layer is called with (parametrized, sliced, tied), and call it."""
+        if site.layer in self.quantized.weights:
+            found = [at(args, kwargs, weight.slot) for weight in site.weights]
+            if site.op.category in (Category.WEIGHTED, Category.MATMUL):
+                bias = (args[2] if len(args) > 2 else kwargs.get("bias")) if site.op.kind in BIASED else None
+                weights = [integer_weight(self.quantized, site.layer, tensor, bias, i) for i, tensor in enumerate(found)]
+                self.weights[site.layer] = weights
+                if site.op.kind in BIASED and weights[0].bias is not None:
+                    self.biases[site.layer] = self._bias(site, weights[0].bias, weights[0].scale, args[0].dim())
+                if site.op.kind == "conv":
+                    weights[0] = self._convolution(site, weights[0], args, kwargs)
+            else:
+                self.operands[site.layer] = [self._operand(site.layer, tensor, i) for i, tensor in enumerate(found)]
+        return func(*args, **kwargs)
+
+    def quantizer_of(self, source: Source) -> str | None:
+        """Name of the quantizer that a tensor went through, seen through layers that only move values."""
+        layer, output = self.quantized.plan.origins.get((source.layer, source.output), (source.layer, source.output))
+        key = f"{layer}:{output}" if output else layer
+        return key if key in self.quantized.activations else None
+
+    def _operand(self, layer: str, tensor: Tensor, number: int) -> IntegerWeight | Tensor:
+        """A parameter as integers; what is computed from one (a class token expanded to the batch) is rounded in the file, by this scale."""
+        quantizer = self.quantized.weights[layer][number]
+        if not isinstance(tensor, nn.Parameter):
+            return weight_scale(tensor, quantizer.num_bits, None)
+        integers, scale = quantizer.quantize(tensor)
+        operand = IntegerWeight(integers, scale.reshape(()), None, None)
+        return operand.shifted(128, torch.uint8) if self.unsigned else operand
+
+    def _bias(self, site: Site, bias: Tensor, weight_scale: Tensor, dimensions: int) -> tuple[Tensor, Tensor | None]:
+        """The bias on the grid of the accumulator, whose step is that of the input times that of the weight.
+
+        In float if the input is, if the engine wants it so, or if it is added to a product of more than two dimensions that is not rounded.
+        """
+        key = self.quantizer_of(site.sources[0])
+        in_float = site.op.kind == "linear" and dimensions > 2 and site.layer not in self.quantized.activations
+        if key is None or in_float or not self.target.integer_bias:
+            return bias, None
+        scale = self.quantized.activations[key].scale.detach() * weight_scale
+        return (bias / scale).round().clamp(-(2.0**31) + 128, 2.0**31 - 128).to(torch.int32), scale
+
+    def _convolution(self, site: Site, weight: IntegerWeight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> IntegerWeight:
+        """A convolution's weight; on blocks of pixels for what reads the image, for matrix units if it is deep enough."""
+        names = ("stride", "padding", "dilation", "groups")
+        call = dict(zip(names, (1, 0, 1, 1), strict=True)) | dict(zip(names, args[3:], strict=False))
+        call |= {name: value for name, value in kwargs.items() if name in names}
+        if self._reads_input(site):
+            form = blocked_convolution(weight.integers, tuple(args[0].shape[2:]), call, self.target.channel_multiple)
+            if form is not None:
+                self.blocked[site.layer] = replace(weight, integers=form.weight), form.pads
+                return weight
+        depth = weight.integers[0].numel()
+        if self._matrix_unit_depth is None or call["groups"] != 1 or depth < self._matrix_unit_depth or int(weight.integers.min()) == -128:
+            return weight
+        self.for_matrix_units.append(site.layer)
+        # The engine's convolution kernel takes symmetric weights only, so any other zero point sends it to the matrix product.
+        return weight.shifted(-1, torch.int8)
+
+    def _reads_input(self, site: Site) -> bool:
+        """Whether a layer reads, and so rounds by itself, what no function mode sees being made."""
+        source = site.sources[0]
+        return source.output == 0 and source.layer in self.quantized.activations and not self.quantized.capture.sites[source.layer].visible
