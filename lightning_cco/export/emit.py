@@ -36,12 +36,14 @@ class Emitter:
         order: Quantizer name of each QuantizeLinear, in the order written.
         modules: Module path of each node of the file, by the node's name.
         reached: The last layer that a forward came to.
+        reads_shapes: Whether the file computes with the sizes of tensors.
     """
 
     def __init__(self, quantized: QuantizedModel, stored: StoredWeights, opset: int = 20) -> None:
         self.quantized, self.stored, self.opset = quantized, stored, opset
         self.order: list[str] = []
         self.reached = ""
+        self.reads_shapes = False
         self.modules: dict[str, str] = {}
         self._formats = {key: _format(quantizer) for key, quantizer in quantized.activations.items()}
         self._sites: dict[tuple[int, str, int], Site] = {

@@ -139,10 +139,13 @@ def _write(
         passes.index_integers(program.model)
     if stored.target.split_products:
         split_products(program.model)
+    if stored.target.own_zero_points:
+        passes.own_zero_points(program.model.graph)
     if int4:
         passes.pack_int4(program.model.graph)
     passes.name_nodes(program.model.graph)
     emitter.modules = passes.take_modules(program.model.graph)
+    emitter.reads_shapes = any(node.op_type == "Shape" for node in program.model.graph)
     passes.name_outputs(program.model.graph, outputs)
     program.model.metadata_props.update(
         {
@@ -238,7 +241,13 @@ def _notes(quantized: QuantizedModel, emitter: Emitter, int4: bool) -> list[str]
     narrow = [key for key, quantizer in quantized.activations.items() if quantizer.num_bits < 8]
     if narrow:
         notes.append(f"activations of fewer than 8 bits are clamped and stored in 8: {', '.join(narrow)}")
-    if quantized.settings.deployment_settings.target_framework == "tensorrt":
+    target = quantized.settings.deployment_settings.target_framework
+    if target == "openvino" and emitter.reads_shapes and any(quantized.graph[layer].kind == "conv" for layer in emitter.stored.biases):
+        notes.append(
+            "the size of the batch is computed with, and OpenVINO 2026.4 can then leave out a convolution's bias: "
+            "fix it with model.reshape(...) before compiling, or export with dynamic_batch=False"
+        )
+    if target == "tensorrt":
         notes.append("the file is what TensorRT's documentation asks for (symmetric int8 Q/DQ pairs); it was run in ONNX Runtime only")
     return notes
 

@@ -74,6 +74,15 @@ def index_integers(model: Any) -> None:
     RemoveUnusedNodesPass()(model)
 
 
+def own_zero_points(graph: Any) -> None:
+    """Give each weight a zero point of its own: OpenVINO 2026.4 computes a convolution and a linear layer in float that share a constant of zeros."""
+    for node in list(graph):
+        if node.op_type == "DequantizeLinear" and len(node.inputs) == 3 and node.inputs[0].producer() is None:
+            zeros = constant(node.inputs[2])
+            if zeros is not None:
+                node.replace_input_with(2, initializer(graph, f"{node.outputs[0].name}_zero_point", zeros))
+
+
 def pack_int4(graph: Any) -> None:
     """Store the integers of dequantized weights that fit into 4 bits so."""
     import ml_dtypes

@@ -32,6 +32,7 @@ class Target:
         matrix_unit_depth: From how many products per output on a convolution runs faster on a processor's matrix units (AMX) than in the engine's own
             convolution kernel, which does not use them; `None`: the engine decides by itself.
         integer_indexing: Whether indexing is written on integers, since the engine does not move conversions past it.
+        own_zero_points: Whether no two weights may share a zero point's constant.
         split_products: Whether the parts that a linear layer's result is split into are computed faster as products of their own.
     """
 
@@ -44,6 +45,7 @@ class Target:
     integer_bias: bool = True
     matrix_unit_depth: int | None = None
     integer_indexing: bool = False
+    own_zero_points: bool = False
     split_products: bool = False
 
 
@@ -59,7 +61,7 @@ TARGETS: Mapping[str, Target] = {
         integer_indexing=True,
         split_products=True,
     ),
-    "openvino": Target("openvino", False, _ALL | _SMOOTH),
+    "openvino": Target("openvino", False, _ALL | _SMOOTH, own_zero_points=True),
     "tensorrt": Target("tensorrt", True, _ALL, integer_bias=False),
 }
 """The engines by name. Sources: ONNX Runtime's QDQ operator list, OpenVINO's low-precision transformations guide, TensorRT's Q/DQ placement guide.
