@@ -10,13 +10,14 @@ that function within the frame. Shapes, batch size and what other modules do hav
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cco.errors import CCOError
@@ -116,8 +117,8 @@ class _FrameMode(HiddenMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
         frames = self.frames
-        compiling = torch.compiler.is_compiling()
-        stack = frames._main if compiling or threading.get_ident() == frames._thread else frames.stack()
+        compiling = is_compiling()
+        stack = frames._main if compiling or get_ident() == frames._thread else frames.stack()
         name = getattr(func, "__name__", "")
         if not compiling:
             if not stack or is_foreign():
@@ -164,7 +165,7 @@ class Frames:
         self.started: Callable[[], None] | None = None
         self._mode = _FrameMode(self)
         self._main: list[Frame] = []
-        self._thread = threading.get_ident()
+        self._thread = get_ident()
         self._others: dict[int, list[Frame]] = {}
         self._handles: list[RemovableHandle] = []
         self._entries: dict[str, list[CallNode]] = {}
@@ -172,7 +173,7 @@ class Frames:
 
     def attach(self) -> None:
         """Hook every submodule. Code compiled before that runs on without the hooks, so it is dropped."""
-        self._thread = threading.get_ident()
+        self._thread = get_ident()
         self._entries = {}
         for node in [*self.root.children.values(), *self.root.walk()]:  # calls from outside any frame come first
             known = self._entries.setdefault(node.path, [])
@@ -201,9 +202,9 @@ class Frames:
 
     def stack(self) -> list[Frame]:
         """Frames of the current thread, the innermost last; autograd recomputes checkpoints on threads of its own."""
-        if torch.compiler.is_compiling() or threading.get_ident() == self._thread:
+        if is_compiling() or get_ident() == self._thread:
             return self._main
-        return self._others.setdefault(threading.get_ident(), [])
+        return self._others.setdefault(get_ident(), [])
 
     def note_checkpoint(self, stack: list[Frame], entering: bool) -> None:
         """If a checkpoint's forward has just begun, let its recomputation begin with the same frames."""
@@ -236,7 +237,7 @@ class Frames:
         """The node of a module that is called from outside any frame."""
         known = self._entries.get(path)
         if known:
-            if len(known) > 1 and not self._resuming and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            if len(known) > 1 and not self._resuming and not is_compiling() and torch._C._current_graph_task_id() != -1:
                 raise CCOError(
                     f"module '{path}' is run again inside the backward by something that is not torch.utils.checkpoint, and it was captured {len(known)} "
                     "times: nothing tells which of its calls this is, so its quantizers can't be found. Use torch.utils.checkpoint.checkpoint, or "
@@ -249,8 +250,8 @@ class Frames:
 
     def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Push the frame of a module call that begins."""
-        stack = self.stack()
-        compiling = torch.compiler.is_compiling()
+        compiling = is_compiling()
+        stack = self._main if compiling or get_ident() == self._thread else self.stack()
         records = not compiling and torch.is_grad_enabled()
         if not compiling and (not stack or stack[0].records):
             self.note_checkpoint(stack, entering=True)
@@ -271,7 +272,7 @@ class Frames:
 
     def leave(self, path: str, output: Any) -> None:
         """Pop the frame of a module call that ends."""
-        stack = self.stack()
+        stack = self._main if is_compiling() or get_ident() == self._thread else self.stack()
         # A user's pre-hook may have raised before ours ran, and a redirected call pushed nothing.
         if not stack or stack[-1].node.path != path:
             return
@@ -289,7 +290,7 @@ class _Enter:
         self.frames, self.path = frames, path
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.path == "" and not torch.compiler.is_compiling() and _is_redirected(module):
+        if self.path == "" and not is_compiling() and _is_redirected(module):
             return
         self.frames.enter(self.path, module, args, kwargs)
 

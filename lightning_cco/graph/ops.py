@@ -51,11 +51,17 @@ class Op:
         """Whether the result is new memory that the operation's own gradient does not read, so that it may be overwritten."""
         return self.kind in _FRESH
 
+    @property
+    def fresh_without_gradients(self) -> bool:
+        """Whether the result is new memory, which nothing reads later but who asked for it if no gradients are recorded."""
+        return self.kind in _FRESH or self.kind in _READ_BY_GRADIENT
+
 
 _FRESH = frozenset({
     "conv", "conv_transpose", "linear", "embedding", "matmul", "addmm", "baddbmm", "add", "sub", "mul", "concat", "stack", "avg_pool",
     "adaptive_avg_pool", "mean", "interpolate", "batch_norm", "layer_norm", "group_norm", "gelu", "silu", "hardswish",
 })  # fmt: skip
+_READ_BY_GRADIENT = frozenset({"scaled_dot_product_attention", "softmax", "sigmoid", "tanh", "div"})
 
 
 def _spellings(stem: str) -> tuple[str, ...]:

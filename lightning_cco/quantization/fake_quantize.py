@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_cco.quantization import operations
 from lightning_cco.quantization.gradient_holders import fewest_holders, holders
 from lightning_cco.quantization.native import Kernels, kernels_for
-from lightning_cco.quantization.packed_weights import PackedWeight
+from lightning_cco.quantization.remade_weights import RemadeWeight
 
 _SMALLEST_SCALE = 1e-12
 _INF = float("inf")
@@ -307,29 +307,28 @@ def _level(value: float, scale: float) -> float:
     return float(np.rint(np.float32(value) * (np.float32(1.0) / np.float32(scale))))
 
 
-def fake_quantize_weight(weight: Tensor, num_bits: int, axis: int | None, packed: PackedWeight | None = None) -> Tensor:
+def fake_quantize_weight(weight: Tensor, num_bits: int, axis: int | None, remade: RemadeWeight | None = None) -> Tensor:
     """Round a weight to the symmetric grid of its own largest magnitudes. Nothing clips, so the gradient is that of the identity.
 
     Args:
         weight: Any shape, any float type.
         num_bits: Bits of the format.
         axis: Axis of the output channels; `None`: one scale for all.
-        packed: Takes the levels and scales, and gives the memory for the result; only where there are kernels for the weight.
+        remade: Takes the scales, and gives the memory for the result; only where there are kernels for the weight.
     """
-    result: Tensor = _FakeQuantizeWeight.apply(weight, num_bits, axis, packed)  # type: ignore[no-untyped-call]
+    result: Tensor = _FakeQuantizeWeight.apply(weight, num_bits, axis, remade)  # type: ignore[no-untyped-call]
     return result
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, num_bits: int, axis: int | None, packed: PackedWeight | None) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, num_bits: int, axis: int | None, remade: RemadeWeight | None) -> Tensor:
         kernels = None if axis is None or torch.compiler.is_compiling() or not weight.is_contiguous() else kernels_for(weight)
         if kernels is not None:
             assert axis is not None
             limit = quant_range(num_bits, symmetric=True)[1]
-            result = torch.empty_like(weight) if packed is None else packed.room()
-            levels, scales = (None, None) if packed is None else (packed.levels, packed.scales)
-            kernels.fake_quantize_weight(weight, result, axis, limit, _SMALLEST_SCALE, levels, scales)
+            result = torch.empty_like(weight) if remade is None else remade.room()
+            kernels.fake_quantize_weight(weight, result, axis, limit, _SMALLEST_SCALE, None if remade is None else remade.scales)
             return result
         scale = weight_scale(weight, num_bits, axis)
         inverse = scale.reciprocal()

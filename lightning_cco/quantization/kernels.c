@@ -219,42 +219,24 @@ void weight_scale(const void *weight, int64_t outer, int64_t channels, int64_t i
  *
  * The weight is outer x channels x inner values; a channel's are read twice, the second time out of the cache.
  *
- * levels, scales: null, or where the levels and each channel's scale go: all that is needed to make the result again.
+ * scales: null, or one value for each channel. With `known` they are given, and only the second reading takes place; else they are written.
  */
 void fake_quantize_weight(const void *weight, void *result, int64_t outer, int64_t channels, int64_t inner, int half, float limit, float smallest,
-                          int8_t *levels, float *scales, int threads) {
+                          float *scales, int known, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads_for(outer * channels * inner, threads))
     for (int64_t channel = 0; channel < channels; channel++) {
         float value[BLOCK];
-        const float scale = scale_of(weight, outer, channels, inner, half, channel, limit, smallest);
+        const float scale = known ? scales[channel] : scale_of(weight, outer, channels, inner, half, channel, limit, smallest);
         const float inverse = 1.0f / scale;
         for (int64_t row = 0; row < outer; row++)
             for (int64_t i = 0; i < inner; i += BLOCK) {
                 const int count = inner - i < BLOCK ? (int)(inner - i) : BLOCK;
                 const int64_t at = (row * channels + channel) * inner + i;
                 load(weight, at, count, half, value);
-                for (int j = 0; j < count; j++) value[j] = rintf(value[j] * inverse);
-                if (levels)
-                    for (int j = 0; j < count; j++) levels[at + j] = (int8_t)value[j];
-                for (int j = 0; j < count; j++) value[j] *= scale;
+                for (int j = 0; j < count; j++) value[j] = rintf(value[j] * inverse) * scale;
                 store(value, at, count, half, result);
             }
-        if (scales) scales[channel] = scale;
-    }
-}
-
-/* Make the result of fake_quantize_weight again. */
-void dequantize_weight(const int8_t *levels, const float *scales, void *result, int64_t outer, int64_t channels, int64_t inner, int half, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads_for(outer * channels * inner, threads))
-    for (int64_t channel = 0; channel < channels; channel++) {
-        float value[BLOCK];
-        for (int64_t row = 0; row < outer; row++)
-            for (int64_t i = 0; i < inner; i += BLOCK) {
-                const int count = inner - i < BLOCK ? (int)(inner - i) : BLOCK;
-                const int64_t at = (row * channels + channel) * inner + i;
-                for (int j = 0; j < count; j++) value[j] = (float)levels[at + j] * scales[channel];
-                store(value, at, count, half, result);
-            }
+        if (scales && !known) scales[channel] = scale;
     }
 }
 

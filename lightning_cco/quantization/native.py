@@ -48,14 +48,11 @@ class Kernels:
         self._mask_gradient.argtypes = [_pointer, _pointer, _pointer, _long, _int, _int]
         self._mask_gradient.restype = None
         self._fake_quantize_weight = library.fake_quantize_weight
-        self._fake_quantize_weight.argtypes = [_pointer, _pointer, _long, _long, _long, _int, _float, _float, _pointer, _pointer, _int]
+        self._fake_quantize_weight.argtypes = [_pointer, _pointer, _long, _long, _long, _int, _float, _float, _pointer, _int, _int]
         self._fake_quantize_weight.restype = None
         self._weight_scale = library.weight_scale
         self._weight_scale.argtypes = [_pointer, _long, _long, _long, _int, _float, _float, _pointer, _int]
         self._weight_scale.restype = None
-        self._dequantize_weight = library.dequantize_weight
-        self._dequantize_weight.argtypes = [_pointer, _pointer, _pointer, _long, _long, _long, _int, _int]
-        self._dequantize_weight.restype = None
         self._energies = library.energies
         self._energies.argtypes = [_pointer, _pointer, _long, _int, *[_float] * 3, _pointer, _int]
         self._energies.restype = None
@@ -110,7 +107,7 @@ class Kernels:
         self._mask_gradient(grad.data_ptr(), out.data_ptr(), mask.data_ptr(), grad.numel(), FORMATS[grad.dtype], torch.get_num_threads())
 
     def fake_quantize_weight(
-        self, weight: Tensor, out: Tensor, axis: int, limit: int, smallest_scale: float, levels: Tensor | None, scales: Tensor | None
+        self, weight: Tensor, out: Tensor, axis: int, limit: int, smallest_scale: float, scales: Tensor | None = None, known: bool = False
     ) -> None:
         """Round a contiguous weight to the symmetric grid of each channel's largest magnitude.
 
@@ -120,8 +117,8 @@ class Kernels:
             axis: Axis of the channels.
             limit: Largest level.
             smallest_scale: Least scale.
-            levels: int8 of the same shape, for the levels.
-            scales: float32 with one value for each channel.
+            scales: float32 with one value for each channel, written unless they are known.
+            known: Whether to take the scales as they are instead of computing them.
         """
         self._fake_quantize_weight(
             weight.data_ptr(),
@@ -130,8 +127,8 @@ class Kernels:
             FORMATS[weight.dtype],
             limit,
             smallest_scale,
-            None if levels is None else levels.data_ptr(),
             None if scales is None else scales.data_ptr(),
+            known,
             torch.get_num_threads(),
         )
 
@@ -144,17 +141,6 @@ class Kernels:
             limit,
             smallest_scale,
             scales.data_ptr(),
-            torch.get_num_threads(),
-        )
-
-    def dequantize_weight(self, levels: Tensor, scales: Tensor, out: Tensor, axis: int) -> None:
-        """Make a rounded weight again from what `fake_quantize_weight` wrote."""
-        self._dequantize_weight(
-            levels.data_ptr(),
-            scales.data_ptr(),
-            out.data_ptr(),
-            *_around(levels, axis),
-            FORMATS[out.dtype],
             torch.get_num_threads(),
         )
 

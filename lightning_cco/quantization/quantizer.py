@@ -15,8 +15,8 @@ from lightning_cco.quantization.fake_quantize import (
     quant_range,
     weight_scale,
 )
-from lightning_cco.quantization.packed_weights import PackedWeight, packed_weight
 from lightning_cco.quantization.ranges import batch_range, mse_clip_ratio, percentile_range, sample
+from lightning_cco.quantization.remade_weights import RemadeWeight, remade_weight
 
 _RANGE_BUFFERS = ("min_val", "max_val", "scale", "zero_point", "clip_ratio")
 _INF = float("inf")
@@ -221,17 +221,17 @@ class WeightQuantizer(nn.Module):
         self._kept: Tensor | None = None
         self._kept_of: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
 
-    def forward(self, weight: Tensor, packed: list[PackedWeight] | None = None) -> Tensor:
+    def forward(self, weight: Tensor, remade: list[RemadeWeight] | None = None) -> Tensor:
         """Fake-quantize; the gradient is that of the identity.
 
         Args:
             weight: The weight.
-            packed: Takes what the result can be saved as until the backward, if that is possible and worth it.
+            remade: Takes what makes the result again in the backward, if that is possible and worth it.
         """
-        room = packed_weight(weight, self.axis) if packed is not None else None
-        if room is not None and packed is not None:
+        room = remade_weight(weight, self.axis) if remade is not None else None
+        if room is not None and remade is not None:
             self._kept = self._kept_of = None
-            packed.append(room)
+            remade.append(room)
             return fake_quantize_weight(weight, self.num_bits, self.axis, room)
         # What is computed from parameters (a parametrization) is a new tensor each time, often at the address of the last one: nothing to keep.
         owner = weight._base if weight._base is not None else weight

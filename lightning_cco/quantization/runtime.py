@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.capture import Capture, Site
 from lightning_cco.graph.frames import Frame, Frames, calling_position, tensors_in
 from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation
 from lightning_cco.graph.trace import Slot
-from lightning_cco.quantization.packed_weights import PackedWeight, saving_packed
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
+from lightning_cco.quantization.remade_weights import RemadeWeight, saving_remade
 from lightning_cco.quantization.slots import at, replaced
 
 Recorder = Callable[[str, Tensor | ActivationQuantizer, Tensor], None]
@@ -37,6 +38,7 @@ class SiteQuantizers:
     limits: Callable[[tuple[Any, ...], dict[str, Any]], tuple[float, float] | None] | None = None
     in_place: bool = False
     fresh: bool = False
+    fresh_without_gradients: bool = False
     code_position: int = -1
 
 
@@ -107,7 +109,7 @@ class Runtime:
             if index >= entry.count:
                 self._unseen(frame, name, args, kwargs)
             return func(*args, **kwargs)
-        if site.code_position >= 0 and not torch.compiler.is_compiling() and calling_position() != site.code_position:
+        if site.code_position >= 0 and not is_compiling() and calling_position() != site.code_position:
             self._moved(frame, name, site)
             return func(*args, **kwargs)
         return self.run(frame, site, func, args, kwargs)
@@ -116,13 +118,13 @@ class Runtime:
 
     def _quantize(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Activation checkpointing runs a part of the forward again inside the backward; the ranges have moved for this batch already.
-        track = frame.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
+        track = frame.training and (is_compiling() or torch._C._current_graph_task_id() == -1)
         if site.weights:
-            packed: list[PackedWeight] = []
+            remade: list[RemadeWeight] = []
             for slot, weight_quantizer in site.weights:
-                args, kwargs = replaced(args, kwargs, slot, partial(weight_quantizer, packed=packed))
-            if packed:
-                func = saving_packed(func, packed)
+                args, kwargs = replaced(args, kwargs, slot, partial(weight_quantizer, remade=remade))
+            if remade:
+                func = saving_remade(func, remade)
         for slot, _, quantizer in site.reads:
             args, kwargs = replaced(args, kwargs, slot, partial(quantizer, track=track))
         if not site.outputs:
@@ -140,7 +142,8 @@ class Runtime:
             return target.copy_(site.outputs[0][1](changed, track=track))
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
-            if not site.fresh or torch.compiler.is_compiling():
+            fresh = site.fresh or (site.fresh_without_gradients and not torch.is_grad_enabled())
+            if not fresh or is_compiling():
                 return site.outputs[0][1](result, track=track)
             # Nobody but us holds a fresh result, and new memory would cost more than the rounding. A linear layer's is a view of its rows.
             base = result._base if result._is_view() else result
@@ -254,7 +257,7 @@ class Runtime:
         if key in self.drift:
             return
         self.drift[key] = message
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             warnings.warn(f"lightning_cco: {message}", CCOWarning, stacklevel=2)
 
 
@@ -288,6 +291,7 @@ def _site_quantizers(
         site.layer,
         in_place=site.in_place,
         fresh=site.op.fresh,
+        fresh_without_gradients=site.op.fresh_without_gradients,
         code_position=site.code_position,
     )
     if site.layer in weights:

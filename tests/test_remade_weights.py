@@ -1,4 +1,4 @@
-"""Rounded weights that wait for the backward as integers: the same gradients, less memory."""
+"""Rounded weights that are made again in the backward: the same gradients, less memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_cco import quantize
-from lightning_cco.quantization import native, packed_weights, quantizer
+from lightning_cco.errors import CCOError
+from lightning_cco.quantization import native, quantizer, remade_weights
 from lightning_cco.quantization.fake_quantize import fake_quantize_weight
 from lightning_cco.quantization.native import kernels_for
-from lightning_cco.quantization.packed_weights import PackedWeight
+from lightning_cco.quantization.remade_weights import RemadeWeight
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no C compiler")
 
@@ -41,12 +42,12 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("num_bits", [2, 8])
 @pytest.mark.parametrize(("shape", "axis"), [((64, 300), 0), ((20, 30, 5, 7), 1), ((300, 70), 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_unpacked_is_what_was_packed(num_bits: int, shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
+def test_what_is_made_is_what_was_remade(num_bits: int, shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
     weight = torch.randn(shape).to(dtype)
-    packed = PackedWeight(weight, axis, kernels_for(weight))
-    rounded = fake_quantize_weight(weight, num_bits, axis, packed)
+    remade = RemadeWeight(weight, axis, kernels_for(weight))
+    rounded = fake_quantize_weight(weight, num_bits, axis, remade)
     assert torch.equal(rounded, fake_quantize_weight(weight, num_bits, axis))
-    again = packed.unpack()
+    again = remade.make()
     assert again.data_ptr() != rounded.data_ptr()  # somebody holds what was made first
     assert torch.equal(again, rounded)
 
@@ -55,18 +56,18 @@ def test_gradients_are_the_same_to_the_last_bit(monkeypatch: pytest.MonkeyPatch)
     torch.manual_seed(0)
     x, model = torch.randn(2, 4, 16, 16), Layers()
     plain = copy.deepcopy(model)
-    unpacked: list[int] = []
-    original = PackedWeight.unpack
-    monkeypatch.setattr(PackedWeight, "unpack", lambda self: unpacked.append(self.levels.numel()) or original(self))
+    made: list[int] = []
+    original = RemadeWeight.make
+    monkeypatch.setattr(RemadeWeight, "make", lambda self: made.append(self.weight.numel()) or original(self))
     for one in (model, plain):
         quantize(one, {"global_quantization_settings": {"skip_tail_quantization": False}}, (x,)).calibrate([(x,)])
     found = gradients(model, x)
-    assert {model.conv.weight.numel(), model.up.weight.numel(), model.flat.weight.numel()} <= set(unpacked)
-    monkeypatch.setattr(quantizer, "packed_weight", lambda weight, axis: None)
-    unpacked.clear()
+    assert {model.conv.weight.numel(), model.up.weight.numel(), model.flat.weight.numel()} <= set(made)
+    monkeypatch.setattr(quantizer, "remade_weight", lambda weight, axis: None)
+    made.clear()
     for got, expected in zip(found, gradients(plain, x), strict=True):
         assert torch.equal(got, expected)
-    assert unpacked == []
+    assert made == []
 
 
 def test_the_float_copies_take_the_same_memory_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +91,7 @@ def test_the_float_copies_take_the_same_memory_one_after_the_other(monkeypatch: 
 
 def test_hooks_of_others_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint counts what is saved, offloading wants to see it: then weights are saved as they are."""
-    monkeypatch.setattr(packed_weights, "PackedWeight", lambda *args: pytest.fail("packed"))
+    monkeypatch.setattr(remade_weights, "RemadeWeight", lambda *args: pytest.fail("made again"))
     model, x = nn.Sequential(nn.Linear(200, 300), nn.ReLU(), nn.Linear(300, 2)), torch.randn(4, 200, requires_grad=True)
     quantize(model, None, (x.detach(),)).calibrate([(x.detach(),)])
     saved: list[int] = []
@@ -98,3 +99,15 @@ def test_hooks_of_others_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
         model(x).sum().backward()
     assert 200 * 300 in saved
     checkpoint(model, x, use_reentrant=False).sum().backward()
+
+
+def test_a_weight_that_changed_before_the_backward_is_an_error_as_in_float() -> None:
+    model, x = nn.Sequential(nn.Linear(200, 300), nn.ReLU(), nn.Linear(300, 2)), torch.randn(4, 200, requires_grad=True)
+    for error, message in ((RuntimeError, "modified by an inplace operation"), (CCOError, r"\(300, 200\) was modified in place")):
+        loss = model(x).sum()
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+        with pytest.raises(error, match=message):
+            loss.backward()
+        if error is RuntimeError:
+            quantize(model, None, (x.detach(),)).calibrate([(x.detach(),)])

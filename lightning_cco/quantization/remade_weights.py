@@ -1,4 +1,4 @@
-"""Rounded weights wait for the backward as int8: a quarter of the memory that the float copies of all layers would take until then."""
+"""Rounded weights are not kept until the backward, which would take the memory of all weights once more, but made again there."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_cco.errors import CCOError
 from lightning_cco.quantization.native import Kernels, kernels_for
 
 # Smaller weights are not worth the two Python calls.
@@ -33,8 +34,8 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-class PackedWeight:
-    """A rounded weight's levels and scales, from which it can be made again to the last bit.
+class RemadeWeight:
+    """A rounded weight that can be made again to the last bit, as long as the weight itself does not change.
 
     Args:
         weight: Of what it is, contiguous.
@@ -42,50 +43,61 @@ class PackedWeight:
         kernels: What makes it.
 
     Attributes:
-        levels: int8 of the weight's shape.
         scales: float32 with one value for each channel.
     """
 
     def __init__(self, weight: Tensor, axis: int, kernels: Kernels) -> None:
-        self.axis, self.dtype, self.kernels = axis, weight.dtype, kernels
-        self.levels = torch.empty(weight.shape, dtype=torch.int8)
+        self.weight, self.axis, self.kernels = weight.detach(), axis, kernels
         self.scales = torch.empty(weight.shape[axis])
-        self.address = 0
+        self.address, self.version = 0, weight._version
 
     def room(self) -> Tensor:
         """Memory for the rounded weight."""
-        weight = _scratch.take(self.levels.shape, self.dtype)
-        self.address = weight.data_ptr()
-        return weight
+        rounded = _scratch.take(self.weight.shape, self.weight.dtype)
+        self.address = rounded.data_ptr()
+        return rounded
 
-    def unpack(self) -> Tensor:
-        """The rounded weight."""
-        weight = self.room()
-        self.kernels.dequantize_weight(self.levels, self.scales, weight, self.axis)
-        return weight
+    def make(self) -> Tensor:
+        """The rounded weight.
+
+        Raises:
+            CCOError: The weight has changed since the forward, where autograd raises an error in float.
+        """
+        if self.weight._version != self.version:
+            raise CCOError(
+                f"a weight of shape {tuple(self.weight.shape)} was modified in place between the forward and its backward (an optimizer's step?), so its "
+                "gradient can't be computed, no more than in float. Run the backward before the weights change, or the forward again."
+            )
+        rounded = self.room()
+        self.kernels.fake_quantize_weight(self.weight, rounded, self.axis, 0, 0.0, self.scales, known=True)
+        return rounded
 
 
-def packed_weight(weight: Tensor, axis: int | None) -> PackedWeight | None:
-    """Room for the levels of a weight, where they are wanted: in an eager training forward whose saved tensors nobody else handles, such as a checkpoint."""
+def remade_weight(weight: Tensor, axis: int | None) -> RemadeWeight | None:
+    """What makes a rounded weight again in the backward.
+
+    `None` where that is not wanted: outside of an eager training forward, for small weights, and where somebody else, such as a checkpoint, handles
+    what is saved.
+    """
     if axis is None or weight.numel() < _SMALLEST or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     kernels = kernels_for(weight) if weight.is_contiguous() else None
     autograd = torch._C._autograd
     if kernels is None or autograd._top_saved_tensors_default_hooks(False) is not None:
         return None
-    return PackedWeight(weight, axis, kernels)
+    return RemadeWeight(weight, axis, kernels)
 
 
-def saving_packed(func: Callable[..., Any], weights: Sequence[PackedWeight]) -> Callable[..., Any]:
-    """The same function, but what autograd saves of rounded weights, views of them included, is packed."""
+def saving_remade(func: Callable[..., Any], weights: Sequence[RemadeWeight]) -> Callable[..., Any]:
+    """The same function, but what autograd saves of rounded weights, views of them included, is made again when it is needed."""
     known = {weight.address: weight for weight in weights}
 
     def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
-        packed = known.get(tensor.data_ptr())
-        if packed is None or tensor.numel() != packed.levels.numel():
+        remade = known.get(tensor.data_ptr())
+        if remade is None or tensor.numel() != remade.weight.numel():
             return tensor
         shape, strides = tensor.shape, tensor.stride()
-        return lambda: packed.unpack().as_strided(shape, strides)
+        return lambda: remade.make().as_strided(shape, strides)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
