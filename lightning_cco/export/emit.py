@@ -77,12 +77,11 @@ class Emitter:
             self.reached = site.layer if site is not None else self.reached
             return func(*args, **kwargs) if site is None else handle(site, func, args, kwargs)
 
-        before, frames.handle = frames.handle, find
         modes = mode_stack()
         try:
-            yield
+            with frames.handled_by(find):
+                yield
         finally:
-            frames.handle = before
             # A trace that fails skips the hooks of the modules it was in; torch.export then takes our mode off for its own and leaves that behind.
             frames.reset()
             restore_modes(modes)

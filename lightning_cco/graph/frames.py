@@ -121,7 +121,12 @@ class _FrameMode(HiddenMode):
         stack = frames._main if compiling or get_ident() == frames._thread else frames.stack()
         name = getattr(func, "__name__", "")
         if not compiling:
-            if not stack or is_foreign():
+            if not stack:
+                return func(*args, **kwargs)
+            watched = frames.watched
+            if watched is not None and name not in watched and name not in stack[-1].table:
+                return func(*args, **kwargs)
+            if is_foreign():
                 return func(*args, **kwargs)
             if stack[0].records:
                 frames.note_checkpoint(stack, entering=False)
@@ -149,6 +154,7 @@ class Frames:
         handle: Called for each torch function with ``(frame, function name, function, args, kwargs)``; returns its result.
 
     Attributes:
+        watched: Names of functions that the handler must see even where the frame's table does not have them; `None`: it sees all.
         growing: Whether new calls belong to the capture; what turns up later is marked as never captured.
         entered: Called with each frame pushed, and the arguments of its module.
         left: Called with each frame about to be popped, and its module's output.
@@ -159,6 +165,7 @@ class Frames:
         self.model = model
         self.root = root
         self.handle = handle
+        self.watched: frozenset[str] | None = None
         self.entered: Callable[[Frame, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.left: Callable[[Frame, Any], None] | None = None
         self.growing = False
@@ -199,6 +206,16 @@ class Frames:
         self._main.clear()
         self._others.clear()
         restore_modes([mode for mode in mode_stack() if mode is not self._mode])
+
+    @contextmanager
+    def handled_by(self, handle: Handler) -> Iterator[None]:
+        """Let another handler see every call inside the block."""
+        before = self.handle, self.watched
+        self.handle, self.watched = handle, None
+        try:
+            yield
+        finally:
+            self.handle, self.watched = before
 
     def stack(self) -> list[Frame]:
         """Frames of the current thread, the innermost last; autograd recomputes checkpoints on threads of its own."""

@@ -72,6 +72,7 @@ class Runtime:
     ) -> None:
         self.capture = capture
         self.frames = Frames(model, capture.root, self._handle)
+        self.frames.watched = _COMPUTES | {"multi_head_attention_forward"}
         self.drift: dict[str, str] = {}
         self.recorder: Recorder | None = None
         self.run = self._quantize
@@ -95,6 +96,10 @@ class Runtime:
                 entry = site.node.tables[training].get(site.function)
                 if entry is not None:
                     entry.sites[position] = quantizers
+        # Most calls of a transformer only move values: no entry, no work.
+        for node in self.capture.root.walk():
+            for training, table in node.tables.items():
+                node.tables[training] = {name: entry for name, entry in table.items() if entry.sites or name in _COMPUTES}
 
     def _handle(self, frame: Frame, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = frame.table.get(name)
