@@ -53,6 +53,19 @@ def test_the_yaml_is_a_recipe() -> None:
     assert [rule.match for rule in cc.load_settings(yaml.safe_load(text)).layer_settings] == ["adaptive_avg_pool", "encoder.*.attn"]
 
 
+def test_the_code_that_runs_the_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    [code] = blocks(section("The INT8 file"), "python")
+    quantized = cc.quantize(ResidualCNN().eval(), None, (ResidualCNN.example(),))
+    quantized.calibrate([ResidualCNN.example()])
+    monkeypatch.chdir(tmp_path)
+    quantized.export("model_int8.onnx")
+    images = ResidualCNN.example()[:1]
+    found: dict[str, object] = {"images": images.numpy()}
+    exec(code, found)
+    assert found["scores"].shape == quantized.model(images).shape  # type: ignore[attr-defined]
+
+
 def test_the_first_block_is_three_lines_of_the_public_interface() -> None:
     lines = blocks(README, "python")[0].splitlines()
     assert len(lines) == 3

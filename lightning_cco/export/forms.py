@@ -11,7 +11,8 @@ from torch import Tensor
 
 def has_matrix_units() -> bool:
     """Whether this processor multiplies matrices of 8-bit integers in units of their own (AMX)."""
-    return bool(torch.cpu.get_capabilities().get("amx_int8", False))
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)  # older versions of PyTorch can't tell
+    return bool(capabilities().get("amx_int8", False))
 
 
 def attention(
