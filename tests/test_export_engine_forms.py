@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from export_case import calibrated, run
 from torch import Tensor, nn
 
+from lightning_cco import quantize
 from lightning_cco.export.forms import has_matrix_units
 
 WHOLE = {"global_quantization_settings": {"skip_tail_quantization": False}}
@@ -156,6 +157,97 @@ def test_a_parameter_is_added_in_int8(target: str, kind: Any, tmp_path: Path) ->
     assert report.integer_nodes.get("QLinearAdd", 0) == (target == "ort")
     stored = [onnx.numpy_helper.to_array(entry) for entry in onnx.load(tmp_path / "model.onnx").graph.initializer]
     assert [array.dtype.type for array in stored if array.shape == (1, 8, 6, 6)] == [kind]
+
+
+class Kept(nn.Module):
+    """A result that is an output and is split, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.wide = nn.LayerNorm(8), nn.Linear(8, 12)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        wide = self.wide(self.norm(x))
+        return wide, *(F.gelu(part) for part in wide.chunk(3, -1))
+
+
+def test_a_result_that_is_an_output_stays_whole(tmp_path: Path) -> None:
+    quantized, _ = calibrated(Kept(), lambda: torch.randn(4, 6, 8), WHOLE)
+    quantized.export(tmp_path / "model.onnx")
+    assert [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node].count("MatMul") == 1
+
+
+class Pruned(nn.Module):
+    """Channels that are 0 or nearly so, whose bias is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
+        with torch.no_grad():
+            self.second.weight[3:5] *= torch.tensor([0.0, 1e-7]).reshape(2, 1, 1, 1)
+            self.third.weight[2] = 0
+            self.second.bias[3:5], self.third.bias[2] = 0.7, -1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3))
+        return self.head(torch.relu(self.third(x) + 1.5))
+
+
+@pytest.mark.parametrize("target", ["ort", "openvino", "tensorrt"])
+def test_channels_without_weights_keep_their_bias(target: str, tmp_path: Path) -> None:
+    quantized, x = calibrated(Pruned(), lambda: torch.randn(4, 3, 8, 8), {"deployment_settings": {"target_framework": target}})
+    report = quantized.export(tmp_path / "model.onnx")
+    assert report.sqnr_db > 35
+    with torch.no_grad():
+        expected = quantized.model(x).numpy()
+    for optimize in (True, False):
+        got = run(tmp_path / "model.onnx", x, optimize=optimize)
+        assert np.square(got - expected).sum() < 1e-3 * np.square(expected).sum()
+
+
+class Tied(nn.Module):
+    """A language model whose head is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm, self.head = nn.Embedding(20, 8), nn.LayerNorm(8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.norm(self.embedding(tokens)))
+
+
+def test_a_tied_embedding_in_four_bits(tmp_path: Path) -> None:
+    settings = {"global_quantization_settings": {"weights_num_bits": 4, "skip_tail_quantization": False}}
+    quantized, tokens = calibrated(Tied(), lambda: torch.randint(0, 20, (4, 6)), settings)
+    quantized.export(tmp_path / "model.onnx", int4=True)
+    types = {entry.data_type for entry in onnx.load(tmp_path / "model.onnx").graph.initializer if tuple(entry.dims) == (20, 8)}
+    assert types == {onnx.TensorProto.INT8, onnx.TensorProto.INT4}
+    with torch.no_grad():
+        np.testing.assert_allclose(run(tmp_path / "model.onnx", tokens), quantized.model(tokens).numpy(), atol=1e-5)
+
+
+class Several(nn.Module):
+    """Takes any number of inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, scale: Tensor, *inputs: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(torch.stack(inputs).sum(0))) * scale)
+
+
+def test_any_number_of_inputs(tmp_path: Path) -> None:
+    inputs = [torch.rand(4, 1), torch.randn(4, 8), torch.randn(4, 8)]
+    quantized = quantize(Several().eval(), None, tuple(inputs))
+    quantized.calibrate([tuple(inputs)])
+    assert quantized.export(tmp_path / "model.onnx").sqnr_db > 40
+    fewer = [tensor[:3] for tensor in inputs]
+    with torch.no_grad():
+        np.testing.assert_allclose(run(tmp_path / "model.onnx", *fewer), quantized.model(*fewer).numpy(), atol=1e-2)
+    quantized.export(tmp_path / "model.pt2")
 
 
 class Deep(nn.Module):

@@ -111,3 +111,15 @@ def test_a_weight_that_changed_before_the_backward_is_an_error_as_in_float() -> 
             loss.backward()
         if error is RuntimeError:
             quantize(model, None, (x.detach(),)).calibrate([(x.detach(),)])
+
+
+def test_where_nothing_may_be_handled_or_tracked_weights_are_kept() -> None:
+    model, x = nn.Sequential(nn.Linear(200, 300), nn.ReLU(), nn.Linear(300, 2)), torch.randn(4, 200)
+    quantize(model, None, (x,)).calibrate([(x,)])
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        model(x).sum().backward()
+    assert model[0].weight.grad is not None
+    with torch.inference_mode():
+        made = nn.Sequential(nn.Linear(200, 300), nn.ReLU(), nn.Linear(300, 2)).requires_grad_(False)
+    quantize(made, None, (x,)).calibrate([(x,)])
+    assert made(x).shape == (4, 2)

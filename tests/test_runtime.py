@@ -482,3 +482,26 @@ def test_ranges_move_once_the_weights_have_changed_and_are_saved_moved() -> None
     assert moved > start
     model.train()(9 * x)
     assert float(quantized.state_dict()["ranges"]["relu"]["max_val"]) > float(moved)
+
+
+def test_a_computation_called_more_often_is_reported_and_what_only_moves_values_is_not() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.times = nn.Linear(4, 4), nn.Linear(4, 4), 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for _ in range(self.times):
+                x = F.gelu(torch.tanh(x.reshape(-1, 4).softmax(-1)))
+            return self.second(x)
+
+    model, x = Loop().eval(), torch.randn(2, 4)
+    quantized = quantize(model, None, (x,))
+    quantized.calibrate([(x,)])
+    model.times = 3
+    with pytest.warns(CCOWarning, match="more often"):
+        model(x)
+    told = " ".join(quantized.drift)
+    assert all(kind in told for kind in ("softmax", "tanh", "gelu"))
+    assert "reshape" not in told

@@ -144,7 +144,9 @@ def _inspected(path: Path, names: list[str]) -> tuple[Any, list[str]]:
 
     model = onnx.load(str(path))
     types = {entry.name: entry.data_type for entry in model.graph.initializer}
-    made = {node.output[0]: types[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    made = {
+        node.output[0]: types[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[2] in types
+    }
     tensors = [name for name in names if f"{name}_quantized" in made]
     for name in tensors:
         output = f"{name}_quantized"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -119,7 +120,7 @@ def _write(
     model = quantized.model
     if dynamic_batch and "dynamic_shapes" not in options:
         args, kwargs = two_samples(args), two_samples(kwargs)
-        options["dynamic_shapes"] = batch_shapes(args, kwargs)
+        options["dynamic_shapes"] = batch_shapes(model, args, kwargs)
     with quantized.evaluating(), _quietly(), torch.compiler.set_stance("force_eager"):
         with emitter.collecting():
             outputs = [".".join(map(str, slot)) for slot, _ in tensors_in(model(*args, **kwargs))]
@@ -142,7 +143,7 @@ def _write(
     if stored.target.own_zero_points:
         passes.own_zero_points(program.model.graph)
     if int4:
-        passes.pack_int4(program.model.graph)
+        passes.pack_int4(program.model)
     passes.name_nodes(program.model.graph)
     emitter.modules = passes.take_modules(program.model.graph)
     emitter.reads_shapes = any(node.op_type == "Shape" for node in program.model.graph)
@@ -190,8 +191,8 @@ def two_samples(value: Any) -> Any:
     return {key: two_samples(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The first axis of every tensor varies, together."""
+def batch_shapes(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first axis of every tensor varies, together; in the form that `torch.export` wants: what ``*args`` takes is one entry."""
     batch = torch.export.Dim.DYNAMIC
 
     def shape(value: Any) -> Any:
@@ -201,7 +202,12 @@ def batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return type(value)(shape(item) for item in value)
         return {key: shape(item) for key, item in value.items()} if isinstance(value, dict) else None
 
-    return tuple(shape(value) for value in args) if args and not kwargs else [*map(shape, args), *map(shape, kwargs.values())]
+    given = [shape(value) for value in args]
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        before = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+        given = [*given[:before], tuple(given[before:])]
+    return tuple(given) if args and not kwargs else [*given, *map(shape, kwargs.values())]
 
 
 @contextlib.contextmanager

@@ -83,20 +83,24 @@ def own_zero_points(graph: Any) -> None:
                 node.replace_input_with(2, initializer(graph, f"{node.outputs[0].name}_zero_point", zeros))
 
 
-def pack_int4(graph: Any) -> None:
+def pack_int4(model: Any) -> None:
     """Store the integers of dequantized weights that fit into 4 bits so."""
     import ml_dtypes
     import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+    graph = model.graph
     for node in graph:
         value = node.inputs[0] if node.op_type == "DequantizeLinear" else None
         if value is None or value.const_value is None or value.dtype != onnx_ir.DataType.INT8:
             continue
         integers = value.const_value.numpy()
         if integers.min(initial=0) >= -8 and integers.max(initial=0) <= 7:
-            value.const_value = onnx_ir.tensor(integers.astype(ml_dtypes.int4), name=value.name)
-            value.dtype = onnx_ir.DataType.INT4
+            # A tied embedding looks the same integers up in a wider type.
+            name = f"{value.name}.int4"
+            node.replace_input_with(0, graph.initializers.get(name) or initializer(graph, name, integers.astype(ml_dtypes.int4)))
             node.resize_inputs(2)  # its zero point was of the other type; 0 is the default
+    RemoveUnusedNodesPass()(model)
 
 
 def name_nodes(graph: Any) -> None:

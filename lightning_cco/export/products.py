@@ -52,7 +52,8 @@ def _quantized_linear(value: Any) -> _Linear | None:
             return None
     matmul, transpose, dequantize = chain
     constants = [array for array in map(constant, dequantize.inputs) if array is not None]
-    single = all(len(node.outputs[0].uses()) == 1 for node in (matmul, add) if node is not None)
+    between = [node.outputs[0] for node in (matmul, add) if node is not None]
+    single = all(len(result.uses()) == 1 and not result.is_graph_output() for result in between)
     if matmul.op_type != "MatMul" or not single or len(constants) < len(dequantize.inputs) or constants[0].ndim != 2:
         return None
     bias = constant(add.inputs[1]) if add is not None else None
@@ -87,7 +88,7 @@ def _at_reshape(graph: Any, reshape: Any) -> None:
     transpose = readers[0]
     order = list(transpose.attributes.get_ints("perm"))
     picks = [_pick(node) for node, _ in transpose.outputs[0].uses()]
-    if not picks or any(pick is None for pick in picks):
+    if not picks or any(pick is None for pick in picks) or reshape.outputs[0].is_graph_output() or transpose.outputs[0].is_graph_output():
         return
     axis = order[0]
     count, inner = int(shape[axis]), [int(size) for size in shape[axis + 1 :]]

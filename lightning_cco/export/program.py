@@ -42,7 +42,7 @@ def export_program(
     shapes = None
     if dynamic_batch:
         args, kwargs = two_samples(args), two_samples(kwargs)
-        shapes = batch_shapes(args, kwargs)
+        shapes = batch_shapes(quantized.model, args, kwargs)
     with quantized.evaluating(), torch.compiler.set_stance("force_eager"):
         try:
             program = torch.export.export(quantized.model, args, kwargs, dynamic_shapes=shapes, strict=False)

@@ -64,6 +64,7 @@ class StoredWeights:
                 weights = [integer_weight(self.quantized, site.layer, tensor, bias, i) for i, tensor in enumerate(found)]
                 self.weights[site.layer] = weights
                 if site.op.kind in BIASED and weights[0].bias is not None:
+                    weights[0] = self._with_room_for_bias(site, weights[0], weights[0].bias)
                     self.biases[site.layer] = self._bias(site, weights[0].bias, weights[0].scale, args[0].dim())
                 if site.op.kind == "conv":
                     weights[0] = self._convolution(site, weights[0], args, kwargs)
@@ -85,6 +86,24 @@ class StoredWeights:
         integers, scale = quantizer.quantize(tensor)
         operand = IntegerWeight(integers, scale.reshape(()), None, None)
         return operand.shifted(128, torch.uint8) if self.unsigned else operand
+
+    def _with_room_for_bias(self, site: Site, weight: IntegerWeight, bias: Tensor) -> IntegerWeight:
+        """The weight, on a coarser grid in channels whose bias would not fit into 32 bits of the accumulator.
+
+        Those are channels of weights that are all but 0 beside their bias (a pruned one): by the input's scale times theirs a bias would be cut off.
+        """
+        key = self.quantizer_of(site.sources[0])
+        if key is None or weight.scale.shape not in (bias.shape, ()):
+            return weight
+        needed = bias.abs() / (self.quantized.activations[key].scale.detach() * 2.0**30)
+        scale = torch.maximum(weight.scale, needed if weight.scale.dim() else needed.amax())
+        if torch.equal(scale, weight.scale):
+            return weight
+        shape = [1] * weight.integers.dim()
+        if weight.axis is not None:
+            shape[weight.axis] = -1
+        integers = (weight.integers * (weight.scale / scale).reshape(shape)).round().to(torch.int8)
+        return replace(weight, integers=integers, scale=scale)
 
     def _bias(self, site: Site, bias: Tensor, weight_scale: Tensor, dimensions: int) -> tuple[Tensor, Tensor | None]:
         """The bias on the grid of the accumulator, whose step is that of the input times that of the weight.

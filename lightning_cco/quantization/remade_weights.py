@@ -77,13 +77,13 @@ def remade_weight(weight: Tensor, axis: int | None) -> RemadeWeight | None:
     """What makes a rounded weight again in the backward.
 
     `None` where that is not wanted: outside of an eager training forward, for small weights, and where somebody else, such as a checkpoint, handles
-    what is saved.
+    what is saved, or nobody may.
     """
-    if axis is None or weight.numel() < _SMALLEST or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if axis is None or weight.numel() < _SMALLEST or not torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
         return None
     kernels = kernels_for(weight) if weight.is_contiguous() else None
-    autograd = torch._C._autograd
-    if kernels is None or autograd._top_saved_tensors_default_hooks(False) is not None:
+    autograd: Any = torch._C._autograd
+    if kernels is None or not autograd._saved_tensors_hooks_is_enabled() or autograd._top_saved_tensors_default_hooks(False) is not None:
         return None
     return RemadeWeight(weight, axis, kernels)
 

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.capture import Capture, Site
 from lightning_cco.graph.frames import Frame, Frames, calling_position, tensors_in
-from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation
+from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation, operation_of_kind
 from lightning_cco.graph.trace import Slot
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
@@ -99,7 +99,7 @@ class Runtime:
         # Most calls of a transformer only move values: no entry, no work.
         for node in self.capture.root.walk():
             for training, table in node.tables.items():
-                node.tables[training] = {name: entry for name, entry in table.items() if entry.sites or name in _COMPUTES}
+                node.tables[training] = {name: entry for name, entry in table.items() if entry.sites or not _only_moves(entry.kind)}
 
     def _handle(self, frame: Frame, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = frame.table.get(name)
@@ -272,6 +272,11 @@ _COMPUTES = frozenset(
     for name, op in OPS.items()
     if op.category in (Category.WEIGHTED, Category.MATMUL, Category.CLAMP) or op.kind in ("add", "sub", "mul", "concat", "avg_pool")
 )
+
+
+def _only_moves(kind: str) -> bool:
+    """Whether an operation computes nothing, so that nobody minds how often it is called."""
+    return operation_of_kind(kind).category in (Category.PRESERVE, Category.ALIAS, Category.IDENTITY)
 
 
 def _table(entries: dict[str, FunctionEntry]) -> dict[str, FunctionEntry]:
