@@ -5,11 +5,11 @@ On a machine without one the same tests run on the CPU with torch operations alo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from gradients import with_gradient
 from models import ResidualCNN
 from torch import Tensor
 
@@ -27,14 +27,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         monkeypatch.setattr(user, "kernels_for", lambda tensor: None)
     monkeypatch.setattr(quantizer.ActivationQuantizer, "numbers", lambda self, device="cpu": None)
     return request.param
-
-
-def with_gradient(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.clone().requires_grad_()
-    y = function(x)
-    y.backward(grad)
-    assert x.grad is not None
-    return y.detach(), x.grad
 
 
 @pytest.mark.parametrize("num_bits", [2, 4, 8])

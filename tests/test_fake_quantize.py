@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gradients import with_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,13 +18,6 @@ from lightning_cco.quantization import native
 from lightning_cco.quantization.fake_quantize import affine_qparams, fake_quantize, fake_quantize_weight, quant_range, weight_scale
 
 BITS = range(2, 9)
-
-
-def with_gradient(function: object, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.detach().clone().requires_grad_()
-    y = function(x)
-    y.backward(grad)
-    return y.detach(), x.grad
 
 
 @pytest.fixture(params=["kernels", "operations", "tensors"])

@@ -49,14 +49,12 @@ class Emitter:
         self._sites: dict[tuple[int, str, int], Site] = {
             (id(site.node), site.op.kind, site.positions[False]): site for site in quantized.capture.sites.values() if site.visible
         }
-        self._folded: set[str] = set()
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Inside the block an ordinary forward gives the weights as the layers see them."""
         with self._handling(self.stored.collect):
             yield
-        self._folded = self.stored.folded
 
     @contextmanager
     def emitting(self) -> Iterator[None]:
@@ -88,7 +86,7 @@ class Emitter:
 
     def _emit(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = site.layer
-        if name in self._folded:
+        if name in self.stored.folded:
             result = args[0]
         elif name in self.stored.blocked and all(isinstance(size, int) for size in args[0].shape[2:]):
             result = self._convolve_blocks(site, args[0])
@@ -170,7 +168,7 @@ class Emitter:
             if site.layer not in self.quantized.activations:
                 return result
             rounded = self._round(result, site.layer)
-            return args[0].copy_(rounded) if site.in_place and site.layer not in self._folded else rounded
+            return args[0].copy_(rounded) if site.in_place and site.layer not in self.stored.folded else rounded
         if not isinstance(result, (tuple, list)):
             return result
         items = list(result)
@@ -188,8 +186,8 @@ class Emitter:
         return self._pair(x, scale, zero_point, key)
 
     def _round_operand(self, x: Tensor, scale: Tensor, layer: str) -> Tensor:
-        zero_point = torch.tensor(128, dtype=torch.uint8) if self.stored.unsigned else torch.tensor(0, dtype=torch.int8)
-        return self._pair(x, scale, zero_point.to(scale.device), f"{layer}.operand")
+        zero_point, dtype = self.stored.operand_format
+        return self._pair(x, scale, torch.tensor(zero_point, dtype=dtype, device=scale.device), f"{layer}.operand")
 
     def _pair(self, x: Tensor, scale: Tensor, zero_point: Tensor, name: str) -> Tensor:
         self.order.append(name)

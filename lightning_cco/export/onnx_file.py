@@ -114,6 +114,8 @@ def _write(
     int4: bool,
     options: dict[str, Any],
 ) -> Emitter:
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
     opset = INT4_OPSET if int4 else OPSET
     stored = StoredWeights(quantized, int4)
     emitter = Emitter(quantized, stored, opset)
@@ -135,19 +137,21 @@ def _write(
         except Exception as error:
             raise CCOError(_inexpressible(model, error)) from error
     assert program is not None
-    passes.fix_shapes(program.model)
+    graph = program.model.graph
+    passes.fix_shapes(graph)
     if stored.target.integer_indexing:
-        passes.index_integers(program.model)
+        passes.index_integers(graph)
     if stored.target.split_products:
-        split_products(program.model)
+        split_products(graph)
     if stored.target.own_zero_points:
-        passes.own_zero_points(program.model.graph)
+        passes.own_zero_points(graph)
     if int4:
-        passes.pack_int4(program.model)
-    passes.name_nodes(program.model.graph)
-    emitter.modules = passes.take_modules(program.model.graph)
-    emitter.reads_shapes = any(node.op_type == "Shape" for node in program.model.graph)
-    passes.name_outputs(program.model.graph, outputs)
+        passes.pack_int4(graph)
+    RemoveUnusedNodesPass()(program.model)  # what the passes before put something else in place of
+    passes.name_nodes(graph)
+    emitter.modules = passes.take_modules(graph)
+    emitter.reads_shapes = any(node.op_type == "Shape" for node in graph)
+    passes.name_outputs(graph, outputs)
     program.model.metadata_props.update(
         {
             "lightning_cco.version": _version(),

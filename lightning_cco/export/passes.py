@@ -28,32 +28,29 @@ def initializer(graph: Any, name: str, array: np.ndarray[Any, Any]) -> Any:
     return value
 
 
-def fix_shapes(model: Any) -> None:
+def fix_shapes(graph: Any) -> None:
     """Write a shape of known sizes and one unknown as a constant with -1: engines then need not put it together in every run."""
     import onnx_ir
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    for node in model.graph:
+    for node in graph:
         maker = node.inputs[1].producer() if node.op_type == "Reshape" else None
         if maker is None or maker.op_type != "Concat":
             continue
         known = [onnx_ir.convenience.get_const_tensor(value) for value in maker.inputs]
         sizes = [size for tensor in known for size in ([-1] if tensor is None else tensor.numpy().tolist())]
         if sizes.count(-1) == 1 and sum(tensor is None for tensor in known) == 1 and 0 not in sizes:
-            node.replace_input_with(1, initializer(model.graph, f"{node.outputs[0].name}_shape", np.array(sizes, np.int64)))
-    RemoveUnusedNodesPass()(model)
+            node.replace_input_with(1, initializer(graph, f"{node.outputs[0].name}_shape", np.array(sizes, np.int64)))
 
 
-def index_integers(model: Any) -> None:
+def index_integers(graph: Any) -> None:
     """Pick from the integers of a rounded tensor and scale what was picked, not the other way round.
 
     Engines move a DequantizeLinear past what only reshapes a tensor; past what picks from it (``x[:, 0]``) they may not, and compute the layer that reads
     it in float.
     """
     import onnx_ir
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    for node in list(model.graph):
+    for node in list(graph):
         dequantize = node.inputs[0].producer() if node.op_type in ("Gather", "Slice", "Split") and node.inputs else None
         if dequantize is None or dequantize.op_type != "DequantizeLinear" or any(value.is_graph_output() for value in node.outputs):
             continue
@@ -68,10 +65,9 @@ def index_integers(model: Any) -> None:
             after.metadata_props.update({key: value for key, value in node.metadata_props.items() if key != NAME})
             after.outputs[0].name, after.outputs[0].dtype, after.outputs[0].shape = f"{output.name}_dequantized", output.dtype, output.shape
             output.dtype = levels.dtype
-            model.graph.insert_after(node, after)
+            graph.insert_after(node, after)
             for reader, position in uses:
                 reader.replace_input_with(position, after.outputs[0])
-    RemoveUnusedNodesPass()(model)
 
 
 def own_zero_points(graph: Any) -> None:
@@ -83,13 +79,11 @@ def own_zero_points(graph: Any) -> None:
                 node.replace_input_with(2, initializer(graph, f"{node.outputs[0].name}_zero_point", zeros))
 
 
-def pack_int4(model: Any) -> None:
+def pack_int4(graph: Any) -> None:
     """Store the integers of dequantized weights that fit into 4 bits so."""
     import ml_dtypes
     import onnx_ir
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    graph = model.graph
     for node in graph:
         value = node.inputs[0] if node.op_type == "DequantizeLinear" else None
         if value is None or value.const_value is None or value.dtype != onnx_ir.DataType.INT8:
@@ -100,7 +94,6 @@ def pack_int4(model: Any) -> None:
             name = f"{value.name}.int4"
             node.replace_input_with(0, graph.initializers.get(name) or initializer(graph, name, integers.astype(ml_dtypes.int4)))
             node.resize_inputs(2)  # its zero point was of the other type; 0 is the default
-    RemoveUnusedNodesPass()(model)
 
 
 def name_nodes(graph: Any) -> None:

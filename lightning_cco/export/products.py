@@ -13,16 +13,13 @@ import numpy as np
 from lightning_cco.export.passes import constant, initializer
 
 
-def split_products(model: Any) -> None:
+def split_products(graph: Any) -> None:
     """Rewrite each linear layer on an int8 weight that is read in parts only: split along its last axis, or reshaped, permuted and picked from."""
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-    for node in list(model.graph):
+    for node in list(graph):
         if node.op_type == "Split":
-            _at_split(model.graph, node)
+            _at_split(graph, node)
         elif node.op_type == "Reshape":
-            _at_reshape(model.graph, node)
-    RemoveUnusedNodesPass()(model)
+            _at_reshape(graph, node)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ class StoredWeights:
         operands: Constants of layers without weights: integers, or the scale of what is computed from a parameter.
         blocked: Convolutions on blocks of pixels (`forms.blocked_convolution`): weight, and zeros around the image.
         for_matrix_units: Convolutions that the engine computes on a processor's matrix units.
-        unsigned: Whether operands are uint8, the type of affine activations: engines add two tensors of one type only.
+        operand_format: Zero point and type of operands: those of activations, since engines add two tensors of one type only.
+        folded: Names of the batch norms that went into the weights before them.
     """
 
     def __init__(self, quantized: QuantizedModel, int4: bool = False) -> None:
@@ -46,14 +47,10 @@ class StoredWeights:
         self.operands: dict[str, list[IntegerWeight | Tensor]] = {}
         self.blocked: dict[str, tuple[IntegerWeight, tuple[int, int, int, int]]] = {}
         self.for_matrix_units: list[str] = []
-        self.unsigned = not int4 and not self.target.symmetric_activations
+        self.operand_format = (0, torch.int8) if int4 or self.target.symmetric_activations else (128, torch.uint8)
+        self.folded: set[str] = set()
         amx = has_matrix_units() if deployment.amx is None else deployment.amx
         self._matrix_unit_depth = self.target.matrix_unit_depth if amx and not int4 else None
-
-    @property
-    def folded(self) -> set[str]:
-        """Names of the batch norms that went into the weights before them."""
-        return {weight.folded for weights in self.weights.values() for weight in weights if weight.folded}
 
     def collect(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take the weights that a layer is called with (parametrized, sliced, tied), and call it."""
@@ -63,6 +60,7 @@ class StoredWeights:
                 bias = (args[2] if len(args) > 2 else kwargs.get("bias")) if site.op.kind in BIASED else None
                 weights = [integer_weight(self.quantized, site.layer, tensor, bias, i) for i, tensor in enumerate(found)]
                 self.weights[site.layer] = weights
+                self.folded.update(weight.folded for weight in weights if weight.folded)
                 if site.op.kind in BIASED and weights[0].bias is not None:
                     weights[0] = self._with_room_for_bias(site, weights[0], weights[0].bias)
                     self.biases[site.layer] = self._bias(site, weights[0].bias, weights[0].scale, args[0].dim())
@@ -84,8 +82,7 @@ class StoredWeights:
         if not isinstance(tensor, nn.Parameter):
             return weight_scale(tensor, quantizer.num_bits, None)
         integers, scale = quantizer.quantize(tensor)
-        operand = IntegerWeight(integers, scale.reshape(()), None, None)
-        return operand.shifted(128, torch.uint8) if self.unsigned else operand
+        return IntegerWeight(integers, scale.reshape(()), None, None).shifted(*self.operand_format)
 
     def _with_room_for_bias(self, site: Site, weight: IntegerWeight, bias: Tensor) -> IntegerWeight:
         """The weight, on a coarser grid in channels whose bias would not fit into 32 bits of the accumulator.

@@ -267,8 +267,8 @@ class Frames:
 
     def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Push the frame of a module call that begins."""
+        stack = self.stack()
         compiling = is_compiling()
-        stack = self._main if compiling or get_ident() == self._thread else self.stack()
         records = not compiling and torch.is_grad_enabled()
         if not compiling and (not stack or stack[0].records):
             self.note_checkpoint(stack, entering=True)
@@ -289,7 +289,7 @@ class Frames:
 
     def leave(self, path: str, output: Any) -> None:
         """Pop the frame of a module call that ends."""
-        stack = self._main if is_compiling() or get_ident() == self._thread else self.stack()
+        stack = self.stack()
         # A user's pre-hook may have raised before ours ran, and a redirected call pushed nothing.
         if not stack or stack[-1].node.path != path:
             return
