@@ -14,6 +14,7 @@ from models import GuideCNN, ResidualCNN, TokenModel
 from torch import Tensor, nn
 
 from lightning_cco import QuantizedModel, quantize
+from lightning_cco.export.check import engine_session
 
 
 def images(size: int) -> Callable[[], Tensor]:
@@ -47,8 +48,7 @@ def calibrated(model: nn.Module, example: Callable[[], Tensor], settings: Any = 
 
 
 def run(path: Path, *arrays: Tensor, optimize: bool = True) -> np.ndarray:
-    options = ort.SessionOptions()
-    if not optimize:  # each operator of the file as it stands, in float between quantize and dequantize
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    # Without optimization: each operator of the file as it stands, in float between quantize and dequantize.
+    levels = ort.GraphOptimizationLevel
+    session = engine_session(str(path), graph_optimization_level=levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL)
     return session.run(None, {entry.name: array.numpy() for entry, array in zip(session.get_inputs(), arrays, strict=True)})[0]

@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_cco.errors import CCOError
 from lightning_cco.export import passes
 from lightning_cco.export.check import call_of, check_file
+from lightning_cco.export.constants import arrange_integers
 from lightning_cco.export.emit import Emitter
 from lightning_cco.export.products import split_products
 from lightning_cco.export.report import ExportReport
@@ -139,6 +140,7 @@ def _write(
     assert program is not None
     graph = program.model.graph
     passes.fix_shapes(graph)
+    arrange_integers(graph)
     if stored.target.integer_indexing:
         passes.index_integers(graph)
     if stored.target.split_products:

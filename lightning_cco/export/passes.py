@@ -71,7 +71,11 @@ def index_integers(graph: Any) -> None:
 
 
 def own_zero_points(graph: Any) -> None:
-    """Give each weight a zero point of its own: OpenVINO 2026.4 computes a convolution and a linear layer in float that share a constant of zeros."""
+    """Give each weight a zero point of its own.
+
+    OpenVINO 2026.4 computes a convolution and a linear layer in float that share a constant of zeros; ONNX Runtime 1.32 can't load a file with a shared
+    one where exact products are asked for on a processor without VNNI (``session.x64quantprecision``).
+    """
     for node in list(graph):
         if node.op_type == "DequantizeLinear" and len(node.inputs) == 3 and node.inputs[0].producer() is None:
             zeros = constant(node.inputs[2])

@@ -59,6 +59,7 @@ TARGETS: Mapping[str, Target] = {
         channel_multiple=4,
         matrix_unit_depth=1024,
         integer_indexing=True,
+        own_zero_points=True,
         split_products=True,
     ),
     "openvino": Target("openvino", False, _ALL | _SMOOTH, own_zero_points=True),

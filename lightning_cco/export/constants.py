@@ -1,0 +1,75 @@
+"""Moves what the exporter does to dequantized weights onto their integers: slices and rows put in another order (the gates of a recurrent layer)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lightning_cco.export.passes import constant, initializer
+
+_Constants = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]", "np.ndarray[Any, Any]", int]
+"""Integers, scales, zero points, and the axis that these are along."""
+
+
+def arrange_integers(graph: Any) -> None:
+    """Slice, join and unsqueeze the integers of weights once, here, and not their dequantized values in every run.
+
+    It also leaves each constant to one DequantizeLinear, of which some engines make one for each reader otherwise.
+    """
+    import onnx_ir
+
+    for node in list(graph):
+        found = _arranged(node)
+        if found is None:
+            continue
+        integers, scale, zero_point, axis = found
+        output = node.outputs[0]
+        inputs = [initializer(graph, f"{output.name}.{i}", array) for i, array in enumerate((integers, scale, zero_point))]
+        after = onnx_ir.node("DequantizeLinear", inputs, attributes={"axis": axis}, name=f"{node.name}_dequantize")
+        after.metadata_props.update(node.metadata_props)
+        after.outputs[0].name, after.outputs[0].dtype, after.outputs[0].shape = f"{output.name}_dequantized", output.dtype, output.shape
+        graph.insert_after(node, after)
+        output.replace_all_uses_with(after.outputs[0])
+
+
+def _arranged(node: Any) -> _Constants | None:
+    """What a node makes of dequantized constants, as integers; `None` where that can't be said."""
+    if node.op_type not in ("Slice", "Concat", "Unsqueeze") or any(value.is_graph_output() for value in node.outputs):
+        return None
+    given = [_constants(value) for value in (node.inputs if node.op_type == "Concat" else node.inputs[:1])]
+    if not given or any(one is None for one in given):
+        return None
+    parts = [one for one in given if one is not None]
+    axis = parts[0][3]
+    if node.op_type == "Unsqueeze":
+        where = constant(node.inputs[1])
+        if where is None or where.tolist() != [0]:
+            return None
+        integers, scale, zero_point, axis = parts[0]
+        return integers[None], scale, zero_point, axis + 1
+    if any(part[3] != axis for part in parts):
+        return None
+    if node.op_type == "Concat":
+        if node.attributes.get_int("axis", 0) != axis:
+            return None
+        joined = [np.concatenate([part[i] for part in parts], axis if i == 0 else 0) for i in range(3)]
+        return joined[0], joined[1], joined[2], axis
+    bounds = [constant(value) for value in node.inputs[1:]]
+    if len(bounds) < 3 or any(bound is None or bound.shape != (1,) for bound in bounds):
+        return None
+    start, end, along, *step = (int(bound[0]) for bound in bounds if bound is not None)
+    if along != axis or step not in ([], [1]):
+        return None
+    integers, scale, zero_point, _ = parts[0]
+    return np.take(integers, range(*slice(start, end).indices(integers.shape[axis])), axis), scale[start:end], zero_point[start:end], axis
+
+
+def _constants(value: Any) -> _Constants | None:
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) != 3 or node.inputs[0].producer() is not None:
+        return None
+    arrays = [constant(one) for one in node.inputs]
+    if any(array is None for array in arrays) or arrays[1] is None or arrays[1].ndim != 1 or arrays[0] is None or arrays[2] is None:
+        return None
+    return arrays[0], arrays[1], arrays[2], node.attributes.get_int("axis", 1)
