@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_cco import QuantizedModel
 from lightning_cco.graph.attention import multi_head_attention
-from lightning_cco.graph.frames import tensors_in
+from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.ops import operation
 from lightning_cco.quantization import quantizer as quantizer_module
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_cco import QuantizedModel
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.capture import capture
-from lightning_cco.graph.frames import tensors_in
+from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.graph.render import render_png_bytes
 from lightning_cco.settings import Settings

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_cco.errors import CCOError
 from lightning_cco.export.emit import Emitter
 from lightning_cco.export.report import ExportReport, FloatIsland, LayerDifference
-from lightning_cco.graph.frames import tensors_in
+from lightning_cco.graph.containers import tensors_in
 from lightning_cco.quantization.model import QuantizedModel
 from lightning_cco.quantization.quantizer import ActivationQuantizer
 

@@ -26,7 +26,7 @@ from lightning_cco.export.emit import Emitter
 from lightning_cco.export.products import split_products
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.stored import StoredWeights
-from lightning_cco.graph.frames import tensors_in
+from lightning_cco.graph.containers import tensors_in
 from lightning_cco.quantization.model import QuantizedModel
 
 INT4_OPSET = 21

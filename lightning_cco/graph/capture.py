@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from lightning_cco.errors import CCOError
+from lightning_cco.graph.call import Call, Slot, Weight
 from lightning_cco.graph.frames import CallNode
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, Op
-from lightning_cco.graph.trace import Call, Slot, Tracer, Weight
+from lightning_cco.graph.trace import Tracer
 
 
 @dataclass(frozen=True)

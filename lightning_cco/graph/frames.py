@@ -359,24 +359,3 @@ def calling_position() -> int:
             return -1
         frame = frame.f_back
     return frame.f_lasti
-
-
-def tensors_in(value: Any, slot: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Tensor]]:
-    """Every tensor in nested tuples, lists, mappings and dataclasses, with the way to it.
-
-    >>> [slot for slot, _ in tensors_in({"a": torch.zeros(1), "b": [torch.zeros(1), 2]})]
-    [('a',), ('b', 0)]
-    """
-    if isinstance(value, Tensor):
-        return [(slot, value)]
-    found: list[tuple[tuple[Any, ...], Tensor]] = []
-    if isinstance(value, (tuple, list)):
-        for position, item in enumerate(value):
-            found += tensors_in(item, (*slot, position))
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            found += tensors_in(item, (*slot, key))
-    elif hasattr(value, "__dataclass_fields__"):
-        for key in value.__dataclass_fields__:
-            found += tensors_in(getattr(value, key, None), (*slot, key))
-    return found

@@ -164,6 +164,18 @@ def _table() -> dict[str, Op]:
 OPS: dict[str, Op] = _table()
 """Operation by the name of the torch function."""
 
+RANDOM = frozenset({
+    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "normal_", "uniform_", "random_", "exponential_",
+    "geometric_", "cauchy_", "log_normal_", "bernoulli", "bernoulli_", "poisson", "multinomial",
+})  # fmt: skip
+"""Functions that draw random numbers."""
+
+READS_OUT = frozenset({"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__dlpack__"})
+"""Functions that hand the values of a tensor over to Python."""
+
+MAKES_OF_DATA = frozenset({"tensor", "as_tensor", "asarray", "scalar_tensor", "new_tensor", "full", "new_full", "full_like"})
+"""Functions that make a tensor of values that Python has."""
+
 _KINDS: dict[str, Op] = {op.kind: op for op in OPS.values()}
 
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from lightning_cco.errors import CCOWarning
+from lightning_cco.graph.call import Slot
 from lightning_cco.graph.capture import Capture, Site
-from lightning_cco.graph.frames import Frame, Frames, calling_position, tensors_in
+from lightning_cco.graph.containers import tensors_in
+from lightning_cco.graph.frames import Frame, Frames, calling_position
 from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation, operation_of_kind
-from lightning_cco.graph.trace import Slot
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_cco.quantization.remade_weights import RemadeWeight, saving_remade

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_cco.graph.trace import Slot
+from lightning_cco.graph.call import Slot
 
 
 def at(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:

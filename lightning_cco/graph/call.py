@@ -1,0 +1,67 @@
+"""One torch call as the capture writes it down: what it read, what it multiplied by, and where it stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_cco.graph.frames import CallNode
+from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.ops import Op
+
+Slot = tuple[Any, ...]
+"""Way to a tensor in a call: position or keyword first, then indices into nested lists."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A tensor that a call takes from another layer."""
+
+    slot: Slot
+    source: int
+    output: int
+    quantizable: bool
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter, or a tensor computed from parameters alone, that a call multiplies by or adds.
+
+    Attributes:
+        slot: Where it stands in the call.
+        parameters: Dotted names of the parameters it comes from; empty for a constant.
+        axis: Axis that counts output channels; `None`: one scale for the whole tensor.
+    """
+
+    slot: Slot
+    parameters: tuple[str, ...]
+    axis: int | None
+
+
+@dataclass
+class Call:
+    """One torch call, as the tracer saw it.
+
+    Attributes:
+        layer: The layer, its name still empty.
+        node: The frame it ran in.
+        function: Name of the torch function, spelled as called.
+        op: Its row in the table of operations.
+        index: Which call of this operation within the frame.
+        training: Whether the module that made the call was in training mode.
+        in_place: Whether the result is the first argument itself.
+        visible: Whether a function mode sees it again at run time (inputs, outputs and custom functions are not seen).
+        position: Where in the user's code the call stands, for telling two branches apart; -1 in modules of PyTorch itself.
+    """
+
+    layer: Layer
+    node: CallNode
+    function: str
+    op: Op
+    index: int
+    training: bool = False
+    reads: list[Read] = field(default_factory=list)
+    weights: list[Weight] = field(default_factory=list)
+    in_place: bool = False
+    visible: bool = True
+    position: int = -1

@@ -1,0 +1,89 @@
+"""What the operands of a call are: weights, biases, masks, activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_cco.graph.call import Slot, Weight
+from lightning_cco.graph.containers import tensors_in
+from lightning_cco.graph.ops import Category, Op
+from lightning_cco.graph.origins import unwrapped
+
+MASK_NOTE = "holds the huge values of a mask: an INT8 scale over them would leave nothing of the rest"
+MASKING = {"masked_fill", "where", "triu", "tril", "setitem", "masked_scatter", "full"}
+
+
+def operands_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Slot, Tensor]]:
+    """The tensors that a call reads, each with its slot. Tensors given as ``out=`` are written only."""
+    found = tensors_in(tuple(args))
+    return found + tensors_in({name: value for name, value in kwargs.items() if name != "out"}) if kwargs else found
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """The data type as layers spell it: ``float32``."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def is_mask_like(tensor: Tensor) -> bool:
+    """Whether it holds the huge values that attention masks are made of: an INT8 scale over them would leave nothing of the rest."""
+    tensor = unwrapped(tensor)
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta or tensor.layout is not torch.strided:
+        return False
+    low, high = torch.aminmax(tensor.detach())
+    limit = 0.1 * torch.finfo(tensor.dtype).max
+    return bool((low < -limit) | (high > limit))
+
+
+def is_quantizable(tensor: Tensor) -> bool:
+    """Whether it holds floats of ordinary size."""
+    return tensor.is_floating_point() and not is_mask_like(tensor)
+
+
+def is_attention_mask(op: Op, slot: Slot) -> bool:
+    """Whether an operand is the mask of an attention, which is added in float between its two products."""
+    return op.kind == "scaled_dot_product_attention" and slot[0] in (3, "attn_mask")
+
+
+def note_of(quantizable: tuple[bool, ...], mask_like: bool, inputs: list[Tensor], outputs: list[Tensor]) -> str:
+    """Why a layer can't be quantized whatever the settings say; empty when it can."""
+    if any(t.is_complex() for t in [*inputs, *outputs]):
+        return "complex numbers have no INT8 form"
+    if mask_like or any(not ok and t.is_floating_point() for ok, t in zip(quantizable, outputs, strict=True)):
+        return MASK_NOTE
+    if not any(t.is_floating_point() for t in outputs):
+        return "integer"
+    return ""
+
+
+def weights_of(op: Op, constants: list[tuple[Slot, Tensor, tuple[str, ...]]], args: tuple[Any, ...]) -> list[Weight]:
+    """Which constant operands are quantized with the layer, and along which axis."""
+    floats = [(slot, t, names) for slot, t, names in constants if t.is_floating_point()]
+    if op.category is Category.WEIGHTED and op.weight is not None:
+        position, keyword = op.weight
+        if op.kind in ("lstm", "gru", "rnn") and _is_packed(args):
+            position += 1
+        chosen = [(s, t, n) for s, t, n in floats if s[0] in (position, keyword) and t.dim() > 1]
+        if op.kind.endswith("_cell"):
+            chosen = [(s, t, n) for s, t, n in floats if t.dim() == 2 and s[0] not in (0, 1, "input", "hx")]
+        return [Weight(slot, names, op.channel_axis) for slot, t, names in chosen]
+    if op.category is Category.MATMUL:
+        found = []
+        for slot, t, names in floats:
+            if t.dim() < 2 or (op.kind in ("addmm", "baddbmm") and slot[0] in (0, "input")) or is_attention_mask(op, slot):
+                continue  # an added operand is a bias: it is rounded with the accumulator, not with the weight
+            left = slot[0] == (1 if op.kind in ("addmm", "baddbmm") else 0)
+            axis = None if op.kind == "einsum" or t.dim() > 2 else (t.dim() - 2 if left else t.dim() - 1)
+            found.append(Weight(slot, names, axis))
+        return found
+    if op.kind in ("add", "sub", "mul", "div", "concat", "stack"):
+        return [Weight(slot, names, None) for slot, t, names in floats if t.numel() > 1]
+    return []
+
+
+def _is_packed(args: tuple[Any, ...]) -> bool:
+    """Whether a recurrent layer reads packed sequences: the sizes of the batches then stand before the hidden state."""
+    return len(args) > 1 and isinstance(args[1], Tensor) and not args[1].is_floating_point()
