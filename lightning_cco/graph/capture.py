@@ -106,7 +106,7 @@ def capture(model: nn.Module, forward: Callable[[], Any]) -> Capture:
     """
     root = CallNode("")
     with _undisturbed(model):
-        model.eval()
+        switch_training(model, False)
         evaluation = Tracer(model, root)
         try:
             with evaluation.watching():
@@ -126,7 +126,7 @@ def capture(model: nn.Module, forward: Callable[[], Any]) -> Capture:
     training: Tracer | None = Tracer(model, root)
     assert training is not None
     with _undisturbed(model):
-        model.train()
+        switch_training(model, True)
         try:
             with training.watching():
                 forward()
@@ -153,6 +153,15 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = flag
             for buffer, saved in buffers:
                 buffer.copy_(saved)
+
+
+def switch_training(model: nn.Module, training: bool) -> None:
+    """Do what ``model.train(training)`` does, also with programs of `torch.export` in it, which refuse that: they run in the mode they were exported in."""
+    try:
+        model.train(training)
+    except NotImplementedError:
+        for module in model.modules():
+            module.training = training
 
 
 def _assemble(root: CallNode, evaluation: Tracer, training: Tracer | None) -> Capture:

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from types import CodeType, FrameType
 
-_LOOK_FURTHER = ("torch.overrides", "torch.nn.functional", "torch.functional", "torch._tensor", "torch._jit_internal", "torch._ops")
+_LOOK_FURTHER = (
+    "torch.overrides",
+    "torch.nn.functional",
+    "torch.functional",
+    "torch._tensor",
+    "torch._jit_internal",
+    "torch._ops",
+    "torch._library.custom_ops",
+    "torch.fx.interpreter",  # it runs graphs of compilers and of users alike
+    "torch.fx.traceback",
+)
 _MACHINERY = (
     "torch._dynamo",
     "torch._inductor",
@@ -16,22 +27,29 @@ _MACHINERY = (
     "torch._decomp",
     "torch.distributed",  # fully sharded parameters are put together by hooks, inside of the frame of their module
 )
+_GRAPH = "<eval_with_key>"
 _origins: dict[CodeType, bool | None] = {}
 
 
-def is_foreign() -> bool:
+def is_foreign(graphs: Collection[int] = ()) -> bool:
     """Whether the torch call now seen comes from a graph that was compiled, from the compiler, or from the machinery of distributed training.
 
     A module compiled inside an eager one, and every ``torch.compile(model)`` (whose own hooks run eagerly), runs its graph while our mode is active.
-    What is in the graph is quantized already: it must be neither quantized again nor counted.
+    What is in the graph is quantized already: it must be neither quantized again nor counted. A graph of `torch.fx` that is a part of the model is the
+    user's own code.
+
+    Args:
+        graphs: Identities of the model's modules that are such graphs.
     """
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
+        if graphs and code.co_filename.startswith(_GRAPH) and id(frame.f_locals.get("self")) in graphs:
+            return False
         if code not in _origins:
             module = frame.f_globals.get("__name__", "")
-            foreign = module.startswith(_MACHINERY) or code.co_filename.startswith("<eval_with_key>") or "torchinductor" in code.co_filename
-            _origins[code] = True if foreign else None if module in _LOOK_FURTHER else False
+            foreign = module.startswith(_MACHINERY) or code.co_filename.startswith(_GRAPH) or "torchinductor" in code.co_filename
+            _origins[code] = None if module in _LOOK_FURTHER else foreign
         origin = _origins[code]
         if origin is not None:
             return origin

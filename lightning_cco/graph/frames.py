@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.fx import GraphModule
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cco.errors import CCOError
@@ -25,6 +26,7 @@ from lightning_cco.graph.attention import multi_head_attention
 from lightning_cco.graph.compiled import HiddenMode, hide_from_graph, mode_stack, restore_modes
 from lightning_cco.graph.foreign import is_foreign
 from lightning_cco.graph.recompute import COMPILED_CHECKPOINTS, Resumed, UnderMode, running_checkpoint
+from lightning_cco.graph.spelling import as_function, is_operator, name_of_operator
 
 Handler = Callable[["Frame", str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -120,13 +122,16 @@ class _FrameMode(HiddenMode):
         compiling = is_compiling()
         stack = frames._main if compiling or get_ident() == frames._thread else frames.stack()
         name = getattr(func, "__name__", "")
+        if ("." in name) if compiling else is_operator(func):
+            name = name_of_operator(func)
+            func, args, kwargs = as_function(name, func, args, kwargs)
         if not compiling:
             if not stack:
                 return func(*args, **kwargs)
             watched = frames.watched
             if watched is not None and name not in watched and name not in stack[-1].table:
                 return func(*args, **kwargs)
-            if is_foreign():
+            if is_foreign(frames.graphs):
                 return func(*args, **kwargs)
             if stack[0].records:
                 frames.note_checkpoint(stack, entering=False)
@@ -159,6 +164,7 @@ class Frames:
         entered: Called with each frame pushed, and the arguments of its module.
         left: Called with each frame about to be popped, and its module's output.
         started: Called before the first frame of a thread is pushed.
+        graphs: Identities of the modules of the model that are graphs of `torch.fx`.
     """
 
     def __init__(self, model: nn.Module, root: CallNode, handle: Handler) -> None:
@@ -174,6 +180,7 @@ class Frames:
         self._main: list[Frame] = []
         self._thread = get_ident()
         self._others: dict[int, list[Frame]] = {}
+        self.graphs: frozenset[int] = frozenset()
         self._handles: list[RemovableHandle] = []
         self._entries: dict[str, list[CallNode]] = {}
         self._resuming = 0
@@ -186,6 +193,7 @@ class Frames:
             known = self._entries.setdefault(node.path, [])
             if node not in known:
                 known.append(node)
+        self.graphs = frozenset(id(module) for module in self.model.modules() if isinstance(module, GraphModule))
         for path, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue

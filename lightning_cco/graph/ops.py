@@ -64,6 +64,9 @@ _FRESH = frozenset({
 _READ_BY_GRADIENT = frozenset({"scaled_dot_product_attention", "softmax", "sigmoid", "tanh", "div"})
 
 
+_UPSAMPLE = ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d")
+
+
 def _spellings(stem: str) -> tuple[str, ...]:
     return (stem, f"{stem}_", f"__{stem}__", f"__r{stem}__", f"__i{stem}__")
 
@@ -109,7 +112,14 @@ def _table() -> dict[str, Op]:
     put(Op("stack", Category.COMPUTE), "stack")
     put(Op("setitem", Category.COMPUTE), "__setitem__")
     put(Op("mean", Category.COMPUTE), "mean")
-    put(Op("interpolate", Category.COMPUTE), "interpolate", "upsample", "upsample_nearest", "upsample_bilinear")
+    put(
+        Op("interpolate", Category.COMPUTE),
+        "interpolate",
+        "upsample",
+        "upsample_nearest",
+        "upsample_bilinear",
+        *(f"upsample_{mode}" for mode in _UPSAMPLE),
+    )
     for kind in ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm", "normalize"):
         put(Op(kind, Category.COMPUTE), kind)
     for kind in (
@@ -128,8 +138,8 @@ def _table() -> dict[str, Op]:
         "softplus",
     ):
         put(Op(kind, Category.COMPUTE), kind, f"{kind}_")
-    put(Op("softmax", Category.COMPUTE), "softmax")
-    put(Op("log_softmax", Category.COMPUTE), "log_softmax")
+    put(Op("softmax", Category.COMPUTE), "softmax", "_softmax")
+    put(Op("log_softmax", Category.COMPUTE), "log_softmax", "_log_softmax")
 
     put(Op("relu", Category.CLAMP), "relu", "relu_")
     put(Op("relu6", Category.CLAMP), "relu6")
@@ -149,12 +159,13 @@ def _table() -> dict[str, Op]:
     put(Op("movedim", Category.PRESERVE), "moveaxis")
     put(Op("chunk", Category.PRESERVE), "hsplit", "vsplit", "dsplit")
     put(Op("split", Category.PRESERVE), "split_with_sizes")
-    put(Op("reshape", Category.PRESERVE), "reshape", "view", "view_as", "reshape_as", "unflatten", "ravel")
+    put(Op("reshape", Category.PRESERVE), "reshape", "view", "_unsafe_view", "view_as", "reshape_as", "unflatten", "ravel")
     put(Op("transpose", Category.PRESERVE), "transpose", "transpose_", "t", "swapaxes", "swapdims", "adjoint")
-    put(Op("slice", Category.PRESERVE), "__getitem__")
+    put(Op("slice", Category.PRESERVE), "__getitem__", "slice")
 
     put(Op("alias", Category.ALIAS), "contiguous", "detach", "clone", "to", "float", "half", "bfloat16", "double", "type", "type_as", "cpu", "cuda", "alias",
-        "requires_grad_", "__get__", "as_subclass", "view_as_real", "positive", "__pos__", "data_ptr", "retain_grad", "result_type")  # fmt: skip
+        "requires_grad_", "__get__", "as_subclass", "_to_copy", "lift_fresh", "lift_fresh_copy", "__deepcopy__", "view_as_real", "positive", "__pos__",
+        "data_ptr", "retain_grad", "result_type")  # fmt: skip
 
     put(Op("dropout", Category.IDENTITY), "dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_dropout", "feature_dropout_",
         "feature_alpha_dropout", "feature_alpha_dropout_", "native_dropout")  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Origin = Any
 """A pair of call and output number; the names of the parameters that a constant is made of; or a custom function that still runs."""
@@ -34,6 +34,7 @@ class _Known:
     tensor: weakref.ref[Tensor]
     origin: Origin
     time: int
+    memory: int | None
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ class Origins:
     def remember(self, tensor: Tensor, origin: Origin) -> None:
         """Note where a tensor comes from, as it is now."""
         while True:
-            known = _Known(weakref.ref(tensor), origin, self._time)
-            self._known[id(tensor)] = known
             memory = _memory(tensor)
+            known = _Known(weakref.ref(tensor), origin, self._time, memory)
+            self._known[id(tensor)] = known
             if memory is not None:
                 self._in_memory[memory] = known.tensor
             inner = tensor
@@ -104,8 +105,8 @@ class Origins:
     def _entry(self, tensor: Tensor) -> _Known | None:
         for one in (tensor, unwrapped(tensor)):
             known = self._known.get(id(one))
-            if known is not None and known.tensor() is one:
-                return known
+            if known is not None and known.tensor() is one and (known.memory == _memory(one) or isinstance(one, nn.Parameter)):
+                return known  # which ``set_`` has not given other memory since
         return None
 
     def note_write(self, tensor: Tensor, origin: Origin) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError, CCOWarning
-from lightning_cco.graph.capture import Capture, capture
+from lightning_cco.graph.capture import Capture, capture, switch_training
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.select import list_names
 from lightning_cco.quantization.plan import plan_quantization
@@ -257,7 +257,7 @@ class QuantizedModel:
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode without gradients inside the block."""
         flags = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
+        switch_training(self.model, False)
         try:
             with torch.no_grad():
                 yield

@@ -309,7 +309,8 @@ def _site_quantizers(
         found.weights = [(weight.slot, quantizer) for weight, quantizer in zip(site.weights, weights[site.layer], strict=True)]
     for source in site.sources:
         key = f"{source.layer}:{source.output}" if source.output else source.layer
-        if not capture.sites[source.layer].visible and key in activations and source.quantizable:
+        changed = site.in_place and source.slot == (0,)  # the caller's own tensor, which must be written to
+        if not capture.sites[source.layer].visible and key in activations and source.quantizable and not changed:
             found.reads.append((source.slot, source.layer, activations[key]))
     for output in range(len(plan.graph[site.layer].output_dtypes)):
         key = f"{site.layer}:{output}" if output else site.layer
