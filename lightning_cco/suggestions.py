@@ -79,7 +79,7 @@ class _Around:
     def companions(self, name: str) -> list[tuple[str, str]]:
         """The layers that must be skipped with one for its output to stay in float, with their relation to it; none if it may be its weights."""
         layer = self.plan.graph[name]
-        if name not in self.outputs or layer.kind == "input" or (name in self.plan.quantized and layer.weighted):
+        if name not in self.outputs or layer.kind == "input" or self.plan.decisions[name].weights_num_bits is not None:
             return []
         found = []
         inner = name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,6 +93,8 @@ class Emitter:
             result = self._convolve_blocks(site, args[0])
         else:
             args, kwargs = self._with_inputs(site, args, kwargs)
+            if site.op.kind == "batch_norm" and name in self.stored.weights:
+                return self._with_outputs(site, args, self._scale_channels(site, args[0] if args else kwargs["input"]))
             if site.op.kind == "embedding" and name in self.stored.weights:
                 result = self._embedding(self.stored.weights[name][0], args, kwargs)
             else:
@@ -130,6 +133,14 @@ class Emitter:
         sizes = (height // 2 + pads[0] + pads[2] - kernel[0] + 1, width // 2 + pads[1] + pads[3] - kernel[1] + 1)
         attributes = {"pads": list(pads), "kernel_shape": kernel}
         return self._symbolic("Conv", tuple(tensors), (n, weight.integers.shape[0], *sizes), x.dtype, attributes)
+
+    def _scale_channels(self, site: Site, x: Tensor) -> Tensor:
+        """A batch norm that no layer takes in, as a convolution of each channel with one number."""
+        (weight,) = self.stored.weights[site.layer]
+        kernel = [1] * (x.dim() - 2)
+        weight = replace(weight, integers=weight.integers.reshape(*weight.integers.shape, *kernel))
+        tensors = (x, self._dequantize_weight(weight), self._bias_value(site))
+        return self._symbolic("Conv", tensors, x.shape, x.dtype, {"group": x.shape[1], "kernel_shape": kernel})
 
     def _with_inputs(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Quantize what comes from where no function mode can see: the model's inputs, custom functions."""

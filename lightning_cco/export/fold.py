@@ -7,6 +7,7 @@ stay. A negative factor flips the integers' signs, since scales are positive.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +44,8 @@ class IntegerWeight:
 
 def batch_norm_after(quantized: QuantizedModel, name: str) -> str | None:
     """The batch norm that belongs to the group of a weighted layer, if there is one."""
-    graph, plan = quantized.graph, quantized.plan
-    if graph[name].kind not in ("conv", "conv_transpose", "linear") or plan.decisions[name].activations_num_bits is not None:
-        return None
-    readers = graph.successors(name)
-    if len(readers) == 1 and graph[readers[0]].kind == "batch_norm" and plan.decisions[readers[0]].quantized:
-        return readers[0]
-    return None
+    after = quantized.plan.groups.get(name)
+    return after if after is not None and quantized.graph[after].kind == "batch_norm" else None
 
 
 @torch.no_grad()
@@ -79,9 +75,7 @@ def integer_weight(quantized: QuantizedModel, name: str, weight: Tensor, bias: T
             f"export: layer '{norm}' (module '{quantized.graph[norm].path}') is a batch norm without running statistics, which can't be folded into "
             f"'{name}'. Use track_running_stats=True, or skip it: {{match: {norm}, skip_quantization: true}}."
         )
-    factor = (module.running_var + module.eps).rsqrt()
-    factor = factor * module.weight if module.weight is not None else factor
-    shift = -module.running_mean * factor + (module.bias if module.bias is not None else 0.0)
+    factor, shift = BatchNorm(module.running_mean, module.running_var, module.weight, module.bias, module.eps).factor_and_shift()
     axis = quantizer.axis or 0
     groups = factor.numel() // integers.shape[axis]
     if groups > 1:  # a grouped transposed convolution shares the scale of a channel between groups; the factor does not
@@ -95,5 +89,40 @@ def integer_weight(quantized: QuantizedModel, name: str, weight: Tensor, bias: T
     # A factor of 0 would make a scale that engines refuse; the channel is its shift alone.
     dead = factor == 0
     integers = integers * (~dead).to(torch.int8).reshape(shape)
-    scale = torch.where(dead, scale, scale * factor.abs().float())
-    return IntegerWeight(integers, scale, quantizer.axis, (bias * factor if bias is not None else 0.0) + shift.float(), norm)
+    scale = torch.where(dead, scale, scale * factor.abs())
+    return IntegerWeight(integers, scale, quantizer.axis, (bias * factor if bias is not None else 0.0) + shift, norm)
+
+
+@torch.no_grad()
+def norm_weight(norm: BatchNorm) -> IntegerWeight:
+    """A batch norm as a convolution of each channel with one number, which a scale for each channel makes exact: (C, 1) integers, and its shift as bias."""
+    factor, shift = norm.factor_and_shift()
+    dead = factor == 0
+    integers = torch.where(dead, 0, torch.where(factor < 0, -127, 127)).to(torch.int8)
+    scale = torch.where(dead, 1.0, factor.abs() / 127)
+    return IntegerWeight(integers.reshape(-1, 1), scale, 0, shift)
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """What a batch norm with running statistics computes with; each (C,)."""
+
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    @classmethod
+    def of_call(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchNorm:
+        """From the arguments of `torch.nn.functional.batch_norm`."""
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        return cls(call["running_mean"], call["running_var"], call.get("weight"), call.get("bias"), call.get("eps", 1e-5))
+
+    def factor_and_shift(self) -> tuple[Tensor, Tensor]:
+        """``y = factor · x + shift`` in float32."""
+        factor = (self.variance + self.eps).rsqrt()
+        factor = factor * self.weight if self.weight is not None else factor
+        shift = -self.mean * factor + (self.bias if self.bias is not None else 0.0)
+        return factor.detach().float(), shift.detach().float()

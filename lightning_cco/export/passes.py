@@ -10,6 +10,10 @@ NAME = "lightning_cco.quantizer"
 """Metadata of a QuantizeLinear: the name of its quantizer."""
 
 
+_PICKS = ("Gather", "Slice", "Split", "DepthToSpace", "Expand", "Tile")
+"""Operators that only say which values go where, and that engines also have for integers."""
+
+
 def constant(value: Any) -> np.ndarray[Any, Any] | None:
     """What a value is in every run; `None` if that depends on the input."""
     import onnx_ir
@@ -45,13 +49,14 @@ def fix_shapes(graph: Any) -> None:
 def index_integers(graph: Any) -> None:
     """Pick from the integers of a rounded tensor and scale what was picked, not the other way round.
 
-    Engines move a DequantizeLinear past what only reshapes a tensor; past what picks from it (``x[:, 0]``) they may not, and compute the layer that reads
-    it in float.
+    Engines move a DequantizeLinear past what only reshapes a tensor; past what picks from it or repeats it (``x[:, 0]``, reflected borders, pixel shuffle)
+    they may not, and compute the layer that reads it in float.
     """
     import onnx_ir
 
     for node in list(graph):
-        dequantize = node.inputs[0].producer() if node.op_type in ("Gather", "Slice", "Split") and node.inputs else None
+        picks = node.op_type in _PICKS or (node.op_type == "Pad" and node.attributes.get_string("mode", "constant") != "constant")
+        dequantize = node.inputs[0].producer() if picks and node.inputs else None
         if dequantize is None or dequantize.op_type != "DequantizeLinear" or any(value.is_graph_output() for value in node.outputs):
             continue
         levels, *format_ = dequantize.inputs

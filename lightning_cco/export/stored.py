@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_cco.export.fold import IntegerWeight, integer_weight
+from lightning_cco.export.fold import BatchNorm, IntegerWeight, integer_weight, norm_weight
 from lightning_cco.export.forms import blocked_convolution, has_matrix_units
 from lightning_cco.graph.capture import Site, Source
 from lightning_cco.graph.ops import Category
@@ -68,6 +68,13 @@ class StoredWeights:
                     weights[0] = self._convolution(site, weights[0], args, kwargs)
             else:
                 self.operands[site.layer] = [self._operand(site.layer, tensor, i) for i, tensor in enumerate(found)]
+        elif site.op.kind == "batch_norm" and site.layer in self.quantized.plan.quantized and site.layer not in self.folded:
+            weight = norm_weight(BatchNorm.of_call(args, kwargs))
+            assert weight.bias is not None
+            bias = weight.bias
+            weight = self._with_room_for_bias(site, weight, bias)
+            self.weights[site.layer] = [weight]
+            self.biases[site.layer] = self._bias(site, bias, weight.scale, args[0].dim())
         return func(*args, **kwargs)
 
     def quantizer_of(self, source: Source) -> str | None:
@@ -90,7 +97,7 @@ class StoredWeights:
         Those are channels of weights that are all but 0 beside their bias (a pruned one): by the input's scale times theirs a bias would be cut off.
         """
         key = self.quantizer_of(site.sources[0])
-        if key is None or weight.scale.shape not in (bias.shape, ()):
+        if key is None or site.layer in self.quantized.plan.weight_only or weight.scale.shape not in (bias.shape, ()):
             return weight
         needed = bias.abs() / (self.quantized.activations[key].scale.detach() * 2.0**30)
         scale = torch.maximum(weight.scale, needed if weight.scale.dim() else needed.amax())
@@ -105,11 +112,11 @@ class StoredWeights:
     def _bias(self, site: Site, bias: Tensor, weight_scale: Tensor, dimensions: int) -> tuple[Tensor, Tensor | None]:
         """The bias on the grid of the accumulator, whose step is that of the input times that of the weight.
 
-        In float if the input is, if the engine wants it so, or if it is added to a product of more than two dimensions that is not rounded.
+        In float if the input or the layer is, if the engine wants it so, or if it is added to a product of more than two dimensions that is not rounded.
         """
         key = self.quantizer_of(site.sources[0])
         in_float = site.op.kind == "linear" and dimensions > 2 and site.layer not in self.quantized.activations
-        if key is None or in_float or not self.target.integer_bias:
+        if key is None or in_float or site.layer in self.quantized.plan.weight_only or not self.target.integer_bias:
             return bias, None
         scale = self.quantized.activations[key].scale.detach() * weight_scale
         return (bias / scale).round().clamp(-(2.0**31) + 128, 2.0**31 - 128).to(torch.int32), scale

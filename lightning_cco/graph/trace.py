@@ -371,6 +371,13 @@ class Tracer:
             note=note_of(quantizable, mask_like, [t for _, t, _ in dynamic], outputs)
             or ("writes its result into tensors that it is given" if writes else ""),
         )
+        if call.weights and op.category in (
+            Category.MATMUL,
+            Category.COMPUTE,
+        ):  # which operand is constant decides what engines have a form for
+            where = {"weight_first": True} if call.layer.weighted and _before(call.weights[0].slot, call.reads[0].slot) else {}
+            shapes = [tuple(t.shape) for slot, t, _ in constants if slot == call.weights[0].slot]
+            call.layer = replace(call.layer, attributes={**call.layer.attributes, "operand_shape": shapes[0], **where})
         number = len(self.calls)
         self.calls.append(call)
         if not writes:
@@ -382,6 +389,10 @@ class Tracer:
 def _names(origins: list[Origin]) -> tuple[str, ...]:
     """The parameters that constants are made of, each once."""
     return tuple(dict.fromkeys(name for origin in origins if is_constant(origin) for name in origin))
+
+
+def _before(slot: Slot, other: Slot) -> bool:
+    return all(isinstance(part, int) for part in (*slot, *other)) and [int(part) for part in slot] < [int(part) for part in other]
 
 
 def _version(tensor: Tensor) -> int | None:

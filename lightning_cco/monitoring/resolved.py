@@ -26,6 +26,7 @@ def resolved_yaml(plan: QuantizationPlan) -> str:
     for rule in rules:
         name = rule["match"]
         path = plan.graph[name].path
-        done = "quantized" if name in plan.quantized else f"not quantized, {plan.skipped[name]}"
+        left = "" if name in plan.weight_only else "not quantized, "
+        done = "quantized" if name in plan.quantized else f"{left}{plan.skipped[name]}"
         lines.append(f"  - {rule_yaml(rule)}  # {f'{path}: ' if path else ''}{done}")
     return "\n".join([*lines, ""])

@@ -73,6 +73,8 @@ def plan_lines(plan: QuantizationPlan) -> list[str]:
         lines.append(f"Skipped Quantization automatically for the Tail of the model: {names}")
     lines.append(f"# of all Layers      : {plan.counted}")
     lines.append(f"# of Quantized Layers: {len(plan.quantized)}")
+    if plan.weight_only:
+        lines.append(f"# of Layers in float with integer weights: {len(plan.weight_only)}")
     bits = {name: d.weights_num_bits for name, d in plan.decisions.items() if d.weights_num_bits is not None}
     if len(bits) <= _MANY:
         lines += [f"'{name}': using {count} bits for Weight Quantization" for name, count in bits.items()]
@@ -83,7 +85,8 @@ def plan_lines(plan: QuantizationPlan) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for name, reason in plan.skipped.items():
         if name not in tail:
-            said = f"Not quantized ({reason})" if plan.counts(name) else "Not counted (not part of the deployed model)"
+            left = "Not in INT8" if name in plan.weight_only else "Not quantized"
+            said = f"{left} ({reason})" if plan.counts(name) else "Not counted (not part of the deployed model)"
             by_reason.setdefault(said, []).append(name)
     lines += [f"{said}: {', '.join(group)}" for said, group in by_reason.items()]
     crossings: dict[tuple[str, str], list[str]] = {}

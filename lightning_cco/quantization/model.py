@@ -144,7 +144,7 @@ class QuantizedModel:
         weights: dict[str, list[WeightQuantizer]] = {}
         for name in self.graph.names:
             site, decision = self.capture.sites[name], self.plan.decisions[name]
-            if not decision.quantized or not site.weights:
+            if not (decision.quantized or decision.weight_only) or not site.weights:
                 continue
             bits = decision.weights_num_bits
             if bits is None:  # a constant operand of an addition: an activation that never changes

@@ -10,7 +10,7 @@ from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.quantization.rules import Said, apply_rules
-from lightning_cco.quantization.skips import find_skips, warn_of_bits_for_nothing
+from lightning_cco.quantization.skips import WEIGHT_ONLY, find_skips, warn_of_bits_for_nothing
 from lightning_cco.quantization.targets import TARGETS, Target
 from lightning_cco.settings import LayerRule, Settings, load_settings
 
@@ -21,9 +21,9 @@ class LayerDecision:
 
     Attributes:
         quantized: Whether it runs in INT8 (or fewer bits).
-        reason: Empty when quantized; else ``tail``, ``setting``, ``suggestion``, ``rule``, ``integer``, ``unsupported`` or ``output``.
+        reason: Empty when quantized; else ``tail``, ``setting``, ``suggestion``, ``rule``, ``weight-only``, ``integer``, ``unsupported`` or ``output``.
         detail: The reason in a sentence.
-        weights_num_bits: Bits of its weight; `None` without a quantized weight.
+        weights_num_bits: Bits of its weight, also where only that is quantized; `None` without a quantized weight.
         activations_num_bits: Bits of the quantizer on its output; `None` if it has none of its own.
     """
 
@@ -32,6 +32,11 @@ class LayerDecision:
     detail: str = ""
     weights_num_bits: int | None = None
     activations_num_bits: int | None = None
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether its weights are integers in the file, but it is computed in float."""
+        return not self.quantized and self.weights_num_bits is not None
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,9 @@ class QuantizationPlan:
         origins: For every tensor, by layer and output number, the one it got its values from, seen through value-preserving layers.
         groups: For each layer inside a fused group, the next one in it.
         forced: Layers that run in INT8 only because a rule asks for it by name.
+        quantized: Layers that run in INT8.
+        weight_only: Layers in float with integer weights.
+        skipped: Why the others do not run in INT8, those with integer weights included.
     """
 
     graph: LayerGraph
@@ -90,10 +98,12 @@ class QuantizationPlan:
     groups: dict[str, str] = field(default_factory=dict)
     forced: frozenset[str] = frozenset()
     quantized: set[str] = field(init=False)
+    weight_only: set[str] = field(init=False)
     skipped: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.quantized = {name for name, decision in self.decisions.items() if decision.quantized}
+        self.weight_only = {name for name, decision in self.decisions.items() if decision.weight_only}
         self.skipped = {
             name: f"{decision.reason}: {decision.detail}" if decision.detail else decision.reason
             for name, decision in self.decisions.items()
@@ -120,7 +130,7 @@ class QuantizationPlan:
             if layer.kind == "output":
                 continue
             decision = self.decisions[layer.name]
-            skip = True if not decision.quantized else False if layer.name in self.forced else None
+            skip = True if not (decision.quantized or decision.weight_only) else False if layer.name in self.forced else None
             rule = LayerRule(skip, weights_num_bits=decision.weights_num_bits, activations_num_bits=bits.get(layer.name), match=layer.name)
             settings.layer_settings.append(rule)
         return settings
@@ -221,7 +231,7 @@ class _Planner:
         found = set()
         for layer in self.graph:
             name = layer.name
-            if name in self.skips or self._passes(name) or layer.kind == "input":
+            if (name in self.skips and not self._scales(name)) or self._passes(name) or layer.kind == "input":
                 continue
             sources = [self.origin[read] for read in self.reads[name]]
             floats = [s for s in sources if self._is_float(s)]
@@ -234,22 +244,66 @@ class _Planner:
         self._drop_followers(found)
         return found
 
+    def _scales(self, name: str) -> bool:
+        """Whether a layer is a batch norm by itself, which is a convolution of each channel with one number."""
+        layer = self.graph[name]
+        if layer.kind != "batch_norm" or not self.target.norms or self.skips[name][0] != "rule" or not _has_statistics(layer):
+            return False
+        return len(layer.input_shapes) == 1 and len(layer.input_shapes[0]) in (3, 4, 5)
+
     def _drop_followers(self, int8: set[str]) -> None:
-        """Take out the layers that multiply no weights and have float layers around them."""
-        pending = [layer.name for layer in self.graph if layer.name in int8 and layer.kind in self.target.followers]
+        """Take out the layers that multiply no weights and have float layers around them, or before them where that is what counts."""
+        pending = [layer.name for layer in self.graph if layer.name in int8 and self._follows(layer.name)]
         while pending:
             name = pending.pop()
-            if (
-                name not in int8
-                or self.said.get(name, Said()).asked_for
-                or self._reads_int8(name, int8)
-                or any(r in int8 for r in self._consumers(name))
-            ):
+            if name not in int8 or self.said.get(name, Said()).asked_for or self._reads_int8(name, int8):
+                continue
+            # A clamp is what the rounding of its result does; a norm is no reason to round what it reads.
+            only_behind = self.category[name] is Category.CLAMP or self.graph[name].kind == "batch_norm"
+            if not only_behind and any(reader in int8 for reader in self._consumers(name)):
+                continue
+            if self.category[name] is Category.CLAMP and self._ends_group(name, int8):
                 continue
             int8.discard(name)
-            self.skips[name] = ("rule", "float layers are before and behind it")
+            detail = "a float layer is before it" if only_behind else "float layers are before and behind it"
+            self.skips.setdefault(name, ("rule", detail))
             neighbours = {*self._consumers(name), *(self.origin[read][0] for read in self.reads[name])}
-            pending += [other for other in neighbours if self.graph[other].kind in self.target.followers]
+            pending += [other for other in neighbours if self._follows(other)]
+
+    def _follows(self, name: str) -> bool:
+        kind = self.graph[name].kind
+        return kind in self.target.followers or self.category[name] is Category.CLAMP or kind == "batch_norm"
+
+    def _ends_group(self, name: str, int8: set[str]) -> bool:
+        """Whether a clamp is all that reads an INT8 layer's result, if need be behind a batch norm."""
+        source = self.reads[name][0][0] if len(self.reads[name]) == 1 else None
+        if source is not None and self.graph[source].kind == "batch_norm" and source not in int8 and len(self.reads[source]) == 1:
+            before = self.reads[source][0][0]
+            source = before if self._only_reader(source) == name and self._folds(before, source) else None
+            return source is not None and source in int8
+        return source is not None and source in int8 and self._only_reader(source) == name
+
+    def _folds(self, name: str, norm: str) -> bool:
+        """Whether a batch norm's factors go into the weights of the layer before it: its channels are that layer's."""
+        layer, after = self.graph[name], self.graph[norm]
+        if layer.kind not in ("conv", "conv_transpose", "linear") or self._only_reader(name) != norm or not layer.output_shapes:
+            return False
+        if after.kind != "batch_norm" or not _has_statistics(after) or self.skips.get(norm, ("rule",))[0] != "rule":
+            return False
+        if layer.kind == "conv_transpose" and layer.attributes.get("groups", 1) != 1:
+            return False  # groups share the scale of a channel, but not the norm's factor
+        size, kernel = len(layer.output_shapes[0]), layer.attributes.get("kernel_size")
+        weight = layer.attributes.get("weight_shape")
+        wanted = (
+            2
+            if layer.kind == "linear"
+            else len(kernel) + 2
+            if isinstance(kernel, tuple)
+            else len(weight)
+            if isinstance(weight, tuple)
+            else size
+        )
+        return size == wanted and after.input_shapes[:1] == layer.output_shapes[:1]
 
     def _reads_int8(self, name: str, int8: set[str]) -> bool:
         """Whether every float that a layer reads comes out of an INT8 layer in INT8 anyway."""
@@ -281,19 +335,25 @@ class _Planner:
         """For each layer inside a fused group, the next one in it: conv → batch norm → activation is quantized at its end."""
         fused: dict[str, str] = {}
         for layer in self.graph:
-            if layer.name not in self.int8 or layer.kind in ("lstm", "gru", "rnn", "embedding", "embedding_bag"):
+            weight_only = layer.name in self.skips and self.skips[layer.name][0] == WEIGHT_ONLY
+            if (layer.name not in self.int8 and not weight_only) or layer.kind in ("lstm", "gru", "rnn", "embedding", "embedding_bag"):
                 continue
             end = layer.name
-            if layer.kind in ("conv", "conv_transpose", "linear"):
-                norm = self._only_reader(end)
-                if norm is not None and self.graph[norm].kind == "batch_norm" and self.skips.get(norm, ("rule",))[0] == "rule":
+            norm = self._only_reader(end)
+            if norm is not None and self._folds(end, norm):
+                if weight_only:
+                    self.int8.discard(norm)
+                    self.skips[norm] = ("rule", f"it folds into '{end}', which {self.target.name} computes in float")
+                else:
                     self.skips.pop(norm, None)
                     self.int8.add(norm)
-                    fused[end] = norm
-                    end = norm
+                fused[end] = norm
+                end = norm
             clamp = self._only_reader(end)
-            if clamp is not None and clamp in self.int8 and self.category[clamp] is Category.CLAMP and len(self.reads[clamp]) == 1:
+            if end in self.int8 and clamp in self.int8 and self.category[clamp] is Category.CLAMP and len(self.reads[clamp]) == 1:
                 fused[end] = clamp
+        for name in self.int8:
+            self.skips.pop(name, None)
         return fused
 
     def _only_reader(self, name: str) -> str | None:
@@ -324,18 +384,18 @@ class _Planner:
     def _decision(self, layer: Layer, made: set[tuple[str, int]]) -> LayerDecision:
         name = layer.name
         own = self._activation_bits(name) if (name, 0) in made else None
+        weights = None
+        if layer.weighted:
+            said = self.said.get(name, Said()).weights_num_bits
+            weights = said if said is not None else self.settings.global_quantization_settings.weights_num_bits
         if name in self.skips:
             reason, detail = self.skips[name]
-            return LayerDecision(False, reason, detail, None, own)
+            return LayerDecision(False, reason, detail, weights if reason == WEIGHT_ONLY else None, own)
         if name not in self.int8:
             source = self.origin[name, 0]
             if source not in made:
                 what = "no INT8 layer reads it" if layer.kind == "input" else "the tensor it passes on is in float on both sides"
                 return LayerDecision(False, "rule", what)
-        weights = None
-        if layer.weighted:
-            said = self.said.get(name, Said()).weights_num_bits
-            weights = said if said is not None else self.settings.global_quantization_settings.weights_num_bits
         return LayerDecision(True, "", "", weights, own)
 
     def _boundaries(self, decisions: dict[str, LayerDecision]) -> list[Boundary]:
@@ -348,6 +408,11 @@ class _Planner:
             if before != after:
                 found[Boundary(source, destination, "INT8 → float" if before else "float → INT8")] = None
         return list(found)
+
+
+def _has_statistics(layer: Layer) -> bool:
+    """Whether a batch norm has running statistics, so that it is one factor and one shift for each channel."""
+    return layer.attributes.get("running_statistics") is not False
 
 
 _FLOATS = {"float32", "float16", "bfloat16", "float64"}

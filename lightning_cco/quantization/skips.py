@@ -14,6 +14,9 @@ from lightning_cco.quantization.rules import Said
 from lightning_cco.quantization.targets import Target
 from lightning_cco.settings import LayerRule, Settings
 
+WEIGHT_ONLY = "weight-only"
+"""Reason of a layer that is computed in float from integer weights."""
+
 
 def _intrinsic(layer: Layer, target: Target) -> tuple[str, str]:
     """Why a layer can't run in INT8 whatever the settings say; two empty texts if it can."""
@@ -29,12 +32,15 @@ def _intrinsic(layer: Layer, target: Target) -> tuple[str, str]:
         return "rule", "dropout is not part of the deployed model"
     if category is Category.PRESERVE or layer.kind == "input":
         return "", ""
-    if layer.kind in target.int8_kinds:
+    if target.computes_in_int8(layer):
         return "", ""
+    if target.stores_weights(layer):
+        return WEIGHT_ONLY, f"{target.name} computes it in float, from weights that are stored as integers"
     if layer.kind == "batch_norm":
         return "rule", "batch norm runs in INT8 only where it folds into the quantized layer before it"
     if is_known_kind(layer.kind):
-        return "rule", f"{layer.kind} is computed in float by {target.name}"
+        form = " of this form" if layer.kind in target.int8_kinds else ""
+        return "rule", f"{layer.kind}{form} is computed in float by {target.name}"
     return "unsupported", f"{layer.kind} has no INT8 form here"
 
 
@@ -68,11 +74,12 @@ def find_skips(
                 f"layer_settings: {entry.skip_by} asks to quantize layer '{layer.name}' (kind {layer.kind}), which is impossible: {detail}. "
                 f"Remove skip_quantization: false{_instead(graph, layer)}."
             )
-        if asked and (reason == "rule" or (not reason and layer.kind in target.followers)):
+        if asked and (reason in ("rule", WEIGHT_ONLY) or (not reason and layer.kind in target.followers)):
             forced.add(layer.name)
             continue
         unwanted = entry.skip or (entry.skip is None and layer.name in suggestions)
-        if reason and not (unwanted and layer.kind == "batch_norm"):  # which else would be pulled into the group of its convolution
+        # A batch norm would be pulled into the group of its convolution otherwise; the weights of a layer in float can be left in float, too.
+        if reason and not ((unwanted and layer.kind == "batch_norm") or (reason == WEIGHT_ONLY and (unwanted or layer.name in tail))):
             skips[layer.name] = (reason, detail)
         elif entry.skip:
             skips[layer.name] = ("setting", f"skip_quantization: true from {entry.skip_by}")

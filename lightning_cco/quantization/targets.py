@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-_WEIGHTED = frozenset(
-    {"conv", "conv_transpose", "linear", "embedding", "embedding_bag", "lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell"}
-)
+from lightning_cco.graph.layer import Layer
+
+_CELLS = frozenset({"lstm_cell", "gru_cell", "rnn_cell"})
+_RECURRENT = frozenset({"lstm", "gru", "rnn"}) | _CELLS
+_WEIGHTED = frozenset({"conv", "conv_transpose", "linear", "embedding", "embedding_bag"}) | _RECURRENT
 _MATMUL = frozenset({"matmul", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"})
 _CLAMP = frozenset({"relu", "relu6", "hardtanh", "clamp"})
 _ELEMENTWISE = frozenset({"add", "sub", "mul", "div"})
 _SHAPING = frozenset({"concat", "stack", "interpolate", "avg_pool", "adaptive_avg_pool", "mean"})
 
 _SMOOTH = frozenset({"sigmoid", "leaky_relu", "tanh", "prelu", "hardswish", "hardsigmoid"})
+
+Form = Callable[[Layer], bool]
+"""Whether an engine has an INT8 form for a layer of some kind."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,9 @@ class Target:
     Attributes:
         name: The word for it in `DeploymentSettings.target_framework`.
         symmetric_activations: Whether activations must have zero point 0.
-        int8_kinds: Layer kinds that the engine computes in INT8. Others read and write INT8 tensors but compute in float between them.
+        int8_kinds: Layer kinds that the engine computes in INT8. It computes others in float.
+        weight_only_kinds: Kinds with weights that it computes in float from integer weights: nothing is rounded for what they read.
+        forms: For kinds of which it computes only some layers in INT8, which those are; a weighted layer that is not one of them is weight-only.
         float_outputs: Kinds among them whose result the engine hands over in float at no cost. It is rounded only where an INT8 layer reads it.
         followers: Kinds that multiply no weights. They run in INT8 if all that they read is INT8 anyway or something that reads them is; between float
             layers (a residual stream between layer norms) the conversions would cost more than they save.
@@ -31,14 +38,17 @@ class Target:
         integer_bias: Whether a bias is stored as integers on the grid of the accumulator; else in float.
         matrix_unit_depth: From how many products per output on a convolution runs faster on a processor's matrix units (AMX) than in the engine's own
             convolution kernel, which does not use them; `None`: the engine decides by itself.
-        integer_indexing: Whether indexing is written on integers, since the engine does not move conversions past it.
+        integer_indexing: Whether what moves values is written on integers, since the engine does not move conversions past it.
         own_zero_points: Whether no two weights may share a zero point's constant.
+        norms: Whether a batch norm that no layer takes in has an INT8 form: a convolution of each channel with one number.
         split_products: Whether the parts that a linear layer's result is split into are computed faster as products of their own.
     """
 
     name: str
     symmetric_activations: bool
     int8_kinds: frozenset[str]
+    weight_only_kinds: frozenset[str] = frozenset()
+    forms: Mapping[str, Form] | None = None
     float_outputs: frozenset[str] = _WEIGHTED - {"conv", "conv_transpose"} | _MATMUL
     followers: frozenset[str] = _ELEMENTWISE | _SHAPING | _SMOOTH
     channel_multiple: int = 1
@@ -46,26 +56,83 @@ class Target:
     matrix_unit_depth: int | None = None
     integer_indexing: bool = False
     own_zero_points: bool = False
+    norms: bool = False
     split_products: bool = False
+
+    def computes_in_int8(self, layer: Layer) -> bool:
+        """Whether a layer, all of whose floats are rounded, is computed in INT8."""
+        form = (self.forms or {}).get(layer.kind)
+        return layer.kind in self.int8_kinds and (form is None or form(layer))
+
+    def stores_weights(self, layer: Layer) -> bool:
+        """Whether a layer that is computed in float has integer weights in the file."""
+        return layer.weighted and (layer.kind in self.weight_only_kinds or layer.kind in self.int8_kinds)
+
+
+def _two_operands(layer: Layer) -> bool:
+    """Two tensors, or one and a parameter: a number beside it makes no INT8 operator."""
+    return len(layer.input_shapes) > 1 or "operand_shape" in layer.attributes
+
+
+def _weight_last(layer: Layer) -> bool:
+    return not layer.attributes.get("weight_first")
+
+
+def _averages_images(layer: Layer) -> bool:
+    """The mean of each whole channel of a batch of images."""
+    axes, shape = layer.attributes.get("dim"), layer.input_shapes[0] if layer.input_shapes else ()
+    return len(shape) == 4 and isinstance(axes, tuple) and sorted(axis % 4 for axis in axes) == [2, 3]
+
+
+def _pools_evenly(layer: Layer) -> bool:
+    """An adaptive pooling whose windows are all of one size and do not overlap; one window for all is known for images only."""
+    before, after = layer.input_shapes[0], layer.output_shapes[0]
+    spatial = list(zip(before[2:], after[2:], strict=False))
+    if len(before) != len(after) or any(size % parts for size, parts in spatial):
+        return False
+    return len(before) == 4 or any(parts != 1 for _, parts in spatial)
+
+
+def _divides_by_count(layer: Layer) -> bool:
+    return layer.attributes.get("divisor_override") is None
+
+
+def _nearest(layer: Layer) -> bool:
+    return str(layer.attributes.get("mode", "nearest")).startswith("nearest")
 
 
 _ALL = _WEIGHTED | _MATMUL | _CLAMP | _ELEMENTWISE | _SHAPING
+_ORT_FLOAT = frozenset({"scaled_dot_product_attention", "sub", "div"})
+_ORT_WEIGHT_ONLY = _RECURRENT | {"conv_transpose", "embedding_bag"}
 
 TARGETS: Mapping[str, Target] = {
     "ort": Target(
         "ort",
         False,
-        _ALL - {"scaled_dot_product_attention"} | {"sigmoid", "leaky_relu"},
+        _ALL - _ORT_FLOAT - _ORT_WEIGHT_ONLY | {"sigmoid", "leaky_relu"},
+        weight_only_kinds=_ORT_WEIGHT_ONLY,
+        forms={
+            "add": _two_operands,
+            "mul": _two_operands,
+            "matmul": _weight_last,
+            "einsum": _weight_last,
+            "mean": _averages_images,
+            "adaptive_avg_pool": _pools_evenly,
+            "avg_pool": _divides_by_count,
+            "interpolate": _nearest,
+        },
         channel_multiple=4,
         matrix_unit_depth=1024,
         integer_indexing=True,
+        norms=True,
         own_zero_points=True,
         split_products=True,
     ),
-    "openvino": Target("openvino", False, _ALL | _SMOOTH, own_zero_points=True),
-    "tensorrt": Target("tensorrt", True, _ALL, integer_bias=False),
+    "openvino": Target("openvino", False, _ALL - _CELLS | _SMOOTH, weight_only_kinds=_CELLS, own_zero_points=True),
+    "tensorrt": Target("tensorrt", True, _ALL - _RECURRENT, weight_only_kinds=_RECURRENT, integer_bias=False),
 }
-"""The engines by name. Sources: ONNX Runtime's QDQ operator list, OpenVINO's low-precision transformations guide, TensorRT's Q/DQ placement guide.
+"""The engines by name. Sources: ONNX Runtime's QDQ operator list and the graphs that it makes of each kind; OpenVINO's low-precision transformations guide,
+TensorRT's Q/DQ placement guide.
 
 ONNX Runtime multiplies two activations in INT8 no faster than in float, and the softmax between attention's products is slower; so attention is left in
 float there (measured by `benchmarks/export_latency.py`).
