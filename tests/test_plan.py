@@ -123,12 +123,13 @@ def test_a_layer_of_the_tail_can_be_asked_for(cnn: LayerGraph) -> None:
 
 def test_a_skipped_layer_keeps_what_its_neighbours_need(cnn: LayerGraph) -> None:
     found = plan(cnn, {"match": "conv_1", "skip_quantization": True})
-    # relu is read by the float conv_1 but ends the INT8 group of conv; relu_1 is INT8 by itself, so what it reads must be quantized too.
+    # relu is read by the float conv_1 but ends the INT8 group of conv; relu_1 is a clamp behind a float layer: only its result is read in INT8.
     assert "relu" in found.tensors
-    assert "conv_1" in found.tensors
+    assert "relu_1" in found.tensors
+    assert "conv_1" not in found.tensors
     assert {(b.source, b.destination, b.direction) for b in found.boundaries} >= {
         ("relu", "conv_1", "INT8 → float"),
-        ("conv_1", "relu_1", "float → INT8"),
+        ("relu_1", "linear", "float → INT8"),
     }
 
 
