@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 
-.PHONY: demo test test-all compatibility benchmark benchmark-peers lint clean
+.PHONY: demo test test-all test-sanitize compatibility benchmark benchmark-peers lint clean
 
 demo: $(STAMP)
 	$(RUN) recipes/digits_cnn.py
@@ -15,6 +15,14 @@ test: lint
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+# The kernels under AddressSanitizer: a read or a write past the end of a tensor ends the run.
+SANITIZED := tests/test_native.py tests/test_native_memory.py tests/test_remade_weights.py tests/test_operations.py tests/test_fake_quantize.py
+test-sanitize: $(STAMP)
+	mkdir -p outputs
+	LD_PRELOAD=$$($${CC:-gcc} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 OMP_NUM_THREADS=1 \
+	XDG_CACHE_HOME=outputs/sanitized LIGHTNING_CCO_CFLAGS="-fsanitize=address -fno-omit-frame-pointer -g -O1" \
+	$(RUN) -m pytest -q -p no:cacheprovider $(SANITIZED)
 
 compatibility: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) tests/compatibility.py -n 2

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_cco.quantization.model import Forward, QuantizedModel
@@ -22,7 +23,8 @@ def measure(quantized: QuantizedModel, batches: Iterable[Any], forward: Forward,
         forward: How a batch goes through the model.
         modes: ``local``, ``accumulated`` or both.
     """
-    metric = LayerSensitivities(quantized.measured_layers()).to(quantized.device)
+    with torch.device("cpu"):  # torchmetrics makes tensors of its own on the default device, which is the user's
+        metric = LayerSensitivities(quantized.measured_layers()).to(quantized.device)
     with quantized.evaluating():
         for batch in batches:
             metric.start_batch()

@@ -147,7 +147,7 @@ class QuantizationSensitivity(Metric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name in ("error", "signal", "count"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, quantized: Tensor, reference: Tensor) -> None:
         """Add one batch.
@@ -187,8 +187,10 @@ class LayerSensitivities(Metric):
         self.names = list(names)
         self._number = {name: number for number, name in enumerate(self.names)}
         # Mode, layer, and error, signal, count.
-        self.add_state("sums", torch.zeros(len(SENSITIVITY_MODES), len(self.names), 3, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("batches", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state(
+            "sums", torch.zeros(len(SENSITIVITY_MODES), len(self.names), 3, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum"
+        )
+        self.add_state("batches", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def start_batch(self) -> None:
         """Count a batch."""

@@ -254,7 +254,7 @@ class _FakeQuantizeByKernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernels: Kernels, scale: float, grid: Grid, inplace: bool, extrema: Tensor | None) -> Tensor:
-        mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+        mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device)
         result = _run(kernels, x, scale, grid, inplace, mask, extrema)
         ctx.kernels, ctx.strides = kernels, x.stride()
         fewest_holders()
@@ -284,7 +284,7 @@ def _run(kernels: Kernels, x: Tensor, scale: float, grid: Grid, inplace: bool, m
 
 def _unpacked(mask: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
     """The mask as bools in the shape and order of the values that it is of."""
-    bits = mask.unsqueeze(1).bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and_(1).bool().flatten()
+    bits = mask.unsqueeze(1).bitwise_right_shift(torch.arange(8, dtype=torch.uint8, device=mask.device)).bitwise_and_(1).bool().flatten()
     return bits[: shape.numel()].as_strided(shape, strides)
 
 

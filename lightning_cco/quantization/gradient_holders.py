@@ -42,8 +42,9 @@ def fewest_holders() -> tuple[tuple[int, ...], ...]:
     try:
         for shape in ((2,), (2, 1)):
             with torch.enable_grad():
-                y = _Probe.apply(torch.ones(2, requires_grad=True))  # type: ignore[no-untyped-call]
-                ((y if shape == (2,) else y.view(shape)) * torch.ones(shape)).sum().backward()
+                ones = torch.ones(2, dtype=torch.float32, device="cpu")
+                y = _Probe.apply(ones.clone().requires_grad_())  # type: ignore[no-untyped-call]
+                ((y if shape == (2,) else y.view(shape)) * ones.clone().view(shape)).sum().backward()
             found.append(_Probe.counts)
     except (AttributeError, RuntimeError):
         return ()

@@ -73,7 +73,7 @@ def _run_widened(extrema: Tensor, x: Tensor, below: float, above: float) -> Tens
 
 
 def _run_weight_scale(weight: Tensor, axis: int, limit: int, smallest: float) -> Tensor:
-    result = torch.empty(_shape(weight, axis))
+    result = torch.empty(_shape(weight, axis), dtype=torch.float32, device=weight.device)
     _kernels().weight_scale(weight.contiguous(), axis, limit, smallest, result)
     return result
 

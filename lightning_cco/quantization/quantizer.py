@@ -73,11 +73,11 @@ class ActivationQuantizer(nn.Module):
         # number are up to four times slower on a CPU.
         self._numbers: tuple[float, float] = (1.0, 0.0)
         self._numbers_version = -1
-        # By name float32: under bf16-true the Trainer makes another type the default.
+        # Type and device by name: under bf16-true the Trainer makes another type the default, and so may the user.
         starts: dict[str, Any] = {**dict.fromkeys(_RANGE_BUFFERS, 0.0), "scale": 1.0, "clip_ratio": 1.0, "extrema": [_INF, -_INF]}
         for name, start in starts.items():
-            self.register_buffer(name, torch.tensor(start, dtype=torch.float32))
-        self.register_buffer("non_finite", torch.zeros((), dtype=torch.bool))
+            self.register_buffer(name, torch.tensor(start, dtype=torch.float32, device="cpu"))
+        self.register_buffer("non_finite", torch.zeros((), dtype=torch.bool, device="cpu"))
 
     def start_calibration(self) -> None:
         """Forget what was observed before."""

@@ -44,7 +44,7 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
         formats.setdefault((quantizer.num_bits, quantizer.symmetric), []).append(position)
     for (num_bits, symmetric), positions in formats.items():
         chosen = [moving[position] for position in positions]
-        index = torch.tensor(positions, device=min_val.device)
+        index = torch.tensor(positions, dtype=torch.int64, device=min_val.device)
         ends = min_val[index], max_val[index]
         qparams = affine_qparams(*ends, num_bits, symmetric)
         for name, values in zip(("min_val", "max_val", "scale", "zero_point"), (*ends, *qparams), strict=True):
@@ -52,7 +52,7 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
         if min_val.device.type == "cpu":
             for quantizer, scale, zero_point in zip(chosen, *(values.tolist() for values in qparams), strict=True):
                 quantizer._numbers, quantizer._numbers_version = (scale, zero_point), quantizer.scale._version
-    nothing = torch.tensor([_INF, -_INF], device=min_val.device)
+    nothing = torch.tensor([_INF, -_INF], dtype=torch.float32, device=min_val.device)
     torch._foreach_copy_([quantizer.extrema for quantizer in moving], [nothing] * len(moving))
 
 

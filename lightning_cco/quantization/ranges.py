@@ -15,7 +15,7 @@ def batch_range(x: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest value, as 0-d float32."""
     x = x.detach()
     if x.numel() == 0:
-        zero = torch.zeros((), device=x.device)
+        zero = torch.zeros((), dtype=torch.float32, device=x.device)
         return zero, zero
     low, high = torch.aminmax(x)
     return low.float(), high.float()

@@ -20,15 +20,15 @@ class _Scratch(threading.local):
     """Memory for one rounded weight at a time, of each thread its own: it stays in the processor's caches, which new memory for each layer would not."""
 
     def __init__(self) -> None:
-        self.storage = torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+        self.storage = torch.UntypedStorage(0, device="cpu")  # type: ignore[no-untyped-call]
 
     def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """An uninitialized tensor: in the memory kept here unless another tensor is still in it, or it is too small."""
         size = shape.numel() * dtype.itemsize
         free = torch._C._storage_Use_Count(self.storage._cdata) == 1
         if not free or self.storage.nbytes() < size:
-            self.storage = torch.UntypedStorage(size)  # type: ignore[no-untyped-call]
-        return torch.empty(0, dtype=dtype).set_(self.storage, 0, shape)  # type: ignore[call-overload, no-any-return]
+            self.storage = torch.UntypedStorage(size, device="cpu")  # type: ignore[no-untyped-call]
+        return torch.empty(0, dtype=dtype, device="cpu").set_(self.storage, 0, shape)  # type: ignore[call-overload, no-any-return]
 
 
 _scratch = _Scratch()
@@ -48,7 +48,7 @@ class RemadeWeight:
 
     def __init__(self, weight: Tensor, axis: int, kernels: Kernels) -> None:
         self.weight, self.axis, self.kernels = weight.detach(), axis, kernels
-        self.scales = torch.empty(weight.shape[axis])
+        self.scales = torch.empty(weight.shape[axis], dtype=torch.float32, device="cpu")  # by name: the defaults are the user's
         self.address, self.version = 0, weight._version
 
     def room(self) -> Tensor:
