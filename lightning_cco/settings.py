@@ -117,11 +117,14 @@ class DeploymentSettings:
         export_dir: Folder that the best checkpoint is exported to when ``fit`` ends; None: no export.
         amx: Whether files for ``ort`` are written for processors with AMX (Intel Xeon since 2023), where large convolutions then run up to twice as
             fast, on others a third slower; None: as the processor that exports.
+        vnni: Whether files for ``ort`` are written for processors that add products of 8-bit integers without overflow (ARM; x86 with VNNI: Intel since
+            2019, AMD since Zen 4). On others int8 weights give wrong sums, so False stores them as uint8; None: as the processor that exports.
     """
 
     target_framework: str = "ort"
     export_dir: str | None = None
     amx: bool | None = None
+    vnni: bool | None = None
 
 
 @dataclass

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +14,30 @@ from torch import Tensor
 
 def has_matrix_units() -> bool:
     """Whether this processor multiplies matrices of 8-bit integers in units of their own (AMX)."""
-    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)  # older versions of PyTorch can't tell
-    return bool(capabilities().get("amx_int8", False))
+    return bool(_capabilities().get("amx_int8", False))
+
+
+def adds_products_exactly() -> bool:
+    """Whether this processor adds products of unsigned and signed 8-bit integers without overflow: all but x86 without VNNI.
+
+    There, engines use an instruction that adds two such products in 16 bits and cuts off what does not fit.
+    """
+    if platform.machine() not in ("x86_64", "AMD64", "i686", "x86"):
+        return True
+    found = _capabilities()
+    if "avx512_vnni" in found or "avx_vnni" in found:
+        return bool(found.get("avx512_vnni") or found.get("avx_vnni"))
+    try:  # older versions of PyTorch can't tell
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return True
+    return "avx512_vnni" in flags or "avx_vnni" in flags
+
+
+def _capabilities() -> Mapping[str, Any]:
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)
+    found: Mapping[str, Any] = capabilities()
+    return found
 
 
 def attention(

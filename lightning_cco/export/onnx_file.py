@@ -245,6 +245,10 @@ def _notes(quantized: QuantizedModel, emitter: Emitter, int4: bool) -> list[str]
             f"{len(emitter.stored.for_matrix_units)} convolutions are written for processors with AMX; "
             "for others set deployment_settings.amx: false"
         )
+    if emitter.stored.unsigned:
+        notes.append("weights are stored as uint8, for processors without VNNI; for others deployment_settings.vnni: true may be faster")
+    elif emitter.stored.target.unsigned_without_vnni:
+        notes.append("int8 weights are exact on ARM and on x86 with VNNI; for other processors set deployment_settings.vnni: false")
     narrow = [name for name, quantizers in quantized.weights.items() if quantizers[0].num_bits < 8]
     if narrow and int4:
         notes.append("weights of at most 4 bits are stored in int4; ONNX Runtime computes their layers in float")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.export.fold import BatchNorm, IntegerWeight, integer_weight, norm_weight
-from lightning_cco.export.forms import blocked_convolution, has_matrix_units
+from lightning_cco.export.forms import adds_products_exactly, blocked_convolution, has_matrix_units
 from lightning_cco.graph.capture import Site, Source
 from lightning_cco.graph.ops import Category
 from lightning_cco.quantization.fake_quantize import weight_scale
@@ -19,6 +19,15 @@ from lightning_cco.quantization.slots import at
 from lightning_cco.quantization.targets import TARGETS
 
 BIASED = ("conv", "conv_transpose", "linear")
+MULTIPLIED = ("conv", "conv_transpose", "linear", "matmul", "addmm", "baddbmm", "einsum")
+"""Kinds whose weights are multiplied with activations of 8 bits."""
+UNSIGNED = (128, torch.uint8)
+_MOST_IN_16_BITS = (2**15 - 1) // (2 * 255)
+
+
+def _overflows(weight: IntegerWeight) -> bool:
+    """Whether two products with activations of 8 bits can be more than 16 bits hold."""
+    return int(weight.integers.abs().max()) > _MOST_IN_16_BITS if weight.integers.numel() else False
 
 
 class StoredWeights:
@@ -37,6 +46,7 @@ class StoredWeights:
         for_matrix_units: Convolutions that the engine computes on a processor's matrix units.
         operand_format: Zero point and type of operands: those of activations, since engines add two tensors of one type only.
         folded: Names of the batch norms that went into the weights before them.
+        unsigned: Whether weights whose products with activations could overflow 16 bits are stored as uint8.
     """
 
     def __init__(self, quantized: QuantizedModel, int4: bool = False) -> None:
@@ -47,10 +57,12 @@ class StoredWeights:
         self.operands: dict[str, list[IntegerWeight | Tensor]] = {}
         self.blocked: dict[str, tuple[IntegerWeight, tuple[int, int, int, int]]] = {}
         self.for_matrix_units: list[str] = []
-        self.operand_format = (0, torch.int8) if int4 or self.target.symmetric_activations else (128, torch.uint8)
+        self.operand_format = (0, torch.int8) if int4 or self.target.symmetric_activations else UNSIGNED
         self.folded: set[str] = set()
         amx = has_matrix_units() if deployment.amx is None else deployment.amx
         self._matrix_unit_depth = self.target.matrix_unit_depth if amx and not int4 else None
+        exact = adds_products_exactly() if deployment.vnni is None else deployment.vnni
+        self.unsigned = self.target.unsigned_without_vnni and not exact and not int4
 
     def collect(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take the weights that a layer is called with (parametrized, sliced, tied), and call it."""
@@ -66,6 +78,8 @@ class StoredWeights:
                     self.biases[site.layer] = self._bias(site, weights[0].bias, weights[0].scale, args[0].dim())
                 if site.op.kind == "conv":
                     weights[0] = self._convolution(site, weights[0], args, kwargs)
+                if self.unsigned and site.op.kind in MULTIPLIED:
+                    self._store_unsigned(site, weights)
             else:
                 self.operands[site.layer] = [self._operand(site.layer, tensor, i) for i, tensor in enumerate(found)]
         elif site.op.kind == "batch_norm" and site.layer in self.quantized.plan.quantized and site.layer not in self.folded:
@@ -76,6 +90,15 @@ class StoredWeights:
             self.weights[site.layer] = [weight]
             self.biases[site.layer] = self._bias(site, bias, weight.scale, args[0].dim())
         return func(*args, **kwargs)
+
+    def _store_unsigned(self, site: Site, weights: list[IntegerWeight]) -> None:
+        """Let weights that could overflow have the type of the activations, which engines multiply in 32 bits."""
+        for number, weight in enumerate(weights):
+            if weight.zero_point == 0 and _overflows(weight) and not (site.op.kind == "conv" and weight.integers.shape[1] == 1):
+                weights[number] = weight.shifted(*UNSIGNED)
+        if site.layer in self.blocked:
+            weight, pads = self.blocked[site.layer]
+            self.blocked[site.layer] = (weight.shifted(*UNSIGNED) if _overflows(weight) else weight), pads
 
     def quantizer_of(self, source: Source) -> str | None:
         """Name of the quantizer that a tensor went through, seen through layers that only move values."""

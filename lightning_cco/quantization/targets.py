@@ -41,6 +41,8 @@ class Target:
         integer_indexing: Whether what moves values is written on integers, since the engine does not move conversions past it.
         own_zero_points: Whether no two weights may share a zero point's constant.
         norms: Whether a batch norm that no layer takes in has an INT8 form: a convolution of each channel with one number.
+        unsigned_without_vnni: Whether weights are stored as uint8 for processors without VNNI. The engine has an exact product for two unsigned types;
+            that of an unsigned and a signed one adds in 16 bits there.
         split_products: Whether the parts that a linear layer's result is split into are computed faster as products of their own.
     """
 
@@ -58,6 +60,7 @@ class Target:
     own_zero_points: bool = False
     norms: bool = False
     split_products: bool = False
+    unsigned_without_vnni: bool = False
 
     def computes_in_int8(self, layer: Layer) -> bool:
         """Whether a layer, all of whose floats are rounded, is computed in INT8."""
@@ -127,6 +130,7 @@ TARGETS: Mapping[str, Target] = {
         norms=True,
         own_zero_points=True,
         split_products=True,
+        unsigned_without_vnni=True,
     ),
     "openvino": Target("openvino", False, _ALL - _CELLS | _SMOOTH, weight_only_kinds=_CELLS, own_zero_points=True),
     "tensorrt": Target("tensorrt", True, _ALL - _RECURRENT, weight_only_kinds=_RECURRENT, integer_bias=False),
