@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_cco.quantization.model import Forward, QuantizedModel
 from lightning_cco.quantization.quantizer import ActivationQuantizer
-from lightning_cco.sensitivity import LayerSensitivities, SensitivityReport, rounding_energies
+from lightning_cco.sensitivity import LayerSensitivities, SensitivityReport
 
 
 def measure(quantized: QuantizedModel, batches: Iterable[Any], forward: Forward, modes: Sequence[str]) -> SensitivityReport:
@@ -44,7 +44,7 @@ def _measure_batch(quantized: QuantizedModel, metric: LayerSensitivities, forwar
         if isinstance(rounded, Tensor):
             metric.update("local", name, rounded, expected)
         else:
-            metric.add("local", name, *rounding_energies(rounded, expected))
+            metric.update_rounding("local", name, rounded, expected)
         if "accumulated" in modes:  # the layers around run in float: the same reference
             keep(name, expected)
 

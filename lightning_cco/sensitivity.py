@@ -3,6 +3,9 @@
 For layer l and batch b, ``QS = sqrt(mean_b ‖q_l(x_b) − f_l(x_b)‖₂²)`` with the norm over the whole output tensor: the L2 norm between the quantized and
 the float output, as the CLIKA CCO guide defines it. The raw norm grows with batch and tensor size; beside it stand the relative form ``‖q − f‖ / ‖f‖``
 and the signal-to-quantization-noise ratio ``10 · log10(‖f‖² / ‖q − f‖²)`` in dB.
+
+Both are also measured for the *batch-varying* part alone: f and q − f less their means over the batch. A network tells inputs apart by what differs between
+them; a large constant part of the output (a bias, a positive mean after ReLU) would hide that rounding left nothing of it.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from lightning_cco.quantization.quantizer import ActivationQuantizer
 from lightning_cco.settings import SENSITIVITY_MODES
 
 
+_MOST_VALUES = 65_536
+
+
 @dataclass(frozen=True)
 class LayerSensitivity:
     """One layer's sensitivity.
@@ -31,12 +37,16 @@ class LayerSensitivity:
         qs: Root mean square over the batches of the L2 norm between quantized and float output.
         relative: Norm of the difference over the norm of the float output; 0 if both are 0.
         sqnr_db: Signal-to-quantization-noise ratio in dB; infinite without a difference.
+        varying_relative: ``relative`` of the batch-varying part; NaN where nothing varies (batches of one sample, constant outputs).
+        varying_sqnr_db: ``sqnr_db`` of the batch-varying part; NaN likewise.
     """
 
     name: str
     qs: float
     relative: float
     sqnr_db: float
+    varying_relative: float = math.nan
+    varying_sqnr_db: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -115,15 +125,56 @@ def rounding_energies(quantizer: ActivationQuantizer, reference: Tensor) -> tupl
     return kernels.rounding_energies(reference, numbers[0], (low - numbers[1], high - numbers[1]))
 
 
-def summarize(name: str, error: float, signal: float, count: float) -> LayerSensitivity:
-    """Sensitivity from sums over ``count`` batches of the two energies."""
+def varying_energies(quantized: Tensor | ActivationQuantizer, reference: Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """Squared norms of what varies between the samples of a batch: of the difference and of the reference, less their means over the first axis.
+
+    Measured on 65,536 evenly strided values at most, the same ones of each sample: what counts is their ratio.
+
+    Args:
+        quantized: The quantized output, or the quantizer that makes it of the float one.
+        reference: The float output; its first axis counts samples.
+
+    Returns:
+        Two numbers as `energies` gives them; both 0 for fewer than two samples.
+
+    >>> [float(x) for x in varying_energies(torch.tensor([[9.0], [9.0]]), torch.tensor([[8.0], [10.0]]))]
+    [2.0, 2.0]
+    """
+    expected = reference.detach()
+    if expected.dim() == 0 or expected.shape[0] < 2 or not expected.numel():
+        return 0.0, 0.0
+    chosen = _some_of_each_sample(expected)
+    rounded = quantized(chosen) if isinstance(quantized, ActivationQuantizer) else _some_of_each_sample(quantized.detach())
+    chosen = chosen.double()
+    difference = rounded.double() - chosen
+    error = (difference - difference.mean(0)).square().sum()
+    return error, (chosen - chosen.mean(0)).square().sum()
+
+
+def _some_of_each_sample(x: Tensor) -> Tensor:
+    """Shape (samples, values): strided by an odd number, so that it does not stay within one channel or column."""
+    flat = x.reshape(x.shape[0], -1)
+    return flat[:, :: max(1, -(-flat.numel() // _MOST_VALUES)) | 1]
+
+
+def summarize(
+    name: str, error: float, signal: float, count: float, varying_error: float = 0.0, varying_signal: float = 0.0
+) -> LayerSensitivity:
+    """Sensitivity from sums over ``count`` batches of the energies."""
+    nothing_varies = varying_error == varying_signal == 0.0
+    varying = (math.nan, math.nan) if nothing_varies else _ratios(varying_error, varying_signal)
+    return LayerSensitivity(name, math.sqrt(error / count) if error else 0.0, *_ratios(error, signal), *varying)
+
+
+def _ratios(error: float, signal: float) -> tuple[float, float]:
+    """Relative error and SQNR in dB of two energies."""
     if error == 0.0:
-        return LayerSensitivity(name, 0.0, 0.0, math.inf)
+        return 0.0, math.inf
+    if math.isnan(error) or math.isnan(signal):
+        return math.nan, math.nan
     relative = math.sqrt(error / signal) if signal > 0.0 else math.inf
     sqnr = 10.0 * math.log10(signal / error) if signal > 0.0 and math.isfinite(signal) and math.isfinite(error) else -math.inf
-    if math.isnan(error) or math.isnan(signal):
-        relative = sqnr = math.nan
-    return LayerSensitivity(name, math.sqrt(error / count), relative, sqnr)
+    return relative, sqnr
 
 
 class QuantizationSensitivity(Metric):
@@ -140,13 +191,15 @@ class QuantizationSensitivity(Metric):
     error: Tensor
     signal: Tensor
     count: Tensor
+    varying_error: Tensor
+    varying_signal: Tensor
     higher_is_better = False
     is_differentiable = False
     full_state_update = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name in ("error", "signal", "count"):
+        for name in ("error", "signal", "count", "varying_error", "varying_signal"):
             self.add_state(name, torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, quantized: Tensor, reference: Tensor) -> None:
@@ -160,15 +213,19 @@ class QuantizationSensitivity(Metric):
         self.error += error
         self.signal += signal
         self.count += 1
+        varying_error, varying_signal = varying_energies(quantized, reference)
+        self.varying_error += varying_error
+        self.varying_signal += varying_signal
 
     def compute(self) -> Tensor:
         """Root mean square of the L2 norms."""
         return (self.error / self.count.clamp(min=1)).sqrt()
 
     def sensitivity(self, name: str = "") -> LayerSensitivity:
-        """QS, relative form and SQNR, summed over processes."""
+        """QS, relative form and SQNR, of the whole output and of its batch-varying part, summed over processes."""
         self.compute()
-        return summarize(name, float(self.error), float(self.signal), max(1.0, float(self.count)))
+        sums = float(self.error), float(self.signal), max(1.0, float(self.count)), float(self.varying_error), float(self.varying_signal)
+        return summarize(name, *sums)
 
 
 class LayerSensitivities(Metric):
@@ -186,9 +243,9 @@ class LayerSensitivities(Metric):
         super().__init__(**kwargs)
         self.names = list(names)
         self._number = {name: number for number, name in enumerate(self.names)}
-        # Mode, layer, and error, signal, count.
+        # Mode, layer, and error, signal, count, varying error, varying signal.
         self.add_state(
-            "sums", torch.zeros(len(SENSITIVITY_MODES), len(self.names), 3, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum"
+            "sums", torch.zeros(len(SENSITIVITY_MODES), len(self.names), 5, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum"
         )
         self.add_state("batches", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
@@ -205,17 +262,18 @@ class LayerSensitivities(Metric):
             quantized: Its quantized output, any shape.
             reference: Its float output, the same shape.
         """
-        self.add(mode, name, *energies(quantized, reference))
+        self._add(mode, name, *energies(quantized, reference), *varying_energies(quantized, reference))
 
-    def add(self, mode: str, name: str, error: float | Tensor, signal: float | Tensor) -> None:
-        """Add one layer's energies on one batch, as `energies` gives them."""
+    def update_rounding(self, mode: str, name: str, quantizer: ActivationQuantizer, reference: Tensor) -> None:
+        """Add one layer's output on one batch, and what a quantizer would make of it: ``update`` without memory for that."""
+        self._add(mode, name, *rounding_energies(quantizer, reference), *varying_energies(quantizer, reference))
+
+    def _add(self, mode: str, name: str, error: float | Tensor, signal: float | Tensor, *varying: float | Tensor) -> None:
         if name not in self._number:
             return
         entry = self.sums[SENSITIVITY_MODES.index(mode), self._number[name]]
-        if isinstance(error, Tensor) and isinstance(signal, Tensor):
-            entry += torch.stack([error, signal, torch.ones_like(error)]).to(entry.device)
-        else:
-            entry += torch.tensor([error, signal, 1.0], dtype=entry.dtype, device=entry.device)
+        values = [torch.as_tensor(value, dtype=entry.dtype, device=entry.device) for value in (error, signal, 1.0, *varying)]
+        entry += torch.stack(values)
 
     def compute(self) -> Tensor:
         """QS of each mode and layer, of shape (2, layers), float64."""

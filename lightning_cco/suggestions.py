@@ -50,6 +50,9 @@ def suggest_skips(report: SensitivityReport, plan: QuantizationPlan, settings: S
             _above("Quantization Sensitivity", entry.qs, general.quantization_sensitivity_threshold),
             _above("relative error", entry.relative, general.quantization_sensitivity_relative_threshold),
         ]
+        if not math.isnan(entry.varying_relative):
+            what = "relative error of what varies between samples"
+            reasons.append(_above(what, entry.varying_relative, general.quantization_sensitivity_relative_threshold))
         said = " and ".join(reason for reason in reasons if reason)
         if said:
             above[entry.name] = (entry, said)
