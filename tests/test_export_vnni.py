@@ -1,0 +1,68 @@
+"""Files are right on processors whose fast product of unsigned and signed 8-bit integers overflows (x86 without VNNI)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from export_case import calibrated, run
+from torch import Tensor, nn
+
+from lightning_cco.export.forms import adds_products_exactly
+
+
+class Extreme(nn.Module):
+    """Neighbouring weights of the largest magnitude on inputs of the largest magnitude: any sum of two products in 16 bits is cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.grouped, self.linear, self.head = nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3, groups=2), nn.Linear(16, 16), nn.Linear(16, 4)
+        for weight in (self.conv.weight, self.grouped.weight, self.linear.weight):
+            nn.init.constant_(weight, 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.grouped(torch.relu(self.conv(x))))
+        return self.head(torch.relu(self.linear(x.mean((2, 3)))))
+
+
+def images() -> Tensor:
+    return torch.rand(4, 8, 8, 8) + 0.5
+
+
+def weight_types(path: Path) -> list[Any]:
+    graph = onnx.load(path).graph
+    stored = {entry.name: onnx.numpy_helper.to_array(entry) for entry in graph.initializer}
+    weights = [stored[node.input[0]] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored]
+    return [weight.dtype.type for weight in weights if weight.ndim > 1]
+
+
+@pytest.mark.parametrize("vnni", [False, None])
+def test_the_engines_sums_are_exact(vnni: bool | None, tmp_path: Path) -> None:
+    quantized, x = calibrated(Extreme(), images, {"deployment_settings": {"vnni": vnni}})
+    report = quantized.export(tmp_path / "model.onnx")
+    with torch.no_grad():
+        expected = quantized.model(x).numpy()
+    np.testing.assert_allclose(run(tmp_path / "model.onnx", x), expected, rtol=0.02)
+    assert report.integer_nodes["QLinearConv"] == 2
+
+
+def test_how_weights_are_stored_is_as_the_processor_or_as_the_settings_say(tmp_path: Path) -> None:
+    quantized, _ = calibrated(Extreme(), images)
+    deployment = quantized.settings.deployment_settings
+    expected = {True: np.int8, False: np.uint8, None: np.int8 if adds_products_exactly() else np.uint8}
+    for vnni, kind in expected.items():
+        deployment.vnni = vnni
+        report = quantized.export(tmp_path / "model.onnx")
+        assert weight_types(tmp_path / "model.onnx") == [kind] * 3
+        assert any("deployment_settings.vnni" in note for note in report.notes)
+
+
+def test_narrow_weights_cannot_overflow(tmp_path: Path) -> None:
+    settings = {"global_quantization_settings": {"weights_num_bits": 7}, "deployment_settings": {"vnni": False}}
+    quantized, _ = calibrated(Extreme(), images, settings)
+    quantized.export(tmp_path / "model.onnx")
+    assert weight_types(tmp_path / "model.onnx") == [np.int8] * 3
