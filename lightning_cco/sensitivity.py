@@ -24,7 +24,6 @@ from lightning_cco.quantization.native import kernels_for
 from lightning_cco.quantization.quantizer import ActivationQuantizer
 from lightning_cco.settings import SENSITIVITY_MODES
 
-
 _MOST_VALUES = 65_536
 
 

@@ -20,7 +20,12 @@ class Extreme(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.grouped, self.linear, self.head = nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3, groups=2), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.conv, self.grouped, self.linear, self.head = (
+            nn.Conv2d(8, 16, 3),
+            nn.Conv2d(16, 16, 3, groups=2),
+            nn.Linear(16, 16),
+            nn.Linear(16, 4),
+        )
         for weight in (self.conv.weight, self.grouped.weight, self.linear.weight):
             nn.init.constant_(weight, 0.02)
 
