@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -20,6 +21,7 @@ from torchmetrics import Metric
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import Capture, capture
+from lightning_cco.graph.reached import frozen_modules, is_within
 
 ForwardFn = Callable[[Any, Any], Any]
 """``(pl_module, batch) -> Any``: runs the model's layers on a batch."""
@@ -120,6 +122,7 @@ def capture_module(module: pl.LightningModule, batch: Any, forward_fn: ForwardFn
         except CCOError as error:
             problem = error
         if found is not None and not _unreached(module, found):
+            _say_left_out(module, found)
             return found, forward_through_model
     try:
         through_step = capture(module, lambda: forward_through_step(module, batch))
@@ -135,9 +138,18 @@ def capture_module(module: pl.LightningModule, batch: Any, forward_fn: ForwardFn
 
 
 def _unreached(module: pl.LightningModule, captured: Capture) -> set[str]:
-    """Parameters that no captured layer reads."""
+    """Parameters that no captured layer reads; not those of frozen modules beside trained ones, such as a teacher."""
     read = {name for layer in captured.graph for name in layer.parameters}
-    return {name for name, _ in module.named_parameters() if name not in read}
+    frozen = frozen_modules(module)
+    return {name for name, _ in module.named_parameters() if name not in read and not is_within(name, frozen)}
+
+
+def _say_left_out(module: pl.LightningModule, captured: Capture) -> None:
+    """Log the frozen modules that ``forward`` does not run."""
+    read = {name for layer in captured.graph for name in layer.parameters}
+    left = [path for path in frozen_modules(module) if not any(is_within(name, [path]) for name in read)]
+    if left:
+        rank_zero_info(f"Left in float, since they are frozen and `forward` does not run them: {', '.join(left)}.")
 
 
 class _NoOptimizer:

@@ -146,8 +146,8 @@ class Emitter:
         """Quantize what comes from where no function mode can see: the model's inputs, custom functions."""
         for source in site.sources:
             key = f"{source.layer}:{source.output}" if source.output else source.layer
-            if site.in_place and source.slot == (0,):
-                continue  # the caller's own tensor, which is written to
+            if (site.in_place and source.slot == (0,)) or self.quantized.graph[site.layer].frozen:
+                continue  # the caller's own tensor, which is written to; what a teacher reads
             if source.quantizable and key in self.quantized.activations and not self.quantized.capture.sites[source.layer].visible:
                 args, kwargs = replaced(args, kwargs, source.slot, lambda x, key=key: self._round(x, key))  # type: ignore[misc]
         return args, kwargs

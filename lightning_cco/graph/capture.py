@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_cco.errors import CCOError
+from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.call import Call, Slot, Weight
+from lightning_cco.graph.containers import LOOKED_INTO
 from lightning_cco.graph.frames import CallNode
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, Op
+from lightning_cco.graph.reached import is_within, only_asked, out_of_sight
 from lightning_cco.graph.trace import Tracer
 
 
@@ -118,14 +121,24 @@ def capture(model: nn.Module, forward: Callable[[], Any]) -> Capture:
                 f"{type(model).__name__}: its forward failed on the example that the layer graph is captured from: {type(error).__name__}: {error}. "
                 "Give an example that its forward takes: set `example_input_array`, or pass `forward_fn=lambda module, batch: module(...)`."
             ) from error
+    unseen = out_of_sight(model, evaluation)
     if not any(call.visible for call in evaluation.calls):
+        inside = f" Out of sight: {', '.join(unseen)}." if unseen else ""
         raise CCOError(
-            f"{type(model).__name__}: no layer was captured: its forward called no torch function on the example's tensors. "
-            "Check that the example reaches the layers (`forward_fn`), and that they exist when the capture runs."
+            f"{type(model).__name__}: no layer was captured: its forward called no torch function on the example's tensors.{inside} "
+            "Check that the example reaches the layers (`forward_fn`), and that they exist when the capture runs. "
+            f"Tensors were looked for in {LOOKED_INTO}."
+        )
+    if unseen:
+        warnings.warn(
+            f"{type(model).__name__}: modules with parameters are not in the layer graph, so they stay in float: {'; '.join(unseen)}. "
+            "Write them with torch functions in Python, unscripted, to have them quantized.",
+            CCOWarning,
+            stacklevel=3,
         )
     training: Tracer | None = Tracer(model, root)
     assert training is not None
-    with _undisturbed(model):
+    with _undisturbed(model), torch.enable_grad():  # as in training: what the user's code runs without gradients shows
         switch_training(model, True)
         try:
             with training.watching():
@@ -136,7 +149,7 @@ def capture(model: nn.Module, forward: Callable[[], Any]) -> Capture:
             training = None
             for node in root.walk():
                 node.seen[True].clear()
-    return _assemble(root, evaluation, training)
+    return _assemble(root, evaluation, training, only_asked(model, evaluation, training))
 
 
 @contextmanager
@@ -164,7 +177,7 @@ def switch_training(model: nn.Module, training: bool) -> None:
             module.training = training
 
 
-def _assemble(root: CallNode, evaluation: Tracer, training: Tracer | None) -> Capture:
+def _assemble(root: CallNode, evaluation: Tracer, training: Tracer | None, frozen: list[str]) -> Capture:
     calls, merged = _merge_repeats(evaluation.calls)
     order = sorted(range(len(calls)), key=lambda i: {"input": 0, "output": 2}.get(calls[i].op.kind, 1))
     names: dict[int, str] = {}
@@ -185,7 +198,8 @@ def _assemble(root: CallNode, evaluation: Tracer, training: Tracer | None) -> Ca
         call = calls[i]
         # An encoder run again on a decoder's output would close a cycle; the first reading is the one shown.
         reads = [(r, merged[r.source]) for r in call.reads if rank[merged[r.source]] < rank[i]]
-        layers.append(replace(call.layer, name=names[i]))
+        around = next((path for path in frozen if is_within(call.layer.path, [path])), "")
+        layers.append(replace(call.layer, name=names[i], frozen=around))
         for k, (read, source) in enumerate(reads):
             edges[Edge(names[source], names[i], read.output, k)] = None
         sites[names[i]] = Site(

@@ -24,6 +24,7 @@ class Layer:
         parameters: Dotted names of the parameters it reads, the weight first.
         weighted: Whether it multiplies by a weight (convolution, linear, embedding, recurrent, matmul with a parameter).
         note: Why the layer can't be quantized whatever the settings say; empty when it can.
+        frozen: Path of the frozen module around it that only training asks, such as a teacher; empty for layers of the deployed model.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Layer:
     parameters: tuple[str, ...] = ()
     weighted: bool = False
     note: str = ""
+    frozen: str = ""
 
 
 @dataclass(frozen=True)

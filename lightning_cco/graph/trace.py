@@ -42,6 +42,7 @@ class Tracer:
     Attributes:
         calls: What was seen.
         ran: Paths of the modules that ran.
+        with_gradients: Paths of those that ran while gradients were recorded.
         read: Names of the parameters that a call has read.
     """
 
@@ -49,6 +50,7 @@ class Tracer:
         self.model = model
         self.calls: list[Call] = []
         self.ran: set[str] = set()
+        self.with_gradients: set[str] = set()
         self.read: set[str] = set()
         self.frames = Frames(model, root, self._handle)
         self.frames.growing = True
@@ -82,6 +84,8 @@ class Tracer:
 
     def _entered(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.ran.add(frame.node.path)
+        if frame.records:
+            self.with_gradients.add(frame.node.path)
         if len(self.frames.stack()) > 1:
             return
         with torch._C.DisableTorchFunction():  # what this looks at is no part of the model

@@ -19,10 +19,12 @@ from lightning_cco.graph.capture import Capture, Site
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.frames import Frame, Frames, calling_position
 from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation, operation_of_kind
+from lightning_cco.graph.reached import frozen_modules, is_within
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_cco.quantization.remade_weights import RemadeWeight, saving_remade
 from lightning_cco.quantization.slots import at, replaced
+from lightning_cco.quantization.targets import TARGETS, Target
 
 Recorder = Callable[[str, Tensor | ActivationQuantizer, Tensor], None]
 """Called with a layer's name, its quantized output (or the quantizer that would make it of the float one), and its float output."""
@@ -73,11 +75,15 @@ class Runtime:
     ) -> None:
         self.capture = capture
         self.frames = Frames(model, capture.root, self._handle)
-        self.frames.watched = _COMPUTES | {"multi_head_attention_forward"}
+        self._computes = _computing(TARGETS[plan.settings.deployment_settings.target_framework])
+        self.frames.watched = self._computes | {"multi_head_attention_forward"}
         self.drift: dict[str, str] = {}
         self.recorder: Recorder | None = None
         self.run = self._quantize
-        self._with_parameters = {path for path, module in model.named_modules() if next(module.parameters(), None) is not None}
+        frozen = frozen_modules(model)
+        self._with_parameters = {
+            path for path, module in model.named_modules() if next(module.parameters(), None) is not None and not is_within(path, frozen)
+        }
         self._has_training_capture = any(node.seen[True] for node in capture.root.walk())
         self.load(plan, activations, weights)
 
@@ -105,7 +111,7 @@ class Runtime:
     def _handle(self, frame: Frame, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = frame.table.get(name)
         if entry is None:
-            if name in _COMPUTES:
+            if name in self._computes:
                 self._unseen(frame, name, args, kwargs)
             return func(*args, **kwargs)
         index = frame.counts.get(entry.kind, 0)
@@ -240,7 +246,7 @@ class Runtime:
         if frame.training and not self._has_training_capture:
             return
         if not frame.node.captured and frame.node.path not in self._with_parameters:
-            return  # a metric or a loss, not the model
+            return  # a metric, a loss or a teacher, not the model
         if not any(tensor.is_floating_point() for _, tensor in tensors_in((*args, kwargs))):
             return
         where = frame.node.key or "the root module"
@@ -267,12 +273,10 @@ class Runtime:
             warnings.warn(f"lightning_cco: {message}", CCOWarning, stacklevel=2)
 
 
-# Names whose appearance out of the blue means that the model has changed its ways.
-_COMPUTES = frozenset(
-    name
-    for name, op in OPS.items()
-    if op.category in (Category.WEIGHTED, Category.MATMUL, Category.CLAMP) or op.kind in ("add", "sub", "mul", "concat", "avg_pool")
-)
+def _computing(target: Target) -> frozenset[str]:
+    """Names of the functions whose appearance out of the blue means that the model has changed its ways: what the target could run in INT8."""
+    products = (Category.WEIGHTED, Category.MATMUL, Category.CLAMP)
+    return frozenset(name for name, op in OPS.items() if op.category in products or op.kind in target.int8_kinds)
 
 
 def _only_moves(kind: str) -> bool:
@@ -309,8 +313,9 @@ def _site_quantizers(
         found.weights = [(weight.slot, quantizer) for weight, quantizer in zip(site.weights, weights[site.layer], strict=True)]
     for source in site.sources:
         key = f"{source.layer}:{source.output}" if source.output else source.layer
-        changed = site.in_place and source.slot == (0,)  # the caller's own tensor, which must be written to
-        if not capture.sites[source.layer].visible and key in activations and source.quantizable and not changed:
+        # Not the caller's own tensor, which must be written to, and nothing that a teacher reads.
+        exact = (site.in_place and source.slot == (0,)) or bool(plan.graph[site.layer].frozen)
+        if not capture.sites[source.layer].visible and key in activations and source.quantizable and not exact:
             found.reads.append((source.slot, source.layer, activations[key]))
     for output in range(len(plan.graph[site.layer].output_dtypes)):
         key = f"{site.layer}:{output}" if output else site.layer

@@ -17,6 +17,12 @@ from lightning_cco.settings import LayerRule, Settings
 WEIGHT_ONLY = "weight-only"
 """Reason of a layer that is computed in float from integer weights."""
 
+_UNSEEN = {
+    "cast": "it makes floats of integers or complex numbers, which the layers that read them quantize",
+    "written": "it was written to through views, and the layers that read it quantize it",
+    "unseen": "no torch function was seen to make it (TorchScript, NumPy, random numbers); the layers that read it quantize it",
+}
+
 
 def _intrinsic(layer: Layer, target: Target) -> tuple[str, str]:
     """Why a layer can't run in INT8 whatever the settings say; two empty texts if it can."""
@@ -28,6 +34,8 @@ def _intrinsic(layer: Layer, target: Target) -> tuple[str, str]:
         return "integer", f"{what}, which are never quantized"
     if layer.note:
         return "unsupported", layer.note
+    if layer.frozen:
+        return "rule", f"'{layer.frozen}' is frozen and only asked in training, without gradients"
     if category is Category.IDENTITY:
         return "rule", "dropout is not part of the deployed model"
     if category is Category.PRESERVE or layer.kind == "input":
@@ -36,6 +44,9 @@ def _intrinsic(layer: Layer, target: Target) -> tuple[str, str]:
         return "", ""
     if target.stores_weights(layer):
         return WEIGHT_ONLY, f"{target.name} computes it in float, from weights that are stored as integers"
+
+    if layer.kind in _UNSEEN:
+        return "rule", _UNSEEN[layer.kind]
     if layer.kind == "batch_norm":
         return "rule", "batch norm runs in INT8 only where it folds into the quantized layer before it"
     if is_known_kind(layer.kind):
