@@ -44,7 +44,6 @@ def _intrinsic(layer: Layer, target: Target) -> tuple[str, str]:
         return "", ""
     if target.stores_weights(layer):
         return WEIGHT_ONLY, f"{target.name} computes it in float, from weights that are stored as integers"
-
     if layer.kind in _UNSEEN:
         return "rule", _UNSEEN[layer.kind]
     if layer.kind == "batch_norm":
