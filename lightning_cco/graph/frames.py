@@ -122,7 +122,7 @@ class _FrameMode(HiddenMode):
         compiling = is_compiling()
         stack = frames._main if compiling or get_ident() == frames._thread else frames.stack()
         name = getattr(func, "__name__", "")
-        if ("." in name) if compiling else is_operator(func):
+        if not compiling and is_operator(func):
             name = name_of_operator(func)
             func, args, kwargs = as_function(name, func, args, kwargs)
         if not compiling:
