@@ -24,7 +24,7 @@ from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_cco.quantization.remade_weights import RemadeWeight, saving_remade
 from lightning_cco.quantization.slots import at, replaced
-from lightning_cco.quantization.targets import TARGETS, Target
+from lightning_cco.quantization.targets import TARGETS
 
 Recorder = Callable[[str, Tensor | ActivationQuantizer, Tensor], None]
 """Called with a layer's name, its quantized output (or the quantizer that would make it of the float one), and its float output."""
@@ -75,8 +75,7 @@ class Runtime:
     ) -> None:
         self.capture = capture
         self.frames = Frames(model, capture.root, self._handle)
-        self._computes = _computing(TARGETS[plan.settings.deployment_settings.target_framework])
-        self.frames.watched = self._computes | {"multi_head_attention_forward"}
+        self.frames.watched = _COMPUTES | {"multi_head_attention_forward"}
         self.drift: dict[str, str] = {}
         self.recorder: Recorder | None = None
         self.run = self._quantize
@@ -111,7 +110,7 @@ class Runtime:
     def _handle(self, frame: Frame, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = frame.table.get(name)
         if entry is None:
-            if name in self._computes:
+            if name in _COMPUTES:
                 self._unseen(frame, name, args, kwargs)
             return func(*args, **kwargs)
         index = frame.counts.get(entry.kind, 0)
@@ -273,10 +272,13 @@ class Runtime:
             warnings.warn(f"lightning_cco: {message}", CCOWarning, stacklevel=2)
 
 
-def _computing(target: Target) -> frozenset[str]:
-    """Names of the functions whose appearance out of the blue means that the model has changed its ways: what the target could run in INT8."""
-    products = (Category.WEIGHTED, Category.MATMUL, Category.CLAMP)
-    return frozenset(name for name, op in OPS.items() if op.category in products or op.kind in target.int8_kinds)
+# Names whose appearance out of the blue means that the model has changed its ways: what some engine could run in INT8.
+_COMPUTES = frozenset(
+    name
+    for name, op in OPS.items()
+    if op.category in (Category.WEIGHTED, Category.MATMUL, Category.CLAMP)
+    or any(op.kind in target.int8_kinds for target in TARGETS.values())
+)
 
 
 def _only_moves(kind: str) -> bool:
