@@ -110,7 +110,8 @@ def _read_file(cfg: str | Path) -> dict[str, Any]:
             raise CCOError(f"There is no recipe named '{cfg}'.{_nearest(str(cfg), recipes)} The shipped ones are {sorted(recipes)}.")
     try:
         text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, _LOADER)
+        # libyaml does not read halves of surrogate pairs, which names of modules may hold.
+        content = yaml.load(text, yaml.SafeLoader if "\\uD" in text else _LOADER)
         if isinstance(content, dict) and "${" in text:
             content = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:

@@ -1,12 +1,25 @@
 """The one exception and the one warning category of the package."""
 
+from lightning_cco.names import printable
+
 
 class CCOError(Exception):
     """Base of every error this package raises on purpose.
 
-    A message names the layer (or key, or file), what was expected, what came, and what to write instead.
+    A message names the layer (or key, or file), what was expected, what came, and what to write instead. What does not print in it is escaped: names of modules
+    may hold anything.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(_lines(message))
 
 
 class CCOWarning(UserWarning):
     """Category of every warning this package emits, so that users can filter them in one line."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(_lines(message))
+
+
+def _lines(message: object) -> str:
+    return "\n".join(printable(line) for line in str(message).split("\n"))

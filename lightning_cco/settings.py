@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 import yaml
 
 from lightning_cco.errors import CCOError
+from lightning_cco.files import write_file
+from lightning_cco.names import literal
 
 Config: TypeAlias = "Settings | Mapping[str, Any] | str | Path | None"
 """What `load_settings` takes. A DictConfig is a mapping."""
@@ -188,8 +190,15 @@ class Settings:
         return plain
 
     def save(self, path: str | Path) -> None:
-        """Write the recipe as YAML that `load_settings` reads back to an equal one."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        """Write the recipe as YAML that `load_settings` reads back to an equal one.
+
+        Raises:
+            CCOError: It can't be written.
+        """
+        try:
+            write_file(path, yaml.safe_dump(literal(self.to_dict()), sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise CCOError(f"The recipe '{path}' can't be written: {error}. Give the path of a file in a folder that can be.") from error
 
 
 def generate_default_settings() -> Settings:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning_cco.names import printable, yaml_value
 from lightning_cco.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_cco.sensitivity import LayerSensitivity, SensitivityReport
 from lightning_cco.settings import LayerRule, Settings, load_settings
@@ -138,42 +139,18 @@ def suggestions_yaml(suggestions: Sequence[Suggestion], settings: Settings | Non
         return "\n".join([*lines, "# Nothing is above the threshold.", "layer_settings: []", ""])
     lines.append("layer_settings:")
     for rule in known:
-        lines.append(f"  - {rule_yaml(rule)}")
+        lines.append(f"  - {yaml_value(rule)}")
     if applied:
         lines.append("  # Applied by automatic_skip_quantization.")
     for name in applied:
-        lines.append(f"  - {rule_yaml({'match': name, 'skip_quantization': True})}")
+        lines.append(f"  - {yaml_value({'match': name, 'skip_quantization': True})}")
     for suggestion in suggestions:
-        lines.append(
-            f"  # QS {suggestion.qs:,.4g}, relative {suggestion.relative:.4g}, SQNR {suggestion.sqnr_db:.1f} dB: {suggestion.reason}"
-        )
-        lines.append(f"  - {rule_yaml({'match': suggestion.name, 'skip_quantization': True})}")
+        figures = f"QS {suggestion.qs:,.4g}, relative {suggestion.relative:.4g}, SQNR {suggestion.sqnr_db:.1f} dB"
+        lines.append(f"  # {figures}: {printable(suggestion.reason)}")
+        lines.append(f"  - {yaml_value({'match': suggestion.name, 'skip_quantization': True})}")
     if not suggestions:
         lines.append("  # Nothing is above the threshold now.")
     return "\n".join([*lines, ""])
-
-
-def rule_yaml(rule: Mapping[str, object]) -> str:
-    """One rule on one line of YAML.
-
-    >>> rule_yaml({"match": "encoder.*", "skip_quantization": True, "skip_quantization_until": ["on"]})
-    "{match: 'encoder.*', skip_quantization: true, skip_quantization_until: ['on']}"
-    """
-    return "{" + ", ".join(f"{key}: {_yaml(value)}" for key, value in rule.items()) + "}"
-
-
-_RESERVED = {"true", "false", "yes", "no", "on", "off", "null"}  # words that YAML does not read as text
-
-
-def _yaml(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return "[" + ", ".join(_yaml(item) for item in value) + "]"
-    if isinstance(value, str):
-        plain = value.replace("_", "").isalnum() and not value[0].isdigit() and value.lower() not in _RESERVED
-        return value if plain else "'" + value.replace("'", "''") + "'"
-    return str(value)
 
 
 def merge_suggestions(settings: Settings, suggestions: Sequence[Suggestion]) -> Settings:

@@ -209,8 +209,8 @@ def test_history_goes_on_after_a_resume(quantized: QuantizedModel, tmp_path: Pat
     second.load_state_dict(first.state_dict())
     report = quantized.sensitivity([(GuideCNN.example(),)])
     second.on_epoch(2, 20, quantized.plan, report, [], quantized.settings, {"val_loss": 3.0}, {})
-    assert [epoch for epoch, _ in second.history] == [0, 1, 2]
-    assert second.extremes["val_loss"] == {"lowest": 0.5, "lowest_epoch": 1, "highest": 3.0, "highest_epoch": 2}
+    assert [epoch for epoch, _ in second.past.epochs] == [0, 1, 2]
+    assert second.past.extremes["val_loss"] == {"lowest": 0.5, "lowest_epoch": 1, "highest": 3.0, "highest_epoch": 2}
     assert {row.split(",")[0] for row in (tmp_path / "sensitivity.csv").read_text().splitlines()[1:]} == {"0", "1", "2"}
 
 
@@ -383,10 +383,10 @@ def test_a_large_net_gets_a_bounded_number_of_curves(tmp_path: Path) -> None:
     monitor = Monitor(tmp_path, draw=False)
     monitor.on_start(net.graph, net.plan)
     monitor.on_epoch(0, 1, net.plan, report, [], net.settings, {}, {})
-    assert monitor.followed == [entry.name for entry in report.worst_first()[:30]]
+    assert monitor.past.followed == [entry.name for entry in report.worst_first()[:30]]
     again = Monitor(tmp_path, draw=False)
     again.load_state_dict(monitor.state_dict())
-    assert again.followed == monitor.followed
+    assert again.past.followed == monitor.past.followed
 
 
 def test_a_logger_that_fails_ends_nothing(quantized: QuantizedModel, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from lightning_cco.graph import node_label as html
 from lightning_cco.graph.fold import MAX_NODES, Frame, Group, View, folded_view, whole_view
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.names import printable
 
 _LARGE = 1500  # nodes above which the layout takes short cuts
 _MANY_READERS, _FAR = 4, 40  # a source with so many readers is copied beside those so many nodes away
@@ -127,7 +128,7 @@ class _Drawing:
                     holder.add_node(pydot.Node(_quoted(f"{source} for {key}"), label=html.ghost_label(source), tooltip=_quoted(source)))
         for frame in frames:
             box = pydot.Subgraph(
-                f"cluster_{len(holder.get_subgraphs())}_{frame.all_keys()[0]}",
+                _quoted(f"cluster_{len(holder.get_subgraphs())}_{frame.all_keys()[0]}"),
                 label=f"<{html.font(frame.label, size=12, color=html.MUTED, bold=True)}>",
                 style="rounded,dashed",
                 color="#8894A0",
@@ -169,9 +170,9 @@ class _Drawing:
         label = html.node_label(title, html.type_name(layer.kind), group.path, rows, paint, border=2 if is_end else 1)
         lines = [
             f"{layer.name}: {html.type_name(layer.kind)}",
-            layer.path,
-            ", ".join(layer.parameters),
-            decision.detail if decision else "",
+            printable(layer.path),
+            printable(", ".join(layer.parameters)),
+            printable(decision.detail) if decision else "",
         ]
         if group.repeats > 1:
             lines.append(f"stands for {', '.join(group.members)}")
@@ -265,4 +266,5 @@ def _bits(decision: DrawableDecision | None) -> str:
 
 
 def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    lines = (printable(line).replace("\\", "\\\\").replace('"', '\\"') for line in text.split("\n"))
+    return '"' + "\\n".join(lines) + '"'

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape as html_escape
 from textwrap import wrap
 
 from lightning_cco.graph.layer import Shape
+from lightning_cco.names import printable
 
 SANS = "Helvetica,Arial,sans-serif"
 MONO = "Courier New,Courier,monospace"
@@ -125,6 +126,11 @@ def font(text: str, *, size: int, color: str = TEXT, face: str = "", bold: bool 
         return " "
     inner = f"<B>{escape(text)}</B>" if bold else escape(text)
     return f'<FONT POINT-SIZE="{size}" COLOR="{color}"{f" FACE={chr(34)}{face}{chr(34)}" if face else ""}>{inner}</FONT>'
+
+
+def escape(text: str) -> str:
+    """Returns a text as an HTML-like label may hold it: on one line, at most 200 characters long."""
+    return html_escape(printable(text, 200))
 
 
 def is_above(qs: float, threshold: float | None) -> bool:

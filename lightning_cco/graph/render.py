@@ -14,6 +14,7 @@ from pathlib import Path
 import pydot
 
 from lightning_cco.errors import CCOWarning
+from lightning_cco.files import write_file
 from lightning_cco.graph.draw import DrawablePlan, draw_graph
 from lightning_cco.graph.fonts import Fonts, find_fonts
 from lightning_cco.graph.layer_graph import LayerGraph
@@ -121,15 +122,12 @@ def _draw(text: str, name: str, timeout: float) -> bytes | None:
 
 
 def _write(path: Path, data: bytes) -> bool:
-    """Writes beside the file and renames, so that a reader never sees half a picture."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(data)
-        beside.replace(path)
-    except OSError as error:
-        _warn_once(f"The picture {path} can't be written ({error.strerror or error}); choose another output_dir.")
-        beside.unlink(missing_ok=True) if path.parent.is_dir() else None
+        write_file(path, data)
+    except (OSError, ValueError) as error:
+        _warn_once(
+            f"Pictures in '{path.parent}' can't be written ({getattr(error, 'strerror', None) or error}); choose another output_dir."
+        )
         return False
     return True
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.layer import Layer
+from lightning_cco.names import printable
 
 PATH_PREFIX = "path:"
 _GLOB = re.compile(r"[*?\[]")
@@ -128,5 +129,5 @@ def list_names(names: Sequence[str], limit: int = 5) -> str:
 
 
 def quote(name: str) -> str:
-    """Returns the name between single quotes."""
-    return f"'{name}'"
+    """Returns the name between single quotes, on one line, the middle of a very long one left out."""
+    return f"'{printable(f'{name}', 160)}'"

@@ -11,6 +11,7 @@ from tensorboard.compat.proto.node_def_pb2 import NodeDef
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.versions_pb2 import VersionDef
 
+from lightning_cco.names import printable
 from lightning_cco.quantization.plan import QuantizationPlan
 
 
@@ -36,15 +37,15 @@ def graph_def(plan: QuantizationPlan, qs: Mapping[str, float]) -> bytes:
         attributes = {
             "_output_shapes": AttrValue(list=shapes),
             "quantized": AttrValue(b=decision.quantized),
-            "decision": AttrValue(s=said.encode()),
-            **{name: AttrValue(s=str(value).encode()) for name, value in layer.attributes.items()},
+            "decision": AttrValue(s=printable(said).encode()),
+            **{printable(name): AttrValue(s=printable(value).encode()) for name, value in layer.attributes.items()},
         }
         if layer.name in qs:
             attributes["quantization_sensitivity"] = AttrValue(f=qs[layer.name])
         nodes.append(
             NodeDef(
                 name=full[layer.name],
-                op=layer.kind,
+                op=printable(layer.kind),
                 input=[full[name] for name in plan.graph.predecessors(layer.name)],
                 device="INT8" if decision.quantized else "float",  # the page can colour by device
                 attr=attributes,
@@ -54,5 +55,4 @@ def graph_def(plan: QuantizationPlan, qs: Mapping[str, float]) -> bytes:
 
 
 def _node_name(path: str, name: str) -> str:
-    parts = [re.sub(r"[^A-Za-z0-9_.\\-]", "_", part) for part in path.split(".") if part]
-    return "/".join([*parts, name])
+    return "/".join(re.sub(r"[^A-Za-z0-9_.\\-]", "_", part) for part in [*path.split("."), name] if part)

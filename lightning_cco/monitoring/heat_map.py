@@ -8,8 +8,11 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lightning_cco.names import printable
+
 _MOST_LAYERS = 60
 _MOST_EPOCHS = 40
+_LONGEST = 80  # characters of a name
 _ROW, _MARGIN, _SIZE = 20, 12, 13
 _LOW, _MIDDLE, _HIGH = (
     (240, 246, 252),
@@ -45,7 +48,7 @@ def heat_map(
         epochs = [*epochs[: _MOST_EPOCHS // 4], *epochs[-(_MOST_EPOCHS - _MOST_EPOCHS // 4) :]]
     font = ImageFont.load_default(_SIZE)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    label = max([int(measure.textlength(name, font=font)) for name in names] + [60]) + 2 * _MARGIN
+    label = max([int(measure.textlength(printable(name, _LONGEST), font=font)) for name in names] + [60]) + 2 * _MARGIN
     cell = 64 if len(epochs) <= 15 else 44
     shown = f"the {_MOST_LAYERS} most sensitive of {total} layers" if total > _MOST_LAYERS else f"{total} layers"
     limit = f"; red: above {threshold:,.6g}" if threshold is not None else ""
@@ -74,7 +77,13 @@ def heat_map(
     draw.text((label - _MARGIN, top - 8), "epoch", fill="black", font=font, anchor="rb")
     for row, name in enumerate(names):
         above = name in suggested or (threshold is not None and _orderable(latest.get(name, 0.0)) > threshold)
-        draw.text((label - _MARGIN, top + _ROW * row + _ROW / 2 - 1), name, fill=_ABOVE if above else "black", font=font, anchor="rm")
+        draw.text(
+            (label - _MARGIN, top + _ROW * row + _ROW / 2 - 1),
+            printable(name, _LONGEST),
+            fill=_ABOVE if above else "black",
+            font=font,
+            anchor="rm",
+        )
     return image
 
 

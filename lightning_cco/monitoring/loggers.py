@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from PIL import Image
@@ -39,6 +40,10 @@ class Payload:
     files: Sequence[Path] = ()
     graph: bytes | None = None
 
+    def with_values_of(self, other: Payload) -> Payload:
+        """This one with another's histograms and scalars."""
+        return replace(self, histograms=other.histograms, scalars=other.scalars)
+
 
 def show(loggers: Sequence[Any], payload: Payload) -> None:
     """Give each logger what it can show. TensorBoard everything; WandB images, tables, histograms and curves; MLflow the files; others nothing here.
@@ -52,7 +57,14 @@ def show(loggers: Sequence[Any], payload: Payload) -> None:
         try:
             give(logger, payload)
         except Exception as error:
-            warnings.warn(f"lightning_cco: {type(logger).__name__} could not show pictures and tables: {error}", CCOWarning, stacklevel=2)
+            kind = (type(logger).__name__, type(error).__name__)
+            if kind not in _WARNED.setdefault(logger, set()):
+                _WARNED[logger].add(kind)
+                warnings.warn(
+                    f"lightning_cco: {type(logger).__name__} could not show pictures and tables: {type(error).__name__}: {error}",
+                    CCOWarning,
+                    stacklevel=2,
+                )
 
 
 def _tensorboard(logger: Any, payload: Payload) -> None:
@@ -105,6 +117,8 @@ def _finite(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
     array = np.asarray(values, dtype=np.float64)
     return array[np.isfinite(array)]
 
+
+_WARNED: WeakKeyDictionary[Any, set[tuple[str, str]]] = WeakKeyDictionary()  # by logger, of which kinds of error it is known
 
 _GIVERS: dict[str, Callable[[Any, Payload], None]] = {
     "TensorBoardLogger": _tensorboard,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,9 +31,10 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     for name, value in metrics.items():
         if name.startswith("cco/"):
             continue
-        tensor = torch.as_tensor(value)
-        if tensor.numel() == 1:
-            found[name] = float(tensor)
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # no number: text, a complex value
+            tensor = torch.as_tensor(value)
+            if tensor.numel() == 1:
+                found[name] = float(tensor)
     return found
 
 

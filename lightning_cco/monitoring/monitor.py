@@ -1,24 +1,34 @@
-"""Shows a compression as it goes: the log, files, loggers. It keeps the history that heat map and tables need."""
+"""Shows a compression as it goes: the log, files, loggers. It keeps the history that heat map and tables need.
+
+Nothing here ends a training: what can't be drawn, written or shown is one warning, and on it goes.
+"""
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_cco.errors import CCOError
+from lightning_cco.errors import CCOWarning
+from lightning_cco.files import check_writable, remove_abandoned, write_file
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.render import save_pictures
 from lightning_cco.monitoring import tables
 from lightning_cco.monitoring.graph_def import graph_def
 from lightning_cco.monitoring.heat_map import heat_map
+from lightning_cco.monitoring.history import History, worth_showing
 from lightning_cco.monitoring.loggers import Payload, show
 from lightning_cco.monitoring.resolved import resolved_yaml
+from lightning_cco.monitoring.sensitivity_csv import SensitivityCsv
+from lightning_cco.names import printable
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings
@@ -29,54 +39,56 @@ if TYPE_CHECKING:
 
 
 _FOLLOWED = 30  # layers with a curve of their own: as many as a page can show
+_Data = TypeVar("_Data", str, bytes)
+_FILE_URL = re.compile(r"^file:/+")
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 class Monitor:
     """Writes what a user sees of one run.
 
     Files in ``folder``: ``model_init.{svg,png,dot}``, ``model_post_preprocessing.{svg,png,dot}`` (redrawn each epoch), ``resolved_recipe.yaml``,
-    ``suggested_skips.yaml``, ``sensitivity.csv``, ``heat_map.png``.
+    ``suggested_skips.yaml``, ``sensitivity.csv``, ``heat_map.png``. Loggers get each of the first 20 epochs' pictures and tables, then ever fewer, and the
+    last ones.
 
     Args:
-        folder: Where files go; made if missing.
+        folder: Where files go; made if missing, also when somebody removes it.
         loggers: The Trainer's loggers.
         enabled: Whether this process writes (rank 0).
         draw: Whether to draw the layer graph.
     """
 
-    def __init__(self, folder: Path, loggers: Sequence[Any] = (), enabled: bool = True, draw: bool = True) -> None:
-        self.folder, self.loggers, self.enabled, self.draw = Path(folder), list(loggers), enabled, draw
-        self.history: list[tuple[int, dict[str, float]]] = []
-        self.extremes: dict[str, dict[str, float]] = {}
-        self.previous: dict[str, float] = {}
-        self.followed: list[str] = []
-        self._rows: list[list[str]] = []
+    def __init__(self, folder: Path | str, loggers: Sequence[Any] = (), enabled: bool = True, draw: bool = True) -> None:
+        self.folder, self.loggers, self.enabled, self.draw = Path(_FILE_URL.sub("/", str(folder))), list(loggers), enabled, draw
+        self.past = History()
+        self._files = True  # whether the folder is on a disk
+        self._csv = SensitivityCsv(self.folder / "sensitivity.csv")
+        self._warned: set[object] = set()
         self._step = 0
+        self._not_shown: Payload | None = None
         self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cco-draw")
         self._pending: list[Future[None]] = []
 
     def on_start(self, graph: LayerGraph, plan: QuantizationPlan) -> None:
-        """Say what was captured and planned, draw it, write the resolved recipe.
-
-        Raises:
-            CCOError: The folder can't be written.
-        """
+        """Say what was captured and planned, draw it, write the resolved recipe."""
         if not self.enabled:
             return
-        self._make_folder()
-        rank_zero_info(f"Parsed layers:\n{tables.parsed_layers(graph)}")
+        self._open_folder()
+        with self._unharmed("the parsed layers"):
+            _say(f"Parsed layers:\n{tables.parsed_layers(graph)}")
         self.on_plan(plan)
         if self.draw:
             self._draw_init(graph)
-            self._draw_plan(plan, {}, step=0, when="before training")
-        rank_zero_info(f"Pictures and recipes: {self.folder}")
+            self._draw_plan(plan, {}, step=0, when="before training", to_loggers=True)
+        _say(f"Pictures and recipes: {printable(self.folder)}")
 
     def on_plan(self, plan: QuantizationPlan) -> None:
         """Say what a plan does, and write it as a recipe that can be fed back."""
         if not self.enabled:
             return
-        rank_zero_info("\n".join(tables.plan_lines(plan)))
-        self._write("resolved_recipe.yaml", lambda path: path.write_text(resolved_yaml(plan), encoding="utf-8"))
+        with self._unharmed("the plan"):
+            _say("\n".join(tables.plan_lines(plan)))
+        self._write("resolved_recipe.yaml", lambda: resolved_yaml(plan))
 
     def on_epoch(
         self,
@@ -106,54 +118,69 @@ class Monitor:
         if not self.enabled:
             return
         self._step = step
+        past, first = self.past, self.past.count == 0
         qs = {name: entry.qs for name, entry in report.main.items()}
-        ordered = {name: qs[name] for name in plan.graph.names if name in qs}
-        self.history = [entry for entry in self.history if entry[0] != epoch] + [(epoch, ordered)]
-        self._remember(epoch, metrics)
-        said = [f"Summary of epoch {epoch}"]
-        if metrics:
-            said.append(tables.metrics_table(metrics, original, self.previous, self.extremes, directions or {}))
-        said += ["", tables.sensitivity_table(report, plan), *tables.suggestion_lines(suggestions, settings), ""]
-        rank_zero_info("\n".join(said))
-        self.previous = dict(metrics)
-        suggested = suggestions_yaml(suggestions, settings, plan.suggestions)
-        self._write("suggested_skips.yaml", lambda path: path.write_text(suggested, encoding="utf-8"))
-        self._write_csv(epoch, report, plan)
-        picture = self._draw_heat_map(suggestions, settings)
-        rows = tables.sensitivity_rows(report, plan)
-        first = len(self.history) == 1
+        past.add(epoch, {name: qs[name] for name in plan.graph.names if name in qs}, metrics)
+        with self._unharmed("the epoch's summary"):
+            said = [f"Summary of epoch {epoch}"]
+            if metrics:
+                said.append(tables.metrics_table(metrics, original, past.previous, past.extremes, directions or {}))
+            said += ["", tables.sensitivity_table(report, plan), *tables.suggestion_lines(suggestions, settings), ""]
+            _say("\n".join(said))
+        past.previous = dict(metrics)
+        suggested = self._write("suggested_skips.yaml", lambda: suggestions_yaml(suggestions, settings, plan.suggestions))
+        if self._files and not os.path.exists(self.folder / "resolved_recipe.yaml"):  # somebody removed it
+            self._write("resolved_recipe.yaml", lambda: resolved_yaml(plan))
+        if self._files:
+            with self._unharmed(self.folder / "sensitivity.csv"):
+                self._csv.write(epoch, report, plan)
+        picture = self._write("heat_map.png", lambda: self._heat_map(suggestions, settings))
         if first:
-            self.followed = [entry.name for entry in report.worst_first()[:_FOLLOWED]]
-        payload = Payload(
+            past.followed = [entry.name for entry in report.worst_first()[:_FOLLOWED]]
+        with self._unharmed("what goes to the loggers"):
+            self._to_loggers(step, plan, report, suggested, picture, first)
+        if self.draw:
+            self._draw_plan(plan, qs, step, when=f"epoch {epoch}", to_loggers=self._not_shown is None)
+
+    def _to_loggers(
+        self, step: int, plan: QuantizationPlan, report: SensitivityReport, suggested: str | None, picture: bytes | None, first: bool
+    ) -> None:
+        if not self.loggers:
+            return
+        qs = {name: entry.qs for name, entry in report.main.items()}
+        rows = tables.sensitivity_rows(report, plan)[: tables.MOST_ROWS]
+        texts = {"cco/sensitivity": tables.markdown_table(tables.SENSITIVITY_HEADER, rows, of=len(qs))}
+        if suggested is not None:
+            texts["cco/suggestions"] = "\n".join(f"    {line}" for line in suggested.splitlines())
+        heavy = Payload(
             step,
-            texts={
-                "cco/sensitivity": tables.markdown_table(tables.SENSITIVITY_HEADER, rows),
-                "cco/suggestions": "\n".join(f"    {line}" for line in suggested.splitlines()),
-            },
+            texts=texts,
             tables={"cco/sensitivity": (tables.SENSITIVITY_HEADER, rows)},
-            images={"cco/heat_map": picture},
-            histograms={"cco/qs": list(qs.values())},
-            scalars={f"cco_qs/{name}": qs[name] for name in self.followed if name in qs},
+            images={} if picture is None else {"cco/heat_map": picture},
             files=[self.folder / name for name in ("suggested_skips.yaml", "sensitivity.csv", "heat_map.png", "resolved_recipe.yaml")],
             graph=graph_def(plan, qs) if first else None,
         )
-        show(self.loggers, payload)
-        if self.draw:
-            self._draw_plan(plan, qs, step, when=f"epoch {epoch}")
+        self._not_shown = None if worth_showing(self.past.count) else heavy
+        light = Payload(
+            step,
+            histograms={"cco/qs": list(qs.values())},
+            scalars={f"cco_qs/{printable(name)}": qs[name] for name in self.past.followed if name in qs},
+        )
+        show(self.loggers, light if self._not_shown is not None else heavy.with_values_of(light))
 
-    def _draw_heat_map(self, suggestions: Sequence[Suggestion], settings: Settings) -> bytes:
+    def _heat_map(self, suggestions: Sequence[Suggestion], settings: Settings) -> bytes:
         threshold = settings.global_quantization_settings.quantization_sensitivity_threshold
         buffer = io.BytesIO()
-        heat_map(self.history, threshold, {suggestion.name for suggestion in suggestions}).save(buffer, format="PNG")
-        self._write("heat_map.png", lambda path: path.write_bytes(buffer.getvalue()))
+        heat_map(self.past.epochs, threshold, {suggestion.name for suggestion in suggestions}).save(buffer, format="PNG")
         return buffer.getvalue()
 
     def on_export(self, report: ExportReport) -> None:
         """Show what an export says of its file."""
-        rank_zero_info(str(report))
+        _say(str(report))
         path = Path(report.path).with_name("export_report.json")
-        report.save(path)
-        text = "\n".join(f"    {line}" for line in str(report).splitlines())
+        with self._unharmed(path):
+            report.save(path)
+        text = "\n".join(f"    {printable(line)}" for line in str(report).splitlines())
         show(self.loggers, Payload(self._step, {"cco/export": text}, files=[path]))
 
     def _draw_init(self, graph: LayerGraph) -> None:
@@ -167,87 +194,98 @@ class Monitor:
             files = [written[ending] for ending in ("svg", "png") if ending in written]
             show(self.loggers, Payload(step, images={tag: written["png"].read_bytes()}, files=files))
 
-    def _draw_plan(self, plan: QuantizationPlan, qs: Mapping[str, float], step: int, when: str) -> None:
+    def _draw_plan(self, plan: QuantizationPlan, qs: Mapping[str, float], step: int, when: str, to_loggers: bool) -> None:
         """Draw in the background: the layout of a large net takes seconds, the training need not wait for it."""
 
         def draw() -> None:
             stem = self.folder / "model_post_preprocessing"
-            self._show_picture("cco/graph", save_pictures(plan.graph, stem, plan, qs, f"model_post_preprocessing, {when}"), step)
+            written = save_pictures(plan.graph, stem, plan, qs, f"model_post_preprocessing, {when}")
+            if to_loggers:
+                self._show_picture("cco/graph", written, step)
 
         self._in_background(draw)
 
     def _in_background(self, job: Callable[[], Any]) -> None:
+        def work() -> None:
+            with self._unharmed("the picture of the layer graph"):
+                job()
+
+        if not self._files:
+            return
         # Pictures of an epoch that has passed are not worth a queue.
         self._pending = [future for future in self._pending if not future.done() and not future.cancel()]
-        self._pending.append(self._drawing.submit(lambda: (job(), None)[1]))
+        with self._unharmed("the picture of the layer graph"):
+            self._pending.append(self._drawing.submit(work))
 
     def finish(self) -> None:
-        """Wait for the pictures."""
+        """Wait for the pictures, and show the loggers the last ones."""
         for future in self._pending:
             if not future.cancelled():
                 future.result()
         self._pending.clear()
+        if self._not_shown is not None:
+            show(self.loggers, self._not_shown)
+            self._not_shown = None
 
-    def _make_folder(self) -> None:
+    def _open_folder(self) -> None:
+        if _REMOTE.match(str(self.folder)):  # pathlib has made one slash of two
+            self._files = False
+            self._warn(
+                "remote", f"'{self.folder}' is not on a disk: pictures and recipes are not written. Set monitoring_settings.output_dir."
+            )
+            return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / ".writable"
-            probe.touch()
-            probe.unlink()
+            check_writable(self.folder)
         except OSError as error:
-            raise CCOError(
-                f"The folder '{self.folder}' for pictures and recipes can't be written: {error}. "
-                "Set monitoring_settings.output_dir to one that can, or the Trainer's default_root_dir."
-            ) from error
+            self._warn(
+                (type(error), error.errno),
+                f"The folder '{self.folder}' for pictures and recipes can't be written: {error}. The training goes on without them. "
+                "Set monitoring_settings.output_dir to one that can, or the Trainer's default_root_dir.",
+            )
+        remove_abandoned(self.folder)
 
-    def _write(self, name: str, write: Callable[[Path], Any]) -> None:
-        """Write a file whole or not at all."""
-        path = self.folder / name
-        temporary = path.with_name(f".{name}")
-        write(temporary)
-        temporary.replace(path)
+    def _write(self, name: str, make: Callable[[], _Data]) -> _Data | None:
+        """Make the content of a file and write it whole or not at all. Returns the content, also if it could not be written."""
+        made = None
+        with self._unharmed(self.folder / name):
+            made = make()
+            if self._files:
+                write_file(self.folder / name, made)
+        return made
 
-    def _write_csv(self, epoch: int, report: SensitivityReport, plan: QuantizationPlan) -> None:
-        self._rows = [row for row in self._rows if row[0] != str(epoch)]
-        for name in plan.graph.names:
-            local, accumulated = report.local.get(name), report.accumulated.get(name)
-            if local is None and accumulated is None:
-                continue
-            cells = [str(epoch), name, plan.graph[name].path]
-            for entry in (local, accumulated):
-                cells += [f"{entry.qs:.9g}", f"{entry.relative:.9g}", f"{entry.sqnr_db:.6g}"] if entry else ["", "", ""]
-            self._rows.append(cells)
-        header = ["epoch", "layer", "module", "qs", "relative", "sqnr_db", "accumulated_qs", "accumulated_relative", "accumulated_sqnr_db"]
+    @contextlib.contextmanager
+    def _unharmed(self, what: object) -> Iterator[None]:
+        """Make a warning of any error, one for each kind of it."""
+        try:
+            yield
+        except CCOWarning:  # turned into errors by the user
+            raise
+        except OSError as error:
+            self._warn(
+                (type(error), error.errno),
+                f"'{what}' can't be written: {error}. The training goes on; is monitoring_settings.output_dir right?",
+            )
+        except Exception as error:
+            self._warn(
+                (str(what), type(error)), f"'{what}' could not be made or shown: {type(error).__name__}: {error}. The training goes on."
+            )
 
-        def write(path: Path) -> None:
-            with path.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([header, *self._rows])
-
-        self._write("sensitivity.csv", write)
-
-    def _remember(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            best = self.extremes.setdefault(name, {"lowest": value, "lowest_epoch": epoch, "highest": value, "highest_epoch": epoch})
-            if value < best["lowest"]:
-                best["lowest"], best["lowest_epoch"] = value, epoch
-            if value > best["highest"]:
-                best["highest"], best["highest_epoch"] = value, epoch
+    def _warn(self, kind: object, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"lightning_cco: {message}", CCOWarning, stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
-        """The history as plain data."""
-        history = [{"epoch": epoch, "qs": dict(values)} for epoch, values in self.history]
-        return {
-            "history": history,
-            "extremes": {name: dict(best) for name, best in self.extremes.items()},
-            "previous": dict(self.previous),
-            "followed": list(self.followed),
-            "rows": [list(row) for row in self._rows],
-        }
+        """The history as plain data, a few kilobytes."""
+        return {**self.past.state_dict(), "folder": str(self.folder)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a history."""
-        self.history = [(entry["epoch"], dict(entry["qs"])) for entry in state["history"]]
-        self.extremes = {name: dict(best) for name, best in state["extremes"].items()}
-        self.previous = dict(state["previous"])
-        self.followed = list(state["followed"])
-        self._rows = [list(row) for row in state["rows"]]
+        self.past.load_state_dict(state)
+        earlier = Path(state.get("folder", self.folder)) / self._csv.path.name
+        self._csv = SensitivityCsv(self._csv.path, earlier)
+
+
+def _say(text: str) -> None:
+    """Into the log; what does not print must not reach a terminal."""
+    rank_zero_info("\n".join(printable(line) for line in text.split("\n")))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import yaml
 
+from lightning_cco.names import literal, printable, yaml_value
 from lightning_cco.quantization.plan import QuantizationPlan
-from lightning_cco.suggestions import rule_yaml
-
-_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def resolved_yaml(plan: QuantizationPlan) -> str:
@@ -20,7 +18,7 @@ def resolved_yaml(plan: QuantizationPlan) -> str:
     rules = plain.pop("layer_settings")
     lines = [
         "# Every layer with its decision (the tail is among them, hence skip_tail_quantization: false). Can be fed back as it is.",
-        yaml.dump(plain, Dumper=_DUMPER, sort_keys=False, allow_unicode=True).rstrip(),
+        yaml.dump(literal(plain), Dumper=yaml.SafeDumper, sort_keys=False, allow_unicode=True).rstrip(),
         "layer_settings:",
     ]
     for rule in rules:
@@ -28,5 +26,5 @@ def resolved_yaml(plan: QuantizationPlan) -> str:
         path = plan.graph[name].path
         left = "" if name in plan.weight_only else "not quantized, "
         done = "quantized" if name in plan.quantized else f"{left}{plan.skipped[name]}"
-        lines.append(f"  - {rule_yaml(rule)}  # {f'{path}: ' if path else ''}{done}")
+        lines.append(f"  - {yaml_value(rule)}  # {printable(f'{path}: ' if path else '')}{printable(done)}")
     return "\n".join([*lines, ""])

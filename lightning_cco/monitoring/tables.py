@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.monitoring.directions import best_of
+from lightning_cco.names import markdown_cell, printable
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings
@@ -27,7 +28,7 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequ
     conv     1.5
     linear  10.0
     """
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[printable(cell, _WIDEST) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
@@ -36,11 +37,17 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequ
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in cells)])
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The same as Markdown, for TensorBoard's text page."""
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], of: int = 0) -> str:
+    """The same as Markdown, for TensorBoard's text page.
+
+    Args:
+        header: Titles of the columns.
+        rows: As many cells each.
+        of: How many rows there are in all, if not all are given.
+    """
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
+    lines += ["| " + " | ".join(map(markdown_cell, row)) + " |" for row in rows]
+    return "\n".join(lines) + (f"\n\n… and {of - len(rows)} more (all are in sensitivity.csv)" if of > len(rows) else "")
 
 
 def number(value: float) -> str:
@@ -61,6 +68,8 @@ def parsed_layers(graph: LayerGraph) -> str:
     return text_table(["module", "layer", "kind"], rows)
 
 
+MOST_ROWS = 60  # rows of a table in a logger
+_WIDEST = 120  # characters of a cell in the log
 _MANY = 40  # layers with weights from which on each is no longer worth a line
 
 
@@ -94,7 +103,7 @@ def plan_lines(plan: QuantizationPlan) -> list[str]:
         crossings.setdefault((boundary.direction, boundary.source), []).append(boundary.destination)
     for (direction, source), destinations in crossings.items():
         lines.append(f"{direction}: from '{source}' to " + ", ".join(f"'{name}'" for name in destinations))
-    return lines
+    return [printable(line) for line in lines]
 
 
 def float_layers(plan: QuantizationPlan) -> str:
@@ -168,7 +177,7 @@ def suggestion_lines(suggestions: Sequence[Suggestion], settings: Settings, most
         if general.automatic_skip_quantization
         else "merge suggested_skips.yaml into the recipe to apply them"
     )
-    lines = [f"Suggested skips ({what}):", *(f"  {s.name}: {s.reason}" for s in suggestions[:most])]
+    lines = [f"Suggested skips ({what}):", *(printable(f"  {s.name}: {s.reason}") for s in suggestions[:most])]
     return lines if len(suggestions) <= most else [*lines, f"  … and {len(suggestions) - most} more"]
 
 

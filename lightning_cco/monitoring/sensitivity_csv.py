@@ -1,0 +1,106 @@
+"""``sensitivity.csv``: every measured layer of every epoch, appended, so that an epoch costs the same whatever came before it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import stat
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lightning_cco.errors import CCOWarning
+from lightning_cco.files import real_file, write_file
+from lightning_cco.names import csv_cell, printable
+from lightning_cco.quantization.plan import QuantizationPlan
+from lightning_cco.sensitivity import SensitivityReport
+
+HEADER = ["epoch", "layer", "module", "qs", "relative", "sqnr_db", "accumulated_qs", "accumulated_relative", "accumulated_sqnr_db"]
+
+
+class SensitivityCsv:
+    """The table of one run.
+
+    Args:
+        path: The file.
+        earlier: The file that a resumed run goes on from, most often the same one; `None`: the table starts anew.
+    """
+
+    def __init__(self, path: Path, earlier: Path | None = None) -> None:
+        self.path, self.earlier = path, earlier
+        self._seen: tuple[int, int, int] | None = None  # device, inode and size that this run left
+        self._last = -1
+        self._warned = False
+
+    def write(self, epoch: int, report: SensitivityReport, plan: QuantizationPlan) -> None:
+        """Add an epoch. One that is run again takes the place of what came from it on.
+
+        Raises:
+            OSError: The file can't be written; it is then as it was.
+        """
+        rows = _as_text(_rows(epoch, report, plan))
+        found = _identity(self.path)
+        if self._seen is None or found is None or epoch <= self._last:
+            source = self.path if self._seen is not None else self.earlier
+            write_file(self.path, _as_text([HEADER, *_before(source, epoch)]) + rows)
+        else:
+            if found != self._seen and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"lightning_cco: another run writes into '{printable(self.path)}'; the rows of both are in it. "
+                    "Give each run a monitoring_settings.output_dir of its own.",
+                    CCOWarning,
+                    stacklevel=2,
+                )
+            _append(self.path, rows.encode())
+        self._seen, self._last = _identity(self.path), epoch
+
+
+def _rows(epoch: int, report: SensitivityReport, plan: QuantizationPlan) -> Iterable[Sequence[str]]:
+    for name in plan.graph.names:
+        local, accumulated = report.local.get(name), report.accumulated.get(name)
+        if local is None and accumulated is None:
+            continue
+        cells = [str(epoch), csv_cell(name), csv_cell(plan.graph[name].path)]
+        for entry in (local, accumulated):
+            cells += [f"{entry.qs:.9g}", f"{entry.relative:.9g}", f"{entry.sqnr_db:.6g}"] if entry else ["", "", ""]
+        yield cells
+
+
+def _as_text(rows: Iterable[Sequence[str]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
+
+
+def _before(path: Path | None, epoch: int) -> list[list[str]]:
+    """The rows of a table before an epoch; none if there is no such table. A torn last row is left out."""
+    if path is None or not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = csv.reader(file)
+        if next(rows, None) != HEADER:
+            return []
+        return [row for row in rows if len(row) == len(HEADER) and row[0].isdigit() and int(row[0]) < epoch]
+
+
+def _append(path: Path, data: bytes) -> None:
+    """All or nothing, and in one piece also where another process appends."""
+    with open(real_file(path), "ab", buffering=0) as file:
+        start = file.seek(0, os.SEEK_END)
+        try:
+            written = file.write(data)
+            if written < len(data):
+                file.write(data[written:])  # says why, if the disk is full
+        except OSError:
+            file.truncate(start)
+            raise
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_size) if stat.S_ISREG(found.st_mode) else None

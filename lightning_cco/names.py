@@ -1,0 +1,150 @@
+"""Names and values that others chose, made safe to show: in the log, in Markdown, CSV and YAML.
+
+A module's name may hold anything: line ends, terminal escapes, quotes, HTML, halves of surrogate pairs. Whatever is written for people goes through
+`printable`, whatever is read back goes through `yaml_value`.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_RESERVED = {"true", "false", "yes", "no", "on", "off", "y", "n", "null"}  # words that YAML does not read as text
+_FORMULA = ("=", "+", "-", "@")  # a spreadsheet computes cells that begin so
+_MARKDOWN = re.compile(r"[\\`*\[\]|]")
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
+
+
+def printable(text: object, limit: int | None = None) -> str:
+    r"""The text on one line, with escapes for what does not print: control characters, line ends, marks of direction, surrogates.
+
+    Args:
+        text: Anything; its ``str``.
+        limit: How many characters at most; the middle is left out.
+
+    >>> printable("a\n- b\x1b[31m"), printable("encoder.layer.0.attention", 11)
+    ('a\\n- b\\x1b[31m', 'encod…ntion')
+    """
+    said = str(text)
+    if not said.isprintable():
+        said = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in said)
+    if limit is not None and len(said) > limit:
+        said = f"{said[: limit // 2]}…{said[len(said) - (limit - 1) // 2 :]}"
+    return said
+
+
+def markdown_cell(text: object) -> str:
+    r"""A cell of a Markdown table.
+
+    >>> markdown_cell("a|<b>")
+    'a\\|&lt;b&gt;'
+    """
+    said = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _MARKDOWN.sub(lambda sign: "\\" + sign.group(), said)
+
+
+def csv_cell(text: object) -> str:
+    """A cell with a name in it, for a `csv.writer`: a spreadsheet must not take it for a formula.
+
+    >>> csv_cell("=1+1"), csv_cell("conv.0")
+    ("'=1+1", 'conv.0')
+    """
+    said = printable(text)
+    return f"'{said}" if said.lstrip().startswith(_FORMULA) else said
+
+
+def yaml_value(value: object) -> str:
+    r"""A value of a recipe as YAML on one line; `load_settings` reads the same value back, also from a text with ``${`` in it.
+
+    >>> yaml_value(["conv", "encoder.*", "a\nb", True, None])
+    '[conv, \'encoder.*\', "a\\nb", true, null]'
+    """
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{yaml_value(str(key))}: {yaml_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(yaml_value, value)) + "]"
+    if isinstance(value, str):
+        text = str(literal(value))
+        if _PLAIN.fullmatch(text) and text.lower() not in _RESERVED:
+            return text
+        style = "'" if text.isprintable() else '"'
+        return str(yaml.dump(text, Dumper=yaml.SafeDumper, default_style=style, allow_unicode=True, width=float("inf"))).rstrip("\n")
+    return str(yaml.dump(value, Dumper=yaml.SafeDumper)).removesuffix("...\n").rstrip("\n")
+
+
+def literal(value: Any) -> Any:
+    r"""A value, or a container of values, in which ``${...}`` stands for itself when OmegaConf reads it.
+
+    >>> literal({"match": "${HOME}"})
+    {'match': '\\${HOME}'}
+    """
+    if isinstance(value, str):
+        return _INTERPOLATION.sub(lambda found: found.group(1) * 2 + "\\${", str(value))
+    if isinstance(value, Mapping):
+        return {key: literal(item) for key, item in value.items()}
+    return [literal(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class Interpolated(str):
+    """Text that came out of an interpolation such as ``${oc.env:TOKEN}``: messages show what was written, never what it stands for.
+
+    Args:
+        value: The text.
+        source: What the recipe says.
+    """
+
+    source: str
+
+    def __new__(cls, value: str, source: str) -> Interpolated:  # noqa: D102
+        made = super().__new__(cls, value)
+        made.source = source
+        return made
+
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
+        """What a copy is made of."""
+        return str(self), self.source
+
+    def __format__(self, spec: str) -> str:
+        """What was written."""
+        return format(self.source, spec)
+
+    def __repr__(self) -> str:
+        """What was written."""
+        return repr(self.source)
+
+
+class _Short(reprlib.Repr):
+    """Shows any value in a few words, whatever its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxstring = 2, 3, 80
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdeque = self.maxarray = 3
+
+    def repr1(self, x: Any, level: int) -> str:
+        """By kind; what is neither text nor number nor container only by its type, since its own ``repr`` may be of any length."""
+        if isinstance(x, Interpolated):
+            return printable(repr(x), 200)
+        if isinstance(x, str):
+            return printable(repr(x[:100] + x[max(100, len(x) - 100) :]), self.maxstring)
+        if isinstance(x, int) and x.bit_length() > 128:
+            return f"a number of {x.bit_length()} bits"
+        if isinstance(x, (bool, int, float, type(None))):
+            return repr(x)
+        if type(x) in (dict, list, tuple, set, frozenset):
+            return super().repr1(x, level)
+        return f"<{type(x).__name__}>"
+
+
+def shown(value: object) -> str:
+    """A value in a message, at most some hundred characters long.
+
+    >>> shown("conv"), shown(list(range(100)))
+    ("'conv'", '[0, 1, 2, ...]')
+    """
+    return _Short().repr(value)
