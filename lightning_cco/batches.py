@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,15 +12,14 @@ import torch
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import Capture, capture
 from lightning_cco.graph.reached import frozen_modules, is_within
+from lightning_cco.lookahead import copied, upcoming_batches
+from lightning_cco.spare_loader import isolated_random
 
 ForwardFn = Callable[[Any, Any], Any]
 """``(pl_module, batch) -> Any``: runs the model's layers on a batch."""
@@ -77,6 +75,11 @@ def _mismatch(module: nn.Module, expected: str, came: str, missing: list[str]) -
     )
 
 
+def on_a_copy(forward: ForwardFn) -> ForwardFn:
+    """The same way of a batch through the model, but on a copy: a step may write to its batch, which is used again."""
+    return lambda module, batch: forward(module, copied(batch))
+
+
 def overrides_forward(module: pl.LightningModule) -> bool:
     """Whether the module has a ``forward`` of its own."""
     return type(module).forward not in (pl.LightningModule.forward, nn.Module.forward)
@@ -113,19 +116,19 @@ def capture_module(module: pl.LightningModule, batch: Any, forward_fn: ForwardFn
         CCOError: The forward fails on the batch.
     """
     if forward_fn is not None:
-        return capture(module, lambda: forward_fn(module, batch)), forward_fn
+        return capture(module, lambda: forward_fn(module, copied(batch))), forward_fn
     found: Capture | None = None
     problem: CCOError | None = None
     if overrides_forward(module):
         try:
-            found = capture(module, lambda: forward_through_model(module, batch))
+            found = capture(module, lambda: forward_through_model(module, copied(batch)))
         except CCOError as error:
             problem = error
         if found is not None and not _unreached(module, found):
             _say_left_out(module, found)
             return found, forward_through_model
     try:
-        through_step = capture(module, lambda: forward_through_step(module, batch))
+        through_step = capture(module, lambda: forward_through_step(module, copied(batch)))
     except CCOError:
         if found is not None:
             return found, forward_through_model
@@ -231,54 +234,20 @@ def to_device(trainer: pl.Trainer, batch: Any) -> Any:
 
 
 def training_batches(trainer: pl.Trainer, count: int) -> Iterator[Any]:
-    """The first batches of the Trainer's own training loader, on its device.
+    """The batches that are trained on next, on the Trainer's device: copies, which the training still gets as they are; see `upcoming_batches`.
 
-    The same ones each time: they are drawn under a random state of their own, and all others (also of the loaders' generators) are put back. So is the
-    place at which a loader that keeps its own state goes on in the middle of an epoch.
+    Hooks on the way to the device may draw random numbers; those of the training stay as they are.
     """
-    combined = trainer.fit_loop._combined_loader
-    assert combined is not None
-    loaders = [loader for loader in combined.flattened if isinstance(loader, DataLoader)]
-    generators = {id(g): g for loader in loaders for g in (loader.generator, getattr(loader.sampler, "generator", None)) if g is not None}
-    states = [(g, g.get_state()) for g in generators.values()]
-    places = [(loader, loader.state_dict()) for loader in combined.flattened if _keeps_its_place(loader)]
-    limit = min(count, trainer.num_training_batches) if trainer.num_training_batches != float("inf") else count
-    with _isolated_random(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        torch.manual_seed(0)
-        for generator, _ in states:
-            generator.manual_seed(0)
-        try:
-            for loader, _ in places:
-                next(iter(loader), None)  # the one after this begins at the beginning
-            iterator = iter(CombinedLoader(combined.iterables, mode=combined._mode))
-            for _ in range(int(limit)):
-                try:
-                    batch, _, _ = next(iterator)
-                except StopIteration:
-                    return
-                yield to_device(trainer, batch)
-        finally:
-            for loader, place in places:
-                loader.load_state_dict(place)
-            for generator, state in states:
-                generator.set_state(state)
+    batches = upcoming_batches(trainer, count)  # drawn here and now, not inside of whatever context the caller then opens
 
+    def moved() -> Iterator[Any]:
+        for number, batch in enumerate(batches):
+            with isolated_random():
+                torch.manual_seed(number)
+                batch = to_device(trainer, batch)
+            yield batch
 
-def _keeps_its_place(loader: Any) -> bool:
-    """Whether Lightning saves the loader's own state in checkpoints."""
-    return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
-
-
-@contextmanager
-def _isolated_random() -> Iterator[None]:
-    """Lightning's `isolate_rng`, which by itself puts nothing back when an exception leaves it, such as that of a generator dropped halfway."""
-    stack = ExitStack()
-    stack.enter_context(isolate_rng())
-    try:
-        yield
-    finally:
-        stack.close()
+    return moved()
 
 
 def with_progress(trainer: pl.Trainer, batches: Iterable[Any], total: int) -> Iterable[Any]:

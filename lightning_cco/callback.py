@@ -18,10 +18,12 @@ from lightning_cco.batches import (
     forward_arguments,
     forward_through_model,
     model_context,
+    on_a_copy,
     training_batches,
     with_progress,
 )
 from lightning_cco.errors import CCOError
+from lightning_cco.lookahead import warn_of_left_over
 from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.directions import metric_directions
 from lightning_cco.monitoring.metrics import monitored_values, numbers, sanity_check_metrics
@@ -150,10 +152,12 @@ class CCOCallback(pl.Callback):
         only = quantized.uncalibrated if quantized.calibrated else None
         total = int(min(steps, trainer.num_training_batches))
         rank_zero_info(f"Collecting statistics from the model for at most {total} steps.")
+        batches = training_batches(trainer, steps)
         with model_context(trainer):
-            count = quantized.calibrate(with_progress(trainer, training_batches(trainer, steps), total), self._forward, only)
+            count = quantized.calibrate(with_progress(trainer, batches, total), self._forward, only)
         quantized.uncalibrated = []
-        rank_zero_info(f"Done collecting statistics: {count} batches.")
+        fewer = f" (stats_steps is {steps}; the loader gave no more)" if count < steps else ""
+        rank_zero_info(f"Done collecting statistics: {count} batches{fewer}.")
 
     def _start_monitor(self, trainer: pl.Trainer) -> Monitor:
         monitoring = self.settings.monitoring_settings
@@ -189,11 +193,13 @@ class CCOCallback(pl.Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called at the end of each epoch. Measures, suggests, logs and draws; changes nothing, so that what is saved is what was measured."""
+        warn_of_left_over(trainer)
         quantized, monitor = self.quantized, self._monitor
         assert quantized is not None
         assert monitor is not None
+        assert self._forward is not None
         with model_context(trainer):
-            self.report = quantized.sensitivity(self._held, self._forward, self.settings.monitoring_settings.sensitivity_modes)
+            self.report = quantized.sensitivity(self._held, on_a_copy(self._forward), self.settings.monitoring_settings.sensitivity_modes)
         self.suggestions = suggest_skips(self.report, quantized.plan, self.settings)
         if self.settings.global_quantization_settings.automatic_skip_quantization:
             self._pending_skips = [suggestion.name for suggestion in self.suggestions]

@@ -1,0 +1,226 @@
+"""Looking at the batches that are trained on next without taking them from the training."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_cco.errors import CCOWarning
+from lightning_cco.spare_loader import draws_by_a_known_order, read_apart, spare_loader, watching_random
+
+_KEPT_BYTES = 1 << 30
+"""How much memory the batches that were drawn early may take until they are trained on."""
+
+_Item = tuple[Any, int, int]
+"""What a `CombinedLoader` gives: batch, its index, and that of its loader."""
+
+
+class Lookahead:
+    """Stands in front of the Trainer's own iterator: what was drawn early comes first, then the rest.
+
+    So each batch is drawn once, in the order and from the iterator of a run without anybody looking ahead, whatever kind of loader it is.
+
+    Args:
+        fetcher: The fetcher of the training loop; its iterator has been begun.
+        again: Whether the loop begins to iterate once more before its next batch. The iteration begun here is then the one that it gets.
+
+    Attributes:
+        kept: What was drawn and not yet given to the training.
+        exhausted: Whether nothing more comes.
+        uses_random: Whether loading a batch draws from this process's global random state.
+    """
+
+    def __init__(self, fetcher: _DataFetcher, again: bool) -> None:
+        self.fetcher = fetcher
+        self.combined: CombinedLoader = fetcher.combined_loader
+        self.kept: deque[_Item] = deque()
+        self.exhausted = self.uses_random = False
+        if again:
+            iter(fetcher)
+        assert fetcher.iterator is not None
+        self.source: Iterator[_Item] = fetcher.iterator
+        self._stateful = any(isinstance(loader, _Stateful) for loader in self.combined.flattened)
+        self._states: deque[Any] = deque()
+        prefetched: list[_Item] = getattr(fetcher, "batches", [])
+        self._remember_place()
+        if again:
+            for item in prefetched:
+                self.kept.append(item)
+                self._remember_place()
+            fetcher._combined_loader = _Begun(self)  # type: ignore[assignment]
+        else:
+            fetcher.iterator = self
+        if self._stateful:
+            # A checkpoint holds the place of what is trained on, not of what was drawn.
+            self.combined._state_dicts = self._place  # type: ignore[method-assign]
+
+    def __iter__(self) -> Lookahead:
+        return self
+
+    def __next__(self) -> _Item:
+        """The next batch for the training."""
+        if not self.kept:
+            if self.exhausted:
+                raise StopIteration
+            self._step_aside()
+            return next(self.source)
+        item = self.kept.popleft()
+        if self._states:
+            self._states.popleft()
+        if not self.kept and not self.exhausted:
+            self._step_aside()
+        return item
+
+    @property
+    def in_front(self) -> bool:
+        """Whether the training loop still reads from here, or will."""
+        return self.fetcher.iterator is self or isinstance(self.fetcher._combined_loader, _Begun)
+
+    @property
+    def upcoming(self) -> list[_Item]:
+        """What is known of the batches to come: those in the fetcher's hands already, then those kept here."""
+        held = getattr(self.fetcher, "batches", []) if self.fetcher.iterator is self else []
+        return [*held, *self.kept]
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the batches kept."""
+        return sum(_bytes(item[0]) for item in self.kept)
+
+    def draw(self) -> bool:
+        """Draw one batch more.
+
+        Returns:
+            Whether there was one.
+        """
+        if self.exhausted:
+            return False
+        try:
+            self.kept.append(next(self.source))
+        except StopIteration:
+            self.exhausted = True
+            return False
+        self._remember_place()
+        return True
+
+    def _remember_place(self) -> None:
+        if self._stateful:
+            self._states.append(copy.deepcopy(CombinedLoader._state_dicts(self.combined)))
+
+    def _place(self) -> list[dict[str, Any]]:
+        return list(self._states[0] if self._states and self.in_front else CombinedLoader._state_dicts(self.combined))
+
+    def _step_aside(self) -> None:
+        if self.fetcher.iterator is self:
+            self.fetcher.iterator = self.source
+        self.combined.__dict__.pop("_state_dicts", None)
+
+
+class _Begun:
+    """In the place of a loader until it is iterated the next time, which gives the iteration that was begun."""
+
+    def __init__(self, lookahead: Lookahead) -> None:
+        self._lookahead = lookahead
+
+    def __iter__(self) -> Lookahead:
+        self._lookahead.fetcher._combined_loader = self._lookahead.combined
+        return self._lookahead
+
+    def __len__(self) -> int:
+        return len(self._lookahead.combined)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lookahead.combined, name)
+
+
+def look_ahead(trainer: pl.Trainer) -> tuple[Lookahead, float]:
+    """The lookahead of the training loop, made at the first call, and how many batches the epoch that begins still has.
+
+    To be called between ``on_train_start`` and the first batch of an epoch.
+    """
+    loop = trainer.fit_loop
+    if loop._should_reload_train_dl:  # as the loop does before its first batch
+        loop.setup_data()
+    fetcher = loop._data_fetcher
+    assert fetcher is not None
+    assert loop._combined_loader is not None
+    epoch_loop, epoch = loop.epoch_loop, trainer.current_epoch
+    batches: Any = epoch_loop.batch_progress.current
+    trained = batches.processed if epoch_loop.restarting else 0
+    left = trainer.num_training_batches - trained
+    again = trainer.current_epoch > 0 and not getattr(loop, "is_resuming", False) and not epoch_loop.restarting
+    if left <= 0:  # the checkpoint is from the end of an epoch: the loop goes on with the next one
+        again, left, epoch = True, trainer.num_training_batches, epoch + 1
+    current = fetcher.iterator if isinstance(fetcher.iterator, Lookahead) else getattr(fetcher._combined_loader, "_lookahead", None)
+    if isinstance(current, Lookahead) and current.in_front:
+        return current, left
+    for loader in loop._combined_loader.flattened:
+        _set_sampler_epoch(loader, epoch)
+    return Lookahead(fetcher, again), left
+
+
+def warn_of_left_over(trainer: pl.Trainer) -> None:
+    """Say at the end of an epoch, if it ended early, what was drawn from a stream and not trained on."""
+    fetcher = trainer.fit_loop._data_fetcher
+    lookahead = fetcher.iterator if fetcher is not None else None
+    if isinstance(lookahead, Lookahead) and lookahead.kept and spare_loader(trainer, lookahead.combined) is None:
+        warnings.warn(
+            f"The epoch ended before {len(lookahead.kept)} batches of the training loader that the calibration had drawn were trained on. A stream that "
+            "gives each sample once has lost them. Set training_settings.stats_steps to at most the number of batches in an epoch.",
+            CCOWarning,
+            stacklevel=2,
+        )
+
+
+def upcoming_batches(trainer: pl.Trainer, count: int) -> Iterator[Any]:
+    """The batches that the training loop gets next, at most ``count``; copies, so that whatever is done to them, the training sees none of it.
+
+    They are drawn from the training's own iterator and given back to it. That changes nothing where the order of random numbers doesn't matter: in worker
+    processes, and for data without global random numbers. Else (a dataset that augments in this process; a sampler of one's own, which may heed what was
+    trained), and where the batches would take too much memory, the further batches come from a copy of the loaders. Streams can't be copied: theirs are
+    always drawn early, and fewer of them if they are large.
+    """
+    lookahead, left = look_ahead(trainer)
+    spare = spare_loader(trainer, lookahead.combined)
+    if spare is None and trainer.max_steps >= 0:  # what a stream gives and nobody trains on is lost
+        left = min(left, max(1, (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches))
+    count = int(min(count, left))
+    draws = spare is None or draws_by_a_known_order(lookahead.combined)
+    while draws and len(lookahead.upcoming) < count and lookahead.kept_bytes < _KEPT_BYTES:
+        if spare is not None and lookahead.uses_random:
+            break
+        with watching_random(lookahead.combined) as used:
+            if not lookahead.draw():
+                break
+        lookahead.uses_random |= bool(used)
+    early = [item[0] for item in lookahead.upcoming[:count]]
+    more = spare is not None and not lookahead.exhausted and len(early) < count
+    rest = islice(read_apart(spare), len(early), count) if spare is not None and more else iter(())
+    return (copied(batch) for batch in chain(early, rest))
+
+
+def copied(batch: Any) -> Any:
+    """A batch that may be written to."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:  # tensors with a history, open files
+        return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
+
+
+def _bytes(batch: Any) -> int:
+    sizes: list[int] = []
+    apply_to_collection(batch, (Tensor, np.ndarray), lambda item: sizes.append(item.nbytes))
+    return sum(sizes)
