@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_modules import Classifier, batches, make_trainer
 from models import GuideCNN
 
-from lightning_cco import CCOCallback, CCOWarning, QuantizedModel, quantize
+from lightning_cco import CCOCallback, CCOError, CCOWarning, QuantizedModel, quantize
 from lightning_cco.files import remove_abandoned, temporary_folder, write_file
 from lightning_cco.monitoring import Monitor, monitor
 from lightning_cco.monitoring.history import History
@@ -192,3 +192,31 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".cco-note").write_text("a user's")
     remove_abandoned(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".cco-note"]
+
+
+@pytest.mark.parametrize("name", ["model.engine", "model", "model.xml", "folder.onnx", "pipe.onnx", "folder.pt2", "a\0.onnx"])
+def test_an_export_writes_files_only(name: str, quantized: QuantizedModel, tmp_path: Path) -> None:
+    for folder in ("folder.onnx", "folder.pt2"):
+        (tmp_path / folder).mkdir()
+    os.mkfifo(tmp_path / "pipe.onnx")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CCOError, match=r"ends in \.onnx|can't be written"):
+        quantized.export(tmp_path / name)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_program_is_written_through_a_link_and_nothing_is_left(
+    quantized: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link.pt2").symlink_to(tmp_path / "store" / "real.pt2")
+    quantized.export(tmp_path / "link.pt2")
+    assert (tmp_path / "link.pt2").is_symlink()
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["real.pt2"]
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.export, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        quantized.export(tmp_path / "store" / "other.pt2")
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["real.pt2"]

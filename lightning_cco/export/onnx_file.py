@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from lightning_cco.export.emit import Emitter
 from lightning_cco.export.products import split_products
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.stored import StoredWeights
+from lightning_cco.files import real_file, temporary_folder
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.quantization.model import QuantizedModel
 
@@ -80,24 +80,52 @@ def export_onnx(
         raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
     if int4 and quantized.settings.deployment_settings.target_framework == "tensorrt":
         raise CCOError("export: int4=True with target_framework: tensorrt, which takes 4-bit weights in blocks only. Leave int4 out.")
-    path = Path(path)
+    target = export_target(path, ".onnx")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            temporary = Path(folder) / path.name
+        with temporary_folder(target.parent) as folder:
+            temporary = folder / target.name
             emitter = _write(quantized, temporary, args, kwargs, dynamic_batch, int4, options)
-            size = sum(part.stat().st_size for part in Path(folder).iterdir())
+            size = sum(part.stat().st_size for part in folder.iterdir())
             report = ExportReport(str(path), size, _float_size(quantized), notes=_notes(quantized, emitter, int4))
             if check:
                 check_file(quantized, temporary, emitter, [call_of(batch) for batch in batches] or [(args, kwargs)], report)
                 _judge(report, min_sqnr_db, max_mean_steps)
-            os.replace(temporary, path)
-            data = temporary.with_name(f"{temporary.name}.data")
-            if data.exists():
-                os.replace(data, path.with_name(data.name))
+            _move(temporary, target)
     except OSError as error:
         raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
     return report
+
+
+def export_target(path: str | Path, ending: str) -> Path:
+    """The file that an export is to write, through symbolic links.
+
+    Args:
+        path: What the user gave.
+        ending: What it must end in.
+
+    Raises:
+        CCOError: It ends in something else, or what is there is no file.
+    """
+    if Path(path).suffix.lower() != ending:
+        raise CCOError(
+            f"export: a path that ends in .onnx (a file for ONNX Runtime, OpenVINO and TensorRT, which build theirs from it) or in .pt2 "
+            f"(a torch.export program) was expected, '{path}' came. Write '{Path(path).with_suffix(ending) if Path(path).name else 'model' + ending}'."
+        )
+    try:
+        return real_file(path)
+    except OSError as error:
+        raise CCOError(f"export: '{path}' can't be written: {error}. Give the path of a file in a folder that can be.") from error
+
+
+def _move(made: Path, target: Path) -> None:
+    """Put a file, and the one beside it that holds its large tensors, in the place of older ones, so that no two of them are ever mixed."""
+    data, old = made.with_name(f"{made.name}.data"), target.with_name(f"{target.name}.data")
+    if data.exists() or old.exists():
+        target.unlink(missing_ok=True)
+        old.unlink(missing_ok=True)
+    if data.exists():
+        os.replace(data, old)
+    os.replace(made, target)
 
 
 def _need_packages() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.onnx_file import batch_shapes, two_samples
+from lightning_cco.export.onnx_file import batch_shapes, export_target, two_samples
+from lightning_cco.files import temporary_folder
 from lightning_cco.quantization.model import QuantizedModel
 
 
@@ -39,6 +41,7 @@ def export_program(
     args, kwargs = tuple(example_args), dict(example_kwargs or {})
     if not args and not kwargs:
         raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
+    target = export_target(path, ".pt2")
     shapes = None
     if dynamic_batch:
         args, kwargs = two_samples(args), two_samples(kwargs)
@@ -49,11 +52,10 @@ def export_program(
         except Exception as error:
             quantized.runtime.frames.reset()
             raise CCOError(f"export: {type(quantized.model).__name__} can't be traced by torch.export: {error}") from error
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}")
     try:
-        torch.export.save(program, temporary)
-        temporary.replace(path)
+        with temporary_folder(target.parent) as folder:
+            torch.export.save(program, folder / target.name)
+            os.replace(folder / target.name, target)
     except (OSError, RuntimeError) as error:
         raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
     return program

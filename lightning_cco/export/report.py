@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lightning_cco.files import write_file
+
 
 @dataclass
 class LayerDifference:
@@ -92,7 +94,7 @@ class ExportReport:
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
         ratios = {"size_ratio": self.size_ratio, "largest_steps": self.largest_steps, "mean_steps": self.mean_steps}
-        path.write_text(json.dumps({**asdict(self), **ratios}, indent=2), encoding="utf-8")
+        write_file(path, json.dumps({**asdict(self), **ratios}, indent=2))
 
     def __str__(self) -> str:
         lines = [
