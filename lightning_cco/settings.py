@@ -61,7 +61,9 @@ class GlobalQuantizationSettings:
         skip_tail_quantization: Skip the layers from each output up to the first weighted layer of every branch.
         automatic_skip_quantization: Skip the layers above the threshold from the next epoch on, instead of suggesting it.
         quantization_sensitivity_threshold: Quantization Sensitivity (L2 norm) above which a skip is suggested; None: no such threshold.
-        quantization_sensitivity_relative_threshold: The same for the norm relative to the layer's output, such as 0.5; None: no such threshold.
+        quantization_sensitivity_relative_threshold: The same for the norm relative to the layer's output, and to what varies of it between the samples of a
+            batch. Above the default of 0.5 (6 dB) skipping brings accuracy back, below 0.25 it does not (`benchmarks/skip_threshold.py`). None: no such
+            threshold.
     """
 
     weights_num_bits: int = 8
@@ -69,7 +71,7 @@ class GlobalQuantizationSettings:
     skip_tail_quantization: bool = True
     automatic_skip_quantization: bool = False
     quantization_sensitivity_threshold: float | None = 10000.0
-    quantization_sensitivity_relative_threshold: float | None = None
+    quantization_sensitivity_relative_threshold: float | None = 0.5
 
 
 @dataclass

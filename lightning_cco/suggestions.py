@@ -35,9 +35,12 @@ def suggest_skips(report: SensitivityReport, plan: QuantizationPlan, settings: S
     """The layers to skip because something above a threshold is rounded in them, worst first.
 
     Judged by the local sensitivity where there is one: an accumulated error would blame every layer after the bad one. NaN and infinity are above
-    any threshold. A layer with weights is suggested by itself: most often they are the cause. Where the rounding of its output is (it has no weights, or is
-    in float already and measured all the same), skipping it alone would change nothing, since what reads it in INT8 has its input rounded: then the
-    layers that read it, and those fused with it, are suggested too.
+    any threshold. The relative threshold holds for the whole output and for its batch-varying part (see `lightning_cco.sensitivity`): what tells inputs apart
+    may be lost while the whole output is hardly changed.
+
+    A layer with weights is suggested by itself: most often they are the cause. Where the rounding of its output is (it has no weights, or is in float already
+    and measured all the same), skipping it alone would change nothing, since what reads it in INT8 has its input rounded: then the layers that read it, and
+    those fused with it, are suggested too.
 
     Args:
         report: What was measured.
@@ -60,7 +63,7 @@ def suggest_skips(report: SensitivityReport, plan: QuantizationPlan, settings: S
     found: dict[str, Suggestion] = {}
     around = _Around(plan)
     for name, (entry, said) in above.items():
-        if name in plan.quantized:
+        if name in plan.quantized or name in plan.weight_only:
             found[name] = Suggestion(name, entry.qs, entry.relative, entry.sqnr_db, f"{said}{_culprit(entry, plan)}")
         for other, relation in around.companions(name):
             if other not in found and other not in above:
@@ -98,7 +101,7 @@ def _effective(suggestions: list[Suggestion], plan: QuantizationPlan, settings: 
     if not suggestions:
         return []
     then = plan_quantization(plan.graph, settings, [*plan.suggestions, *(suggestion.name for suggestion in suggestions)])
-    return [suggestion for suggestion in suggestions if suggestion.name not in then.quantized]
+    return [suggestion for suggestion in suggestions if suggestion.name not in then.quantized | then.weight_only]
 
 
 def _above(what: str, value: float, threshold: float | None) -> str:

@@ -123,3 +123,32 @@ def test_local_and_accumulated_of_a_model() -> None:
     rounded = quantized.activations["batch_norm_4"](outputs[False])
     assert report.local["batch_norm_4"].qs == pytest.approx(float(torch.dist(rounded, outputs[False])), rel=1e-4)
     assert report.accumulated["batch_norm_4"].qs > report.local["batch_norm_4"].qs
+
+
+def test_what_varies_between_samples_is_measured_by_itself() -> None:
+    """A constant part of 100 hides from the whole SQNR that rounding leaves nothing of what differs."""
+    f = 100.0 + torch.randn(64, 5)
+    q = torch.full_like(f, 100.0) + 0.1 * torch.randn(64, 5)
+    metric = QuantizationSensitivity()
+    metric.update(q, f)
+    entry = metric.sensitivity("a")
+    deviations = q - q.mean(0), f - f.mean(0)
+    assert entry.varying_sqnr_db == pytest.approx(float(SignalNoiseRatio()(deviations[0].flatten(), deviations[1].flatten())), abs=1e-3)
+    assert entry.sqnr_db > 35
+    assert entry.varying_relative > 0.9
+
+
+def test_the_varying_part_of_a_large_tensor_is_taken_of_the_same_values_of_each_sample() -> None:
+    f = torch.randn(8, 16, 64, 64, generator=torch.Generator().manual_seed(0)) + torch.linspace(0, 50, 64)
+    q = f + 0.1 * torch.randn(f.shape, generator=torch.Generator().manual_seed(1))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        metric = QuantizationSensitivity()
+        metric.update(q.contiguous(memory_format=layout), f.contiguous(memory_format=layout))
+        assert metric.sensitivity("a").varying_relative == pytest.approx(0.1, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(), (1, 4), (0, 4), (5,)])
+def test_outputs_in_which_nothing_varies_have_no_varying_part(shape: tuple[int, ...]) -> None:
+    metric = QuantizationSensitivity()
+    metric.update(torch.ones(shape), torch.ones(shape))
+    assert math.isnan(metric.sensitivity("a").varying_relative)

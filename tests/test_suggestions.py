@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 import yaml
 from models import GuideCNN
 from omegaconf import OmegaConf
+from torch import nn
 
-from lightning_cco import Settings, capture_graph, load_settings, plan_quantization
+from lightning_cco import Settings, capture_graph, load_settings, plan_quantization, quantize
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.sensitivity import LayerSensitivity, SensitivityReport
-from lightning_cco.suggestions import merge_suggestions, suggest_skips, suggestions_yaml
+from lightning_cco.settings import LayerRule
+from lightning_cco.suggestions import Suggestion, merge_suggestions, suggest_skips, suggestions_yaml
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +81,49 @@ def test_an_output_that_resists_names_what_rounds_it(plan: QuantizationPlan) -> 
 
 def test_an_input_is_suggested_alone(plan: QuantizationPlan) -> None:
     assert [s.name for s in suggest_skips(report(input_0=20_000.0), plan, Settings())] == ["input_0"]
+
+
+class Spectra(nn.Module):
+    """An LSTM on columns whose sizes differ by orders of magnitude, and so do its weights'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.linear = nn.LSTM(20, 32, batch_first=True), nn.Linear(32, 16)
+        with torch.no_grad():
+            self.lstm.weight_ih_l0 /= torch.logspace(1, -5, 20)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.linear(self.lstm(x)[0][:, -1]))
+
+
+def test_a_layer_whose_rounding_leaves_nothing_of_what_differs_is_suggested_by_default_and_its_skip_helps() -> None:
+    torch.manual_seed(0)
+    model, x = Spectra().eval(), torch.rand(16, 24, 20) * torch.logspace(1, -5, 20)
+
+    def error_of_what_varies(rules: list[LayerRule]) -> float:
+        quantized = quantize(model, Settings(layer_settings=rules), (x,))
+        quantized.calibrate([x])
+        suggested[:] = suggest_skips(quantized.sensitivity([x]), quantized.plan, quantized.settings)
+        with torch.no_grad():
+            got = model(x)
+        quantized.remove()
+        with torch.no_grad():
+            expected = model(x)
+        varying = expected - expected.mean(0)
+        return float((got - got.mean(0) - varying).norm() / varying.norm())
+
+    suggested: list[Suggestion] = []
+    before = error_of_what_varies([])
+    assert [suggestion.name for suggestion in suggested] == ["lstm"]
+    assert "varies between samples" in suggested[0].reason
+    after = error_of_what_varies([LayerRule(match="lstm", skip_quantization=True)])
+    assert after < 0.1 * before
+    assert not suggested
+
+
+def test_a_healthy_network_gets_no_suggestion() -> None:
+    torch.manual_seed(0)
+    model, x = GuideCNN().eval(), GuideCNN.example()
+    quantized = quantize(model, Settings(), (x,))
+    quantized.calibrate([x])
+    assert suggest_skips(quantized.sensitivity([x]), quantized.plan, quantized.settings) == []

@@ -112,7 +112,7 @@ def float_layers(plan: QuantizationPlan) -> str:
 
 
 def sensitivity_rows(report: SensitivityReport, plan: QuantizationPlan) -> list[list[str]]:
-    """One row per measured layer, worst first: name, module, QS, relative, SQNR, accumulated QS, bits."""
+    """One row per measured layer, worst first: name, module, QS, relative, SQNR of the output and of its batch-varying part, accumulated QS, bits."""
     rows = []
     for entry in report.worst_first():
         decision, accumulated = plan.decisions[entry.name], report.accumulated.get(entry.name)
@@ -128,6 +128,7 @@ def sensitivity_rows(report: SensitivityReport, plan: QuantizationPlan) -> list[
                 number(entry.qs),
                 f"{100 * entry.relative:.2f}%",
                 f"{entry.sqnr_db:.1f}",
+                "-" if math.isnan(entry.varying_sqnr_db) else f"{entry.varying_sqnr_db:.1f}",
                 number(accumulated.qs) if accumulated else "-",
                 bits or "-",
             ]
@@ -135,7 +136,7 @@ def sensitivity_rows(report: SensitivityReport, plan: QuantizationPlan) -> list[
     return rows
 
 
-SENSITIVITY_HEADER = ["layer", "module", "QS", "relative", "SQNR dB", "accumulated QS", "bits"]
+SENSITIVITY_HEADER = ["layer", "module", "QS", "relative", "SQNR dB", "varying dB", "accumulated QS", "bits"]
 
 
 def sensitivity_table(report: SensitivityReport, plan: QuantizationPlan, most: int = 5) -> str:
@@ -148,7 +149,7 @@ def sensitivity_table(report: SensitivityReport, plan: QuantizationPlan, most: i
     """
     rows = sensitivity_rows(report, plan)
     title = "Quantization Sensitivity (QS): how far rounding moves a layer's output; the most sensitive layers first"
-    table = f"{title}\n{text_table(SENSITIVITY_HEADER, rows[:most], right=[2, 3, 4, 5])}"
+    table = f"{title}\n{text_table(SENSITIVITY_HEADER, rows[:most], right=[2, 3, 4, 5, 6])}"
     return table if len(rows) <= most else f"{table}\n… and {len(rows) - most} less sensitive layers (all are in sensitivity.csv)"
 
 
