@@ -16,7 +16,8 @@ from lightning_cco.names import csv_cell, printable
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.sensitivity import SensitivityReport
 
-HEADER = ["epoch", "layer", "module", "qs", "relative", "sqnr_db", "accumulated_qs", "accumulated_relative", "accumulated_sqnr_db"]
+_FIGURES = ("qs", "relative", "sqnr_db", "varying_sqnr_db")
+HEADER = ["epoch", "layer", "module", *_FIGURES, *(f"accumulated_{figure}" for figure in _FIGURES)]
 
 
 class SensitivityCsv:
@@ -64,7 +65,7 @@ def _rows(epoch: int, report: SensitivityReport, plan: QuantizationPlan) -> Iter
             continue
         cells = [str(epoch), csv_cell(name), csv_cell(plan.graph[name].path)]
         for entry in (local, accumulated):
-            cells += [f"{entry.qs:.9g}", f"{entry.relative:.9g}", f"{entry.sqnr_db:.6g}"] if entry else ["", "", ""]
+            cells += [f"{getattr(entry, figure):.9g}" if entry else "" for figure in _FIGURES]
         yield cells
 
 
