@@ -22,6 +22,8 @@ from report import Table, parser, publish
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from lightning_cco.quantization.runtime import Phase
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 PARTS = {
     "float": "the float step",
@@ -43,7 +45,7 @@ def without_activations(x: Tensor, clamp: tuple[float, float] | None = None, inp
 def network(case: Case, part: str) -> nn.Module:
     model, quantized = prepared(case, part if part in ("float", "moving average") else "frozen")
     if quantized is not None and part == "hooks":
-        quantized.runtime.run = quantized.runtime._pass
+        quantized.runtime.phase = Phase.PASS
     if quantized is not None and part == "weights":
         for quantizer in quantized.activations.values():
             quantizer.forward = without_activations  # type: ignore[method-assign]

@@ -27,7 +27,7 @@ from lightning_cco.lookahead import warn_of_left_over
 from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.directions import metric_directions
 from lightning_cco.monitoring.metrics import monitored_values, numbers, sanity_check_metrics
-from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.quantization.model import QuantizedModel, release
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings, changed_settings, load_settings
 from lightning_cco.strategies import check_strategy, is_sharded
@@ -88,10 +88,12 @@ class CCOCallback(pl.Callback):
                 f"Trainer(callbacks=...): {len(others)} CCOCallbacks were given, but a model can be quantized only once. Keep one of them."
             )
         check_strategy(trainer)
-        if self.quantized is not None and self.quantized.model is not pl_module:
+        if self.quantized is not None and (self.quantized.model is not pl_module or not self.quantized.attached):
             self._state = self._state or self.state_dict()
             self.quantized.remove()
             self.quantized = None
+        if stage == "fit" and self.quantized is None:
+            self._release(pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -141,11 +143,18 @@ class CCOCallback(pl.Callback):
             if self._state is not None:
                 self._take_over(self._state)
             return
+        self._release(pl_module)
         with model_context(trainer):
             captured, self._forward = capture_module(pl_module, batch, self.forward_fn)
             self.quantized = QuantizedModel(pl_module, captured, self.settings, self._suggestions_in(self._state))
         if self._state is not None:
             self._take_over(self._state)
+
+    def _release(self, pl_module: pl.LightningModule) -> None:
+        if release(pl_module):
+            rank_zero_info(
+                "lightning_cco: the model was quantized already, by another callback or quantize(); this callback's recipe takes its place."
+            )
 
     def _calibrate(self, trainer: pl.Trainer, quantized: QuantizedModel) -> None:
         steps = max(1, self.settings.training_settings.stats_steps)

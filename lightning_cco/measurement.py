@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_cco.quantization.model import Forward, QuantizedModel
 from lightning_cco.quantization.quantizer import ActivationQuantizer
+from lightning_cco.quantization.runtime import Phase
 from lightning_cco.sensitivity import LayerSensitivities, SensitivityReport
 
 
@@ -56,8 +57,8 @@ def _measure_batch(quantized: QuantizedModel, metric: LayerSensitivities, forwar
         if reference.get(name):  # none if rounding made the model take another path
             metric.update("accumulated", name, output, reference[name].popleft())
 
-    first = ("measure_local", compare_local) if "local" in modes else ("record_float", keep_float)
-    for what, recorder in (first, ("record_quantized", compare)) if "accumulated" in modes else (first,):
+    first = (Phase.MEASURE_LOCAL, compare_local) if "local" in modes else (Phase.RECORD_FLOAT, keep_float)
+    for what, recorder in (first, (Phase.RECORD_QUANTIZED, compare)) if "accumulated" in modes else (first,):
         # What a step draws (a generator's noise) must be the same in each forward.
         with quantized.forked_random(), quantized.runtime.doing(what, recorder):
             forward()

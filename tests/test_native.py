@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_cco.quantization import fake_quantize as fake_quantize_module
-from lightning_cco.quantization import native
+from lightning_cco.quantization import kernel_library, native
 from lightning_cco.quantization.fake_quantize import affine_qparams, fake_quantize, fake_quantize_weight
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no C compiler")
@@ -158,5 +158,29 @@ def test_with_and_without_a_compiler(environment: dict[str, str], expected: bool
     assert len(libraries) == expected
     if expected:  # the second time out of the cache
         monkeypatch.setenv("CC", "false")
-        monkeypatch.setattr(native, "_compile", lambda command, library: pytest.fail("compiled again"))
+        monkeypatch.setattr(kernel_library, "_compile", lambda command, library: pytest.fail("compiled again"))
         assert load() is not None
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data[:4096] + bytes(4096) + data[8192:]]
+)
+def test_a_damaged_library_is_compiled_again(
+    damage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kernel_library.open_library() is not None
+    (path,) = tmp_path.rglob("*.so")
+    data = path.read_bytes()
+    path.unlink()  # this process has it in its memory
+    path.write_bytes(damage(data))
+    assert native.load.__wrapped__() is not None
+    assert "damaged" in caplog.text
+    (path,) = tmp_path.rglob("*.so")
+    assert kernel_library._hash_of(path) == path.stem.rpartition("-")[2]
+
+
+def test_wrong_code_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(native.Kernels, "wrong", lambda self: "widen")
+    assert native.load.__wrapped__() is None
+    assert "wrong code of 'widen'" in caplog.text

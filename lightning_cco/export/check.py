@@ -17,6 +17,7 @@ from lightning_cco.export.report import ExportReport, FloatIsland, LayerDifferen
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.quantization.model import QuantizedModel
 from lightning_cco.quantization.quantizer import ActivationQuantizer
+from lightning_cco.quantization.runtime import Phase
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one forward."""
@@ -86,7 +87,7 @@ def check_file(quantized: QuantizedModel, path: Path, emitter: Emitter, calls: S
             assert isinstance(output, Tensor)
             reference.setdefault(name, output.detach().clone())
 
-        with quantized.evaluating(), quantized.runtime.doing("record_quantized", keep):
+        with quantized.evaluating(), quantized.runtime.doing(Phase.RECORD_QUANTIZED, keep):
             expected = [_array(tensor) for _, tensor in tensors_in(quantized.model(*args, **kwargs))]
         results = session.run(None, feeds)
         count = len(results) - len(tensors)

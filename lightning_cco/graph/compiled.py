@@ -5,7 +5,9 @@ The mode is on while a compiled module runs because PyTorch runs the hooks of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,3 +76,32 @@ def restore_modes(modes: list[Any]) -> None:
         torch._C._pop_torch_function_stack()
     for mode in modes:
         torch._C._push_on_torch_function_stack(mode)
+
+
+class _Eager:
+    """How many blocks want compiled code to run eagerly, over all threads: PyTorch's own switch is one for the process."""
+
+    def __init__(self) -> None:
+        self.lock, self.blocks = threading.Lock(), 0
+        self.stance: Any = None
+
+
+_eager = _Eager()
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Run compiled code eagerly inside the block."""
+    with _eager.lock:
+        _eager.blocks += 1
+        if _eager.blocks == 1:
+            _eager.stance = torch.compiler.set_stance("force_eager")
+            _eager.stance.__enter__()
+    try:
+        yield
+    finally:
+        with _eager.lock:
+            _eager.blocks -= 1
+            if not _eager.blocks:
+                _eager.stance.__exit__(None, None, None)
+                _eager.stance = None

@@ -10,9 +10,12 @@ that function within the frame. Shapes, batch size and what other modules do hav
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from threading import get_ident
+from types import FrameType
 from typing import Any
 
 import torch
@@ -58,7 +61,7 @@ class CallNode:
         """The node of a call made from within this one, made on first use."""
         node = self.children.get((path, index))
         if node is None:
-            node = self.children[path, index] = CallNode(path, index, self, captured)
+            node = self.children.setdefault((path, index), CallNode(path, index, self, captured))
         return node
 
     @property
@@ -90,9 +93,11 @@ class Frame:
 
     Attributes:
         records: Whether gradients were recorded when it began.
+        python: Identity of the Python frame of the module's call; 0 if unknown, as in compiled code and in a recomputation.
+        token: Of a thread's first frame: ends with the Python frame, also where no hook says so.
     """
 
-    __slots__ = ("calls", "counts", "node", "records", "table", "training")
+    __slots__ = ("calls", "counts", "node", "python", "records", "table", "token", "training")
 
     def __init__(self, node: CallNode, training: bool, records: bool = False) -> None:
         self.node = node
@@ -101,6 +106,8 @@ class Frame:
         self.table: dict[str, Any] = node.tables[training]
         self.counts: dict[str, int] = {}
         self.calls: dict[str, int] = {}
+        self.python = 0
+        self.token: weakref.ref[_Arguments] | None = None
 
     def copy(self) -> Frame:
         """The same with counters of its own."""
@@ -133,6 +140,11 @@ class _FrameMode(HiddenMode):
                 return func(*args, **kwargs)
             if is_foreign(frames.graphs):
                 return func(*args, **kwargs)
+            python = stack[-1].python
+            if python and not _is_running(python):
+                frames.drop_ended(stack)
+                if not stack:
+                    return func(*args, **kwargs)
             if stack[0].records:
                 frames.note_checkpoint(stack, entering=False)
         elif not stack:
@@ -164,6 +176,8 @@ class Frames:
         entered: Called with each frame pushed, and the arguments of its module.
         left: Called with each frame about to be popped, and its module's output.
         started: Called before the first frame of a thread is pushed.
+        carried: Called when a checkpoint's forward begins; makes the context in which its recomputation runs.
+        owner: Refers to the object that these hooks belong to.
         graphs: Identities of the modules of the model that are graphs of `torch.fx`.
     """
 
@@ -176,6 +190,8 @@ class Frames:
         self.left: Callable[[Frame, Any], None] | None = None
         self.growing = False
         self.started: Callable[[], None] | None = None
+        self.carried: Callable[[], Callable[[], AbstractContextManager[None]]] | None = None
+        self.owner: weakref.ref[Any] | None = None
         self._mode = _FrameMode(self)
         self._main: list[Frame] = []
         self._thread = get_ident()
@@ -186,7 +202,12 @@ class Frames:
         self._resuming = 0
 
     def attach(self) -> None:
-        """Hook every submodule. Code compiled before that runs on without the hooks, so it is dropped."""
+        """Hook every submodule. Code compiled before that runs on without the hooks, so it is dropped.
+
+        Raises:
+            CCOError: Somebody else's hooks are on.
+        """
+        refuse_hooked(self.model)
         self._thread = get_ident()
         self._entries = {}
         for node in [*self.root.children.values(), *self.root.walk()]:  # calls from outside any frame come first
@@ -209,11 +230,55 @@ class Frames:
         self.reset()
         torch._dynamo.reset()
 
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are on."""
+        return bool(self._handles)
+
     def reset(self) -> None:
-        """Forget frames left behind by a forward that was interrupted (Ctrl-C skips ``always_call`` hooks)."""
+        """Forget all frames."""
         self._main.clear()
         self._others.clear()
-        restore_modes([mode for mode in mode_stack() if mode is not self._mode])
+        self._leave_mode()
+
+    def _leave_mode(self) -> None:
+        modes = mode_stack()
+        if self._mode in modes:
+            restore_modes([mode for mode in modes if mode is not self._mode])
+
+    def drop_ended(self, stack: list[Frame]) -> None:
+        """Drop the frames of calls that ended without our hooks: after Ctrl-C and the like PyTorch does not run them, ``always_call`` or not."""
+        running = set()
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            running.add(id(frame))
+            frame = frame.f_back
+        for depth, pushed in enumerate(stack):
+            if pushed.python and pushed.python not in running:
+                del stack[depth:]
+                break
+        if not stack:
+            self._leave_mode()
+
+    def _abandoned(self, thread: int, token: weakref.ref[_Arguments]) -> None:
+        """The first call of a thread has ended without our hook."""
+        stack = self._main if thread == self._thread else self._others.get(thread)
+        if stack and stack[0].token is token and thread == get_ident():
+            stack.clear()
+            self._leave_mode()
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """After an interrupt inside the block, the frames of this thread are those of before."""
+        stack = self.stack()
+        depth = len(stack)
+        try:
+            yield
+        except BaseException:
+            del stack[depth:]
+            if not stack:
+                self._leave_mode()
+            raise
 
     @contextmanager
     def handled_by(self, handle: Handler) -> Iterator[None]:
@@ -239,6 +304,8 @@ class Frames:
         checkpoint, attribute = found
         function = getattr(checkpoint, attribute)
         if not (isinstance(function, Resumed) and function.belongs_to(self)):
+            if self.carried is not None:
+                function = _InContext(self.carried(), function)
             setattr(checkpoint, attribute, Resumed(self, [frame.copy() for frame in stack], function))
 
     @contextmanager
@@ -273,10 +340,19 @@ class Frames:
         self._entries[path] = [node]
         return node
 
-    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Push the frame of a module call that begins."""
+    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """Push the frame of a module call that begins.
+
+        Returns:
+            The keyword arguments to go on with, for a thread's first frame: they end with the call.
+        """
         stack = self.stack()
         compiling = is_compiling()
+        own = None if compiling else _module_call(sys._getframe(1))
+        if own is not None and stack and stack[-1].python:
+            around = _module_call(own.f_back)
+            if around is None or id(around) != stack[-1].python:
+                self.drop_ended(stack)
         records = not compiling and torch.is_grad_enabled()
         if not compiling and (not stack or stack[0].records):
             self.note_checkpoint(stack, entering=True)
@@ -286,26 +362,91 @@ class Frames:
             parent.calls[path] = index + 1
             node = parent.node.child(path, index, self.growing)
         else:
-            if self.started is not None and not compiling:
-                self.started()
+            if not compiling:
+                if self.started is not None:
+                    self.started()
+                self._leave_mode()  # an interrupt may have left it
             self._mode.__enter__()  # type: ignore[no-untyped-call]
             node = self._node_for_entry(path)
         frame = Frame(node, module.training, records)
+        replaced = None
+        if own is not None:
+            frame.python = id(own)
+            if not stack:
+                replaced = _Arguments(kwargs)
+                frame.token = weakref.ref(replaced, partial(_end_of_call, weakref.ref(self), get_ident()))
         stack.append(frame)
         if self.entered is not None:
             self.entered(frame, args, kwargs)
+        return replaced
 
     def leave(self, path: str, output: Any) -> None:
         """Pop the frame of a module call that ends."""
         stack = self.stack()
         # A user's pre-hook may have raised before ours ran, and a redirected call pushed nothing.
-        if not stack or stack[-1].node.path != path:
+        if not stack:
             return
+        own = None if is_compiling() else _module_call(sys._getframe(1))
+        if own is None or not stack[-1].python:
+            if stack[-1].node.path != path:
+                return
+        elif stack[-1].python != id(own):
+            # Calls inside of this one were interrupted, and somebody caught that; or this one pushed nothing.
+            depth = next((depth for depth, frame in enumerate(stack) if frame.python == id(own)), None)
+            if depth is None or stack[depth].node.path != path:
+                return
+            del stack[depth + 1 :]
         if self.left is not None:
             self.left(stack[-1], output)
         stack.pop()
         if not stack:
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+class _Arguments(dict[str, Any]):
+    """Keyword arguments that can be referred to weakly: the call of a module holds them as long as it runs."""
+
+
+def _end_of_call(frames: weakref.ref[Frames], thread: int, token: weakref.ref[_Arguments]) -> None:
+    alive = frames()
+    if alive is not None:
+        alive._abandoned(thread, token)
+
+
+class _InContext:
+    """Runs a function in a context."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[None]], function: Callable[..., Any]) -> None:
+        self.context, self.function = context, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.context():
+            return self.function(*args, **kwargs)
+
+
+def hooks_on(model: nn.Module) -> Frames | None:
+    """The hooks that a model, or a part of it, carries."""
+    for module in model.modules():
+        for hook in getattr(module, "_forward_pre_hooks", {}).values():
+            if isinstance(hook, _Enter):
+                return hook.frames
+    return None
+
+
+def refuse_hooked(model: nn.Module) -> None:
+    """Raise if a model is quantized already, whole or in part.
+
+    Raises:
+        CCOError: It is.
+    """
+    found = hooks_on(model)
+    if found is None:
+        return
+    what = "it" if found.model is model else f"{type(found.model).__name__}, which shares modules with it,"
+    raise CCOError(
+        f"{type(model).__name__}: {what} is quantized already, and can be only once. Take the hooks off first: call .remove() on what quantize() returned, or "
+        "on the callback's .quantized. To change the recipe and keep the ranges, call .replan(settings) on it instead."
+    )
 
 
 class _Enter:
@@ -314,10 +455,14 @@ class _Enter:
     def __init__(self, frames: Frames, path: str) -> None:
         self.frames, self.path = frames, path
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.path == "" and not is_compiling() and _is_redirected(module):
-            return
-        self.frames.enter(self.path, module, args, kwargs)
+            return None
+        kept = self.frames.enter(self.path, module, args, kwargs)
+        return None if kept is None else (args, kept)
+
+    def __getattr__(self, name: str) -> Any:
+        return _refuse_scripting(name)
 
     def __reduce__(self) -> Any:
         return _inert, ()
@@ -332,8 +477,20 @@ class _Leave:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.frames.leave(self.path, output)
 
+    def __getattr__(self, name: str) -> Any:
+        return _refuse_scripting(name)
+
     def __reduce__(self) -> Any:
         return _inert, ()
+
+
+def _refuse_scripting(name: str) -> Any:
+    if name == "__name__" and sys._getframe(2).f_globals.get("__name__", "").startswith("torch.jit"):
+        raise CCOError(
+            "torch.jit.script (to_torchscript() without method='trace'): a quantized model can't be scripted, since a script has no hooks. Write an INT8 file "
+            "by export(path), trace the model by torch.jit.trace or to_torchscript(method='trace'), or take the hooks off by remove() first."
+        )
+    raise AttributeError(name)
 
 
 def _inert() -> Callable[..., None]:
@@ -354,6 +511,22 @@ def _is_redirected(module: nn.Module) -> bool:
 
 
 _MODULE_CALL = nn.Module._call_impl.__code__
+
+
+def _module_call(frame: FrameType | None) -> FrameType | None:
+    """The innermost call of a module around a Python frame."""
+    while frame is not None and frame.f_code is not _MODULE_CALL:
+        frame = frame.f_back
+    return frame
+
+
+def _is_running(python: int) -> bool:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if id(frame) == python:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def calling_position() -> int:

@@ -74,7 +74,8 @@ class Resumed:
 
     def belongs_to(self, owner: Any) -> bool:
         """Whether it, or one that it runs in turn, puts back frames of ``owner``."""
-        return self.owner is owner or (isinstance(self.function, Resumed) and self.function.belongs_to(owner))
+        inner = getattr(self.function, "function", self.function)
+        return self.owner is owner or any(isinstance(f, Resumed) and f.belongs_to(owner) for f in (self.function, inner))
 
 
 class UnderMode:

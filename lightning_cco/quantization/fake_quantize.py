@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lightning_cco.quantization import operations
 from lightning_cco.quantization.gradient_holders import fewest_holders, holders
 from lightning_cco.quantization.native import Kernels, kernels_for
 from lightning_cco.quantization.remade_weights import RemadeWeight
+from lightning_cco.quantization.tracing import behind_transforms, runs_plainly
 
 _SMALLEST_SCALE = 1e-12
 _INF = float("inf")
@@ -149,8 +151,12 @@ def fake_quantize(
         grid, kernels = _grid(scale, zero_point, num_bits, symmetric, limits), None
     else:
         grid, kernels = _grid_of_numbers(*numbers, num_bits, symmetric, limits), kernels_for(x)
+    openly = kernels is None and not torch.compiler.is_compiling() and not runs_plainly()
     if extrema is not None and kernels is None:
-        _widen(extrema, x.detach(), limits)
+        _widen_openly(extrema, x, limits) if openly else _widen(extrema, x.detach(), limits)
+    if openly:
+        rounded = _fake_quantize_openly(x, scale if numbers is None else numbers[0], grid)
+        return x.copy_(rounded) if inplace else rounded
     if not (torch.is_grad_enabled() and x.requires_grad):
         if kernels is not None and numbers is not None:
             return _run(kernels, x, numbers[0], grid, inplace, None, extrema)
@@ -176,6 +182,47 @@ def _widen(extrema: Tensor, x: Tensor, limits: tuple[float, float]) -> None:
         return
     ends = torch.stack(torch.aminmax(x)).float().clamp(*limits)
     extrema.copy_(torch.stack([torch.minimum(extrema[0], ends[0]), torch.maximum(extrema[1], ends[1])]))
+
+
+def _widen_openly(extrema: Tensor, x: Tensor, limits: tuple[float, float]) -> None:
+    with behind_transforms(x) as values:
+        if values is not None:
+            _widen(extrema, values, limits)
+
+
+def _fake_quantize_openly(x: Tensor, scale: Bound, grid: Grid) -> Tensor:
+    """By differentiable operations of PyTorch alone, which tracers record and transforms (`vmap`, `jvp`, …) know, any number of times over.
+
+    What is rounded has no gradient; the gradient comes by way of a zero, ``y - y.detach()`` with y = x where it passes. Numbers instead of tensors where they
+    are known: a fake tensor goes together with numbers, but not with a tensor that isn't.
+    """
+    levels = _times(x.detach(), _inverse(scale)).round()
+    rounded = (_clamped(levels, grid.first, grid.last) * scale).to(x.dtype)
+    if not _wants_gradient():
+        return rounded
+    inside = (levels >= grid.low) & (levels <= grid.high)
+    for condition in _active(x.detach(), grid.limits):
+        inside = inside & condition
+    passing = torch.where(inside, x, torch.zeros_like(x))
+    return rounded + (passing - passing.detach())
+
+
+def _wants_gradient() -> bool:
+    if torch._C._is_tracing():  # the graph must be the same each time, and may be trained
+        return not torch.onnx.is_in_onnx_export()
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def _inverse(scale: Bound) -> Bound:
+    return scale.reciprocal() if isinstance(scale, Tensor) else float(np.float32(1.0) / np.float32(scale))
+
+
+def _times(x: Tensor, factor: Bound) -> Tensor:
+    return (x if x.dtype in (torch.float32, torch.float64) else x.float()) * factor
+
+
+def _clamped(levels: Tensor, first: Bound, last: Bound) -> Tensor:
+    return levels.clamp(first, last)  # type: ignore[arg-type]
 
 
 def _levels(x: Tensor, scale: Tensor, inplace: bool) -> Tensor:
@@ -316,6 +363,10 @@ def fake_quantize_weight(weight: Tensor, num_bits: int, axis: int | None, remade
         axis: Axis of the output channels; `None`: one scale for all.
         remade: Takes the scales, and gives the memory for the result; only where there are kernels for the weight.
     """
+    if remade is None and not torch.compiler.is_compiling() and not runs_plainly():
+        inverse = (scale := weight_scale(weight, num_bits, axis)).reciprocal()
+        rounded = (_times(weight.detach(), inverse).round() * scale).to(weight.dtype)
+        return rounded + (weight - weight.detach()) if _wants_gradient() else rounded
     result: Tensor = _FakeQuantizeWeight.apply(weight, num_bits, axis, remade)  # type: ignore[no-untyped-call]
     return result
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -13,12 +15,13 @@ from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.capture import Capture, capture, switch_training
+from lightning_cco.graph.frames import hooks_on, refuse_hooked
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.select import list_names
 from lightning_cco.quantization.plan import plan_quantization
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_cco.quantization.range_updates import sync_calibration, update_ranges, world_size
-from lightning_cco.quantization.runtime import Runtime
+from lightning_cco.quantization.runtime import Phase, Runtime
 from lightning_cco.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ Forward = Callable[[nn.Module, Any], Any]
 """How one batch goes through the model."""
 
 _STATE_VERSION = 1
+_MOVING = threading.RLock()
 
 
 def quantize(
@@ -49,11 +53,25 @@ def quantize(
     Raises:
         CCOError: The forward fails on the example, a setting matches nothing, or nothing can be quantized.
     """
+    refuse_hooked(model)
     example_args = (example_args,) if isinstance(example_args, Tensor) else tuple(example_args)
     captured = capture(model, lambda: model(*example_args, **(example_kwargs or {})))
     quantized = QuantizedModel(model, captured, load_settings(settings))
     quantized.example = (example_args, example_kwargs)
     return quantized
+
+
+def release(model: nn.Module) -> bool:
+    """Take the hooks off that a model carries from an earlier `quantize` or callback.
+
+    Returns:
+        Whether there were any.
+    """
+    frames = hooks_on(model)
+    if frames is None:
+        return False
+    frames.detach()
+    return True
 
 
 def call_with(model: nn.Module, batch: Any) -> Any:
@@ -105,8 +123,9 @@ class QuantizedModel:
         self._moved_at = self._weights_version()
         self._build_quantizers()
         self.runtime = Runtime(model, captured, self.plan, self.activations, self.weights)
-        self.runtime.run = self.runtime._pass
+        self.runtime.phase = Phase.PASS
         self.runtime.frames.started = self._forward_starts
+        self.runtime.frames.owner = weakref.ref(self)
         self.runtime.frames.attach()
         self.to(self.device)
 
@@ -200,7 +219,7 @@ class QuantizedModel:
             self.activations[key].start_calibration()
         count = 0
         observed = {key: q for key, q in self.activations.items() if key in chosen}
-        with self.evaluating(), self.forked_random(), self.runtime.doing("observe"), _only(self.activations, chosen):
+        with self.evaluating(), self.forked_random(), self.runtime.doing(Phase.OBSERVE, only=observed.values()):
             for batch in batches:
                 forward(self.model, batch)
                 count += 1
@@ -214,7 +233,7 @@ class QuantizedModel:
             self._finish(key, quantizer)
         self._warn_of_zeros(observed)
         self.calibrated = True
-        self.runtime.run = self.runtime._quantize
+        self.runtime.phase = Phase.QUANTIZE
         torch._dynamo.reset()
         return count
 
@@ -296,11 +315,15 @@ class QuantizedModel:
         if self.frozen or not self.calibrated or world_size() > 1:
             return
         if self._moved_at != self._weights_version():
-            self.update_ranges()
+            with _MOVING:  # of several threads one moves them, once
+                if self._moved_at != self._weights_version():
+                    self.update_ranges()
 
     def _follow_device(self) -> None:
         """Keep the quantizers where the parameters are: Lightning moves the model to the CPU at the end of a run."""
         device = self.device
+        if device.type == "meta":  # there a range would be lost
+            return
         for quantizer in self.activations.values():
             if quantizer.scale.device == device:
                 return
@@ -308,8 +331,8 @@ class QuantizedModel:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Compute in float inside the block."""
-        with self.runtime.doing("pass"):
+        """Compute in float inside the block, in this thread: others go on quantizing."""
+        with self.runtime.doing(Phase.PASS):
             yield
 
     def sensitivity(
@@ -395,7 +418,7 @@ class QuantizedModel:
         if state["frozen"]:
             self.freeze_ranges()
         self.calibrated = bool(state["calibrated"])
-        self.runtime.run = self.runtime._quantize if self.calibrated else self.runtime._pass
+        self.runtime.phase = Phase.QUANTIZE if self.calibrated else Phase.PASS
         torch._dynamo.reset()
         return differences
 
@@ -420,6 +443,11 @@ class QuantizedModel:
         write = export_program if str(path).endswith(".pt2") else export_onnx
         return write(self, path, example_args, example_kwargs, **options)
 
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are on: not after `remove`, nor after another callback has taken the model over."""
+        return self.runtime.frames.attached
+
     def remove(self) -> None:
         """Take all hooks off: the model is as it was."""
         self.runtime.frames.detach()
@@ -427,16 +455,3 @@ class QuantizedModel:
     def __repr__(self) -> str:
         state = "frozen" if self.frozen else "calibrated" if self.calibrated else "not calibrated"
         return f"QuantizedModel({type(self.model).__name__}, {len(self.plan.quantized)} of {self.plan.counted} layers quantized, {state})"
-
-
-@contextmanager
-def _only(quantizers: Mapping[str, ActivationQuantizer], chosen: set[str]) -> Iterator[None]:
-    """Let only the chosen quantizers observe."""
-    others = [quantizer for key, quantizer in quantizers.items() if key not in chosen]
-    for quantizer in others:
-        quantizer.observing = False
-    try:
-        yield
-    finally:
-        for quantizer in others:
-            quantizer.observing = True

@@ -9,26 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lightning_cco.errors import CCOError
+from lightning_cco.quantization.kernel_library import log, open_library
+from lightning_cco.quantization.tracing import is_plain, runs_plainly
 
-SOURCE = Path(__file__).with_name("kernels.c")
-# Contraction would round once where torch rounds twice; errno and traps keep compilers from using vector instructions.
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
-_TIMEOUT = 60.0  # seconds
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 _INF = float("inf")
 
@@ -172,6 +161,44 @@ class Kernels:
         self._energies(_address(x, x.dtype, count), None, count, FORMATS[x.dtype], scale, *levels, sums, torch.get_num_threads())
         return sums[0], sums[1]
 
+    def wrong(self) -> str | None:
+        """Name of a function that computes something else than NumPy, which no mode or default of PyTorch disturbs; `None`: all are right."""
+        x, scale = np.linspace(-1.5, 1.5, 1031, dtype=np.float32) ** 3, np.float32(0.02)
+        levels = np.rint(x * (np.float32(1.0) / scale))
+        inside = (levels >= -100) & (levels <= 90) & (x > -1.5) & (x < 1.7)
+        y, mask, ends = np.empty_like(x), np.zeros((x.size + 7) // 8, np.uint8), np.array([0.0, 0.0], np.float32)
+        levels_and_limits = (-90.0, 80.0, -100.0, 90.0, -1.5, 1.7)
+        blocked = self._fake_quantize(
+            x.ctypes.data, y.ctypes.data, x.size, 0, scale, *levels_and_limits, mask.ctypes.data, ends.ctypes.data, 1
+        )
+        expected = np.clip(levels, -90, 80) * scale
+        if not (
+            np.array_equal(y, expected) and blocked == int((~inside).sum()) and np.array_equal(mask, np.packbits(inside, bitorder="little"))
+        ):
+            return "fake_quantize"
+        if not np.array_equal(ends, np.clip([x.min(), x.max()], -1.5, 1.7).astype(np.float32)):
+            return "widen"
+        self._mask_gradient(x.ctypes.data, y.ctypes.data, mask.ctypes.data, x.size, 0, 1)
+        if not np.array_equal(y, np.where(inside, x, np.float32(0.0))):
+            return "mask_gradient"
+        half, rounded = (x.view(np.uint32) >> 16).astype(np.uint16), np.empty(x.size, np.uint16)
+        self._fake_quantize(half.ctypes.data, rounded.ctypes.data, x.size, 1, scale, *levels_and_limits, None, None, 1)
+        bits = np.clip(np.rint((half.astype(np.uint32) << 16).view(np.float32) * (np.float32(1.0) / scale)), -90, 80) * scale
+        bits = bits.astype(np.float32).view(np.uint32)
+        if not np.array_equal(rounded, ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)):
+            return "fake_quantize of bfloat16"
+        weight = np.ascontiguousarray(x[:960].reshape(4, 12, 20))
+        scales, found, result = np.abs(weight).max(axis=(0, 2)) / np.float32(127.0), np.empty(12, np.float32), np.empty_like(weight)
+        self._weight_scale(weight.ctypes.data, 4, 12, 20, 0, 127.0, 1e-12, found.ctypes.data, 1)
+        self._fake_quantize_weight(weight.ctypes.data, result.ctypes.data, 4, 12, 20, 0, 127.0, 1e-12, None, False, 1)
+        wide = scales.reshape(1, 12, 1)
+        if not (np.array_equal(found, scales) and np.array_equal(result, np.rint(weight * (np.float32(1.0) / wide)) * wide)):
+            return "fake_quantize_weight"
+        sums = (ctypes.c_double * 2)()
+        self._energies(x.ctypes.data, None, x.size, 0, scale, -90.0, 80.0, sums, 1)
+        error, signal = float(((expected - x).astype(np.float64) ** 2).sum()), float((x.astype(np.float64) ** 2).sum())
+        return None if np.allclose(list(sums), [error, signal], rtol=1e-5) else "energies"
+
 
 def _around(weight: Tensor, axis: int) -> tuple[int, int, int]:
     """How many values there are before an axis, along it, and behind it."""
@@ -210,37 +237,6 @@ def _address_like(tensor: Tensor, other: Tensor) -> int:
     return _address(tensor, other.dtype, other.numel())
 
 
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_key_included = torch._C._dispatch_tls_is_dispatch_key_included
-_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
-
-
-def runs_plainly() -> bool:
-    """Whether an operation runs now as it is, on memory: nobody traces it, transforms it, differentiates it forwards or watches it by a dispatch mode.
-
-    `torch.jit.trace`, `make_fx`, `torch.export`, fake tensors, `torch.func`, vectorized autograd, forward-mode AD, flop counters: none of them would see what a
-    kernel does, and some hand out tensors without memory. The one place where this is decided.
-    """
-    return not (
-        torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or _functorch_level() is not None
-        or forward_ad._current_level >= 0
-        or _key_included(_PRE_DISPATCH)
-        or torch.compiler.is_compiling()
-    )
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is nothing but strided memory: no subclass, and none of the tensors that PyTorch computes only when they are read."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.layout is torch.strided
-        and not (tensor.is_neg() or tensor._is_zerotensor() or _is_wrapped(tensor))
-    )
-
-
 def kernels_for(tensor: Tensor) -> Kernels | None:
     """The kernels, if they may work on a tensor now: an ordinary one, dense, on the CPU, of a type that they know, while nobody traces or transforms."""
     if tensor.dtype not in FORMATS or not tensor.is_cpu or not runs_plainly() or not is_plain(tensor):
@@ -261,62 +257,19 @@ def is_dense(tensor: Tensor) -> bool:
 
 @functools.cache
 def load() -> Kernels | None:
-    """Compile the kernels, or take them out of the cache. `None` if that is turned off or there is no compiler that can."""
-    if os.environ.get("LIGHTNING_CCO_NATIVE", "1") == "0" or sys.platform == "win32":
+    """The kernels; `None` if they are turned off, or there is no compiler that makes right ones."""
+    library = open_library()
+    if library is None:
         return None
-    compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None)
-    if compiler is None:
+    try:
+        kernels = Kernels(library)
+    except AttributeError as error:
+        log.warning("lightning_cco: kernels are off, torch operations are used, which are slower: %s.", error)
         return None
-    # torch's own OpenMP: a second pool of threads would wait for the first one's processors.
-    openmp = _loaded_openmp()
-    # Compilers use half of AVX-512's width if not told otherwise: a weight is rounded in 0.97 ms instead of 1.36.
-    width = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
-    extra = shlex.split(os.environ.get("LIGHTNING_CCO_CFLAGS", ""))  # such as a sanitizer's: `make test-sanitize`
-    command = [compiler, *_FLAGS, *width, *extra, str(SOURCE), *openmp]
-    key = hashlib.sha256("\0".join([*command[1:], _processor(), SOURCE.read_text(encoding="utf-8")]).encode()).hexdigest()[:16]
-    try:
-        library = _cache_folder() / f"kernels-{key}.so"
-        if not library.exists():
-            _compile(command, library)
-        return Kernels(ctypes.CDLL(str(library)))
-    except (OSError, subprocess.SubprocessError, AttributeError):
+    wrong = kernels.wrong()
+    if wrong is not None:
+        log.warning(
+            "lightning_cco: kernels are off, torch operations are used, which are slower: the compiler makes wrong code of '%s'.", wrong
+        )
         return None
-
-
-def _compile(command: list[str], library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        built = Path(folder) / library.name
-        subprocess.run([*command, "-lm", "-o", str(built)], check=True, capture_output=True, timeout=_TIMEOUT)
-        os.replace(built, library)
-
-
-def _cache_folder() -> Path:
-    """A folder of the user's own; one for this process alone where there is none that can be written."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        folder = (Path(base) if base else Path.home() / ".cache") / "lightning_cco"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):
-        pass
-    return Path(tempfile.mkdtemp(prefix="lightning_cco-"))
-
-
-def _loaded_openmp() -> list[str]:
-    """Path of the OpenMP runtime that this process has loaded, on Linux."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    paths = {line.split(maxsplit=5)[-1] for line in lines if "omp" in line.rpartition("/")[2]}
-    return sorted(path for path in paths if path.startswith("/") and ".so" in path)[:1]
-
-
-def _processor() -> str:
-    """What the compiler's ``-march=native`` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+    return kernels

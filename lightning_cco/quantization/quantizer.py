@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,17 @@ from lightning_cco.quantization.fake_quantize import (
 )
 from lightning_cco.quantization.ranges import batch_range, mse_clip_ratio, percentile_range, sample
 from lightning_cco.quantization.remade_weights import RemadeWeight, remade_weight
+from lightning_cco.quantization.tracing import behind_transforms, runs_plainly
 
 _RANGE_BUFFERS = ("min_val", "max_val", "scale", "zero_point", "clip_ratio")
 _INF = float("inf")
 # How many values of a weight along each axis are compared to notice a change that its version does not show.
 _FINGERPRINT = 8
+
+
+def _number(tensor: Tensor) -> float:
+    """The one value of a float32 tensor on the CPU, read without an operation."""
+    return float(ctypes.c_float.from_address(tensor.data_ptr()).value)
 
 
 class ActivationQuantizer(nn.Module):
@@ -39,7 +46,6 @@ class ActivationQuantizer(nn.Module):
 
     Attributes:
         frozen: Whether the range stays as it is.
-        observing: Whether `observe` looks at what it is given.
         min_val, max_val: The range, 0-d float32.
         scale, zero_point: What follows from it, 0-d float32.
         extrema: Smallest and largest value that passed in training since the range last moved, float32 of 2; infinite if nothing did.
@@ -66,13 +72,11 @@ class ActivationQuantizer(nn.Module):
         self.num_bits, self.symmetric, self.estimator = num_bits, symmetric, estimator
         self.averaging_constant, self.percentile = averaging_constant, percentile
         self.frozen = False
-        self.observing = True
         self.observed = 0
         self._samples: list[Tensor] = []
-        # Scale and zero point as Python numbers, and the version of the scale that they belong to: operations with tensors of one
+        # Versions of scale and zero point, and both as Python numbers; one attribute, since threads share it: operations with tensors of one
         # number are up to four times slower on a CPU.
-        self._numbers: tuple[float, float] = (1.0, 0.0)
-        self._numbers_version = -1
+        self._numbers: tuple[tuple[int, int], tuple[float, float]] = ((-1, -1), (1.0, 0.0))
         # Type and device by name: under bf16-true the Trainer makes another type the default, and so may the user.
         starts: dict[str, Any] = {**dict.fromkeys(_RANGE_BUFFERS, 0.0), "scale": 1.0, "clip_ratio": 1.0, "extrema": [_INF, -_INF]}
         for name, start in starts.items():
@@ -93,8 +97,6 @@ class ActivationQuantizer(nn.Module):
         Args:
             x: The float activation, any shape.
         """
-        if not self.observing:
-            return
         low, high = self._range_of(x)
         self.non_finite.logical_or_(~torch.isfinite(low + high))
         if self.observed == 0:
@@ -140,8 +142,10 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def _watch(self, x: Tensor, clamp: tuple[float, float] | None) -> None:
-        low, high = percentile_range(x, self.percentile, clamp)
-        self.extrema.copy_(torch.stack([torch.minimum(self.extrema[0], low), torch.maximum(self.extrema[1], high)]))
+        with behind_transforms(x) as values:
+            if values is not None:
+                low, high = percentile_range(values, self.percentile, clamp)
+                self.extrema.copy_(torch.stack([torch.minimum(self.extrema[0], low), torch.maximum(self.extrema[1], high)]))
 
     def forward(self, x: Tensor, clamp: tuple[float, float] | None = None, inplace: bool = False, track: bool = False) -> Tensor:
         """Fake-quantize.
@@ -162,12 +166,15 @@ class ActivationQuantizer(nn.Module):
 
     def numbers(self, device: str = "cpu") -> tuple[float, float] | None:
         """Scale and zero point as Python numbers, where reading them makes neither a compiler nor a device stop: eagerly and on the CPU."""
-        if torch.compiler.is_compiling() or device != "cpu":
+        if torch.compiler.is_compiling() or device not in ("cpu", "meta") or not self.scale.is_cpu:
             return None
-        if self._numbers_version != self.scale._version:
-            self._numbers = float(self.scale), float(self.zero_point)
-            self._numbers_version = self.scale._version
-        return self._numbers
+        versions = self.scale._version, self.zero_point._version
+        known, values = self._numbers
+        if known != versions:
+            # From memory, since somebody may be tracing. If another thread moves the range meanwhile, the versions tell so the next time.
+            values = _number(self.scale), _number(self.zero_point)
+            self._numbers = versions, values
+        return values
 
     def freeze(self) -> None:
         """Keep the range as it is from now on."""
@@ -218,8 +225,7 @@ class WeightQuantizer(nn.Module):
     def __init__(self, num_bits: int = 8, axis: int | None = 0) -> None:
         super().__init__()
         self.num_bits, self.axis = num_bits, axis
-        self._kept: Tensor | None = None
-        self._kept_of: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
+        self._kept: tuple[tuple[Any, ...], Tensor, Tensor, Tensor] | None = None
 
     def forward(self, weight: Tensor, remade: list[RemadeWeight] | None = None) -> Tensor:
         """Fake-quantize; the gradient is that of the identity.
@@ -228,25 +234,27 @@ class WeightQuantizer(nn.Module):
             weight: The weight.
             remade: Takes what makes the result again in the backward, if that is possible and worth it.
         """
+        if not torch.compiler.is_compiling() and not runs_plainly():
+            return fake_quantize_weight(weight, self.num_bits, self.axis)
         room = remade_weight(weight, self.axis) if remade is not None else None
         if room is not None and remade is not None:
-            self._kept = self._kept_of = None
+            self._kept = None
             remade.append(room)
             return fake_quantize_weight(weight, self.num_bits, self.axis, room)
         # What is computed from parameters (a parametrization) is a new tensor each time, often at the address of the last one: nothing to keep.
         owner = weight._base if weight._base is not None else weight
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not isinstance(owner, nn.Parameter) or weight.is_inference():
-            self._kept = self._kept_of = None
+            self._kept = None
             return fake_quantize_weight(weight, self.num_bits, self.axis)
-        kept, of = self._kept, self._kept_of
         version = weight.data_ptr(), weight._version, weight.shape
-        if kept is not None and of is not None and of[0] == version and torch.equal(of[1], of[2]):
-            return kept
-        self._kept = fake_quantize_weight(weight, self.num_bits, self.axis)
+        kept = self._kept
+        if kept is not None and kept[0] == version and torch.equal(kept[1], kept[2]):
+            return kept[3]
+        rounded = fake_quantize_weight(weight, self.num_bits, self.axis)
         # Writing through `.data` leaves the version as it is; some of the values will tell.
         some = weight.detach()[tuple(slice(None, None, -(-size // _FINGERPRINT) or 1) for size in weight.shape)]
-        self._kept_of = version, some, some.clone()
-        return self._kept
+        self._kept = version, some, some.clone(), rounded  # at once: other threads use it as well
+        return rounded
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The integers themselves.
@@ -260,7 +268,7 @@ class WeightQuantizer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts with nothing kept."""
-        return {**self.__dict__, "_kept": None, "_kept_of": None}
+        return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
         """Bits and axis."""

@@ -51,7 +51,7 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
             torch._foreach_copy_([getattr(quantizer, name) for quantizer in chosen], list(values.unbind()))
         if min_val.device.type == "cpu":
             for quantizer, scale, zero_point in zip(chosen, *(values.tolist() for values in qparams), strict=True):
-                quantizer._numbers, quantizer._numbers_version = (scale, zero_point), quantizer.scale._version
+                quantizer._numbers = (quantizer.scale._version, quantizer.zero_point._version), (scale, zero_point)
     nothing = torch.tensor([_INF, -_INF], dtype=torch.float32, device=min_val.device)
     torch._foreach_copy_([quantizer.extrema for quantizer in moving], [nothing] * len(moving))
 

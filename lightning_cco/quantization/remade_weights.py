@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_cco.errors import CCOError
 from lightning_cco.quantization.native import Kernels, kernels_for
+from lightning_cco.quantization.tracing import runs_plainly
 
 # Smaller weights are not worth the two Python calls.
 _SMALLEST = 1 << 14
@@ -68,6 +69,10 @@ class RemadeWeight:
                 f"a weight of shape {tuple(self.weight.shape)} was modified in place between the forward and its backward (an optimizer's step?), so its "
                 "gradient can't be computed, no more than in float. Run the backward before the weights change, or the forward again."
             )
+        if not runs_plainly():  # the backward under a transform (vectorized autograd) or a mode
+            scales = self.scales.view([-1 if dim == self.axis else 1 for dim in range(self.weight.dim())])
+            levels = (self.weight.float() * scales.reciprocal()).round()
+            return (levels * scales).to(self.weight.dtype)
         rounded = self.room()
         self.kernels.fake_quantize_weight(self.weight, rounded, self.axis, 0, 0.0, self.scales, known=True)
         return rounded

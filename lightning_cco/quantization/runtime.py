@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.compiler import is_compiling
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.call import Slot
 from lightning_cco.graph.capture import Capture, Site
+from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.frames import Frame, Frames, calling_position
 from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation, operation_of_kind
@@ -25,9 +28,39 @@ from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuan
 from lightning_cco.quantization.remade_weights import RemadeWeight, saving_remade
 from lightning_cco.quantization.slots import at, replaced
 from lightning_cco.quantization.targets import TARGETS
+from lightning_cco.quantization.tracing import runs_plainly
 
 Recorder = Callable[[str, Tensor | ActivationQuantizer, Tensor], None]
 """Called with a layer's name, its quantized output (or the quantizer that would make it of the float one), and its float output."""
+
+
+class Phase(Enum):
+    """What is done at each planned call."""
+
+    QUANTIZE = "quantize"
+    PASS = "pass"
+    """Compute in float."""
+    OBSERVE = "observe"
+    """Float, and the quantizers look at what passes."""
+    MEASURE_LOCAL = "measure_local"
+    """Float, and each layer once more quantized on the same input."""
+    RECORD_FLOAT = "record_float"
+    RECORD_QUANTIZED = "record_quantized"
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """What one thread does instead of the rest.
+
+    Attributes:
+        run: What to do at a planned call.
+        recorder: Gets the outputs.
+        only: Identities of the quantizers that observe; `None`: all.
+    """
+
+    run: Callable[..., Any]
+    recorder: Recorder | None
+    only: frozenset[int] | None
 
 
 @dataclass(slots=True)
@@ -63,6 +96,10 @@ class Runtime:
         plan: What to do with them.
         activations: Quantizer of each planned tensor, by `TensorSpec.key`.
         weights: Quantizers of each layer's weights, by layer name, in the order of `Site.weights`.
+
+    Attributes:
+        phase: What is done at each planned call, outside of the blocks of `doing`.
+        drift: Where the model has departed from the captured one.
     """
 
     def __init__(
@@ -77,8 +114,9 @@ class Runtime:
         self.frames = Frames(model, capture.root, self._handle)
         self.frames.watched = _COMPUTES | {"multi_head_attention_forward"}
         self.drift: dict[str, str] = {}
-        self.recorder: Recorder | None = None
-        self.run = self._quantize
+        self._blocks: dict[int, _Block] = {}  # by thread; empty but for the time of a block
+        self.phase = Phase.QUANTIZE
+        self.frames.carried = self._carried
         frozen = frozen_modules(model)
         self._with_parameters = {
             path for path, module in model.named_modules() if next(module.parameters(), None) is not None and not is_within(path, frozen)
@@ -123,9 +161,40 @@ class Runtime:
         if site.code_position >= 0 and not is_compiling() and calling_position() != site.code_position:
             self._moved(frame, name, site)
             return func(*args, **kwargs)
-        return self.run(frame, site, func, args, kwargs)
+        run = self._run if not self._blocks else self.run
+        return run(frame, site, func, args, kwargs)
 
-    # What to do at a planned call; `run` is one of these.
+    @property
+    def phase(self) -> Phase:
+        """What is done at each planned call."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self._phase, self._run = phase, self._strategy(phase)
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        """What this thread does at a planned call."""
+        block = self._blocks.get(get_ident())
+        return self._run if block is None else block.run
+
+    def _strategy(self, phase: Phase) -> Callable[..., Any]:
+        return {
+            Phase.QUANTIZE: self._quantize,
+            Phase.PASS: self._pass,
+            Phase.OBSERVE: self._observe,
+            Phase.MEASURE_LOCAL: self._measure_local,
+            Phase.RECORD_FLOAT: self._record_float,
+            Phase.RECORD_QUANTIZED: self._record_quantized,
+        }[phase]
+
+    def _record(self, name: str, output: Tensor | ActivationQuantizer, reference: Tensor) -> None:
+        recorder = self._blocks[get_ident()].recorder
+        assert recorder is not None
+        recorder(name, output, reference)
+
+    # What to do at a planned call, one method for each phase.
 
     def _quantize(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Activation checkpointing runs a part of the forward again inside the backward; the ranges have moved for this batch already.
@@ -154,7 +223,7 @@ class Runtime:
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             fresh = site.fresh or (site.fresh_without_gradients and not torch.is_grad_enabled())
-            if not fresh or is_compiling():
+            if not fresh or is_compiling() or not runs_plainly():
                 return site.outputs[0][1](result, track=track)
             # Nobody but us holds a fresh result, and new memory would cost more than the rounding. A linear layer's is a view of its rows.
             base = result._base if result._is_view() else result
@@ -165,24 +234,26 @@ class Runtime:
         return _with_outputs(result, site.outputs, track)
 
     def _observe(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        only = self._blocks[get_ident()].only
         for slot, _, quantizer in site.reads:
-            quantizer.observe(at(args, kwargs, slot))
+            if only is None or id(quantizer) in only:
+                quantizer.observe(at(args, kwargs, slot))
         result = func(*args, **kwargs)
         for position, quantizer in site.outputs:
-            quantizer.observe(_flat(result, args)[position])
+            if only is None or id(quantizer) in only:
+                quantizer.observe(_flat(result, args)[position])
         return result
 
     def _measure_local(
         self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Float and quantized layer on the same float input; the float result flows on."""
-        assert self.recorder is not None
         for slot, source, quantizer in site.reads:
             value = at(args, kwargs, slot)
-            self.recorder(source, quantizer, value)
+            self._record(source, quantizer, value)
         if not site.weights and [position for position, _ in site.outputs] == [0]:
             result = func(*args, **kwargs)
-            self.recorder(site.layer, site.outputs[0][1], _flat(result, args)[0])
+            self._record(site.layer, site.outputs[0][1], _flat(result, args)[0])
             return result
         quantized = None
         if site.weights:
@@ -197,47 +268,74 @@ class Runtime:
         quantized = quantized if quantized is not None else list(reference)
         for position, quantizer in site.outputs:
             quantized[position] = quantizer(quantized[position])
-        self.recorder(site.layer, quantized[0], reference[0])
+        self._record(site.layer, quantized[0], reference[0])
         return result
 
     def _record_float(
         self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Float forward; the recorder gets each planned layer's float output."""
-        assert self.recorder is not None
         for slot, source, _ in site.reads:
             value = at(args, kwargs, slot)
-            self.recorder(source, value, value)
+            self._record(source, value, value)
         result = func(*args, **kwargs)
         output = _flat(result, args)[0]
-        self.recorder(site.layer, output, output)
+        self._record(site.layer, output, output)
         return result
 
     def _record_quantized(
         self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Quantized forward; the recorder gets each planned layer's quantized output."""
-        assert self.recorder is not None
         for slot, source, quantizer in site.reads:
             value = at(args, kwargs, slot)
-            self.recorder(source, quantizer(value), value)
+            self._record(source, quantizer(value), value)
         result = self._quantize(frame, site, func, args, kwargs)
         output = _flat(result, args)[0]
-        self.recorder(site.layer, output, output)
+        self._record(site.layer, output, output)
         return result
 
     def _pass(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
     @contextmanager
-    def doing(self, what: str, recorder: Recorder | None = None) -> Iterator[None]:
-        """Do something else than quantize inside the block: ``pass``, ``observe``, ``measure_local``, ``record_float`` or ``record_quantized``."""
-        before = self.run, self.recorder
-        self.run, self.recorder = getattr(self, f"_{what}"), recorder
-        try:
+    def doing(self, phase: Phase, recorder: Recorder | None = None, only: Iterable[ActivationQuantizer] | None = None) -> Iterator[None]:
+        """Let this thread do something else than the phase inside the block; other threads go on as before.
+
+        Compiled code runs eagerly meanwhile, since what a graph does can't depend on the thread.
+
+        Args:
+            phase: What to do.
+            recorder: For the phases that measure or record.
+            only: Quantizers that observe; `None`: all.
+        """
+        with (
+            self._in_block(_Block(self._strategy(phase), recorder, None if only is None else frozenset(map(id, only)))),
+            self.frames.restored(),
+        ):
             yield
-        finally:
-            self.run, self.recorder = before
+
+    @contextmanager
+    def _in_block(self, block: _Block | None) -> Iterator[None]:
+        thread = get_ident()
+        before = self._blocks.get(thread)
+        with eager():
+            try:
+                self._set_block(thread, block)
+                yield
+            finally:
+                self._set_block(thread, before)
+
+    def _set_block(self, thread: int, block: _Block | None) -> None:
+        if block is None:
+            self._blocks.pop(thread, None)
+        else:
+            self._blocks[thread] = block
+
+    def _carried(self) -> Callable[[], AbstractContextManager[None]]:
+        """A recomputation does what its forward did, whenever and in whatever thread it runs."""
+        block = self._blocks.get(get_ident()) if self._blocks else None
+        return nullcontext if block is None else partial(self._in_block, block)
 
     # A call that the capture never saw is never quantized, and never silent.
 
