@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_cco.export.fold import IntegerWeight
 from lightning_cco.export.forms import attention, averages_images
 from lightning_cco.export.passes import NAME
+from lightning_cco.export.provenance import noting
 from lightning_cco.export.stored import StoredWeights
 from lightning_cco.graph.capture import Site
 from lightning_cco.graph.compiled import mode_stack, restore_modes
@@ -36,6 +37,7 @@ class Emitter:
     Attributes:
         order: Quantizer name of each QuantizeLinear, in the order written.
         modules: Module path of each node of the file, by the node's name.
+        layers: Layer of each node of the file that belongs to one, by the node's name.
         reached: The last layer that a forward came to.
         reads_shapes: Whether the file computes with the sizes of tensors.
     """
@@ -46,6 +48,7 @@ class Emitter:
         self.reached = ""
         self.reads_shapes = False
         self.modules: dict[str, str] = {}
+        self.layers: dict[str, str] = {}
         self._formats = {key: _format(quantizer) for key, quantizer in quantized.activations.items()}
         self._sites: dict[tuple[int, str, int], Site] = {
             (id(site.node), site.op.kind, site.positions[False]): site for site in quantized.capture.sites.values() if site.visible
@@ -74,7 +77,10 @@ class Emitter:
             frame.counts[kind] = index + 1
             site = self._sites.get((id(frame.node), kind, index))
             self.reached = site.layer if site is not None else self.reached
-            return func(*args, **kwargs) if site is None else handle(site, func, args, kwargs)
+            if site is None:
+                return func(*args, **kwargs)
+            with noting(site.layer):
+                return handle(site, func, args, kwargs)
 
         modes = mode_stack()
         try:

@@ -22,7 +22,9 @@ from lightning_cco.export import passes
 from lightning_cco.export.check import call_of, check_file
 from lightning_cco.export.constants import arrange_integers
 from lightning_cco.export.emit import Emitter
+from lightning_cco.export.limits import MEAN_STEPS, judge
 from lightning_cco.export.products import split_products
+from lightning_cco.export.provenance import layers_of_nodes
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.stored import StoredWeights
 from lightning_cco.files import real_file, temporary_folder
@@ -42,8 +44,8 @@ def export_onnx(
     batches: Iterable[Any] = (),
     dynamic_batch: bool = True,
     check: bool = True,
-    min_sqnr_db: float = 15.0,
-    max_mean_steps: float = 5.0,
+    min_sqnr_db: float | None = None,
+    max_mean_steps: float = MEAN_STEPS,
     int4: bool = False,
     **options: Any,
 ) -> ExportReport:
@@ -60,9 +62,9 @@ def export_onnx(
         batches: What the file is checked on, as in `QuantizedModel.calibrate`; by default the example.
         dynamic_batch: Let the first axis of every input vary.
         check: Run the file in ONNX Runtime and compare.
-        min_sqnr_db: The check fails below this signal-to-noise ratio of the outputs.
-        max_mean_steps: The check fails if a quantized tensor is further off than this on average, in steps of its scale. Rounding alone makes less than
-            1.5 in a deep model, a wrong weight more than 10.
+        min_sqnr_db: The check fails below this signal-to-noise ratio of the outputs from end to end; `None`: the layers decide by themselves.
+        max_mean_steps: The check fails if a quantized tensor is further off than this on average, in steps of its scale, computed from what the engine
+            computed before it.
         int4: Store weights of at most 4 bits in 4 bits (opset 21): half the size, but ONNX Runtime then computes those layers in float.
         **options: Further arguments of `torch.onnx.export`, such as ``dynamic_shapes``.
 
@@ -89,7 +91,7 @@ def export_onnx(
             report = ExportReport(str(path), size, _float_size(quantized), notes=_notes(quantized, emitter, int4))
             if check:
                 check_file(quantized, temporary, emitter, [call_of(batch) for batch in batches] or [(args, kwargs)], report)
-                _judge(report, min_sqnr_db, max_mean_steps)
+                judge(report, min_sqnr_db, max_mean_steps)
             _move(temporary, target)
     except OSError as error:
         raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
@@ -179,6 +181,7 @@ def _write(
         passes.pack_int4(graph)
     RemoveUnusedNodesPass()(program.model)  # what the passes before put something else in place of
     passes.name_nodes(graph)
+    emitter.layers = layers_of_nodes(graph, program.exported_program)
     emitter.modules = passes.take_modules(graph)
     emitter.reads_shapes = any(node.op_type == "Shape" for node in graph)
     passes.name_outputs(graph, outputs)
@@ -294,22 +297,6 @@ def _notes(quantized: QuantizedModel, emitter: Emitter, int4: bool) -> list[str]
     if target == "tensorrt":
         notes.append("the file is what TensorRT's documentation asks for (symmetric int8 Q/DQ pairs); it was run in ONNX Runtime only")
     return notes
-
-
-def _judge(report: ExportReport, min_sqnr_db: float, max_mean_steps: float) -> None:
-    worst = max(report.layers, key=lambda entry: entry.mean_steps, default=None)
-    if report.sqnr_db < min_sqnr_db:
-        what = f"SQNR {report.sqnr_db:.1f} dB, at least {min_sqnr_db:.1f} (min_sqnr_db) was expected"
-    elif worst is not None and not worst.mean_steps <= max_mean_steps:
-        what = f"'{worst.layer}' is {worst.mean_steps:.1f} steps off on average, at most {max_mean_steps:.1f} (max_mean_steps) was expected"
-    else:
-        return
-    first = report.first_differing_layer
-    where = f"the first layer that differs is '{first}'" if first else "no single layer stands out"
-    raise CCOError(
-        f"export: the file differs from the fake-quantized model: {what}; {where}. No file was written. "
-        "Skip that layer, or change the limit if the difference is known to be harmless."
-    )
 
 
 def _version() -> str:

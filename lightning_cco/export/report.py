@@ -11,11 +11,46 @@ from lightning_cco.files import write_file
 
 @dataclass
 class LayerDifference:
-    """How far the engine's tensor is from the fake-quantized one, in steps of its own scale."""
+    """How far the engine's tensor is from the fake-quantized one that is computed from the engine's own tensors before it.
+
+    Attributes:
+        layer: Name of the tensor's quantizer.
+        largest_steps: Largest difference in steps of its scale.
+        mean_steps: Mean difference in steps.
+        far_share: Share of values that are more than one step off.
+        values: How many values were compared.
+    """
 
     layer: str
     largest_steps: float
     mean_steps: float
+    far_share: float = 0.0
+    values: int = 0
+
+
+@dataclass
+class OutputDifference:
+    """How far an output of the file is from the fake-quantized model's.
+
+    Attributes:
+        name: The output.
+        sqnr_db: Signal-to-noise ratio, from end to end.
+        varying_sqnr_db: The same of the deviation from each batch's mean, so that a constant part hides nothing.
+        largest_difference: Largest absolute difference, from end to end.
+        mean_difference: Mean absolute difference, from end to end.
+        local_difference: Largest difference from what the model makes of the engine's own rounded tensors, beside the largest value.
+        class_axis: The axis that the arg-max is over; `None`: it has no classes.
+        agreement: Share of equal arg-max over it.
+    """
+
+    name: str
+    sqnr_db: float
+    varying_sqnr_db: float
+    largest_difference: float
+    mean_difference: float
+    local_difference: float
+    class_axis: int | None
+    agreement: float
 
 
 @dataclass(frozen=True)
@@ -41,12 +76,17 @@ class ExportReport:
         path: The file.
         size_bytes: Its size.
         float_size_bytes: Size of the float parameters and buffers.
-        sqnr_db: Signal-to-noise ratio of the outputs against the fake-quantized model's.
-        agreement: Share of equal arg-max over the last axis of the first output.
+        sqnr_db: Signal-to-noise ratio of the outputs against the fake-quantized model's, from end to end.
+        varying_sqnr_db: The same of the deviation from each batch's mean, so that a constant part hides nothing.
+        agreement: Share of equal arg-max over the class axis of the first output.
         largest_difference: Largest absolute difference of an output.
         mean_difference: Mean absolute difference of the outputs.
         batches: How many batches both were run on.
-        layers: Difference of each quantized tensor, in execution order.
+        variations: How many further batches were made of those: flipped and scaled, or of other ids.
+        outputs: Differences of each output.
+        layers: Difference of each quantized tensor, in execution order, each computed from the engine's tensors before it.
+        faults: Layers of which the file stores something else than the model has, and what.
+        uncompared: Quantized tensors that could not be compared, and why.
         integer_nodes: After the engine's optimization: how many nodes of each kind compute in INT8.
         float_nodes: Nodes with weights or two inputs that compute in float.
         float_islands: The layers behind them, and why.
@@ -58,11 +98,16 @@ class ExportReport:
     size_bytes: int = 0
     float_size_bytes: int = 0
     sqnr_db: float = float("nan")
+    varying_sqnr_db: float = float("nan")
     agreement: float = float("nan")
     largest_difference: float = float("nan")
     mean_difference: float = float("nan")
     batches: int = 0
+    variations: int = 0
+    outputs: list[OutputDifference] = field(default_factory=list)
     layers: list[LayerDifference] = field(default_factory=list)
+    faults: dict[str, str] = field(default_factory=dict)
+    uncompared: dict[str, str] = field(default_factory=dict)
     integer_nodes: dict[str, int] = field(default_factory=dict)
     float_nodes: dict[str, int] = field(default_factory=dict)
     float_islands: list[FloatIsland] = field(default_factory=list)
@@ -85,11 +130,9 @@ class ExportReport:
         return sum(entry.mean_steps for entry in self.layers) / len(self.layers) if self.layers else float("nan")
 
     @property
-    def first_differing_layer(self) -> str | None:
-        """The first tensor that is a step off on average; if none is, the first that is two steps off somewhere and a tenth of a step on average."""
-        far = (entry.layer for entry in self.layers if not entry.mean_steps < 1.0)
-        near = (entry.layer for entry in self.layers if entry.largest_steps > 2.0 and entry.mean_steps > 0.1)
-        return next(far, None) or next(near, None)
+    def local_difference(self) -> float:
+        """Largest difference of an output from what the model makes of the engine's own rounded tensors, beside its largest value."""
+        return max((entry.local_difference for entry in self.outputs), default=float("nan"))
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""

@@ -93,8 +93,10 @@ class StoredWeights:
 
     def _store_unsigned(self, site: Site, weights: list[IntegerWeight]) -> None:
         """Let weights that could overflow have the type of the activations, which engines multiply in 32 bits."""
+        shapes = self.quantized.graph[site.layer].input_shapes
+        depthwise = site.op.kind == "conv" and weights[0].integers.shape[1] == 1 and shapes[0][1:2] != (1,)  # one product at a time
         for number, weight in enumerate(weights):
-            if weight.zero_point == 0 and _overflows(weight) and not (site.op.kind == "conv" and weight.integers.shape[1] == 1):
+            if weight.zero_point == 0 and _overflows(weight) and not depthwise:
                 weights[number] = weight.shifted(*UNSIGNED)
         if site.layer in self.blocked:
             weight, pads = self.blocked[site.layer]

@@ -1,0 +1,79 @@
+"""Sessions of ONNX Runtime, and what a file says of its rounded tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A QuantizeLinear of a file.
+
+    Attributes:
+        tensor: Name of the integers that it makes.
+        scale, zero_point: Its format as the file has it.
+    """
+
+    tensor: str
+    scale: float
+    zero_point: int
+
+
+def engine_session(model: Any, as_written: bool = False, **options: Any) -> Any:
+    """A session as a user makes it; or one that computes each operator as it stands in the file, in float between dequantize and quantize."""
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    if as_written:
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for name, value in options.items():
+        setattr(settings, name, value)
+    return ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+
+
+def constants(model: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """Every initializer of a loaded file by name."""
+    import onnx
+
+    return {entry.name: onnx.numpy_helper.to_array(entry) for entry in model.graph.initializer}
+
+
+def rounded_tensors(model: Any, keys: Iterable[str]) -> dict[str, list[Rounded]]:
+    """The quantize nodes of each quantizer, in the order of the file: what several layers read is rounded for each of them."""
+    import onnx
+
+    values = {entry.name: entry for entry in model.graph.initializer}
+    made = {node.output[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[2] in values}
+    found: dict[str, list[Rounded]] = {}
+    for key in dict.fromkeys(keys):
+        names = [f"{key}_quantized"]
+        while f"{key}.{len(names) + 1}_quantized" in made:
+            names.append(f"{key}.{len(names) + 1}_quantized")
+        for name in names:
+            if name in made:
+                scale, zero_point = (onnx.numpy_helper.to_array(values[entry]) for entry in made[name].input[1:3])
+                found.setdefault(key, []).append(Rounded(name, float(scale.reshape(())), int(zero_point.reshape(()))))
+    return found
+
+
+def inspected_session(path: Path, model: Any, tensors: Iterable[str], as_written: bool) -> Any:
+    """A session of a file that gives some of its integer tensors as further outputs."""
+    import onnx
+
+    types = {entry.name: entry.data_type for entry in model.graph.initializer}
+    made = {
+        node.output[0]: types[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[2] in types
+    }
+    whole = onnx.ModelProto()
+    whole.CopyFrom(model)
+    for name in tensors:
+        whole.graph.output.append(onnx.helper.make_tensor_value_info(name, made[name], None))
+    inspected = path.with_name("inspected.onnx")
+    onnx.save(whole, str(inspected), save_as_external_data=whole.ByteSize() > 1_900_000_000)
+    return engine_session(str(inspected), as_written)

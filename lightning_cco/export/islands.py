@@ -1,0 +1,111 @@
+"""What an engine's optimized graph computes in INT8, what in float, and which layers are behind that."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+from lightning_cco.export.emit import Emitter
+from lightning_cco.export.report import ExportReport, FloatIsland
+from lightning_cco.quantization.model import QuantizedModel
+
+_CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
+_INTEGER = ("QLinear", "QGemm", "QAttention", "ConvInteger", "MatMulInteger", "MatMulNBits", "QEmbed", "QOrdered")
+_PRODUCTS = {"linear", "matmul", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
+_AVERAGES = {"avg_pool", "adaptive_avg_pool", "mean"}
+_HEAVY = {
+    "Conv": {"conv"},
+    "FusedConv": {"conv"},
+    "NhwcFusedConv": {"conv"},
+    "ConvTranspose": {"conv_transpose"},
+    "Gemm": _PRODUCTS,
+    "FusedGemm": _PRODUCTS,
+    "MatMul": _PRODUCTS,
+    "FusedMatMul": _PRODUCTS,
+    "GlobalAveragePool": _AVERAGES,
+    "AveragePool": _AVERAGES,
+    "Add": {"add"},
+    "Sub": {"sub"},
+    "Mul": {"mul"},
+    "Div": {"div"},
+    "Concat": {"concat", "stack"},
+    "LSTM": {"lstm"},
+    "GRU": {"gru"},
+    "RNN": {"rnn"},
+}
+"""Operators with weights or two inputs, and the kinds of layer that they come from."""
+
+
+def read_optimized(quantized: QuantizedModel, model: Any, written: Any, emitter: Emitter, report: ExportReport) -> None:
+    """Count what an engine's optimized graph computes how, and name the layers that it computes in float.
+
+    Args:
+        quantized: The model.
+        model: The optimized graph.
+        written: The file that it was made of.
+        emitter: What wrote that.
+        report: Filled in place.
+    """
+    layers = _Layers(written, emitter)
+    kinds: Counter[str] = Counter()
+    known = {entry.name for entry in model.graph.initializer}
+    sizes: set[str] = set()
+    heavy, in_integers = [], set()
+    for node in model.graph.node:
+        varying = {name for name in node.input if name and name not in known}
+        if node.op_type in ("Shape", "Size") or (varying and varying <= sizes):
+            sizes.update(node.output)  # what is computed from sizes alone is no layer's
+            continue
+        kinds[node.op_type] += 1
+        layer = layers.of(node)
+        if node.op_type.startswith(_INTEGER):
+            in_integers.add(layer)
+        elif node.op_type in _HEAVY and varying:
+            heavy.append((node.op_type, layer))
+    for operator, layer in heavy:
+        island = _island(quantized, operator, layer, layer in in_integers)
+        if island is not None and island not in report.float_islands:
+            report.float_islands.append(island)
+    report.integer_nodes = {kind: count for kind, count in kinds.items() if kind.startswith(_INTEGER)}
+    report.float_nodes = {kind: count for kind, count in kinds.items() if kind in _HEAVY}
+    report.conversions = sum(count for kind, count in kinds.items() if kind in _CONVERSIONS)
+
+
+class _Layers:
+    """Finds the layer of a node of the optimized graph: fused nodes keep the name of one of their nodes, or of what the last one makes."""
+
+    def __init__(self, written: Any, emitter: Emitter) -> None:
+        self._by_name = dict(emitter.layers)
+        self._by_value = {value: emitter.layers[n.name] for n in written.graph.node if n.name in emitter.layers for value in n.output}
+        self._seen: dict[str, str] = {}
+
+    def of(self, node: Any) -> str:
+        """The layer; of a node that belongs to none, that of what it reads; empty if nothing is known of that either. Nodes come in order."""
+        names = [form for name in (*node.output, node.name, node.name.partition("/")[0]) for form in _plain(name)]
+        found = next((known[name] for name in names for known in (self._by_value, self._by_name) if name in known), "")
+        found = found or next((self._seen[value] for value in node.input if value in self._seen), "")
+        if found:
+            self._seen.update(dict.fromkeys(node.output, found))
+        return found
+
+
+def _plain(name: str) -> tuple[str, ...]:
+    """The name of a value or a node, and without what the engine puts behind it."""
+    return name, re.sub(r"(_q_to_dq|_dq_to_q|/duplicated|_nchwc|_token_\d+)+$", "", name)
+
+
+def _island(quantized: QuantizedModel, operator: str, layer: str, partly_integer: bool) -> FloatIsland | None:
+    """The layer behind a node that computes in float, and why; `None` for a part of a layer that runs in INT8, such as the bias of a product."""
+    plan = quantized.plan
+    if layer not in quantized.graph:
+        return FloatIsland(operator, (layer or "what is computed before any layer",), "no layer of the model")
+    if layer in plan.skipped:
+        return FloatIsland(operator, (layer,), plan.skipped[layer])
+    if quantized.graph[layer].kind in _HEAVY[operator]:
+        return None if partly_integer else FloatIsland(operator, (layer,), "planned in INT8, but the engine computes it in float")
+    return (
+        None
+        if partly_integer
+        else FloatIsland(operator, (layer,), "part of the layer's computation, for which the engine has no INT8 form")
+    )

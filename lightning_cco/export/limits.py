@@ -1,0 +1,62 @@
+"""Whether a checked file is what it should be."""
+
+from __future__ import annotations
+
+from lightning_cco.errors import CCOError
+from lightning_cco.export.report import ExportReport, LayerDifference
+
+MEAN_STEPS = 0.1
+"""Most that a tensor may be off on average, in steps. Right layers of the networks of the tests: 0.002 at most."""
+FAR_SHARE = 1e-3
+"""Most that may be more than a step off of a tensor's values. Right layers: none."""
+FAR_STEPS = 3.0
+"""Most that any value may be off, in steps. Right layers: 1."""
+FEW = 2
+"""As many values of a small tensor may be a step off, whatever their share."""
+LOCAL_DIFFERENCE = 1e-3
+"""Most that an output may be off from what the model makes of the engine's own rounded tensors, beside its largest value."""
+
+
+def judge(report: ExportReport, min_sqnr_db: float | None = None, max_mean_steps: float = MEAN_STEPS) -> None:
+    """Refuse a file of which a layer is wrong.
+
+    Args:
+        report: What the check saw.
+        min_sqnr_db: Smallest signal-to-noise ratio of the outputs from end to end; `None`: any.
+        max_mean_steps: Most that a tensor may be off on average, in steps of its scale, computed from the engine's tensors before it.
+
+    Raises:
+        CCOError: It names the layer.
+    """
+    wrong = [entry for entry in report.layers if _is_wrong(entry, max_mean_steps)]
+    first = wrong[0].layer if wrong else None
+    if report.faults:
+        layer, fault = next(iter(report.faults.items()))
+        what = f"layer '{layer}': {fault}"
+        first = first or layer
+    elif wrong:
+        entry = wrong[0]
+        what = (
+            f"'{entry.layer}' is {entry.mean_steps:.2g} steps off on average (at most {max_mean_steps:g}, max_mean_steps, was expected), "
+            f"{entry.largest_steps:.0f} at most, {100 * entry.far_share:.2g} % of its values by more than one, computed from what the engine computed before it"
+        )
+    elif not report.local_difference <= LOCAL_DIFFERENCE and report.outputs:
+        output = max(report.outputs, key=lambda entry: entry.local_difference)
+        what = (
+            f"the output '{output.name}' is {output.local_difference:.2g} of its largest value off (at most {LOCAL_DIFFERENCE:g} was expected), "
+            "computed from the engine's own rounded tensors"
+        )
+    elif min_sqnr_db is not None and report.sqnr_db < min_sqnr_db:
+        what = f"SQNR {report.sqnr_db:.1f} dB, at least {min_sqnr_db:.1f} (min_sqnr_db) was expected"
+    else:
+        return
+    where = f"the first layer that differs is '{first}'" if first else "no single layer stands out"
+    raise CCOError(
+        f"export: the file differs from the fake-quantized model: {what}; {where}. No file was written. "
+        "Skip that layer, or change the limit if the difference is known to be harmless."
+    )
+
+
+def _is_wrong(entry: LayerDifference, max_mean_steps: float) -> bool:
+    few = entry.values * entry.mean_steps <= FEW
+    return entry.largest_steps > FAR_STEPS or (not few and (not entry.mean_steps <= max_mean_steps or entry.far_share > FAR_SHARE))

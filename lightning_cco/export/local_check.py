@@ -1,0 +1,149 @@
+"""Compares each rounded tensor of a file with the fake-quantized model's, layer by layer: each is computed from what the engine's layer read.
+
+Compared from end to end, harmless roundings that fall the other way add up from layer to layer. So at each quantizer its levels are compared with the
+engine's integers, and the forward goes on from the engine's: a layer that is right is then a step off where a value lies between two levels, and one that
+is wrong stands out alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_cco.export.engine import Rounded
+from lightning_cco.quantization.fake_quantize import weight_scale
+from lightning_cco.quantization.model import QuantizedModel
+
+Arrays = Mapping[str, "np.ndarray[Any, Any]"]
+
+
+@dataclass
+class Steps:
+    """Differences of one tensor in steps of its scale, added up over batches."""
+
+    largest: float = 0.0
+    total: float = 0.0
+    far: int = 0
+    count: int = 0
+
+    def add(self, steps: Tensor) -> None:
+        """Take further differences in."""
+        if steps.numel():
+            self.largest = max(self.largest, float(steps.max()))
+            self.total += float(steps.double().sum())
+            self.far += int((steps > 1.5).sum())
+            self.count += steps.numel()
+
+
+class LocalRun:
+    """Forwards of a fake-quantized model that go on from an engine's rounded tensors.
+
+    Args:
+        quantized: The model.
+        rounded: Quantize nodes of the file by quantizer name.
+
+    Attributes:
+        steps: Differences by quantizer name.
+        weights: What each weight quantizer was given and gave, by layer and number.
+    """
+
+    def __init__(self, quantized: QuantizedModel, rounded: Mapping[str, list[Rounded]]) -> None:
+        self.quantized, self.rounded = quantized, rounded
+        self.steps: dict[str, Steps] = {}
+        self.weights: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self._unlike: dict[str, str] = {}
+
+    @contextmanager
+    def going_on_from(self, arrays: Arrays) -> Iterator[None]:
+        """Inside the block each quantizer compares its result with the engine's, and gives the engine's.
+
+        Args:
+            arrays: The engine's integers by tensor name.
+        """
+        handles = []
+        try:
+            for key, quantizer in self.quantized.activations.items():
+                handles.append(quantizer.register_forward_hook(self._activation_hook(key, arrays)))
+            for layer, quantizers in self.quantized.weights.items():
+                for number, weight_quantizer in enumerate(quantizers):
+                    handles.append(weight_quantizer.register_forward_hook(self._weight_hook(layer, number, arrays)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def uncompared(self) -> dict[str, str]:
+        """Quantizers whose tensors could not be compared, and why."""
+        missing = {}
+        for key in self.quantized.activations:
+            if key in self._unlike:
+                missing[key] = self._unlike[key]
+            elif key not in self.rounded:
+                missing[key] = "the file does not round it"
+            elif key not in self.steps:
+                missing[key] = "no batch of the check reached it"
+        return missing
+
+    def _activation_hook(self, key: str, arrays: Arrays) -> Any:
+        calls = 0
+        rounded = self.rounded.get(key, [])
+
+        def hook(module: nn.Module, _: Any, output: Tensor) -> None:
+            nonlocal calls
+            number, calls = calls, calls + 1
+            if not rounded:
+                return
+            # Each reader of an input rounds it by itself, here as in the file, unless the exporter took two of them for one.
+            for entry in [*rounded[number : number + 1], *rounded]:
+                levels = _arranged(arrays[entry.tensor], output.shape)
+                if levels is not None:
+                    break
+            else:
+                shapes = ", ".join(str(tuple(arrays[entry.tensor].shape)) for entry in rounded)
+                self._unlike[key] = f"of shape {tuple(output.shape)} in the model, {shapes} in the file"
+                return
+            levels = levels.to(torch.float32).sub_(entry.zero_point)
+            assert isinstance(module.scale, Tensor)
+            self._compare(key, output.detach().float().cpu() / float(module.scale), levels)
+            # In place: whoever overwrites its argument goes on with the argument.
+            output.copy_(levels.mul_(entry.scale))
+
+        return hook
+
+    def _weight_hook(self, layer: str, number: int, arrays: Arrays) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+            self.weights[layer, number] = args[0].detach(), output.detach()
+            rounded = self.rounded.get(f"{layer}.operand", [])
+            for entry in rounded:  # computed from a parameter (a class token expanded to the batch): rounded in the file, by the same scale
+                levels = _arranged(arrays[entry.tensor], output.shape)
+                if levels is None:
+                    continue
+                scale = float(weight_scale(args[0], module.num_bits, None))
+                self._compare(f"{layer}.operand", output.detach().float().cpu() / scale, levels.to(torch.float32).sub_(entry.zero_point))
+                return
+
+        return hook
+
+    def _compare(self, key: str, ours: Tensor, levels: Tensor) -> None:
+        steps = ours.round_().sub_(levels).abs_()
+        if not torch.isfinite(steps).all():
+            steps = steps.nan_to_num_(nan=0.0, posinf=torch.inf)  # what is not a number has no level
+        self.steps.setdefault(key, Steps()).add(steps)
+
+
+def _arranged(array: np.ndarray[Any, Any], shape: torch.Size) -> Tensor | None:
+    """The engine's integers in the model's shape, if they are the same values: the file may round rows, averages before a flatten, or blocks of pixels."""
+    if array.size != shape.numel():
+        return None
+    levels = torch.from_numpy(array)
+    if array.ndim == len(shape) == 4 and array.shape != tuple(shape) and array.shape[1] == 4 * shape[1]:
+        n, channels, height, width = shape
+        blocks = levels.reshape(n, 2, 2, channels, height // 2, width // 2)
+        return blocks.permute(0, 3, 4, 1, 5, 2).reshape(shape)
+    return levels.reshape(shape)

@@ -1,0 +1,51 @@
+"""Which layer each node of a file comes from: noted on what a trace adds, read off the exporter's graph."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+LAYER = "lightning_cco.layer"
+"""Where a traced node's ``custom`` metadata, which PyTorch hands on from graph to graph, has its layer's name."""
+
+_TRACED = "pkg.torch.onnx.fx_node"
+
+
+@contextmanager
+def noting(layer: str) -> Iterator[None]:
+    """Note the layer on every node that a running trace adds inside the block, unless it has one already."""
+    mode: Any = get_proxy_mode()
+    graph = getattr(getattr(mode, "tracer", None), "graph", None)
+    last = next(iter(reversed(graph.nodes)), None) if graph is not None else None
+    yield
+    if graph is None:
+        return
+    for node in reversed(graph.nodes):
+        if node is last:
+            return
+        node.meta["custom"] = {LAYER: layer, **(node.meta.get("custom") or {})}
+
+
+def layers_of_nodes(graph: Any, exported: Any) -> dict[str, str]:
+    """Layer of each node of an exporter's graph, by the node's name; nodes that belong to none are left out.
+
+    Args:
+        graph: The `onnx_ir.Graph`, its metadata still on it.
+        exported: The `torch.export.ExportedProgram` that it was made of.
+    """
+    traced = {node.name: _layer(node) for node in exported.graph.nodes}
+    found = {}
+    for node in graph:
+        name = re.match(r"%?(\w+)", node.metadata_props.get(_TRACED, ""))
+        layer = _layer(node.meta.get("node")) or (traced.get(name.group(1), "") if name else "")
+        if layer:
+            found[node.name] = layer
+    return found
+
+
+def _layer(node: Any) -> str:
+    return str(((node.meta.get("custom") or {}) if node is not None else {}).get(LAYER, ""))

@@ -1,0 +1,213 @@
+"""Compares what a file stores with the model, value by value, whatever batches come: formats of rounded tensors, integer weights, parameters left in float."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_cco.export.emit import Emitter
+from lightning_cco.export.engine import Rounded, constants
+from lightning_cco.export.fold import IntegerWeight
+from lightning_cco.quantization.model import QuantizedModel
+
+Array = np.ndarray[Any, Any]
+_TOLERANCE = 1e-5
+"""Of a scale: what is left of computing one in float32 in another order."""
+_FLOAT32 = 1e-6
+"""Of a bias: what float32 leaves of it in 32 bits."""
+_RECURRENT = ("lstm", "gru", "rnn")
+
+
+def stored_faults(
+    quantized: QuantizedModel,
+    model: Any,
+    emitter: Emitter,
+    rounded: Mapping[str, list[Rounded]],
+    weights: Mapping[tuple[str, int], tuple[Tensor, Tensor]],
+) -> dict[str, str]:
+    """What a file stores otherwise than the model has it.
+
+    Args:
+        quantized: The model.
+        model: The loaded file.
+        emitter: What wrote it.
+        rounded: Its quantize nodes by quantizer name.
+        weights: What each weight quantizer was given and gave, by layer and number.
+
+    Returns:
+        By layer, in words; a layer whose stored form this does not know is left to the comparison of what it computes.
+    """
+    values = constants(model)
+    faults: dict[str, str] = {}
+    for key, what in _formats(quantized, model, rounded):
+        faults.setdefault(key.partition(":")[0], what)
+    expected = _Expected(quantized, emitter, weights)
+    for node in model.graph.node:
+        layer = emitter.layers.get(node.name, "")
+        if node.op_type == "DequantizeLinear" and node.input[0] in values:
+            arrays = [values.get(name) for name in node.input]
+            axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 1)
+            what = expected.dequantized(layer, arrays, axis)
+        elif node.op_type == "Gather" and node.input[0] in values:
+            what = expected.table(layer, values[node.input[0]])
+        else:
+            continue
+        if what:
+            faults.setdefault(layer, what)
+    for name, parameter in quantized.model.named_parameters():
+        if name in values and values[name].dtype.kind == "f" and values[name].shape == tuple(parameter.shape):
+            wanted = parameter.detach().float().cpu().numpy()
+            if not np.array_equal(values[name], wanted, equal_nan=True):
+                layer = next((entry.name for entry in quantized.graph if name in entry.parameters), name)
+                faults.setdefault(layer, f"the parameter '{name}' is off by up to {_most(values[name], wanted):.3g}")
+    return faults
+
+
+def _formats(quantized: QuantizedModel, model: Any, rounded: Mapping[str, list[Rounded]]) -> Iterator[tuple[str, str]]:
+    """Scales and zero points of the activations, of both nodes of each pair."""
+    values = constants(model)
+    readers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear":
+            readers.setdefault(node.input[0], []).append(node)
+    for key, quantizer in quantized.activations.items():
+        scale, zero_point = float(quantizer.scale), int(quantizer.zero_point)
+        for entry in rounded.get(key, []):
+            found = [(entry.scale, entry.zero_point)]
+            for node in readers.get(entry.tensor, []):
+                format_ = [values[name].reshape(-1) for name in node.input[1:3] if name in values]
+                found += [(float(format_[0][0]), int(format_[1][0]))] if len(format_) == 2 else []
+            for one, point in found:
+                if abs(one - scale) > _TOLERANCE * scale:
+                    yield key, f"its scale is {one:.6g} instead of {scale:.6g}"
+                if point != zero_point:
+                    yield key, f"its zero point is {point} instead of {zero_point}"
+
+
+class _Expected:
+    """What layers may store: their fake-quantized weights, with batch norms folded in, and their biases."""
+
+    def __init__(self, quantized: QuantizedModel, emitter: Emitter, weights: Mapping[tuple[str, int], tuple[Tensor, Tensor]]) -> None:
+        self.quantized, self.stored = quantized, emitter.stored
+        self.weights: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
+        for (layer, number), (given, got) in weights.items():
+            self.weights.setdefault(layer, []).append((number, given, got))
+
+    def dequantized(self, layer: str, arrays: list[Array | None], axis: int) -> str:
+        """What is wrong with constants that are dequantized; empty: nothing, or they are in a form that is not known here."""
+        integers, scale, *rest = arrays
+        if integers is None or scale is None:
+            return ""
+        shape = [1] * integers.ndim
+        if scale.size > 1:
+            shape[axis] = -1
+        step = np.broadcast_to(scale.astype(np.float64).reshape(shape), integers.shape)
+        zero_point = (
+            rest[0].astype(np.float64).reshape(shape if rest[0].size > 1 else [1] * integers.ndim) if rest and rest[0] is not None else 0.0
+        )
+        value = (integers.astype(np.float64) - zero_point) * step
+        worst: float | None = None
+        for wanted, allowed in self._candidates(layer):
+            for part, slack in _parts(wanted, allowed, value.shape, self.quantized.graph[layer].kind in _RECURRENT):
+                aligned = _sorted_rows(value) if part is None else value
+                target = _sorted_rows(wanted) if part is None else part
+                off = np.abs(aligned - target) - slack
+                steps = (
+                    float((off / np.maximum(step, 1e-30)).max(initial=0.0))
+                    if part is not None
+                    else float(off.max(initial=0.0) / step.max())
+                )
+                if steps <= 1e-3:
+                    return ""
+                worst = steps if worst is None else min(worst, steps)
+        return "" if worst is None else f"what is stored of it is up to {worst:.3g} steps of its scale off"
+
+    def table(self, layer: str, array: Array) -> str:
+        """What is wrong with a table of integers, or of their scales, that is looked up."""
+        for number, given, _ in self.weights.get(layer, []):
+            integers, scale = self.quantized.weights[layer][number].quantize(given)
+            rows = scale.reshape(-1, 1).expand(integers.shape[0], 1)
+            for wanted in (integers, rows):
+                if tuple(wanted.shape) == array.shape and (array.dtype.kind == "i") == (wanted is integers):
+                    off = _most(array, wanted.cpu().numpy())
+                    if off > (0 if wanted is integers else _TOLERANCE * float(scale.max())):
+                        rows_off = int((np.abs(array.astype(np.float64) - wanted.cpu().numpy()).max(-1) > 0).sum())
+                        return f"{rows_off} rows of its table are not those of the model"
+        return ""
+
+    def _candidates(self, layer: str) -> Iterator[tuple[Array, Array | float]]:
+        """Values that the layer may store, and by how much they may be off."""
+        if layer in self.stored.blocked:
+            weight = self.stored.blocked[layer][0]
+            yield _values(weight), 0.0
+        for number, _, got in self.weights.get(layer, []):
+            stored = next(iter(self.stored.weights.get(layer, [])[number : number + 1]), None)
+            wanted = got.double()
+            slack: Array | float = 0.0
+            if stored is not None:
+                shape = [1] * wanted.dim()
+                if stored.axis is not None:
+                    shape[stored.axis] = -1
+                factor = self._factor(stored)
+                if factor is not None:
+                    wanted = wanted * factor.reshape(shape)
+                slack = self._slack(layer, stored, shape)
+            yield wanted.cpu().numpy(), slack
+        if layer in self.stored.biases and self.stored.weights.get(layer):
+            bias, scale = self.stored.weights[layer][0].bias, self.stored.biases[layer][1]
+            if bias is not None and scale is not None:
+                value: Array = bias.double().cpu().numpy()
+                yield value, 0.5001 * scale.double().cpu().numpy() + _FLOAT32 * np.abs(value)
+
+    def _factor(self, stored: IntegerWeight) -> Tensor | None:
+        """What a folded batch norm multiplies each channel by."""
+        if stored.folded is None:
+            return None
+        module = self.quantized.model.get_submodule(self.quantized.graph[stored.folded].path)
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+        assert module.running_var is not None
+        factor = (module.running_var.double() + module.eps).rsqrt()
+        return factor * module.weight.detach().double() if module.weight is not None else factor
+
+    def _slack(self, layer: str, stored: IntegerWeight, shape: list[int]) -> Array | float:
+        """Half a step where a channel's grid is coarser to make room for its bias in 32 bits."""
+        source = next(iter(self.quantized.capture.sites[layer].sources), None)
+        key = self.stored.quantizer_of(source) if source is not None else None
+        if key is None or stored.bias is None or stored.scale.shape not in (stored.bias.shape, ()):
+            return 0.0
+        needed = stored.bias.detach().double().abs() / (float(self.quantized.activations[key].scale) * 2.0**30)
+        needed = needed if stored.scale.dim() else needed.amax()
+        coarse = torch.where(stored.scale.double() <= needed * (1 + _TOLERANCE), 0.5001 * needed, torch.zeros_like(needed))
+        return coarse.reshape(shape if coarse.dim() else [1] * len(shape)).cpu().numpy()
+
+
+def _parts(wanted: Array, allowed: Array | float, shape: tuple[int, ...], recurrent: bool) -> Iterator[tuple[Array | None, Any]]:
+    """The expected values where they have a shape: as a whole, rows of it (a product that was split), and for recurrent layers its rows in another order."""
+    if wanted.shape == shape:
+        yield wanted, allowed
+    elif wanted.ndim == len(shape) and wanted.shape[1:] == shape[1:] and wanted.shape[0] % shape[0] == 0:
+        for start in range(0, wanted.shape[0], shape[0]):
+            rows = slice(start, start + shape[0])
+            yield wanted[rows], allowed[rows] if isinstance(allowed, np.ndarray) and allowed.size > 1 else allowed
+    if recurrent and wanted.size == int(np.prod(shape)) and wanted.shape[-1] == shape[-1]:
+        yield None, 0.0
+
+
+def _sorted_rows(values: Array) -> Array:
+    rows = values.reshape(-1, values.shape[-1])
+    return rows[np.lexsort(rows.T[::-1])]
+
+
+def _values(weight: IntegerWeight) -> Array:
+    shape = [1] * weight.integers.dim()
+    if weight.axis is not None and weight.scale.dim():
+        shape[weight.axis] = -1
+    return ((weight.integers.double() - weight.zero_point) * weight.scale.double().reshape(shape)).cpu().numpy()
+
+
+def _most(one: Array, other: Array) -> float:
+    return float(np.abs(one.astype(np.float64) - other.astype(np.float64)).max(initial=0.0))
