@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import difflib
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_cco._yaml import check_interpolations, marked, parse_yaml
 from lightning_cco.errors import CCOError
+from lightning_cco.names import Interpolated, printable, shown
 from lightning_cco.settings import (
     RANGE_ESTIMATORS,
     SENSITIVITY_MODES,
@@ -21,6 +22,7 @@ from lightning_cco.settings import (
     Config,
     LayerRule,
     Settings,
+    out_of_bounds,
 )
 
 _ALIASES = {"ov": "openvino", "trt": "tensorrt", "onnxruntime": "ort"}
@@ -53,7 +55,8 @@ _TRAINER_OWNS = {
 _DROPPED = {"distributed_training_settings", "global_lora_settings"}
 
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it: ten times as fast
+_LONGEST_MATCH, _MOST_STARS = 4096, 20
+_LARGEST = 32 * 2**20  # bytes of a recipe
 
 
 def shipped_configs_dir() -> Path:
@@ -81,11 +84,7 @@ def read(cfg: Config) -> dict[str, Any]:
     if isinstance(cfg, Settings):
         return copy.deepcopy(vars(cfg))
     if isinstance(cfg, DictConfig):
-        try:
-            plain = OmegaConf.to_container(cfg, resolve=True)
-        except OmegaConfBaseException as error:
-            raise CCOError(f"The recipe's interpolations can't be resolved: {error}") from error
-        return dict(plain)  # type: ignore[arg-type]
+        return dict(_resolved(cfg, "The recipe"))
     if isinstance(cfg, Mapping):
         return {str(key): value for key, value in cfg.items()}
     if isinstance(cfg, (str, Path)):
@@ -108,18 +107,31 @@ def _read_file(cfg: str | Path) -> dict[str, Any]:
             )
         else:
             raise CCOError(f"There is no recipe named '{cfg}'.{_nearest(str(cfg), recipes)} The shipped ones are {sorted(recipes)}.")
+    what = f"The recipe '{printable(cfg, 200)}'"
     try:
+        if path.stat().st_size > _LARGEST:
+            raise CCOError(f"{what}: a file of at most {_LARGEST:,} bytes was expected, one of {path.stat().st_size:,} came.")
         text = path.read_text(encoding="utf-8")
-        # libyaml does not read halves of surrogate pairs, which names of modules may hold.
-        content = yaml.load(text, yaml.SafeLoader if "\\uD" in text else _LOADER)
-        if isinstance(content, dict) and "${" in text:
-            content = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise CCOError(f"The recipe '{cfg}' is not valid YAML: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CCOError(f"{what} can't be read: {printable(error, 300)}") from error
+    content = parse_yaml(text, what)
+    if isinstance(content, dict) and "${" in text:
+        content = _resolved(content, f"{what} is not valid YAML")
     if not isinstance(content, dict):
         came = "nothing" if content is None else f"a {type(content).__name__}"
         raise CCOError(f"The recipe '{cfg}' holds {came}; a mapping with keys such as global_quantization_settings was expected.")
     return {str(key): value for key, value in content.items()}
+
+
+def _resolved(cfg: Any, what: str) -> Any:
+    """A recipe with its interpolations resolved, as plain data."""
+    try:
+        config = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(cfg)
+        check_interpolations(OmegaConf.to_container(config._get_root()))
+        return marked(OmegaConf.to_container(config, resolve=True), OmegaConf.to_container(config))
+    except (OmegaConfBaseException, RecursionError, ValueError) as error:
+        said = "they refer to themselves" if isinstance(error, RecursionError) else printable(error, 300)
+        raise CCOError(f"{what}: its interpolations can't be resolved: {said}") from error
 
 
 def parse(raw: Mapping[str, Any]) -> Settings:
@@ -133,6 +145,10 @@ def parse(raw: Mapping[str, Any]) -> Settings:
             setattr(found, section, _section(values, kind, section))
     found.layer_settings = _rules(raw.get("layer_settings"))
     _check(found)
+    for values in (found.training_settings, found.monitoring_settings, found.deployment_settings):
+        for key, value in vars(values).items():
+            if isinstance(value, Interpolated):  # only a rule is shown later
+                setattr(values, key, str(value))
     return found
 
 
@@ -140,7 +156,7 @@ def _section(values: Any, kind: type, section: str) -> Any:
     if isinstance(values, kind):
         values = vars(values)
     if not isinstance(values, Mapping):
-        raise CCOError(f"{section}: a mapping was expected, {type(values).__name__} came: {values!r}.")
+        raise CCOError(f"{section}: a mapping was expected, {type(values).__name__} came: {shown(values)}.")
     values = dict(values)
     if section == "global_quantization_settings":
         if values.pop("method", "qat") != "qat":
@@ -160,7 +176,12 @@ def _typed(kind: type, values: Mapping[str, Any], where: str) -> Any:
             result[key] = None if value is None and expected.endswith("| None") else _CONVERT[expected.removesuffix(" | None")](value)
         except (TypeError, ValueError, OverflowError) as error:
             words = _WORDS[expected.removesuffix(" | None")] + (" or null" if expected.endswith("| None") else "")
-            raise CCOError(f"{where}.{key}: {words} was expected, {type(value).__name__} came: {value!r}.") from error
+            came = "str" if isinstance(value, str) else type(value).__name__
+            raise CCOError(f"{where}.{key}: {words} was expected, {came} came: {shown(value)}.") from error
+    for key, value in result.items():
+        if problem := out_of_bounds(key, value):
+            named = f" (match: {printable(format(result['match']), 160)})" if result.get("match") else ""
+            raise CCOError(f"{where}{named}.{key}: {problem}")
     return kind(**result)
 
 
@@ -189,12 +210,12 @@ def _float(value: Any) -> float:
 
 def _text(value: Any) -> str:
     if isinstance(value, (str, Path)):
-        return str(value)
+        return value if isinstance(value, Interpolated) else str(value)
     raise TypeError
 
 
 def _texts(value: Any) -> list[str]:
-    if isinstance(value, (str, Mapping)):
+    if isinstance(value, (str, Mapping)) or not isinstance(value, (Sequence, Set)):
         raise TypeError
     return [_text(item) for item in value]
 
@@ -208,7 +229,7 @@ def _check_keys(values: Mapping[str, Any], kind: type, where: str) -> None:
     for key in values:
         if key in fields:
             continue
-        full = f"{where}.{key}" if where else str(key)
+        full = printable(f"{where}.{key}" if where else key, 200)
         if key in _TRAINER_OWNS:
             raise CCOError(f"{full}: that is not the recipe's to say in Lightning. Remove it and write {_TRAINER_OWNS[key]}.")
         if key in _DROPPED:
@@ -224,7 +245,7 @@ def _rules(raw: Any) -> list[LayerRule]:
             {"match": name, **(value.get("quantization_settings", value) if isinstance(value, Mapping) else {"": value})}
             for name, value in raw.items()
         ]
-    if not isinstance(raw, Iterable) or isinstance(raw, str):
+    if not isinstance(raw, Sequence) or isinstance(raw, (str, bytes)):
         raise CCOError(
             f"layer_settings: a list of rules was expected, {type(raw).__name__} came. Write [{{match: conv_1, skip_quantization: true}}]."
         )
@@ -234,7 +255,7 @@ def _rules(raw: Any) -> list[LayerRule]:
         values = vars(rule) if isinstance(rule, LayerRule) else rule
         if not isinstance(values, Mapping):
             raise CCOError(
-                f"{where}: a mapping was expected, {type(rule).__name__} came: {rule!r}. Write {{match: conv_1, skip_quantization: true}}."
+                f"{where}: a mapping was expected, {type(rule).__name__} came: {shown(rule)}. Write {{match: conv_1, skip_quantization: true}}."
             )
         values = dict(values)
         if isinstance(values.get("skip_quantization_until"), str):
@@ -247,31 +268,18 @@ def _rules(raw: Any) -> list[LayerRule]:
 
 
 def _check(settings: Settings) -> None:
-    general, training, monitoring = settings.global_quantization_settings, settings.training_settings, settings.monitoring_settings
-    _bits("global_quantization_settings", general.weights_num_bits, general.activations_num_bits)
-    for key in ("quantization_sensitivity_threshold", "quantization_sensitivity_relative_threshold"):
-        value = getattr(general, key)
-        if value is not None and not value >= 0:
-            raise CCOError(f"global_quantization_settings.{key}: a number of at least 0, or null, was expected; {value} came.")
-    if training.stats_steps < 1:
-        raise CCOError(f"training_settings.stats_steps: at least 1 calibration batch was expected, {training.stats_steps} came. Write 20.")
+    training, monitoring = settings.training_settings, settings.monitoring_settings
     _one_of("training_settings.range_estimator", training.range_estimator, RANGE_ESTIMATORS)
-    if not 0.0 < training.averaging_constant <= 1.0:
-        raise CCOError(
-            f"training_settings.averaging_constant: a number in (0, 1] was expected, {training.averaging_constant} came. Write 0.05."
-        )
-    if not 50.0 < training.percentile <= 100.0:
-        raise CCOError(f"training_settings.percentile: per cent in (50, 100] was expected, {training.percentile} came. Write 99.99.")
-    if training.freeze_ranges_at_step is not None and training.freeze_ranges_at_step < 0:
-        raise CCOError(
-            f"training_settings.freeze_ranges_at_step: a step of at least 0, or null, was expected; {training.freeze_ranges_at_step} came."
-        )
-    if monitoring.sensitivity_batches < 1:
-        raise CCOError(f"monitoring_settings.sensitivity_batches: at least 1 was expected, {monitoring.sensitivity_batches} came.")
     if not monitoring.sensitivity_modes:
         raise CCOError(f"monitoring_settings.sensitivity_modes: at least one of {list(SENSITIVITY_MODES)} was expected, none came.")
     for mode in monitoring.sensitivity_modes:
         _one_of("monitoring_settings.sensitivity_modes", mode, SENSITIVITY_MODES)
+    for where, folder in (
+        ("monitoring_settings.output_dir", monitoring.output_dir),
+        ("deployment_settings.export_dir", settings.deployment_settings.export_dir),
+    ):
+        if folder is not None and "\0" in folder:
+            raise CCOError(f"{where}: the path of a folder was expected, {shown(folder)} came.")
     target = settings.deployment_settings.target_framework.lower()
     settings.deployment_settings.target_framework = _ALIASES.get(target, target)
     _one_of("deployment_settings.target_framework", settings.deployment_settings.target_framework, TARGET_FRAMEWORKS)
@@ -284,8 +292,13 @@ def _check_rule(rule: LayerRule, where: str) -> None:
         raise CCOError(
             f"{where}: `match` is missing: which layers is it about? Write a layer's name, a module's path or a glob, such as {{match: conv_1, ...}}."
         )
-    where = f"{where} (match: {rule.match})"
-    _bits(where, rule.weights_num_bits, rule.activations_num_bits)
+    where = f"{where} (match: {printable(f'{rule.match}', 160)})"
+    for pattern in (rule.match, *rule.skip_quantization_until):
+        if len(pattern) > _LONGEST_MATCH or pattern.count("*") > _MOST_STARS:
+            raise CCOError(
+                f"{where}: a name or glob of at most {_LONGEST_MATCH:,} characters and {_MOST_STARS} stars was expected, one of {len(pattern):,} characters "
+                f"and {pattern.count('*'):,} stars came."
+            )
     reaching = (
         "skip_quantization_until"
         if rule.skip_quantization_until
@@ -299,19 +312,13 @@ def _check_rule(rule: LayerRule, where: str) -> None:
         raise CCOError(f"{where}: skip_quantization_until and skip_quantization_downstream contradict each other. Keep one of them.")
 
 
-def _bits(where: str, weights: int | None, activations: int | None) -> None:
-    for key, bits in (("weights_num_bits", weights), ("activations_num_bits", activations)):
-        if bits is not None and not 2 <= bits <= 8:
-            raise CCOError(
-                f"{where}.{key}: 2 to 8 bits were expected, {bits} came. To leave a layer in float write skip_quantization: true."
-            )
-
-
 def _one_of(where: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
-        raise CCOError(f"{where}: one of {list(allowed)} was expected, '{value}' came.{_nearest(value, allowed)}")
+        raise CCOError(f"{where}: one of {list(allowed)} was expected, {shown(value)} came.{_nearest(value, allowed)}")
 
 
 def _nearest(value: str, candidates: Iterable[str]) -> str:
+    if len(value) > 200:
+        return ""
     near = difflib.get_close_matches(value, list(candidates), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""

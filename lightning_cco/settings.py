@@ -6,7 +6,7 @@ Names follow the CLIKA CCO guide. `load_settings` is the one way in: it reads ev
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,7 +15,7 @@ import yaml
 
 from lightning_cco.errors import CCOError
 from lightning_cco.files import write_file
-from lightning_cco.names import literal
+from lightning_cco.names import literal, shown
 
 Config: TypeAlias = "Settings | Mapping[str, Any] | str | Path | None"
 """What `load_settings` takes. A DictConfig is a mapping."""
@@ -25,8 +25,39 @@ TARGET_FRAMEWORKS = ("ort", "openvino", "tensorrt")
 SENSITIVITY_MODES = ("local", "accumulated")
 
 
+# What a number may be, wherever it comes from: whether it is right, the words for it, and what to write instead.
+_BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
+    "weights_num_bits": (lambda bits: 2 <= bits <= 8, "2 to 8 bits were", "To leave a layer in float write skip_quantization: true."),
+    "activations_num_bits": (lambda bits: 2 <= bits <= 8, "2 to 8 bits were", "To leave a layer in float write skip_quantization: true."),
+    "quantization_sensitivity_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
+    "quantization_sensitivity_relative_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
+    "stats_steps": (lambda steps: 1 <= steps <= 10**6, "at least 1 calibration batch, and at most a million, was", "Write 20."),
+    "averaging_constant": (lambda value: 0 < value <= 1, "a number in (0, 1] was", "Write 0.05."),
+    "percentile": (lambda value: 50 < value <= 100, "per cent in (50, 100] was", "Write 99.99."),
+    "freeze_ranges_at_step": (lambda step: step >= 0, "a step of at least 0, or null, was", ""),
+    "sensitivity_batches": (lambda count: 1 <= count <= 10**6, "at least 1, and at most a million, was", "Write 2."),
+}
+
+
+def out_of_bounds(key: str, value: object) -> str:
+    """What is wrong with the number of a setting, in words; empty if nothing is. Other types are for `load_settings` to convert."""
+    if key not in _BOUNDS or isinstance(value, bool) or not isinstance(value, (int, float)):
+        return ""
+    right, expected, instead = _BOUNDS[key]
+    return "" if right(value) else f"{expected} expected, {shown(value)} came. {instead}".rstrip()
+
+
+class _Checked:
+    """Refuses a number that is out of bounds where it is written: in the constructor and in an assignment."""
+
+    def __setattr__(self, key: str, value: object) -> None:
+        if problem := out_of_bounds(key, value):
+            raise CCOError(f"{type(self).__name__}.{key}: {problem}")
+        super().__setattr__(key, value)
+
+
 @dataclass
-class LayerQuantizationSettings:
+class LayerQuantizationSettings(_Checked):
     """What is said of one layer, or of the layers from it on.
 
     Attributes:
@@ -52,7 +83,7 @@ class LayerRule(LayerQuantizationSettings):
 
 
 @dataclass
-class GlobalQuantizationSettings:
+class GlobalQuantizationSettings(_Checked):
     """What holds for every layer that no rule says otherwise of.
 
     Attributes:
@@ -75,7 +106,7 @@ class GlobalQuantizationSettings:
 
 
 @dataclass
-class TrainingSettings:
+class TrainingSettings(_Checked):
     """Calibration and ranges.
 
     Attributes:
@@ -96,7 +127,7 @@ class TrainingSettings:
 
 
 @dataclass
-class MonitoringSettings:
+class MonitoringSettings(_Checked):
     """What is measured and shown each epoch.
 
     Attributes:
@@ -185,8 +216,10 @@ class Settings:
         """The recipe as plain dicts, lists, strings and numbers. Rules carry only what they say."""
         plain = dataclasses.asdict(self)
         empty = dataclasses.asdict(LayerRule())
+        for rule in plain["layer_settings"]:
+            rule["skip_quantization_until"] = [str(name) for name in rule["skip_quantization_until"]]
         plain["layer_settings"] = [
-            {"match": rule["match"], **{key: value for key, value in rule.items() if key != "match" and value != empty[key]}}
+            {"match": str(rule["match"]), **{key: value for key, value in rule.items() if key != "match" and value != empty[key]}}
             for rule in plain["layer_settings"]
         ]
         return plain

@@ -185,8 +185,10 @@ def test_files_that_are_no_recipe(text: str, message: str, tmp_path: Path) -> No
 
 def test_changing_settings_in_python_is_checked_at_use() -> None:
     settings = cc.generate_default_settings()
-    settings.global_quantization_settings.activations_num_bits = 16
     with pytest.raises(cc.CCOError, match="2 to 8 bits"):
+        settings.global_quantization_settings.activations_num_bits = 16
+    settings.monitoring_settings.sensitivity_modes.append("global")
+    with pytest.raises(cc.CCOError, match="sensitivity_modes"):
         load_settings(settings)
     with pytest.raises(cc.CCOError, match="Add skip_quantization: true"):
         settings.set_quantization_settings_for_layer("a", cc.LayerQuantizationSettings(skip_quantization_until=["b"]))

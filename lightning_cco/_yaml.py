@@ -1,0 +1,192 @@
+"""Reading a recipe's YAML: what could blow up or hide something is refused while it is parsed, before anything is built from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from lightning_cco.errors import CCOError
+from lightning_cco.names import Interpolated, printable
+
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it: ten times as fast
+_DEEPEST = 20
+_LONGEST = 4096  # characters of a text: as long as a path may be
+_MOST = 10_000  # values that aliases or interpolations may add to those that are written
+_STANDARD = re.compile(r"!|tag:yaml\.org,2002:(null|bool|int|float|str|seq|map)")
+_REFERENCE = re.compile(r"[\w.\-\[\]]+")
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """The content of a YAML text.
+
+    Args:
+        text: The YAML.
+        what: What errors call it.
+
+    Raises:
+        CCOError: It is no YAML, or holds what no recipe needs: several documents, tags, a key twice, an alias of what is around it, nesting, texts
+            or aliases without bounds.
+    """
+    try:
+        _check(text, what)
+        # libyaml does not read halves of surrogate pairs, which names of modules may hold.
+        return yaml.load(text, yaml.SafeLoader if "\\uD" in text else LOADER)
+    except (yaml.YAMLError, ValueError, RecursionError, UnicodeError) as error:
+        raise CCOError(f"{what} is not valid YAML: {printable(error, 400)}") from error
+
+
+@dataclass
+class _Open:
+    """A mapping or sequence that is being read."""
+
+    is_mapping: bool
+    anchor: str | None
+    count: int = 0  # keys and values so far
+    size: int = 1  # values in it, with those that aliases stand for
+    keys: set[str] = field(default_factory=set)
+    key: str = ""
+
+
+def _check(text: str, what: str) -> None:
+    around: list[_Open] = []
+    sizes: dict[str, int] = {}
+    documents, by_aliases = 0, 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader if "\\uD" in text else LOADER):
+        line = event.start_mark.line + 1 if event.start_mark is not None else 0
+
+        def refuse(problem: str, line: int = line) -> CCOError:
+            return CCOError(f"{what}, line {line}, {_where(around)}: {problem}")
+
+        if isinstance(event, yaml.DocumentStartEvent):
+            documents += 1
+            if documents > 1:
+                raise refuse("one document was expected, a second one begins here. Remove it.")
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise refuse(f"the alias *{printable(event.anchor, 40)} stands inside of what it stands for, or for nothing. Write it out.")
+            by_aliases += sizes[event.anchor]
+            if by_aliases > _MOST:
+                raise refuse(f"aliases stand for more than {_MOST:,} values. Write fewer of them.")
+            _took(around, sizes[event.anchor])
+        elif isinstance(event, yaml.ScalarEvent):
+            _check_scalar(event, around, refuse)
+            if event.anchor:
+                sizes[event.anchor] = 1
+            _took(around, 1)
+        elif isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+            _check_tag(event.tag, refuse)
+            if len(around) >= _DEEPEST:
+                raise refuse(f"values inside of each other at most {_DEEPEST} deep were expected, deeper ones came.")
+            around.append(_Open(isinstance(event, yaml.MappingStartEvent), event.anchor))
+        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+            closed = around.pop()
+            if closed.anchor:
+                sizes[closed.anchor] = closed.size
+            _took(around, closed.size)
+
+
+def _check_scalar(event: Any, around: list[_Open], refuse: Any) -> None:
+    _check_tag(event.tag, refuse)
+    if len(event.value) > _LONGEST:
+        raise refuse(f"a text of at most {_LONGEST:,} characters was expected, one of {len(event.value):,} came.")
+    if around and around[-1].is_mapping and around[-1].count % 2 == 0:
+        if event.value in around[-1].keys:
+            raise refuse(f"the key '{printable(event.value, 80)}' comes twice. Keep one of them.")
+        around[-1].keys.add(event.value)
+        around[-1].key = event.value
+
+
+def _check_tag(tag: str | None, refuse: Any) -> None:
+    if tag is not None and not _STANDARD.fullmatch(tag):
+        raise refuse(f"a plain value was expected, one with the tag '{printable(tag, 80)}' came. Remove the tag.")
+
+
+def _took(around: list[_Open], size: int) -> None:
+    if around:
+        around[-1].count += 1
+        around[-1].size += size
+
+
+def _where(around: list[_Open]) -> str:
+    parts = [printable(outer.key, 60) if outer.is_mapping else f"[{outer.count}]" for outer in around[:6]]
+    return ".".join(part for part in parts if part).replace(".[", "[") or "the top level"
+
+
+def check_interpolations(content: Any) -> None:
+    """Refuse interpolations that stand for so many of each other that they could never be resolved.
+
+    Args:
+        content: The recipe, or the configuration that it is a part of, not resolved yet.
+
+    Raises:
+        CCOError: They stand for too much.
+    """
+    by_path: dict[str, Any] = {}
+    _index(content, "", by_path)
+    sizes: dict[str, int] = {}
+
+    def size(path: str, above: tuple[str, ...]) -> int:
+        if path in above:
+            return 1  # OmegaConf says of what refers to itself
+        if path not in sizes:
+            value, inside = by_path[path], (*above, path)
+            if isinstance(value, str):
+                parent = path.rpartition(".")[0]
+                names = [name for part in value.split("${")[1:] for name in _REFERENCE.findall(part.split("}")[0])]
+                targets = [_target(name, parent) for name in names]
+                sizes[path] = len(value) + sum(size(target, inside) for target in targets if target in by_path)
+            else:
+                items = value.keys() if isinstance(value, Mapping) else range(len(value))
+                sizes[path] = 1 + sum(size(f"{path}.{item}".lstrip("."), inside) for item in items)
+            if sizes[path] > 100 * _MOST:
+                raise CCOError(
+                    f"{printable(path, 100) or 'The recipe'}: its interpolations stand for more than can be resolved. Write it out."
+                )
+        return sizes[path]
+
+    texts = [path for path, value in by_path.items() if isinstance(value, str) and "${" in value]
+    if any(re.search(r"\$\{[^}]*\$\{", by_path[path]) for path in texts) and len(texts) > 50:
+        raise CCOError("The recipe has interpolations inside of interpolations, and more than 50 in all. Write them out.")
+    for path in texts:
+        size(path, ())
+
+
+def _index(value: Any, path: str, found: dict[str, Any]) -> None:
+    if isinstance(value, (str, Mapping, list)):
+        found[path] = value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        _index(item, f"{path}.{key}".lstrip("."), found)
+        if not isinstance(item, (str, Mapping, list)):
+            found[f"{path}.{key}".lstrip(".")] = ""
+
+
+def _target(name: str, parent: str) -> str:
+    path = name.replace("[", ".").replace("]", "")
+    dots = len(path) - len(path.lstrip("."))
+    for _ in range(dots - 1):
+        parent = parent.rpartition(".")[0]
+    return f"{parent}.{path.lstrip('.')}".lstrip(".") if dots else path.strip(".")
+
+
+def marked(resolved: Any, source: Any) -> Any:
+    """Resolved values in which texts remember that they come from an interpolation, so that no message shows them."""
+    if isinstance(resolved, dict) and isinstance(source, dict):
+        return {key: marked(value, source.get(key)) for key, value in resolved.items()}
+    if isinstance(resolved, list) and isinstance(source, list):
+        return [marked(value, item) for value, item in zip(resolved, source, strict=True)]
+    if isinstance(source, str) and "${" in source and resolved != source:
+        return _marked_below(resolved, source)
+    return resolved
+
+
+def _marked_below(value: Any, source: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _marked_below(item, source) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_marked_below(item, source) for item in value]
+    return Interpolated(value, source) if isinstance(value, str) else value

@@ -1,0 +1,132 @@
+"""Recipes that could hang, exhaust memory, hide something or give a secret away are refused at once, in few words that name the key."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from torch import nn, randn
+
+from lightning_cco import CCOError, LayerQuantizationSettings, load_settings, quantize
+from lightning_cco.settings import GlobalQuantizationSettings, MonitoringSettings, TrainingSettings
+
+
+def bomb(lines: int) -> str:
+    return "a0: &a0 [x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, lines))
+
+
+def references(lines: int) -> str:
+    """Text of text, twice as long with each line."""
+    return "monitoring_settings:\n  output_dir: ${v40}\nv0: x\n" + "".join(f"v{i}: ${{v{i - 1}}}${{v{i - 1}}}\n" for i in range(1, lines))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (bomb(9), "aliases stand for more"),
+        (bomb(9) + "x: ${y}", "aliases stand for more"),
+        ("layer_settings: &a [*a]", r"layer_settings.*\*a"),
+        ("training_settings: &a {stats_steps: *a}", "training_settings.stats_steps"),
+        ("training_settings: " + "[" * 100_000, r"training_settings.*20 deep"),
+        ("training_settings: " + "{a: " * 50_000, r"training_settings.*20 deep"),
+        ("training_settings: {stats_steps: 3}\ntraining_settings: {stats_steps: 4}", "'training_settings' comes twice"),
+        ("training_settings: {stats_steps: 3, stats_steps: 3}", "training_settings.stats_steps.*comes twice"),
+        ("layer_settings: [{match: a}, {match: b, match: c}]", r"layer_settings\[1\].match.*comes twice"),
+        ("a: 1\n---\nb: 1", "one document"),
+        ("training_settings: !!python/object/apply:os.getcwd []", "training_settings.*tag"),
+        ("training_settings: {stats_steps: " + "9" * 5000 + "}", "stats_steps.*4,096"),
+        ("training_settings: {stats_steps: " + "9" * 4000 + "}", "stats_steps.*million"),
+        ("layer_settings: [{match: '" + "z" * 100_000 + "'}]", "match.*4,096"),
+        ("layer_settings: [{match: '" + "*a" * 1000 + "'}]", "20 stars"),
+        (references(60), "stand for more than can be resolved"),
+        ("monitoring_settings: {output_dir: '${monitoring_settings.output_dir}'}", "can't be resolved"),
+        ('monitoring_settings: {output_dir: "a\\0b"}', "output_dir.*path of a folder"),
+    ],
+)
+def test_a_file_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(CCOError, match=said) as found:
+        load_settings(tmp_path / "recipe.yaml")
+    assert len(str(found.value)) < 1000
+
+
+def around() -> Any:
+    itself: list[Any] = []
+    itself.append(itself)
+    return itself
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"training_settings": {"stats_steps": around()}},
+        {"layer_settings": around()},
+        {"layer_settings": [{"match": "a", "skip_quantization_until": around()}]},
+        {"training_settings": {"stats_steps": 10**5000}},
+        {"training_settings": ["x" * 10**6] * 1000},
+        {"x" * 10**6: 1},
+        {"deployment_settings": {"target_framework": "x" * 10**6}},
+        {"layer_settings": iter(lambda: {"match": "conv"}, None)},  # never ends
+    ],
+)
+def test_python_values_are_shown_in_few_words(recipe: dict[str, Any]) -> None:
+    with pytest.raises(CCOError) as found:
+        load_settings(recipe)
+    assert len(str(found.value)) < 1000
+
+
+@pytest.mark.parametrize("hydra", [False, True])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"global_quantization_settings": {"weights_num_bits": "${oc.env:TOKEN}"}},
+        {"training_settings": {"range_estimator": "${oc.env:TOKEN}"}},
+        {"layer_settings": [{"match": "${oc.env:TOKEN}", "skip_quantization_downstream": True}]},
+        {"layer_settings": [{"match": "conv", "weights_num_bits": "x${oc.env:TOKEN}"}]},
+        {"layer_settings": [{"match": "${oc.env:TOKEN}", "skip_quantization": True}]},
+    ],
+)
+def test_what_an_interpolation_stands_for_is_not_shown(
+    recipe: dict[str, Any], hydra: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKEN", "hunter2")
+    OmegaConf.save(OmegaConf.create(recipe), tmp_path / "recipe.yaml")
+    with pytest.raises(CCOError) as found:  # in reading, or since no layer has that name
+        quantize(nn.Sequential(nn.Linear(2, 2)), OmegaConf.create(recipe) if hydra else str(tmp_path / "recipe.yaml"), (randn(1, 2),))
+    assert "hunter2" not in str(found.value)
+    assert "${oc.env:TOKEN}" in str(found.value)
+
+
+def test_resolved_text_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYER", "linear")
+    settings = load_settings(OmegaConf.create({"layer_settings": [{"match": "${oc.env:LAYER}", "skip_quantization": True}]}))
+    for again in (settings, copy.deepcopy(settings), pickle.loads(pickle.dumps(settings)), load_settings(settings)):
+        assert again.to_dict()["layer_settings"] == [{"match": "linear", "skip_quantization": True}]
+        assert type(again.to_dict()["layer_settings"][0]["match"]) is str
+    settings.save(tmp_path / "saved.yaml")
+    assert load_settings(tmp_path / "saved.yaml") == settings
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        (GlobalQuantizationSettings, "weights_num_bits", 99),
+        (GlobalQuantizationSettings, "activations_num_bits", 1),
+        (GlobalQuantizationSettings, "quantization_sensitivity_threshold", float("nan")),
+        (LayerQuantizationSettings, "weights_num_bits", 0),
+        (TrainingSettings, "stats_steps", 0),
+        (TrainingSettings, "averaging_constant", float("nan")),
+        (MonitoringSettings, "sensitivity_batches", -1),
+    ],
+)
+def test_a_number_out_of_bounds_is_refused_where_it_is_written(kind: type, key: str, value: float) -> None:
+    with pytest.raises(CCOError, match=rf"{key}: .* expected, .* came"):
+        kind(**{key: value})
+    made = kind()
+    with pytest.raises(CCOError, match=rf"{key}: .* expected, .* came"):
+        setattr(made, key, value)
+    assert made == kind()
