@@ -9,6 +9,10 @@ from pathlib import Path
 from lightning_cco.files import write_file
 
 
+LOW_SQNR_DB = 15.0
+"""Below this the report says why outputs can differ while each layer is right."""
+
+
 @dataclass
 class LayerDifference:
     """How far the engine's tensor is from the fake-quantized one that is computed from the engine's own tensors before it.
@@ -145,10 +149,12 @@ class ExportReport:
             f"  size                {self.size_bytes:,} bytes, {self.size_ratio:.3f} of the float parameters",
         ]
         if self.batches:
-            agreement = f", same arg-max {100 * self.agreement:.1f} %" if self.agreement == self.agreement else ""
+            axis = self.outputs[0].class_axis if self.outputs else None
+            agreement = f", same arg-max {100 * self.agreement:.1f} % over axis {axis}" if self.agreement == self.agreement else ""
             lines += [
                 f"  against fake-quant  SQNR {self.sqnr_db:.1f} dB{agreement}, outputs differ by {self.largest_difference:.3g} at most, "
-                f"{self.mean_difference:.3g} on average ({self.batches} batches)",
+                f"{self.mean_difference:.3g} on average ({self.batches} batches, {self.variations} variations)",
+                *self._by_output(),
                 *self._by_tensor(),
                 f"  runs in INT8        {_counts(self.integer_nodes)}",
                 f"  runs in float       {_counts(self.float_nodes)}; {self.conversions} conversions between them",
@@ -163,9 +169,22 @@ class ExportReport:
         if worst is None:
             return []
         return [
-            f"  in steps            at most {self.largest_steps:.0f}, {self.mean_steps:.3f} on average; "
-            f"most in '{worst.layer}': {worst.mean_steps:.3f} on average"
+            f"  layer by layer      at most {self.largest_steps:.0f} steps, {self.mean_steps:.3f} on average; "
+            f"most in '{worst.layer}': {worst.mean_steps:.3f} on average",
+            *(f"  not compared        {layer}: {why}" for layer, why in self.uncompared.items()),
         ]
+
+    def _by_output(self) -> list[str]:
+        """What the one number of all outputs hides: noise beside what varies, outputs apart, and layers that are right while the outputs differ."""
+        lines = []
+        if self.varying_sqnr_db < self.sqnr_db - 3:
+            lines.append(f"  between samples     SQNR {self.varying_sqnr_db:.1f} dB of what differs between the samples of a batch")
+        for entry in self.outputs if len(self.outputs) > 1 else []:
+            agreement = f", same arg-max {100 * entry.agreement:.1f} % over axis {entry.class_axis}" if entry.agreement == entry.agreement else ""
+            lines.append(f"  output {entry.name:<12} SQNR {entry.sqnr_db:.1f} dB{agreement}")
+        if self.sqnr_db < LOW_SQNR_DB:
+            lines.append("  though              each layer is right: roundings that fall the other way grow in this network, as they would on any other engine")
+        return lines
 
     def _islands(self) -> list[str]:
         """One line for each reason: its layers, and the operators they became."""
