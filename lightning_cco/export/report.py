@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lightning_cco.files import write_file
 
-
 LOW_SQNR_DB = 15.0
 """Below this the report says why outputs can differ while each layer is right."""
 
@@ -180,10 +179,14 @@ class ExportReport:
         if self.varying_sqnr_db < self.sqnr_db - 3:
             lines.append(f"  between samples     SQNR {self.varying_sqnr_db:.1f} dB of what differs between the samples of a batch")
         for entry in self.outputs if len(self.outputs) > 1 else []:
-            agreement = f", same arg-max {100 * entry.agreement:.1f} % over axis {entry.class_axis}" if entry.agreement == entry.agreement else ""
+            agreement = (
+                f", same arg-max {100 * entry.agreement:.1f} % over axis {entry.class_axis}" if entry.agreement == entry.agreement else ""
+            )
             lines.append(f"  output {entry.name:<12} SQNR {entry.sqnr_db:.1f} dB{agreement}")
         if self.sqnr_db < LOW_SQNR_DB:
-            lines.append("  though              each layer is right: roundings that fall the other way grow in this network, as they would on any other engine")
+            lines.append(
+                "  though              each layer is right: roundings that fall the other way grow in this network, as they would on any other engine"
+            )
         return lines
 
     def _islands(self) -> list[str]:
