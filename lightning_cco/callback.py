@@ -182,6 +182,28 @@ class CCOCallback(pl.Callback):
     # Training
 
     @override
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Called before each training batch. Lets the ranges follow it."""
+        if self.quantized is not None:
+            self.quantized.follow_ranges(True)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before each validation. Ranges stand still in it, also where it records gradients (forces)."""
+        if self.quantized is not None:
+            self.quantized.follow_ranges(False)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before a test. Ranges stand still in it."""
+        self.on_validation_start(trainer, pl_module)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before a prediction. Ranges stand still in it."""
+        self.on_validation_start(trainer, pl_module)
+
+    @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called at the start of each epoch. Applies the skips that the last measurement suggested, if the recipe says so."""
         self._apply_pending_skips(trainer)

@@ -118,7 +118,7 @@ def rounding_energies(quantizer: ActivationQuantizer, reference: Tensor) -> tupl
         reference: What it reads, any shape.
     """
     kernels, numbers = kernels_for(reference.detach()), quantizer.numbers(reference.device.type)
-    if kernels is None or numbers is None:
+    if kernels is None or numbers is None or quantizer.empty:
         return energies(quantizer(reference), reference)
     low, high = quant_range(quantizer.num_bits, quantizer.symmetric)
     return kernels.rounding_energies(reference, numbers[0], (low - numbers[1], high - numbers[1]))

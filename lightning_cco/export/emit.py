@@ -105,7 +105,7 @@ class Emitter:
                 result = self._embedding(self.stored.weights[name][0], args, kwargs)
             else:
                 args, kwargs = self._with_weights(site, args, kwargs)
-                if site.op.kind == "linear" and name in self.quantized.activations and args and args[0].dim() > 2:
+                if site.op.kind == "linear" and self.quantized.plan.rounds(name) and args and args[0].dim() > 2:
                     return self._linear(name, func, args, kwargs)
                 if site.op.kind == "scaled_dot_product_attention":
                     func = attention
@@ -123,7 +123,7 @@ class Emitter:
     def _average(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """The average of each channel, rounded as engines do it: before the shape changes."""
         pooled: Tensor = self._symbolic("GlobalAveragePool", (x,), (*x.shape[:2], 1, 1), x.dtype)
-        if name in self.quantized.activations:
+        if self.quantized.plan.rounds(name):
             pooled = self._round(pooled, name)
         return pooled if result.dim() == 4 else pooled.flatten(1)
 
@@ -132,7 +132,7 @@ class Emitter:
         weight, pads = self.stored.blocked[site.layer]
         n, channels, height, width = x.shape
         blocks = self._symbolic("SpaceToDepth", (x,), (n, 4 * channels, height // 2, width // 2), x.dtype, {"blocksize": 2})
-        tensors = [self._round(blocks, site.sources[0].layer), self._dequantize_weight(weight)]
+        tensors = [self._round(blocks, self.quantized.plan.reads[site.layer][0]), self._dequantize_weight(weight)]
         if site.layer in self.stored.biases:
             tensors.append(self._bias_value(site))
         kernel = list(weight.integers.shape[2:])
@@ -149,12 +149,12 @@ class Emitter:
         return self._symbolic("Conv", tensors, x.shape, x.dtype, {"group": x.shape[1], "kernel_shape": kernel})
 
     def _with_inputs(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Quantize what comes from where no function mode can see: the model's inputs, custom functions."""
-        for source in site.sources:
-            key = f"{source.layer}:{source.output}" if source.output else source.layer
-            if (site.in_place and source.slot == (0,)) or self.quantized.graph[site.layer].frozen:
-                continue  # the caller's own tensor, which is written to; what a teacher reads
-            if source.quantizable and key in self.quantized.activations and not self.quantized.capture.sites[source.layer].visible:
+        """Quantize what is rounded at its readers: the model's inputs, tensors that an index is made of."""
+        for number, key in self.quantized.plan.reads.get(site.layer, {}).items():
+            source = site.sources[number]
+            if site.in_place and source.slot == (0,):
+                continue  # the caller's own tensor, which is written to
+            if source.quantizable:
                 args, kwargs = replaced(args, kwargs, source.slot, lambda x, key=key: self._round(x, key))  # type: ignore[misc]
         return args, kwargs
 
@@ -184,7 +184,7 @@ class Emitter:
 
     def _with_outputs(self, site: Site, args: tuple[Any, ...], result: Any) -> Any:
         if isinstance(result, Tensor):
-            if site.layer not in self.quantized.activations:
+            if not self.quantized.plan.rounds(site.layer):
                 return result
             rounded = self._round(result, site.layer)
             return args[0].copy_(rounded) if site.in_place and site.layer not in self.stored.folded else rounded
@@ -193,12 +193,14 @@ class Emitter:
         items = list(result)
         for output in range(len(items)):
             key = f"{site.layer}:{output}" if output else site.layer
-            if key in self.quantized.activations:
+            if self.quantized.plan.rounds(key):
                 items[output] = self._round(items[output], key)
         return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
 
     def _round(self, x: Tensor, key: str) -> Tensor:
         """QuantizeLinear and DequantizeLinear; formats of fewer than 8 bits are stored in 8 with a narrower range."""
+        if self.quantized.activations[key].empty:
+            return x
         scale, zero_point, limits = self._formats[key]
         if limits is not None:
             x = x.clamp(*limits)

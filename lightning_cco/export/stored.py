@@ -106,7 +106,8 @@ class StoredWeights:
         """Name of the quantizer that a tensor went through, seen through layers that only move values."""
         layer, output = self.quantized.plan.origins.get((source.layer, source.output), (source.layer, source.output))
         key = f"{layer}:{output}" if output else layer
-        return key if key in self.quantized.activations else None
+        quantizer = self.quantized.activations.get(key)
+        return key if quantizer is not None and not quantizer.empty else None
 
     def _operand(self, layer: str, tensor: Tensor, number: int) -> IntegerWeight | Tensor:
         """A parameter as integers; what is computed from one (a class token expanded to the batch) is rounded in the file, by this scale."""
@@ -140,7 +141,7 @@ class StoredWeights:
         In float if the input or the layer is, if the engine wants it so, or if it is added to a product of more than two dimensions that is not rounded.
         """
         key = self.quantizer_of(site.sources[0])
-        in_float = site.op.kind == "linear" and dimensions > 2 and site.layer not in self.quantized.activations
+        in_float = site.op.kind == "linear" and dimensions > 2 and not self.quantized.plan.rounds(site.layer)
         if key is None or in_float or site.layer in self.quantized.plan.weight_only or not self.target.integer_bias:
             return bias, None
         scale = self.quantized.activations[key].scale.detach() * weight_scale
@@ -164,6 +165,5 @@ class StoredWeights:
         return weight.shifted(-1, torch.int8)
 
     def _reads_input(self, site: Site) -> bool:
-        """Whether a layer reads, and so rounds by itself, what no function mode sees being made."""
-        source = site.sources[0]
-        return source.output == 0 and source.layer in self.quantized.activations and not self.quantized.capture.sites[source.layer].visible
+        """Whether a layer rounds what it reads by itself."""
+        return 0 in self.quantized.plan.reads.get(site.layer, {})

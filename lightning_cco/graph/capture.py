@@ -73,12 +73,14 @@ class Capture:
         root: The tree of module calls.
         sites: Where each layer happens.
         training_only: Calls that only training makes, in words; they are never quantized.
+        needs_gradients: Whether the forward differentiates by itself, so that it fails where no gradients are recorded.
     """
 
     graph: LayerGraph
     root: CallNode
     sites: dict[str, Site]
     training_only: list[str] = field(default_factory=list)
+    needs_gradients: bool = False
 
 
 def capture_graph(model: nn.Module, /, *args: Any, **kwargs: Any) -> LayerGraph:
@@ -107,8 +109,25 @@ def capture(model: nn.Module, forward: Callable[[], Any]) -> Capture:
     Raises:
         CCOError: If the forward fails, or makes no layer.
     """
+    try:
+        return _capture(model, forward, gradients=False)
+    except CCOError as error:
+        if not wants_gradients(error.__cause__):
+            raise
+    return _capture(model, forward, gradients=True)
+
+
+def wants_gradients(error: BaseException | None) -> bool:
+    """Whether code failed because it differentiates (`torch.autograd.grad`, ``backward``) where no gradients are recorded."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _WITHOUT_GRADIENTS)
+
+
+_WITHOUT_GRADIENTS = ("does not require grad", "appears to not have been used in the graph", "does not have a grad_fn")
+
+
+def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> Capture:
     root = CallNode("")
-    with _undisturbed(model):
+    with _undisturbed(model, gradients):
         switch_training(model, False)
         evaluation = Tracer(model, root)
         try:
@@ -136,36 +155,57 @@ def capture(model: nn.Module, forward: Callable[[], Any]) -> Capture:
             CCOWarning,
             stacklevel=3,
         )
-    training: Tracer | None = Tracer(model, root)
-    assert training is not None
-    with _undisturbed(model), torch.enable_grad():  # as in training: what the user's code runs without gradients shows
+    training = _trace_training(model, forward, root)
+    captured = _assemble(root, evaluation, training, only_asked(model, evaluation, training))
+    captured.needs_gradients = gradients
+    return captured
+
+
+def _trace_training(model: nn.Module, forward: Callable[[], Any], root: CallNode) -> Tracer | None:
+    training = Tracer(model, root)
+    with _undisturbed(model, gradients=True):  # as in training: what the user's code runs without gradients shows
         switch_training(model, True)
         try:
             with training.watching():
                 forward()
+            return training
         except Exception:
             # A batch of one sample under batch norm, a detector that wants targets: training calls are then taken to be those of evaluation,
             # and the runtime reports where they are not.
-            training = None
             for node in root.walk():
                 node.seen[True].clear()
-    return _assemble(root, evaluation, training, only_asked(model, evaluation, training))
+    return None
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put buffers, training flags and random state back afterwards; record no gradients."""
+def recording(model: nn.Module, gradients: bool) -> Iterator[None]:
+    """Record gradients inside the block, or not; those that parameters have already are theirs again afterwards."""
+    kept = [(parameter, parameter.grad) for parameter in model.parameters()] if gradients else []
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        with torch.set_grad_enabled(gradients):
+            yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, gradients: bool) -> Iterator[None]:
+    """Put buffers, training flags, gradients and random state back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = [buffer.device for buffer in model.parameters() if buffer.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with torch.random.fork_rng(devices=devices), recording(model, gradients):
         try:
             yield
         finally:
             for module, flag in flags:
                 module.training = flag
             for buffer, saved in buffers:
-                buffer.copy_(saved)
+                with torch.no_grad():
+                    buffer.copy_(saved)
 
 
 def switch_training(model: nn.Module, training: bool) -> None:

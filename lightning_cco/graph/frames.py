@@ -92,7 +92,7 @@ class Frame:
     """A module call that is running now: its node, its table of functions, and how often each thing has been called so far.
 
     Attributes:
-        records: Whether gradients were recorded when it began.
+        records: Whether gradients were recorded when the outermost frame began.
         python: Identity of the Python frame of the module's call; 0 if unknown, as in compiled code and in a recomputation.
         token: Of a thread's first frame: ends with the Python frame, also where no hook says so.
     """
@@ -353,7 +353,7 @@ class Frames:
             around = _module_call(own.f_back)
             if around is None or id(around) != stack[-1].python:
                 self.drop_ended(stack)
-        records = not compiling and torch.is_grad_enabled()
+        records = stack[0].records if stack and not compiling else torch.is_grad_enabled()
         if not compiling and (not stack or stack[0].records):
             self.note_checkpoint(stack, entering=True)
         if stack:

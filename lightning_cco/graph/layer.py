@@ -25,6 +25,7 @@ class Layer:
         weighted: Whether it multiplies by a weight (convolution, linear, embedding, recurrent, matmul with a parameter).
         note: Why the layer can't be quantized whatever the settings say; empty when it can.
         frozen: Path of the frozen module around it that only training asks, such as a teacher; empty for layers of the deployed model.
+        read_out: Numbers of the outputs whose values Python reads (`item`, `tolist`, `bool`), or that are cast to integers.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Layer:
     weighted: bool = False
     note: str = ""
     frozen: str = ""
+    read_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

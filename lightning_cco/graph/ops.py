@@ -184,6 +184,9 @@ RANDOM = frozenset({
 READS_OUT = frozenset({"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__dlpack__"})
 """Functions that hand the values of a tensor over to Python."""
 
+READS_VALUES = READS_OUT | {"__bool__", "__index__", "__complex__", "equal", "allclose", "is_nonzero", "__contains__"}
+"""Functions that return no tensor, but what depends on a tensor's values."""
+
 MAKES_OF_DATA = frozenset({"tensor", "as_tensor", "asarray", "scalar_tensor", "new_tensor", "full", "new_full", "full_like"})
 """Functions that make a tensor of values that Python has."""
 

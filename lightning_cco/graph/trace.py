@@ -30,7 +30,7 @@ from lightning_cco.graph.operands import (
     operands_of,
     weights_of,
 )
-from lightning_cco.graph.ops import MAKES_OF_DATA, RANDOM, READS_OUT, Category, Op, operation
+from lightning_cco.graph.ops import MAKES_OF_DATA, RANDOM, READS_OUT, READS_VALUES, Category, Op, operation
 from lightning_cco.graph.origins import Origin, Origins, is_constant
 
 _Operand = tuple[Slot, Tensor, Origin]
@@ -59,6 +59,7 @@ class Tracer:
         self._origins = Origins()
         self._inputs = 0
         self._values_left = False
+        self._read_out: dict[int, set[int]] = {}
         self._function: tuple[FrameType, CustomCall] | None = None
         self._returned: list[tuple[str, Tensor, Origin]] = []
         self._last_returned: set[Any] = set()
@@ -108,6 +109,8 @@ class Tracer:
 
     def _finish(self) -> None:
         """Add the outputs: what the last top-level call returned, and what earlier ones returned and nothing read afterwards."""
+        for number, outputs in self._read_out.items():
+            self.calls[number].layer = replace(self.calls[number].layer, read_out=tuple(sorted(outputs)))
         read = {(r.source, r.output) for call in self.calls for r in call.reads}
         ends: dict[tuple[int, int], tuple[str, Tensor]] = {}
         for key, tensor, origin in self._returned:
@@ -247,6 +250,8 @@ class Tracer:
         result = func(*args, **kwargs)
         if name in READS_OUT and any(not is_constant(o) and t.is_floating_point() for _, t, o in operands):
             self._values_left = True
+        if name in READS_VALUES or (op.category is Category.ALIAS and isinstance(result, Tensor) and not result.is_floating_point()):
+            self._note_read_out(operands)
         if name == "__set__" and getattr(getattr(func, "__self__", None), "__name__", "") == "data":
             self._count(frame, op)
             self._origins.remember(args[0], operands[1][2])
@@ -285,6 +290,12 @@ class Tracer:
                 else:
                     self._origins.note_write(tensor, origins[0])
         return result
+
+    def _note_read_out(self, operands: list[_Operand]) -> None:
+        """Note floats whose very values are read: rounding them would give others."""
+        for _, tensor, origin in operands:
+            if tensor.is_floating_point() and not is_constant(origin):
+                self._read_out.setdefault(origin[0], set()).add(origin[1])
 
     def _count(self, frame: Frame, op: Op) -> int:
         index = frame.counts.get(op.kind, 0)
@@ -369,7 +380,7 @@ class Tracer:
             output_shapes=tuple(tuple(t.shape) for t in outputs),
             output_dtypes=tuple(dtype_name(t) for t in outputs),
             quantizable_outputs=quantizable,
-            attributes=attributes(op.kind, self._modules.get(frame.node.path), args, kwargs, weight),
+            attributes={**attributes(op.kind, self._modules.get(frame.node.path), args, kwargs, weight), **_steps(kwargs)},
             parameters=parameters,
             weighted=op.category is Category.WEIGHTED or (op.category is Category.MATMUL and any(w.parameters for w in call.weights)),
             note=note_of(quantizable, mask_like, [t for _, t, _ in dynamic], outputs)
@@ -406,3 +417,9 @@ def _version(tensor: Tensor) -> int | None:
 
 def _is_own_code(module: nn.Module | None) -> bool:
     return module is not None and not type(module).__module__.startswith("torch.")
+
+
+def _steps(kwargs: Mapping[str, Any]) -> dict[str, object]:
+    """The mode of a division that rounds its result."""
+    mode = kwargs.get("rounding_mode")
+    return {} if mode is None else {"rounding_mode": mode}

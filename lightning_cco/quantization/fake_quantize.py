@@ -153,7 +153,7 @@ def fake_quantize(
         grid, kernels = _grid_of_numbers(*numbers, num_bits, symmetric, limits), kernels_for(x)
     openly = kernels is None and not torch.compiler.is_compiling() and not runs_plainly()
     if extrema is not None and kernels is None:
-        _widen_openly(extrema, x, limits) if openly else _widen(extrema, x.detach(), limits)
+        _widen_openly(extrema, x, limits) if openly else widen(extrema, x.detach(), limits)
     if openly:
         rounded = _fake_quantize_openly(x, scale if numbers is None else numbers[0], grid)
         return x.copy_(rounded) if inplace else rounded
@@ -174,9 +174,11 @@ def fake_quantize(
     return result
 
 
-def _widen(extrema: Tensor, x: Tensor, limits: tuple[float, float]) -> None:
+def widen(extrema: Tensor, x: Tensor, clamp: tuple[float, float] | None = None) -> None:
+    """Widen ``extrema``, float32 of 2, to the smallest and the largest value of ``x`` after a clamp."""
     if not x.numel():
         return
+    limits = clamp if clamp is not None else _NO_LIMITS
     if operations.has_operations(x):
         extrema.copy_(operations.widened(extrema, x, limits))
         return
@@ -187,7 +189,7 @@ def _widen(extrema: Tensor, x: Tensor, limits: tuple[float, float]) -> None:
 def _widen_openly(extrema: Tensor, x: Tensor, limits: tuple[float, float]) -> None:
     with behind_transforms(x) as values:
         if values is not None:
-            _widen(extrema, values, limits)
+            widen(extrema, values, limits)
 
 
 def _fake_quantize_openly(x: Tensor, scale: Bound, grid: Grid) -> Tensor:

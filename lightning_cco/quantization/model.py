@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError, CCOWarning
-from lightning_cco.graph.capture import Capture, capture, switch_training
+from lightning_cco.graph.capture import Capture, capture, recording, switch_training
 from lightning_cco.graph.frames import hooks_on, refuse_hooked
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.select import list_names
 from lightning_cco.quantization.plan import plan_quantization
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
-from lightning_cco.quantization.range_updates import sync_calibration, update_ranges, world_size
+from lightning_cco.quantization.range_updates import forget_batches, sync_calibration, update_ranges, world_size
 from lightning_cco.quantization.runtime import Phase, Runtime
 from lightning_cco.settings import Settings, load_settings
 
@@ -32,6 +32,7 @@ Forward = Callable[[nn.Module, Any], Any]
 
 _STATE_VERSION = 1
 _MOVING = threading.RLock()
+_MASKED = frozenset({"add", "sub", "mul", "where", "masked_fill", "scaled_dot_product_attention", "concat", "setitem"})
 
 
 def quantize(
@@ -95,7 +96,6 @@ class QuantizedModel:
         graph: Its layer graph.
         plan: What is quantized.
         settings: The recipe.
-        activations: Quantizer of each fake-quantized tensor by name.
         weights: Quantizers of each layer's weights.
         calibrated: Whether the ranges are known; before that the model computes in float.
         frozen: Whether the ranges stay as they are.
@@ -113,7 +113,7 @@ class QuantizedModel:
         self.capture = captured
         self.settings = settings
         self.plan = plan_quantization(captured.graph, settings, suggestions)
-        self.activations: dict[str, ActivationQuantizer] = {}
+        self._activations: dict[str, ActivationQuantizer] = {}
         self.weights: dict[str, list[WeightQuantizer]] = {}
         self.calibrated = False
         self.frozen = False
@@ -121,8 +121,10 @@ class QuantizedModel:
         self.example: tuple[Sequence[Any], Mapping[str, Any] | None] = ((), None)
         self._trained = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
         self._moved_at = self._weights_version()
+        self._outliers: Tensor | None = None
+        self._mode = model.training
         self._build_quantizers()
-        self.runtime = Runtime(model, captured, self.plan, self.activations, self.weights)
+        self.runtime = Runtime(model, captured, self.plan, self._activations, self.weights)
         self.runtime.phase = Phase.PASS
         self.runtime.frames.started = self._forward_starts
         self.runtime.frames.owner = weakref.ref(self)
@@ -133,6 +135,13 @@ class QuantizedModel:
     def graph(self) -> LayerGraph:
         """The layer graph."""
         return self.capture.graph
+
+    @property
+    def activations(self) -> dict[str, ActivationQuantizer]:
+        """Quantizer of each fake-quantized tensor by name. Whoever asks may read a range, so all move on first to what the last step has shown."""
+        if self._ranges_wait():
+            self.update_ranges()
+        return self._activations
 
     @property
     def drift(self) -> list[str]:
@@ -149,7 +158,7 @@ class QuantizedModel:
         training = self.settings.training_settings
         activations: dict[str, ActivationQuantizer] = {}
         for key, spec in self.plan.tensors.items():
-            known = self.activations.get(key)
+            known = self._activations.get(key)
             if known is not None and (known.num_bits, known.symmetric) == (spec.num_bits, spec.symmetric):
                 activations[key] = known
             else:
@@ -172,11 +181,11 @@ class QuantizedModel:
             if known_weights is None or known_weights[0].num_bits != bits:
                 known_weights = [WeightQuantizer(bits, weight.axis) for weight in site.weights]
             weights[name] = known_weights
-        self.activations, self.weights = activations, weights
+        self._activations, self.weights = activations, weights
 
     def to(self, device: torch.device) -> None:
         """Move the quantizers to the model's device."""
-        for quantizer in self.activations.values():
+        for quantizer in self._activations.values():
             quantizer.to(device)
 
     def replan(self, settings: Settings | None = None, suggestions: Iterable[str] = ()) -> list[str]:
@@ -221,6 +230,7 @@ class QuantizedModel:
         observed = {key: q for key, q in self.activations.items() if key in chosen}
         with self.evaluating(), self.forked_random(), self.runtime.doing(Phase.OBSERVE, only=observed.values()):
             for batch in batches:
+                self.runtime.batch += 1
                 forward(self.model, batch)
                 count += 1
         if not count:
@@ -228,17 +238,17 @@ class QuantizedModel:
                 "calibrate: no batch came, so no range is known. Expected at least one batch of what the model's forward takes; "
                 "check that the loader is not empty and that stats_steps is at least 1."
             )
-        sync_calibration(list(observed.values()))
-        for key, quantizer in observed.items():
-            self._finish(key, quantizer)
+        errors = sync_calibration(list(observed.values()))
+        for number, (key, quantizer) in enumerate(observed.items()):
+            self._finish(key, quantizer, errors[number] if errors is not None else None)
         self._warn_of_zeros(observed)
         self.calibrated = True
         self.runtime.phase = Phase.QUANTIZE
         torch._dynamo.reset()
         return count
 
-    def _finish(self, key: str, quantizer: ActivationQuantizer) -> None:
-        problem = quantizer.finish_calibration()
+    def _finish(self, key: str, quantizer: ActivationQuantizer, errors: Tensor | None) -> None:
+        problem = quantizer.finish_calibration(errors)
         if problem == "non_finite":
             layer = self.graph[key.partition(":")[0]]
             where = f"module '{layer.path}', {layer.kind}" if layer.path else layer.kind
@@ -249,40 +259,65 @@ class QuantizedModel:
             )
 
     def _warn_of_zeros(self, observed: Mapping[str, ActivationQuantizer]) -> None:
-        """Say which ranges are [0, 0]: until they move, everything that passes there becomes 0."""
-        zero = [key.partition(":")[0] for key, q in observed.items() if float(q.min_val) == float(q.max_val) == 0.0]
-        zero = [name for name in dict.fromkeys(zero) if name in self.plan.quantized]
-        if zero:
+        """Say which ranges are [0, 0]: until they move, what passes there is not rounded."""
+        zero, absent = (
+            list(dict.fromkeys(key.partition(":")[0] for key, q in observed.items() if q.empty and q.saw_zeros is saw_zeros))
+            for saw_zeros in (True, False)
+        )
+        zero, absent = ([name for name in names if self._makes_int8(name)] for names in (zero, absent))
+        what = [
+            *([f"nothing but zeros came out of {list_names(zero)}"] if zero else []),
+            *([f"nothing came out of {list_names(absent)} (a branch that no batch took, no rows)"] if absent else []),
+        ]
+        if what:
             warnings.warn(
-                f"calibrate: nothing but zeros came out of {list_names(zero)}, so the range there is [0, 0]. It follows what comes in training, unless ranges "
-                "are frozen. If the zeros are not meant, check the batches (scaling, masks, dead units) or raise training_settings.stats_steps; "
-                f"if they are, the layer is better skipped: {{match: {zero[0]}, skip_quantization: true}}.",
+                f"calibrate: {' and '.join(what)}, so the range there is [0, 0] and values pass unrounded. It takes the first values that come in training, "
+                "unless ranges are frozen. If the zeros are not meant, check the batches (scaling, masks, dead units) or raise training_settings.stats_steps; "
+                f"if they are, the layer is better skipped: {{match: {[*zero, *absent][0]}, skip_quantization: true}}.",
                 CCOWarning,
                 stacklevel=3,
             )
 
+    def _makes_int8(self, name: str) -> bool:
+        """Whether an INT8 layer makes or reads a layer's output."""
+        return name in self.plan.quantized or any(reader in self.plan.quantized for reader in self.graph.successors(name))
+
     def _check_weights(self) -> None:
+        """Look at all parameters of layers, also of those in float: what they make out of them is calibrated all the same."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        for name in self.weights:
-            for parameter in self.graph[name].parameters:
-                tensor = parameters.get(parameter)
-                if tensor is not None and not bool(torch.isfinite(tensor.detach()).all()):
+        finite: dict[str, bool] = {}
+        for layer in self.graph:
+            for name in layer.parameters:
+                tensor = parameters.get(name)
+                if tensor is None or not tensor.is_floating_point():
+                    continue
+                if name not in finite:
+                    # A mask that is added, or fills, may well be infinite; NaN is never meant.
+                    values = tensor.detach()
+                    finite[name] = not bool((values.isnan() if layer.kind in _MASKED else ~values.isfinite()).any())
+                if not finite[name]:
                     raise CCOError(
-                        f"calibrate: the parameter '{parameter}' of layer '{name}' holds NaN or infinite values; finite ones were expected. "
+                        f"calibrate: the parameter '{name}' of layer '{layer.name}' holds NaN or infinite values; finite ones were expected. "
                         "Load a checkpoint from before the training diverged."
                     )
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients inside the block."""
+        """Evaluation mode inside the block, without gradients if the model's own forward needs none. Ranges stand still."""
         flags = [(module, module.training) for module in self.model.modules()]
+        following, self.runtime.following = self.runtime.following, False
         switch_training(self.model, False)
         try:
-            with torch.no_grad():
+            with recording(self.model, self.capture.needs_gradients):
                 yield
         finally:
+            self.runtime.following = following
             for module, flag in flags:
                 module.training = flag
+
+    def follow_ranges(self, follow: bool) -> None:
+        """Say whether forwards that record gradients are of a training, which ranges follow: a validation may need gradients too, for forces."""
+        self.runtime.following = follow
 
     def freeze_ranges(self) -> None:
         """Keep all activation ranges as they are from now on."""
@@ -292,7 +327,7 @@ class QuantizedModel:
 
     def unfreeze_ranges(self) -> None:
         """Let the ranges follow the activations again."""
-        for quantizer in self.activations.values():
+        for quantizer in self._activations.values():
             quantizer.unfreeze()
         self.frozen = False
 
@@ -304,7 +339,21 @@ class QuantizedModel:
         """
         self._moved_at = self._weights_version()
         if not self.frozen and self.calibrated:
-            update_ranges(list(self.activations.values()))
+            self._outliers = update_ranges(list(self._activations.values()), self._outliers)
+            if self._outliers is not None and self._outliers.device.type == "cpu":
+                self._warn_of_outliers(self._outliers)
+
+    def _warn_of_outliers(self, outliers: Tensor) -> None:
+        if not bool(outliers.any()):
+            return
+        moving = [key for key, quantizer in self._activations.items() if not quantizer.frozen]
+        names = dict.fromkeys(key.partition(":")[0] for key, found in zip(moving, outliers.tolist(), strict=True) if found)
+        warnings.warn(
+            f"training: a batch gave values more than a thousand times as large as the range of {list_names(list(names))}. The ranges do not follow it, unless "
+            "the next batch is like it. Check the samples of that batch (units, missing values) and the learning rate.",
+            CCOWarning,
+            stacklevel=3,
+        )
 
     def _weights_version(self) -> int:
         return sum(parameter._version for parameter in self._trained)
@@ -312,19 +361,25 @@ class QuantizedModel:
     def _forward_starts(self) -> None:
         """Before a forward: quantizers on the model's device, ranges moved on."""
         self._follow_device()
-        if self.frozen or not self.calibrated or world_size() > 1:
-            return
-        if self._moved_at != self._weights_version():
+        if self._ranges_wait():
             with _MOVING:  # of several threads one moves them, once
-                if self._moved_at != self._weights_version():
+                if self._ranges_wait():
                     self.update_ranges()
+        if torch.is_grad_enabled() and self._mode != self.model.training:
+            # What an evaluation that forgot `torch.no_grad` has shown is no part of the training, and the other way round.
+            self._mode = self.model.training
+            forget_batches(list(self._activations.values()))
+
+    def _ranges_wait(self) -> bool:
+        """Whether weights have changed since the ranges last moved. Under DDP all ranks move them together, when `update_ranges` is called."""
+        return self.calibrated and not self.frozen and world_size() == 1 and self._moved_at != self._weights_version()
 
     def _follow_device(self) -> None:
         """Keep the quantizers where the parameters are: Lightning moves the model to the CPU at the end of a run."""
         device = self.device
         if device.type == "meta":  # there a range would be lost
             return
-        for quantizer in self.activations.values():
+        for quantizer in self._activations.values():
             if quantizer.scale.device == device:
                 return
             quantizer.to(device)
@@ -367,8 +422,10 @@ class QuantizedModel:
 
     def state_dict(self) -> dict[str, Any]:
         """Plan and ranges as plain dicts, strings, numbers and tensors."""
-        if world_size() == 1:
+        if world_size() == 1 and self._mode:
             self.update_ranges()
+        if self._outliers is not None and self._outliers.device.type != "cpu":
+            self._warn_of_outliers(self._outliers)  # each step would have to wait for the device
         return {
             "version": _STATE_VERSION,
             "layers": list(self.graph.names),

@@ -9,6 +9,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, operation_of_kind
+from lightning_cco.quantization.exact import FLOATS, UNSEEN, ExactReaders, Placement
 from lightning_cco.quantization.rules import Said, apply_rules
 from lightning_cco.quantization.skips import WEIGHT_ONLY, find_skips, warn_of_bits_for_nothing
 from lightning_cco.quantization.targets import TARGETS, Target
@@ -83,6 +84,8 @@ class QuantizationPlan:
         origins: For every tensor, by layer and output number, the one it got its values from, seen through value-preserving layers.
         groups: For each layer inside a fused group, the next one in it.
         forced: Layers that run in INT8 only because a rule asks for it by name.
+        reads: For each layer, by the number of its input, the name of the quantizer that rounds that input.
+        at_readers: Names of the quantizers that stand there instead of behind the layer that makes the tensor, which somebody needs as it is.
         quantized: Layers that run in INT8.
         weight_only: Layers in float with integer weights.
         skipped: Why the others do not run in INT8, those with integer weights included.
@@ -97,6 +100,8 @@ class QuantizationPlan:
     origins: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
     groups: dict[str, str] = field(default_factory=dict)
     forced: frozenset[str] = frozenset()
+    reads: dict[str, dict[int, str]] = field(default_factory=dict)
+    at_readers: frozenset[str] = frozenset()
     quantized: set[str] = field(init=False)
     weight_only: set[str] = field(init=False)
     skipped: dict[str, str] = field(init=False)
@@ -109,6 +114,10 @@ class QuantizationPlan:
             for name, decision in self.decisions.items()
             if not decision.quantized and decision.reason != "output"
         }
+
+    def rounds(self, key: str) -> bool:
+        """Whether a tensor, by the name of its quantizer, is rounded where it is made."""
+        return key in self.tensors and key not in self.at_readers
 
     @property
     def counted(self) -> int:
@@ -190,6 +199,7 @@ class _Planner:
     def plan(self) -> QuantizationPlan:
         graph = self.graph
         self.origin = self._origins()
+        self.exact = ExactReaders(graph, {name for name, said in self.said.items() if said.asked_for})
         self.int8 = self._int8_layers()
         self.fused_into = self._groups()
         self.fused_from = {after: before for before, after in self.fused_into.items()}
@@ -201,11 +211,38 @@ class _Planner:
                 if key in wanted and self._quantizable(key):
                     spec = TensorSpec(layer.name, output, self._activation_bits(layer.name), self.target.symmetric_activations)
                     tensors[spec.key] = spec
+        placement = Placement(self.exact, self.int8)
+        at_readers = {
+            key: placement.place((spec.layer, spec.output), key)
+            for key, spec in tensors.items()
+            if graph[spec.layer].kind in UNSEEN or self.exact.reads((spec.layer, spec.output))
+        }
+        tensors = {key: spec for key, spec in tensors.items() if at_readers.get(key, True)}
         made = {(spec.layer, spec.output) for spec in tensors.values()}
-        decisions = {layer.name: self._decision(layer, made) for layer in graph}
+        rounded = self._rounded({(s.layer, s.output) for key, s in tensors.items() if key not in at_readers}, placement)
+        decisions = {layer.name: self._decision(layer, made, rounded) for layer in graph}
         return QuantizationPlan(
-            graph, self.settings, decisions, tensors, self._boundaries(decisions), self.suggestions, self.origin, self.fused_into
+            graph,
+            self.settings,
+            decisions,
+            tensors,
+            self._boundaries(decisions),
+            self.suggestions,
+            self.origin,
+            self.fused_into,
+            reads=placement.reads,
+            at_readers=frozenset(at_readers),
         )
+
+    def _rounded(self, made: set[tuple[str, int]], placement: Placement) -> set[str]:
+        """Layers that pass rounded values on."""
+        carried, found = set(made), set()
+        for layer in self.graph:
+            reads = self.reads[layer.name] if self._passes(layer.name) else []
+            if reads and (reads[0] in carried or 0 in placement.reads.get(layer.name, {})):
+                found.add(layer.name)
+                carried |= {(layer.name, output) for output in range(len(layer.output_dtypes))}
+        return found
 
     def _passes(self, name: str) -> bool:
         return self.category[name] in (Category.PRESERVE, Category.IDENTITY)
@@ -231,6 +268,8 @@ class _Planner:
         found = set()
         for layer in self.graph:
             name = layer.name
+            if name in self.exact.layers and not self._passes(name):
+                self.skips.setdefault(name, ("rule", "what it computes serves an index, a mask or a step, which rounding would change"))
             if (name in self.skips and not self._scales(name)) or self._passes(name) or layer.kind == "input":
                 continue
             sources = [self.origin[read] for read in self.reads[name]]
@@ -329,7 +368,7 @@ class _Planner:
 
     def _is_float(self, key: tuple[str, int]) -> bool:
         dtypes = self.graph[key[0]].output_dtypes
-        return key[1] < len(dtypes) and dtypes[key[1]] in _FLOATS
+        return key[1] < len(dtypes) and dtypes[key[1]] in FLOATS
 
     def _groups(self) -> dict[str, str]:
         """For each layer inside a fused group, the next one in it: conv → batch norm → activation is quantized at its end."""
@@ -381,7 +420,7 @@ class _Planner:
             said = self.said.get(name, Said()).activations_num_bits
         return said
 
-    def _decision(self, layer: Layer, made: set[tuple[str, int]]) -> LayerDecision:
+    def _decision(self, layer: Layer, made: set[tuple[str, int]], rounded: set[str]) -> LayerDecision:
         name = layer.name
         own = self._activation_bits(name) if (name, 0) in made else None
         weights = None
@@ -391,11 +430,10 @@ class _Planner:
         if name in self.skips:
             reason, detail = self.skips[name]
             return LayerDecision(False, reason, detail, weights if reason == WEIGHT_ONLY else None, own)
-        if name not in self.int8:
-            source = self.origin[name, 0]
-            if source not in made:
-                what = "no INT8 layer reads it" if layer.kind == "input" else "the tensor it passes on is in float on both sides"
-                return LayerDecision(False, "rule", what)
+        if layer.kind == "input" and (name, 0) not in made:
+            return LayerDecision(False, "rule", "no INT8 layer reads it")
+        if self._passes(name) and name not in rounded:
+            return LayerDecision(False, "rule", "the tensor it passes on is in float on both sides")
         return LayerDecision(True, "", "", weights, own)
 
     def _boundaries(self, decisions: dict[str, LayerDecision]) -> list[Boundary]:
@@ -413,6 +451,3 @@ class _Planner:
 def _has_statistics(layer: Layer) -> bool:
     """Whether a batch norm has running statistics, so that it is one factor and one shift for each channel."""
     return layer.attributes.get("running_statistics") is not False
-
-
-_FLOATS = {"float32", "float16", "bfloat16", "float64"}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_cco.quantization.fake_quantize import (
@@ -15,8 +16,9 @@ from lightning_cco.quantization.fake_quantize import (
     fake_quantize_weight,
     quant_range,
     weight_scale,
+    widen,
 )
-from lightning_cco.quantization.ranges import batch_range, mse_clip_ratio, percentile_range, sample
+from lightning_cco.quantization.ranges import batch_range, clip_errors, clip_ratios, percentile_range, sample, says_something
 from lightning_cco.quantization.remade_weights import RemadeWeight, remade_weight
 from lightning_cco.quantization.tracing import behind_transforms, runs_plainly
 
@@ -35,6 +37,8 @@ class ActivationQuantizer(nn.Module):
     """Fake-quantizes one activation tensor with one scale and zero point.
 
     In training it notes the smallest and the largest value that pass; `update_ranges` lets the ranges of all quantizers follow, once per step.
+    Zeros and empty tensors say nothing about a range. As long as nothing else has come, values pass unrounded; the first batch that says something is
+    then taken as it is.
     Buffers are written in place, never assigned: a buffer assigned under ``trainer.validate`` would be an inference tensor for good.
 
     Args:
@@ -46,6 +50,9 @@ class ActivationQuantizer(nn.Module):
 
     Attributes:
         frozen: Whether the range stays as it is.
+        empty: Whether nothing has said anything about the range yet.
+        observed: How many calibration batches did.
+        saw_zeros: Whether zeros came in the calibration.
         min_val, max_val: The range, 0-d float32.
         scale, zero_point: What follows from it, 0-d float32.
         extrema: Smallest and largest value that passed in training since the range last moved, float32 of 2; infinite if nothing did.
@@ -72,7 +79,13 @@ class ActivationQuantizer(nn.Module):
         self.num_bits, self.symmetric, self.estimator = num_bits, symmetric, estimator
         self.averaging_constant, self.percentile = averaging_constant, percentile
         self.frozen = False
+        self.empty = True
         self.observed = 0
+        self.saw_zeros = False
+        # The calibration batch that was observed last: its number, its range, and the range before it.
+        self._batch: int | None = None
+        self._batch_range: tuple[Tensor, Tensor] | None = None
+        self._range_before: tuple[Tensor, Tensor] | None = None
         self._samples: list[Tensor] = []
         # Versions of scale and zero point, and both as Python numbers; one attribute, since threads share it: operations with tensors of one
         # number are up to four times slower on a CPU.
@@ -86,49 +99,71 @@ class ActivationQuantizer(nn.Module):
     def start_calibration(self) -> None:
         """Forget what was observed before."""
         self.observed = 0
+        self.saw_zeros = False
+        self._batch = self._batch_range = self._range_before = None
         self._samples.clear()
         self.non_finite.zero_()
         self.clip_ratio.fill_(1.0)
 
     @torch.no_grad()
-    def observe(self, x: Tensor) -> None:
-        """Widen or average the range by a calibration batch.
+    def observe(self, x: Tensor, batch: int | None = None) -> None:
+        """Widen or average the range by a calibration batch, if that says anything.
 
         Args:
             x: The float activation, any shape.
+            batch: Number of the batch: what comes with the same number counts as one tensor.
         """
+        if x.numel() == 0:
+            return
         low, high = self._range_of(x)
         self.non_finite.logical_or_(~torch.isfinite(low + high))
-        if self.observed == 0:
-            self.min_val.copy_(low)
-            self.max_val.copy_(high)
-        elif self.estimator in ("min_max", "mse"):
-            self.min_val.copy_(torch.minimum(self.min_val, low))
-            self.max_val.copy_(torch.maximum(self.max_val, high))
-        else:  # the plain mean over the calibration batches
-            self.min_val.lerp_(low, 1.0 / (self.observed + 1))
-            self.max_val.lerp_(high, 1.0 / (self.observed + 1))
+        if bool((low == 0) & (high == 0)):
+            self.saw_zeros = True
+            return
+        if batch is not None and batch == self._batch and self._batch_range is not None:
+            low, high = torch.minimum(low, self._batch_range[0]), torch.maximum(high, self._batch_range[1])
+        else:
+            self._range_before = self.min_val.clone(), self.max_val.clone()
+            self.observed += 1
+        self._batch, self._batch_range = batch, (low, high)
         if self.estimator == "mse":
             self._samples.append(sample(x))
-        self.observed += 1
+        assert self._range_before is not None
+        before_min, before_max = self._range_before
+        if self.estimator in ("min_max", "mse") and self.observed > 1:
+            low, high = torch.minimum(before_min, low), torch.maximum(before_max, high)
+        elif self.observed > 1:  # the plain mean over the calibration batches
+            low, high = torch.lerp(before_min, low, 1.0 / self.observed), torch.lerp(before_max, high, 1.0 / self.observed)
+        self.min_val.copy_(low)
+        self.max_val.copy_(high)
 
     @torch.no_grad()
-    def finish_calibration(self) -> str:
+    def clip_errors(self) -> Tensor:
+        """What the ``mse`` estimator compares (`ranges.clip_errors`) on the samples of this process; zeros without any."""
+        if not self._samples:
+            return torch.zeros_like(clip_ratios(self.min_val.device), dtype=torch.float64)
+        return clip_errors(torch.cat(self._samples), self.min_val, self.max_val, self.num_bits, self.symmetric)
+
+    @torch.no_grad()
+    def finish_calibration(self, errors: Tensor | None = None) -> str:
         """Turn what was observed into a scale.
 
+        Args:
+            errors: `clip_errors` of all processes together; `None`: this process's own.
+
         Returns:
-            ``ok``, ``never_observed`` (the range is then [0, 0]) or ``non_finite`` (a NaN or an infinity came).
+            ``ok``, ``never_observed`` (nothing came, or empty tensors alone) or ``non_finite`` (a NaN or an infinity came).
         """
         if bool(self.non_finite):
             return "non_finite"
-        if self._samples:
-            values = torch.cat(self._samples)
-            self.clip_ratio.copy_(mse_clip_ratio(values, self.min_val, self.max_val, self.num_bits, self.symmetric))
+        if self.estimator == "mse" and self.observed:
+            errors = self.clip_errors() if errors is None else errors
+            self.clip_ratio.copy_(clip_ratios(errors.device)[errors.argmin()])
             self.min_val.mul_(self.clip_ratio)
             self.max_val.mul_(self.clip_ratio)
             self._samples.clear()
         self.refresh()
-        return "ok" if self.observed else "never_observed"
+        return "ok" if self.observed or self.saw_zeros else "never_observed"
 
     def _range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return percentile_range(x, self.percentile) if self.estimator == "percentile" else batch_range(x)
@@ -139,6 +174,11 @@ class ActivationQuantizer(nn.Module):
         scale, zero_point = affine_qparams(self.min_val, self.max_val, self.num_bits, self.symmetric)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
+        self.notice()
+
+    def notice(self) -> None:
+        """Look whether the range says something now."""
+        self.empty = not bool(says_something(self.min_val, self.max_val))
 
     @torch.no_grad()
     def _watch(self, x: Tensor, clamp: tuple[float, float] | None) -> None:
@@ -160,6 +200,10 @@ class ActivationQuantizer(nn.Module):
         if extrema is not None and self.estimator == "percentile":
             self._watch(x, clamp)
             extrema = None
+        if self.empty:
+            if extrema is not None:
+                widen(extrema, x.detach(), clamp)
+            return x if clamp is None else F.hardtanh(x, *clamp, inplace=inplace)
         return fake_quantize(
             x, self.scale, self.zero_point, self.num_bits, self.symmetric, clamp, inplace, self.numbers(x.device.type), extrema
         )
@@ -200,6 +244,7 @@ class ActivationQuantizer(nn.Module):
             getattr(self, name).copy_(ranges[name])
         self.observed = max(1, self.observed)
         self.forget_batch()
+        self.notice()
         if ranges["num_bits"] != self.num_bits:
             self.refresh()
 

@@ -10,34 +10,46 @@ from torch import Tensor
 
 from lightning_cco.quantization.fake_quantize import affine_qparams
 from lightning_cco.quantization.quantizer import ActivationQuantizer
+from lightning_cco.quantization.ranges import says_something
 
+# How many times as wide as its range a batch's values must be to be no part of what the range follows, unless the next batch's are too.
+_OUTLIER = 1000.0
 _INF = float("inf")
 
 
 @torch.no_grad()
-def update_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
+def update_ranges(quantizers: Sequence[ActivationQuantizer], outliers_before: Tensor | None = None) -> Tensor | None:
     """Let the ranges follow what has passed in training since they last moved; all of them in a few operations, and one reduction over all ranks.
 
     Min-max ranges widen to the batch; others move towards it by the averaging constant. Under DDP a batch is that of all ranks: their smallest and
-    largest value for min-max, else the mean of their ends. Values that are not finite move nothing.
+    largest value for min-max, else the mean of their ends. Values that are not finite move nothing, nor do zeros and empty tensors; nor does a single batch
+    of values a thousand times as large as the range, an outlier.
 
     Args:
         quantizers: The same ones in the same order on every rank. Frozen ones stay.
+        outliers_before: What the last update returned: a second outlier in a row is none.
+
+    Returns:
+        Which of the quantizers that are not frozen met an outlier, bool; `None` if all are frozen.
     """
     moving = [quantizer for quantizer in quantizers if not quantizer.frozen]
     if not moving:
-        return
+        return None
     widens = moving[0].estimator == "min_max"
     low, high, seen = _batch_of_all_ranks(moving, widens)
     min_val, max_val = torch.stack([q.min_val for q in moving]), torch.stack([q.max_val for q in moving])
     if widens:
         new_min, new_max = torch.minimum(min_val, low), torch.maximum(max_val, high)
+        empty = (min_val == 0) & (max_val == 0)
     else:
         ratio, constant = torch.stack([q.clip_ratio for q in moving]), moving[0].averaging_constant
         new_min, new_max = torch.lerp(min_val, low * ratio, constant), torch.lerp(max_val, high * ratio, constant)
         # What was all zeros so far (an adapter that begins at 0) has no range yet to move from.
         empty = (min_val == 0) & (max_val == 0)
         new_min, new_max = torch.where(empty, low * ratio, new_min), torch.where(empty, high * ratio, new_max)
+    outliers = seen & ~empty & (_width(low, high) > _OUTLIER * _width(min_val, max_val))
+    first = outliers if outliers_before is None or outliers_before.shape != outliers.shape else outliers & ~outliers_before
+    seen = seen & ~first
     min_val, max_val = torch.where(seen, new_min, min_val), torch.where(seen, new_max, max_val)
     formats: dict[tuple[int, bool], list[int]] = {}
     for position, quantizer in enumerate(moving):
@@ -52,14 +64,30 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
         if min_val.device.type == "cpu":
             for quantizer, scale, zero_point in zip(chosen, *(values.tolist() for values in qparams), strict=True):
                 quantizer._numbers = (quantizer.scale._version, quantizer.zero_point._version), (scale, zero_point)
-    nothing = torch.tensor([_INF, -_INF], dtype=torch.float32, device=min_val.device)
-    torch._foreach_copy_([quantizer.extrema for quantizer in moving], [nothing] * len(moving))
+    for quantizer in moving:
+        if quantizer.empty:
+            quantizer.notice()
+    forget_batches(moving)
+    return first
+
+
+def _width(low: Tensor, high: Tensor) -> Tensor:
+    """From 0 or the smallest value to 0 or the largest."""
+    return high.clamp(min=0.0) - low.clamp(max=0.0)
+
+
+@torch.no_grad()
+def forget_batches(quantizers: Sequence[ActivationQuantizer]) -> None:
+    """Drop what passed since the ranges last moved."""
+    if quantizers:
+        nothing = torch.tensor([_INF, -_INF], dtype=torch.float32, device=quantizers[0].extrema.device)
+        torch._foreach_copy_([quantizer.extrema for quantizer in quantizers], [nothing] * len(quantizers))
 
 
 def _batch_of_all_ranks(quantizers: Sequence[ActivationQuantizer], widens: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Lower ends, upper ends, and which of them are known; one of each per quantizer."""
     low, high = torch.stack([q.extrema for q in quantizers]).unbind(1)
-    seen = torch.isfinite(low) & torch.isfinite(high)
+    seen = says_something(low, high)
     if world_size() == 1:
         return low, high, seen
     if widens:
@@ -78,25 +106,42 @@ def world_size() -> int:
 
 
 @torch.no_grad()
-def sync_calibration(quantizers: Sequence[ActivationQuantizer]) -> None:
-    """Make ranges equal on all ranks before a calibration is finished: one reduction for all of them. Nothing happens on a single process.
+def sync_calibration(quantizers: Sequence[ActivationQuantizer]) -> list[Tensor] | None:
+    """Make ranges equal on all ranks before a calibration is finished. Nothing happens on a single process.
 
-    Min-max and mse ranges take the smallest and the largest of the ranks, others the mean. Evidence of NaN and infinity is shared too.
+    Min-max and mse ranges take the smallest and the largest of the ranks, others the mean; ranks where nothing was observed have no say. Evidence of NaN
+    and infinity is shared too.
 
     Args:
         quantizers: The same ones in the same order on every rank.
+
+    Returns:
+        For the ``mse`` estimator the `clip_errors` of all ranks together, by quantizer.
     """
     if not quantizers or world_size() == 1:
-        return
-    bounds = torch.stack([*(-q.min_val for q in quantizers), *(q.max_val for q in quantizers)])
-    if quantizers[0].estimator in ("min_max", "mse"):
+        return None
+    device = quantizers[0].min_val.device
+    known = torch.tensor([float(q.observed > 0) for q in quantizers], dtype=torch.float32, device=device)
+    bounds = torch.stack([torch.stack([-q.min_val for q in quantizers]), torch.stack([q.max_val for q in quantizers])])
+    flags = torch.stack([torch.stack([q.non_finite for q in quantizers]).float(), known])
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    estimator = quantizers[0].estimator
+    if estimator in ("min_max", "mse"):
+        bounds = torch.where(known > 0, bounds, -_INF)
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
     else:
-        dist.all_reduce(bounds)
-        bounds /= dist.get_world_size()
-    flags = torch.stack([q.non_finite for q in quantizers]).float()
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        sums = torch.cat([torch.where(known > 0, bounds, 0.0), known.unsqueeze(0)])
+        dist.all_reduce(sums)
+        bounds = sums[:2] / sums[2].clamp(min=1.0)
+    found = flags[1].tolist()
     for number, quantizer in enumerate(quantizers):
-        quantizer.min_val.copy_(-bounds[number])
-        quantizer.max_val.copy_(bounds[len(quantizers) + number])
-        quantizer.non_finite.copy_(flags[number] > 0)
+        quantizer.non_finite.copy_(flags[0, number] > 0)
+        if found[number]:
+            quantizer.min_val.copy_(-bounds[0, number])
+            quantizer.max_val.copy_(bounds[1, number])
+            quantizer.observed = max(1, quantizer.observed)
+    if estimator != "mse":
+        return None
+    errors = torch.stack([quantizer.clip_errors() for quantizer in quantizers])
+    dist.all_reduce(errors)
+    return list(errors.unbind())

@@ -37,11 +37,19 @@ def percentile_range(x: Tensor, percentile: float, clamp: tuple[float, float] | 
         values = values.clamp(*clamp)
     ends = torch.tensor([1.0 - percentile / 100.0, percentile / 100.0], device=values.device, dtype=values.dtype)
     low, high = torch.quantile(values, ends)
-    return low, high
+    # Where hardly any value is not 0, the interval without the rarest values would be that of 0 alone.
+    lowest, highest = torch.aminmax(values)
+    nothing = (low == 0) & (high == 0)
+    return torch.where(nothing, lowest, low), torch.where(nothing, highest, high)
 
 
-def mse_clip_ratio(values: Tensor, min_val: Tensor, max_val: Tensor, num_bits: int, symmetric: bool) -> Tensor:
-    """The factor of a range at which rounding and clipping together lose least, by mean squared error.
+def says_something(low: Tensor, high: Tensor) -> Tensor:
+    """Which ranges of batches tell something: those of finite values that are not all 0. An empty tensor has the range [inf, -inf], or [0, 0]."""
+    return torch.isfinite(low) & torch.isfinite(high) & ((low != 0) | (high != 0))
+
+
+def clip_errors(values: Tensor, min_val: Tensor, max_val: Tensor, num_bits: int, symmetric: bool) -> Tensor:
+    """The sum of squared errors of rounding and clipping together at each factor of a range: float64, one for each of `clip_ratios`.
 
     Tries 40 factors from 0.025 to 1 (Sung et al., "Resiliency of Deep Neural Networks under Quantization", 2015).
 
@@ -52,14 +60,21 @@ def mse_clip_ratio(values: Tensor, min_val: Tensor, max_val: Tensor, num_bits: i
         num_bits: Bits of the format.
         symmetric: Whether the zero point must be 0.
 
-    Returns:
-        0-d float32 in (0, 1].
     """
     quant_min, quant_max = quant_range(num_bits, symmetric)
-    ratios = torch.arange(1, _CLIP_RATIOS + 1, device=values.device, dtype=torch.float32) / _CLIP_RATIOS
     errors = []
-    for ratio in ratios:
+    for ratio in clip_ratios(values.device):
         scale, zero_point = affine_qparams(min_val * ratio, max_val * ratio, num_bits, symmetric)
         levels = (values / scale + zero_point).round().clamp(quant_min, quant_max)
-        errors.append(((levels - zero_point) * scale - values).square().mean())
-    return ratios[torch.stack(errors).argmin()]
+        errors.append(((levels - zero_point) * scale - values).double().square().sum())
+    return torch.stack(errors)
+
+
+def clip_ratios(device: torch.device) -> Tensor:
+    """The factors that are tried, float32."""
+    return torch.arange(1, _CLIP_RATIOS + 1, device=device, dtype=torch.float32) / _CLIP_RATIOS
+
+
+def mse_clip_ratio(values: Tensor, min_val: Tensor, max_val: Tensor, num_bits: int, symmetric: bool) -> Tensor:
+    """The factor of a range at which rounding and clipping together lose least, 0-d float32 in (0, 1]; arguments as of `clip_errors`."""
+    return clip_ratios(values.device)[clip_errors(values, min_val, max_val, num_bits, symmetric).argmin()]

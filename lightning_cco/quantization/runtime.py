@@ -26,7 +26,7 @@ from lightning_cco.graph.reached import frozen_modules, is_within
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_cco.quantization.remade_weights import RemadeWeight, saving_remade
-from lightning_cco.quantization.slots import at, replaced
+from lightning_cco.quantization.slots import at, renormalized, replaced
 from lightning_cco.quantization.targets import TARGETS
 from lightning_cco.quantization.tracing import runs_plainly
 
@@ -75,6 +75,7 @@ class SiteQuantizers:
     in_place: bool = False
     fresh: bool = False
     fresh_without_gradients: bool = False
+    renormalizes: bool = False
     code_position: int = -1
 
 
@@ -121,6 +122,9 @@ class Runtime:
         self._with_parameters = {
             path for path, module in model.named_modules() if next(module.parameters(), None) is not None and not is_within(path, frozen)
         }
+        # Whether ranges follow forwards that record gradients, and the number of the calibration batch.
+        self.following = True
+        self.batch = 0
         self._has_training_capture = any(node.seen[True] for node in capture.root.walk())
         self.load(plan, activations, weights)
 
@@ -198,7 +202,9 @@ class Runtime:
 
     def _quantize(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Activation checkpointing runs a part of the forward again inside the backward; the ranges have moved for this batch already.
-        track = frame.training and (is_compiling() or torch._C._current_graph_task_id() == -1)
+        track = frame.records and self.following and (is_compiling() or torch._C._current_graph_task_id() == -1)
+        if site.renormalizes:
+            args, kwargs = renormalized(args, kwargs)
         if site.weights:
             remade: list[RemadeWeight] = []
             for slot, weight_quantizer in site.weights:
@@ -237,20 +243,22 @@ class Runtime:
         only = self._blocks[get_ident()].only
         for slot, _, quantizer in site.reads:
             if only is None or id(quantizer) in only:
-                quantizer.observe(at(args, kwargs, slot))
+                quantizer.observe(at(args, kwargs, slot), self.batch)
         result = func(*args, **kwargs)
         for position, quantizer in site.outputs:
             if only is None or id(quantizer) in only:
-                quantizer.observe(_flat(result, args)[position])
+                quantizer.observe(_flat(result, args)[position], self.batch)
         return result
 
     def _measure_local(
         self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Float and quantized layer on the same float input; the float result flows on."""
+        if site.renormalizes:
+            args, kwargs = renormalized(args, kwargs)
         for slot, source, quantizer in site.reads:
-            value = at(args, kwargs, slot)
-            self._record(source, quantizer, value)
+            if source:
+                self._record(source, quantizer, at(args, kwargs, slot))
         if not site.weights and [position for position, _ in site.outputs] == [0]:
             result = func(*args, **kwargs)
             self._record(site.layer, site.outputs[0][1], _flat(result, args)[0])
@@ -276,8 +284,9 @@ class Runtime:
     ) -> Any:
         """Float forward; the recorder gets each planned layer's float output."""
         for slot, source, _ in site.reads:
-            value = at(args, kwargs, slot)
-            self._record(source, value, value)
+            if source:
+                value = at(args, kwargs, slot)
+                self._record(source, value, value)
         result = func(*args, **kwargs)
         output = _flat(result, args)[0]
         self._record(site.layer, output, output)
@@ -288,8 +297,9 @@ class Runtime:
     ) -> Any:
         """Quantized forward; the recorder gets each planned layer's quantized output."""
         for slot, source, quantizer in site.reads:
-            value = at(args, kwargs, slot)
-            self._record(source, quantizer(value), value)
+            if source:
+                value = at(args, kwargs, slot)
+                self._record(source, quantizer(value), value)
         result = self._quantize(frame, site, func, args, kwargs)
         output = _flat(result, args)[0]
         self._record(site.layer, output, output)
@@ -407,19 +417,20 @@ def _site_quantizers(
         in_place=site.in_place,
         fresh=site.op.fresh,
         fresh_without_gradients=site.op.fresh_without_gradients,
+        renormalizes=site.op.kind in ("embedding", "embedding_bag"),
         code_position=site.code_position,
     )
     if site.layer in weights:
         found.weights = [(weight.slot, quantizer) for weight, quantizer in zip(site.weights, weights[site.layer], strict=True)]
-    for source in site.sources:
-        key = f"{source.layer}:{source.output}" if source.output else source.layer
-        # Not the caller's own tensor, which must be written to, and nothing that a teacher reads.
-        exact = (site.in_place and source.slot == (0,)) or bool(plan.graph[site.layer].frozen)
-        if not capture.sites[source.layer].visible and key in activations and source.quantizable and not exact:
-            found.reads.append((source.slot, source.layer, activations[key]))
+    for number, key in plan.reads.get(site.layer, {}).items():
+        source, made_by = site.sources[number], plan.tensors[key].layer
+        changed = site.in_place and source.slot == (0,)  # the caller's own tensor, which must be written to
+        if source.quantizable and not changed:
+            # What a layer with weights makes is recorded where it is made.
+            found.reads.append((source.slot, made_by if made_by not in weights else "", activations[key]))
     for output in range(len(plan.graph[site.layer].output_dtypes)):
         key = f"{site.layer}:{output}" if output else site.layer
-        if key in activations:
+        if plan.rounds(key):
             found.outputs.append((output, activations[key]))
     if found.outputs and site.op.category is Category.CLAMP:
         found.limits = _LIMITS.get(site.function)

@@ -1,10 +1,11 @@
-"""Reading and replacing one tensor in a call's nested arguments."""
+"""Reading and replacing tensors in a call's nested arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_cco.graph.call import Slot
@@ -36,3 +37,20 @@ def replaced(
     if isinstance(first, int):
         return (*args[:first], put(args[first], rest), *args[first + 1 :]), kwargs
     return args, {**kwargs, first: put(kwargs[first], rest)}
+
+
+_LONGEST, _NORM = 3, 4
+
+
+def renormalized(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an embedding's call once its ``max_norm`` is dealt with: as in float, the parameter itself is renormalized, not a rounded copy."""
+    longest = args[_LONGEST] if len(args) > _LONGEST else kwargs.get("max_norm")
+    if longest is None:
+        return args, kwargs
+    norm = args[_NORM] if len(args) > _NORM else kwargs.get("norm_type", 2.0)
+    indices, weight = (args[i] if len(args) > i else kwargs[name] for i, name in ((0, "input"), (1, "weight")))
+    with torch.no_grad():
+        torch.embedding_renorm_(weight.detach(), indices.contiguous(), longest, norm)
+    if len(args) > _LONGEST:
+        return (*args[:_LONGEST], None, *args[_LONGEST + 1 :]), kwargs
+    return args, {**kwargs, "max_norm": None}

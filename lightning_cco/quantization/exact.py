@@ -1,0 +1,154 @@
+"""Who needs a tensor as it is, and so where it is rounded.
+
+An index, a mask or a step function worked out of a rounded tensor would be another one. A tensor that somebody reads so is not rounded where it is made,
+but where INT8 layers read it; likewise a tensor that no function mode sees being made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.graph.ops import Category, operation_of_kind
+
+Key = tuple[str, int]
+"""A tensor: the layer that makes it, and its number among that layer's outputs."""
+
+FLOATS = frozenset({"float32", "float16", "bfloat16", "float64"})
+UNSEEN = frozenset({"input", "cast", "written", "unseen", "custom_function"})
+"""Kinds of what no function mode sees being made at run time."""
+_STEPS = frozenset({
+    "round", "floor", "ceil", "trunc", "fix", "frac", "sign", "sgn", "heaviside", "remainder", "fmod", "mod", "rmod", "imod", "floor_divide",
+    "floordiv", "rfloordiv", "ifloordiv", "divmod", "rdivmod",
+})  # fmt: skip
+_INDIFFERENT = frozenset({"isnan", "isinf", "isfinite", "isposinf", "isneginf"})
+
+
+class ExactReaders:
+    """The layers that need what they read as it is, and the tensors that they read.
+
+    Args:
+        graph: The layer graph.
+        asked: Layers that a rule quantizes by name.
+
+    Attributes:
+        layers: Layers that compute indices, masks or steps from floats, and those whose results are read by such layers alone.
+        passing: Layers that only pass values on.
+        readers: For each tensor its readers, and as which of their inputs.
+    """
+
+    def __init__(self, graph: LayerGraph, asked: Collection[str] = ()) -> None:
+        self.graph = graph
+        self.readers: dict[Key, list[tuple[str, int]]] = {}
+        self._sources: dict[str, list[Key]] = {name: [] for name in graph.names}
+        for edge in graph.edges:
+            self.readers.setdefault((edge.source, edge.source_output), []).append((edge.destination, edge.destination_input))
+            self._sources[edge.destination].append((edge.source, edge.source_output))
+        categories = {layer.name: operation_of_kind(layer.kind).category for layer in graph}
+        self.passing = {name for name, category in categories.items() if category in (Category.PRESERVE, Category.IDENTITY)}
+        multiplying = {name for name, category in categories.items() if category in (Category.WEIGHTED, Category.MATMUL)}
+        of_inputs: set[str] = set()
+        for layer in graph:
+            sources = self._sources[layer.name]
+            if layer.kind == "input" or (sources and layer.name not in multiplying and all(s in of_inputs for s, _ in sources)):
+                of_inputs.add(layer.name)
+        self.layers = {name for name in graph.names if self._steps(name)}
+        self._exact: dict[Key, bool] = {}
+        self._other: dict[Key, bool] = {}
+        for name in reversed(graph.names):
+            exact, other = self._read(name)
+            if name in self.passing or name in multiplying or name in self.layers or name in asked or not exact:
+                continue
+            # What only serves an index is computed in float; so is what is worked out of the inputs alone, on the way to the first weights.
+            if self.graph[name].kind not in ("input", "output") and (not other or name in of_inputs):
+                self.layers.add(name)
+
+    def reads(self, key: Key) -> bool:
+        """Whether somebody needs a tensor as it is, seen through what only passes values on."""
+        return self._exact.get(key, False)
+
+    def _steps(self, name: str) -> bool:
+        layer = self.graph[name]
+        if layer.kind in _INDIFFERENT or not any(self.is_float(source) for source in self._sources[name]):
+            return False
+        if layer.kind in _STEPS or "rounding_mode" in layer.attributes:
+            return True
+        outputs = [(name, number) for number in range(len(layer.output_dtypes)) if not self.is_float((name, number))]
+        return bool(outputs) and (len(outputs) == len(layer.output_dtypes) or any(key in self.readers for key in outputs))
+
+    def is_float(self, key: Key) -> bool:
+        """Whether a tensor holds real floats."""
+        dtypes = self.graph[key[0]].output_dtypes
+        return key[1] < len(dtypes) and dtypes[key[1]] in FLOATS
+
+    def _read(self, name: str) -> tuple[bool, bool]:
+        """Whether a layer's outputs have readers that need them as they are, and others; readers come before it in the walk."""
+        layer = self.graph[name]
+        for number in range(max(1, len(layer.output_dtypes))):
+            key = (name, number)
+            exact, other = number in layer.read_out, False
+            for reader, _ in self.readers.get(key, ()):
+                outputs = [(reader, n) for n in range(max(1, len(self.graph[reader].output_dtypes)))]
+                if reader in self.layers:
+                    exact = True
+                    other = other or (reader in self.passing and any(self._other.get(k, False) for k in outputs))
+                elif reader in self.passing:
+                    exact = exact or any(self._exact.get(k, False) for k in outputs)
+                    other = other or any(self._other.get(k, False) for k in outputs)
+                elif self.graph[reader].kind != "output":
+                    other = True
+            self._exact[key], self._other[key] = exact, other
+        keys = [(name, number) for number in range(max(1, len(layer.output_dtypes)))]
+        return any(self._exact[k] for k in keys), any(self._other[k] for k in keys)
+
+
+class Placement:
+    """Where tensors are rounded that are not rounded where they are made.
+
+    Args:
+        exact: Who needs them as they are.
+        int8: Layers that run in INT8.
+
+    Attributes:
+        reads: For each layer, by the number of its input, the quantizer that rounds it there.
+    """
+
+    def __init__(self, exact: ExactReaders, int8: Collection[str]) -> None:
+        self._exact, self._int8 = exact, int8
+        self.reads: dict[str, dict[int, str]] = {}
+
+    def place(self, key: Key, quantizer: str) -> bool:
+        """Round a tensor where INT8 layers read it; returns whether there are any.
+
+        At once if nobody else reads it. Else behind all that moves its values, so that a range is that of the part which is read: a table's column of
+        identifiers has no say in that of its measurements.
+        """
+        return self._place(key, quantizer, self._leads_to_int8_alone(key))
+
+    def _place(self, key: Key, quantizer: str, at_once: bool) -> bool:
+        found = False
+        for reader, number in self._exact.readers.get(key, ()):
+            if reader in self._exact.passing and not at_once:
+                if number == 0:  # others are indices and sizes
+                    for output in range(len(self._exact.graph[reader].output_dtypes)):
+                        found |= self._place((reader, output), quantizer, at_once)
+            elif reader in self._int8 or (reader in self._exact.passing and number == 0):
+                self.reads.setdefault(reader, {})[number] = quantizer
+                found = True
+        return found
+
+    def _leads_to_int8_alone(self, key: Key) -> bool:
+        """Whether INT8 layers read a tensor, and nobody else, seen through what only passes values on."""
+        readers = self._exact.readers.get(key, ())
+        if not readers or key[1] in self._exact.graph[key[0]].read_out:
+            return False
+        for reader, number in readers:
+            if reader not in self._exact.passing:
+                if reader not in self._int8:
+                    return False
+                continue
+            outputs = [(reader, output) for output in range(len(self._exact.graph[reader].output_dtypes))]
+            floats = [output for output in outputs if self._exact.is_float(output) and output in self._exact.readers]
+            if number or reader in self._exact.layers or not floats or not all(map(self._leads_to_int8_alone, floats)):
+                return False
+        return True
