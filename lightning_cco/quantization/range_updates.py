@@ -49,7 +49,7 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], outliers_before: Te
         new_min, new_max = torch.where(empty, low * ratio, new_min), torch.where(empty, high * ratio, new_max)
     outliers = seen & ~empty & (_width(low, high) > _OUTLIER * _width(min_val, max_val))
     first = outliers if outliers_before is None or outliers_before.shape != outliers.shape else outliers & ~outliers_before
-    seen = seen & ~first
+    seen = seen & ~first.any()  # what such a batch makes of the layers after the outlier says as little
     min_val, max_val = torch.where(seen, new_min, min_val), torch.where(seen, new_max, max_val)
     formats: dict[tuple[int, bool], list[int]] = {}
     for position, quantizer in enumerate(moving):
