@@ -64,7 +64,7 @@ def check_file(quantized: QuantizedModel, path: Path, emitter: Emitter, calls: S
             if not _fits(session, feeds):
                 continue
             try:
-                expected = _arrays(quantized.model(*args, **kwargs))
+                expected = _arrays(emitter.model(*args, **kwargs))
                 values = inspected.run(None, feeds)
                 results = values[: len(session.get_outputs())] if as_written else session.run(None, feeds)
             except Exception:
@@ -73,7 +73,7 @@ def check_file(quantized: QuantizedModel, path: Path, emitter: Emitter, calls: S
                 continue  # the model does not take this variation
             arrays = dict(zip(names, values[len(results) :], strict=True))
             with local.going_on_from(arrays):
-                going_on = _arrays(quantized.model(*args, **kwargs))
+                going_on = _arrays(emitter.model(*args, **kwargs))
             if outputs is None:
                 shapes = [array.shape for array in expected]
                 outputs = Outputs([entry.name for entry in session.get_outputs()], class_axes(quantized.graph, shapes))

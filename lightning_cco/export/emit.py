@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_cco.export.fold import IntegerWeight
 from lightning_cco.export.forms import attention, averages_images
@@ -39,6 +39,7 @@ class Emitter:
         modules: Module path of each node of the file, by the node's name.
         layers: Layer of each node of the file that belongs to one, by the node's name.
         reached: The last layer that a forward came to.
+        model: The forward that is written.
         reads_shapes: Whether the file computes with the sizes of tensors.
     """
 
@@ -49,6 +50,7 @@ class Emitter:
         self.reads_shapes = False
         self.modules: dict[str, str] = {}
         self.layers: dict[str, str] = {}
+        self.model: nn.Module = quantized.model
         self._formats = {key: _format(quantizer) for key, quantizer in quantized.activations.items()}
         self._sites: dict[tuple[int, str, int], Site] = {
             (id(site.node), site.op.kind, site.positions[False]): site for site in quantized.capture.sites.values() if site.visible

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import inspect
 import json
 import logging
-import os
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export import passes
-from lightning_cco.export.check import call_of, check_file
+from lightning_cco.export.axes import Axes, check_axis_names, name_axes, ways_to_vary
+from lightning_cco.export.check import Call, call_of, check_file
 from lightning_cco.export.constants import arrange_integers
+from lightning_cco.export.destination import export_target, move
 from lightning_cco.export.emit import Emitter
+from lightning_cco.export.failures import failed, inexpressible, need_packages, untraceable
 from lightning_cco.export.limits import MEAN_STEPS, judge
+from lightning_cco.export.options import checked_options
+from lightning_cco.export.precision import in_float32, other_types
 from lightning_cco.export.products import split_products
 from lightning_cco.export.provenance import layers_of_nodes
 from lightning_cco.export.report import ExportReport
+from lightning_cco.export.signature import Deployed
 from lightning_cco.export.stored import StoredWeights
-from lightning_cco.files import real_file, temporary_folder
-from lightning_cco.graph.containers import tensors_in
+from lightning_cco.files import temporary_folder
 from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.quantization.targets import TARGETS
 
 INT4_OPSET = 21
 OPSET = 20
@@ -72,7 +73,8 @@ def export_onnx(
         CCOError: A package is missing, the model was never calibrated, it can't be exported, the path can't be written, or the check fails; then no
             file is left.
     """
-    _need_packages()
+    need_packages()
+    taken = checked_options(options, int4, TARGETS[quantized.settings.deployment_settings.target_framework].symmetric_activations)
     if not quantized.calibrated:
         raise CCOError(
             "export: the model was never calibrated, so its activations have no ranges. Run fit, or call calibrate(batches) first."
@@ -83,108 +85,97 @@ def export_onnx(
     if int4 and quantized.settings.deployment_settings.target_framework == "tensorrt":
         raise CCOError("export: int4=True with target_framework: tensorrt, which takes 4-bit weights in blocks only. Leave int4 out.")
     target = export_target(path, ".onnx")
-    try:
-        with temporary_folder(target.parent) as folder:
-            temporary = folder / target.name
-            emitter = _write(quantized, temporary, args, kwargs, dynamic_batch, int4, options)
-            size = sum(part.stat().st_size for part in folder.iterdir())
-            report = ExportReport(str(path), size, _float_size(quantized), notes=_notes(quantized, emitter, int4))
-            if check:
-                check_file(quantized, temporary, emitter, [call_of(batch) for batch in batches] or [(args, kwargs)], report)
-                judge(report, min_sqnr_db, max_mean_steps)
-            _move(temporary, target)
-    except OSError as error:
-        raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
+    types = other_types(quantized.model)
+    float_size = _float_size(quantized)
+    with in_float32(quantized.model), quantized.evaluating():
+        deployed = Deployed(quantized.model, args, kwargs, cast=bool(types))
+        try:
+            with temporary_folder(target.parent) as folder:
+                temporary = folder / target.name
+                emitter, fixed = _write(quantized, deployed, temporary, dynamic_batch, int4, taken)
+                size = sum(part.stat().st_size for part in folder.iterdir())
+                report = ExportReport(str(path), size, float_size, notes=_notes(quantized, emitter, int4) + _said(deployed, types, fixed))
+                if check:
+                    calls = [deployed.tensors(*call_of(batch)) for batch in batches]
+                    fitting: list[Call] = [(tensors, {}) for tensors in calls if tensors is not None]
+                    check_file(quantized, temporary, emitter, fitting or [(deployed.example, {})], report)
+                    judge(report, min_sqnr_db, max_mean_steps)
+                move(temporary, target)
+        except OSError as error:
+            raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
     return report
 
 
-def export_target(path: str | Path, ending: str) -> Path:
-    """The file that an export is to write, through symbolic links.
-
-    Args:
-        path: What the user gave.
-        ending: What it must end in.
-
-    Raises:
-        CCOError: It ends in something else, or what is there is no file.
-    """
-    if Path(path).suffix.lower() != ending:
-        raise CCOError(
-            f"export: a path that ends in .onnx (a file for ONNX Runtime, OpenVINO and TensorRT, which build theirs from it) or in .pt2 "
-            f"(a torch.export program) was expected, '{path}' came. Write '{Path(path).with_suffix(ending) if Path(path).name else 'model' + ending}'."
-        )
-    try:
-        return real_file(path)
-    except OSError as error:
-        raise CCOError(f"export: '{path}' can't be written: {error}. Give the path of a file in a folder that can be.") from error
-
-
-def _move(made: Path, target: Path) -> None:
-    """Put a file, and the one beside it that holds its large tensors, in the place of older ones, so that no two of them are ever mixed."""
-    data, old = made.with_name(f"{made.name}.data"), target.with_name(f"{target.name}.data")
-    if data.exists() or old.exists():
-        target.unlink(missing_ok=True)
-        old.unlink(missing_ok=True)
-    if data.exists():
-        os.replace(data, old)
-    os.replace(made, target)
-
-
-def _need_packages() -> None:
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise CCOError(f"export: {', '.join(missing)} not installed. Write: pip install 'lightning-cco[export]'.")
+def _said(deployed: Deployed, types: list[str], fixed: list[str]) -> list[str]:
+    """Notes on what the file takes and gives."""
+    notes = []
+    if types:
+        notes.append(f"the model's {', '.join(types)} was exported as float32; so are the file's inputs")
+    if deployed.dropped:
+        notes.append(f"labels and what is computed from them are not in the file: {', '.join(deployed.dropped)}")
+    if deployed.lost:
+        notes.append(f"outputs that are not in the file: {', '.join(deployed.lost)}")
+    if deployed.fixed:
+        notes.append(f"arguments fixed in the file as in the example: {', '.join(deployed.fixed)}")
+    if fixed:
+        notes.append(f"fixed, since the model ties them to fixed sizes: {'; '.join(fixed)}")
+    return notes
 
 
 def _write(
-    quantized: QuantizedModel,
-    path: Path,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dynamic_batch: bool,
-    int4: bool,
-    options: dict[str, Any],
-) -> Emitter:
+    quantized: QuantizedModel, deployed: Deployed, path: Path, dynamic_batch: bool, int4: bool, options: dict[str, Any]
+) -> tuple[Emitter, list[str]]:
+    """Write the file; what wrote it, and which axes of inputs are fixed although they might have varied."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    opset = INT4_OPSET if int4 else OPSET
+    opset = options.get("opset_version", INT4_OPSET if int4 else OPSET)
+    inputs, outputs = list(options.get("input_names", [])), list(options.get("output_names", []))
+    for given, names, what in ((inputs, deployed.names, "input"), (outputs, deployed.outputs, "output")):
+        if len(given) > len(names):
+            raise CCOError(f"export: {what}_names has {len(given)} names, but the file has {len(names)} {what}s: {names}.")
+    inputs += deployed.names[len(inputs) :]
+    outputs += deployed.outputs[len(outputs) :]
+    if options.get("dynamic_axes") is not None:
+        check_axis_names(options["dynamic_axes"], inputs + deployed.names, outputs + deployed.outputs)
     stored = StoredWeights(quantized, int4)
     emitter = Emitter(quantized, stored, opset)
-    model = quantized.model
-    if dynamic_batch and "dynamic_shapes" not in options:
-        args, kwargs = two_samples(args), two_samples(kwargs)
-        options["dynamic_shapes"] = batch_shapes(model, args, kwargs)
-    with quantized.evaluating(), _quietly(), torch.compiler.set_stance("force_eager"):
-        with emitter.collecting():
-            outputs = [".".join(map(str, slot)) for slot, _ in tensors_in(model(*args, **kwargs))]
+    emitter.model = deployed
+    with _quietly(), torch.compiler.set_stance("force_eager"):
+        traced, axes = _traced(deployed, emitter, ways_to_vary(deployed, dynamic_batch, options, inputs))
+        conversion = {name: options[name] for name in ("verbose", "optimize", "custom_translation_table") if name in options}
         try:
-            with emitter.emitting():
-                # By itself the ONNX exporter tries other ways of tracing when this one fails, which would lose the quantization.
-                traced = torch.export.export(model, args, kwargs, dynamic_shapes=options.pop("dynamic_shapes", None), strict=False)
+            program = torch.onnx.export(traced, dynamo=True, opset_version=opset, **{"verbose": False, **conversion})
         except Exception as error:
-            raise CCOError(_untraceable(quantized, emitter.reached, error)) from error
-        try:
-            program = torch.onnx.export(traced, dynamo=True, opset_version=opset, verbose=False, **options)
-        except Exception as error:
-            raise CCOError(_inexpressible(model, error)) from error
+            raise CCOError(inexpressible(quantized.model, error)) from error
     assert program is not None
     graph = program.model.graph
-    passes.fix_shapes(graph)
-    arrange_integers(graph)
-    if stored.target.integer_indexing:
-        passes.index_integers(graph)
-    if stored.target.split_products:
-        split_products(graph)
-    if stored.target.own_zero_points:
-        passes.own_zero_points(graph)
-    if int4:
-        passes.pack_int4(graph)
-    RemoveUnusedNodesPass()(program.model)  # what the passes before put something else in place of
-    passes.name_nodes(graph)
-    emitter.layers = layers_of_nodes(graph, program.exported_program)
-    emitter.modules = passes.take_modules(graph)
-    emitter.reads_shapes = any(node.op_type == "Shape" for node in graph)
-    passes.name_outputs(graph, outputs)
+    written = graph.opset_imports.get("", opset)
+    if written != opset:  # the exporter leaves the opset that it works in where its converter fails
+        raise CCOError(
+            f"export: opset_version={opset} can't be written for this model: its operators need opset {written}. Leave opset_version out."
+        )
+    try:
+        passes.fix_shapes(graph)
+        arrange_integers(graph)
+        if stored.target.integer_indexing:
+            passes.index_integers(graph)
+        if stored.target.split_products:
+            split_products(graph)
+        if stored.target.own_zero_points:
+            passes.own_zero_points(graph)
+        if int4:
+            passes.pack_int4(graph)
+        RemoveUnusedNodesPass()(program.model)  # what the passes before put something else in place of
+        passes.name_nodes(graph)
+        emitter.layers = layers_of_nodes(graph, program.exported_program)
+        emitter.modules = passes.take_modules(graph)
+        emitter.reads_shapes = any(node.op_type == "Shape" for node in graph)
+        passes.name_parameters(graph)
+        passes.name_inputs(graph, inputs)
+        passes.name_outputs(graph, outputs)
+        fixed = name_axes(graph, axes)
+    except Exception as error:
+        raise CCOError(failed("rewriting the exporter's graph", error)) from error
     program.model.metadata_props.update(
         {
             "lightning_cco.version": _version(),
@@ -193,58 +184,27 @@ def _write(
             "lightning_cco.recipe": json.dumps(quantized.settings.to_dict()),
         }
     )
-    program.save(str(path))
-    return emitter
+    saving = {name: options[name] for name in ("external_data",) if name in options}
+    program.save(str(path), **saving)
+    return emitter, fixed
 
 
-def _untraceable(quantized: QuantizedModel, reached: str, error: Exception) -> str:
+def _traced(deployed: Deployed, emitter: Emitter, ways: Iterator[Axes]) -> tuple[torch.export.ExportedProgram, Axes]:
+    """The first way of tracing that works."""
+    failure: Exception | None = None
+    for axes in ways:
+        with emitter.collecting():
+            deployed(*axes.tensors)
+        try:
+            with emitter.emitting():
+                # By itself the ONNX exporter tries other ways of tracing when this one fails, which would lose the quantization.
+                return torch.export.export(deployed, axes.tensors, dynamic_shapes=(tuple(axes.specifications),), strict=False), axes
+        except Exception as error:
+            failure = failure or error
+    assert failure is not None
+    reached, quantized = emitter.reached, emitter.quantized
     where = f" behind layer '{reached}' (module '{quantized.graph[reached].path}')" if reached else ""
-    return (
-        f"export: {type(quantized.model).__name__} can't be traced by torch.export{where}: {type(error).__name__}: {_first_paragraph(error)}. "
-        "Control flow that depends on values can't be in a file: write it with torch.where or torch.cond. If a part of the model is not needed in "
-        "deployment, export the submodule that is; if the batch size is fixed in the code, pass dynamic_batch=False."
-    )
-
-
-def _inexpressible(model: torch.nn.Module, error: Exception) -> str:
-    operators = re.findall(r"OpOverload\(op='([^']+)'", str(error)) or re.findall(r"No ONNX function found for (\S+)", str(error))
-    what = f"it uses {', '.join(dict.fromkeys(operators))}, which ONNX has no operator for" if operators else _first_paragraph(error)
-    return (
-        f"export: {type(model).__name__} can't be converted to ONNX: {what}. Replace it by operations that ONNX has, pass custom_translation_table as in "
-        "torch.onnx.export, or export a .pt2 file, which can hold any operation."
-    )
-
-
-def _first_paragraph(error: Exception) -> str:
-    return " ".join(str(error).strip().split("\n\n")[0].split())[:400].rstrip(".")
-
-
-def two_samples(value: Any) -> Any:
-    """Double batches of one sample: torch.export takes a size of 1 for a constant."""
-    if isinstance(value, Tensor):
-        return torch.cat([value, value]) if value.dim() and value.shape[0] == 1 else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(two_samples(item) for item in value)
-    return {key: two_samples(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def batch_shapes(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The first axis of every tensor varies, together; in the form that `torch.export` wants: what ``*args`` takes is one entry."""
-    batch = torch.export.Dim.DYNAMIC
-
-    def shape(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return {0: batch} if value.dim() else None
-        if isinstance(value, (tuple, list)):
-            return type(value)(shape(item) for item in value)
-        return {key: shape(item) for key, item in value.items()} if isinstance(value, dict) else None
-
-    given = [shape(value) for value in args]
-    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:
-        before = kinds.index(inspect.Parameter.VAR_POSITIONAL)
-        given = [*given[:before], tuple(given[before:])]
-    return tuple(given) if args and not kwargs else [*given, *map(shape, kwargs.values())]
+    raise CCOError(untraceable(quantized.model, where, failure)) from failure
 
 
 @contextlib.contextmanager

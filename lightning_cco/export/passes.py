@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from lightning_cco.export.signature import PREFIX
+
 NAME = "lightning_cco.quantizer"
 """Metadata of a QuantizeLinear: the name of its quantizer."""
 
@@ -41,8 +43,11 @@ def fix_shapes(graph: Any) -> None:
         if maker is None or maker.op_type != "Concat":
             continue
         known = [onnx_ir.convenience.get_const_tensor(value) for value in maker.inputs]
+        unknown = [value for value, tensor in zip(maker.inputs, known, strict=True) if tensor is None]
+        if len(unknown) != 1 or unknown[0].shape is None or list(unknown[0].shape) != [1]:
+            continue  # one part may hold several sizes: the leading ones of a tensor, as it is
         sizes = [size for tensor in known for size in ([-1] if tensor is None else tensor.numpy().tolist())]
-        if sizes.count(-1) == 1 and sum(tensor is None for tensor in known) == 1 and 0 not in sizes:
+        if sizes.count(-1) == 1 and 0 not in sizes:
             node.replace_input_with(1, initializer(graph, f"{node.outputs[0].name}_shape", np.array(sizes, np.int64)))
 
 
@@ -121,12 +126,24 @@ def name_nodes(graph: Any) -> None:
                     reader.outputs[0].name = f"{name}_dequantized"
 
 
+def name_parameters(graph: Any) -> None:
+    """Call parameters what the model calls them."""
+    for value in list(graph.initializers.values()):
+        name = value.name.removeprefix(f"{PREFIX}.")
+        if name != value.name and name not in graph.initializers:
+            value.name = name
+
+
+def name_inputs(graph: Any, names: list[str]) -> None:
+    """Call inputs what the model's forward, or the user, calls them."""
+    for value, name in zip(graph.inputs, names, strict=True):
+        value.name = name
+
+
 def name_outputs(graph: Any, keys: list[str]) -> None:
     """Call outputs what the model's forward calls them: the keys of a mapping or the fields of a dataclass."""
-    if len(keys) != len(graph.outputs):
-        return
-    for number, (value, key) in enumerate(zip(graph.outputs, keys, strict=True)):
-        value.name = key if key and not key[0].isdigit() else f"output_{number}"
+    for value, key in zip(graph.outputs, keys, strict=True):
+        value.name = key
 
 
 def take_modules(graph: Any) -> dict[str, str]:
@@ -135,6 +152,7 @@ def take_modules(graph: Any) -> dict[str, str]:
     for node in graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         parts = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
-        modules[node.name] = next((part for part in reversed(parts[:-1]) if part), "")
+        module = next((part for part in reversed(parts[:-1]) if part), "")
+        modules[node.name] = module.removeprefix(PREFIX).removeprefix(".")
         node.metadata_props.clear()
     return modules

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.onnx_file import batch_shapes, export_target, two_samples
+from lightning_cco.export.axes import ways_to_vary
+from lightning_cco.export.destination import export_target
+from lightning_cco.export.failures import need_packages, untraceable
+from lightning_cco.export.signature import Deployed
 from lightning_cco.files import temporary_folder
 from lightning_cco.quantization.model import QuantizedModel
 
@@ -21,6 +24,8 @@ def export_program(
     example_args: Sequence[Any] = (),
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_batch: bool = True,
+    dynamic_shapes: Any = None,
+    **options: Any,
 ) -> torch.export.ExportedProgram:
     """Write a ``.pt2`` file that computes what the fake-quantized model computes; ``torch.export.load(path).module()`` runs it anywhere.
 
@@ -30,10 +35,17 @@ def export_program(
         example_args: Positional arguments of one forward.
         example_kwargs: Keyword arguments of it.
         dynamic_batch: Let the first axis of every input vary.
+        dynamic_shapes: What varies instead: axis → ``Dim`` or name, by argument.
+        **options: There are no others; what only an ONNX file has is refused by name.
 
     Raises:
-        CCOError: The model was never calibrated, can't be traced, or the path can't be written.
+        CCOError: An option is not one of these, the model was never calibrated, can't be traced, or the path can't be written.
     """
+    need_packages(("torch",))
+    if options:
+        raise CCOError(
+            f"export: a .pt2 file takes the options dynamic_batch and dynamic_shapes; got {sorted(options)}. Leave them out, or export an .onnx file."
+        )
     if not quantized.calibrated:
         raise CCOError(
             "export: the model was never calibrated, so its activations have no ranges. Run fit, or call calibrate(batches) first."
@@ -42,16 +54,21 @@ def export_program(
     if not args and not kwargs:
         raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
     target = export_target(path, ".pt2")
-    shapes = None
-    if dynamic_batch:
-        args, kwargs = two_samples(args), two_samples(kwargs)
-        shapes = batch_shapes(quantized.model, args, kwargs)
     with quantized.evaluating(), torch.compiler.set_stance("force_eager"):
-        try:
-            program = torch.export.export(quantized.model, args, kwargs, dynamic_shapes=shapes, strict=False)
-        except Exception as error:
-            quantized.runtime.frames.reset()
-            raise CCOError(f"export: {type(quantized.model).__name__} can't be traced by torch.export: {error}") from error
+        deployed = Deployed(quantized.model, args, kwargs)
+        failure: Exception | None = None
+        for axes in ways_to_vary(deployed, dynamic_batch, {"dynamic_shapes": dynamic_shapes}, []):
+            try:
+                args, kwargs = deployed.call(axes.tensors)
+                shapes = deployed.nested(axes.specifications)
+                program = torch.export.export(quantized.model, args, kwargs, dynamic_shapes=shapes, strict=False)
+                break
+            except Exception as error:
+                quantized.runtime.frames.reset()
+                failure = failure or error
+        else:
+            assert failure is not None
+            raise CCOError(untraceable(quantized.model, "", failure)) from failure
     try:
         with temporary_folder(target.parent) as folder:
             torch.export.save(program, folder / target.name)

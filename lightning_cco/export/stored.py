@@ -123,9 +123,12 @@ class StoredWeights:
         Those are channels of weights that are all but 0 beside their bias (a pruned one): by the input's scale times theirs a bias would be cut off.
         """
         key = self.quantizer_of(site.sources[0])
-        if key is None or site.layer in self.quantized.plan.weight_only or weight.scale.shape not in (bias.shape, ()):
+        weight_only = site.layer in self.quantized.plan.weight_only
+        if key is None or weight_only or (weight.scale.dim() and bias.numel() % weight.scale.numel()):
             return weight
         needed = bias.abs() / (self.quantized.activations[key].scale.detach() * 2.0**30)
+        if weight.scale.dim():
+            needed = needed.reshape(-1, weight.scale.numel()).amax(0)  # the groups of a transposed convolution share their scales
         scale = torch.maximum(weight.scale, needed if weight.scale.dim() else needed.amax())
         if torch.equal(scale, weight.scale):
             return weight
@@ -144,6 +147,8 @@ class StoredWeights:
         in_float = site.op.kind == "linear" and dimensions > 2 and not self.quantized.plan.rounds(site.layer)
         if key is None or in_float or site.layer in self.quantized.plan.weight_only or not self.target.integer_bias:
             return bias, None
+        if weight_scale.dim():
+            weight_scale = weight_scale.repeat(bias.numel() // weight_scale.numel())
         scale = self.quantized.activations[key].scale.detach() * weight_scale
         return (bias / scale).round().clamp(-(2.0**31) + 128, 2.0**31 - 128).to(torch.int32), scale
 

@@ -1,0 +1,208 @@
+"""Which axes of a file's inputs may vary, and what they are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_cco.errors import CCOError
+from lightning_cco.export.signature import Deployed
+
+Specification = dict[int, Any]
+"""Axis → what `torch.export` is told of it: ``Dim.DYNAMIC``, ``Dim.AUTO`` or a ``Dim`` with a name."""
+
+
+@dataclass
+class Axes:
+    """One way of tracing a model.
+
+    Attributes:
+        tensors: The inputs to trace with; torch.export takes an axis of size 1 for a constant, so the example's may have been doubled.
+        specifications: Of each input, the axes that vary.
+        names: What an axis is called, by number of the input and axis.
+    """
+
+    tensors: tuple[Tensor, ...]
+    specifications: list[Specification]
+    names: dict[tuple[int, int], str] = field(default_factory=dict)
+
+
+def ways_to_vary(deployed: Deployed, dynamic_batch: bool, options: Mapping[str, Any], input_names: Sequence[str]) -> Iterator[Axes]:
+    """Ways of tracing, the best first; the next is for when one fails.
+
+    Args:
+        deployed: The forward.
+        dynamic_batch: Whether the first axis varies where the user says nothing.
+        options: ``dynamic_shapes`` or ``dynamic_axes`` of the user.
+        input_names: What the user calls the inputs.
+
+    Raises:
+        CCOError: The user names an axis or an input that does not exist.
+    """
+    tensors = deployed.example
+    if options.get("dynamic_shapes") is not None:
+        yield _asked(deployed, deployed.spread(options["dynamic_shapes"], "dynamic_shapes"))
+        return
+    if options.get("dynamic_axes") is not None:
+        yield _asked(deployed, _of_axes(options["dynamic_axes"], deployed, input_names))
+        return
+    first = next((number for number, tensor in enumerate(tensors) if tensor.dim()), None)
+    if not dynamic_batch or first is None:
+        yield Axes(tensors, [{} for _ in tensors])
+        return
+    auto, dynamic = torch.export.Dim.AUTO, torch.export.Dim.DYNAMIC
+    tensors = _doubled_batch(deployed, tensors, first)
+    batch = [{0: dynamic if number == first else auto} if tensor.dim() else {} for number, tensor in enumerate(tensors)]
+    yield Axes(tensors, batch, dict.fromkeys(_batch_axes(deployed, tensors, first), "batch"))
+    # Sequence first: its length is that of a mask's other axes too.
+    size = tensors[first].shape[0]
+    together = [{axis: auto for axis, length in enumerate(tensor.shape) if length == size} for tensor in tensors]
+    together[first][0] = dynamic
+    if sum(map(len, together)) > 1 and together != batch:
+        yield Axes(tensors, together, {(first, 0): "length"})
+
+
+def _of_axes(axes: Any, deployed: Deployed, input_names: Sequence[str]) -> list[Any]:
+    """``dynamic_axes`` of the older exporter: input or output → axes, or axis → name."""
+    if not isinstance(axes, Mapping):
+        raise CCOError(f"export: dynamic_axes expects a mapping of input names to axes, got {type(axes).__name__}.")
+    found: list[Any] = [None] * len(deployed.names)
+    for name, entries in axes.items():
+        named = dict(entries) if isinstance(entries, Mapping) else {axis: f"{name}_{axis}" for axis in entries}
+        if name in input_names:
+            found[list(input_names).index(name)] = named
+        elif name in deployed.names:
+            found[deployed.names.index(name)] = named
+    return found
+
+
+def check_axis_names(axes: Mapping[str, Any], inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Refuse ``dynamic_axes`` of what is neither an input nor an output.
+
+    Raises:
+        CCOError: With the names there are.
+    """
+    unknown = [name for name in axes if name not in (*inputs, *outputs)]
+    if unknown:
+        raise CCOError(f"export: dynamic_axes names {unknown}; the file's inputs are {list(inputs)}, its outputs {list(outputs)}.")
+
+
+def _asked(deployed: Deployed, entries: list[Any]) -> Axes:
+    """What the user says, with names as strings made into dimensions."""
+    axes = Axes(deployed.example, [], {})
+    for number, (entry, tensor) in enumerate(zip(entries, deployed.example, strict=True)):
+        if isinstance(entry, (tuple, list)):
+            entry = dict(enumerate(entry))
+        if entry is not None and not isinstance(entry, Mapping):
+            raise CCOError(
+                f"export: the axes of '{deployed.names[number]}' are expected as {{axis: Dim or name}}, got {type(entry).__name__}: {entry!r}."
+            )
+        specification: Specification = {}
+        for axis, size in (entry or {}).items():
+            if not isinstance(axis, int) or not -tensor.dim() <= axis < tensor.dim():
+                raise CCOError(
+                    f"export: '{deployed.names[number]}' has {tensor.dim()} axes, of the sizes {tuple(tensor.shape)}; got axis {axis!r}."
+                )
+            axis %= tensor.dim()
+            if size is None or size is torch.export.Dim.STATIC or (isinstance(size, int) and not isinstance(size, bool)):
+                continue
+            if isinstance(size, str):
+                axes.names[number, axis] = size
+                specification[axis] = torch.export.Dim.DYNAMIC
+                continue
+            if type(size) is torch.export.Dim:
+                axes.names[number, axis] = size.__name__
+                # A dimension by name must hold for every size; this one for those that the model takes, within the same limits.
+                size = torch.export.Dim.DYNAMIC(min=size.min if size.min > 0 else None, max=size.max if size.max < 2**31 else None)
+            specification[axis] = size
+        axes.specifications.append(specification)
+    # An axis of size 1 would be taken for a constant.
+    doubled = [
+        _doubled(tensor, [axis for axis in wanted if tensor.shape[axis] == 1])
+        for tensor, wanted in zip(axes.tensors, axes.specifications, strict=True)
+    ]
+    if any(new is not old for new, old in zip(doubled, axes.tensors, strict=True)) and _runs(deployed, doubled):
+        axes.tensors = tuple(doubled)
+    return axes
+
+
+def _doubled(tensor: Tensor, along: list[int]) -> Tensor:
+    for axis in along:
+        tensor = torch.cat([tensor, tensor], axis)
+    return tensor
+
+
+def _doubled_batch(deployed: Deployed, tensors: tuple[Tensor, ...], first: int) -> tuple[Tensor, ...]:
+    """A batch of one sample as one of two; which of the other inputs have the batch for their first axis, the model says."""
+    if tensors[first].shape[0] != 1:
+        return tensors
+    like = [number for number, tensor in enumerate(tensors) if tensor.dim() and tensor.shape[0] == 1]
+    same = [number for number in like if tensors[number].dim() == tensors[first].dim()]
+    for chosen in (like, same, [first]):
+        doubled = tuple(_doubled(tensor, [0]) if number in chosen else tensor for number, tensor in enumerate(tensors))
+        if _runs(deployed, doubled):
+            return doubled
+    return tensors
+
+
+def _batch_axes(deployed: Deployed, tensors: tuple[Tensor, ...], first: int) -> list[tuple[int, int]]:
+    """The first axes that must be as long as that of the first input: the model does not run if one of them alone stays as it is."""
+    like = [number for number, tensor in enumerate(tensors) if tensor.dim() and tensor.shape[0] == tensors[first].shape[0]]
+    mates = [first]
+    for left in like[1:]:
+        others = [_doubled(tensor, [0]) if number in like and number != left else tensor for number, tensor in enumerate(tensors)]
+        # A mask of ones is left out by some models when they run, and not when they are traced: its shape tells.
+        alike = tensors[left].dim() > 1 and tensors[left].shape[:2] == tensors[first].shape[:2]
+        if alike or not _runs(deployed, others):
+            mates.append(left)
+    return [(number, 0) for number in mates]
+
+
+def _runs(deployed: Deployed, tensors: Sequence[Tensor]) -> bool:
+    try:
+        deployed(*tensors)
+    except Exception:  # these sizes do not fit together
+        return False
+    return True
+
+
+def name_axes(graph: Any, axes: Axes) -> list[str]:
+    """Call the sizes that vary what they are, everywhere in the graph.
+
+    Returns:
+        First axes of the inputs after the first that are fixed although they might have varied, in words.
+    """
+    called: dict[str, str] = {}
+    fixed = []
+    for wanted in (True, False):  # names that somebody chose come first
+        for number, value in enumerate(graph.inputs):
+            for axis, size in enumerate(value.shape or ()):
+                symbol = getattr(size, "value", size)
+                chosen = axes.names.get((number, axis))
+                if isinstance(symbol, str) and symbol not in called and (chosen is not None) is wanted:
+                    name = chosen or f"{value.name}_{axis}"
+                    called[symbol] = name if chosen or name not in called.values() else f"{name}_{len(called)}"
+                elif not wanted and isinstance(symbol, int) and axis in axes.specifications[number]:
+                    fixed.append(f"axis {axis} of '{value.name}' is {symbol}")
+    _rename(graph, called)
+    return fixed
+
+
+def _rename(graph: Any, called: Mapping[str, str]) -> None:
+    import onnx_ir
+
+    if not called:
+        return
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, called)) + r")\b")
+    for value in [*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)]:
+        if value.shape is None:
+            continue
+        sizes = [size if isinstance(size, int) else getattr(size, "value", None) for size in value.shape]
+        renamed = [pattern.sub(lambda match: called[match[1]], size) if isinstance(size, str) else size for size in sizes]
+        if renamed != sizes:
+            value.shape = onnx_ir.Shape(renamed)

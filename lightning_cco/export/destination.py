@@ -1,0 +1,41 @@
+"""Where an export is written, and how a whole file takes the place of an older one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lightning_cco.errors import CCOError
+from lightning_cco.files import real_file
+
+
+def export_target(path: str | Path, ending: str) -> Path:
+    """The file that an export is to write, through symbolic links.
+
+    Args:
+        path: What the user gave.
+        ending: What it must end in.
+
+    Raises:
+        CCOError: It ends in something else, or what is there is no file.
+    """
+    if Path(path).suffix.lower() != ending:
+        raise CCOError(
+            f"export: a path that ends in .onnx (a file for ONNX Runtime, OpenVINO and TensorRT, which build theirs from it) or in .pt2 "
+            f"(a torch.export program) was expected, '{path}' came. Write '{Path(path).with_suffix(ending) if Path(path).name else 'model' + ending}'."
+        )
+    try:
+        return real_file(path)
+    except OSError as error:
+        raise CCOError(f"export: '{path}' can't be written: {error}. Give the path of a file in a folder that can be.") from error
+
+
+def move(made: Path, target: Path) -> None:
+    """Put a file, and the one beside it that holds its large tensors, in the place of older ones, so that no two of them are ever mixed."""
+    data, old = made.with_name(f"{made.name}.data"), target.with_name(f"{target.name}.data")
+    if data.exists() or old.exists():
+        target.unlink(missing_ok=True)
+        old.unlink(missing_ok=True)
+    if data.exists():
+        os.replace(data, old)
+    os.replace(made, target)

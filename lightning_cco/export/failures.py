@@ -1,0 +1,117 @@
+"""What an export says when it fails: in which step, on what, with which versions; the model is blamed only where there is evidence."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+
+import torch
+
+from lightning_cco.errors import CCOError
+
+_NEEDED = {"torch": "2.8", "onnx": "1.17", "onnxscript": "0.6", "onnxruntime": "1.20"}
+"""The lowest versions that an ONNX file was written and checked with."""
+_EVIDENCE = (
+    ("GuardOnDataDependent", "data-dependent", "Could not guard on", ".item()", "aten._local_scalar_dense"),
+    ("Constraints violated", "ConstraintViolation", "constraints violated", "marked as dynamic", "not all values of", "specialized"),
+)
+"""Words of torch.export's errors that show that the model computes with values, and that a size is fixed in its code."""
+
+
+def need_packages(names: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnxruntime")) -> None:
+    """Check that what a file is written with is there, and new enough.
+
+    Raises:
+        CCOError: With the package's name, the version found and the one needed.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CCOError(f"export: {', '.join(missing)} not installed. Write: pip install 'lightning-cco[export]'.")
+    for name in names:
+        found = _version(name)
+        if _numbers(found) < _numbers(_NEEDED[name]):
+            raise CCOError(
+                f"export: {name} {found} is too old; {name}>={_NEEDED[name]} was expected. Write: pip install -U '{name}>={_NEEDED[name]}'."
+            )
+    if "onnx" in names and not hasattr(getattr(torch.onnx, "ops", None), "symbolic"):
+        raise CCOError(f"export: torch {_version('torch')} has no torch.onnx.ops.symbolic; torch>={_NEEDED['torch']} was expected.")
+
+
+def untraceable(model: torch.nn.Module, where: str, error: Exception) -> str:
+    """A message for a forward that torch.export could not trace.
+
+    Args:
+        model: The model.
+        where: The last layer that the trace came to, in words; empty if none.
+        error: What torch.export raised.
+    """
+    said = f"{type(error).__name__}: {error}"
+    branches, fixed = (any(word in said for word in words) for words in _EVIDENCE)
+    if fixed:
+        advice = (
+            "A size is fixed in the model's code, or computed to a number (int(x.shape[0]), a reshape to the example's size). Pass dynamic_batch=False, "
+            "or dynamic_shapes={argument: {axis: Dim.DYNAMIC}} for the axes that may vary."
+        )
+    elif branches:
+        advice = (
+            "Control flow that depends on values can't be in a file: write it with torch.where or torch.cond. If a part of the model is not needed in "
+            "deployment, export the submodule that is."
+        )
+    else:
+        advice = f"Nothing shows that the model is at fault: it may be a limit of these versions ({versions()}), or of lightning_cco; please report it."
+    return f"export: {type(model).__name__} can't be traced by torch.export{where}: {first_paragraph(error)}. {advice}"
+
+
+def inexpressible(model: torch.nn.Module, error: Exception) -> str:
+    """A message for a traced program that torch.onnx could not convert."""
+    text = str(error)
+    operators = re.findall(r"OpOverload\(op='([^']+)'", text) or re.findall(r"No ONNX function found for (\S+)", text)
+    name = type(model).__name__
+    if operators and "No ONNX function" in text:
+        return (
+            f"export: {name} can't be converted to ONNX: it uses {', '.join(dict.fromkeys(operators))}, which ONNX has no operator for. Replace it by "
+            "operations that ONNX has, pass custom_translation_table as in torch.onnx.export, or export a .pt2 file, which can hold any operation."
+        )
+    where = f" at {operators[0]}" if operators else ""
+    return (
+        f"export: the conversion of {name} to ONNX failed{where}: {first_paragraph(error)}. Nothing shows that the model is at fault: it may be a limit of "
+        f"these versions ({versions()}), or of lightning_cco; please report it. A .pt2 file can hold any operation."
+    )
+
+
+def failed(phase: str, error: Exception) -> str:
+    """A message for any other step that failed."""
+    return f"export: {phase} failed: {first_paragraph(error)}. It may be a limit of these versions ({versions()}), or of lightning_cco; please report it."
+
+
+def versions() -> str:
+    """The versions that an export depends on."""
+    return ", ".join(f"{name} {_version(name)}" for name in _NEEDED if importlib.util.find_spec(name) is not None)
+
+
+def first_paragraph(error: BaseException) -> str:
+    """Type and first paragraph of an error, and of the one at its root, if that is another."""
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    said = _paragraph(error)
+    return said if root is error else f"{said} (from {_paragraph(root)})"
+
+
+def _paragraph(error: BaseException) -> str:
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().split("\n\n")[0].split())[:400].rstrip(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _version(name: str) -> str:
+    if name == "torch":
+        return str(torch.__version__)
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # a build of another name, such as onnxruntime-gpu
+        return str(getattr(importlib.import_module(name), "__version__", "0"))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:2])

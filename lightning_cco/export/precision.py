@@ -1,0 +1,32 @@
+"""A model in float32 for as long as it is exported: engines have no INT8 form that hands bfloat16, half or double over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def other_types(model: nn.Module) -> list[str]:
+    """Floating-point types of parameters and buffers that are not float32."""
+    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in _tensors(model) if tensor.dtype is not torch.float32})
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Inside the block all floating-point parameters and buffers are float32; behind it they are what they were, to the last bit."""
+    before = [(tensor, tensor.data) for tensor in _tensors(model) if tensor.dtype is not torch.float32]
+    try:
+        for tensor, data in before:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Each once: tied parameters are one."""
+    return list({id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.is_floating_point()}.values())
