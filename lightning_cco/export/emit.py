@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_cco.export.fold import IntegerWeight
-from lightning_cco.export.forms import attention, averages_images
+from lightning_cco.export.forms import attention, averages_images, without_bound
 from lightning_cco.export.passes import NAME
 from lightning_cco.export.provenance import noting
-from lightning_cco.export.stored import StoredWeights
+from lightning_cco.export.stored import EMBEDDINGS, StoredWeights
 from lightning_cco.graph.capture import Site
 from lightning_cco.graph.compiled import mode_stack, restore_modes
 from lightning_cco.graph.frames import Frame
@@ -101,6 +101,8 @@ class Emitter:
             result = self._convolve_blocks(site, args[0])
         else:
             args, kwargs = self._with_inputs(site, args, kwargs)
+            if site.op.kind in EMBEDDINGS:
+                args, kwargs = self._with_table(site, args, kwargs)
             if site.op.kind == "batch_norm" and name in self.stored.weights:
                 return self._with_outputs(site, args, self._scale_channels(site, args[0] if args else kwargs["input"]))
             if site.op.kind == "embedding" and name in self.stored.weights:
@@ -171,6 +173,12 @@ class Emitter:
             else:
                 args, kwargs = replaced(args, kwargs, weight.slot, lambda x, s=operand: self._round_operand(x, s, site.layer))  # type: ignore[misc]
         return args, kwargs
+
+    def _with_table(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The rows of a table are within ``max_norm`` already."""
+        args, kwargs = without_bound(args, kwargs)
+        table = self.stored.tables.get(site.layer)
+        return (args, kwargs) if table is None else replaced(args, kwargs, site.weights[0].slot, lambda _: table)
 
     def _with_bias(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         value = self._bias_value(site)

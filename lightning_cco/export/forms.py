@@ -124,3 +124,28 @@ def blocked_convolution(weight: Tensor, image: tuple[Any, Any], call: dict[str, 
             y, x = i - pair["padding"][0] - 2 * first[0], j - pair["padding"][1] - 2 * first[1]
             blocked[:, y % 2, x % 2, :, y // 2, x // 2] = weight[:, :, i, j]
     return BlockedConvolution(blocked.reshape(out, 4 * channels, *counts), (-first[0], -first[1], after[0], after[1]))
+
+
+_LONGEST, _NORM = 3, 4
+"""Positions of an embedding's ``max_norm`` and ``norm_type``."""
+
+
+def bound_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float] | None:
+    """``max_norm`` and ``norm_type`` of a call of `torch.nn.functional.embedding` or ``embedding_bag``; `None` without them."""
+    longest = args[_LONGEST] if len(args) > _LONGEST else kwargs.get("max_norm")
+    if longest is None:
+        return None
+    return float(longest), float(args[_NORM] if len(args) > _NORM else kwargs.get("norm_type", 2.0))
+
+
+def shortened(table: Tensor, longest: float, norm: float) -> Tensor:
+    """A copy of an embedding's table, (rows, columns), with all rows as a lookup would shorten them in place."""
+    rows = table.detach().clone()
+    return torch.embedding_renorm_(rows, torch.arange(len(rows), device=rows.device), longest, norm)
+
+
+def without_bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an embedding's call without ``max_norm``."""
+    if len(args) > _LONGEST:
+        args = (*args[:_LONGEST], None, *args[_LONGEST + 1 :])
+    return args, {**kwargs, "max_norm": None} if "max_norm" in kwargs else kwargs

@@ -161,6 +161,7 @@ def _write(
             passes.index_integers(graph)
         if stored.target.split_products:
             split_products(graph)
+        passes.share_constants(graph)
         if stored.target.own_zero_points:
             passes.own_zero_points(graph)
         if int4:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -80,17 +81,36 @@ def index_integers(graph: Any) -> None:
                 reader.replace_input_with(position, after.outputs[0])
 
 
+def share_constants(graph: Any) -> None:
+    """Store what a layer that is called many times has of constants once: weights, scales, biases."""
+    kept: dict[tuple[Any, ...], Any] = {}
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.size < 2 or value.is_graph_input() or value.is_graph_output():
+            continue
+        array = tensor.numpy()
+        key = tensor.dtype, array.shape, hashlib.sha256(array.tobytes()).digest()
+        first = kept.setdefault(key, value)
+        if first is not value:
+            value.replace_all_uses_with(first)
+            del graph.initializers[value.name]
+
+
 def own_zero_points(graph: Any) -> None:
     """Give each weight a zero point of its own.
 
     OpenVINO 2026.4 computes a convolution and a linear layer in float that share a constant of zeros; ONNX Runtime 1.32 can't load a file with a shared
     one where exact products are asked for on a processor without VNNI (``session.x64quantprecision``).
     """
+    owned: dict[Any, Any] = {}
     for node in list(graph):
         if node.op_type == "DequantizeLinear" and len(node.inputs) == 3 and node.inputs[0].producer() is None:
             zeros = constant(node.inputs[2])
             if zeros is not None:
-                node.replace_input_with(2, initializer(graph, f"{node.outputs[0].name}_zero_point", zeros))
+                key = node.inputs[0].name, zeros.shape
+                if key not in owned:
+                    owned[key] = initializer(graph, f"{node.outputs[0].name}_zero_point", zeros)
+                node.replace_input_with(2, owned[key])
 
 
 def pack_int4(graph: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.export.fold import BatchNorm, IntegerWeight, integer_weight, norm_weight
-from lightning_cco.export.forms import adds_products_exactly, blocked_convolution, has_matrix_units
+from lightning_cco.export.forms import adds_products_exactly, blocked_convolution, bound_of, has_matrix_units, shortened
 from lightning_cco.graph.capture import Site, Source
 from lightning_cco.graph.ops import Category
 from lightning_cco.quantization.fake_quantize import weight_scale
@@ -19,6 +19,7 @@ from lightning_cco.quantization.slots import at
 from lightning_cco.quantization.targets import TARGETS
 
 BIASED = ("conv", "conv_transpose", "linear")
+EMBEDDINGS = ("embedding", "embedding_bag")
 MULTIPLIED = ("conv", "conv_transpose", "linear", "matmul", "addmm", "baddbmm", "einsum")
 """Kinds whose weights are multiplied with activations of 8 bits."""
 UNSIGNED = (128, torch.uint8)
@@ -46,6 +47,8 @@ class StoredWeights:
         for_matrix_units: Convolutions that the engine computes on a processor's matrix units.
         operand_format: Zero point and type of operands: those of activations, since engines add two tensors of one type only.
         folded: Names of the batch norms that went into the weights before them.
+        bounds: ``max_norm`` and ``norm_type`` of embeddings that have them.
+        tables: Tables of embeddings with ``max_norm`` that stay in float, with all rows shortened.
         unsigned: Whether weights whose products with activations could overflow 16 bits are stored as uint8.
     """
 
@@ -59,6 +62,8 @@ class StoredWeights:
         self.for_matrix_units: list[str] = []
         self.operand_format = (0, torch.int8) if int4 or self.target.symmetric_activations else UNSIGNED
         self.folded: set[str] = set()
+        self.bounds: dict[str, tuple[float, float]] = {}
+        self.tables: dict[str, Tensor] = {}
         amx = has_matrix_units() if deployment.amx is None else deployment.amx
         self._matrix_unit_depth = self.target.matrix_unit_depth if amx and not int4 else None
         exact = adds_products_exactly() if deployment.vnni is None else deployment.vnni
@@ -66,8 +71,13 @@ class StoredWeights:
 
     def collect(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take the weights that a layer is called with (parametrized, sliced, tied), and call it."""
+        bound = bound_of(args, kwargs) if site.op.kind in EMBEDDINGS and site.weights else None
+        if bound is not None:
+            self.bounds[site.layer] = bound
         if site.layer in self.quantized.weights:
             found = [at(args, kwargs, weight.slot) for weight in site.weights]
+            if bound is not None:
+                found[0] = shortened(found[0], *bound)
             if site.op.category in (Category.WEIGHTED, Category.MATMUL):
                 bias = (args[2] if len(args) > 2 else kwargs.get("bias")) if site.op.kind in BIASED else None
                 weights = [integer_weight(self.quantized, site.layer, tensor, bias, i) for i, tensor in enumerate(found)]
@@ -82,6 +92,8 @@ class StoredWeights:
                     self._store_unsigned(site, weights)
             else:
                 self.operands[site.layer] = [self._operand(site.layer, tensor, i) for i, tensor in enumerate(found)]
+        elif bound is not None:
+            self.tables[site.layer] = shortened(at(args, kwargs, site.weights[0].slot), *bound)
         elif site.op.kind == "batch_norm" and site.layer in self.quantized.plan.quantized and site.layer not in self.folded:
             weight = norm_weight(BatchNorm.of_call(args, kwargs))
             assert weight.bias is not None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_cco.export.emit import Emitter
 from lightning_cco.export.engine import Rounded, constants
 from lightning_cco.export.fold import IntegerWeight
+from lightning_cco.export.forms import shortened
 from lightning_cco.quantization.model import QuantizedModel
 
 Array = np.ndarray[Any, Any]
@@ -95,6 +96,9 @@ class _Expected:
         self.quantized, self.stored = quantized, emitter.stored
         self.weights: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
         for (layer, number), (given, got) in weights.items():
+            if layer in self.stored.bounds:
+                given = shortened(given, *self.stored.bounds[layer])
+                got = quantized.weights[layer][number](given)
             self.weights.setdefault(layer, []).append((number, given, got))
 
     def dequantized(self, layer: str, arrays: list[Array | None], axis: int) -> str:
