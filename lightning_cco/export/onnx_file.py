@@ -23,7 +23,7 @@ from lightning_cco.export.failures import failed, inexpressible, need_packages, 
 from lightning_cco.export.limits import MEAN_STEPS, judge
 from lightning_cco.export.options import checked_options
 from lightning_cco.export.precision import in_float32, other_types
-from lightning_cco.export.products import split_products
+from lightning_cco.export.products import fill_biases, split_products
 from lightning_cco.export.provenance import layers_of_nodes
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.signature import Deployed
@@ -161,6 +161,8 @@ def _write(
             passes.index_integers(graph)
         if stored.target.split_products:
             split_products(graph)
+        if stored.target.full_biases:
+            fill_biases(graph)
         passes.share_constants(graph)
         if stored.target.own_zero_points:
             passes.own_zero_points(graph)

@@ -22,6 +22,22 @@ def split_products(graph: Any) -> None:
             _at_reshape(graph, node)
 
 
+def fill_biases(graph: Any) -> None:
+    """Give the bias of each product of fixed sizes and more than two dimensions as many; see `Target.full_biases`."""
+    for node in list(graph):
+        if node.op_type != "Add":
+            continue
+        for number, value in enumerate(node.inputs):
+            bias, product = constant(value), node.inputs[1 - number]
+            maker = product.producer() if product is not None else None
+            if bias is None or bias.ndim != 1 or maker is None or maker.op_type != "MatMul" or product.shape is None:
+                continue
+            sizes = list(product.shape)
+            if len(sizes) > 2 and all(isinstance(size, int) for size in sizes):
+                full = bias.reshape((1,) * (len(sizes) - 1) + bias.shape)
+                node.replace_input_with(number, initializer(graph, f"{node.outputs[0].name}_bias", full))
+
+
 @dataclass(frozen=True)
 class _Linear:
     """The nodes of ``Add(MatMul(x, Transpose(DequantizeLinear(integers, scale, zero_point))), bias)``; without a bias there is no Add."""

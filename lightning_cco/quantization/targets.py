@@ -43,6 +43,8 @@ class Target:
         norms: Whether a batch norm that no layer takes in has an INT8 form: a convolution of each channel with one number.
         unsigned_without_vnni: Whether weights are stored as uint8 for processors without VNNI. The engine has an exact product for two unsigned types;
             that of an unsigned and a signed one adds in 16 bits there.
+        full_biases: Whether a bias that is added to a product of more than two dimensions is stored with as many. ONNX Runtime takes such a product for one of
+            rows, in float, where its sizes are fixed and the bias has one dimension.
         split_products: Whether the parts that a linear layer's result is split into are computed faster as products of their own.
     """
 
@@ -60,6 +62,7 @@ class Target:
     own_zero_points: bool = False
     norms: bool = False
     split_products: bool = False
+    full_biases: bool = False
     unsigned_without_vnni: bool = False
 
     def computes_in_int8(self, layer: Layer) -> bool:
@@ -130,6 +133,7 @@ TARGETS: Mapping[str, Target] = {
         norms=True,
         own_zero_points=True,
         split_products=True,
+        full_biases=True,
         unsigned_without_vnni=True,
     ),
     "openvino": Target("openvino", False, _ALL - _CELLS | _SMOOTH, weight_only_kinds=_CELLS, own_zero_points=True),
