@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from lightning_cco.batches import (
     training_batches,
     with_progress,
 )
-from lightning_cco.errors import CCOError
+from lightning_cco.checkpoints import check_callback_state, read_checkpoint
+from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.lookahead import warn_of_left_over
 from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.directions import metric_directions
@@ -76,6 +78,7 @@ class CCOCallback(pl.Callback):
         self._skips: list[str] = []
         self._pending_skips: list[str] = []
         self._sanity_steps: int | float | None = None
+        self._warned_of_float = False
 
     # Set-up
 
@@ -176,7 +179,15 @@ class CCOCallback(pl.Callback):
         history = self._monitor.state_dict() if self._monitor is not None else (self._state or {}).get("monitor")
         self._monitor = Monitor(base, loggers, enabled=trainer.is_global_zero, draw=monitoring.draw_graph)
         if history:
-            self._monitor.load_state_dict(history)
+            try:
+                self._monitor.load_state_dict(history)
+            except Exception as error:  # nothing that is computed depends on it
+                self._monitor = Monitor(base, loggers, enabled=trainer.is_global_zero, draw=monitoring.draw_graph)
+                warnings.warn(
+                    f"The checkpoint's history of sensitivities can't be read ({type(error).__name__}: {error}); it begins anew.",
+                    CCOWarning,
+                    stacklevel=2,
+                )
         return self._monitor
 
     # Training
@@ -277,6 +288,15 @@ class CCOCallback(pl.Callback):
         if trainer.sanity_checking or trainer.training or trainer.state.fn == "fit" or (self.quantized is not None and self._state is None):
             return
         if self._state is None:
+            if not self._warned_of_float:
+                self._warned_of_float = True
+                warnings.warn(
+                    f"trainer.{trainer.state.fn}: the model runs in float: CCOCallback has no ranges, since no checkpoint with its state was loaded "
+                    "(ModelCheckpoint(save_weights_only=True) and runs without the callback save none). For the compressed model give a whole checkpoint "
+                    "as ckpt_path, or run trainer.fit first, with this callback; to evaluate the float model, leave the callback out.",
+                    CCOWarning,
+                    stacklevel=2,
+                )
             return
         self._attach(trainer, pl_module, batch)
 
@@ -328,6 +348,7 @@ class CCOCallback(pl.Callback):
         """Called when a checkpoint is loaded, after the weights. Applied at once to a quantized model, else as soon as there is a batch to capture from."""
         if not state_dict:
             return
+        check_callback_state(state_dict)
         self._state = state_dict
         self.original_metrics = dict(state_dict["original_metrics"])
         self._skips = list(state_dict["skips"])
@@ -382,21 +403,49 @@ class CCOCallback(pl.Callback):
     def _export_best(self, trainer: pl.Trainer, folder: str) -> None:
         """Export the best checkpoint, or the last weights if there is none."""
         assert self.quantized is not None
-        checkpoint = trainer.checkpoint_callback
-        best = getattr(checkpoint, "best_model_path", "")
-        model = self.quantized.model
-        kept = {name: value.detach().clone() for name, value in model.state_dict().items()}, self.quantized.state_dict()
-        if best:
-            saved = torch.load(best, map_location="cpu", weights_only=True)
-            model.load_state_dict(saved["state_dict"])
-            state = saved["callbacks"].get(self.state_key)
-            if state:
-                self.quantized.load_state_dict(state["quantized"])
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        quantized, model = self.quantized, self.quantized.model
+        path = Path(folder) / f"{type(model).__name__}_int8.onnx"
+        weights, ranges = {name: value.detach().clone() for name, value in model.state_dict().items()}, quantized.state_dict()
+        suggestions = quantized.plan.suggestions
         try:
-            self.export(Path(folder) / f"{type(model).__name__}_int8.onnx")
+            if best:
+                self._load_best(best)
+            self.export(path)
+        except Exception as error:
+            raise CCOError(
+                f"deployment_settings.export_dir: the training has ended and its checkpoints are saved ({best or 'none'}), but the export to {path} failed: "
+                f"{error} Nothing is lost: to export again, run trainer.test(model, ckpt_path=...) with this callback, then cco.export(path)."
+            ) from error
         finally:
-            model.load_state_dict(kept[0])
-            self.quantized.load_state_dict(kept[1])
+            model.load_state_dict(weights)
+            if quantized.plan.suggestions != suggestions:
+                quantized.replan(suggestions=suggestions)
+            quantized.load_state_dict(ranges)
+
+    def _load_best(self, path: str) -> None:
+        """Load a checkpoint's weights with the plan and the ranges that belong to them."""
+        assert self.quantized is not None
+        saved = read_checkpoint(path)
+        self.quantized.model.load_state_dict(saved["state_dict"])
+        state = saved.get("callbacks", {}).get(self.state_key)
+        if state:
+            check_callback_state(state)
+            if tuple(state["skips"]) != self.quantized.plan.suggestions:
+                self.quantized.replan(suggestions=state["skips"])
+            self.quantized.load_state_dict(state["quantized"])
+            return
+        assert self._forward is not None
+        if not self._held:
+            raise CCOError(f"{path} holds no ranges (save_weights_only=True), and there are no held batches to calibrate on.")
+        device = self.quantized.device
+        frozen = self.quantized.frozen
+        batches = [move_data_to_device(batch, device) for batch in self._held]
+        with torch.inference_mode(False):
+            self.quantized.calibrate(batches, on_a_copy(self._forward))
+        if frozen:
+            self.quantized.freeze_ranges()
+        rank_zero_info(f"{path} holds no ranges (save_weights_only=True): calibrated on the {len(batches)} held batches for its weights.")
 
     def _suggestions_in(self, state: Mapping[str, Any] | None) -> list[str]:
         return list(state["skips"]) if state else []

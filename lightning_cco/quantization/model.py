@@ -22,6 +22,7 @@ from lightning_cco.quantization.plan import plan_quantization
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_cco.quantization.range_updates import forget_batches, sync_calibration, update_ranges, world_size
 from lightning_cco.quantization.runtime import Phase, Runtime
+from lightning_cco.quantization.state import STATE_VERSION, check_scale, check_state
 from lightning_cco.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 Forward = Callable[[nn.Module, Any], Any]
 """How one batch goes through the model."""
 
-_STATE_VERSION = 1
 _MOVING = threading.RLock()
 _MASKED = frozenset({"add", "sub", "mul", "where", "masked_fill", "scaled_dot_product_attention", "concat", "setitem"})
 
@@ -427,7 +427,7 @@ class QuantizedModel:
         if self._outliers is not None and self._outliers.device.type != "cpu":
             self._warn_of_outliers(self._outliers)  # each step would have to wait for the device
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "layers": list(self.graph.names),
             "kinds": {layer.name: layer.kind for layer in self.graph},
             "quantized": sorted(self.plan.quantized),
@@ -438,14 +438,15 @@ class QuantizedModel:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Take ranges over from a state.
+        """Take ranges over from a state: all of it, or, on an error, nothing.
 
         Returns:
             What differs between the state's plan and this one, in words; empty if nothing does.
 
         Raises:
-            CCOError: The state belongs to another architecture.
+            CCOError: The state belongs to another architecture, is of a newer version or damaged; the message names the key.
         """
+        check_state(state)
         theirs, ours = state["kinds"], {layer.name: layer.kind for layer in self.graph}
         if theirs != ours:
             missing, extra = [n for n in theirs if n not in ours], [n for n in ours if n not in theirs]
@@ -455,6 +456,9 @@ class QuantizedModel:
                 f"Only in the checkpoint: {missing[:5]}; only in the model: {extra[:5]}; of another kind: {changed[:5]}. "
                 "Build the model as it was when the checkpoint was written, or start from the checkpoint's weights alone."
             )
+        for key, quantizer in self.activations.items():
+            if key in state["ranges"] and state["ranges"][key]["num_bits"] == quantizer.num_bits:
+                check_scale(state["ranges"][key], key, quantizer.symmetric)
         differences = []
         now_skipped = sorted(set(state["quantized"]) - self.plan.quantized)
         now_quantized = sorted(self.plan.quantized - set(state["quantized"]))
