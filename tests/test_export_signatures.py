@@ -1,0 +1,151 @@
+"""Forwards as people write them: what an exported file takes and gives, which axes vary, and in which type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_cco import QuantizedModel, quantize
+from lightning_cco.export.engine import engine_session
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
+
+
+class Body(nn.Module):
+    """Eight numbers to three logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+class Labelled(Body):
+    def forward(self, values: Tensor, mask: Tensor | None = None, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.logits(values if mask is None else values * mask)
+        return {"logits": logits} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Keywords(Body):
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return self.logits(inputs["values"] * inputs["mask"])
+
+
+class Rest(Body):
+    def forward(self, values: Tensor, *rest: Any, scale: float = 1.0) -> Tensor:
+        return self.logits(values * scale)
+
+
+class Nested(Body):
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        first, second = batch["pair"]
+        return self.logits(first), {"other": self.logits(second)}
+
+
+def ready(model: nn.Module, *args: Any, **kwargs: Any) -> QuantizedModel:
+    quantized = quantize(model.eval(), None, args, example_kwargs=kwargs)
+    quantized.calibrate([None], lambda module, _: module(*args, **kwargs))
+    return quantized
+
+
+def names(session: ort.InferenceSession) -> tuple[list[str], list[str]]:
+    return [entry.name for entry in session.get_inputs()], [entry.name for entry in session.get_outputs()]
+
+
+VALUES, MASK = torch.linspace(-1, 1, 40).reshape(5, 8), (torch.arange(40).reshape(5, 8) % 3 > 0).float()
+LABELS = torch.arange(5) % 3
+
+
+@pytest.mark.parametrize(
+    ("make", "args", "kwargs", "inputs", "outputs"),
+    [
+        (Labelled, (), {"values": VALUES, "mask": MASK, "labels": LABELS}, ["values", "mask"], ["logits"]),
+        (Keywords, (), {"values": VALUES, "mask": MASK}, ["values", "mask"], ["output_0"]),
+        (Rest, (VALUES,), {"scale": 0.5}, ["values"], ["output_0"]),
+        (Nested, ({"pair": (VALUES, MASK)},), {}, ["batch_pair_0", "batch_pair_1"], ["output_0", "output_1"]),
+    ],
+    ids=["labels", "keywords", "rest", "nested"],
+)
+def test_a_file_takes_the_tensors_of_the_forward_without_labels(
+    make: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[str], outputs: list[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    quantized = ready(make(), *args, **kwargs)
+    report = quantized.export(tmp_path / "model.onnx", args, kwargs)
+    assert any("labels" in note for note in report.notes) == ("labels" in kwargs)
+    session = engine_session(str(tmp_path / "model.onnx"))
+    assert names(session) == (inputs, outputs)
+    feeds = dict(zip(inputs, (VALUES.numpy(), MASK.numpy()), strict=False))
+    got = session.run(None, feeds)
+    with torch.no_grad():
+        expected = quantized.model(*args, **kwargs)
+    expected = expected["logits"] if isinstance(expected, dict) else expected[0] if isinstance(expected, tuple) else expected
+    np.testing.assert_allclose(got[0], expected.numpy(), atol=0.05)
+
+
+class Masked(Body):
+    """Sequence first, with a mask of each pair of steps and the positions of the steps."""
+
+    def forward(self, x: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        return self.logits(torch.softmax(mask, -1) @ x + positions[:, None])
+
+
+class Graph(Body):
+    """Nodes, and edges between any number of them."""
+
+    def forward(self, nodes: Tensor, edges: Tensor) -> Tensor:
+        return self.logits(torch.zeros_like(nodes).index_add(0, edges[1], nodes[edges[0]]))
+
+
+class Shared(Body):
+    """A batch, and one table for all of it."""
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return self.logits(x + table)
+
+
+@pytest.mark.parametrize(
+    ("make", "shapes", "others"),
+    [
+        (Masked, ((5, 8), (5, 5), (5,)), ((7, 8), (7, 7), (7,))),
+        (Graph, ((9, 8), (2, 20)), ((4, 8), (2, 20))),
+        (Shared, ((4, 6, 8), (1, 6, 8)), ((3, 6, 8), (1, 6, 8))),
+        (Shared, ((1, 6, 8), (6, 8)), ((3, 6, 8), (6, 8))),
+    ],
+    ids=["sequence first", "graph", "broadcast", "no batch"],
+)
+def test_axes_vary_where_the_model_lets_them(make: Any, shapes: tuple[Any, ...], others: tuple[Any, ...], tmp_path: Path) -> None:
+    def inputs(sizes: tuple[Any, ...]) -> list[Tensor]:
+        torch.manual_seed(0)
+        return [torch.randint(0, 4, size) if size == (2, 20) else torch.rand(size) for size in sizes]
+
+    quantized = ready(make(), *inputs(shapes))
+    quantized.export(tmp_path / "model.onnx", inputs(shapes), check=False)
+    session = engine_session(str(tmp_path / "model.onnx"))
+    feeds = inputs(others)
+    got = session.run(None, {entry.name: tensor.numpy() for entry, tensor in zip(session.get_inputs(), feeds, strict=True)})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(got, quantized.model(*feeds).numpy(), atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_another_type_is_exported_in_float32_and_stays_as_it_is(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    quantized = ready(Rest().to(dtype), VALUES.to(dtype))
+    before = {name: tensor.clone() for name, tensor in quantized.model.state_dict().items()}
+    report = quantized.export(tmp_path / "model.onnx", (VALUES.to(dtype),))
+    assert any("float32" in note for note in report.notes)
+    after = quantized.model.state_dict()
+    assert all(torch.equal(after[name], tensor) and after[name].dtype is dtype for name, tensor in before.items())
+    session = engine_session(str(tmp_path / "model.onnx"))
+    got = session.run(None, {"values": VALUES.numpy()})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(got, quantized.model(VALUES.to(dtype)).float().numpy(), atol=0.05)
