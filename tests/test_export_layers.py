@@ -80,10 +80,16 @@ def grouped() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 8, 4, 2, 1, groups=4), nn.ReLU(), nn.Conv2d(8, 4, 3))
 
 
+def pooled() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AvgPool2d(3, 2, 1, divisor_override=4), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "shape", "target"),
-    [(grouped, (2, 3, 12, 12), "ort"), (grouped, (2, 3, 12, 12), "openvino"), (Pair, (4, 5, 8), "ort")],
-    ids=["grouped transposed", "grouped transposed, openvino", "bilinear"],
+    [(grouped, (2, 3, 12, 12), "ort"), (grouped, (2, 3, 12, 12), "openvino"), (Pair, (4, 5, 8), "ort"), (pooled, (2, 3, 12, 12), "ort")],
+    ids=["grouped transposed", "grouped transposed, openvino", "bilinear", "divisor"],
 )
 def test_layers_whose_weights_have_another_form_are_exported(make: Any, shape: tuple[int, ...], target: str, tmp_path: Path) -> None:
     settings = {"deployment_settings": {"target_framework": target}}

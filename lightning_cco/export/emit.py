@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_cco.export.fold import IntegerWeight
-from lightning_cco.export.forms import attention, averages_images, without_bound
+from lightning_cco.export.forms import attention, averages_images, divided, without_bound
 from lightning_cco.export.passes import NAME
 from lightning_cco.export.provenance import noting
 from lightning_cco.export.stored import EMBEDDINGS, StoredWeights
@@ -113,6 +113,8 @@ class Emitter:
                     return self._linear(name, func, args, kwargs)
                 if site.op.kind == "scaled_dot_product_attention":
                     func = attention
+                if site.op.kind == "avg_pool":
+                    func = divided(func)
                 result = func(*args, **kwargs)
                 if averages_images(site.op.kind, args, kwargs):
                     return self._average(name, args[0], result)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_cco.errors import CCOError
 
 
 def has_matrix_units() -> bool:
@@ -63,6 +66,27 @@ def attention(
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype is torch.bool else scores + attn_mask
     return torch.matmul(torch.softmax(scores, -1), value)
+
+
+def divided(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``avg_pool2d`` or ``avg_pool3d`` whose ``divisor_override``, which ONNX lacks, is a factor behind it."""
+
+    def pooled(*args: Any, **kwargs: Any) -> Tensor:
+        divisor = args[6] if len(args) > 6 else kwargs.get("divisor_override")
+        if divisor is None:
+            return pool(*args, **kwargs)
+        names = ("input", "kernel_size", "stride", "padding", "ceil_mode")
+        call = {**dict(zip(names, args, strict=False)), **{name: kwargs[name] for name in names if name in kwargs}}
+        if call.get("ceil_mode"):
+            raise CCOError(
+                "export: an average pooling with divisor_override= and ceil_mode=True has no form in ONNX. Leave one of them out."
+            )
+        kernel = call["kernel_size"]
+        dimensions = 3 if "3d" in getattr(pool, "__name__", "") else 2
+        sizes = [kernel] * dimensions if isinstance(kernel, int) else list(kernel) * (dimensions // len(kernel))
+        return pool(**call, count_include_pad=True) * (math.prod(sizes) / divisor)
+
+    return pooled
 
 
 def averages_images(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

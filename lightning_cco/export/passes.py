@@ -86,7 +86,8 @@ def share_constants(graph: Any) -> None:
     kept: dict[tuple[Any, ...], Any] = {}
     for value in list(graph.initializers.values()):
         tensor = value.const_value
-        if tensor is None or tensor.size < 2 or value.is_graph_input() or value.is_graph_output():
+        parameter = value.name.startswith(f"{PREFIX}.") and "lifted_tensor" not in value.name  # under its name, and once already
+        if tensor is None or parameter or tensor.size < 2 or value.is_graph_input() or value.is_graph_output():
             continue
         array = tensor.numpy()
         key = tensor.dtype, array.shape, hashlib.sha256(array.tobytes()).digest()

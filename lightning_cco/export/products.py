@@ -30,9 +30,9 @@ def fill_biases(graph: Any) -> None:
         for number, value in enumerate(node.inputs):
             bias, product = constant(value), node.inputs[1 - number]
             maker = product.producer() if product is not None else None
-            if bias is None or bias.ndim != 1 or maker is None or maker.op_type != "MatMul" or product.shape is None:
+            if bias is None or bias.ndim != 1 or maker is None or maker.op_type != "MatMul":
                 continue
-            sizes = list(product.shape)
+            sizes = list(product.shape or maker.inputs[0].shape or ())  # the parts of a split product have no shape written on them
             if len(sizes) > 2 and all(isinstance(size, int) for size in sizes):
                 full = bias.reshape((1,) * (len(sizes) - 1) + bias.shape)
                 node.replace_input_with(number, initializer(graph, f"{node.outputs[0].name}_bias", full))
