@@ -84,7 +84,8 @@ def find_skips(
                 f"layer_settings: {entry.skip_by} asks to quantize layer '{layer.name}' (kind {layer.kind}), which is impossible: {detail}. "
                 f"Remove skip_quantization: false{_instead(graph, layer)}."
             )
-        if asked and (reason in ("rule", WEIGHT_ONLY) or (not reason and layer.kind in target.followers)):
+        follows = layer.kind in target.followers or operation_of_kind(layer.kind).category is Category.CLAMP
+        if asked and (reason in ("rule", WEIGHT_ONLY) or (not reason and follows)):
             forced.add(layer.name)
             continue
         unwanted = entry.skip or (entry.skip is None and layer.name in suggestions)
