@@ -154,6 +154,7 @@ class DeploymentSettings:
             fast, on others a third slower; None: as the processor that exports.
         vnni: Whether files for ``ort`` are written for processors that add products of 8-bit integers without overflow (ARM; x86 with VNNI: Intel since
             2019, AMD since Zen 4). On others int8 weights give wrong sums, so False stores them as uint8; None: as the processor that exports.
+            OpenVINO's sums overflow there, too, and it has no other product: False gives weights for ``openvino`` 7 bits instead of 8.
     """
 
     target_framework: str = "ort"

@@ -12,6 +12,7 @@ from export_case import MODELS, calibrated, run
 from models import ResidualCNN
 
 from lightning_cco import quantize
+from lightning_cco.export.forms import adds_products_exactly
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 
@@ -67,7 +68,11 @@ def test_a_torch_export_program_is_the_fake_quantized_model(name: str, tmp_path:
 def test_openvino_computes_in_int8_and_agrees(name: str, target: str, layer_type: str, integer: int, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
     make, example, _ = MODELS[name]
-    quantized, _ = calibrated(make(), example, {"deployment_settings": {"target_framework": target}})
+    settings = {
+        "global_quantization_settings": {"weights_num_bits": 8 if adds_products_exactly() else 7},
+        "deployment_settings": {"target_framework": target, "vnni": True},
+    }
+    quantized, _ = calibrated(make(), example, settings)
     other = example()[:3]
     report = quantized.export(tmp_path / "model.onnx")
     model = openvino.Core().read_model(str(tmp_path / "model.onnx"))

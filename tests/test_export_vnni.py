@@ -71,3 +71,23 @@ def test_narrow_weights_cannot_overflow(tmp_path: Path) -> None:
     quantized, _ = calibrated(Extreme(), images, settings)
     quantized.export(tmp_path / "model.onnx")
     assert weight_types(tmp_path / "model.onnx") == [np.int8] * 3
+
+
+def test_openvino_sums_are_exact_with_weights_of_seven_bits(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    settings = {"deployment_settings": {"target_framework": "openvino", "vnni": False}}
+    quantized, x = calibrated(Extreme(), images, settings)
+    assert [quantized.plan.decisions[name].weights_num_bits for name in ("conv", "conv_1", "linear")] == [7, 7, 7]
+    report = quantized.export(tmp_path / "model.onnx")
+    assert not any("overflow" in note for note in report.notes)
+    compiled = openvino.Core().compile_model(str(tmp_path / "model.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with torch.no_grad():
+        expected = quantized.model(x).numpy()
+    np.testing.assert_allclose(compiled(x.numpy())[0], expected, rtol=0.02)
+
+
+def test_the_report_says_where_eight_bits_overflow_in_openvino(tmp_path: Path) -> None:
+    quantized, _ = calibrated(Extreme(), images, {"deployment_settings": {"target_framework": "openvino"}})
+    (note,) = (note for note in quantized.export(tmp_path / "model.onnx").notes if "overflow" in note)
+    assert ("so on this one" in note) == (not adds_products_exactly())
+    assert "deployment_settings.vnni: false" in note

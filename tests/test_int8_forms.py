@@ -67,6 +67,44 @@ def test_a_recurrent_layer_has_integer_weights_and_nothing_rounded_around_it(kin
     assert not torch.allclose(got, plain, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_openvino_reads_recurrent_layers_in_float(kind: str) -> None:
+    settings = {"deployment_settings": {"target_framework": "openvino"}}
+    plan = _quantized(Recurrent(kind), torch.randn(2, 5, 12), settings).plan
+    assert plan.skipped[kind.lower()].startswith("rule")
+    assert not plan.weight_only
+    assert not plan.tensors
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell"])
+def test_features_of_unlike_size_keep_what_differs_between_inputs(kind: str) -> None:
+    """Weights of the small features are the large ones; by row, rounding left 2 dB of what differs between inputs."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = getattr(nn, kind)(12, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.rnn(x)[0]
+            return y if kind.endswith("Cell") else y[-1]
+
+    torch.manual_seed(0)
+    sizes = torch.logspace(1, -5, 12)
+    model = Encoder()
+    with torch.no_grad():
+        weight = next(parameter for name, parameter in model.named_parameters() if "weight_ih" in name)
+        weight /= sizes
+    x = torch.rand(8, 12) * sizes if kind.endswith("Cell") else torch.rand(6, 8, 12) * sizes
+    with torch.no_grad():
+        expected = model(x)
+        settings = {"global_quantization_settings": {"skip_tail_quantization": False}}
+        error = _quantized(model, x, settings).model(x) - expected
+    assert error.abs().max() > 0
+    varying, error = expected - expected.mean(0), error - error.mean(0)
+    assert error.square().sum() < 1e-3 * varying.square().sum()
+
+
 FORMS = {
     "sub": (lambda x: x - x.flip(3), False),
     "div": (lambda x: x / 3, False),

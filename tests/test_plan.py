@@ -133,6 +133,14 @@ def test_a_skipped_layer_keeps_what_its_neighbours_need(cnn: LayerGraph) -> None
     }
 
 
+def test_a_clamp_can_be_asked_for(cnn: LayerGraph) -> None:
+    found = plan(cnn, {"match": "conv_1", "skip_quantization": True}, {"match": "relu_1", "skip_quantization": False})
+    assert "conv_1" in found.tensors
+    resolved = plan_quantization(cnn, found.resolved_settings())
+    assert resolved.tensors == found.tensors
+    assert "relu_1" in resolved.quantized
+
+
 GRAPHS = {
     "cnn": lambda: capture_graph(GuideCNN(), GuideCNN.example()),
     "residual": lambda: capture_graph(ResidualCNN(), ResidualCNN.example()),

@@ -51,17 +51,22 @@ def _arranged(node: Any) -> _Constants | None:
     if any(part[3] != axis for part in parts):
         return None
     if node.op_type == "Concat":
-        if node.attributes.get_int("axis", 0) != axis:
-            return None
+        along = node.attributes.get_int("axis", 0) % parts[0][0].ndim
+        if along != axis:  # all parts on one grid
+            same = all(np.array_equal(part[i], parts[0][i]) for part in parts for i in (1, 2))
+            return (np.concatenate([part[0] for part in parts], along), *parts[0][1:]) if same else None
         joined = [np.concatenate([part[i] for part in parts], axis if i == 0 else 0) for i in range(3)]
         return joined[0], joined[1], joined[2], axis
     bounds = [constant(value) for value in node.inputs[1:]]
     if len(bounds) < 3 or any(bound is None or bound.shape != (1,) for bound in bounds):
         return None
     start, end, along, *step = (int(bound[0]) for bound in bounds if bound is not None)
-    if along != axis or step not in ([], [1]):
+    if step not in ([], [1]):
         return None
     integers, scale, zero_point, _ = parts[0]
+    along %= integers.ndim
+    if along != axis:
+        return np.take(integers, range(*slice(start, end).indices(integers.shape[along])), along), scale, zero_point, axis
     return np.take(integers, range(*slice(start, end).indices(integers.shape[axis])), axis), scale[start:end], zero_point[start:end], axis
 
 

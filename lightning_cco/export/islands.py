@@ -63,8 +63,12 @@ def read_optimized(quantized: QuantizedModel, model: Any, written: Any, emitter:
             in_integers.add(layer)
         elif node.op_type in _HEAVY and varying:
             heavy.append((node.op_type, layer))
+    target = emitter.stored.target.name
+    unexpected = "planned in INT8, but the engine computes it in float"
+    if target != "ort":
+        unexpected = f"planned in INT8 for {target}; ONNX Runtime, in which the file is checked, computes it in float"
     for operator, layer in heavy:
-        island = _island(quantized, operator, layer, layer in in_integers)
+        island = _island(quantized, operator, layer, layer in in_integers, unexpected)
         if island is not None and island not in report.float_islands:
             report.float_islands.append(island)
     report.integer_nodes = {kind: count for kind, count in kinds.items() if kind.startswith(_INTEGER)}
@@ -95,7 +99,7 @@ def _plain(name: str) -> tuple[str, ...]:
     return name, re.sub(r"(_q_to_dq|_dq_to_q|/duplicated|_nchwc|_token_\d+)+$", "", name)
 
 
-def _island(quantized: QuantizedModel, operator: str, layer: str, partly_integer: bool) -> FloatIsland | None:
+def _island(quantized: QuantizedModel, operator: str, layer: str, partly_integer: bool, unexpected: str) -> FloatIsland | None:
     """The layer behind a node that computes in float, and why; `None` for a part of a layer that runs in INT8, such as the bias of a product."""
     plan = quantized.plan
     if layer not in quantized.graph:
@@ -103,7 +107,7 @@ def _island(quantized: QuantizedModel, operator: str, layer: str, partly_integer
     if layer in plan.skipped:
         return FloatIsland(operator, (layer,), plan.skipped[layer])
     if quantized.graph[layer].kind in _HEAVY[operator]:
-        return None if partly_integer else FloatIsland(operator, (layer,), "planned in INT8, but the engine computes it in float")
+        return None if partly_integer else FloatIsland(operator, (layer,), unexpected)
     return (
         None
         if partly_integer

@@ -20,6 +20,7 @@ from lightning_cco.export.constants import arrange_integers
 from lightning_cco.export.destination import export_target, move
 from lightning_cco.export.emit import Emitter
 from lightning_cco.export.failures import failed, inexpressible, need_packages, untraceable
+from lightning_cco.export.forms import adds_products_exactly
 from lightning_cco.export.limits import MEAN_STEPS, judge
 from lightning_cco.export.options import checked_options
 from lightning_cco.export.precision import in_float32, other_types
@@ -243,6 +244,12 @@ def _notes(quantized: QuantizedModel, emitter: Emitter, int4: bool) -> list[str]
         notes.append("weights are stored as uint8, for processors without VNNI; for others deployment_settings.vnni: true may be faster")
     elif emitter.stored.target.unsigned_without_vnni:
         notes.append("int8 weights are exact on ARM and on x86 with VNNI; for other processors set deployment_settings.vnni: false")
+    elif emitter.stored.overflows_without_vnni:
+        here = "" if adds_products_exactly() else ", so on this one"
+        notes.append(
+            f"on x86 processors without VNNI{here} OpenVINO's sums of 8-bit products overflow: for them set deployment_settings.vnni: false, "
+            "which gives weights 7 bits (calibrate again)"
+        )
     narrow = [name for name, quantizers in quantized.weights.items() if quantizers[0].num_bits < 8]
     if narrow and int4:
         notes.append("weights of at most 4 bits are stored in int4; ONNX Runtime computes their layers in float")

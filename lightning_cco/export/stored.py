@@ -114,6 +114,12 @@ class StoredWeights:
             weight, pads = self.blocked[site.layer]
             self.blocked[site.layer] = (weight.shifted(*UNSIGNED) if _overflows(weight) else weight), pads
 
+    @property
+    def overflows_without_vnni(self) -> bool:
+        """Whether the engine's sums could overflow on processors without VNNI."""
+        weights = (weight for name, stored in self.weights.items() if self.quantized.graph[name].kind != "embedding" for weight in stored)
+        return self.target.narrow_without_vnni and any(map(_overflows, weights))
+
     def quantizer_of(self, source: Source) -> str | None:
         """Name of the quantizer that a tensor went through, seen through layers that only move values."""
         layer, output = self.quantized.plan.origins.get((source.layer, source.output), (source.layer, source.output))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from lightning_cco.graph.ops import Category, Op
 from lightning_cco.graph.origins import unwrapped
 
 MASK_NOTE = "holds the huge values of a mask: an INT8 scale over them would leave nothing of the rest"
+_FIRST_INPUT = re.compile(r"\bweight_ih(?!_l[1-9])")
+"""Of `torch.nn.LSTM`, its like, and their cells; the layers behind the first read hidden states, all between -1 and 1."""
 MASKING = {"masked_fill", "where", "triu", "tril", "setitem", "masked_scatter", "full"}
 
 
@@ -69,7 +72,7 @@ def weights_of(op: Op, constants: list[tuple[Slot, Tensor, tuple[str, ...]]], ar
         chosen = [(s, t, n) for s, t, n in floats if s[0] in (position, keyword) and t.dim() > 1]
         if op.kind.endswith("_cell"):
             chosen = [(s, t, n) for s, t, n in floats if t.dim() == 2 and s[0] not in (0, 1, "input", "hx")]
-        return [Weight(slot, names, op.channel_axis) for slot, t, names in chosen]
+        return [Weight(slot, names, 1 if _reads_features(names) else op.channel_axis) for slot, t, names in chosen]
     if op.category is Category.MATMUL:
         found = []
         for slot, t, names in floats:
@@ -82,6 +85,11 @@ def weights_of(op: Op, constants: list[tuple[Slot, Tensor, tuple[str, ...]]], ar
     if op.kind in ("add", "sub", "mul", "div", "concat", "stack"):
         return [Weight(slot, names, None) for slot, t, names in floats if t.numel() > 1]
     return []
+
+
+def _reads_features(names: tuple[str, ...]) -> bool:
+    """Whether a weight is that of a recurrent layer's own input, whose features may be of unlike size: each then has a scale of its own."""
+    return any(_FIRST_INPUT.search(name) for name in names)
 
 
 def _is_packed(args: tuple[Any, ...]) -> bool:

@@ -427,6 +427,7 @@ class _Planner:
         if layer.weighted:
             said = self.said.get(name, Said()).weights_num_bits
             weights = said if said is not None else self.settings.global_quantization_settings.weights_num_bits
+            weights = self.target.weight_bits(layer, weights, self.settings.deployment_settings.vnni)
         if name in self.skips:
             reason, detail = self.skips[name]
             return LayerDecision(False, reason, detail, weights if reason == WEIGHT_ONLY else None, own)

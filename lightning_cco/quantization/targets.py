@@ -46,6 +46,7 @@ class Target:
         full_biases: Whether a bias that is added to a product of more than two dimensions is stored with as many. ONNX Runtime takes such a product for one of
             rows, in float, where its sizes are fixed and the bias has one dimension.
         split_products: Whether the parts that a linear layer's result is split into are computed faster as products of their own.
+        narrow_without_vnni: Whether weights that are multiplied have 7 bits for processors without VNNI, whose sums of two products would overflow.
     """
 
     name: str
@@ -64,11 +65,17 @@ class Target:
     split_products: bool = False
     full_biases: bool = False
     unsigned_without_vnni: bool = False
+    narrow_without_vnni: bool = False
 
     def computes_in_int8(self, layer: Layer) -> bool:
         """Whether a layer, all of whose floats are rounded, is computed in INT8."""
         form = (self.forms or {}).get(layer.kind)
         return layer.kind in self.int8_kinds and (form is None or form(layer))
+
+    def weight_bits(self, layer: Layer, bits: int, vnni: bool | None) -> int:
+        """Bits of a layer's weight where the settings say so many, for a processor with or without VNNI (`None`: not known)."""
+        narrow = self.narrow_without_vnni and vnni is False and layer.kind not in ("embedding", "embedding_bag")
+        return min(bits, 7) if narrow else bits
 
     def stores_weights(self, layer: Layer) -> bool:
         """Whether a layer that is computed in float has integer weights in the file."""
@@ -136,7 +143,15 @@ TARGETS: Mapping[str, Target] = {
         full_biases=True,
         unsigned_without_vnni=True,
     ),
-    "openvino": Target("openvino", False, _ALL - _CELLS | _SMOOTH, weight_only_kinds=_CELLS, own_zero_points=True),
+    "openvino": Target(
+        "openvino",
+        False,
+        _ALL - _RECURRENT | _SMOOTH,
+        weight_only_kinds=_CELLS,  # it compiles LSTM, GRU and RNN from float constants only
+        forms={"interpolate": _nearest, "adaptive_avg_pool": _pools_evenly},
+        own_zero_points=True,
+        narrow_without_vnni=True,
+    ),
     "tensorrt": Target("tensorrt", True, _ALL - _RECURRENT, weight_only_kinds=_RECURRENT, integer_bias=False),
 }
 """The engines by name. Sources: ONNX Runtime's QDQ operator list and the graphs that it makes of each kind; OpenVINO's low-precision transformations guide,
