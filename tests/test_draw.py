@@ -94,7 +94,7 @@ def plan_of(graph: LayerGraph, skipped: dict[str, str] | None = None, threshold:
             quantized=layer.name not in reasons,
             reason=reasons.get(layer.name, ""),
             detail=f"why {layer.name}" if layer.name in reasons else "",
-            weights_num_bits=4 if layer.weighted else None,
+            weights_num_bits=4 if layer.weighted and layer.name not in reasons else None,
             activations_num_bits=8,
         )
         for layer in graph

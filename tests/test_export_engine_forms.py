@@ -201,7 +201,10 @@ def test_channels_without_weights_keep_their_bias(target: str, tmp_path: Path) -
     assert report.sqnr_db > 35
     with torch.no_grad():
         expected = quantized.model(x).numpy()
-    for optimize in (True, False):
+    for optimize in (
+        target == "ort" or adds_products_exactly(),
+        False,
+    ):  # without VNNI ONNX Runtime can't run another engine's int8 weights
         got = run(tmp_path / "model.onnx", x, optimize=optimize)
         assert np.square(got - expected).sum() < 1e-3 * np.square(expected).sum()
 
