@@ -89,9 +89,9 @@ def identities(quantized: QuantizedModel, monkeypatch: pytest.MonkeyPatch) -> Se
             value, clamp = args[0].detach().clone(), kwargs.get("clamp")
             seen.activations.setdefault(key, []).append(value if clamp is None else value.clamp(*clamp))
 
-        def observe(x: Tensor, key: str = key, original: Any = quantizer.observe) -> None:
+        def observe(x: Tensor, batch: int | None = None, *, key: str = key, original: Any = quantizer.observe) -> None:
             seen.activations.setdefault(key, []).append(x.detach().clone())
-            original(x)
+            original(x, batch)
 
         quantizer.register_forward_pre_hook(keep, with_kwargs=True)
         monkeypatch.setattr(quantizer, "observe", observe)

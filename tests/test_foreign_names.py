@@ -77,8 +77,8 @@ def test_every_file_stays_well_formed(name: str, tmp_path: Path) -> None:
     cells = [cell for row in csv.reader(io.StringIO(text)) for cell in row]
     assert not [cell for cell in cells if cell[:1] in ("=", "+", "-", "@", "\t", "\r") and not re.fullmatch(r"-?[\d.e+-]+|-", cell)]
     assert all(cell.isprintable() for cell in cells)
-    lines = markdown_table(["layer"] * 7, sensitivity_rows(report, model.plan)).split("\n")
-    assert {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines} == {8}
+    lines = markdown_table(["layer"] * 8, sensitivity_rows(report, model.plan)).split("\n")
+    assert {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines} == {9}
     assert all(line.isprintable() for line in parsed_layers(model.graph).split("\n"))
     graph_def(model.plan, {})
 

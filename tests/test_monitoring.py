@@ -155,7 +155,7 @@ def test_the_log_of_an_epoch_says_what_is_better(tmp_path: Path, caplog: pytest.
     assert re.search(r"(better|worse)$", row[3])
     assert row[4] != "-"
     assert "(epoch " in row[5]
-    assert "Suggested skips: none; no quantized layer has a QS above 10,000." in caplog.text
+    assert "Suggested skips: none; no quantized layer has a QS above 10,000 or a relative error above 0.5." in caplog.text
 
 
 def test_suggestions_in_the_log_say_what_to_do_and_end() -> None:
@@ -164,7 +164,8 @@ def test_suggestions_in_the_log_say_what_to_do_and_end() -> None:
     assert "merge suggested_skips.yaml" in lines[0]
     assert lines[-1].strip() == "… and 2 more"
     assert "from the next epoch on" in suggestion_lines(many, load_settings("w8a8_auto_skip"))[0]
-    no_threshold = {"global_quantization_settings": {"quantization_sensitivity_threshold": None}}
+    unset = {"quantization_sensitivity_threshold": None, "quantization_sensitivity_relative_threshold": None}
+    no_threshold = {"global_quantization_settings": unset}
     assert "no threshold" in suggestion_lines([], load_settings(no_threshold))[0]
     assert "relative error above 0.33" in suggestion_lines([], load_settings("w8a8_auto_skip"))[0]
 

@@ -108,7 +108,7 @@ def test_many_ranges_move_as_each_would_alone() -> None:
         assert torch.equal(one(x), other(x))
         expected = affine_qparams(one.min_val, one.max_val, one.num_bits, one.symmetric)
         assert (one.scale, one.zero_point) == expected
-        assert one._numbers == (float(one.scale), float(one.zero_point))
+        assert one.numbers() == (float(one.scale), float(one.zero_point))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -159,7 +159,7 @@ class Branching(nn.Module):
 
 def test_another_branch_in_the_place_of_a_layer_runs_in_float_and_says_so() -> None:
     model, x = Branching(), torch.ones(2, 4)
-    quantized = hooked(model, x)
+    quantized = hooked(model, x, {"global_quantization_settings": {"skip_tail_quantization": False}})
     seen = record_what_quantizers_see(quantized)
     with pytest.warns(CCOWarning, match=r"layer 'add'.*branch"):
         model(-x)

@@ -97,7 +97,7 @@ def _rank(rank: int, folder: str) -> None:
 def test_two_processes_are_summed(tmp_path: object) -> None:
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)
     reports = [torch.load(f"{tmp_path}/{rank}.pt") for rank in range(2)]
-    assert reports[0] == reports[1]
+    assert str(reports[0]) == str(reports[1])  # NaN, where nothing varies, equals nothing
     assert reports[0]["local"][0]["qs"] == pytest.approx(math.sqrt((9 + 16) / 2))
     assert reports[0]["num_batches"] == 2
 

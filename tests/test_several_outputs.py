@@ -73,7 +73,7 @@ def tail_modules(plan: QuantizationPlan) -> tuple[set[str], set[str]]:
         pytest.param(lambda scores, boxes: [scores, (boxes,)], ["0", "1.0"], id="nested"),
         pytest.param(lambda scores, boxes: {"scores": scores, "boxes": boxes}, ["scores", "boxes"], id="dict"),
         pytest.param(Boxes, ["scores", "boxes"], id="dataclass"),
-        pytest.param(Pair, ["0", "1"], id="namedtuple"),
+        pytest.param(Pair, ["scores", "boxes"], id="namedtuple"),
         pytest.param(
             lambda scores, boxes: {"detections": Boxes(scores, boxes)}, ["detections.scores", "detections.boxes"], id="dataclass_in_dict"
         ),
@@ -92,7 +92,8 @@ def test_detection_heads(pack: Callable[[Tensor, Tensor], Any], keys: list[str])
 def test_a_u_net_with_an_auxiliary_output() -> None:
     plan = plan_quantization(capture_graph(AuxiliaryUNet(), torch.randn(2, 1, 8, 8)))
     assert tail_modules(plan) == ({"main", "auxiliary"}, {"interpolate", "sigmoid"})
-    assert {plan.graph[name].path for name in plan.quantized if plan.graph[name].weighted} == {"down1", "down2", "up", "join"}
+    assert {plan.graph[name].path for name in plan.quantized if plan.graph[name].weighted} == {"down1", "down2", "join"}
+    assert {plan.graph[name].path for name in plan.weight_only} == {"up"}
 
 
 def test_features_returned_beside_the_logits_end_nothing() -> None:

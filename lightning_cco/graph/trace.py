@@ -85,7 +85,7 @@ class Tracer:
 
     def _entered(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.ran.add(frame.node.path)
-        if frame.records:
+        if torch.is_grad_enabled():
             self.with_gradients.add(frame.node.path)
         if len(self.frames.stack()) > 1:
             return

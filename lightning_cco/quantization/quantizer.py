@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -182,7 +183,8 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def _watch(self, x: Tensor, clamp: tuple[float, float] | None) -> None:
-        with behind_transforms(x) as values:
+        # Nothing wraps what a compiler traces.
+        with nullcontext(x.detach()) if torch.compiler.is_compiling() else behind_transforms(x) as values:
             if values is not None:
                 low, high = percentile_range(values, self.percentile, clamp)
                 self.extrema.copy_(torch.stack([torch.minimum(self.extrema[0], low), torch.maximum(self.extrema[1], high)]))
