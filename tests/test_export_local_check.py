@@ -108,7 +108,8 @@ CASES: dict[str, tuple[str, Any, Harm, str]] = {
     "missing clamp": ("residual", FEW_BITS, without_clamp("relu_1"), "relu_1"),
     "weight of 4 bits": ("residual", FEW_BITS, weight("Conv", 1), "conv_1"),
     "part of a split product": ("vit", None, weight("MatMul", 1), "linear"),
-    "bias in float": ("vit", None, added_bias(0), "linear"),
+    # Not rounded itself, and split: the first rounded layer that reads it is named.
+    "bias in float": ("vit", None, added_bias(0), "scaled_dot_product_attention"),
     "table": ("decoder", None, table("int8"), "embedding"),
     "scales of a table": ("lstm", None, table("float32"), "embedding"),
     "recurrent weight": ("lstm", None, lambda model: change(model, nodes(model, "LSTM")[0].input[1], one_weight), "lstm"),

@@ -422,8 +422,11 @@ def test_replanning_keeps_the_ranges_of_what_stays() -> None:
     new = quantized.replan({"layer_settings": [{"match": "linear", "skip_quantization": True}]})
     assert "linear" not in quantized.plan.quantized
     assert float(quantized.activations["relu"].scale) == before
-    assert new == ["linear"]  # the float linear's output is read by the INT8 relu_2
+    assert new == []  # the relu behind the float linear is computed in float, and its result rounded as before
+    new = quantized.replan({"layer_settings": [{"match": "relu_1", "activations_num_bits": 4}]})
+    assert new == ["relu_1"]
     quantized.calibrate([(x,)], only=new)
+    assert float(quantized.activations["relu"].scale) == before
     assert torch.isfinite(model(x)).all()
 
 
