@@ -84,7 +84,8 @@ def divided(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
         kernel = call["kernel_size"]
         dimensions = 3 if "3d" in getattr(pool, "__name__", "") else 2
         sizes = [kernel] * dimensions if isinstance(kernel, int) else list(kernel) * (dimensions // len(kernel))
-        return pool(**call, count_include_pad=True) * (math.prod(sizes) / divisor)
+        result: Tensor = pool(**call, count_include_pad=True) * (math.prod(sizes) / divisor)
+        return result
 
     return pooled
 
