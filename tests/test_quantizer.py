@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from lightning_cco.quantization.fake_quantize import affine_qparams, fake_quantize_weight, quant_range
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_cco.quantization.range_updates import sync_calibration, update_ranges
-from lightning_cco.quantization.ranges import batch_range, mse_clip_ratio, percentile_range
+from lightning_cco.quantization.ranges import batch_range, best_clip_ratio, clip_errors, percentile_range
 
 
 def calibrated(*batches: torch.Tensor, **options: object) -> ActivationQuantizer:
@@ -45,7 +45,7 @@ def test_mse_ratio_is_the_best_of_those_tried(num_bits: int, symmetric: bool) ->
     x = torch.randn(2000)
     x[0] = 30.0
     low, high = x.min(), x.max()
-    found = float(mse_clip_ratio(x, low, high, num_bits, symmetric))
+    found = float(best_clip_ratio(clip_errors(x, low, high, num_bits, symmetric)))
     quant_min, quant_max = quant_range(num_bits, symmetric)
 
     def loss(ratio: float) -> float:

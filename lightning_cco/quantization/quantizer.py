@@ -19,7 +19,15 @@ from lightning_cco.quantization.fake_quantize import (
     weight_scale,
     widen,
 )
-from lightning_cco.quantization.ranges import batch_range, clip_errors, clip_ratios, percentile_range, sample, says_something
+from lightning_cco.quantization.ranges import (
+    batch_range,
+    best_clip_ratio,
+    clip_errors,
+    clip_ratios,
+    percentile_range,
+    sample,
+    says_something,
+)
 from lightning_cco.quantization.remade_weights import RemadeWeight, remade_weight
 from lightning_cco.quantization.tracing import behind_transforms, runs_plainly
 
@@ -159,7 +167,7 @@ class ActivationQuantizer(nn.Module):
             return "non_finite"
         if self.estimator == "mse" and self.observed:
             errors = self.clip_errors() if errors is None else errors
-            self.clip_ratio.copy_(clip_ratios(errors.device)[errors.argmin()])
+            self.clip_ratio.copy_(best_clip_ratio(errors))
             self.min_val.mul_(self.clip_ratio)
             self.max_val.mul_(self.clip_ratio)
             self._samples.clear()

@@ -75,6 +75,6 @@ def clip_ratios(device: torch.device) -> Tensor:
     return torch.arange(1, _CLIP_RATIOS + 1, device=device, dtype=torch.float32) / _CLIP_RATIOS
 
 
-def mse_clip_ratio(values: Tensor, min_val: Tensor, max_val: Tensor, num_bits: int, symmetric: bool) -> Tensor:
-    """The factor of a range at which rounding and clipping together lose least, 0-d float32 in (0, 1]; arguments as of `clip_errors`."""
-    return clip_ratios(values.device)[clip_errors(values, min_val, max_val, num_bits, symmetric).argmin()]
+def best_clip_ratio(errors: Tensor) -> Tensor:
+    """The factor of a range at which rounding and clipping together lose least, 0-d float32 in (0, 1], from what `clip_errors` gives."""
+    return clip_ratios(errors.device)[errors.argmin()]
