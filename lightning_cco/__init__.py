@@ -2,6 +2,7 @@
 
 from lightning_cco._recipes import shipped_configs_dir
 from lightning_cco.callback import CCOCallback
+from lightning_cco.drawing.draw import draw_graph
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.capture import capture_graph
 from lightning_cco.quantization.model import QuantizedModel, quantize
@@ -18,6 +19,7 @@ __all__ = [
     "QuantizedModel",
     "Settings",
     "capture_graph",
+    "draw_graph",
     "generate_default_settings",
     "load_settings",
     "plan_quantization",

@@ -18,11 +18,11 @@ from matrix_values import Recorder, identities, loss_of, repeatable, same_tensor
 from torch import Tensor, nn
 
 from lightning_cco import QuantizedModel
+from lightning_cco.drawing import draw_graph, render_png_bytes
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.capture import capture
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.ops import Category, operation_of_kind
-from lightning_cco.graph.render import render_png_bytes
 from lightning_cco.settings import Settings
 
 CASES = [*matrix_models.CASES, *matrix_code.CASES, *matrix_transformers.CASES]
@@ -112,7 +112,7 @@ def test_sensitivity_is_measured_and_drawn(case: Case) -> None:
     for mode in (report.local, report.accumulated):
         assert all(math.isfinite(entry.qs) for entry in mode.values())
     assert any(entry.qs > 0 for entry in report.local.values())
-    picture = quantized.graph.to_pydot(quantized.plan, {name: entry.qs for name, entry in report.main.items()})
+    picture = draw_graph(quantized.graph, quantized.plan, {name: entry.qs for name, entry in report.main.items()})
     text = picture.to_string()
     assert all(name in text for name in quantized.plan.quantized)
     if case.name in PICTURES:

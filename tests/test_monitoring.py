@@ -33,7 +33,7 @@ from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_cco import CCOCallback, CCOWarning, QuantizedModel, capture_graph, plan_quantization, quantize
-from lightning_cco.graph.node_label import BLUE, GREEN, YELLOW
+from lightning_cco.drawing.node_label import BLUE, GREEN, YELLOW
 from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.directions import metric_directions
 from lightning_cco.monitoring.heat_map import heat_map

@@ -1,1 +1,1 @@
-"""What a model is made of: its layers, the tensors between them, and their picture."""
+"""What a model is made of: its layers, and the tensors between them."""

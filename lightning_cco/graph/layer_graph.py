@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer import Edge, Layer, Shape
 from lightning_cco.graph.select import PathIndex, list_names, nearest, quote, select_layers
-
-if TYPE_CHECKING:
-    import pydot
-
-    from lightning_cco.graph.draw import DrawablePlan
 
 _RANK = {"input": 0, "output": 2}
 
@@ -164,12 +158,6 @@ class LayerGraph:
     def downstream(self, start: str | Iterable[str]) -> set[str]:
         """Returns the layers that can be reached from ``start`` (one layer or several), itself included and the output markers not."""
         return {name for name in self.descendants(start) if self._by_name[name].kind != "output"}
-
-    def to_pydot(self, plan: DrawablePlan | None = None, qs: Mapping[str, float] | None = None, fold: bool = False) -> pydot.Dot:
-        """Returns the picture of the graph as a pydot graph; see ``lightning_cco.graph.draw``."""
-        from lightning_cco.graph.draw import draw_graph  # pydot is needed for pictures only
-
-        return draw_graph(self, plan=plan, qs=qs, fold=fold)
 
     def _path_index(self) -> PathIndex:
         if self._paths is None:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_cco.drawing.render import save_pictures
 from lightning_cco.errors import CCOWarning
 from lightning_cco.files import check_writable, remove_abandoned, write_file
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.render import save_pictures
 from lightning_cco.monitoring import tables
 from lightning_cco.monitoring.graph_def import graph_def
 from lightning_cco.monitoring.heat_map import heat_map

@@ -6,9 +6,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
+from lightning_cco.drawing.repeats import Run, find_runs
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.repeats import Run, find_runs
 from lightning_cco.graph.select import containers
 
 MAX_NODES = 60  # what can be looked at as a whole

@@ -5,80 +5,38 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Protocol
 
 import pydot
 
-from lightning_cco.graph import node_label as html
-from lightning_cco.graph.fold import MAX_NODES, Frame, Group, View, folded_view, whole_view
+from lightning_cco.drawing import node_label as html
+from lightning_cco.drawing.fold_repeats import MAX_NODES, Frame, Group, View, folded_view, whole_view
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.names import printable
+from lightning_cco.quantization.plan import Boundary, LayerDecision, QuantizationPlan
 
 _LARGE = 1500  # nodes above which the layout takes short cuts
 _MANY_READERS, _FAR = 4, 40  # a source with so many readers is copied beside those so many nodes away
 
 
-class DrawableDecision(Protocol):
-    """What a picture needs of the decision about a layer."""
-
-    @property
-    def quantized(self) -> bool: ...  # noqa: D102
-    @property
-    def reason(self) -> str: ...  # noqa: D102
-    @property
-    def detail(self) -> str: ...  # noqa: D102
-    @property
-    def weights_num_bits(self) -> int | None: ...  # noqa: D102
-    @property
-    def activations_num_bits(self) -> int | None: ...  # noqa: D102
-
-
-class DrawableBoundary(Protocol):
-    """What a picture needs of a float↔int boundary."""
-
-    @property
-    def source(self) -> str: ...  # noqa: D102
-    @property
-    def destination(self) -> str: ...  # noqa: D102
-
-
-class DrawableGlobals(Protocol):
-    """What a picture needs of the global settings."""
-
-    @property
-    def quantization_sensitivity_threshold(self) -> float | None: ...  # noqa: D102
-
-
-class DrawableSettings(Protocol):
-    """What a picture needs of the settings."""
-
-    @property
-    def global_quantization_settings(self) -> DrawableGlobals: ...  # noqa: D102
-
-
-class DrawablePlan(Protocol):
-    """What a picture needs of a plan; a ``QuantizationPlan`` has it."""
-
-    @property
-    def decisions(self) -> Mapping[str, DrawableDecision]: ...  # noqa: D102
-    @property
-    def settings(self) -> DrawableSettings: ...  # noqa: D102
-    @property
-    def boundaries(self) -> Sequence[DrawableBoundary]: ...  # noqa: D102
-    @property
-    def counted(self) -> int: ...  # noqa: D102
-
-
 def draw_graph(
     graph: LayerGraph,
-    plan: DrawablePlan | None = None,
+    plan: QuantizationPlan | None = None,
     qs: Mapping[str, float] | None = None,
     fold: bool = False,
     title: str = "",
     max_nodes: int = MAX_NODES,
 ) -> pydot.Dot:
-    """Returns the picture of a graph, to be rendered by ``lightning_cco.graph.render``.
+    """Returns the picture of a graph as a pydot graph: text in the DOT language, which Graphviz renders.
+
+    >>> import torch
+    >>> from lightning_cco import capture_graph
+    >>> graph = capture_graph(torch.nn.Linear(4, 2), torch.ones(1, 4))
+    >>> draw_graph(graph).to_string().split("{")[0]
+    'digraph layers '
+
+    ``draw_graph(quantized.graph, quantized.plan).write_svg("model.svg")`` writes it with Graphviz' program ``dot``;
+    ``lightning_cco.drawing.save_pictures`` does with the Graphviz inside pygraphviz, and never raises.
 
     Args:
         graph: The layers to draw; each is a node even when no edge touches it.
@@ -92,7 +50,7 @@ def draw_graph(
 
 
 class _Drawing:
-    def __init__(self, graph: LayerGraph, plan: DrawablePlan | None, qs: Mapping[str, float], title: str) -> None:
+    def __init__(self, graph: LayerGraph, plan: QuantizationPlan | None, qs: Mapping[str, float], title: str) -> None:
         self.graph = graph
         self.plan = plan
         self.qs = {name: float(value) for name, value in qs.items() if name in graph}
@@ -200,7 +158,7 @@ class _Drawing:
         count = f"{len(group.members)} layers" if group.repeats == 1 else f"× {group.repeats} · {len(group.members)} layers"
         return html.node_label(group.path or group.key, count, "", rows, paint, border=2), ", ".join(group.members)
 
-    def _last_edge(self, boundary: DrawableBoundary) -> tuple[str, str]:
+    def _last_edge(self, boundary: Boundary) -> tuple[str, str]:
         """Returns the edge on which a boundary is drawn: the one into its destination, also when value-preserving layers lie between."""
         for before in self.graph.predecessors(boundary.destination):
             name = before
@@ -210,7 +168,7 @@ class _Drawing:
                 return before, boundary.destination
         return boundary.source, boundary.destination
 
-    def _decision(self, name: str) -> DrawableDecision | None:
+    def _decision(self, name: str) -> LayerDecision | None:
         return None if self.plan is None else self.plan.decisions.get(name)
 
     def _mark(self, layer: Layer) -> Hashable:
@@ -257,7 +215,7 @@ def _far_sources(view: View) -> dict[str, list[str]]:
     return ghosts
 
 
-def _bits(decision: DrawableDecision | None) -> str:
+def _bits(decision: LayerDecision | None) -> str:
     if decision is None:
         return ""
     # What a float layer makes for an INT8 one is rounded, too, and so may be its weights.

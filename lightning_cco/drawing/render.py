@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pydot
 
+from lightning_cco.drawing.draw import draw_graph
+from lightning_cco.drawing.fonts import Fonts, find_fonts
 from lightning_cco.errors import CCOWarning
 from lightning_cco.files import write_file
-from lightning_cco.graph.draw import DrawablePlan, draw_graph
-from lightning_cco.graph.fonts import Fonts, find_fonts
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.quantization.plan import QuantizationPlan
 
 MAX_PIXELS = 16_000  # a side of a PNG; cairo ends at 32,767 and viewers long before
 DPI = 110
@@ -67,7 +68,7 @@ def render(
 
 
 def save_pictures(
-    graph: LayerGraph, stem: Path | str, plan: DrawablePlan | None = None, qs: Mapping[str, float] | None = None, title: str = ""
+    graph: LayerGraph, stem: Path | str, plan: QuantizationPlan | None = None, qs: Mapping[str, float] | None = None, title: str = ""
 ) -> dict[str, Path]:
     """Writes a graph as ``stem.svg`` and ``stem.dot``, which are whole, and ``stem.png``, in which large graphs are folded."""
     written = render(draw_graph(graph, plan, qs, title=title), stem, ("svg", "dot"))
