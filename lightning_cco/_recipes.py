@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
@@ -14,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_cco._yaml import check_interpolations, marked, parse_yaml
 from lightning_cco.errors import CCOError
-from lightning_cco.names import Interpolated, printable, shown
+from lightning_cco.names import Interpolated, nearest, printable, shown
 from lightning_cco.settings import (
     RANGE_ESTIMATORS,
     SENSITIVITY_MODES,
@@ -106,7 +105,7 @@ def _read_file(cfg: str | Path) -> dict[str, Any]:
                 f"The recipe '{cfg}' is not a file. Give the path of a YAML file, or the name of a shipped recipe: {sorted(recipes)}."
             )
         else:
-            raise CCOError(f"There is no recipe named '{cfg}'.{_nearest(str(cfg), recipes)} The shipped ones are {sorted(recipes)}.")
+            raise CCOError(f"There is no recipe named '{cfg}'.{nearest(str(cfg), recipes)} The shipped ones are {sorted(recipes)}.")
     what = f"The recipe '{printable(cfg, 200)}'"
     try:
         if path.stat().st_size > _LARGEST:
@@ -234,7 +233,7 @@ def _check_keys(values: Mapping[str, Any], kind: type, where: str) -> None:
             raise CCOError(f"{full}: that is not the recipe's to say in Lightning. Remove it and write {_TRAINER_OWNS[key]}.")
         if key in _DROPPED:
             raise CCOError(f"{full}: lightning_cco has no such settings. Remove them; devices and strategy are arguments of the Trainer.")
-        raise CCOError(f"{full}: unknown key.{_nearest(str(key), fields)} The keys here are {fields}.")
+        raise CCOError(f"{full}: unknown key.{nearest(str(key), fields)} The keys here are {fields}.")
 
 
 def _rules(raw: Any) -> list[LayerRule]:
@@ -314,11 +313,4 @@ def _check_rule(rule: LayerRule, where: str) -> None:
 
 def _one_of(where: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
-        raise CCOError(f"{where}: one of {list(allowed)} was expected, {shown(value)} came.{_nearest(value, allowed)}")
-
-
-def _nearest(value: str, candidates: Iterable[str]) -> str:
-    if len(value) > 200:
-        return ""
-    near = difflib.get_close_matches(value, list(candidates), n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+        raise CCOError(f"{where}: one of {list(allowed)} was expected, {shown(value)} came.{nearest(value, allowed)}")

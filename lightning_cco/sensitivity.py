@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_cco.figures import badness
 from lightning_cco.quantization.fake_quantize import quant_range
 from lightning_cco.quantization.native import kernels_for
 from lightning_cco.quantization.quantizer import ActivationQuantizer
@@ -69,7 +70,7 @@ class SensitivityReport:
 
     def worst_first(self) -> list[LayerSensitivity]:
         """Layers from the most sensitive on; NaN counts as worst of all."""
-        return sorted(self.main.values(), key=lambda entry: -_rank(entry.qs))
+        return sorted(self.main.values(), key=lambda entry: -badness(entry.qs))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -81,10 +82,6 @@ class SensitivityReport:
         """The report of what `to_dict` returned."""
         modes = {mode: {entry["name"]: LayerSensitivity(**entry) for entry in state[mode]} for mode in SENSITIVITY_MODES}
         return cls(modes["local"], modes["accumulated"], state["num_batches"])
-
-
-def _rank(value: float) -> float:
-    return math.inf if math.isnan(value) else value
 
 
 def energies(quantized: Tensor, reference: Tensor) -> tuple[float | Tensor, float | Tensor]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning_cco.figures import figure, is_above
 from lightning_cco.names import printable, yaml_value
 from lightning_cco.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_cco.sensitivity import LayerSensitivity, SensitivityReport
@@ -107,13 +108,9 @@ def _effective(suggestions: list[Suggestion], plan: QuantizationPlan, settings: 
 def _above(what: str, value: float, threshold: float | None) -> str:
     if not math.isfinite(value):
         return f"its {what} is {value}"
-    if threshold is None or value <= threshold:
+    if threshold is None or not is_above(value, threshold):
         return ""
-    return f"its {what} of {_figure(value)} is above {_figure(threshold)}"
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return f"its {what} of {figure(value)} is above {figure(threshold)}"
 
 
 def _culprit(entry: LayerSensitivity, plan: QuantizationPlan) -> str:

@@ -10,6 +10,7 @@ import pydot
 
 from lightning_cco.drawing import node_label as html
 from lightning_cco.drawing.fold_repeats import MAX_NODES, Frame, Group, View, folded_view, whole_view
+from lightning_cco.figures import badness, figure
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.names import printable
@@ -177,7 +178,7 @@ class _Drawing:
 
     def _worst(self, names: Sequence[str]) -> str | None:
         measured = [name for name in names if name in self.qs]
-        return max(measured, key=lambda name: self.qs[name] if math.isfinite(self.qs[name]) else math.inf, default=None)
+        return max(measured, key=lambda name: badness(self.qs[name]), default=None)
 
     def _legend(self) -> str:
         entries = [(html.BLUE, "input or output"), (html.WHITE, "layer")]
@@ -189,8 +190,8 @@ class _Drawing:
             if self.crossing:
                 lines.append("dashed arrow: between float and integer")
         if self.qs:
-            limit = "" if self.threshold is None else f", red above {html.format_qs(self.threshold)}"
-            lines.append(f"QS: Quantization Sensitivity{limit}; its bar: share of the largest, {html.format_qs(self.largest)}")
+            limit = "" if self.threshold is None else f", red above {figure(self.threshold, 3)}"
+            lines.append(f"QS: Quantization Sensitivity{limit}; its bar: share of the largest, {figure(self.largest, 3)}")
         cells = "".join(
             f'<TD>{html.swatch(paint)}</TD><TD ALIGN="LEFT">{html.font(text, size=11)}</TD><TD WIDTH="6"></TD>' for paint, text in entries
         )

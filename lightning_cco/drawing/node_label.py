@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape as html_escape
 from textwrap import wrap
 
+from lightning_cco.figures import figure, is_above
 from lightning_cco.graph.layer import Shape
 from lightning_cco.names import printable
 
@@ -98,7 +99,7 @@ def status_row(bits: str, qs: float | None, largest: float, threshold: float | N
         return _row(font(bits, size=11, bold=True)) if bits else ""
     above = is_above(qs, threshold)
     color = RED if above else TEXT
-    number = font(f"QS {format_qs(qs)}{where}", size=11, color=color, bold=above)
+    number = font(f"QS {figure(qs, 3)}{where}", size=11, color=color, bold=above)
     share = 1.0 if not math.isfinite(qs) else qs / largest if largest > 0 else 0.0
     bar = _bar(share, RED if above else "#6F7D8C")
     measured = _beside(number, bar)
@@ -131,20 +132,6 @@ def font(text: str, *, size: int, color: str = TEXT, face: str = "", bold: bool 
 def escape(text: str) -> str:
     """Returns a text as an HTML-like label may hold it: on one line, at most 200 characters long."""
     return html_escape(printable(text, 200))
-
-
-def is_above(qs: float, threshold: float | None) -> bool:
-    """Whether a QS is to be shown in red: above the threshold, or not a finite number."""
-    return not math.isfinite(qs) or (threshold is not None and qs > threshold)
-
-
-def format_qs(qs: float) -> str:
-    """Returns a QS for people.
-
-    >>> format_qs(12345.6), format_qs(31.4159), format_qs(0.00123456), format_qs(float("nan"))
-    ('12,346', '31.4', '0.00123', 'nan')
-    """
-    return f"{qs:,.0f}" if math.isfinite(qs) and abs(qs) >= 1000 else f"{qs:.3g}"
 
 
 def type_name(kind: str) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer import Edge, Layer, Shape
-from lightning_cco.graph.select import PathIndex, list_names, nearest, quote, select_layers
+from lightning_cco.graph.select import PathIndex, select_layers
+from lightning_cco.names import list_names, nearest, quote
 
 _RANK = {"input": 0, "output": 2}
 

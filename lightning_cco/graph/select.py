@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 import warnings
@@ -10,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.layer import Layer
-from lightning_cco.names import printable
+from lightning_cco.names import list_names, nearest, quote
 
 PATH_PREFIX = "path:"
 _GLOB = re.compile(r"[*?\[]")
@@ -93,41 +92,3 @@ def _no_match(pattern: str, wanted: str, only_paths: bool, by_name: Mapping[str,
         some = [path for path in paths.paths if "." not in path] if only_paths or "." in wanted else list(by_name)
         near = f" There are, for example, {list_names(some)}." if some else ""
     return f"No {what} {verb} {quote(wanted)}.{near}"
-
-
-def nearest(wanted: str, candidates: Iterable[str], count: int = 3) -> str:
-    """Returns `` Did you mean 'a', 'b' or 'c'?`` with the candidates nearest to what was written, or an empty string.
-
-    Before mere likeness come: the same in another case; the children of the module around it, when that one is written right; the
-    same with outer modules more or less (``model.encoder.0`` for ``encoder.0``).
-    """
-    pool = list(dict.fromkeys(candidates))
-    lowered = wanted.lower()
-    found = [name for name in pool if name.lower() == lowered]
-    parent, _, child = wanted.rpartition(".")
-    if parent:
-        siblings = {name[len(parent) + 1 :]: name for name in pool if name.startswith(parent + ".") and "." not in name[len(parent) + 1 :]}
-        found += [siblings[near] for near in difflib.get_close_matches(child, siblings, n=count, cutoff=0.4)]
-    if wanted:
-        found += [name for name in pool if name.lower().endswith("." + lowered) or lowered.endswith("." + name.lower())]
-    if len(found) < count:
-        found += difflib.get_close_matches(wanted, pool, n=count, cutoff=0.6)
-    quoted = [quote(name) for name in dict.fromkeys(found)][:count]
-    if not quoted:
-        return ""
-    return f" Did you mean {' or '.join([', '.join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)}?"
-
-
-def list_names(names: Sequence[str], limit: int = 5) -> str:
-    """Returns the names in quotes, cut after ``limit``.
-
-    >>> list_names(["conv", "relu", "add"], limit=2)
-    "'conv', 'relu' and 1 more"
-    """
-    shown = ", ".join(quote(name) for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
-
-
-def quote(name: str) -> str:
-    """Returns the name between single quotes, on one line, the middle of a very long one left out."""
-    return f"'{printable(f'{name}', 160)}'"

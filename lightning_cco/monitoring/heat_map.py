@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lightning_cco.figures import badness, is_above, short_figure
 from lightning_cco.names import printable
 
 _MOST_LAYERS = 60
@@ -41,7 +42,7 @@ def heat_map(
     latest = history[-1][1] if history else {}
     total = len(names)
     if total > _MOST_LAYERS:
-        worst = set(sorted(names, key=lambda name: -_orderable(latest.get(name, 0.0)))[:_MOST_LAYERS])
+        worst = set(sorted(names, key=lambda name: -badness(latest.get(name, 0.0)))[:_MOST_LAYERS])
         names = [name for name in names if name in worst]
     epochs = list(history)
     if len(epochs) > _MOST_EPOCHS:
@@ -68,15 +69,15 @@ def heat_map(
         for row, name in enumerate(names):
             y = top + _ROW * row
             value = values.get(name)
-            above = value is not None and (not math.isfinite(value) or (threshold is not None and value > threshold))
+            above = value is not None and is_above(value, threshold)
             fill = _UNKNOWN if value is None else _ABOVE if above else _mix(_share(value, low, high))
             draw.rectangle((x, y, x + cell - 2, y + _ROW - 2), fill=fill)
             if value is not None:
                 ink = "white" if above or _share(value, low, high) > 0.6 else "black"
-                draw.text((x + cell / 2 - 1, y + _ROW / 2 - 1), _short(value), fill=ink, font=font, anchor="mm")
+                draw.text((x + cell / 2 - 1, y + _ROW / 2 - 1), short_figure(value), fill=ink, font=font, anchor="mm")
     draw.text((label - _MARGIN, top - 8), "epoch", fill="black", font=font, anchor="rb")
     for row, name in enumerate(names):
-        above = name in suggested or (threshold is not None and _orderable(latest.get(name, 0.0)) > threshold)
+        above = name in suggested or is_above(latest.get(name, 0.0), threshold)
         draw.text(
             (label - _MARGIN, top + _ROW * row + _ROW / 2 - 1),
             printable(name, _LONGEST),
@@ -90,14 +91,10 @@ def heat_map(
 def _scale(draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, x: int, low: float, high: float) -> None:
     y, steps, step = 30, 40, 4
     left = x + 50
-    draw.text((left - 6, y + 6), _short(math.exp(low)), fill="black", font=font, anchor="rm")
+    draw.text((left - 6, y + 6), short_figure(math.exp(low)), fill="black", font=font, anchor="rm")
     for i in range(steps):
         draw.rectangle((left + i * step, y, left + (i + 1) * step, y + 12), fill=_mix(i / (steps - 1)))
-    draw.text((left + steps * step + 6, y + 6), _short(math.exp(high)), fill="black", font=font, anchor="lm")
-
-
-def _orderable(value: float) -> float:
-    return math.inf if math.isnan(value) else value
+    draw.text((left + steps * step + 6, y + 6), short_figure(math.exp(high)), fill="black", font=font, anchor="lm")
 
 
 def _share(value: float, low: float, high: float) -> float:
@@ -113,14 +110,3 @@ def _mix(share: float) -> tuple[int, int, int]:
     mixed = np.asarray(start) + (np.asarray(end) - np.asarray(start)) * min(max(share, 0.0), 1.0)
     red, green, blue = (int(part) for part in mixed)
     return red, green, blue
-
-
-def _short(value: float) -> str:
-    """Five characters at most."""
-    if not math.isfinite(value):
-        return str(value)
-    if value >= 1e6:
-        return f"{value:.0e}".replace("e+0", "e")
-    if value >= 9999.5:
-        return f"{value / 1000:.0f}k"
-    return f"{value:.3g}" if value >= 0.001 or value == 0 else f"{value:.0e}".replace("e-0", "e-")

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_cco.figures import badness
+
 _KEPT_FIRST, _KEPT_LAST = 10, 30  # epochs in memory: what the heat map shows
 _SAVED_FIRST, _SAVED_LAST, _SAVED_LAYERS = 4, 12, 40  # in a checkpoint: a few kilobytes
 
@@ -42,7 +44,7 @@ class History:
     def state_dict(self) -> dict[str, Any]:
         """A few kilobytes of plain data: of the epochs only some, and of these the layers that are the most sensitive now."""
         latest = self.epochs[-1][1] if self.epochs else {}
-        worst = sorted(latest, key=lambda name: -latest[name] if math.isfinite(latest[name]) else -math.inf)[:_SAVED_LAYERS]
+        worst = sorted(latest, key=lambda name: -badness(latest[name]))[:_SAVED_LAYERS]
         layers = [name for name in latest if name in set(worst)]
         saved = _thinned(self.epochs, _SAVED_FIRST, _SAVED_LAST)
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from lightning_cco.figures import figure
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.monitoring.directions import best_of
 from lightning_cco.names import markdown_cell, printable
@@ -48,13 +49,6 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], of: int
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(map(markdown_cell, row)) + " |" for row in rows]
     return "\n".join(lines) + (f"\n\n… and {of - len(rows)} more (all are in sensitivity.csv)" if of > len(rows) else "")
-
-
-def number(value: float) -> str:
-    """A figure as people read it: four significant digits, no exponent where none is needed."""
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def parsed_layers(graph: LayerGraph) -> str:
@@ -125,11 +119,11 @@ def sensitivity_rows(report: SensitivityReport, plan: QuantizationPlan) -> list[
             [
                 entry.name,
                 plan.graph[entry.name].path or "-",
-                number(entry.qs),
+                figure(entry.qs),
                 f"{100 * entry.relative:.2f}%",
                 f"{entry.sqnr_db:.1f}",
                 "-" if math.isnan(entry.varying_sqnr_db) else f"{entry.varying_sqnr_db:.1f}",
-                number(accumulated.qs) if accumulated else "-",
+                figure(accumulated.qs) if accumulated else "-",
                 bits or "-",
             ]
         )
@@ -165,7 +159,7 @@ def suggestion_lines(suggestions: Sequence[Suggestion], settings: Settings, most
     if not suggestions:
         limits = []
         if general.quantization_sensitivity_threshold is not None:
-            limits.append(f"a QS above {number(general.quantization_sensitivity_threshold)}")
+            limits.append(f"a QS above {figure(general.quantization_sensitivity_threshold)}")
         if general.quantization_sensitivity_relative_threshold is not None:
             limits.append(f"a relative error above {general.quantization_sensitivity_relative_threshold:.4g}")
         return [
@@ -206,13 +200,13 @@ def metrics_table(
         rows.append(
             [
                 name,
-                number(value),
-                number(original[name]) if name in original else "-",
+                figure(value),
+                figure(original[name]) if name in original else "-",
                 difference(value, original[name], direction) if name in original else "-",
                 difference(value, previous[name], percent=False) if name in previous else "-",
-                f"{number(best[0])} (epoch {best[1]})"
+                f"{figure(best[0])} (epoch {best[1]})"
                 if best is not None
-                else f"{number(ends['lowest'])} to {number(ends['highest'])} (range)",
+                else f"{figure(ends['lowest'])} to {figure(ends['highest'])} (range)",
             ]
         )
     header = ["metric", "value", "original", "difference", "since last epoch", "best so far"]

@@ -17,7 +17,7 @@ from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.capture import Capture, capture, recording, switch_training
 from lightning_cco.graph.frames import hooks_on, refuse_hooked
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.select import list_names
+from lightning_cco.names import list_names
 from lightning_cco.quantization.plan import plan_quantization
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_cco.quantization.range_updates import forget_batches, sync_calibration, update_ranges, world_size

@@ -9,7 +9,7 @@ from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, is_known_kind, operation_of_kind
-from lightning_cco.graph.select import list_names
+from lightning_cco.names import list_names
 from lightning_cco.quantization.rules import Said
 from lightning_cco.quantization.targets import Target
 from lightning_cco.settings import LayerRule, Settings

@@ -1,0 +1,51 @@
+"""Numbers for people: how a figure is written, which of two is worse, and which is above a threshold."""
+
+from __future__ import annotations
+
+import math
+
+
+def figure(value: float, digits: int = 4) -> str:
+    """A figure in so many significant digits; no exponent where none is needed, thousands apart.
+
+    >>> figure(12345.6), figure(1234.5), figure(0.00123456), figure(-31.4159), figure(9999.9), figure(float("nan"))
+    ('12,346', '1,234', '0.001235', '-31.42', '10,000', 'nan')
+    >>> figure(999.9, digits=3), figure(31.4159, digits=3)
+    ('1,000', '31.4')
+    """
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 10**digits - 0.5 else f"{value:,.{digits}g}"
+
+
+def short_figure(value: float) -> str:
+    """A figure in five characters at most, for the cells of a picture.
+
+    >>> short_figure(0.000123), short_figure(1.2345), short_figure(12345.0), short_figure(2.5e7)
+    ('1e-4', '1.23', '12k', '2e7')
+    """
+    if not math.isfinite(value):
+        return str(value)
+    if value >= 1e6:
+        return f"{value:.0e}".replace("e+0", "e")
+    if value >= 9999.5:
+        return f"{value / 1000:.0f}k"
+    return f"{value:.3g}" if value >= 0.001 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
+
+
+def badness(value: float) -> float:
+    """A sensitivity to sort by: NaN is as bad as infinity.
+
+    >>> sorted([1.0, float("nan"), 2.0], key=badness, reverse=True)
+    [nan, 2.0, 1.0]
+    """
+    return math.inf if math.isnan(value) else value
+
+
+def is_above(value: float, threshold: float | None) -> bool:
+    """Whether a sensitivity is too high: above the threshold, or not a finite number. `None` is above everything finite.
+
+    >>> is_above(2.0, 1.0), is_above(1.0, 1.0), is_above(1e9, None), is_above(float("nan"), None)
+    (True, False, False, True)
+    """
+    return not math.isfinite(value) or (threshold is not None and value > threshold)
