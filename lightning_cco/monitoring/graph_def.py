@@ -5,12 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from tensorboard.compat.proto.attr_value_pb2 import AttrValue
-from tensorboard.compat.proto.graph_pb2 import GraphDef
-from tensorboard.compat.proto.node_def_pb2 import NodeDef
-from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-from tensorboard.compat.proto.versions_pb2 import VersionDef
-
 from lightning_cco.names import printable
 from lightning_cco.quantization.plan import QuantizationPlan
 
@@ -22,6 +16,13 @@ def graph_def(plan: QuantizationPlan, qs: Mapping[str, float]) -> bytes:
         plan: The plan; each node carries whether it is quantized, its bits or the reason, and its shapes.
         qs: Quantization Sensitivity by layer, shown where known.
     """
+    # Imported on first use: a run without TensorBoard needs none of it, and it takes half a second.
+    from tensorboard.compat.proto.attr_value_pb2 import AttrValue
+    from tensorboard.compat.proto.graph_pb2 import GraphDef
+    from tensorboard.compat.proto.node_def_pb2 import NodeDef
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.compat.proto.versions_pb2 import VersionDef
+
     full = {layer.name: _node_name(layer.path, layer.name) for layer in plan.graph}
     nodes = []
     for layer in plan.graph:
