@@ -104,6 +104,8 @@ def forward_through_step(module: pl.LightningModule, batch: Any) -> Any:
 def capture_module(module: pl.LightningModule, batch: Any, forward_fn: ForwardFn | None = None) -> tuple[Capture, ForwardFn]:
     """Capture through ``forward``, or through the step if that reaches more of the parameters.
 
+    What is captured is the network: augmentations before it, losses and metrics behind it are no layers (`graph.network`).
+
     Args:
         module: The module.
         batch: A batch on its device.
@@ -115,6 +117,13 @@ def capture_module(module: pl.LightningModule, batch: Any, forward_fn: ForwardFn
     Raises:
         CCOError: The forward fails on the batch.
     """
+    captured, way = _captured(module, batch, forward_fn)
+    if captured.left_out:
+        rank_zero_info(f"Left in float, since only losses are worked out of it: {', '.join(captured.left_out)}.")
+    return captured, way
+
+
+def _captured(module: pl.LightningModule, batch: Any, forward_fn: ForwardFn | None) -> tuple[Capture, ForwardFn]:
     if forward_fn is not None:
         return capture(module, lambda: forward_fn(module, copied(batch))), forward_fn
     found: Capture | None = None

@@ -74,6 +74,7 @@ class Capture:
         sites: Where each layer happens.
         training_only: Calls that only training makes, in words; they are never quantized.
         needs_gradients: Whether the forward differentiates by itself, so that it fails where no gradients are recorded.
+        left_out: Paths of modules with parameters that serve losses alone, so that they are no layers.
     """
 
     graph: LayerGraph
@@ -81,6 +82,7 @@ class Capture:
     sites: dict[str, Site]
     training_only: list[str] = field(default_factory=list)
     needs_gradients: bool = False
+    left_out: list[str] = field(default_factory=list)
 
 
 def capture_graph(model: nn.Module, /, *args: Any, **kwargs: Any) -> LayerGraph:
@@ -158,6 +160,7 @@ def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> C
     training = _trace_training(model, forward, root)
     captured = _assemble(root, evaluation, training, only_asked(model, evaluation, training))
     captured.needs_gradients = gradients
+    captured.left_out = evaluation.left_out
     return captured
 
 
@@ -230,7 +233,7 @@ def _assemble(root: CallNode, evaluation: Tracer, training: Tracer | None, froze
     rank = {i: position for position, i in enumerate(order)}
 
     positions, training_only = _match_training(calls, training)
-    overwritten = {merged[number] for number in _overwritten(evaluation.calls)}
+    overwritten = {merged[number] for number in _overwritten(evaluation.calls) if number in merged}
     layers: list[Layer] = []
     edges: dict[Edge, None] = {}
     sites: dict[str, Site] = {}
@@ -261,21 +264,38 @@ def _assemble(root: CallNode, evaluation: Tracer, training: Tracer | None, froze
 def _merge_repeats(calls: list[Call]) -> tuple[list[Call], dict[int, int]]:
     """Let a module that the step calls several times from outside any frame (a discriminator on real and fake) be one set of layers."""
     kept: list[Call] = []
-    first: dict[tuple[int, str, int], int] = {}
+    first: dict[Any, int] = {}
     merged: dict[int, int] = {}
     for number, call in enumerate(calls):
-        key = _place(call)
-        if call.visible and key in first:
+        ends_at = [(merged[read.source], read.output) for read in call.reads] if call.op.kind == "output" else []
+        key = _place(call) if call.visible else ("output", *ends_at) if ends_at else None
+        if key is not None and key in first:
             merged[number] = first[key]
             continue
-        if call.visible:
+        if key is not None:
             first[key] = len(kept)
         merged[number] = len(kept)
         kept.append(call)
-    return kept, merged
+    gone = _read_by_repeats_alone(calls, kept, merged)
+    positions = {k: position for position, k in enumerate(k for k in range(len(kept)) if k not in gone)}
+    return [kept[k] for k in positions], {number: positions[k] for number, k in merged.items() if k in positions}
 
 
-def _place(call: Call) -> tuple[int, str, int]:
+def _read_by_repeats_alone(calls: list[Call], kept: list[Call], merged: dict[int, int]) -> set[int]:
+    """Inputs, and what stands outside of modules, that nothing but a repeated call of a module reads."""
+    had_readers = {merged[read.source] for call in calls for read in call.reads}
+    readers: dict[int, set[int]] = {}
+    for k, call in enumerate(kept):
+        for read in call.reads:
+            readers.setdefault(merged[read.source], set()).add(k)
+    gone: set[int] = set()
+    for k in reversed(range(len(kept))):
+        if not kept[k].visible and k in had_readers and all(reader in gone for reader in readers.get(k, ())):
+            gone.add(k)
+    return gone
+
+
+def _place(call: Call) -> tuple[Any, ...]:
     return id(call.node), call.op.kind, call.index
 
 

@@ -26,6 +26,7 @@ class Layer:
         note: Why the layer can't be quantized whatever the settings say; empty when it can.
         frozen: Path of the frozen module around it that only training asks, such as a teacher; empty for layers of the deployed model.
         read_out: Numbers of the outputs whose values Python reads (`item`, `tolist`, `bool`), or that are cast to integers.
+        outside: Whether the step computes it between its networks, where no module runs; what reads it quantizes it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Layer:
     note: str = ""
     frozen: str = ""
     read_out: tuple[int, ...] = ()
+    outside: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.distributed.tensor import DTensor
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.call import Call, Read, Slot
+from lightning_cco.graph.compiled import HiddenMode
 from lightning_cco.graph.containers import tensors_held, tensors_in
 from lightning_cco.graph.custom_functions import CustomCall, running_function
 from lightning_cco.graph.describe import attributes
 from lightning_cco.graph.frames import CallNode, Frame, Frames, calling_position
 from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.network import End, OuterCall, find_network, has_parameters, is_metric
 from lightning_cco.graph.operands import (
     MASK_NOTE,
     MASKING,
@@ -32,6 +35,7 @@ from lightning_cco.graph.operands import (
 )
 from lightning_cco.graph.ops import MAKES_OF_DATA, RANDOM, READS_OUT, READS_VALUES, Category, Op, operation
 from lightning_cco.graph.origins import Origin, Origins, is_constant
+from lightning_cco.graph.spelling import as_function, is_operator, name_of_operator
 
 _Operand = tuple[Slot, Tensor, Origin]
 
@@ -44,6 +48,7 @@ class Tracer:
         ran: Paths of the modules that ran.
         with_gradients: Paths of those that ran while gradients were recorded.
         read: Names of the parameters that a call has read.
+        left_out: Paths of modules with parameters whose calls serve losses alone.
     """
 
     def __init__(self, model: nn.Module, root: CallNode) -> None:
@@ -52,6 +57,7 @@ class Tracer:
         self.ran: set[str] = set()
         self.with_gradients: set[str] = set()
         self.read: set[str] = set()
+        self.left_out: list[str] = []
         self.frames = Frames(model, root, self._handle)
         self.frames.growing = True
         self.frames.entered, self.frames.left = self._entered, self._left
@@ -61,8 +67,9 @@ class Tracer:
         self._values_left = False
         self._read_out: dict[int, set[int]] = {}
         self._function: tuple[FrameType, CustomCall] | None = None
-        self._returned: list[tuple[str, Tensor, Origin]] = []
-        self._last_returned: set[Any] = set()
+        self._outer: list[OuterCall] = []
+        self._between = Frame(CallNode(""), False)
+        self._alive: list[Any] = []
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, tensor in [*self._parameters.items(), *model.named_buffers(remove_duplicate=False)]:
             if self._origins.of(tensor) is None:
@@ -77,10 +84,12 @@ class Tracer:
         """Hook the model, watch the forward inside the block, take the hooks off."""
         self.frames.attach()
         try:
-            yield
+            with _Between(self):
+                yield
             self._finish()
         finally:
             self._function = None
+            self._alive.clear()
             self.frames.detach()
 
     def _entered(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -89,41 +98,62 @@ class Tracer:
             self.with_gradients.add(frame.node.path)
         if len(self.frames.stack()) > 1:
             return
+        self._outer.append(OuterCall(frame.node.path, self._modules[frame.node.path], len(self.calls)))
+        if not self._outer[-1].learned:
+            return
         with torch._C.DisableTorchFunction():  # what this looks at is no part of the model
             for way, tensor in tensors_held([args, kwargs]):
                 if self._origins.of(tensor) is None:
-                    attribute = {"argument": ".".join(str(part) for part in way[1:])}
-                    origin = self._add_source("input", tensor, self.frames.root, attributes=attribute, index=self._inputs)
-                    self._origins.remember(tensor, origin)
-                    self._inputs += 1
+                    self._remember_input(tensor, ".".join(str(part) for part in way[1:]))
+
+    def _remember_input(self, tensor: Tensor, argument: str = "") -> Origin:
+        attribute = {"argument": argument} if argument else {}
+        origin = self._add_source("input", tensor, self.frames.root, attributes=attribute, index=self._inputs)
+        self._origins.remember(tensor, origin)
+        self._inputs += 1
+        return origin
 
     def _left(self, frame: Frame, output: Any) -> None:
         seen = frame.node.seen[frame.training]
         for kind, count in frame.counts.items():
             seen[kind] = max(count, seen.get(kind, 0))
         if len(self.frames.stack()) == 1:
+            outer = self._outer[-1]
             with torch._C.DisableTorchFunction():
-                returned = [(".".join(map(str, way)), t, self._find(t, frame)) for way, t in tensors_held(output)]
-            self._returned += returned
-            self._last_returned = {origin for _, _, origin in returned}
+                for way, tensor in tensors_held(output):
+                    if outer.learned or self._origins.of(tensor) is not None:
+                        end = End(".".join(map(str, way)), tuple(tensor.shape), dtype_name(tensor), is_quantizable(tensor))
+                        outer.returned.append((end, self._find(tensor, frame)))
+            outer.end = len(self.calls)
+            self._alive.append(output)  # an origin is known as long as its tensor lives
 
     def _finish(self) -> None:
-        """Add the outputs: what the last top-level call returned, and what earlier ones returned and nothing read afterwards."""
+        """Keep what is the network, and add its outputs."""
         for number, outputs in self._read_out.items():
             self.calls[number].layer = replace(self.calls[number].layer, read_out=tuple(sorted(outputs)))
-        read = {(r.source, r.output) for call in self.calls for r in call.reads}
-        ends: dict[tuple[int, int], tuple[str, Tensor]] = {}
-        for key, tensor, origin in self._returned:
-            if not is_constant(origin):
-                ends.setdefault(origin, (key, tensor))
-        for origin, (key, tensor) in ends.items():
-            if origin in read and origin not in self._last_returned:
-                continue
-            shape = tuple(tensor.shape)
-            layer = Layer("", "", "output", (shape,), (shape,), (dtype_name(tensor),), (), {"key": key} if key else {})
+        network = find_network(self._outer, self.calls)
+        self.left_out = network.left_out
+        self._forget_measures(network.calls)
+        renumbered = {number: position for position, number in enumerate(sorted(network.calls))}
+        self.calls = [self.calls[number] for number in renumbered]
+        for call in self.calls:
+            call.reads = [replace(read, source=renumbered[read.source]) for read in call.reads]
+        for (number, output), end in network.ends.items():
+            layer = Layer("", "", "output", (end.shape,), (end.shape,), (end.dtype,), (), {"key": end.key} if end.key else {})
             call = Call(layer, self.frames.root, "", Op("output", Category.COMPUTE), 0, visible=False)
-            call.reads = [Read((0,), origin[0], origin[1], is_quantizable(tensor))]
+            call.reads = [Read((0,), renumbered[number], output, end.quantizable)]
             self.calls.append(call)
+
+    def _forget_measures(self, kept: set[int]) -> None:
+        """What a loss or a metric without parameters calls is nobody's business, however often that is."""
+        nodes = {id(self.calls[number].node) for number in kept}
+        for outer in self._outer:
+            node = next((n for n in self.frames.root.children.values() if n.path == outer.path), None)
+            if outer.path and node is not None and not has_parameters(outer.module):
+                below = node.walk()
+                if not any(id(one) in nodes for one in below):
+                    for one in below:
+                        one.captured = False
 
     # Where a tensor comes from: a pair of call and output number, or the names of the parameters that a constant is made of.
 
@@ -150,6 +180,8 @@ class Tracer:
         if origin is None:
             other = self._origins.sharing_memory(tensor)
             origin = self._find(other, frame) if other is not None else None
+            if origin is None and frame is self._between:
+                return self._remember_input(tensor)
             if origin is None or not is_constant(origin):
                 origin = self._add_source("unseen", tensor, frame.node, [] if origin is None else [origin])
         self._origins.remember(tensor, origin)
@@ -237,6 +269,9 @@ class Tracer:
         if function is not None:
             return self._inside(function, frame, op, func, args, kwargs)
         self._function = None
+        if not self._is_of_network(frame, args, kwargs):
+            self._count(frame, op)
+            return func(*args, **kwargs)
         # In-place calls overwrite what they read: look at the operands first.
         operands = self._operands(frame, name, args, kwargs)
         if any(isinstance(tensor, DTensor) for _, tensor, _ in operands):
@@ -250,7 +285,9 @@ class Tracer:
         result = func(*args, **kwargs)
         if name in READS_OUT and any(not is_constant(o) and t.is_floating_point() for _, t, o in operands):
             self._values_left = True
-        if name in READS_VALUES or (op.category is Category.ALIAS and isinstance(result, Tensor) and not result.is_floating_point()):
+        if frame is not self._between and (
+            name in READS_VALUES or (op.category is Category.ALIAS and isinstance(result, Tensor) and not result.is_floating_point())
+        ):
             self._note_read_out(operands)
         if name == "__set__" and getattr(getattr(func, "__self__", None), "__name__", "") == "data":
             self._count(frame, op)
@@ -290,6 +327,27 @@ class Tracer:
                 else:
                     self._origins.note_write(tensor, origins[0])
         return result
+
+    def between(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Look at a call that the step itself makes, outside of any module."""
+        name = getattr(func, "__name__", "")
+        if self.frames.stack() or is_compiling():
+            return func(*args, **kwargs)
+        if is_operator(func):
+            name = name_of_operator(func)
+            func, args, kwargs = as_function(name, func, args, kwargs)
+        result = self._handle(self._between, name, func, args, kwargs)
+        self._alive.append(result)
+        return result
+
+    def _is_of_network(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call may belong to the network: in a module with parameters, or on what comes from one or from a parameter."""
+        if frame is not self._between and self._outer and self._outer[-1].learned:
+            return True
+        if frame is not self._between and self._outer and is_metric(self._outer[-1].module):
+            return False
+        origins = (self._origins.of(tensor) for _, tensor in operands_of(args, kwargs))
+        return any(origin is not None and (not is_constant(origin) or origin != ()) for origin in origins)
 
     def _note_read_out(self, operands: list[_Operand]) -> None:
         """Note floats whose very values are read: rounding them would give others."""
@@ -355,7 +413,16 @@ class Tracer:
                 self._origins.remember(tensor, origin)
             return origins
 
-        call = Call(Layer("", frame.node.path, op.kind), frame.node, name, op, index, frame.training, visible=visible)
+        outside = frame is self._between
+        call = Call(
+            Layer("", frame.node.path, op.kind, outside=outside),
+            frame.node,
+            name,
+            op,
+            index,
+            frame.training,
+            visible=visible and not outside,
+        )
         call.in_place = bool(args) and outputs[0] is args[0]
         call.reads = [
             Read(slot, origin[0], origin[1], is_quantizable(t) and self._source_quantizable(origin)) for slot, t, origin in dynamic
@@ -399,6 +466,17 @@ class Tracer:
             for position, tensor in enumerate(outputs):
                 self._origins.remember(tensor, (number, position))
         return [(number, position) for position in range(len(outputs))]
+
+
+class _Between(HiddenMode):
+    """Shows a tracer what the step itself calls."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return self.tracer.between(func, args, kwargs or {})
 
 
 def _names(origins: list[Origin]) -> tuple[str, ...]:

@@ -128,7 +128,7 @@ class Placement:
     def _place(self, key: Key, quantizer: str, at_once: bool) -> bool:
         found = False
         for reader, number in self._exact.readers.get(key, ()):
-            if reader in self._exact.passing and not at_once:
+            if reader in self._exact.passing and (not at_once or self._exact.graph[reader].outside):
                 if number == 0:  # others are indices and sizes
                     for output in range(len(self._exact.graph[reader].output_dtypes)):
                         found |= self._place((reader, output), quantizer, at_once)

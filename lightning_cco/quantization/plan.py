@@ -215,7 +215,7 @@ class _Planner:
         at_readers = {
             key: placement.place((spec.layer, spec.output), key)
             for key, spec in tensors.items()
-            if graph[spec.layer].kind in UNSEEN or self.exact.reads((spec.layer, spec.output))
+            if graph[spec.layer].kind in UNSEEN or graph[spec.layer].outside or self.exact.reads((spec.layer, spec.output))
         }
         tensors = {key: spec for key, spec in tensors.items() if at_readers.get(key, True)}
         made = {(spec.layer, spec.output) for spec in tensors.values()}

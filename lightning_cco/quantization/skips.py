@@ -36,6 +36,11 @@ def _intrinsic(layer: Layer, target: Target) -> tuple[str, str]:
         return "unsupported", layer.note
     if layer.frozen:
         return "rule", f"'{layer.frozen}' is frozen and only asked in training, without gradients"
+    if layer.outside and category is not Category.PRESERVE:
+        return (
+            "unsupported",
+            "the step computes it between the modules that it calls, where nothing is rounded; the layers that read it quantize it",
+        )
     if category is Category.IDENTITY:
         return "rule", "dropout is not part of the deployed model"
     if category is Category.PRESERVE or layer.kind == "input":
