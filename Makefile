@@ -4,8 +4,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers
+DOCS := .venv-docs
 
-.PHONY: demo test test-all test-sanitize compatibility benchmark benchmark-peers lint clean
+.PHONY: demo test test-all test-sanitize coverage compatibility benchmark benchmark-peers docs lint clean
 
 demo: $(STAMP)
 	$(RUN) recipes/digits_cnn.py
@@ -24,6 +25,10 @@ test-sanitize: $(STAMP)
 	XDG_CACHE_HOME=outputs/sanitized LIGHTNING_CCO_CFLAGS="-fsanitize=address -fno-omit-frame-pointer -g -O1" \
 	$(RUN) -m pytest -q -p no:cacheprovider $(SANITIZED)
 
+# The fast tests with coverage of lines and branches; also of the processes that they start.
+coverage: $(STAMP)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not slow" --cov --cov-report=term --cov-report=html
+
 compatibility: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) tests/compatibility.py -n 2
 
@@ -41,6 +46,16 @@ benchmark-peers:
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements-peers.txt
 	$(PEERS)/bin/python benchmarks/peers.py --write --resume
 
+# The documentation in site/; a broken link or a missing docstring ends it. It reads the package without importing it.
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/python -m mkdocs build --strict
+
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",' | xargs -n 1 > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r $(DOCS)/requirements.txt -c constraints.txt
+	touch $@
+
 lint: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -52,4 +67,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) outputs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(DOCS) outputs site .mypy_cache .ruff_cache .pytest_cache .hypothesis

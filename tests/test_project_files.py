@@ -1,0 +1,48 @@
+"""What CONTRIBUTING, the changelog and the configuration name is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lightning_cco
+
+ROOT = Path(__file__).resolve().parent.parent
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_the_commands_of_contributing_are_targets() -> None:
+    targets = set(re.findall(r"^([\w-]+):", MAKEFILE, flags=re.MULTILINE))
+    named = set(re.findall(r"`make ([\w-]+)`", CONTRIBUTING))
+    assert named <= targets
+    assert {"test", "docs", "coverage", "lint"} <= named
+
+
+def test_the_files_of_contributing_are_there() -> None:
+    paths = re.findall(r"`((?:[\w-]+/)+[\w.-]*|[\w-]+\.(?:py|md|txt))`", CONTRIBUTING)
+    assert len(paths) > 20
+    missing = [path for path in paths if not any((ROOT / folder / path).exists() for folder in ("", "lightning_cco"))]
+    assert set(missing) <= {"outputs/coverage/index.html", "site/"}  # made by the commands
+
+
+def test_the_names_of_contributing_are_in_the_code() -> None:
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "lightning_cco").rglob("*.py"))
+    for name in ("int8_kinds", "weight_only_kinds", "forms", "TARGETS", "TARGET_FRAMEWORKS", "RANGE_ESTIMATORS", "_GIVERS", "Payload"):
+        assert re.search(rf"\b{name}\b", code), name
+        assert name in CONTRIBUTING
+
+
+def test_the_changelog_knows_the_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## {lightning_cco.__version__}" in changelog
+    headings = set(re.findall(r"^### (.*)$", changelog, flags=re.MULTILINE))
+    assert headings <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+@pytest.mark.parametrize("name", [".pre-commit-config.yaml", ".github/ISSUE_TEMPLATE/bug.yml", ".github/ISSUE_TEMPLATE/feature.yml"])
+def test_the_forms_are_yaml(name: str) -> None:
+    assert yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
