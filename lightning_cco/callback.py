@@ -365,7 +365,8 @@ class CCOCallback(pl.Callback):
 
         Args:
             path: Where to write.
-            example_args: Positional arguments of one forward; by default taken from a held batch.
+            example_args: Positional arguments of one forward; by default those of a held batch: what the file then holds is what ``forward``, or the
+                training step, makes of it, without losses.
             example_kwargs: Keyword arguments of it.
             **options: See `lightning_cco.export.export_onnx`.
 
@@ -386,12 +387,20 @@ class CCOCallback(pl.Callback):
                 "(ModelParallelStrategy(save_distributed_checkpoint=False)), then export on one process after trainer.test(model, ckpt_path=...)."
             )
         if not len(example_args) and not example_kwargs:
-            if not self._held or self._forward is not forward_through_model:
+            if not self._held or self._forward is None:
                 raise CCOError(
                     "CCOCallback.export: no example of forward's arguments is known. Pass example_args=(tensor, ...) or example_kwargs={...}."
                 )
             device = next(self.quantized.model.parameters()).device
-            calls = [forward_arguments(self.quantized.model, move_data_to_device(batch, device)) for batch in self._held]
+            batches = [move_data_to_device(batch, device) for batch in self._held]
+            if self._forward is forward_through_model:
+                calls = [forward_arguments(self.quantized.model, batch) for batch in batches]
+            else:
+                from lightning_cco.export.network import network_of_the_step
+
+                networks = [network_of_the_step(self.quantized, on_a_copy(self._forward), batch) for batch in batches]
+                calls = [(network.args, network.kwargs) for network in networks]
+                options["network"] = networks[0]
             example_args, example_kwargs = calls[0]
             if not str(path).endswith(".pt2"):
                 options.setdefault("batches", [kwargs or args for args, kwargs in calls])

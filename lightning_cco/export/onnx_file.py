@@ -22,6 +22,7 @@ from lightning_cco.export.emit import Emitter
 from lightning_cco.export.failures import failed, inexpressible, need_packages, untraceable
 from lightning_cco.export.forms import adds_products_exactly
 from lightning_cco.export.limits import MEAN_STEPS, judge
+from lightning_cco.export.network import Network
 from lightning_cco.export.options import checked_options
 from lightning_cco.export.precision import in_float32, other_types
 from lightning_cco.export.products import fill_biases, split_products
@@ -49,6 +50,7 @@ def export_onnx(
     min_sqnr_db: float | None = None,
     max_mean_steps: float = MEAN_STEPS,
     int4: bool = False,
+    network: Network | None = None,
     **options: Any,
 ) -> ExportReport:
     """Write an INT8 ONNX file and compare it with the fake-quantized model.
@@ -68,6 +70,7 @@ def export_onnx(
         max_mean_steps: The check fails if a quantized tensor is further off than this on average, in steps of its scale, computed from what the engine
             computed before it.
         int4: Store weights of at most 4 bits in 4 bits (opset 21): half the size, but ONNX Runtime then computes those layers in float.
+        network: What the file holds in the place of the model's ``forward``, whose arguments the example then is: `network_of_the_step`.
         **options: Further arguments of `torch.onnx.export`, such as ``dynamic_shapes``.
 
     Raises:
@@ -89,7 +92,7 @@ def export_onnx(
     types = other_types(quantized.model)
     float_size = _float_size(quantized)
     with in_float32(quantized.model), quantized.evaluating():
-        deployed = Deployed(quantized.model, args, kwargs, cast=bool(types))
+        deployed = Deployed(quantized.model, args, kwargs, cast=bool(types), network=network)
         try:
             with temporary_folder(target.parent) as folder:
                 temporary = folder / target.name

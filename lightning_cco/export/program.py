@@ -13,6 +13,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.export.axes import ways_to_vary
 from lightning_cco.export.destination import export_target
 from lightning_cco.export.failures import need_packages, untraceable
+from lightning_cco.export.network import Network
 from lightning_cco.export.signature import Deployed
 from lightning_cco.files import temporary_folder
 from lightning_cco.quantization.model import QuantizedModel
@@ -25,6 +26,7 @@ def export_program(
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_batch: bool = True,
     dynamic_shapes: Any = None,
+    network: Network | None = None,
     **options: Any,
 ) -> torch.export.ExportedProgram:
     """Write a ``.pt2`` file that computes what the fake-quantized model computes; ``torch.export.load(path).module()`` runs it anywhere.
@@ -36,6 +38,7 @@ def export_program(
         example_kwargs: Keyword arguments of it.
         dynamic_batch: Let the first axis of every input vary.
         dynamic_shapes: What varies instead: axis → ``Dim`` or name, by argument.
+        network: What the file holds in the place of the model's ``forward``, whose arguments the example then is: `network_of_the_step`.
         **options: There are no others; what only an ONNX file has is refused by name.
 
     Raises:
@@ -55,13 +58,18 @@ def export_program(
         raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
     target = export_target(path, ".pt2")
     with quantized.evaluating(), torch.compiler.set_stance("force_eager"):
-        deployed = Deployed(quantized.model, args, kwargs)
+        deployed = Deployed(quantized.model, args, kwargs, network=network)
         failure: Exception | None = None
+        shapes: Any
         for axes in ways_to_vary(deployed, dynamic_batch, {"dynamic_shapes": dynamic_shapes}, []):
             try:
-                args, kwargs = deployed.call(axes.tensors)
-                shapes = deployed.nested(axes.specifications)
-                program = torch.export.export(quantized.model, args, kwargs, dynamic_shapes=shapes, strict=False)
+                if network is None:
+                    args, kwargs = deployed.call(axes.tensors)
+                    shapes = deployed.nested(axes.specifications)
+                    program = torch.export.export(quantized.model, args, kwargs, dynamic_shapes=shapes, strict=False)
+                else:
+                    shapes = (tuple(axes.specifications),)
+                    program = torch.export.export(deployed, axes.tensors, dynamic_shapes=shapes, strict=False)
                 break
             except Exception as error:
                 quantized.runtime.frames.reset()

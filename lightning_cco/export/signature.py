@@ -6,12 +6,15 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
+
+if TYPE_CHECKING:
+    from lightning_cco.export.network import Network
 
 PREFIX = "model"
 """Name of the model in `Deployed`, and so the beginning of all paths that the exporter sees."""
@@ -30,6 +33,7 @@ class Deployed(nn.Module):
         args: Positional arguments of one forward.
         kwargs: Keyword arguments of it.
         cast: Whether floating-point inputs become float32.
+        network: What to call in the place of the model's forward.
 
     Attributes:
         names: Name of each input.
@@ -42,22 +46,24 @@ class Deployed(nn.Module):
         CCOError: The forward does not take the example, or gives no tensor.
     """
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cast: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cast: bool = False, network: Network | None = None
+    ) -> None:
         super().__init__()
-        self.model, self._cast = model, cast
+        self.model, self._cast, self._network = model, cast, network
         self.dropped: list[str] = []
         self.training = model.training
         example = self._bound(args, kwargs)
         self.dropped = self._labels(example)
         self._example = self._without_labels(example)
-        leaves = _leaves(self._example)
-        self._slots = [slot for slot, value in leaves if isinstance(value, Tensor)]
+        found = leaves(self._example)
+        self._slots = [slot for slot, value in found if isinstance(value, Tensor)]
         self.names = _unique([self._input_name(slot) for slot in self._slots])
         self.fixed = [
-            f"{self._input_name(slot)}={value!r}" for slot, value in leaves if isinstance(value, (int, float, str)) and self._matters(slot)
+            f"{self._input_name(slot)}={value!r}" for slot, value in found if isinstance(value, (int, float, str)) and self._matters(slot)
         ]
         result = self._call(self._example)
-        kept = [(slot, value) for slot, value in _leaves(result) if isinstance(value, Tensor)]
+        kept = [(slot, value) for slot, value in leaves(result) if isinstance(value, Tensor)]
         losses = [slot for slot, value in kept if slot and slot[-1] == "loss" and value.dim() == 0]
         self._kept = [slot for slot, _ in kept if slot not in losses or len(kept) == len(losses)]
         self.lost = [_name(slot) for slot in losses if slot not in self._kept] + _others(result)
@@ -72,7 +78,7 @@ class Deployed(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call the model with the tensors in the places of the example's."""
         args, kwargs = self.call(tensors)
-        found = {slot: value for slot, value in _leaves(self.model(*args, **kwargs)) if isinstance(value, Tensor)}
+        found = {slot: value for slot, value in leaves(self._run(*args, **kwargs)) if isinstance(value, Tensor)}
         missing = [slot for slot in self._kept if slot not in found]
         if missing:
             raise CCOError(
@@ -87,7 +93,7 @@ class Deployed(nn.Module):
             bound = self._without_labels(self._bound(args, kwargs))
         except CCOError:
             return None
-        theirs, ours = _leaves(bound), _leaves(self._example)
+        theirs, ours = leaves(bound), leaves(self._example)
         if [slot for slot, _ in theirs] != [slot for slot, _ in ours]:
             return None
         for (_, value), (_, wanted) in zip(theirs, ours, strict=True):
@@ -100,7 +106,7 @@ class Deployed(nn.Module):
     @property
     def example(self) -> tuple[Tensor, ...]:
         """The example's tensors."""
-        return tuple(value for _, value in _leaves(self._example) if isinstance(value, Tensor))
+        return tuple(value for _, value in leaves(self._example) if isinstance(value, Tensor))
 
     def spread(self, shapes: Any, used: str) -> list[Any]:
         """What the user said of each argument, for each tensor in it.
@@ -130,7 +136,14 @@ class Deployed(nn.Module):
         return [_follow(shapes, slot) for slot in self._slots]
 
     def _signature(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self.model.forward).parameters
+        return self._called.parameters
+
+    @property
+    def _called(self) -> inspect.Signature:
+        return inspect.signature(self.model.forward) if self._network is None else self._network.signature
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.model if self._network is None else self._network)(*args, **kwargs)
 
     def _positional(self, count: int) -> list[str]:
         """Names of the first tensor arguments' parameters, one for each entry of a tuple."""
@@ -141,14 +154,14 @@ class Deployed(nn.Module):
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         try:
-            bound = dict(inspect.signature(self.model.forward).bind(*args, **kwargs).arguments)
+            bound = dict(self._called.bind(*args, **kwargs).arguments)
         except TypeError as error:
             raise CCOError(
                 f"export: {type(self.model).__name__}.forward does not take the example: {error}. It expects "
-                f"{inspect.signature(self.model.forward)}; got {len(args)} positional arguments and {list(kwargs)}. "
+                f"{self._called}; got {len(args)} positional arguments and {list(kwargs)}. "
                 "Pass example_args=(tensor, ...) or example_kwargs={...}."
             ) from error
-        return _mapped(bound, lambda _, tensor: self._converted(tensor))  # type: ignore[no-any-return]
+        return mapped(bound, lambda _, tensor: self._converted(tensor))  # type: ignore[no-any-return]
 
     def _converted(self, tensor: Tensor) -> Tensor:
         return tensor.float() if self._cast and tensor.is_floating_point() else tensor
@@ -161,7 +174,7 @@ class Deployed(nn.Module):
     def call(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the model's own forward with these tensors in them."""
         given = dict(zip(self._slots, tensors, strict=True))
-        return self._arguments(_mapped(self._example, lambda slot, _: given[slot]))
+        return self._arguments(mapped(self._example, lambda slot, _: given[slot]))
 
     def nested(self, specifications: Sequence[Any]) -> dict[str, Any]:
         """One entry for each tensor in the form of the arguments, as `torch.export` wants its dynamic shapes."""
@@ -186,7 +199,7 @@ class Deployed(nn.Module):
 
     def _call(self, arguments: dict[str, Any]) -> Any:
         args, kwargs = self._arguments(arguments)
-        return self.model(*args, **kwargs)
+        return self._run(*args, **kwargs)
 
     def _arguments(self, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args: list[Any] = []
@@ -227,9 +240,7 @@ class Deployed(nn.Module):
     def _labels(self, arguments: dict[str, Any]) -> list[str]:
         """Optional arguments without which a single number, the loss, is no longer returned and all else is."""
         optional = [
-            name
-            for name in self._optional(arguments)
-            if any(isinstance(value, Tensor) for _, value in _leaves(self._find(arguments, name)))
+            name for name in self._optional(arguments) if any(isinstance(value, Tensor) for _, value in leaves(self._find(arguments, name)))
         ]
         if not optional:
             return []
@@ -252,7 +263,7 @@ class Deployed(nn.Module):
 
     def _outputs(self, arguments: dict[str, Any]) -> list[Tensor] | None:
         try:
-            return [value for _, value in _leaves(self._call(arguments)) if isinstance(value, Tensor)]
+            return [value for _, value in leaves(self._call(arguments)) if isinstance(value, Tensor)]
         except Exception:  # it is needed after all
             return None
 
@@ -285,22 +296,22 @@ def _items(value: Any) -> list[tuple[Any, Any]] | None:
     return None
 
 
-def _leaves(value: Any, slot: Slot = ()) -> list[tuple[Slot, Any]]:
+def leaves(value: Any, slot: Slot = ()) -> list[tuple[Slot, Any]]:
     """Everything that is no container, with the way to it; without `None`."""
     items = _items(value)
     if items is None:
         return [] if value is None else [(slot, value)]
-    return [leaf for key, item in items for leaf in _leaves(item, (*slot, key))]
+    return [leaf for key, item in items for leaf in leaves(item, (*slot, key))]
 
 
-def _mapped(value: Any, change: Callable[[Slot, Tensor], Tensor], slot: Slot = ()) -> Any:
+def mapped(value: Any, change: Callable[[Slot, Tensor], Tensor], slot: Slot = ()) -> Any:
     """A copy with other tensors."""
     if isinstance(value, Tensor):
         return change(slot, value)
     items = _items(value)
-    if items is None or not any(isinstance(leaf, Tensor) for _, leaf in _leaves(value)):
+    if items is None or not any(isinstance(leaf, Tensor) for _, leaf in leaves(value)):
         return value
-    changed = {key: _mapped(item, change, (*slot, key)) for key, item in items}
+    changed = {key: mapped(item, change, (*slot, key)) for key, item in items}
     if type(value) is dict:
         return changed
     if isinstance(value, Mapping):
@@ -349,6 +360,4 @@ def _unique(names: list[str]) -> list[str]:
 
 def _others(result: Any) -> list[str]:
     """Outputs that are neither tensors nor numbers, such as a cache of keys and values."""
-    return [
-        f"{_name(slot)} ({type(value).__name__})" for slot, value in _leaves(result) if not isinstance(value, (Tensor, int, float, str))
-    ]
+    return [f"{_name(slot)} ({type(value).__name__})" for slot, value in leaves(result) if not isinstance(value, (Tensor, int, float, str))]

@@ -75,6 +75,7 @@ class Capture:
         training_only: Calls that only training makes, in words; they are never quantized.
         needs_gradients: Whether the forward differentiates by itself, so that it fails where no gradients are recorded.
         left_out: Paths of modules with parameters that serve losses alone, so that they are no layers.
+        called: Paths of the modules that were called from outside of any other, teachers not among them.
     """
 
     graph: LayerGraph
@@ -83,6 +84,7 @@ class Capture:
     training_only: list[str] = field(default_factory=list)
     needs_gradients: bool = False
     left_out: list[str] = field(default_factory=list)
+    called: tuple[str, ...] = ()
 
 
 def capture_graph(model: nn.Module, /, *args: Any, **kwargs: Any) -> LayerGraph:
@@ -158,7 +160,9 @@ def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> C
             stacklevel=3,
         )
     training = _trace_training(model, forward, root)
-    captured = _assemble(root, evaluation, training, only_asked(model, evaluation, training))
+    teachers = only_asked(model, evaluation, training)
+    captured = _assemble(root, evaluation, training, teachers)
+    captured.called = tuple(path for path in evaluation.called if not is_within(path, teachers))
     captured.needs_gradients = gradients
     captured.left_out = evaluation.left_out
     return captured

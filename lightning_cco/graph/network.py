@@ -98,11 +98,13 @@ class Network:
         calls: Numbers of its calls.
         ends: Its outputs by where they come from: what they are.
         left_out: Modules with parameters that ran, but for losses alone.
+        called: Paths of the modules that the step calls for it.
     """
 
     calls: set[int]
     ends: dict[_Output, End]
     left_out: list[str]
+    called: tuple[str, ...]
 
 
 def find_network(outer: Sequence[OuterCall], calls: Sequence[Call]) -> Network:
@@ -123,7 +125,7 @@ def find_network(outer: Sequence[OuterCall], calls: Sequence[Call]) -> Network:
     if losses:
         ends = {origin: end for origin, end in ends.items() if origin not in losses} or _compared(losses, calls)
         kept -= _serving(losses, ends, calls, kept)
-    return Network(kept, ends, _left_out(outer, calls, kept))
+    return Network(kept, ends, _left_out(outer, calls, kept), tuple(dict.fromkeys(one.path for one in chosen)))
 
 
 def _network_calls(outer: Sequence[OuterCall], calls: Sequence[Call]) -> list[OuterCall]:

@@ -49,6 +49,7 @@ class Tracer:
         with_gradients: Paths of those that ran while gradients were recorded.
         read: Names of the parameters that a call has read.
         left_out: Paths of modules with parameters whose calls serve losses alone.
+        called: Paths of the modules that are called from outside of any other for the network.
     """
 
     def __init__(self, model: nn.Module, root: CallNode) -> None:
@@ -58,6 +59,7 @@ class Tracer:
         self.with_gradients: set[str] = set()
         self.read: set[str] = set()
         self.left_out: list[str] = []
+        self.called: tuple[str, ...] = ()
         self.frames = Frames(model, root, self._handle)
         self.frames.growing = True
         self.frames.entered, self.frames.left = self._entered, self._left
@@ -132,7 +134,7 @@ class Tracer:
         for number, outputs in self._read_out.items():
             self.calls[number].layer = replace(self.calls[number].layer, read_out=tuple(sorted(outputs)))
         network = find_network(self._outer, self.calls)
-        self.left_out = network.left_out
+        self.left_out, self.called = network.left_out, network.called
         self._forget_measures(network.calls)
         renumbered = {number: position for position, number in enumerate(sorted(network.calls))}
         self.calls = [self.calls[number] for number in renumbered]
