@@ -114,7 +114,7 @@ def rounding_energies(quantizer: ActivationQuantizer, reference: Tensor) -> tupl
         quantizer: The quantizer.
         reference: What it reads, any shape.
     """
-    kernels, numbers = kernels_for(reference.detach()), quantizer.numbers(reference.device.type)
+    kernels, numbers = kernels_for(reference.detach()), quantizer.numbers() if reference.is_cpu or reference.is_meta else None
     if kernels is None or numbers is None or quantizer.empty:
         return energies(quantizer(reference), reference)
     low, high = quant_range(quantizer.num_bits, quantizer.symmetric)

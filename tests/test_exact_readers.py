@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_cco import quantize
+from lightning_cco import CCOError, quantize
 
 TO_INDEX: dict[str, Callable[[Tensor], Tensor]] = {
     "long": lambda ids: ids.long(),
@@ -144,6 +144,16 @@ def test_forces_are_those_of_the_float_model_up_to_rounding(enables: bool) -> No
         a is b for a, b in zip((p.grad for p in model.parameters()), gradients, strict=True)
     )
     assert {key: float(quantizer.scale) for key, quantizer in quantized.activations.items()} == scales
+
+
+def test_a_file_that_would_need_gradients_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    model, x = Potential(True), torch.randn(8, 3)
+    quantized = quantize(model, None, (x.clone(),))
+    quantized.calibrate([x.clone()])
+    with pytest.raises(
+        CCOError, match=r"behind layer 'grad'.* takes gradients .* Export the submodule that computes what is differentiated"
+    ):
+        quantized.export(tmp_path / "forces.onnx")
 
 
 def test_a_gradient_penalty_that_only_training_has() -> None:

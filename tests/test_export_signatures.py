@@ -140,11 +140,14 @@ def test_axes_vary_where_the_model_lets_them(make: Any, shapes: tuple[Any, ...],
 def test_a_model_of_another_type_is_exported_in_float32_and_stays_as_it_is(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
     quantized = ready(Rest().to(dtype), VALUES.to(dtype))
+    quantized.model(VALUES.to(dtype)).sum().backward()  # what a step leaves
+    gradients = [parameter.grad for parameter in quantized.model.parameters()]
     before = {name: tensor.clone() for name, tensor in quantized.model.state_dict().items()}
     report = quantized.export(tmp_path / "model.onnx", (VALUES.to(dtype),))
     assert any("float32" in note for note in report.notes)
     after = quantized.model.state_dict()
     assert all(torch.equal(after[name], tensor) and after[name].dtype is dtype for name, tensor in before.items())
+    assert all(parameter.grad is grad for parameter, grad in zip(quantized.model.parameters(), gradients, strict=True))
     session = engine_session(str(tmp_path / "model.onnx"))
     got = session.run(None, {"values": VALUES.numpy()})[0]
     with torch.no_grad():

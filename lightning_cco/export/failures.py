@@ -15,8 +15,9 @@ _NEEDED = {"torch": "2.8", "onnx": "1.17", "onnxscript": "0.6", "onnxruntime": "
 _EVIDENCE = (
     ("GuardOnDataDependent", "data-dependent", "Could not guard on", ".item()", "aten._local_scalar_dense"),
     ("Constraints violated", "ConstraintViolation", "constraints violated", "marked as dynamic", "not all values of", "specialized"),
+    ("differentiated Tensor", "does not require grad", "autograd.grad", "derivative for"),
 )
-"""Words of torch.export's errors that show that the model computes with values, and that a size is fixed in its code."""
+"""Words of torch.export's errors that show that the model computes with values, that a size is fixed in its code, and that it takes gradients."""
 
 
 def need_packages(names: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnxruntime")) -> None:
@@ -47,8 +48,13 @@ def untraceable(model: torch.nn.Module, where: str, error: Exception) -> str:
         error: What torch.export raised.
     """
     said = f"{type(error).__name__}: {error}"
-    branches, fixed = (any(word in said for word in words) for words in _EVIDENCE)
-    if fixed:
+    branches, fixed, gradients = (any(word in said for word in words) for words in _EVIDENCE)
+    if gradients:
+        advice = (
+            "Its forward takes gradients (torch.autograd.grad, as for forces out of an energy), and the rounding in a file has none. Export the submodule that "
+            "computes what is differentiated, and take the gradients outside of the file."
+        )
+    elif fixed:
         advice = (
             "A size is fixed in the model's code, or computed to a number (int(x.shape[0]), a reshape to the example's size). Pass dynamic_batch=False, "
             "or dynamic_shapes={argument: {axis: Dim.DYNAMIC}} for the axes that may vary."

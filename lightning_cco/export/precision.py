@@ -16,15 +16,17 @@ def other_types(model: nn.Module) -> list[str]:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Inside the block all floating-point parameters and buffers are float32; behind it they are what they were, to the last bit."""
-    before = [(tensor, tensor.data) for tensor in _tensors(model) if tensor.dtype is not torch.float32]
+    """Inside the block all floating-point parameters and buffers are float32; after it they are what they were, to the last bit."""
+    before = [(tensor, tensor.data, tensor.grad) for tensor in _tensors(model) if tensor.dtype is not torch.float32]
     try:
-        for tensor, data in before:
+        for tensor, data, _ in before:
+            tensor.grad = None  # a gradient is of its parameter's type
             tensor.data = data.float()
         yield
     finally:
-        for tensor, data in before:
+        for tensor, data, grad in before:
             tensor.data = data
+            tensor.grad = grad
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

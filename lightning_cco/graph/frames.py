@@ -346,9 +346,9 @@ class Frames:
         Returns:
             The keyword arguments to go on with, for a thread's first frame: they end with the call.
         """
-        stack = self.stack()
         compiling = is_compiling()
-        own = None if compiling else _module_call(sys._getframe(1))
+        stack = self._main if compiling or get_ident() == self._thread else self.stack()
+        own = None if compiling else _module_call(sys._getframe(2))
         if own is not None and stack and stack[-1].python:
             around = _module_call(own.f_back)
             if around is None or id(around) != stack[-1].python:
@@ -382,11 +382,12 @@ class Frames:
 
     def leave(self, path: str, output: Any) -> None:
         """Pop the frame of a module call that ends."""
-        stack = self.stack()
+        compiling = is_compiling()
+        stack = self._main if compiling or get_ident() == self._thread else self.stack()
         # A user's pre-hook may have raised before ours ran, and a redirected call pushed nothing.
         if not stack:
             return
-        own = None if is_compiling() else _module_call(sys._getframe(1))
+        own = None if compiling else _module_call(sys._getframe(2))
         if own is None or not stack[-1].python:
             if stack[-1].node.path != path:
                 return

@@ -206,7 +206,8 @@ class ActivationQuantizer(nn.Module):
             inplace: Overwrite ``x``.
             track: Whether the range is to follow this batch, unless it is frozen.
         """
-        extrema = self.extrema if track and not self.frozen else None
+        buffers = self._buffers  # read directly: a module's attributes take a microsecond each
+        extrema = buffers["extrema"] if track and not self.frozen else None
         if extrema is not None and self.estimator == "percentile":
             self._watch(x, clamp)
             extrema = None
@@ -214,19 +215,24 @@ class ActivationQuantizer(nn.Module):
             if extrema is not None:
                 widen(extrema, x.detach(), clamp)
             return x if clamp is None else F.hardtanh(x, *clamp, inplace=inplace)
-        return fake_quantize(
-            x, self.scale, self.zero_point, self.num_bits, self.symmetric, clamp, inplace, self.numbers(x.device.type), extrema
-        )
+        scale, zero_point = buffers["scale"], buffers["zero_point"]
+        assert scale is not None
+        assert zero_point is not None
+        numbers = None
+        if not torch.compiler.is_compiling() and (x.is_cpu or x.is_meta) and scale.is_cpu:
+            numbers = self._read(scale, zero_point)
+        return fake_quantize(x, scale, zero_point, self.num_bits, self.symmetric, clamp, inplace, numbers, extrema)
 
-    def numbers(self, device: str = "cpu") -> tuple[float, float] | None:
+    def numbers(self) -> tuple[float, float] | None:
         """Scale and zero point as Python numbers, where reading them makes neither a compiler nor a device stop: eagerly and on the CPU."""
-        if torch.compiler.is_compiling() or device not in ("cpu", "meta") or not self.scale.is_cpu:
-            return None
-        versions = self.scale._version, self.zero_point._version
+        return self._read(self.scale, self.zero_point) if not torch.compiler.is_compiling() and self.scale.is_cpu else None
+
+    def _read(self, scale: Tensor, zero_point: Tensor) -> tuple[float, float]:
+        versions = scale._version, zero_point._version
         known, values = self._numbers
         if known != versions:
             # From memory, since somebody may be tracing. If another thread moves the range meanwhile, the versions tell so the next time.
-            values = _number(self.scale), _number(self.zero_point)
+            values = _number(scale), _number(zero_point)
             self._numbers = versions, values
         return values
 

@@ -23,6 +23,9 @@ def replaced(
     args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot, change: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same arguments with one tensor changed."""
+    first, rest = slot[0], slot[1:]
+    if not rest and isinstance(first, int):  # nearly always
+        return (*args[:first], change(args[first]), *args[first + 1 :]), kwargs
 
     def put(value: Any, way: Slot) -> Any:
         if not way:
@@ -31,9 +34,6 @@ def replaced(
         items[way[0]] = put(items[way[0]], way[1:])
         return tuple(items) if isinstance(value, tuple) else items
 
-    first, rest = slot[0], slot[1:]
-    if not rest and isinstance(first, int):  # nearly always
-        return (*args[:first], change(args[first]), *args[first + 1 :]), kwargs
     if isinstance(first, int):
         return (*args[:first], put(args[first], rest), *args[first + 1 :]), kwargs
     return args, {**kwargs, first: put(kwargs[first], rest)}

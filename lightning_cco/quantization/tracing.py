@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _key_included = torch._C._dispatch_tls_is_dispatch_key_included
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _PRE_DISPATCH, _VMAP = (
     torch._C.DispatchKey.PreDispatch,
     torch._C._dispatch_key_parse("VmapMode"),
@@ -45,7 +46,7 @@ def runs_plainly() -> bool:
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is nothing but strided memory: no subclass, and none of the tensors that PyTorch computes only when they are read."""
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
+        type(tensor) in _PLAIN
         and tensor.layout is torch.strided
         and not (tensor.is_neg() or tensor._is_zerotensor() or _is_wrapped(tensor))
     )
@@ -65,7 +66,7 @@ def behind_transforms(tensor: Tensor) -> Iterator[Tensor | None]:
     values: Any = tensor
     while _is_wrapped(values):
         values = torch._C._functorch.get_unwrapped(values)
-    if type(values) not in (Tensor, torch.nn.Parameter) or values.device.type == "meta":
+    if type(values) not in _PLAIN or values.device.type == "meta":
         yield None
         return
     with temporarily_clear_interpreter_stack(), torch.no_grad():
