@@ -18,6 +18,7 @@ from lightning_cco.settings import (
     RANGE_ESTIMATORS,
     SENSITIVITY_MODES,
     TARGET_FRAMEWORKS,
+    WEIGHT_ESTIMATORS,
     Config,
     LayerRule,
     Settings,
@@ -269,6 +270,7 @@ def _rules(raw: Any) -> list[LayerRule]:
 def _check(settings: Settings) -> None:
     training, monitoring = settings.training_settings, settings.monitoring_settings
     _one_of("training_settings.range_estimator", training.range_estimator, RANGE_ESTIMATORS)
+    _one_of("training_settings.weight_estimator", training.weight_estimator, WEIGHT_ESTIMATORS)
     if not monitoring.sensitivity_modes:
         raise CCOError(f"monitoring_settings.sensitivity_modes: at least one of {list(SENSITIVITY_MODES)} was expected, none came.")
     for mode in monitoring.sensitivity_modes:

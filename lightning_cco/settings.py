@@ -20,7 +20,8 @@ from lightning_cco.names import literal, shown
 Config: TypeAlias = "Settings | Mapping[str, Any] | str | Path | None"
 """What `load_settings` takes. A DictConfig is a mapping."""
 
-RANGE_ESTIMATORS = ("moving_average", "min_max", "percentile", "mse")
+RANGE_ESTIMATORS = ("auto", "moving_average", "min_max", "percentile", "mse")
+WEIGHT_ESTIMATORS = ("auto", "minmax", "mse")
 TARGET_FRAMEWORKS = ("ort", "openvino", "tensorrt")
 SENSITIVITY_MODES = ("local", "accumulated")
 
@@ -111,7 +112,10 @@ class TrainingSettings(_Checked):
 
     Attributes:
         stats_steps: Batches of the training loader for the calibration before the first step.
-        range_estimator: ``moving_average``, ``min_max``, ``percentile`` or ``mse``.
+        range_estimator: ``moving_average``, ``min_max``, ``percentile`` or ``mse``; ``auto``: what is best at a tensor's bits, which is ``mse`` with
+            ranges that stand still from the calibration on up to 4 bits, and ``moving_average`` above (`benchmarks/fashion.py`).
+        weight_estimator: ``minmax``: scales of the largest magnitudes; ``mse``: those at which rounding and clipping of a channel lose least, found anew at
+            each step; ``auto``: ``mse`` up to 4 bits, ``minmax`` above.
         averaging_constant: Share of a training batch in the moving average, in (0, 1].
         percentile: Per cent of the values that the ``percentile`` estimator covers at each end, in (50, 100].
         freeze_ranges_at_step: Global step from which ranges stand still; 0: right after the calibration; None: never.
@@ -119,7 +123,8 @@ class TrainingSettings(_Checked):
     """
 
     stats_steps: int = 20
-    range_estimator: str = "moving_average"
+    range_estimator: str = "auto"
+    weight_estimator: str = "auto"
     averaging_constant: float = 0.05
     percentile: float = 99.99
     freeze_ranges_at_step: int | None = None

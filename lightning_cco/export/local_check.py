@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.export.engine import Rounded
-from lightning_cco.quantization.fake_quantize import weight_scale
 from lightning_cco.quantization.model import QuantizedModel
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
@@ -124,7 +123,7 @@ class LocalRun:
                 levels = _arranged(arrays[entry.tensor], output.shape)
                 if levels is None:
                     continue
-                scale = float(weight_scale(args[0], module.num_bits, None))
+                scale = float(module.scale(args[0]))
                 self._compare(f"{layer}.operand", output.detach().float().cpu() / scale, levels.to(torch.float32).sub_(entry.zero_point))
                 return
 

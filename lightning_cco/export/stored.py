@@ -13,7 +13,6 @@ from lightning_cco.export.fold import BatchNorm, IntegerWeight, integer_weight, 
 from lightning_cco.export.forms import adds_products_exactly, blocked_convolution, bound_of, has_matrix_units, shortened
 from lightning_cco.graph.capture import Site, Source
 from lightning_cco.graph.ops import Category
-from lightning_cco.quantization.fake_quantize import weight_scale
 from lightning_cco.quantization.model import QuantizedModel
 from lightning_cco.quantization.slots import at
 from lightning_cco.quantization.targets import TARGETS
@@ -131,7 +130,7 @@ class StoredWeights:
         """A parameter as integers; what is computed from one (a class token expanded to the batch) is rounded in the file, by this scale."""
         quantizer = self.quantized.weights[layer][number]
         if not isinstance(tensor, nn.Parameter):
-            return weight_scale(tensor, quantizer.num_bits, None)
+            return quantizer.scale(tensor)
         integers, scale = quantizer.quantize(tensor)
         return IntegerWeight(integers, scale.reshape(()), None, None).shifted(*self.operand_format)
 

@@ -22,6 +22,7 @@ from lightning_cco.quantization.gradient_holders import fewest_holders, holders
 from lightning_cco.quantization.native import Kernels, kernels_for
 from lightning_cco.quantization.remade_weights import RemadeWeight
 from lightning_cco.quantization.tracing import behind_transforms, runs_plainly
+from lightning_cco.quantization.weight_clipping import clip_ratios_of_weight
 
 _SMALLEST_SCALE = 1e-12
 _INF = float("inf")
@@ -65,13 +66,14 @@ def affine_qparams(min_val: Tensor, max_val: Tensor, num_bits: int, symmetric: b
     return scale, zero_point
 
 
-def weight_scale(weight: Tensor, num_bits: int, axis: int | None) -> Tensor:
-    """Symmetric scale from the largest magnitude of each channel, or of the whole tensor.
+def weight_scale(weight: Tensor, num_bits: int, axis: int | None, mse: bool = False) -> Tensor:
+    """Symmetric scale of each channel, or of the whole tensor.
 
     Args:
         weight: Any shape.
         num_bits: Bits of the format.
         axis: Axis of the output channels; `None`: one scale.
+        mse: Whether the scale is that at which rounding and clipping together lose least, instead of that of the largest magnitude.
 
     Returns:
         float32 of the weight's number of dimensions, size 1 except along ``axis``; 0-d without an axis.
@@ -79,7 +81,7 @@ def weight_scale(weight: Tensor, num_bits: int, axis: int | None) -> Tensor:
     weight = weight.detach()
     limit = quant_range(num_bits, symmetric=True)[1]
     if axis is not None and operations.has_operations(weight):
-        return operations.weight_scale(weight, axis, limit, _SMALLEST_SCALE)
+        return operations.weight_scale(weight, axis, limit, _SMALLEST_SCALE, mse)
     if axis is None:
         high, low = weight.amax(), weight.amin()
     else:
@@ -88,8 +90,11 @@ def weight_scale(weight: Tensor, num_bits: int, axis: int | None) -> Tensor:
         for dims in (tuple(range(axis + 1, weight.dim())), tuple(range(axis))):
             if dims:
                 high, low = high.amax(dims, keepdim=True), low.amin(dims, keepdim=True)
-    largest = torch.maximum(high, -low)
-    return largest.float().div(limit).clamp(min=_SMALLEST_SCALE)
+    largest = torch.maximum(high, -low).float()
+    scale = largest.div(limit)
+    if mse:
+        scale = scale * clip_ratios_of_weight(weight, largest, limit, axis, _SMALLEST_SCALE)
+    return scale.clamp(min=_SMALLEST_SCALE)
 
 
 class Grid(NamedTuple):
@@ -356,39 +361,46 @@ def _level(value: float, scale: float) -> float:
     return float(np.rint(np.float32(value) * (np.float32(1.0) / np.float32(scale))))
 
 
-def fake_quantize_weight(weight: Tensor, num_bits: int, axis: int | None, remade: RemadeWeight | None = None) -> Tensor:
-    """Round a weight to the symmetric grid of its own largest magnitudes. Nothing clips, so the gradient is that of the identity.
+def fake_quantize_weight(weight: Tensor, num_bits: int, axis: int | None, remade: RemadeWeight | None = None, mse: bool = False) -> Tensor:
+    """Round a weight to the symmetric grid of its own scales. The gradient is that of the identity, also where ``mse`` scales clip.
 
     Args:
         weight: Any shape, any float type.
         num_bits: Bits of the format.
         axis: Axis of the output channels; `None`: one scale for all.
         remade: Takes the scales, and gives the memory for the result; only where there are kernels for the weight.
+        mse: Which scales, as for `weight_scale`.
     """
     if remade is None and not torch.compiler.is_compiling() and not runs_plainly():
-        inverse = (scale := weight_scale(weight, num_bits, axis)).reciprocal()
-        rounded = (_times(weight.detach(), inverse).round() * scale).to(weight.dtype)
+        scale, limit = weight_scale(weight, num_bits, axis, mse), quant_range(num_bits, symmetric=True)[1]
+        levels = _times(weight.detach(), scale.reciprocal()).round()
+        rounded = ((levels.clamp(-limit, limit) if mse else levels) * scale).to(weight.dtype)
         return rounded + (weight - weight.detach()) if _wants_gradient() else rounded
-    result: Tensor = _FakeQuantizeWeight.apply(weight, num_bits, axis, remade)  # type: ignore[no-untyped-call]
+    result: Tensor = _FakeQuantizeWeight.apply(weight, num_bits, axis, remade, mse)  # type: ignore[no-untyped-call]
     return result
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, num_bits: int, axis: int | None, remade: RemadeWeight | None) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, num_bits: int, axis: int | None, remade: RemadeWeight | None, mse: bool) -> Tensor:
         kernels = None if axis is None or torch.compiler.is_compiling() or not weight.is_contiguous() else kernels_for(weight)
+        limit = quant_range(num_bits, symmetric=True)[1]
         if kernels is not None:
             assert axis is not None
-            limit = quant_range(num_bits, symmetric=True)[1]
+            scales = None
+            if remade is not None:
+                scales, remade.limit = remade.scales, limit
             result = torch.empty_like(weight) if remade is None else remade.room()
-            kernels.fake_quantize_weight(weight, result, axis, limit, _SMALLEST_SCALE, None if remade is None else remade.scales)
+            kernels.fake_quantize_weight(weight, result, axis, limit, _SMALLEST_SCALE, scales, mse=mse)
             return result
-        scale = weight_scale(weight, num_bits, axis)
+        scale = weight_scale(weight, num_bits, axis, mse)
         inverse = scale.reciprocal()
-        if weight.dtype in (torch.float32, torch.float64):
-            return weight.mul(inverse).round_().mul_(scale)
-        return weight.float().mul_(inverse).round_().mul_(scale).to(weight.dtype)
+        plain = weight.dtype in (torch.float32, torch.float64)
+        levels = weight.mul(inverse).round_() if plain else weight.float().mul_(inverse).round_()
+        if mse:
+            levels = levels.clamp_(-limit, limit)
+        return levels.mul_(scale).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, *(None,) * 3
+        return grad, *(None,) * 4

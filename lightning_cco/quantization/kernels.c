@@ -187,8 +187,61 @@ void mask_gradient(const void *from, void *to, const uint8_t *mask, int64_t n, i
     }
 }
 
-/* Scale of one channel of a weight of outer x channels x inner values: largest magnitude / limit, at least `smallest`. */
-static float scale_of(const void *weight, int64_t outer, int64_t channels, int64_t inner, int half, int64_t channel, float limit, float smallest) {
+/* Clip ratios of a weight's scale that are tried: 1/48, 2/48, ... 1. A magnitude counts in whole numbers of limit * 48 * unit for the largest, so that each
+ * step of a grid is a whole number, and sums of squared errors are, too: exact in any order, which makes the choice the same here and in torch. */
+#define RATIOS 48
+#define FINEST (127 * RATIOS)
+
+static inline int unit_of(int limit) { /* about a thousand whole numbers at least; as fake_quantize.py has it */
+    return limit < 21 ? 21 / limit : 1;
+}
+
+/* The ratio at which clipping and rounding of one channel together lose least; of equals the largest.
+ *
+ * The magnitudes are counted once, whatever the number of ratios. That u is rounded to the q-th step instead of the one before it, which is nearer from
+ * (q - 1/2) * step on, lowers its squared error by 2 * step * u - (2 * q - 1) * step ** 2; the sums of both over all u from there on are read off.
+ */
+static float clip_ratio(const void *weight, int64_t outer, int64_t channels, int64_t inner, int half, int64_t channel, int limit, float largest) {
+    const int unit = unit_of(limit), most = limit * RATIOS * unit;
+    const float inverse = 1.0f / largest * (float)most;
+    int32_t count[FINEST + 1], whole[BLOCK];
+    int64_t values[FINEST + 1], sums[FINEST + 1]; /* of all magnitudes from one on: how many, and their sum */
+    float value[BLOCK];
+    memset(count, 0, sizeof(int32_t) * (size_t)(most + 1));
+    for (int64_t row = 0; row < outer; row++)
+        for (int64_t i = 0; i < inner; i += BLOCK) {
+            const int block = inner - i < BLOCK ? (int)(inner - i) : BLOCK;
+            load(weight, (row * channels + channel) * inner + i, block, half, value);
+            for (int j = 0; j < block; j++) {
+                const float scaled = rintf(fabsf(value[j]) * inverse);
+                whole[j] = (int32_t)(scaled > (float)most ? (float)most : scaled);
+            }
+            for (int j = 0; j < block; j++) count[whole[j]]++;
+        }
+    int64_t number = 0, sum = 0;
+    for (int u = most; u >= 0; u--) {
+        number += count[u], sum += (int64_t)count[u] * u;
+        values[u] = number, sums[u] = sum;
+    }
+    int best = RATIOS;
+    int64_t most_gained = -1;
+    for (int ratio = RATIOS; ratio > 0; ratio--) {
+        const int64_t step = (int64_t)ratio * unit;
+        int64_t gained = 0;
+        for (int64_t odd = 1; odd < 2 * limit; odd += 2) {
+            const int64_t from = (odd * step + 1) / 2;
+            gained += 2 * sums[from] - odd * step * values[from];
+        }
+        gained *= step;
+        if (gained > most_gained) most_gained = gained, best = ratio;
+    }
+    return (float)best / RATIOS;
+}
+
+/* Scale of one channel of a weight of outer x channels x inner values: largest magnitude / limit, with `mse` times the best clip ratio; at least
+ * `smallest`. */
+static float scale_of(const void *weight, int64_t outer, int64_t channels, int64_t inner, int half, int64_t channel, float limit, float smallest,
+                      int mse) {
     float value[BLOCK], largest = 0.0f;
     int broken = 0;
     for (int64_t row = 0; row < outer; row++)
@@ -203,37 +256,44 @@ static float scale_of(const void *weight, int64_t outer, int64_t channels, int64
             }
         }
     if (broken) return NAN;
-    const float scale = largest / limit;
+    float scale = largest / limit;
+    if (mse && scale > smallest && scale < INFINITY)
+        scale *= clip_ratio(weight, outer, channels, inner, half, channel, (int)limit, largest);
     return scale < smallest ? smallest : scale;
 }
 
 /* The scales of all channels. */
-void weight_scale(const void *weight, int64_t outer, int64_t channels, int64_t inner, int half, float limit, float smallest, float *scales,
-                   int threads) {
+void weight_scale(const void *weight, int64_t outer, int64_t channels, int64_t inner, int half, float limit, float smallest, int mse, float *scales,
+                  int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads_for(outer * channels * inner, threads))
     for (int64_t channel = 0; channel < channels; channel++)
-        scales[channel] = scale_of(weight, outer, channels, inner, half, channel, limit, smallest);
+        scales[channel] = scale_of(weight, outer, channels, inner, half, channel, limit, smallest, mse);
 }
 
-/* Round a weight to the symmetric grid of each channel's largest magnitude: scale = largest / limit, at least `smallest`.
+/* Round a weight to the symmetric grid of each channel, from -limit to limit, by the scale that `scale_of` gives.
  *
- * The weight is outer x channels x inner values; a channel's are read twice, the second time out of the cache.
+ * The weight is outer x channels x inner values; a channel's are read two or three times, after the first time out of the cache.
  *
- * scales: null, or one value for each channel. With `known` they are given, and only the second reading takes place; else they are written.
+ * scales: null, or one value for each channel. With `known` they are given, and only the last reading takes place; else they are written.
  */
 void fake_quantize_weight(const void *weight, void *result, int64_t outer, int64_t channels, int64_t inner, int half, float limit, float smallest,
-                          float *scales, int known, int threads) {
+                          int mse, float *scales, int known, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads_for(outer * channels * inner, threads))
     for (int64_t channel = 0; channel < channels; channel++) {
         float value[BLOCK];
-        const float scale = known ? scales[channel] : scale_of(weight, outer, channels, inner, half, channel, limit, smallest);
+        const float scale = known ? scales[channel] : scale_of(weight, outer, channels, inner, half, channel, limit, smallest, mse);
         const float inverse = 1.0f / scale;
         for (int64_t row = 0; row < outer; row++)
             for (int64_t i = 0; i < inner; i += BLOCK) {
                 const int count = inner - i < BLOCK ? (int)(inner - i) : BLOCK;
                 const int64_t at = (row * channels + channel) * inner + i;
                 load(weight, at, count, half, value);
-                for (int j = 0; j < count; j++) value[j] = rintf(value[j] * inverse) * scale;
+                for (int j = 0; j < count; j++) {
+                    const float level = rintf(value[j] * inverse);
+                    float clamped = level < -limit ? -limit : level;
+                    clamped = clamped > limit ? limit : clamped;
+                    value[j] = clamped * scale;
+                }
                 store(value, at, count, half, result);
             }
         if (scales && !known) scales[channel] = scale;

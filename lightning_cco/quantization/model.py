@@ -158,17 +158,15 @@ class QuantizedModel:
         training = self.settings.training_settings
         activations: dict[str, ActivationQuantizer] = {}
         for key, spec in self.plan.tensors.items():
+            new = ActivationQuantizer(
+                spec.num_bits,
+                symmetric=spec.symmetric,
+                estimator=training.range_estimator,
+                averaging_constant=training.averaging_constant,
+                percentile=training.percentile,
+            )
             known = self._activations.get(key)
-            if known is not None and (known.num_bits, known.symmetric) == (spec.num_bits, spec.symmetric):
-                activations[key] = known
-            else:
-                activations[key] = ActivationQuantizer(
-                    spec.num_bits,
-                    symmetric=spec.symmetric,
-                    estimator=training.range_estimator,
-                    averaging_constant=training.averaging_constant,
-                    percentile=training.percentile,
-                )
+            activations[key] = known if known is not None and known.kind == new.kind else new
         weights: dict[str, list[WeightQuantizer]] = {}
         for name in self.graph.names:
             site, decision = self.capture.sites[name], self.plan.decisions[name]
@@ -177,10 +175,9 @@ class QuantizedModel:
             bits = decision.weights_num_bits
             if bits is None:  # a constant operand of an addition: an activation that never changes
                 bits = decision.activations_num_bits or self.settings.global_quantization_settings.activations_num_bits
+            made = [WeightQuantizer(bits, weight.axis, training.weight_estimator) for weight in site.weights]
             known_weights = self.weights.get(name)
-            if known_weights is None or known_weights[0].num_bits != bits:
-                known_weights = [WeightQuantizer(bits, weight.axis) for weight in site.weights]
-            weights[name] = known_weights
+            weights[name] = known_weights if known_weights is not None and known_weights[0].kind == made[0].kind else made
         self._activations, self.weights = activations, weights
 
     def to(self, device: torch.device) -> None:
@@ -326,7 +323,7 @@ class QuantizedModel:
         self.frozen = True
 
     def unfreeze_ranges(self) -> None:
-        """Let the ranges follow the activations again."""
+        """Let the ranges follow the activations again, but for those that ``auto`` lets stand still."""
         for quantizer in self._activations.values():
             quantizer.unfreeze()
         self.frozen = False
@@ -346,7 +343,7 @@ class QuantizedModel:
     def _warn_of_outliers(self, outliers: Tensor) -> None:
         if not bool(outliers.any()):
             return
-        moving = [key for key, quantizer in self._activations.items() if not quantizer.frozen]
+        moving = [key for key, quantizer in self._activations.items() if not quantizer.stands_still]
         names = dict.fromkeys(key.partition(":")[0] for key, found in zip(moving, outliers.tolist(), strict=True) if found)
         warnings.warn(
             f"training: a batch gave values more than a thousand times as large as the range of {list_names(list(names))}. The ranges do not follow it, unless "

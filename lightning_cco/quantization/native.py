@@ -44,10 +44,10 @@ class Kernels:
         self._mask_gradient.argtypes = [_pointer, _pointer, _pointer, _long, _int, _int]
         self._mask_gradient.restype = None
         self._fake_quantize_weight = library.fake_quantize_weight
-        self._fake_quantize_weight.argtypes = [_pointer, _pointer, _long, _long, _long, _int, _float, _float, _pointer, _int, _int]
+        self._fake_quantize_weight.argtypes = [_pointer, _pointer, *[_long] * 3, _int, _float, _float, _int, _pointer, _int, _int]
         self._fake_quantize_weight.restype = None
         self._weight_scale = library.weight_scale
-        self._weight_scale.argtypes = [_pointer, _long, _long, _long, _int, _float, _float, _pointer, _int]
+        self._weight_scale.argtypes = [_pointer, *[_long] * 3, _int, _float, _float, _int, _pointer, _int]
         self._weight_scale.restype = None
         self._energies = library.energies
         self._energies.argtypes = [_pointer, _pointer, _long, _int, *[_float] * 3, _pointer, _int]
@@ -108,39 +108,50 @@ class Kernels:
         self._mask_gradient(_address(grad, dtype, count), _address_like(out, grad), bits, count, FORMATS[dtype], torch.get_num_threads())
 
     def fake_quantize_weight(
-        self, weight: Tensor, out: Tensor, axis: int, limit: int, smallest_scale: float, scales: Tensor | None = None, known: bool = False
+        self,
+        weight: Tensor,
+        out: Tensor,
+        axis: int,
+        limit: int,
+        smallest_scale: float,
+        scales: Tensor | None = None,
+        known: bool = False,
+        mse: bool = False,
     ) -> None:
-        """Round a contiguous weight to the symmetric grid of each channel's largest magnitude.
+        """Round a contiguous weight to the symmetric grid of each channel.
 
         Args:
             weight: Any shape.
             out: The same shape and type.
             axis: Axis of the channels.
-            limit: Largest level.
+            limit: Largest level, at most 127.
             smallest_scale: Least scale.
             scales: float32 with one value for each channel, written unless they are known.
             known: Whether to take the scales as they are instead of computing them.
+            mse: Whether the scales are those at which rounding and clipping lose least, instead of those of the largest magnitudes.
         """
         self._fake_quantize_weight(
             _address(weight, weight.dtype, weight.numel()),
             _address_like(out, weight),
             *_around(weight, axis),
             FORMATS[weight.dtype],
-            limit,
+            _within_int8(limit),
             smallest_scale,
+            mse,
             None if scales is None else _address(scales, torch.float32, weight.shape[axis]),
             known,
             torch.get_num_threads(),
         )
 
-    def weight_scale(self, weight: Tensor, axis: int, limit: int, smallest_scale: float, scales: Tensor) -> None:
+    def weight_scale(self, weight: Tensor, axis: int, limit: int, smallest_scale: float, scales: Tensor, mse: bool = False) -> None:
         """The scales that `fake_quantize_weight` takes, float32 with one value for each channel."""
         self._weight_scale(
             _address(weight, weight.dtype, weight.numel()),
             *_around(weight, axis),
             FORMATS[weight.dtype],
-            limit,
+            _within_int8(limit),
             smallest_scale,
+            mse,
             _address(scales, torch.float32, weight.shape[axis]),
             torch.get_num_threads(),
         )
@@ -189,11 +200,20 @@ class Kernels:
             return "fake_quantize of bfloat16"
         weight = np.ascontiguousarray(x[:960].reshape(4, 12, 20))
         scales, found, result = np.abs(weight).max(axis=(0, 2)) / np.float32(127.0), np.empty(12, np.float32), np.empty_like(weight)
-        self._weight_scale(weight.ctypes.data, 4, 12, 20, 0, 127.0, 1e-12, found.ctypes.data, 1)
-        self._fake_quantize_weight(weight.ctypes.data, result.ctypes.data, 4, 12, 20, 0, 127.0, 1e-12, None, False, 1)
+        self._weight_scale(weight.ctypes.data, 4, 12, 20, 0, 127.0, 1e-12, False, found.ctypes.data, 1)
+        self._fake_quantize_weight(weight.ctypes.data, result.ctypes.data, 4, 12, 20, 0, 127.0, 1e-12, False, None, False, 1)
         wide = scales.reshape(1, 12, 1)
         if not (np.array_equal(found, scales) and np.array_equal(result, np.rint(weight * (np.float32(1.0) / wide)) * wide)):
             return "fake_quantize_weight"
+        # For 2 bits a magnitude counts in 48 * 21 whole numbers; the error of each ratio directly.
+        largest = np.abs(weight).max(axis=(0, 2), keepdims=True)
+        whole = np.rint(np.abs(weight) * (np.float32(1.0) / largest * np.float32(1008)))
+        steps = 21.0 * np.arange(48, 0, -1).reshape(-1, 1, 1, 1)
+        best = np.square(whole - steps * np.clip(np.rint(whole / steps), 0, 1)).sum(axis=(1, 3)).argmin(axis=0)
+        scales = largest.ravel() * (np.arange(48, 0, -1).astype(np.float32) / np.float32(48))[best]
+        self._weight_scale(weight.ctypes.data, 4, 12, 20, 0, 1.0, 1e-12, True, found.ctypes.data, 1)
+        if not np.array_equal(found, scales):
+            return "weight_scale"
         sums = (ctypes.c_double * 2)()
         self._energies(x.ctypes.data, None, x.size, 0, scale, -90.0, 80.0, sums, 1)
         error, signal = float(((expected - x).astype(np.float64) ** 2).sum()), float((x.astype(np.float64) ** 2).sum())
@@ -204,6 +224,13 @@ def _around(weight: Tensor, axis: int) -> tuple[int, int, int]:
     """How many values there are before an axis, along it, and behind it."""
     shape = weight.shape
     return shape[:axis].numel(), shape[axis], shape[axis + 1 :].numel()
+
+
+def _within_int8(limit: int) -> int:
+    """The largest level, for C, whose tables hold those of 8 bits."""
+    if 1 <= limit <= 127:
+        return limit
+    raise CCOError(f"kernels: expected levels of at most 1 to 127, got {limit}. Nothing was read or written; write 2 to 8 bits.")
 
 
 def _address(tensor: Tensor, dtype: torch.dtype, count: int) -> int:

@@ -15,7 +15,7 @@ _library = torch.library.Library("lightning_cco", "DEF")  # type: ignore[no-unty
 _TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)  # any layout will do: nothing has to be copied before
 for _schema in (
     "widened(Tensor extrema, Tensor x, float below, float above) -> Tensor",
-    "weight_scale(Tensor weight, int axis, int limit, float smallest) -> Tensor",
+    "weight_scale(Tensor weight, int axis, int limit, float smallest, bool mse=False) -> Tensor",
 ):
     _library.define(_schema, tags=_TAGS)  # type: ignore[no-untyped-call]
 
@@ -44,19 +44,20 @@ def widened(extrema: Tensor, x: Tensor, limits: tuple[float, float]) -> Tensor:
     return result
 
 
-def weight_scale(weight: Tensor, axis: int, limit: int, smallest: float) -> Tensor:
-    """Largest magnitude of each channel, divided by the largest level.
+def weight_scale(weight: Tensor, axis: int, limit: int, smallest: float, mse: bool = False) -> Tensor:
+    """Scale of each channel: its largest magnitude divided by the largest level, or the one at which rounding and clipping lose least.
 
     Args:
         weight: Any shape.
         axis: Axis of the channels.
         limit: Largest level.
         smallest: Least scale.
+        mse: Whether it is the latter.
 
     Returns:
         float32 of the weight's number of dimensions, size 1 except along ``axis``.
     """
-    result: Tensor = torch.ops.lightning_cco.weight_scale(weight, axis, limit, smallest)
+    result: Tensor = torch.ops.lightning_cco.weight_scale(weight, axis, limit, smallest, mse)
     return result
 
 
@@ -72,9 +73,9 @@ def _run_widened(extrema: Tensor, x: Tensor, below: float, above: float) -> Tens
     return result
 
 
-def _run_weight_scale(weight: Tensor, axis: int, limit: int, smallest: float) -> Tensor:
+def _run_weight_scale(weight: Tensor, axis: int, limit: int, smallest: float, mse: bool = False) -> Tensor:
     result = torch.empty(_shape(weight, axis), dtype=torch.float32, device=weight.device)
-    _kernels().weight_scale(weight.contiguous(), axis, limit, smallest, result)
+    _kernels().weight_scale(weight.contiguous(), axis, limit, smallest, result, mse)
     return result
 
 
@@ -86,7 +87,7 @@ def _fake_widened(extrema: Tensor, x: Tensor, below: float, above: float) -> Ten
     return torch.empty_like(extrema)
 
 
-def _fake_weight_scale(weight: Tensor, axis: int, limit: int, smallest: float) -> Tensor:
+def _fake_weight_scale(weight: Tensor, axis: int, limit: int, smallest: float, mse: bool = False) -> Tensor:
     return weight.new_empty(_shape(weight, axis), dtype=torch.float32)
 
 

@@ -20,13 +20,16 @@ from lightning_cco.quantization.fake_quantize import (
     widen,
 )
 from lightning_cco.quantization.ranges import (
+    FEW_BITS,
     batch_range,
     best_clip_ratio,
     clip_errors,
     clip_ratios,
     percentile_range,
+    range_estimator,
     sample,
     says_something,
+    weight_estimator,
 )
 from lightning_cco.quantization.remade_weights import RemadeWeight, remade_weight
 from lightning_cco.quantization.tracing import behind_transforms, runs_plainly
@@ -46,6 +49,7 @@ class ActivationQuantizer(nn.Module):
     """Fake-quantizes one activation tensor with one scale and zero point.
 
     In training it notes the smallest and the largest value that pass; `update_ranges` lets the ranges of all quantizers follow, once per step.
+    With ``auto`` at few bits the range stands still once the calibration has found it: what is learned at few bits is learned for one grid.
     Zeros and empty tensors say nothing about a range. As long as nothing else has come, values pass unrounded; the first batch that says something is
     then taken as it is.
     Buffers are written in place, never assigned: a buffer assigned under ``trainer.validate`` would be an inference tensor for good.
@@ -53,12 +57,15 @@ class ActivationQuantizer(nn.Module):
     Args:
         num_bits: 2 to 8.
         symmetric: Whether the zero point is 0.
-        estimator: ``moving_average``, ``min_max``, ``percentile`` or ``mse``.
+        estimator: ``moving_average``, ``min_max``, ``percentile`` or ``mse``; ``auto``: ``mse`` up to 4 bits, ``moving_average`` above.
         averaging_constant: Share of a training batch's range in the moving average.
         percentile: Share of values, in per cent, that the ``percentile`` estimator keeps at each end.
 
     Attributes:
-        frozen: Whether the range stays as it is.
+        estimator: Which one it is; never ``auto``.
+        frozen: Whether the range stays as it is, as long as nobody says otherwise.
+        settles: Whether the range stands still once a calibration has found it.
+        settled: Whether it does now. What the calibration says nothing about follows the training instead.
         empty: Whether nothing has said anything about the range yet.
         observed: How many calibration batches did.
         saw_zeros: Whether zeros came in the calibration.
@@ -85,7 +92,10 @@ class ActivationQuantizer(nn.Module):
         percentile: float = 99.99,
     ) -> None:
         super().__init__()
-        self.num_bits, self.symmetric, self.estimator = num_bits, symmetric, estimator
+        self.num_bits, self.symmetric = num_bits, symmetric
+        self.settles = estimator == "auto" and num_bits <= FEW_BITS
+        self.estimator = range_estimator(estimator, num_bits)
+        self.settled = False
         self.averaging_constant, self.percentile = averaging_constant, percentile
         self.frozen = False
         self.empty = True
@@ -105,8 +115,14 @@ class ActivationQuantizer(nn.Module):
             self.register_buffer(name, torch.tensor(start, dtype=torch.float32, device="cpu"))
         self.register_buffer("non_finite", torch.zeros((), dtype=torch.bool, device="cpu"))
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What a range is of: one of another kind can't be taken over."""
+        return self.num_bits, self.symmetric, self.estimator, self.settles
+
     def start_calibration(self) -> None:
         """Forget what was observed before."""
+        self.settled = False
         self.observed = 0
         self.saw_zeros = False
         self._batch = self._batch_range = self._range_before = None
@@ -172,6 +188,7 @@ class ActivationQuantizer(nn.Module):
             self.max_val.mul_(self.clip_ratio)
             self._samples.clear()
         self.refresh()
+        self.settled = self.settles and not self.empty
         return "ok" if self.observed or self.saw_zeros else "never_observed"
 
     def _range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,10 +221,10 @@ class ActivationQuantizer(nn.Module):
             x: The activation, any shape, any float type.
             clamp: An activation function to apply on the way, as an interval.
             inplace: Overwrite ``x``.
-            track: Whether the range is to follow this batch, unless it is frozen.
+            track: Whether the range is to follow this batch, unless it stands still.
         """
         buffers = self._buffers  # read directly: a module's attributes take a microsecond each
-        extrema = buffers["extrema"] if track and not self.frozen else None
+        extrema = buffers["extrema"] if track and not (self.frozen or self.settled) else None
         if extrema is not None and self.estimator == "percentile":
             self._watch(x, clamp)
             extrema = None
@@ -236,6 +253,11 @@ class ActivationQuantizer(nn.Module):
             self._numbers = versions, values
         return values
 
+    @property
+    def stands_still(self) -> bool:
+        """Whether the range does not follow the training: it is frozen, or settled by its estimator."""
+        return self.frozen or self.settled
+
     def freeze(self) -> None:
         """Keep the range as it is from now on."""
         self.frozen = True
@@ -246,12 +268,16 @@ class ActivationQuantizer(nn.Module):
         self.extrema[0], self.extrema[1] = _INF, -_INF
 
     def unfreeze(self) -> None:
-        """Let the range follow the activations again."""
+        """Let the range follow the activations again, unless it is settled."""
         self.frozen = False
 
     def get_ranges(self) -> dict[str, Any]:
         """The range as plain data for a checkpoint."""
-        return {"num_bits": self.num_bits, **{name: getattr(self, name).detach().clone().cpu() for name in _RANGE_BUFFERS}}
+        return {
+            "num_bits": self.num_bits,
+            "settled": self.settled,
+            **{name: getattr(self, name).detach().clone().cpu() for name in _RANGE_BUFFERS},
+        }
 
     @torch.no_grad()
     def set_ranges(self, ranges: Mapping[str, Any]) -> None:
@@ -259,6 +285,7 @@ class ActivationQuantizer(nn.Module):
         for name in _RANGE_BUFFERS:
             getattr(self, name).copy_(ranges[name])
         self.observed = max(1, self.observed)
+        self.settled = self.settles and bool(ranges.get("settled", False))  # ranges of older versions follow the training
         self.forget_batch()
         self.notice()
         if ranges["num_bits"] != self.num_bits:
@@ -267,13 +294,13 @@ class ActivationQuantizer(nn.Module):
     def extra_repr(self) -> str:
         """Bits, format, range and scale."""
         form = "symmetric" if self.symmetric else "affine"
-        state = ", frozen" if self.frozen else ""
+        state = ", frozen" if self.frozen else ", settled" if self.settled else ""
         limits = f"range=[{float(self.min_val):.4g}, {float(self.max_val):.4g}]"
         return f"num_bits={self.num_bits}, {form}, {limits}, scale={float(self.scale):.4g}, zero_point={int(self.zero_point)}{state}"
 
 
 class WeightQuantizer(nn.Module):
-    """Fake-quantizes a weight with scales from its own largest magnitudes, symmetric, computed anew from the weight.
+    """Fake-quantizes a weight with scales of its own, symmetric, computed anew from the weight.
 
     Without gradients the result for a parameter is kept until the parameter changes. With gradients it is not, so that its memory is free for
     gradients as soon as the backward has passed.
@@ -281,12 +308,22 @@ class WeightQuantizer(nn.Module):
     Args:
         num_bits: 2 to 8.
         axis: Axis of the output channels; `None`: one scale for the whole tensor.
+        estimator: ``minmax``: scales of the largest magnitudes; ``mse``: those at which rounding and clipping together lose least; ``auto``: ``mse`` up to 4
+            bits, ``minmax`` above.
+
+    Attributes:
+        estimator: Which one it is; never ``auto``.
     """
 
-    def __init__(self, num_bits: int = 8, axis: int | None = 0) -> None:
+    def __init__(self, num_bits: int = 8, axis: int | None = 0, estimator: str = "minmax") -> None:
         super().__init__()
-        self.num_bits, self.axis = num_bits, axis
+        self.num_bits, self.axis, self.estimator = num_bits, axis, weight_estimator(estimator, num_bits)
         self._kept: tuple[tuple[Any, ...], Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Bits and estimator."""
+        return self.num_bits, self.estimator
 
     def forward(self, weight: Tensor, remade: list[RemadeWeight] | None = None) -> Tensor:
         """Fake-quantize; the gradient is that of the identity.
@@ -296,26 +333,33 @@ class WeightQuantizer(nn.Module):
             remade: Takes what makes the result again in the backward, if that is possible and worth it.
         """
         if not torch.compiler.is_compiling() and not runs_plainly():
-            return fake_quantize_weight(weight, self.num_bits, self.axis)
+            return self._rounded(weight)
         room = remade_weight(weight, self.axis) if remade is not None else None
         if room is not None and remade is not None:
             self._kept = None
             remade.append(room)
-            return fake_quantize_weight(weight, self.num_bits, self.axis, room)
+            return self._rounded(weight, room)
         # What is computed from parameters (a parametrization) is a new tensor each time, often at the address of the last one: nothing to keep.
         owner = weight._base if weight._base is not None else weight
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not isinstance(owner, nn.Parameter) or weight.is_inference():
             self._kept = None
-            return fake_quantize_weight(weight, self.num_bits, self.axis)
+            return self._rounded(weight)
         version = weight.data_ptr(), weight._version, weight.shape
         kept = self._kept
         if kept is not None and kept[0] == version and torch.equal(kept[1], kept[2]):
             return kept[3]
-        rounded = fake_quantize_weight(weight, self.num_bits, self.axis)
+        rounded = self._rounded(weight)
         # Writing through `.data` leaves the version as it is; some of the values will tell.
         some = weight.detach()[tuple(slice(None, None, -(-size // _FINGERPRINT) or 1) for size in weight.shape)]
         self._kept = version, some, some.clone(), rounded  # at once: other threads use it as well
         return rounded
+
+    def _rounded(self, weight: Tensor, remade: RemadeWeight | None = None) -> Tensor:
+        return fake_quantize_weight(weight, self.num_bits, self.axis, remade, self.estimator == "mse")
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """The scale of each channel, as `weight_scale` shapes it."""
+        return weight_scale(weight, self.num_bits, self.axis, self.estimator == "mse")
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The integers themselves.
@@ -323,7 +367,7 @@ class WeightQuantizer(nn.Module):
         Returns:
             int8 of the weight's shape, and the scale as `weight_scale` shapes it.
         """
-        scale = weight_scale(weight, self.num_bits, self.axis)
+        scale = self.scale(weight)
         low, high = quant_range(self.num_bits, symmetric=True)
         return weight.detach().float().mul(scale.reciprocal()).round().clamp(low, high).to(torch.int8), scale
 
@@ -332,5 +376,5 @@ class WeightQuantizer(nn.Module):
         return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
-        """Bits and axis."""
-        return f"num_bits={self.num_bits}, axis={self.axis}"
+        """Bits, axis and estimator."""
+        return f"num_bits={self.num_bits}, axis={self.axis}, {self.estimator}"

@@ -26,13 +26,13 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], outliers_before: Te
     of values a thousand times as large as the range, an outlier.
 
     Args:
-        quantizers: The same ones in the same order on every rank. Frozen ones stay.
+        quantizers: The same ones in the same order on every rank. Frozen and settled ones stay.
         outliers_before: What the last update returned: a second outlier in a row is none.
 
     Returns:
-        Which of the quantizers that are not frozen met an outlier, bool; `None` if all are frozen.
+        Which of the quantizers that do not stand still met an outlier, bool; `None` if all do.
     """
-    moving = [quantizer for quantizer in quantizers if not quantizer.frozen]
+    moving = [quantizer for quantizer in quantizers if not quantizer.stands_still]
     if not moving:
         return None
     widens = moving[0].estimator == "min_max"
@@ -106,7 +106,7 @@ def world_size() -> int:
 
 
 @torch.no_grad()
-def sync_calibration(quantizers: Sequence[ActivationQuantizer]) -> list[Tensor] | None:
+def sync_calibration(quantizers: Sequence[ActivationQuantizer]) -> list[Tensor | None] | None:
     """Make ranges equal on all ranks before a calibration is finished. Nothing happens on a single process.
 
     Min-max and mse ranges take the smallest and the largest of the ranks, others the mean; ranks where nothing was observed have no say. Evidence of NaN
@@ -116,32 +116,30 @@ def sync_calibration(quantizers: Sequence[ActivationQuantizer]) -> list[Tensor] 
         quantizers: The same ones in the same order on every rank.
 
     Returns:
-        For the ``mse`` estimator the `clip_errors` of all ranks together, by quantizer.
+        For quantizers of the ``mse`` estimator the `clip_errors` of all ranks together, `None` for others.
     """
     if not quantizers or world_size() == 1:
         return None
     device = quantizers[0].min_val.device
     known = torch.tensor([float(q.observed > 0) for q in quantizers], dtype=torch.float32, device=device)
-    bounds = torch.stack([torch.stack([-q.min_val for q in quantizers]), torch.stack([q.max_val for q in quantizers])])
-    flags = torch.stack([torch.stack([q.non_finite for q in quantizers]).float(), known])
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    estimator = quantizers[0].estimator
-    if estimator in ("min_max", "mse"):
-        bounds = torch.where(known > 0, bounds, -_INF)
-        dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
-    else:
-        sums = torch.cat([torch.where(known > 0, bounds, 0.0), known.unsqueeze(0)])
-        dist.all_reduce(sums)
-        bounds = sums[:2] / sums[2].clamp(min=1.0)
-    found = flags[1].tolist()
+    ends = torch.stack([torch.stack([-q.min_val for q in quantizers]), torch.stack([q.max_val for q in quantizers])])
+    most = torch.cat([torch.where(known > 0, ends, -_INF), torch.stack([torch.stack([q.non_finite for q in quantizers]).float(), known])])
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    sums = torch.cat([torch.where(known > 0, ends, 0.0), known.unsqueeze(0)])
+    dist.all_reduce(sums)
+    widens = torch.tensor([q.estimator in ("min_max", "mse") for q in quantizers], device=device)
+    ends = torch.where(widens, most[:2], sums[:2] / sums[2].clamp(min=1.0))
+    found = most[3].tolist()
     for number, quantizer in enumerate(quantizers):
-        quantizer.non_finite.copy_(flags[0, number] > 0)
+        quantizer.non_finite.copy_(most[2, number] > 0)
         if found[number]:
-            quantizer.min_val.copy_(-bounds[0, number])
-            quantizer.max_val.copy_(bounds[1, number])
+            quantizer.min_val.copy_(-ends[0, number])
+            quantizer.max_val.copy_(ends[1, number])
             quantizer.observed = max(1, quantizer.observed)
-    if estimator != "mse":
+    sampled = [quantizer for quantizer in quantizers if quantizer.estimator == "mse"]
+    if not sampled:
         return None
-    errors = torch.stack([quantizer.clip_errors() for quantizer in quantizers])
+    errors = torch.stack([quantizer.clip_errors() for quantizer in sampled])
     dist.all_reduce(errors)
-    return list(errors.unbind())
+    of_all = iter(errors.unbind())
+    return [next(of_all) if quantizer.estimator == "mse" else None for quantizer in quantizers]

@@ -11,6 +11,28 @@ _MOST_SAMPLES = 65_536
 _CLIP_RATIOS = 40
 
 
+FEW_BITS = 4
+"""Up to here what is rounded finely is worth more than the extremes: estimators that are ``auto`` clip (`benchmarks/fashion.py`)."""
+
+
+def range_estimator(setting: str, num_bits: int) -> str:
+    """The estimator of a tensor's range that a setting means at its bits.
+
+    >>> range_estimator("auto", 8), range_estimator("auto", 4), range_estimator("min_max", 4)
+    ('moving_average', 'mse', 'min_max')
+    """
+    return setting if setting != "auto" else "mse" if num_bits <= FEW_BITS else "moving_average"
+
+
+def weight_estimator(setting: str, num_bits: int) -> str:
+    """The estimator of a weight's scales that a setting means at its bits.
+
+    >>> weight_estimator("auto", 8), weight_estimator("auto", 4), weight_estimator("minmax", 4)
+    ('minmax', 'mse', 'minmax')
+    """
+    return setting if setting != "auto" else "mse" if num_bits <= FEW_BITS else "minmax"
+
+
 def batch_range(x: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest value, as 0-d float32."""
     x = x.detach()

@@ -45,12 +45,13 @@ class RemadeWeight:
 
     Attributes:
         scales: float32 with one value for each channel.
+        limit: Largest level; both are written when the weight is made for the first time.
     """
 
     def __init__(self, weight: Tensor, axis: int, kernels: Kernels) -> None:
         self.weight, self.axis, self.kernels = weight.detach(), axis, kernels
         self.scales = torch.empty(weight.shape[axis], dtype=torch.float32, device="cpu")  # by name: the defaults are the user's
-        self.address, self.version = 0, weight._version
+        self.limit, self.address, self.version = 0, 0, weight._version
 
     def room(self) -> Tensor:
         """Memory for the rounded weight."""
@@ -71,10 +72,10 @@ class RemadeWeight:
             )
         if not runs_plainly():  # the backward under a transform (vectorized autograd) or a mode
             scales = self.scales.view([-1 if dim == self.axis else 1 for dim in range(self.weight.dim())])
-            levels = (self.weight.float() * scales.reciprocal()).round()
+            levels = (self.weight.float() * scales.reciprocal()).round().clamp(-self.limit, self.limit)
             return (levels * scales).to(self.weight.dtype)
         rounded = self.room()
-        self.kernels.fake_quantize_weight(self.weight, rounded, self.axis, 0, 0.0, self.scales, known=True)
+        self.kernels.fake_quantize_weight(self.weight, rounded, self.axis, self.limit, 0.0, self.scales, known=True)
         return rounded
 
 

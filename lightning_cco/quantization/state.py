@@ -81,6 +81,8 @@ def _check_ranges(ranges: Mapping[str, Any], path: str) -> None:
     bits = entry(ranges, "num_bits", int, path)
     if not 2 <= bits <= 8:
         refuse(path + "num_bits", "2 to 8", bits)
+    if not isinstance(ranges.get("settled", False), bool):  # older states have none
+        refuse(path + "settled", "true or false", ranges["settled"])
     value = {}
     for key in _NUMBERS:
         tensor = entry(ranges, key, Tensor, path)

@@ -1,0 +1,181 @@
+"""The accuracy at few bits: two small networks on Fashion-MNIST, trained on for one epoch from one float network.
+
+The first convolution and the input have 8 bits, the last layer stays in float; everything else has the bits of its column. Every training is one epoch of
+SGD (momentum 0.9, learning rate 0.01 down to 0 by a cosine) over 20,000 images from the same float network, and its test one of 10,000 images. A seed
+changes the order of the batches.
+
+Run: ``python benchmarks/fashion.py`` (hours); ``--models resnet --bits w2a2 --seeds 1`` for a part (minutes)
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fashion_data import DEBIAN, NETWORKS, Images, load_images
+from report import Table, parser, publish
+from torch import Tensor, nn
+
+from lightning_cco import quantize
+from lightning_cco.quantization.model import QuantizedModel
+
+OUTPUTS = Path("outputs/fashion")
+BATCH, CALIBRATION_BATCHES, FLOAT_EPOCHS = 64, 20, 4
+BITS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4), "w3a3": (3, 3), "w2a2": (2, 2)}
+FLOAT, REESTIMATED = "float, continued", "ranges estimated again every 50 steps"
+TRAININGS: dict[str, dict[str, str]] = {
+    FLOAT: {},
+    "defaults (`auto`)": {},
+    "`moving_average` ranges, `minmax` weights": {"range_estimator": "moving_average", "weight_estimator": "minmax"},
+    "`auto` ranges, `minmax` weights": {"weight_estimator": "minmax"},
+    "`mse` ranges that move, `auto` weights": {"range_estimator": "mse"},
+    REESTIMATED: {},
+}
+"""The settings of each row beside the bits."""
+
+Results = dict[str, float]
+
+
+def batches(data: Images) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch, in an order drawn from the global random state."""
+    order = torch.randperm(len(data.train))
+    for chosen in order[: len(order) // BATCH * BATCH].view(-1, BATCH):
+        yield data.train[chosen], data.train_classes[chosen]
+
+
+def train(
+    model: nn.Module, data: Images, epochs: int, rate: float, start: float, each_step: Callable[[int], None] = lambda step: None
+) -> None:
+    """SGD with a cosine, after a rise from ``start * rate`` over a quarter of the steps unless ``start`` is 1."""
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=start < 1, weight_decay=5e-4 if start < 1 else 0.0)
+    steps = len(data.train) // BATCH * epochs
+    schedule: Any = (
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        if start == 1
+        else torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, div_factor=1 / start)
+    )
+    model.train()
+    step = 0
+    for _ in range(epochs):
+        for images, classes in batches(data):
+            each_step(step)
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), classes).backward()
+            optimizer.step()
+            schedule.step()
+            step += 1
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Images) -> float:
+    """Per cent of the test's images."""
+    model.eval()
+    found = torch.cat([model(images).argmax(1) for images in data.test.split(500)])
+    return 100 * float((found == data.test_classes).float().mean())
+
+
+def float_network(name: str, data: Images, keep: bool) -> nn.Module:
+    """The one float network of a kind, trained, or as an earlier run left it."""
+    torch.manual_seed(0)
+    model = NETWORKS[name][1]().to(memory_format=torch.channels_last)
+    path = OUTPUTS / f"{name}.pt"
+    if keep and path.is_file():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model
+    train(model, data, FLOAT_EPOCHS, 0.1, 0.04)
+    OUTPUTS.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model
+
+
+def quantized_network(model: nn.Module, data: Images, bits: str, settings: dict[str, str], seed: int) -> QuantizedModel:
+    """A float network with quantization hooked on and calibrated."""
+    weights, activations = BITS[bits]
+    recipe = {
+        "global_quantization_settings": {"weights_num_bits": weights, "activations_num_bits": activations},
+        "training_settings": settings,
+        "layer_settings": [{"match": "conv", "weights_num_bits": 8}, {"match": "input_0", "activations_num_bits": 8}],
+    }
+    quantized = quantize(model, recipe, (data.train[:BATCH],))
+    torch.manual_seed(1000 + seed)
+    quantized.calibrate([images] for _, (images, _) in zip(range(CALIBRATION_BATCHES), batches(data), strict=False))
+    return quantized
+
+
+def one(start: nn.Module, data: Images, training: str, bits: str, seed: int) -> float:
+    """Accuracy after one training."""
+    model = copy.deepcopy(start)
+    each_step: Callable[[int], None] = lambda step: None  # noqa: E731
+    if training != FLOAT:
+        quantized = quantized_network(model, data, bits, TRAININGS[training], seed)
+        if training == REESTIMATED:
+            held = [[images] for _, (images, _) in zip(range(CALIBRATION_BATCHES), batches(data), strict=False)]
+            each_step = lambda step: None if step == 0 or step % 50 else (quantized.calibrate(held), None)[1]  # noqa: E731
+    torch.manual_seed(seed)
+    train(model, data, 1, 0.01, 1, each_step)
+    return accuracy(model, data)
+
+
+def measure(options: argparse.Namespace, data: Images) -> Results:
+    """All results asked for, by network, training, bits and seed; each is kept as soon as it is there."""
+    path = OUTPUTS / "results.json"
+    results: Results = json.loads(path.read_text()) if options.resume and path.is_file() else {}
+    for name in options.models:
+        start = float_network(name, data, options.resume)
+        results[f"{name}|float"] = accuracy(start, data)
+        for seed in range(options.seeds):
+            for bits in options.bits:
+                for training in options.trainings:
+                    key = "|".join([name, training, "" if training == FLOAT else bits, str(seed)])
+                    if key not in results:
+                        results[key] = one(start, data, training, bits, seed)
+                        print(f"{key}: {results[key]:.2f}", flush=True)
+                        path.write_text(json.dumps(results, indent=1))
+    return results
+
+
+def rows_of(results: Results, options: argparse.Namespace) -> list[list[str]]:
+    rows = []
+    for name in options.models:
+        shown = f"{NETWORKS[name][0]} (float {results[f'{name}|float']:.2f})"
+        for training in options.trainings:
+            cells = []
+            for bits in options.bits:
+                prefix = "|".join([name, training, "" if training == FLOAT else bits, ""])
+                values = [value for key, value in results.items() if key.startswith(prefix)]
+                spread = f" ± {statistics.stdev(values):.2f} ({len(values)})" if len(values) > 1 else f" ({len(values)})"
+                cells.append(f"{statistics.fmean(values):.2f}{spread}" if values else "")
+            rows.append([shown, training, *cells])
+    return rows
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--data", type=Path, default=DEBIAN, help="folder of the four .gz files of Fashion-MNIST")
+    arguments.add_argument("--models", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    arguments.add_argument("--bits", nargs="+", choices=list(BITS), default=list(BITS))
+    arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--trainings", nargs="+", type=int, help="rows to measure, by number from 0 on; default: all")
+    arguments.add_argument("--resume", action="store_true", help="keep what an earlier run measured, and its float networks")
+    arguments.set_defaults(threads=1)
+    options = arguments.parse_args()
+    options.trainings = [list(TRAININGS)[number] for number in options.trainings or range(len(TRAININGS))]
+    torch.set_num_threads(options.threads)
+    results = measure(options, load_images(options.data))
+    header = ["network", "training", *(bits.upper() for bits in options.bits)]
+    notes = [
+        "Accuracy in per cent of the 10,000 test images after one more epoch: mean ± standard deviation over seeds, in brackets how many. "
+        "`auto` ranges stand still from 4 bits down; the first convolution and the input have 8 bits, the last layer is in float."
+    ]
+    publish(Table("fashion", "How accurate is a network at few bits?", header, rows_of(results, options), notes), options)
+
+
+if __name__ == "__main__":
+    main()
