@@ -52,13 +52,13 @@ class CCOCallback(pl.Callback):
 
     Logged each epoch, for ``monitor=`` of other callbacks:
 
-    ==================================  =============================================================
-    ``cco/qs_max``                      largest local Quantization Sensitivity of any layer (L2 norm)
-    ``cco/qs_mean``                     mean over the layers
-    ``cco/sqnr_min``                    smallest signal-to-quantization-noise ratio of any layer, dB
-    ``cco/num_quantized_layers``        number of layers in INT8
-    ``cco/num_suggested_skips``         number of layers above the threshold
-    ==================================  =============================================================
+    | name | |
+    |---|---|
+    | `cco/qs_max` | largest local Quantization Sensitivity of any layer (L2 norm) |
+    | `cco/qs_mean` | mean over the layers |
+    | `cco/sqnr_min` | smallest signal-to-quantization-noise ratio of any layer, dB |
+    | `cco/num_quantized_layers` | number of layers in INT8 |
+    | `cco/num_suggested_skips` | number of layers above the threshold |
 
     Raises:
         CCOError: The recipe is not valid.

@@ -118,7 +118,7 @@ class TrainingSettings(_Checked):
             each step; ``auto``: ``mse`` up to 4 bits, ``minmax`` above.
         averaging_constant: Share of a training batch in the moving average, in (0, 1].
         percentile: Per cent of the values that the ``percentile`` estimator covers at each end, in (50, 100].
-        freeze_ranges_at_step: Global step from which ranges stand still; 0: right after the calibration; None: never.
+        freeze_ranges_at_step: Global step from which ranges are frozen; 0: right after the calibration; None: never.
         skip_initial_evaluation: Don't validate the float model before training.
     """
 
