@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,9 +24,9 @@ from lightning_cco.batches import (
     training_batches,
     with_progress,
 )
-from lightning_cco.checkpoints import check_callback_state, read_checkpoint
+from lightning_cco.checkpoints import best_checkpoint, check_callback_state, local_folder, read_checkpoint
 from lightning_cco.errors import CCOError, CCOWarning
-from lightning_cco.lookahead import warn_of_left_over
+from lightning_cco.lookahead import copied, warn_of_left_over
 from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.directions import metric_directions
 from lightning_cco.monitoring.metrics import monitored_values, numbers, sanity_check_metrics
@@ -79,6 +80,7 @@ class CCOCallback(pl.Callback):
         self._pending_skips: list[str] = []
         self._sanity_steps: int | float | None = None
         self._warned_of_float = False
+        self._weights_are_known = self._ranges_came = True
 
     # Set-up
 
@@ -91,12 +93,41 @@ class CCOCallback(pl.Callback):
                 f"Trainer(callbacks=...): {len(others)} CCOCallbacks were given, but a model can be quantized only once. Keep one of them."
             )
         check_strategy(trainer)
+        self._ranges_came = stage == "fit"
+        self._weights_are_known = stage == "fit" or self.quantized is None or self.quantized.model is pl_module
         if self.quantized is not None and (self.quantized.model is not pl_module or not self.quantized.attached):
+            self._leave(pl_module, stage)
+        if stage == "fit":
+            self._check_export()
+            if self.quantized is None:
+                self._release(pl_module)
+
+    def _leave(self, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the hooks off the model of an earlier run. Another model is trained from scratch: ranges, skips and metrics of the first say nothing of it."""
+        assert self.quantized is not None
+        if stage == "fit" and self.quantized.model is not pl_module:
+            rank_zero_info("CCOCallback: another model than in the run before; it is captured and calibrated anew.")
+            self._state, self._monitor, self.report = None, None, None
+            self.original_metrics, self.suggestions, self._skips, self._pending_skips, self._held = {}, [], [], [], []
+        else:
             self._state = self._state or self.state_dict()
-            self.quantized.remove()
-            self.quantized = None
-        if stage == "fit" and self.quantized is None:
-            self._release(pl_module)
+        self.quantized.remove()
+        self.quantized = None
+
+    def _check_export(self) -> None:
+        """Say before the training what would keep its result from being exported."""
+        folder = self.settings.deployment_settings.export_dir
+        if folder is None:
+            return
+        from lightning_cco.export.failures import need_packages
+
+        local_folder(folder, "deployment_settings.export_dir")
+        try:
+            need_packages()
+        except CCOError as error:
+            raise CCOError(
+                f"deployment_settings.export_dir is set, but after the training there could be no {error} Or leave export_dir out."
+            ) from error
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -279,26 +310,53 @@ class CCOCallback(pl.Callback):
         if self._monitor is not None:
             self._monitor.finish()
         folder = self.settings.deployment_settings.export_dir
+        if self.quantized is None:
+            nothing = " and nothing was exported" if folder is not None else ""
+            warnings.warn(
+                f"trainer.fit: it ended before its first batch (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
+                f"limit_train_batches={trainer.limit_train_batches}), so the model was not compressed{nothing}. Train for at least one batch.",
+                CCOWarning,
+                stacklevel=2,
+            )
+            return
         if folder is not None and trainer.is_global_zero:
-            self._export_best(trainer, folder)
+            self._export_best(trainer, local_folder(folder, "deployment_settings.export_dir"))
 
     # Evaluation outside fit: the checkpoint's quantizers on the first batch
 
     def _before_evaluation_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        if trainer.sanity_checking or trainer.training or trainer.state.fn == "fit" or (self.quantized is not None and self._state is None):
+        if trainer.sanity_checking or trainer.training or trainer.state.fn == "fit":
+            return
+        if self.quantized is not None and self._state is None:
+            self._calibrate_for_other_weights(trainer)
             return
         if self._state is None:
             if not self._warned_of_float:
                 self._warned_of_float = True
                 warnings.warn(
-                    f"trainer.{trainer.state.fn}: the model runs in float: CCOCallback has no ranges, since no checkpoint with its state was loaded "
-                    "(ModelCheckpoint(save_weights_only=True) and runs without the callback save none). For the compressed model give a whole checkpoint "
-                    "as ckpt_path, or run trainer.fit first, with this callback; to evaluate the float model, leave the callback out.",
+                    f"trainer.{getattr(trainer.state.fn, 'value', '')}: the model runs in float: CCOCallback has no ranges, since no checkpoint with its "
+                    "state was loaded (ModelCheckpoint(save_weights_only=True) and runs without the callback save none). For the compressed model "
+                    "give a whole checkpoint as ckpt_path, or run trainer.fit first, with this callback; to evaluate the float model, leave it out.",
                     CCOWarning,
                     stacklevel=2,
                 )
             return
         self._attach(trainer, pl_module, batch)
+        self._held = self._held or [copied(batch)]
+        self._calibrate_for_other_weights(trainer)
+
+    def _calibrate_for_other_weights(self, trainer: pl.Trainer) -> None:
+        """Find ranges for weights that came without: of a checkpoint that has no others, or of another model than the one trained."""
+        if self._weights_are_known and (not trainer.ckpt_path or self._ranges_came):
+            return
+        self._weights_are_known = self._ranges_came = True
+        where = (
+            f"{trainer.ckpt_path} holds no ranges (save_weights_only=True)"
+            if trainer.ckpt_path
+            else "the model is another than the one trained"
+        )
+        with model_context(trainer):
+            self._calibrate_on_held(where)
 
     @override
     def on_validation_batch_start(
@@ -349,6 +407,7 @@ class CCOCallback(pl.Callback):
         if not state_dict:
             return
         check_callback_state(state_dict)
+        self._weights_are_known = self._ranges_came = True
         self._state = state_dict
         self.original_metrics = dict(state_dict["original_metrics"])
         self._skips = list(state_dict["skips"])
@@ -412,7 +471,7 @@ class CCOCallback(pl.Callback):
     def _export_best(self, trainer: pl.Trainer, folder: str) -> None:
         """Export the best checkpoint, or the last weights if there is none."""
         assert self.quantized is not None
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        best, why = best_checkpoint(trainer)
         quantized, model = self.quantized, self.quantized.model
         path = Path(folder) / f"{type(model).__name__}_int8.onnx"
         weights, ranges = {name: value.detach().clone() for name, value in model.state_dict().items()}, quantized.state_dict()
@@ -420,7 +479,13 @@ class CCOCallback(pl.Callback):
         try:
             if best:
                 self._load_best(best)
-            self.export(path)
+            rank_zero_info(f"Exporting {best or 'the model'} ({why}) to {path}.")
+            if trainer.fast_dev_run:  # type: ignore[attr-defined]
+                with TemporaryDirectory() as tried:
+                    self.export(Path(tried) / path.name)
+                rank_zero_info(f"fast_dev_run: the export works; {path} was not written.")
+            else:
+                self.export(path)
         except Exception as error:
             raise CCOError(
                 f"deployment_settings.export_dir: the training has ended and its checkpoints are saved ({best or 'none'}), but the export to {path} failed: "
@@ -444,17 +509,27 @@ class CCOCallback(pl.Callback):
                 self.quantized.replan(suggestions=state["skips"])
             self.quantized.load_state_dict(state["quantized"])
             return
-        assert self._forward is not None
         if not self._held:
             raise CCOError(f"{path} holds no ranges (save_weights_only=True), and there are no held batches to calibrate on.")
-        device = self.quantized.device
+        self._calibrate_on_held(f"{path} holds no ranges (save_weights_only=True)")
+
+    def _calibrate_on_held(self, where: str) -> None:
+        """Calibrate on the held batches for weights that came without ranges."""
+        assert self.quantized is not None
+        if not self._held or self._forward is None:
+            warnings.warn(
+                f"{where}, and there are no held batches to calibrate on: the ranges are those of other weights. Test a whole checkpoint.",
+                CCOWarning,
+                stacklevel=3,
+            )
+            return
         frozen = self.quantized.frozen
-        batches = [move_data_to_device(batch, device) for batch in self._held]
+        batches = [move_data_to_device(batch, self.quantized.device) for batch in self._held]
         with torch.inference_mode(False):
             self.quantized.calibrate(batches, on_a_copy(self._forward))
         if frozen:
             self.quantized.freeze_ranges()
-        rank_zero_info(f"{path} holds no ranges (save_weights_only=True): calibrated on the {len(batches)} held batches for its weights.")
+        rank_zero_info(f"{where}: calibrated on the {len(batches)} held batches for its weights.")
 
     def _suggestions_in(self, state: Mapping[str, Any] | None) -> list[str]:
         return list(state["skips"]) if state else []

@@ -7,12 +7,47 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch import Tensor
 
 from lightning_cco.errors import CCOError
 from lightning_cco.quantization.state import check_state, entry, names, refuse
+
+
+def best_checkpoint(trainer: pl.Trainer) -> tuple[str, str]:
+    """The checkpoint of the best epoch: that of the first `ModelCheckpoint` that monitors a metric, else of the first that has saved anything.
+
+    Returns:
+        Its path, empty if there is none; and why it is this one, in words.
+    """
+    saved = [callback for callback in trainer.checkpoint_callbacks if getattr(callback, "best_model_path", "")]
+    if not saved:
+        return "", "no checkpoint was saved: the weights are those at the end of the training"
+    chosen = next((callback for callback in saved if getattr(callback, "monitor", None)), saved[0])
+    monitor = getattr(chosen, "monitor", None)
+    by = (
+        f"the {getattr(chosen, 'mode', '')} of {monitor}"
+        if monitor
+        else "the last that was saved, since no ModelCheckpoint monitors a metric"
+    )
+    others = f"; {len(saved) - 1} other checkpoint callbacks were not asked" if len(saved) > 1 else ""
+    return str(getattr(chosen, "best_model_path", "")), f"{by}{others}"
+
+
+def local_folder(folder: str, setting: str) -> str:
+    """A folder of this machine; ``file://`` in front is taken off.
+
+    Raises:
+        CCOError: It is elsewhere.
+    """
+    path = folder.removeprefix("file://")
+    if "://" in path:
+        raise CCOError(
+            f"{setting}: '{folder}' is not on a disk of this machine; a local folder was expected. Write one, and upload the file from there."
+        )
+    return path
 
 
 def check_callback_state(state: Any) -> None:
@@ -39,11 +74,14 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     """Weights and callbacks' states of a checkpoint that this run has written.
 
     Args:
-        path: A file, local or remote, or the directory of a distributed checkpoint.
+        path: A file, local or remote, or the directory of a distributed checkpoint. It is unpickled where its hyperparameters are of classes of
+            one's own, which runs code of whoever wrote it: as ``trainer.test(ckpt_path=..., weights_only=False)`` does, give only files that you trust.
 
     Raises:
         CCOError: It is gone, or holds no weights.
     """
+    if path.startswith("file:/") and not os.path.exists(path):
+        path = "/" + path.removeprefix("file:").lstrip("/")
     if os.path.isdir(path):
         return _read_distributed(path)
     filesystem = get_filesystem(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from lightning_cco.errors import CCOError
@@ -19,6 +20,10 @@ def export_target(path: str | Path, ending: str) -> Path:
     Raises:
         CCOError: It ends in something else, or what is there is no file.
     """
+    if "://" in str(path) or re.match(r"\w\w+:/", str(path)):
+        raise CCOError(
+            f"export: '{path}' is not on a disk of this machine; a local path was expected. Write the file there, and upload it."
+        )
     if Path(path).suffix.lower() != ending:
         raise CCOError(
             f"export: a path that ends in .onnx (a file for ONNX Runtime, OpenVINO and TensorRT, which build theirs from it) or in .pt2 "
