@@ -141,7 +141,13 @@ def test_two_runs_in_one_folder_are_told(quantized: QuantizedModel, tmp_path: Pa
     show_epoch(two, quantized, 0)
     with pytest.warns(CCOWarning, match="another run writes into"):
         show_epoch(one, quantized, 1)
+    show_epoch(two, quantized, 1)
+    show_epoch(one, quantized, 2)
     assert epochs_in(tmp_path / "sensitivity.csv") == [0, 1]
+    assert epochs_in(tmp_path / "sensitivity_2.csv") == [0, 1, 2]
+    resumed = Monitor(tmp_path, draw=False)
+    resumed.load_state_dict(one.state_dict())
+    assert resumed._csv.earlier == tmp_path / "sensitivity_2.csv"
 
 
 def test_what_a_checkpoint_keeps_is_bounded(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.call import Call, Read, Slot
@@ -73,6 +74,12 @@ class Tracer:
         self._between = Frame(CallNode(""), False)
         self._alive: list[Any] = []
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        lazy = [name for name, parameter in self._parameters.items() if is_lazy(parameter)]
+        if lazy:
+            raise CCOError(
+                f"{type(model).__name__}: the parameters {lazy} of lazy modules have no shape yet. Run a forward on one batch before, at the end of "
+                "__init__ or in configure_model (their optimizer needs them, too)."
+            )
         for name, tensor in [*self._parameters.items(), *model.named_buffers(remove_duplicate=False)]:
             if self._origins.of(tensor) is None:
                 self._origins.remember(tensor, (name,) if isinstance(tensor, nn.Parameter) else ())
@@ -280,6 +287,11 @@ class Tracer:
             raise CCOError(
                 f"module '{frame.node.path}': its '{op.kind}' reads a DTensor, cut over processes; whole tensors were expected. Shard the parameters with "
                 "fully_shard, which puts them together for each layer, or train with strategy='ddp'."
+            )
+        if any(tensor.is_nested for _, tensor, _ in operands):
+            raise CCOError(
+                f"module '{frame.node.path}': its '{op.kind}' reads a nested tensor, which has no INT8 form; a padded one was expected. Give the example, and "
+                "train, with torch.nested.to_padded_tensor(x, 0.0) and a mask."
             )
         self.read.update(parameter for _, _, origin in operands if is_constant(origin) for parameter in origin)
         mask_like = any(is_constant(origin) and not is_attention_mask(op, slot) and is_mask_like(t) for slot, t, origin in operands)

@@ -277,12 +277,12 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """The history as plain data, a few kilobytes."""
-        return {**self.past.state_dict(), "folder": str(self.folder)}
+        return {**self.past.state_dict(), "folder": str(self.folder), "table": self._csv.path.name}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a history."""
         self.past.load_state_dict(state)
-        earlier = Path(state.get("folder", self.folder)) / self._csv.path.name
+        earlier = Path(state.get("folder", self.folder)) / str(state.get("table", self._csv.path.name))
         self._csv = SensitivityCsv(self._csv.path, earlier)
 
 

@@ -32,7 +32,7 @@ class SensitivityCsv:
         self.path, self.earlier = path, earlier
         self._seen: tuple[int, int, int] | None = None  # device, inode and size that this run left
         self._last = -1
-        self._warned = False
+        self._text: list[tuple[int, str]] = []  # epoch and rows, should another run take the file
 
     def write(self, epoch: int, report: SensitivityReport, plan: QuantizationPlan) -> None:
         """Add an epoch. One that is run again takes the place of what came from it on.
@@ -42,20 +42,38 @@ class SensitivityCsv:
         """
         rows = _as_text(_rows(epoch, report, plan))
         found = _identity(self.path)
+        if self._seen is not None and found is not None and found != self._seen:
+            self._move()
+            found = None
         if self._seen is None or found is None or epoch <= self._last:
-            source = self.path if self._seen is not None else self.earlier
-            write_file(self.path, _as_text([HEADER, *_before(source, epoch)]) + rows)
+            earlier = self._kept(epoch) if self._seen is not None else _as_text([HEADER, *_before(self.earlier, epoch)])
+            self._text = [(-1, earlier)]
+            write_file(self.path, earlier + rows)
         else:
-            if found != self._seen and not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"lightning_cco: another run writes into '{printable(self.path)}'; the rows of both are in it. "
-                    "Give each run a monitoring_settings.output_dir of its own.",
-                    CCOWarning,
-                    stacklevel=2,
-                )
             _append(self.path, rows.encode())
+        self._text.append((epoch, rows))
         self._seen, self._last = _identity(self.path), epoch
+
+    def _kept(self, epoch: int) -> str:
+        """What this run has written of the epochs before."""
+        if epoch > self._last:
+            return "".join(text for _, text in self._text)
+        (_, start), *later = self._text
+        kept = [row for row in csv.reader(io.StringIO(start, newline="")) if not row[0].isdigit() or int(row[0]) < epoch]
+        return _as_text(kept) + "".join(text for number, text in later if number < epoch)
+
+    def _move(self) -> None:
+        """Leave the file to the other run that writes into it; all rows of this one go into a file of its own."""
+        taken, number = self.path, 2
+        while (own := taken.with_name(f"{taken.stem}_{number}{taken.suffix}")).exists():
+            number += 1
+        self.path = own
+        warnings.warn(
+            f"lightning_cco: another run writes into '{printable(taken)}', so this one goes on in '{printable(own.name)}'. "
+            "Give each run a monitoring_settings.output_dir of its own.",
+            CCOWarning,
+            stacklevel=3,
+        )
 
 
 def _rows(epoch: int, report: SensitivityReport, plan: QuantizationPlan) -> Iterable[Sequence[str]]:

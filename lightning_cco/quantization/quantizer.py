@@ -138,6 +138,14 @@ class ActivationQuantizer(nn.Module):
             x: The float activation, any shape.
             batch: Number of the batch: what comes with the same number counts as one tensor.
         """
+        if not runs_plainly():
+            with behind_transforms(x) as values:
+                if values is not None:
+                    self._observe(values, batch)
+            return
+        self._observe(x, batch)
+
+    def _observe(self, x: Tensor, batch: int | None) -> None:
         if x.numel() == 0:
             return
         low, high = self._range_of(x)
