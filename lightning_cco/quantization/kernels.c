@@ -192,8 +192,8 @@ void mask_gradient(const void *from, void *to, const uint8_t *mask, int64_t n, i
 #define RATIOS 48
 #define FINEST (127 * RATIOS)
 
-static inline int unit_of(int limit) { /* about a thousand whole numbers at least; as fake_quantize.py has it */
-    return limit < 21 ? 21 / limit : 1;
+static inline int unit_of(int limit) { /* about three hundred whole numbers at least; as weight_clipping.py has it */
+    return limit < 7 ? 7 / limit : 1;
 }
 
 /* The ratio at which clipping and rounding of one channel together lose least; of equals the largest.

@@ -205,10 +205,10 @@ class Kernels:
         wide = scales.reshape(1, 12, 1)
         if not (np.array_equal(found, scales) and np.array_equal(result, np.rint(weight * (np.float32(1.0) / wide)) * wide)):
             return "fake_quantize_weight"
-        # For 2 bits a magnitude counts in 48 * 21 whole numbers; the error of each ratio directly.
+        # For 2 bits a magnitude counts in 48 * 7 whole numbers; the error of each ratio directly.
         largest = np.abs(weight).max(axis=(0, 2), keepdims=True)
-        whole = np.rint(np.abs(weight) * (np.float32(1.0) / largest * np.float32(1008)))
-        steps = 21.0 * np.arange(48, 0, -1).reshape(-1, 1, 1, 1)
+        whole = np.rint(np.abs(weight) * (np.float32(1.0) / largest * np.float32(336)))
+        steps = 7.0 * np.arange(48, 0, -1).reshape(-1, 1, 1, 1)
         best = np.square(whole - steps * np.clip(np.rint(whole / steps), 0, 1)).sum(axis=(1, 3)).argmin(axis=0)
         scales = largest.ravel() * (np.arange(48, 0, -1).astype(np.float32) / np.float32(48))[best]
         self._weight_scale(weight.ctypes.data, 4, 12, 20, 0, 1.0, 1e-12, True, found.ctypes.data, 1)
