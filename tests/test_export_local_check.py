@@ -75,10 +75,8 @@ def format_of(name: str, number: int, how: Any) -> Harm:
 
 def without_clamp(name: str) -> Harm:
     def harm(model: onnx.ModelProto) -> None:
-        quantize = next(node for node in model.graph.node if node.name == f"{name}_quantize")
-        makers = {value: node for node in model.graph.node for value in node.output}
-        while makers[quantize.input[0]].op_type in ("Clip", "Min", "Max"):
-            quantize.input[0] = makers[quantize.input[0]].input[0]
+        clip = next(node for node in model.graph.node if node.name == f"{name}_clip")
+        own(model, clip, 2, lambda array: np.full_like(array, 255))
 
     return harm
 

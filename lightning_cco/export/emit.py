@@ -19,10 +19,11 @@ from lightning_cco.export.stored import EMBEDDINGS, StoredWeights
 from lightning_cco.graph.capture import Site
 from lightning_cco.graph.compiled import mode_stack, restore_modes
 from lightning_cco.graph.frames import Frame
-from lightning_cco.graph.ops import operation
-from lightning_cco.quantization.fake_quantize import quant_range
+from lightning_cco.graph.ops import Category, operation
+from lightning_cco.quantization.fake_quantize import level_bounds, quant_range
 from lightning_cco.quantization.model import QuantizedModel
 from lightning_cco.quantization.quantizer import ActivationQuantizer
+from lightning_cco.quantization.runtime import LIMITS
 from lightning_cco.quantization.slots import replaced
 
 
@@ -111,6 +112,9 @@ class Emitter:
                 args, kwargs = self._with_weights(site, args, kwargs)
                 if site.op.kind == "linear" and self.quantized.plan.rounds(name) and args and args[0].dim() > 2:
                     return self._linear(name, func, args, kwargs)
+                limits = self._folded_clamp(site, args, kwargs)
+                if limits is not None:
+                    return self._with_outputs(site, args, args[0] if args else kwargs["input"], limits)
                 if site.op.kind == "scaled_dot_product_attention":
                     func = attention
                 if site.op.kind == "avg_pool":
@@ -194,11 +198,25 @@ class Emitter:
             return value
         return self._symbolic("DequantizeLinear", (value, scale), value.shape, torch.float32, {"axis": 0} if scale.dim() else {})
 
-    def _with_outputs(self, site: Site, args: tuple[Any, ...], result: Any) -> Any:
+    def _folded_clamp(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+        """First and last level of a rounded tensor behind a clamp that rounding does; `None`: the clamp is written as it is."""
+        known = LIMITS.get(site.function) if site.op.category is Category.CLAMP else None
+        key = site.layer
+        if known is None or not self.stored.target.clips_integers or not self.quantized.plan.rounds(key):
+            return None
+        quantizer, interval = self.quantized.activations[key], known(args, kwargs)
+        if interval is None or quantizer.empty:
+            return None
+        zero_point = int(quantizer.zero_point)
+        low, high = (level - zero_point for level in quant_range(quantizer.num_bits, quantizer.symmetric))
+        first, last = level_bounds(float(quantizer.scale), low, high, interval)
+        return int(first) + zero_point, int(last) + zero_point
+
+    def _with_outputs(self, site: Site, args: tuple[Any, ...], result: Any, limits: tuple[int, int] | None = None) -> Any:
         if isinstance(result, Tensor):
             if not self.quantized.plan.rounds(site.layer):
                 return result
-            rounded = self._round(result, site.layer)
+            rounded = self._round(result, site.layer, limits)
             return args[0].copy_(rounded) if site.in_place and site.layer not in self.stored.folded else rounded
         if not isinstance(result, (tuple, list)):
             return result
@@ -209,22 +227,34 @@ class Emitter:
                 items[output] = self._round(items[output], key)
         return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
 
-    def _round(self, x: Tensor, key: str) -> Tensor:
-        """QuantizeLinear and DequantizeLinear; formats of fewer than 8 bits are stored in 8 with a narrower range."""
+    def _round(self, x: Tensor, key: str, limits: tuple[int, int] | None = None) -> Tensor:
+        """QuantizeLinear and DequantizeLinear; formats of fewer than 8 bits are stored in 8 with a narrower range.
+
+        Args:
+            x: What is rounded.
+            key: Name of its quantizer.
+            limits: First and last level, if a clamp narrows the format.
+        """
         if self.quantized.activations[key].empty:
             return x
-        scale, zero_point, limits = self._formats[key]
-        if limits is not None:
-            x = x.clamp(*limits)
-        return self._pair(x, scale, zero_point, key)
+        scale, zero_point, levels = self._formats[key]
+        levels = limits or levels
+        if levels is None or self.stored.target.clips_integers:
+            return self._pair(x, scale, zero_point, key, levels)
+        low, high = ((level - int(zero_point)) * scale for level in levels)
+        return self._pair(x.clamp(float(low), float(high)), scale, zero_point, key)
 
     def _round_operand(self, x: Tensor, scale: Tensor, layer: str) -> Tensor:
         zero_point, dtype = self.stored.operand_format
         return self._pair(x, scale, torch.tensor(zero_point, dtype=dtype, device=scale.device), f"{layer}.operand")
 
-    def _pair(self, x: Tensor, scale: Tensor, zero_point: Tensor, name: str) -> Tensor:
+    def _pair(self, x: Tensor, scale: Tensor, zero_point: Tensor, name: str, limits: tuple[int, int] | None = None) -> Tensor:
         self.order.append(name)
         levels = self._symbolic("QuantizeLinear", (x, scale, zero_point), x.shape, zero_point.dtype, name=name)
+        info = torch.iinfo(zero_point.dtype)
+        if limits is not None and (limits[0] > info.min or limits[1] < info.max):
+            bounds = (torch.tensor(level, dtype=zero_point.dtype, device=scale.device) for level in limits)
+            levels = self._symbolic("Clip", (levels, *bounds), x.shape, zero_point.dtype)
         return self._symbolic("DequantizeLinear", (levels, scale, zero_point), x.shape, torch.float32)
 
     def _dequantize_weight(self, weight: IntegerWeight) -> Tensor:
@@ -256,11 +286,8 @@ class Emitter:
         return result
 
 
-def _format(quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor, tuple[float, float] | None]:
-    """Scale, zero point in its storage type, and the limits of a format of fewer than 8 bits."""
-    scale, zero_point = quantizer.scale.detach().clone(), quantizer.zero_point.detach()
-    limits = None
-    if quantizer.num_bits < 8:
-        low, high = quant_range(quantizer.num_bits, quantizer.symmetric)
-        limits = (float((low - zero_point) * scale), float((high - zero_point) * scale))
-    return scale, zero_point.to(torch.int8 if quantizer.symmetric else torch.uint8), limits
+def _format(quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
+    """Scale, zero point in its storage type, and the first and last level of a format of fewer than 8 bits."""
+    levels = quant_range(quantizer.num_bits, quantizer.symmetric) if quantizer.num_bits < 8 else None
+    zero_point = quantizer.zero_point.detach().to(torch.int8 if quantizer.symmetric else torch.uint8)
+    return quantizer.scale.detach().clone(), zero_point, levels

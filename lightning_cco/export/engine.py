@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ class Rounded:
     """A QuantizeLinear of a file.
 
     Attributes:
-        tensor: Name of the integers that it makes.
+        tensor: Name of the integers that it makes, narrowed to fewer than 8 bits.
         scale, zero_point: Its format as the file has it.
     """
 
@@ -49,7 +49,7 @@ def rounded_tensors(model: Any, keys: Iterable[str]) -> dict[str, list[Rounded]]
     import onnx
 
     values = {entry.name: entry for entry in model.graph.initializer}
-    made = {node.output[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[2] in values}
+    made = _quantize_nodes(model, values)
     found: dict[str, list[Rounded]] = {}
     for key in dict.fromkeys(keys):
         names = [f"{key}_quantized"]
@@ -62,14 +62,19 @@ def rounded_tensors(model: Any, keys: Iterable[str]) -> dict[str, list[Rounded]]
     return found
 
 
+def _quantize_nodes(model: Any, known: Container[str]) -> dict[str, Any]:
+    """The QuantizeLinear behind each tensor of integers, seen through the Clip that narrows a format of fewer than 8 bits."""
+    made = {node.output[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[2] in known}
+    clipped = {node.output[0]: made[node.input[0]] for node in model.graph.node if node.op_type == "Clip" and node.input[0] in made}
+    return made | clipped
+
+
 def inspected_session(path: Path, model: Any, tensors: Iterable[str], as_written: bool) -> Any:
     """A session of a file that gives some of its integer tensors as further outputs."""
     import onnx
 
     types = {entry.name: entry.data_type for entry in model.graph.initializer}
-    made = {
-        node.output[0]: types[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[2] in types
-    }
+    made = {name: types[node.input[2]] for name, node in _quantize_nodes(model, types).items()}
     whole = onnx.ModelProto()
     whole.CopyFrom(model)
     for name in tensors:

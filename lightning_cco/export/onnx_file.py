@@ -260,7 +260,7 @@ def _notes(quantized: QuantizedModel, emitter: Emitter, int4: bool) -> list[str]
         notes.append(f"weights of fewer than 8 bits are stored in int8 with a narrower range: {', '.join(narrow)}")
     narrow = [key for key, quantizer in quantized.activations.items() if quantizer.num_bits < 8]
     if narrow:
-        notes.append(f"activations of fewer than 8 bits are clamped and stored in 8: {', '.join(narrow)}")
+        notes.append(f"activations of fewer than 8 bits are narrowed and stored in 8: {', '.join(narrow)}")
     target = quantized.settings.deployment_settings.target_framework
     if target == "openvino" and emitter.reads_shapes and any(quantized.graph[layer].kind == "conv" for layer in emitter.stored.biases):
         notes.append(

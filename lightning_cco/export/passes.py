@@ -139,6 +139,10 @@ def name_nodes(graph: Any) -> None:
         count = taken[key] = taken.get(key, 0) + 1
         name = key if count == 1 else f"{key}.{count}"
         node.name = f"{name}_quantize"
+        clip = next((reader for reader, _ in node.outputs[0].uses() if reader.op_type == "Clip"), None)
+        if clip is not None:  # of a format of fewer than 8 bits
+            node.outputs[0].name = f"{name}_unclipped"
+            node, clip.name = clip, f"{name}_clip"
         node.outputs[0].name = f"{name}_quantized"
         for reader, _ in node.outputs[0].uses():
             if reader.op_type == "DequantizeLinear":

@@ -118,7 +118,7 @@ class Grid(NamedTuple):
 def _grid(scale: Bound, zero_point: Bound, num_bits: int, symmetric: bool, limits: tuple[float, float]) -> Grid:
     quant_min, quant_max = quant_range(num_bits, symmetric)
     low, high = quant_min - zero_point, quant_max - zero_point
-    return Grid(*_level_bounds(scale, low, high, limits), low, high, limits)
+    return Grid(*level_bounds(scale, low, high, limits), low, high, limits)
 
 
 _grid_of_numbers = functools.lru_cache(maxsize=4096)(_grid)
@@ -342,7 +342,7 @@ def _unpacked(mask: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tens
     return bits[: shape.numel()].as_strided(shape, strides)
 
 
-def _level_bounds(scale: Bound, low: Bound, high: Bound, limits: tuple[float, float]) -> tuple[Bound, Bound]:
+def level_bounds(scale: Bound, low: Bound, high: Bound, limits: tuple[float, float]) -> tuple[Bound, Bound]:
     """First and last level once the clamp of the activation is taken into account: rounding is monotone, so it may come after."""
     below, above = limits
     if isinstance(scale, Tensor):

@@ -433,7 +433,7 @@ def _site_quantizers(
         if plan.rounds(key):
             found.outputs.append((output, activations[key]))
     if found.outputs and site.op.category is Category.CLAMP:
-        found.limits = _LIMITS.get(site.function)
+        found.limits = LIMITS.get(site.function)
     return found if found.weights or found.reads or found.outputs else None
 
 
@@ -452,7 +452,7 @@ def _hardtanh_limits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[flo
 
 
 _Limits = Callable[[tuple[Any, ...], dict[str, Any]], "tuple[float, float] | None"]
-_LIMITS: dict[str, _Limits] = {
+LIMITS: dict[str, _Limits] = {
     **dict.fromkeys(("relu", "relu_"), lambda args, kwargs: (0.0, float("inf"))),
     **dict.fromkeys(("relu6",), lambda args, kwargs: (0.0, 6.0)),
     **dict.fromkeys(("hardtanh", "hardtanh_"), _hardtanh_limits),

@@ -39,6 +39,8 @@ class Target:
         matrix_unit_depth: From how many products per output on a convolution runs faster on a processor's matrix units (AMX) than in the engine's own
             convolution kernel, which does not use them; `None`: the engine decides by itself.
         integer_indexing: Whether what moves values is written on integers, since the engine does not move conversions past it.
+        clips_integers: Whether formats of fewer than 8 bits are narrowed on the integers, behind QuantizeLinear: a clamp of floats before it would keep the
+            engine from computing the layer in INT8. Else on the floats.
         own_zero_points: Whether no two weights may share a zero point's constant.
         norms: Whether a batch norm that no layer takes in has an INT8 form: a convolution of each channel with one number.
         unsigned_without_vnni: Whether weights are stored as uint8 for processors without VNNI. The engine has an exact product for two unsigned types;
@@ -60,6 +62,7 @@ class Target:
     integer_bias: bool = True
     matrix_unit_depth: int | None = None
     integer_indexing: bool = False
+    clips_integers: bool = False
     own_zero_points: bool = False
     norms: bool = False
     split_products: bool = False
@@ -137,6 +140,7 @@ TARGETS: Mapping[str, Target] = {
         channel_multiple=4,
         matrix_unit_depth=1024,
         integer_indexing=True,
+        clips_integers=True,
         norms=True,
         own_zero_points=True,
         split_products=True,
