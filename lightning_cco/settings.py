@@ -113,7 +113,7 @@ class TrainingSettings(_Checked):
     Attributes:
         stats_steps: Batches of the training loader for the calibration before the first step.
         range_estimator: ``moving_average``, ``min_max``, ``percentile`` or ``mse``; ``auto``: what is best at a tensor's bits, which is ``mse`` with
-            ranges that stand still from the calibration on up to 4 bits, and ``moving_average`` above (`benchmarks/fashion.py`).
+            ranges that are frozen after the calibration up to 4 bits, and ``moving_average`` above (`benchmarks/fashion.py`).
         weight_estimator: ``minmax``: scales of the largest magnitudes; ``mse``: those at which rounding and clipping of a channel lose least, found anew at
             each step; ``auto``: ``mse`` up to 4 bits, ``minmax`` above.
         averaging_constant: Share of a training batch in the moving average, in (0, 1].

@@ -17,7 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_cco as cc
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-SLOW = ("export.md", "engines/openvino.md", "engines/tensorrt.md")  # another export like that of engines/ort.md
+SLOW = (
+    "export.md",
+    "index.md",
+    "engines/openvino.md",
+    "engines/tensorrt.md",
+)  # another export like those of engines/ort.md and getting-started.md
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
 
