@@ -118,3 +118,12 @@ def test_errors_and_warnings_do_not_reach_the_terminal_raw() -> None:
         graph.select("a\x1b[2J.5" + "z" * 10_000)
     assert all(line.isprintable() for line in str(found.value).split("\n"))
     assert len(str(found.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["x\ny", "a\x00b", "\udc80", 'a"b', "class"])
+def test_a_name_that_no_traced_model_can_hold_is_refused_by_the_export(name: str, tmp_path: Path) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    for ending in ("onnx", "pt2"):
+        with pytest.raises(CCOError, match=r"the module .* can't be exported: its name (holds|is) .*Rename it"):
+            named(name).export(tmp_path / f"model.{ending}", (x,))
+    assert not list(tmp_path.iterdir())

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import keyword
 import re
+from collections.abc import Iterable
 
 import torch
 
 from lightning_cco.errors import CCOError
+from lightning_cco.names import quote
 
 _NEEDED = {"torch": "2.8", "onnx": "1.17", "onnxscript": "0.6", "onnxruntime": "1.20"}
 """The lowest versions that an ONNX file was written and checked with."""
@@ -37,6 +40,27 @@ def need_packages(names: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnx
             )
     if "onnx" in names and not hasattr(getattr(torch.onnx, "ops", None), "symbolic"):
         raise CCOError(f"export: torch {_version('torch')} has no torch.onnx.ops.symbolic; torch>={_NEEDED['torch']} was expected.")
+
+
+def need_writable_names(paths: Iterable[str]) -> None:
+    """Check that modules are named so that the code in which PyTorch keeps a traced model can spell them.
+
+    Args:
+        paths: Dotted paths of modules and parameters.
+
+    Raises:
+        CCOError: With the first name that can't be, and why.
+    """
+    for path in paths:
+        for part in path.split("."):
+            why = "is a word of Python" if keyword.iskeyword(part) else "holds a quotation mark" if '"' in part else ""
+            if re.search(r"[\n\r\0\ud800-\udfff]", part):
+                why = "holds a line break, a NUL or a lone surrogate"
+            if why:
+                raise CCOError(
+                    f"export: the module {quote(path)} can't be exported: its name {why}, which the code of a traced model can't spell. Rename it (letters, "
+                    "digits and underscores always work); the keys of a checkpoint's state_dict are renamed likewise."
+                )
 
 
 def untraceable(model: torch.nn.Module, where: str, error: Exception) -> str:

@@ -19,7 +19,7 @@ from lightning_cco.export.check import Call, call_of, check_file
 from lightning_cco.export.constants import arrange_integers
 from lightning_cco.export.destination import export_target, move
 from lightning_cco.export.emit import Emitter
-from lightning_cco.export.failures import failed, inexpressible, need_packages, untraceable
+from lightning_cco.export.failures import failed, inexpressible, need_packages, need_writable_names, untraceable
 from lightning_cco.export.forms import adds_products_exactly
 from lightning_cco.export.limits import MEAN_STEPS, judge
 from lightning_cco.export.network import Network
@@ -88,6 +88,7 @@ def export_onnx(
         raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
     if int4 and quantized.settings.deployment_settings.target_framework == "tensorrt":
         raise CCOError("export: int4=True with target_framework: tensorrt, which takes 4-bit weights in blocks only. Leave int4 out.")
+    need_writable_names(name for layer in quantized.graph for name in (layer.path, *layer.parameters))
     target = export_target(path, ".onnx")
     types = other_types(quantized.model)
     float_size = _float_size(quantized)

@@ -12,7 +12,7 @@ import torch
 from lightning_cco.errors import CCOError
 from lightning_cco.export.axes import ways_to_vary
 from lightning_cco.export.destination import export_target
-from lightning_cco.export.failures import need_packages, untraceable
+from lightning_cco.export.failures import need_packages, need_writable_names, untraceable
 from lightning_cco.export.network import Network
 from lightning_cco.export.signature import Deployed
 from lightning_cco.files import temporary_folder
@@ -56,6 +56,7 @@ def export_program(
     args, kwargs = tuple(example_args), dict(example_kwargs or {})
     if not args and not kwargs:
         raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
+    need_writable_names(name for layer in quantized.graph for name in (layer.path, *layer.parameters))
     target = export_target(path, ".pt2")
     with quantized.evaluating(), torch.compiler.set_stance("force_eager"):
         deployed = Deployed(quantized.model, args, kwargs, network=network)
