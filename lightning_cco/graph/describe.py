@@ -10,7 +10,7 @@ from torch import Tensor, nn
 _OF_MODULES = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "in_features", "out_features", "num_embeddings",
     "embedding_dim", "num_features", "normalized_shape", "eps", "output_size", "scale_factor", "mode", "p", "negative_slope", "input_size",
-    "divisor_override", "hidden_size", "num_layers", "bidirectional", "num_heads", "embed_dim", "num_groups",
+    "divisor_override", "ceil_mode", "hidden_size", "num_layers", "bidirectional", "num_heads", "embed_dim", "num_groups",
 )  # fmt: skip
 
 # Positional arguments of the functions that carry them, after the tensors.
@@ -18,7 +18,7 @@ _OF_FUNCTIONS: Mapping[str, tuple[str, ...]] = {
     "conv": ("", "", "", "stride", "padding", "dilation", "groups"),
     "conv_transpose": ("", "", "", "stride", "padding", "output_padding", "groups", "dilation"),
     "max_pool": ("", "kernel_size", "stride", "padding", "dilation"),
-    "avg_pool": ("", "kernel_size", "stride", "padding", "", "", "divisor_override"),
+    "avg_pool": ("", "kernel_size", "stride", "padding", "ceil_mode", "", "divisor_override"),
     "adaptive_avg_pool": ("", "output_size"),
     "flatten": ("", "start_dim", "end_dim"),
     "permute": ("", "dims"),
@@ -63,6 +63,8 @@ def attributes(
         for name, value in kwargs.items():
             if isinstance(value, (int, float, str, bool, tuple, list)) and name in _OF_FUNCTIONS.get(kind, ()):
                 found[name] = tuple(value) if isinstance(value, list) else value
+    if not found.get("ceil_mode"):
+        found.pop("ceil_mode", None)
     if kind == "batch_norm" and not isinstance(args[1] if len(args) > 1 else kwargs.get("running_mean"), Tensor):
         found["running_statistics"] = False
     if weight is not None and kind in ("conv", "conv_transpose", "linear"):

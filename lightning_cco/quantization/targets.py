@@ -110,7 +110,8 @@ def _pools_evenly(layer: Layer) -> bool:
 
 
 def _divides_by_count(layer: Layer) -> bool:
-    return layer.attributes.get("divisor_override") is None
+    """An average pooling of whole windows, by their size: those that ``ceil_mode`` adds at the end are smaller."""
+    return layer.attributes.get("divisor_override") is None and not layer.attributes.get("ceil_mode")
 
 
 def _nearest(layer: Layer) -> bool:
