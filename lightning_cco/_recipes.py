@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_cco._yaml import check_interpolations, marked, parse_yaml
+from lightning_cco.compat.omegaconf import root_of
 from lightning_cco.errors import CCOError
 from lightning_cco.names import Interpolated, nearest, printable, shown
 from lightning_cco.settings import (
@@ -127,7 +128,7 @@ def _resolved(cfg: Any, what: str) -> Any:
     """A recipe with its interpolations resolved, as plain data."""
     try:
         config = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(cfg)
-        check_interpolations(OmegaConf.to_container(config._get_root()))
+        check_interpolations(OmegaConf.to_container(root_of(config)))
         return marked(OmegaConf.to_container(config, resolve=True), OmegaConf.to_container(config))
     except (OmegaConfBaseException, RecursionError, ValueError) as error:
         said = "they refer to themselves" if isinstance(error, RecursionError) else printable(error, 300)

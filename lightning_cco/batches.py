@@ -9,12 +9,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
-from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torchmetrics import Metric
 
+from lightning_cco.compat.lightning_trainer import batch_to_device, configured_optimizers
+from lightning_cco.compat.metrics import restore_state, saved_state
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import Capture, capture
 from lightning_cco.graph.reached import frozen_modules, is_within
@@ -180,7 +180,7 @@ def _number_of_optimizers(module: pl.LightningModule) -> int:
     if module.trainer.optimizers:
         return len(module.trainer.optimizers)
     try:
-        return max(1, len(_init_optimizers_and_lr_schedulers(module)[0]))
+        return max(1, len(configured_optimizers(module)))
     except Exception:  # it may need what only a fit has, such as the number of steps
         return 1
 
@@ -199,11 +199,7 @@ def _rehearsing(module: pl.LightningModule) -> Iterator[None]:
     replaced["optimizers"] = lambda *args, **kwargs: stand_ins[0] if len(stand_ins) == 1 else stand_ins
     replaced["lr_schedulers"] = lambda *args, **kwargs: _NoOptimizer()
     own = {name: module.__dict__[name] for name in replaced if name in module.__dict__}
-    metrics = [
-        (metric, {name: _copied(getattr(metric, name)) for name in metric._defaults}, metric._update_count, metric._computed)
-        for metric in module.modules()
-        if isinstance(metric, Metric)
-    ]
+    metrics = [(metric, saved_state(metric)) for metric in module.modules() if isinstance(metric, Metric)]
     module.__dict__.update(replaced)
     try:
         yield
@@ -211,14 +207,8 @@ def _rehearsing(module: pl.LightningModule) -> Iterator[None]:
         for name in replaced:
             module.__dict__.pop(name, None)
         module.__dict__.update(own)
-        for metric, states, count, computed in metrics:
-            for name, state in states.items():
-                setattr(metric, name, state)
-            metric._update_count, metric._computed = count, computed
-
-
-def _copied(state: Any) -> Any:
-    return [item.clone() for item in state] if isinstance(state, list) else state.clone()
+        for metric, saved in metrics:
+            restore_state(metric, saved)
 
 
 @contextmanager
@@ -237,9 +227,7 @@ def uncompiled() -> Iterator[None]:
 
 def to_device(trainer: pl.Trainer, batch: Any) -> Any:
     """Convert and move a batch as the training loop does."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+    return batch_to_device(trainer, trainer.precision_plugin.convert_input(batch))
 
 
 def training_batches(trainer: pl.Trainer, count: int) -> Iterator[Any]:

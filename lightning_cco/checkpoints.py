@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch import Tensor
 
+from lightning_cco.compat.distributed_checkpoint import read_all
 from lightning_cco.errors import CCOError
 from lightning_cco.quantization.state import check_state, entry, names, refuse
 
@@ -101,12 +102,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 
 def _read_distributed(path: str) -> dict[str, Any]:
     """Gather a directory's parts, and the rest that Lightning saves beside them."""
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-    weights: dict[str, Any] = {}
-    _load_state_dict(weights, storage_reader=FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)  # type: ignore[no-untyped-call]
+    weights = read_all(path)
     found = weights.get("state_dict", weights)
     prefix = "state_dict."
     flat = {key.removeprefix(prefix): value for key, value in found.items() if isinstance(value, Tensor)}

@@ -11,13 +11,21 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.fabric.utilities.data import _set_sampler_epoch
-from lightning.fabric.utilities.types import _Stateful
-from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_cco.compat.lightning_loaders import (
+    Stateful,
+    loader_of,
+    loader_states,
+    reload_if_due,
+    replace_loader_states,
+    set_loader_of,
+    set_sampler_epoch,
+    training_fetcher,
+    training_loader,
+)
 from lightning_cco.errors import CCOWarning
 from lightning_cco.spare_loader import draws_by_a_known_order, read_apart, spare_loader, watching_random
 
@@ -43,7 +51,7 @@ class Lookahead:
         uses_random: Whether loading a batch draws from this process's global random state.
     """
 
-    def __init__(self, fetcher: _DataFetcher, again: bool) -> None:
+    def __init__(self, fetcher: Any, again: bool) -> None:
         self.fetcher = fetcher
         self.combined: CombinedLoader = fetcher.combined_loader
         self.kept: deque[_Item] = deque()
@@ -52,7 +60,7 @@ class Lookahead:
             iter(fetcher)
         assert fetcher.iterator is not None
         self.source: Iterator[_Item] = fetcher.iterator
-        self._stateful = any(isinstance(loader, _Stateful) for loader in self.combined.flattened)
+        self._stateful = any(isinstance(loader, Stateful) for loader in self.combined.flattened)
         self._states: deque[Any] = deque()
         prefetched: list[_Item] = getattr(fetcher, "batches", [])
         self._remember_place()
@@ -60,12 +68,12 @@ class Lookahead:
             for item in prefetched:
                 self.kept.append(item)
                 self._remember_place()
-            fetcher._combined_loader = _Begun(self)  # type: ignore[assignment]
+            set_loader_of(fetcher, _Begun(self))
         else:
             fetcher.iterator = self
         if self._stateful:
             # A checkpoint holds the place of what is trained on, not of what was drawn.
-            self.combined._state_dicts = self._place  # type: ignore[method-assign]
+            replace_loader_states(self.combined, self._place)
 
     def __iter__(self) -> Lookahead:
         return self
@@ -87,7 +95,7 @@ class Lookahead:
     @property
     def in_front(self) -> bool:
         """Whether the training loop still reads from here, or will."""
-        return self.fetcher.iterator is self or isinstance(self.fetcher._combined_loader, _Begun)
+        return self.fetcher.iterator is self or isinstance(loader_of(self.fetcher), _Begun)
 
     @property
     def upcoming(self) -> list[_Item]:
@@ -118,15 +126,15 @@ class Lookahead:
 
     def _remember_place(self) -> None:
         if self._stateful:
-            self._states.append(copy.deepcopy(CombinedLoader._state_dicts(self.combined)))
+            self._states.append(copy.deepcopy(loader_states(self.combined)))
 
     def _place(self) -> list[dict[str, Any]]:
-        return list(self._states[0] if self._states and self.in_front else CombinedLoader._state_dicts(self.combined))
+        return list(self._states[0] if self._states and self.in_front else loader_states(self.combined))
 
     def _step_aside(self) -> None:
         if self.fetcher.iterator is self:
             self.fetcher.iterator = self.source
-        self.combined.__dict__.pop("_state_dicts", None)
+        replace_loader_states(self.combined, None)
 
 
 class _Begun:
@@ -136,7 +144,7 @@ class _Begun:
         self._lookahead = lookahead
 
     def __iter__(self) -> Lookahead:
-        self._lookahead.fetcher._combined_loader = self._lookahead.combined
+        set_loader_of(self._lookahead.fetcher, self._lookahead.combined)
         return self._lookahead
 
     def __len__(self) -> int:
@@ -152,11 +160,10 @@ def look_ahead(trainer: pl.Trainer) -> tuple[Lookahead, float]:
     To be called between ``on_train_start`` and the first batch of an epoch.
     """
     loop = trainer.fit_loop
-    if loop._should_reload_train_dl:  # as the loop does before its first batch
-        loop.setup_data()
-    fetcher = loop._data_fetcher
+    reload_if_due(trainer)
+    fetcher, combined = training_fetcher(trainer), training_loader(trainer)
     assert fetcher is not None
-    assert loop._combined_loader is not None
+    assert combined is not None
     epoch_loop, epoch = loop.epoch_loop, trainer.current_epoch
     batches: Any = epoch_loop.batch_progress.current
     trained = batches.processed if epoch_loop.restarting else 0
@@ -164,17 +171,17 @@ def look_ahead(trainer: pl.Trainer) -> tuple[Lookahead, float]:
     again = trainer.current_epoch > 0 and not getattr(loop, "is_resuming", False) and not epoch_loop.restarting
     if left <= 0:  # the checkpoint is from the end of an epoch: the loop goes on with the next one
         again, left, epoch = True, trainer.num_training_batches, epoch + 1
-    current = fetcher.iterator if isinstance(fetcher.iterator, Lookahead) else getattr(fetcher._combined_loader, "_lookahead", None)
+    current = fetcher.iterator if isinstance(fetcher.iterator, Lookahead) else getattr(loader_of(fetcher), "_lookahead", None)
     if isinstance(current, Lookahead) and current.in_front:
         return current, left
-    for loader in loop._combined_loader.flattened:
-        _set_sampler_epoch(loader, epoch)
+    for loader in combined.flattened:
+        set_sampler_epoch(loader, epoch)
     return Lookahead(fetcher, again), left
 
 
 def warn_of_left_over(trainer: pl.Trainer) -> None:
     """Say at the end of an epoch, if it ended early, what was drawn from a stream and not trained on."""
-    fetcher = trainer.fit_loop._data_fetcher
+    fetcher = training_fetcher(trainer)
     lookahead = fetcher.iterator if fetcher is not None else None
     if isinstance(lookahead, Lookahead) and lookahead.kept and spare_loader(trainer, lookahead.combined) is None:
         warnings.warn(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_cco.compat.metrics import syncs
 from lightning_cco.figures import badness
 from lightning_cco.quantization.fake_quantize import quant_range
 from lightning_cco.quantization.native import kernels_for
@@ -277,7 +278,7 @@ class LayerSensitivities(Metric):
 
     def report(self, modes: Sequence[str]) -> SensitivityReport:
         """The report, summed over processes. A layer that never ran is left out."""
-        with self.sync_context(should_sync=self._to_sync and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        with self.sync_context(should_sync=syncs(self) and torch.distributed.is_available() and torch.distributed.is_initialized()):
             sums, batches = self.sums.cpu().tolist(), int(self.batches)
         found = {
             mode: {name: summarize(name, *row) for name, row in zip(self.names, sums[number], strict=True) if row[2] > 0}

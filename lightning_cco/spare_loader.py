@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
+
+from lightning_cco.compat.lightning_loaders import NOT_BEGUN, fetchers_of, is_plain_loader, mode_of
 
 
 def spare_loader(trainer: pl.Trainer, combined: CombinedLoader) -> CombinedLoader | None:
@@ -36,21 +38,15 @@ def spare_loader(trainer: pl.Trainer, combined: CombinedLoader) -> CombinedLoade
             return None
         twin = object.__new__(type(loader))
         twin.__dict__.update(loader.__dict__)
-        twin.__dict__.update(own, _iterator=None, persistent_workers=False)
+        twin.__dict__.update(own, **NOT_BEGUN, persistent_workers=False)
         copies.append(twin)
-    spare = CombinedLoader(combined.iterables, combined._mode)
+    spare = CombinedLoader(combined.iterables, mode_of(combined))
     spare.flattened = copies
     return spare
 
 
 def _can_be_copied(loader: Any) -> bool:
-    return (
-        isinstance(loader, DataLoader)
-        and type(loader).__iter__ is DataLoader.__iter__
-        and type(loader)._get_iterator is DataLoader._get_iterator
-        and not isinstance(loader.dataset, IterableDataset)
-        and not hasattr(loader, "state_dict")
-    )
+    return is_plain_loader(loader) and not isinstance(loader.dataset, IterableDataset) and not hasattr(loader, "state_dict")
 
 
 def draws_by_a_known_order(combined: CombinedLoader) -> bool:
@@ -69,9 +65,10 @@ def draws_by_a_known_order(combined: CombinedLoader) -> bool:
 def watching_random(combined: CombinedLoader) -> Iterator[list[bool]]:
     """Notes whether loading a batch in this process draws from a global random state; the list then is not empty. The samplers' seeds don't count."""
     used: list[bool] = []
-    iterators = getattr(combined._iterator, "iterators", [])
-    # Only the iterators of loaders without workers have such a fetcher.
-    fetchers = [fetcher for it in iterators if (fetcher := getattr(it, "_dataset_fetcher", None)) is not None and hasattr(fetcher, "fetch")]
+    found = fetchers_of(combined)
+    if found is None:
+        used.append(True)
+    fetchers = found or []
 
     def watch(fetcher: Any) -> None:
         fetch = fetcher.fetch

@@ -1,4 +1,4 @@
-"""Runs all tests and writes `docs/compatibility.md` from their results: ``make compatibility``."""
+"""Runs all tests and writes `docs/compatibility.md` from their results: ``make compatibility``; with ``--private-apis`` only the table of these."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+
+from lightning_cco.compat.table import as_markdown
 
 TESTS = Path(__file__).resolve().parent
 PAGE = TESTS.parent / "docs" / "compatibility.md"
@@ -120,6 +122,11 @@ def belongs(name: str, place: str) -> bool:
     return name.startswith(place)
 
 
+def private_apis() -> list[str]:
+    """The section of the page on what is private to others."""
+    return ["## Private APIs", *as_markdown()]
+
+
 def page(collector: Collector, seconds: float) -> str:
     models = sorted({name.partition("[")[2].rstrip("]") for name in collector.tests if name.startswith("test_models_matrix.py")})
     of_tests = {text: mark(ok for name, ok in collector.tests.items() if belongs(name, place)) for text, place in TRAINING.items()}
@@ -157,11 +164,17 @@ def page(collector: Collector, seconds: float) -> str:
             ],
         ),
         "",
+        *private_apis(),
+        "",
     ]
     return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> int:
+    if arguments == ["--private-apis"]:  # the table is written by hand, and needs no run of the tests
+        kept = PAGE.read_text(encoding="utf-8").partition("\n## Private APIs\n")[0].rstrip("\n")
+        PAGE.write_text("\n".join([kept, "", *private_apis(), ""]), encoding="utf-8")
+        return 0
     collector, start = Collector(), time.monotonic()
     os.chdir(TESTS.parent)
     deselected = "tests/test_combination.py::test_the_table_in_the_docs_has_every_cell_and_none_that_failed"

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_cco.compat.modules import BatchNormBase
 from lightning_cco.errors import CCOError
 from lightning_cco.quantization.model import QuantizedModel
 
@@ -70,7 +71,7 @@ def integer_weight(quantized: QuantizedModel, name: str, weight: Tensor, bias: T
     if norm is None:
         return IntegerWeight(integers, scale, quantizer.axis, bias)
     module = quantized.model.get_submodule(quantized.graph[norm].path)
-    if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None or module.running_var is None:
+    if not isinstance(module, BatchNormBase) or module.running_mean is None or module.running_var is None:
         raise CCOError(
             f"export: layer '{norm}' (module '{quantized.graph[norm].path}') is a batch norm without running statistics, which can't be folded into "
             f"'{name}'. Use track_running_stats=True, or skip it: {{match: {norm}, skip_quantization: true}}."

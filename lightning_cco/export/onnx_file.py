@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lightning_cco.compat.onnx_exporter import LOGGERS
 from lightning_cco.errors import CCOError
 from lightning_cco.export import passes
 from lightning_cco.export.axes import Axes, check_axis_names, name_axes, ways_to_vary
@@ -218,7 +219,7 @@ def _traced(deployed: Deployed, emitter: Emitter, ways: Iterator[Axes]) -> tuple
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Keep the exporter's own remarks from the user's terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

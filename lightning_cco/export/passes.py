@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_cco.compat.onnx_exporter import scopes_text
 from lightning_cco.export.signature import PREFIX
 
 NAME = "lightning_cco.quantizer"
@@ -175,7 +176,7 @@ def take_modules(graph: Any) -> dict[str, str]:
     """Module path of each node by its name. The exporter's own remarks, stack traces among them, are taken off: they can outweigh a small model."""
     modules = {}
     for node in graph:
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        scopes = scopes_text(node)
         parts = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
         module = next((part for part in reversed(parts[:-1]) if part), "")
         modules[node.name] = module.removeprefix(PREFIX).removeprefix(".")

@@ -7,19 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from lightning_cco.compat.onnx_exporter import HANDED_ON, graph_being_traced, traced_text
 
 LAYER = "lightning_cco.layer"
 """Where a traced node's ``custom`` metadata, which PyTorch hands on from graph to graph, has its layer's name."""
-
-_TRACED = "pkg.torch.onnx.fx_node"
 
 
 @contextmanager
 def noting(layer: str) -> Iterator[None]:
     """Note the layer on every node that a running trace adds inside the block, unless it has one already."""
-    mode: Any = get_proxy_mode()
-    graph = getattr(getattr(mode, "tracer", None), "graph", None)
+    graph = graph_being_traced()
     last = next(iter(reversed(graph.nodes)), None) if graph is not None else None
     yield
     if graph is None:
@@ -27,7 +24,7 @@ def noting(layer: str) -> Iterator[None]:
     for node in reversed(graph.nodes):
         if node is last:
             return
-        node.meta["custom"] = {LAYER: layer, **(node.meta.get("custom") or {})}
+        node.meta[HANDED_ON] = {LAYER: layer, **(node.meta.get(HANDED_ON) or {})}
 
 
 def layers_of_nodes(graph: Any, exported: Any) -> dict[str, str]:
@@ -40,7 +37,7 @@ def layers_of_nodes(graph: Any, exported: Any) -> dict[str, str]:
     traced = {node.name: _layer(node) for node in exported.graph.nodes}
     found = {}
     for node in graph:
-        name = re.match(r"%?(\w+)", node.metadata_props.get(_TRACED, ""))
+        name = re.match(r"%?(\w+)", traced_text(node))
         layer = _layer(node.meta.get("node")) or (traced.get(name.group(1), "") if name else "")
         if layer:
             found[node.name] = layer
@@ -48,4 +45,4 @@ def layers_of_nodes(graph: Any, exported: Any) -> dict[str, str]:
 
 
 def _layer(node: Any) -> str:
-    return str(((node.meta.get("custom") or {}) if node is not None else {}).get(LAYER, ""))
+    return str(((node.meta.get(HANDED_ON) or {}) if node is not None else {}).get(LAYER, ""))

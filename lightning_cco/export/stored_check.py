@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_cco.compat.modules import BatchNormBase
 from lightning_cco.export.emit import Emitter
 from lightning_cco.export.engine import Rounded, constants
 from lightning_cco.export.fold import IntegerWeight
@@ -172,7 +173,7 @@ class _Expected:
         if stored.folded is None:
             return None
         module = self.quantized.model.get_submodule(self.quantized.graph[stored.folded].path)
-        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+        assert isinstance(module, BatchNormBase)
         assert module.running_var is not None
         factor = (module.running_var.double() + module.eps).rsqrt()
         return factor * module.weight.detach().double() if module.weight is not None else factor

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from lightning_cco.compat.dynamo import graph_being_traced
+from lightning_cco.compat.torch_modes import function_mode_at, function_mode_count, pop_function_mode, push_function_mode
+
 
 class HiddenMode(TorchFunctionMode):
     """A function mode that compiled graphs run without."""
@@ -54,28 +57,25 @@ class _Graph(_Around):
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def hide_from_graph() -> bool:
     """Let the graph that is traced now run without our modes. A compiler without the attributes that this takes costs speed, nothing else."""
-    try:
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-
-        output = InstructionTranslator.current_tx().output
-        if output.compiler_fn is not None and not isinstance(output.compiler_fn, _Compiler):
-            output.compiler_fn = _Compiler(output.compiler_fn)
-    except (ImportError, AttributeError):
+    graph = graph_being_traced()
+    if graph is None:
         return False
+    if graph.compiler_fn is not None and not isinstance(graph.compiler_fn, _Compiler):
+        graph.compiler_fn = _Compiler(graph.compiler_fn)
     return True
 
 
 def mode_stack() -> list[Any]:
     """The function modes that are active, the innermost last."""
-    return [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+    return [function_mode_at(i) for i in range(function_mode_count())]
 
 
 def restore_modes(modes: list[Any]) -> None:
     """Make these the active function modes."""
-    while torch._C._len_torch_function_stack():
-        torch._C._pop_torch_function_stack()
+    while function_mode_count():
+        pop_function_mode()
     for mode in modes:
-        torch._C._push_on_torch_function_stack(mode)
+        push_function_mode(mode)
 
 
 class _Eager:

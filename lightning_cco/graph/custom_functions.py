@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import torch
-from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from lightning_cco.compat.autograd import FUNCTION_APPLY, applied
+from lightning_cco.compat.modules import MODULE_CALL
 from lightning_cco.graph.frames import CallNode
-
-_APPLY = vars(torch.autograd.Function)["apply"].__func__.__code__
-_MODULE_CALL = nn.Module._call_impl.__code__
 
 
 @dataclass(eq=False)
@@ -44,8 +41,8 @@ def running_function() -> FrameType | None:
     """
     found = None
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _MODULE_CALL:
-        if frame.f_code is _APPLY and frame.f_locals.get("cls") is not CheckpointFunction:
+    while frame is not None and frame.f_code is not MODULE_CALL:
+        if frame.f_code is FUNCTION_APPLY and applied(frame)[0] is not CheckpointFunction:
             found = frame
         frame = frame.f_back
     return found

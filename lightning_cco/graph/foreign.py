@@ -6,28 +6,8 @@ import sys
 from collections.abc import Collection
 from types import CodeType, FrameType
 
-_LOOK_FURTHER = (
-    "torch.overrides",
-    "torch.nn.functional",
-    "torch.functional",
-    "torch._tensor",
-    "torch._jit_internal",
-    "torch._ops",
-    "torch._library.custom_ops",
-    "torch.fx.interpreter",  # it runs graphs of compilers and of users alike
-    "torch.fx.traceback",
-)
-_MACHINERY = (
-    "torch._dynamo",
-    "torch._inductor",
-    "torch._functorch",
-    "torch._subclasses",
-    "torch.fx",
-    "torch._higher_order_ops",
-    "torch._decomp",
-    "torch.distributed",  # fully sharded parameters are put together by hooks, inside of the frame of their module
-)
-_GRAPH = "<eval_with_key>"
+from lightning_cco.compat.callers import FX_FILE, INDUCTOR_FILE, LOOK_FURTHER, MACHINERY
+
 _origins: dict[CodeType, bool | None] = {}
 
 
@@ -44,12 +24,12 @@ def is_foreign(graphs: Collection[int] = ()) -> bool:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
-        if graphs and code.co_filename.startswith(_GRAPH) and id(frame.f_locals.get("self")) in graphs:
+        if graphs and code.co_filename.startswith(FX_FILE) and id(frame.f_locals.get("self")) in graphs:
             return False
         if code not in _origins:
             module = frame.f_globals.get("__name__", "")
-            foreign = module.startswith(_MACHINERY) or code.co_filename.startswith(_GRAPH) or "torchinductor" in code.co_filename
-            _origins[code] = None if module in _LOOK_FURTHER else foreign
+            foreign = module.startswith(MACHINERY) or code.co_filename.startswith(FX_FILE) or INDUCTOR_FILE in code.co_filename
+            _origins[code] = None if module in LOOK_FURTHER else foreign
         origin = _origins[code]
         if origin is not None:
             return origin

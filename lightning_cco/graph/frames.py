@@ -24,6 +24,10 @@ from torch.compiler import is_compiling
 from torch.fx import GraphModule
 from torch.utils.hooks import RemovableHandle
 
+from lightning_cco.compat.autograd import graph_task
+from lightning_cco.compat.callers import REDIRECTED_FORWARD
+from lightning_cco.compat.modules import MODULE_CALL, forward_pre_hooks
+from lightning_cco.compat.resolve import refuse_missing
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.attention import multi_head_attention
 from lightning_cco.graph.compiled import HiddenMode, hide_from_graph, mode_stack, restore_modes
@@ -205,8 +209,9 @@ class Frames:
         """Hook every submodule. Code compiled before that runs on without the hooks, so it is dropped.
 
         Raises:
-            CCOError: Somebody else's hooks are on.
+            CCOError: Somebody else's hooks are on, or the installed versions lack something.
         """
+        refuse_missing()
         refuse_hooked(self.model)
         self._thread = get_ident()
         self._entries = {}
@@ -220,7 +225,7 @@ class Frames:
                 continue
             self._handles.append(module.register_forward_pre_hook(_Enter(self, path), prepend=True, with_kwargs=True))
             self._handles.append(module.register_forward_hook(_Leave(self, path), always_call=True))
-        torch._dynamo.reset()
+        torch.compiler.reset()
 
     def detach(self) -> None:
         """Take the hooks off again."""
@@ -228,7 +233,7 @@ class Frames:
             handle.remove()
         self._handles.clear()
         self.reset()
-        torch._dynamo.reset()
+        torch.compiler.reset()
 
     @property
     def attached(self) -> bool:
@@ -329,7 +334,7 @@ class Frames:
         """The node of a module that is called from outside any frame."""
         known = self._entries.get(path)
         if known:
-            if len(known) > 1 and not self._resuming and not is_compiling() and torch._C._current_graph_task_id() != -1:
+            if len(known) > 1 and not self._resuming and not is_compiling() and graph_task() != -1:
                 raise CCOError(
                     f"module '{path}' is run again inside the backward by something that is not torch.utils.checkpoint, and it was captured {len(known)} "
                     "times: nothing tells which of its calls this is, so its quantizers can't be found. Use torch.utils.checkpoint.checkpoint, or "
@@ -428,7 +433,7 @@ class _InContext:
 def hooks_on(model: nn.Module) -> Frames | None:
     """The hooks that a model, or a part of it, carries."""
     for module in model.modules():
-        for hook in getattr(module, "_forward_pre_hooks", {}).values():
+        for hook in forward_pre_hooks(module):
             if isinstance(hook, _Enter):
                 return hook.frames
     return None
@@ -508,15 +513,12 @@ def _is_redirected(module: nn.Module) -> bool:
     What the step does around the model is not the model: it must neither be quantized nor shift the indices of what is.
     """
     forward = module.__dict__.get("forward")
-    return forward is not None and getattr(forward, "__name__", "") == "wrapped_forward"
-
-
-_MODULE_CALL = nn.Module._call_impl.__code__
+    return forward is not None and getattr(forward, "__name__", "") == REDIRECTED_FORWARD
 
 
 def _module_call(frame: FrameType | None) -> FrameType | None:
     """The innermost call of a module around a Python frame."""
-    while frame is not None and frame.f_code is not _MODULE_CALL:
+    while frame is not None and frame.f_code is not MODULE_CALL:
         frame = frame.f_back
     return frame
 
@@ -537,7 +539,7 @@ def calling_position() -> int:
     """
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "lightning_cco.")):
-        if frame.f_code is _MODULE_CALL:
+        if frame.f_code is MODULE_CALL:
             return -1
         frame = frame.f_back
     return frame.f_lasti

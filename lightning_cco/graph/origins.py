@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_cco.compat.torch_modes import functorch_value, is_functorch_wrapped
+
 Origin = Any
 """A pair of call and output number; the names of the parameters that a constant is made of; or a custom function that still runs."""
 
@@ -24,8 +26,8 @@ def is_constant(origin: Origin) -> bool:
 
 def unwrapped(tensor: Tensor) -> Tensor:
     """The tensor itself below the transformations of `torch.func`."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    while is_functorch_wrapped(tensor):
+        tensor = functorch_value(tensor)
     return tensor
 
 
@@ -91,8 +93,8 @@ class Origins:
             if memory is not None:
                 self._in_memory[memory] = known.tensor
             inner = tensor
-            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-                inner = torch._C._functorch.get_unwrapped(tensor)
+            if is_functorch_wrapped(tensor):
+                inner = functorch_value(tensor)
             if inner is tensor:
                 return
             tensor = inner

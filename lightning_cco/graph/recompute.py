@@ -14,17 +14,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointFunction
 
-_hooks_on_top: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-_PACK_HOOK = "_checkpoint_hook.__init__.<locals>.pack_hook"
-_MODULE_CALL = nn.Module._call_impl.__code__
+from lightning_cco.compat.autograd import saved_hooks_on_top
+from lightning_cco.compat.checkpointing import PACK_HOOK, REENTRANT_FORWARD, pack_hook_frame, reentrant_context
+from lightning_cco.compat.dynamo import without_side_effect_checks
+from lightning_cco.compat.modules import MODULE_CALL
+
 COMPILED_CHECKPOINTS = ("checkpoint", "tag_activation_checkpoint")
 """Names under which a mode is shown a checkpoint that is being compiled."""
-_without_checks: Callable[..., Any] | None = getattr(torch._dynamo.utils, "_disable_side_effect_safety_checks_for_current_subtracer", None)
-_REENTRANT_FORWARD = CheckpointFunction.forward.__code__
 
 
 def running_checkpoint(entering: bool) -> tuple[Any, str] | None:
@@ -37,18 +35,16 @@ def running_checkpoint(entering: bool) -> tuple[Any, str] | None:
         The object that outlives the forward, and the name of its attribute that runs the part again; `None` outside of a checkpoint.
     """
     if torch.is_grad_enabled():
-        hooks = _hooks_on_top(False) if _hooks_on_top is not None else None
-        if hooks is None or getattr(hooks[0], "__qualname__", "") != _PACK_HOOK:
+        hooks = saved_hooks_on_top(False)
+        if hooks is None or getattr(hooks[0], "__qualname__", "") != PACK_HOOK:
             return None
-        pack = hooks[0]
-        return pack.__closure__[pack.__code__.co_freevars.index("frame")].cell_contents, "recompute_fn"
+        return pack_hook_frame(hooks[0])
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_code is _REENTRANT_FORWARD:
-            context = frame.f_locals["ctx"]
-            return (context, "run_function") if hasattr(context, "run_function") else None
-        if frame.f_code is _MODULE_CALL:
+        if frame.f_code is REENTRANT_FORWARD:
+            return reentrant_context(frame)
+        if frame.f_code is MODULE_CALL:
             if not entering:
                 return None
             entering = False
@@ -92,7 +88,7 @@ class UnderMode:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function."""
         # Counting calls is a side effect, which the compiler would leave its graph for. That the recomputation does not count again is just right.
-        return self._run(*args, **kwargs) if _without_checks is None else _without_checks(self._run, *args, **kwargs)
+        return self._run(*args, **kwargs) if without_side_effect_checks is None else without_side_effect_checks(self._run, *args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         with self.mode:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._ops import OpOverload, OpOverloadPacket
+
+from lightning_cco.compat.operators import OpOverload, OpOverloadPacket
 
 _Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 _BATCH_NORM = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")

@@ -14,6 +14,8 @@ from torch.compiler import is_compiling
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
+from lightning_cco.compat.autograd import applied
+from lightning_cco.compat.modules import CONTENTS
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.call import Call, Read, Slot
 from lightning_cco.graph.compiled import HiddenMode
@@ -84,7 +86,7 @@ class Tracer:
             if self._origins.of(tensor) is None:
                 self._origins.remember(tensor, (name,) if isinstance(tensor, nn.Parameter) else ())
         for module in self._modules.values():
-            for _, tensor in tensors_in({k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}):
+            for _, tensor in tensors_in({k: v for k, v in vars(module).items() if k not in CONTENTS}):
                 if self._origins.of(tensor) is None:
                     self._origins.remember(tensor, ())
 
@@ -110,7 +112,7 @@ class Tracer:
         self._outer.append(OuterCall(frame.node.path, self._modules[frame.node.path], len(self.calls)))
         if not self._outer[-1].learned:
             return
-        with torch._C.DisableTorchFunction():  # what this looks at is no part of the model
+        with torch.DisableTorchFunction():  # what this looks at is no part of the model
             for way, tensor in tensors_held([args, kwargs]):
                 if self._origins.of(tensor) is None:
                     self._remember_input(tensor, ".".join(str(part) for part in way[1:]))
@@ -128,7 +130,7 @@ class Tracer:
             seen[kind] = max(count, seen.get(kind, 0))
         if len(self.frames.stack()) == 1:
             outer = self._outer[-1]
-            with torch._C.DisableTorchFunction():
+            with torch.DisableTorchFunction():
                 for way, tensor in tensors_held(output):
                     if outer.learned or self._origins.of(tensor) is not None:
                         end = End(".".join(map(str, way)), tuple(tensor.shape), dtype_name(tensor), is_quantizable(tensor))
@@ -379,8 +381,9 @@ class Tracer:
     ) -> Any:
         """A call within a custom function. The mode sees it at run time too, so it is counted here, but it is no layer."""
         if self._function is None or self._function[0] is not function:
-            given = operands_of(function.f_locals["args"], function.f_locals["kwargs"])
-            custom = CustomCall(function.f_locals["cls"].__name__, frame.node, [self._find(tensor, frame) for _, tensor in given])
+            kind, *arguments = applied(function)
+            given = operands_of(*arguments)
+            custom = CustomCall(kind.__name__, frame.node, [self._find(tensor, frame) for _, tensor in given])
             self._function = function, custom
         custom = self._function[1]
         if op.category is not Category.ALIAS:

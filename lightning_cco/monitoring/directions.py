@@ -8,6 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_cco.compat.lightning_trainer import logged_results
+
 _LOW = {"loss", "err", "error", "perplexity", "ppl", "mse", "mae", "rmse", "wer", "cer", "nll"}
 _HIGH = {
     "acc",
@@ -72,11 +74,10 @@ def _monitored(trainer: pl.Trainer) -> dict[str, str]:
 
 def _logged_metrics(trainer: pl.Trainer) -> dict[str, str]:
     found = {}
-    for results in (trainer.fit_loop._results, trainer.fit_loop.epoch_loop.val_loop._results):
-        for result in (results or {}).values():
-            better = getattr(getattr(result, "value", None), "higher_is_better", None)
-            if better is not None:
-                found[result.meta.name] = "max" if better else "min"
+    for result in logged_results(trainer):
+        better = getattr(getattr(result, "value", None), "higher_is_better", None)
+        if better is not None:
+            found[result.meta.name] = "max" if better else "min"
     return found
 
 

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from PIL import Image
 
+from lightning_cco.compat.tensorboard import write_graph, write_scalars
 from lightning_cco.errors import CCOWarning
 
 
@@ -78,15 +79,10 @@ def _tensorboard(logger: Any, payload: Payload) -> None:
         finite = _finite(values)
         if finite.size:
             writer.add_histogram(tag, finite, payload.step)
-    if payload.scalars:  # one event for all: a call for each would cost ten times as much
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in payload.scalars.items()]
-        writer._get_file_writer().add_summary(Summary(value=values), payload.step)
+    if payload.scalars:
+        write_scalars(writer, payload.scalars, payload.step)
     if payload.graph is not None:
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        writer._get_file_writer().add_event(Event(graph_def=payload.graph))
+        write_graph(writer, payload.graph)
     writer.flush()
 
 

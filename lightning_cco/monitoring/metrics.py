@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from lightning_cco.compat.lightning_trainer import running_results
 from lightning_cco.quantization.model import QuantizedModel
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.suggestions import Suggestion
@@ -17,7 +18,7 @@ from lightning_cco.suggestions import Suggestion
 def sanity_check_metrics(trainer: pl.Trainer) -> dict[str, Any]:
     """What the sanity check logged. With several loaders Lightning drops it instead of showing it in ``callback_metrics``."""
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
-    results = trainer._results
+    results = running_results(trainer)
     if results is not None and len(trainer.num_sanity_val_batches) > 1:
         for results.dataloader_idx in range(len(trainer.num_sanity_val_batches)):
             metrics.update(results.metrics(on_step=False)["callback"])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lightning_cco.compat.torch_modes import is_jit_tracing
 from lightning_cco.quantization import operations
 from lightning_cco.quantization.gradient_holders import fewest_holders, holders
 from lightning_cco.quantization.native import Kernels, kernels_for
@@ -215,7 +216,7 @@ def _fake_quantize_openly(x: Tensor, scale: Bound, grid: Grid) -> Tensor:
 
 
 def _wants_gradient() -> bool:
-    if torch._C._is_tracing():  # the graph must be the same each time, and may be trained
+    if is_jit_tracing():  # the graph must be the same each time, and may be trained
         return not torch.onnx.is_in_onnx_export()
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 

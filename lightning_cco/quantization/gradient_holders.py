@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_cco.compat.autograd import storage_holders, tensor_holders
+
 
 def holders(grad: Tensor) -> tuple[int, ...]:
     """How many in C++ and in Python hold a tensor, how many its memory, and how many the tensor that it is a view of."""
-    counts = grad._use_count(), sys.getrefcount(grad), torch._C._storage_Use_Count(grad.untyped_storage()._cdata)  # type: ignore[attr-defined]
+    counts = tensor_holders(grad), sys.getrefcount(grad), storage_holders(grad.untyped_storage()._cdata)
     base = grad._base
-    return counts if base is None else (*counts, base._use_count(), sys.getrefcount(base))  # type: ignore[attr-defined]
+    return counts if base is None else (*counts, tensor_holders(base), sys.getrefcount(base))
 
 
 class _Probe(torch.autograd.Function):

@@ -201,7 +201,7 @@ class QuantizedModel:
         self._build_quantizers()
         self.to(self.device)
         self.runtime.load(self.plan, self.activations, self.weights)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         return [key for key, quantizer in self.activations.items() if before.get(key) is not quantizer]
 
     def calibrate(self, batches: Iterable[Any], forward: Forward | None = None, only: Iterable[str] | None = None) -> int:
@@ -241,7 +241,7 @@ class QuantizedModel:
         self._warn_of_zeros(observed)
         self.calibrated = True
         self.runtime.phase = Phase.QUANTIZE
-        torch._dynamo.reset()
+        torch.compiler.reset()
         return count
 
     def _finish(self, key: str, quantizer: ActivationQuantizer, errors: Tensor | None) -> None:
@@ -477,7 +477,7 @@ class QuantizedModel:
             self.freeze_ranges()
         self.calibrated = bool(state["calibrated"])
         self.runtime.phase = Phase.QUANTIZE if self.calibrated else Phase.PASS
-        torch._dynamo.reset()
+        torch.compiler.reset()
         return differences
 
     def export(

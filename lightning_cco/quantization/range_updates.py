@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_cco.compat.autograd import foreach_copy
 from lightning_cco.quantization.fake_quantize import affine_qparams
 from lightning_cco.quantization.quantizer import ActivationQuantizer
 from lightning_cco.quantization.ranges import says_something
@@ -60,7 +61,7 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], outliers_before: Te
         ends = min_val[index], max_val[index]
         qparams = affine_qparams(*ends, num_bits, symmetric)
         for name, values in zip(("min_val", "max_val", "scale", "zero_point"), (*ends, *qparams), strict=True):
-            torch._foreach_copy_([getattr(quantizer, name) for quantizer in chosen], list(values.unbind()))
+            foreach_copy([getattr(quantizer, name) for quantizer in chosen], list(values.unbind()))
         if min_val.device.type == "cpu":
             for quantizer, scale, zero_point in zip(chosen, *(values.tolist() for values in qparams), strict=True):
                 quantizer._numbers = (quantizer.scale._version, quantizer.zero_point._version), (scale, zero_point)
@@ -81,7 +82,7 @@ def forget_batches(quantizers: Sequence[ActivationQuantizer]) -> None:
     """Drop what passed since the ranges last moved."""
     if quantizers:
         nothing = torch.tensor([_INF, -_INF], dtype=torch.float32, device=quantizers[0].extrema.device)
-        torch._foreach_copy_([quantizer.extrema for quantizer in quantizers], [nothing] * len(quantizers))
+        foreach_copy([quantizer.extrema for quantizer in quantizers], [nothing] * len(quantizers))
 
 
 def _batch_of_all_ranks(quantizers: Sequence[ActivationQuantizer], widens: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_cco.compat.autograd import saved_hooks_enabled, saved_hooks_on_top, storage_holders
 from lightning_cco.errors import CCOError
 from lightning_cco.quantization.native import Kernels, kernels_for
 from lightning_cco.quantization.tracing import runs_plainly
@@ -26,7 +27,7 @@ class _Scratch(threading.local):
     def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """An uninitialized tensor: in the memory kept here unless another tensor is still in it, or it is too small."""
         size = shape.numel() * dtype.itemsize
-        free = torch._C._storage_Use_Count(self.storage._cdata) == 1
+        free = storage_holders(self.storage._cdata) == 1
         if not free or self.storage.nbytes() < size:
             self.storage = torch.UntypedStorage(size, device="cpu")  # type: ignore[no-untyped-call]
         return torch.empty(0, dtype=dtype, device="cpu").set_(self.storage, 0, shape)  # type: ignore[call-overload, no-any-return]
@@ -88,8 +89,7 @@ def remade_weight(weight: Tensor, axis: int | None) -> RemadeWeight | None:
     if axis is None or weight.numel() < _SMALLEST or not torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
         return None
     kernels = kernels_for(weight) if weight.is_contiguous() else None
-    autograd: Any = torch._C._autograd
-    if kernels is None or not autograd._saved_tensors_hooks_is_enabled() or autograd._top_saved_tensors_default_hooks(False) is not None:
+    if kernels is None or not saved_hooks_enabled() or saved_hooks_on_top(False) is not None:
         return None
     return RemadeWeight(weight, axis, kernels)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from lightning_cco.compat.autograd import graph_task
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.call import Slot
 from lightning_cco.graph.capture import Capture, Site
@@ -202,7 +203,7 @@ class Runtime:
 
     def _quantize(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Activation checkpointing runs a part of the forward again inside the backward; the ranges have moved for this batch already.
-        track = frame.records and self.following and (is_compiling() or torch._C._current_graph_task_id() == -1)
+        track = frame.records and self.following and (is_compiling() or graph_task() == -1)
         if site.renormalizes:
             args, kwargs = renormalized(args, kwargs)
         if site.weights:

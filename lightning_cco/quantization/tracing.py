@@ -12,18 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_key_included = torch._C._dispatch_tls_is_dispatch_key_included
+from lightning_cco.compat.torch_modes import (
+    PRE_DISPATCH,
+    VMAP_MODE,
+    dispatch_key_included,
+    dispatch_mode_count,
+    functorch_level,
+    functorch_value,
+    is_functorch_wrapped,
+    is_jit_tracing,
+    values_are_traced,
+    without_transforms,
+)
+
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_PRE_DISPATCH, _VMAP = (
-    torch._C.DispatchKey.PreDispatch,
-    torch._C._dispatch_key_parse("VmapMode"),
-)  # the latter is that of vectorized autograd
 
 
 def runs_plainly() -> bool:
@@ -33,12 +37,12 @@ def runs_plainly() -> bool:
     kernel does, and some hand out tensors without memory. The one place where this is decided.
     """
     return not (
-        torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or _functorch_level() is not None
+        is_jit_tracing()
+        or dispatch_mode_count()
+        or functorch_level() is not None
         or forward_ad._current_level >= 0
-        or _key_included(_PRE_DISPATCH)
-        or _key_included(_VMAP)
+        or dispatch_key_included(PRE_DISPATCH)
+        or dispatch_key_included(VMAP_MODE)
         or torch.compiler.is_compiling()
     )
 
@@ -48,7 +52,7 @@ def is_plain(tensor: Tensor) -> bool:
     return (
         type(tensor) in _PLAIN
         and tensor.layout is torch.strided
-        and not (tensor.is_neg() or tensor._is_zerotensor() or _is_wrapped(tensor))
+        and not (tensor.is_neg() or tensor._is_zerotensor() or is_functorch_wrapped(tensor))
     )
 
 
@@ -59,15 +63,15 @@ def behind_transforms(tensor: Tensor) -> Iterator[Tensor | None]:
     So ranges follow under per-sample gradients as they do in any training. `None` where there are no values (fake tensors), or where looking at them would
     become a part of somebody's graph.
     """
-    traced = torch._C._is_tracing() or _key_included(_PRE_DISPATCH)
-    if traced or any(getattr(mode, "_mode_key", None) is not None for mode in _get_current_dispatch_mode_stack()):
+    traced = is_jit_tracing() or dispatch_key_included(PRE_DISPATCH)
+    if traced or values_are_traced():
         yield None
         return
     values: Any = tensor
-    while _is_wrapped(values):
-        values = torch._C._functorch.get_unwrapped(values)
+    while is_functorch_wrapped(values):
+        values = functorch_value(values)
     if type(values) not in _PLAIN or values.device.type == "meta":
         yield None
         return
-    with temporarily_clear_interpreter_stack(), torch.no_grad():
+    with without_transforms(), torch.no_grad():
         yield values.detach()

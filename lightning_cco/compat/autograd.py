@@ -1,0 +1,55 @@
+"""What autograd does not say in public: which pass runs, who handles saved tensors, and who else holds a tensor."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from types import CodeType, FrameType
+from typing import Any
+
+from torch import Tensor
+
+from lightning_cco.compat.resolve import needed, or_else
+
+graph_task: Callable[[], int] = needed("torch._C._current_graph_task_id")
+"""Number of the backward that runs in this thread; -1 outside of one. Needed: in a recomputation ranges must not move a second time."""
+
+saved_hooks_on_top: Callable[[bool], Any] = needed("torch._C._autograd._top_saved_tensors_default_hooks")
+"""The innermost hooks for saved tensors, as a pair of functions, or `None`; the argument says whether tracing is looked through. Needed."""
+
+saved_hooks_enabled: Callable[[], bool] = or_else("torch._C._autograd._saved_tensors_hooks_is_enabled", lambda: False)
+"""Whether hooks for saved tensors may be used now. Without it: never, so rounded weights are kept until the backward (more memory)."""
+
+_numbers = itertools.count(1 << 20)
+
+
+def _never_twice(held: Any) -> int:
+    """A count that equals no count that was seen before: then nothing is ever taken for one's own."""
+    return next(_numbers)
+
+
+storage_holders: Callable[[int], int] = or_else("torch._C._storage_Use_Count", _never_twice)
+"""How many hold the memory at ``storage._cdata``. Without it: as if somebody else always did (new memory for each gradient and rounded weight)."""
+
+tensor_holders: Callable[[Tensor], int] = or_else("torch.Tensor._use_count", _never_twice)
+"""How many in C++ hold a tensor. Without it: as if somebody else always did (new memory for each gradient)."""
+
+
+def _copy_each(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
+
+
+foreach_copy: Callable[[Sequence[Tensor], Sequence[Tensor]], Any] = or_else("torch._foreach_copy_", _copy_each)
+"""Copies a list of tensors into another. Without it: one by one (slower)."""
+
+FUNCTION_APPLY: CodeType | None = or_else("torch.autograd.Function.apply.__func__.__code__", None)
+"""The code of ``torch.autograd.Function.apply``. Without a code of its own, calls inside of custom functions count as the user's layers."""
+
+
+def applied(frame: FrameType) -> tuple[type, tuple[Any, ...], dict[str, Any]]:
+    """Class and arguments of the custom function that a frame of ``Function.apply`` runs.
+
+    Private API: the names of its local variables, ``cls``, ``args`` and ``kwargs``. Without them: `KeyError` from the capture, which names the missing one.
+    """
+    return frame.f_locals["cls"], frame.f_locals["args"], frame.f_locals["kwargs"]

@@ -1,0 +1,29 @@
+"""What `torch.compile` is doing just now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning_cco.compat.resolve import or_else
+
+
+def graph_being_traced() -> Any:
+    """The output graph of the code that is traced now; it has the backend as ``compiler_fn``. `None` where it can't be had.
+
+    Private API: ``torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output``. Without it: compiled graphs run under our function mode, which is
+    asked about each of their operations (slower).
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        output = InstructionTranslator.current_tx().output
+        return output if hasattr(output, "compiler_fn") else None
+    except (ImportError, AttributeError):
+        return None
+
+
+without_side_effect_checks: Callable[..., Any] | None = or_else(
+    "torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer", None
+)  # type: ignore[arg-type]
+"""Calls a function in a compiled checkpoint, whose side effects the compiler would leave its graph for. Without it: it leaves it (slower)."""

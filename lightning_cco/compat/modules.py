@@ -1,0 +1,28 @@
+"""What `torch.nn.Module` keeps to itself: the code that runs a call and its hooks, and where parts and hooks are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import CodeType
+from typing import Any
+
+from torch import nn
+
+from lightning_cco.compat.resolve import needed, or_else
+
+MODULE_CALL: CodeType = needed("torch.nn.Module._call_impl.__code__")
+"""The code that runs each call of a module, found on the call stack. Needed."""
+
+BatchNormBase: Any = or_else("torch.nn.modules.batchnorm._BatchNorm", (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))  # type: ignore[arg-type]
+"""Base of all batch norms, for `isinstance`. Without it: PyTorch's four."""
+
+CONTENTS = ("_parameters", "_buffers", "_modules")
+"""Attributes of a module that hold its parameters, buffers and submodules. Under other names these would be looked at twice, nothing else."""
+
+
+def forward_pre_hooks(module: nn.Module) -> Iterable[Any]:
+    """The pre-hooks of a module's forward.
+
+    Private API: ``nn.Module._forward_pre_hooks``. Without it: none, so a model that is quantized already is not refused by name.
+    """
+    return getattr(module, "_forward_pre_hooks", {}).values()  # type: ignore[no-any-return]

@@ -1,0 +1,322 @@
+"""Each private API of Lightning, torchmetrics, OmegaConf, TensorBoard and the exporter is there, and does what we take it to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from canary import tries
+from lightning.pytorch.strategies.strategy import _ForwardRedirection
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.data import DataLoader, DistributedSampler
+from torchmetrics.aggregation import CatMetric, MeanMetric
+
+from lightning_cco.compat import (
+    callers,
+    distributed_checkpoint,
+    lightning_loaders,
+    lightning_trainer,
+    metrics,
+    omegaconf,
+    onnx_exporter,
+    resolve,
+    tensorboard,
+)
+
+
+class Small(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.moved, self.loaders = nn.Linear(2, 1), 0, 0
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        loss = self.layer(batch).square().mean()
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: Tensor, index: int, dataloader_idx: int = 0) -> None:
+        self.log("score", batch.mean())
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.moved += 1
+        return batch
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(self.parameters(), lr=0.1)]
+
+    def train_dataloader(self) -> DataLoader:
+        self.loaders += 1
+        return DataLoader(torch.arange(8.0).view(4, 2), batch_size=2)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        return [DataLoader(torch.ones(2, 2)), DataLoader(torch.zeros(2, 2))]
+
+
+class Looks(pl.Callback):
+    """Looks at the Trainer while it runs."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            results = lightning_trainer.running_results(trainer)
+            results.dataloader_idx = 1
+            self.seen["running"] = set(results.metrics(on_step=False)["callback"])
+            results.dataloader_idx = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        fetcher, loader = lightning_loaders.training_fetcher(trainer), lightning_loaders.training_loader(trainer)
+        self.seen["loader"] = lightning_loaders.loader_of(fetcher) is loader and fetcher.combined_loader is loader
+        self.seen["mode"] = lightning_loaders.mode_of(loader)
+        self.seen["fetchers"] = lightning_loaders.fetchers_of(loader)
+        lightning_loaders.set_loader_of(fetcher, [("batch", 0, 0)])
+        self.seen["begun"] = list(iter(fetcher.combined_loader))
+        lightning_loaders.set_loader_of(fetcher, loader)
+        before, pl_module.moved = pl_module.moved, 0
+        self.seen["batch"] = lightning_trainer.batch_to_device(trainer, torch.ones(2)).tolist(), pl_module.moved
+        pl_module.moved = before
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seen["due"] = trainer.fit_loop._should_reload_train_dl
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seen["logged"] = {result.meta.name for result in lightning_trainer.logged_results(trainer)}
+
+
+@tries(
+    "lightning.pytorch.LightningModule._on_before_batch_transfer",
+    "lightning.pytorch.trainer.call._call_strategy_hook",
+    "lightning.pytorch.Trainer._results",
+    "lightning.pytorch.loops._FitLoop._results",
+    "lightning.pytorch.loops.fetchers._DataFetcher._combined_loader",
+    "lightning.pytorch.loops._FitLoop._data_fetcher",
+    "lightning.pytorch.loops._FitLoop._combined_loader",
+    "lightning.pytorch.loops._FitLoop._should_reload_train_dl",
+    "lightning.pytorch.utilities.combined_loader.CombinedLoader._mode",
+    "lightning.pytorch.utilities.combined_loader.CombinedLoader._iterator",
+    "torch.utils.data.dataloader._SingleProcessDataLoaderIter._dataset_fetcher",
+)
+def test_a_fit(tmp_path: Path) -> None:
+    looks, module = Looks(), Small()
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        reload_dataloaders_every_n_epochs=1,
+        callbacks=[looks],
+    )
+    trainer.fit(module)
+    assert looks.seen["loader"]
+    assert looks.seen["mode"] == "max_size_cycle"
+    assert len(looks.seen["fetchers"]) == 1
+    assert looks.seen["begun"] == [("batch", 0, 0)]
+    assert looks.seen["batch"] == ([1.0, 1.0], 1)
+    assert looks.seen["running"] == {"score/dataloader_idx_1"}
+    assert looks.seen["logged"] >= {"loss", "score"}
+    assert looks.seen["due"] is False  # it was, before this epoch
+    assert module.loaders == 2
+
+
+@tries("lightning.pytorch.loops._FitLoop._should_reload_train_dl")
+def test_loaders_are_made_anew_where_the_training_would() -> None:
+    class Due:
+        _should_reload_train_dl = True
+        made = 0
+
+        def setup_data(self) -> None:
+            self.made += 1
+
+    trainer: Any = type("Trainer", (), {"fit_loop": Due()})()
+    lightning_loaders.reload_if_due(trainer)
+    assert trainer.fit_loop.made == 1
+
+
+@tries("lightning.pytorch.core.optimizer._init_optimizers_and_lr_schedulers")
+def test_optimizers(tmp_path: Path) -> None:
+    module = Small()
+    module.trainer = pl.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    assert [type(optimizer) for optimizer in lightning_trainer.configured_optimizers(module)] == [torch.optim.SGD]
+
+
+@tries("lightning.pytorch.strategies.strategy._ForwardRedirection.wrapped_forward")
+def test_a_redirected_forward() -> None:
+    module = Small()
+    seen: list[str] = []
+    wrapper = nn.Module()
+    wrapper.forward = lambda *args: seen.append(module.__dict__["forward"].__name__) or module(*args)
+    module.log = lambda *args: None
+    _ForwardRedirection()(wrapper, module, "validation_step", torch.ones(1), 0)
+    assert seen == [callers.REDIRECTED_FORWARD]
+
+
+class WithState(DataLoader):
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": 3}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        return None
+
+
+@tries(
+    "lightning.fabric.utilities.types._Stateful",
+    "lightning.fabric.utilities.data._set_sampler_epoch",
+    "lightning.pytorch.utilities.combined_loader.CombinedLoader._state_dicts",
+    "torch.utils.data.DataLoader._get_iterator",
+    "torch.utils.data.DataLoader._iterator",
+    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter._workers",
+)
+def test_loaders() -> None:
+    loader = WithState(torch.ones(4, 2))
+    assert isinstance(loader, lightning_loaders.Stateful)
+    assert not isinstance(DataLoader(torch.ones(4, 2)), lightning_loaders.Stateful)
+    combined = CombinedLoader([loader])
+    lightning_loaders.replace_loader_states(combined, lambda: [{"place": 1}])
+    assert combined._state_dicts() == [{"place": 1}]
+    assert lightning_loaders.loader_states(combined) == [{"place": 3}]
+    lightning_loaders.replace_loader_states(combined, None)
+    assert combined._state_dicts() == [{"place": 3}]
+
+    sampler = DistributedSampler(torch.ones(4), num_replicas=1, rank=0)
+    lightning_loaders.set_sampler_epoch(DataLoader(torch.ones(4), sampler=sampler), 5)
+    assert sampler.epoch == 5
+
+    assert lightning_loaders.is_plain_loader(loader)
+    assert not lightning_loaders.is_plain_loader([1, 2])
+    assert not lightning_loaders.is_plain_loader(type("Own", (DataLoader,), {"_get_iterator": lambda self: iter(())})(torch.ones(2)))
+    with_workers = DataLoader(torch.ones(4), num_workers=1, persistent_workers=True)
+    assert vars(with_workers).items() >= lightning_loaders.NOT_BEGUN.items()
+    combined = CombinedLoader([with_workers])
+    iter(combined)
+    assert lightning_loaders.fetchers_of(combined) == []
+    assert vars(with_workers)["_iterator"] is not None
+    combined.reset()
+
+
+def test_an_iterator_that_hides_its_fetcher_counts_as_drawing_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    combined = CombinedLoader([DataLoader(torch.ones(4))])
+    iter(combined)
+    assert combined._iterator is not None
+    monkeypatch.delattr(combined._iterator.iterators[0], "_dataset_fetcher")
+    assert lightning_loaders.fetchers_of(combined) is None
+
+
+@tries(
+    "torchmetrics.Metric._defaults", "torchmetrics.Metric._update_count", "torchmetrics.Metric._computed", "torchmetrics.Metric._to_sync"
+)
+def test_metrics() -> None:
+    mean, cat = MeanMetric(), CatMetric()
+    for metric in (mean, cat):
+        metric.update(torch.tensor([1.0, 3.0]))
+        metric.compute()
+    saved = [metrics.saved_state(metric) for metric in (mean, cat)]
+    for metric in (mean, cat):
+        metric.update(torch.tensor([9.0]))
+        metric.compute()
+    for metric, state in zip((mean, cat), saved, strict=True):
+        metrics.restore_state(metric, state)
+    assert mean.compute() == 2.0
+    assert cat.compute().tolist() == [1.0, 3.0]
+    assert mean.update_count == 1
+    assert metrics.syncs(mean)
+    assert not metrics.syncs(MeanMetric(sync_on_compute=False))
+
+
+@tries(
+    "torch.distributed.checkpoint.default_planner._EmptyStateDictLoadPlanner",
+    "torch.distributed.checkpoint.state_dict_loader._load_state_dict",
+)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_distributed_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = {"state_dict": {"weight": torch.arange(3.0)}, "step": 4}
+    dcp.save(saved, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    for found in (
+        distributed_checkpoint.read_all(str(tmp_path / "checkpoint")),
+        distributed_checkpoint._through_a_file(str(tmp_path / "checkpoint")),
+    ):
+        assert found["step"] == 4
+        assert found["state_dict"]["weight"].tolist() == [0.0, 1.0, 2.0]
+
+    def gone(name: str) -> Any:
+        raise AttributeError(name)
+
+    monkeypatch.setattr(distributed_checkpoint, "find", gone)
+    assert distributed_checkpoint.read_all(str(tmp_path / "checkpoint"))["step"] == 4
+
+
+class Slow:
+    """A writer without the private part."""
+
+    def __init__(self, writer: Any) -> None:
+        self.add_scalar = writer.add_scalar
+
+
+@tries("torch.utils.tensorboard.SummaryWriter._get_file_writer")
+@pytest.mark.parametrize("private", [True, False])
+def test_tensorboard(tmp_path: Path, private: bool) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.compat.proto.graph_pb2 import GraphDef
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as writer:
+        target = writer if private else Slow(writer)
+        tensorboard.write_scalars(target, {"a": 1.0, "b": 2.0}, 3)
+        graph = GraphDef(node=[{"name": "layer", "op": "conv"}]).SerializeToString()
+        if private:
+            tensorboard.write_graph(target, graph)
+        else:
+            with pytest.raises(resolve.CCOError, match="got a Slow"):
+                tensorboard.write_graph(target, graph)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in "ab"} == {"a": [(3, 1.0)], "b": [(3, 2.0)]}
+    assert not private or events.Graph().node[0].name == "layer"
+
+
+@tries("omegaconf.Container._get_root")
+def test_omegaconf() -> None:
+    config = OmegaConf.create({"a": {"b": 1}})
+    assert omegaconf.root_of(config.a) is config
+    assert omegaconf.root_of(config) is config
+
+
+@tries("torch.fx.experimental.proxy_tensor.get_proxy_mode", "torch.fx.Node.meta.custom", "torch._export")
+def test_a_trace() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = x + 1
+        graph = onnx_exporter.graph_being_traced()
+        next(iter(reversed(graph.nodes))).meta[onnx_exporter.HANDED_ON] = {"layer": "first"}
+        return y * 2
+
+    class Traced(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    assert onnx_exporter.graph_being_traced() is None
+    make_fx(function)(torch.ones(2))
+    program = torch.export.export(Traced(), (torch.ones(2),), strict=False).run_decompositions()
+    found = [node.meta.get(onnx_exporter.HANDED_ON) for node in program.graph.nodes if node.op == "call_function"]
+    assert found[0] == {"layer": "first"}
+    assert any(name.startswith("torch._export") for name in onnx_exporter.LOGGERS)
+
+
+@tries("torch.onnx.ONNXProgram.pkg.torch.onnx.fx_node", "torch.onnx.ONNXProgram.pkg.torch.onnx.name_scopes")
+def test_the_exporter() -> None:
+    model = nn.Sequential(nn.Linear(2, 2)).eval()
+    program = torch.onnx.export(model, (torch.ones(1, 2),), dynamo=True, verbose=False)
+    nodes = list(program.model.graph)
+    traced = {node.name for node in program.exported_program.graph.nodes}
+    assert onnx_exporter.traced_text(nodes[0]).lstrip("%").partition(" ")[0].strip(":") in traced
+    assert "'0'" in onnx_exporter.scopes_text(nodes[0])

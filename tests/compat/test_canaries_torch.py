@@ -1,0 +1,361 @@
+"""Each private API of PyTorch that is asked at a torch call is there, and does what we take it to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from canary import tries
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_cco.compat import autograd, callers, checkpointing, dynamo, modules, operators, torch_modes
+
+
+class Mode(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def frame_of(code: Any) -> FrameType | None:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame
+
+
+@tries(
+    "torch._C._len_torch_function_stack",
+    "torch._C._get_function_stack_at",
+    "torch._C._pop_torch_function_stack",
+    "torch._C._push_on_torch_function_stack",
+)
+def test_the_stack_of_function_modes() -> None:
+    outer, inner = Mode(), Mode()
+    with outer, inner:
+        assert torch_modes.function_mode_count() == 2
+        assert [torch_modes.function_mode_at(depth) for depth in range(2)] == [outer, inner]
+        torch_modes.pop_function_mode()
+        assert torch_modes.function_mode_count() == 1
+        torch_modes.push_function_mode(inner)
+        assert torch_modes.function_mode_at(1) is inner
+    assert torch_modes.function_mode_count() == 0
+
+
+@tries("torch._C._is_tracing")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
+def test_jit_tracing() -> None:
+    seen: list[bool] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(torch_modes.is_jit_tracing())
+        return x + 1
+
+    torch.jit.trace(function, torch.ones(2), check_trace=False)
+    assert seen == [True]
+    assert not torch_modes.is_jit_tracing()
+
+
+@tries(
+    "torch._C._len_torch_dispatch_stack",
+    "torch.utils._python_dispatch._get_current_dispatch_mode_stack",
+    "torch.utils._python_dispatch.TorchDispatchMode._mode_key",
+)
+def test_dispatch_modes_and_which_of_them_trace() -> None:
+    assert torch_modes.dispatch_mode_count() == 0
+    with FlopCounterMode(display=False):
+        assert torch_modes.dispatch_mode_count() == len(torch_modes.dispatch_modes()) == 1
+        assert not torch_modes.values_are_traced()
+    with FakeTensorMode():
+        assert torch_modes.values_are_traced()
+    seen: list[bool] = []
+    make_fx(lambda x: seen.append(torch_modes.values_are_traced()) or x + 1)(torch.ones(2))
+    assert seen == [True]
+    assert not torch_modes.values_are_traced()
+
+
+@tries("torch._C._dispatch_tls_is_dispatch_key_included", "torch._C.DispatchKey.PreDispatch", "torch._C._dispatch_key_parse")
+def test_dispatch_keys() -> None:
+    seen: list[bool] = []
+    make_fx(lambda x: seen.append(torch_modes.dispatch_key_included(torch_modes.PRE_DISPATCH)) or x + 1, pre_dispatch=True)(torch.ones(2))
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda grad: seen.append(torch_modes.dispatch_key_included(torch_modes.VMAP_MODE)))
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
+    assert seen == [True, True]
+    assert not torch_modes.dispatch_key_included(torch_modes.PRE_DISPATCH)
+    assert not torch_modes.dispatch_key_included(torch_modes.VMAP_MODE)
+
+
+@tries(
+    "torch._C._functorch.peek_interpreter_stack",
+    "torch._C._functorch.is_functorch_wrapped_tensor",
+    "torch._C._functorch.get_unwrapped",
+    "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack",
+)
+def test_transforms() -> None:
+    seen: list[Any] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(torch_modes.functorch_level() is not None)
+        seen.append(torch_modes.is_functorch_wrapped(x))
+        values = torch_modes.functorch_value(x)
+        seen.append(torch_modes.is_functorch_wrapped(values))
+        with torch_modes.without_transforms():
+            seen.append(torch_modes.functorch_level() is None and values.tolist() == [[0.0, 1.0], [2.0, 3.0]])
+        return x + 1
+
+    result = torch.vmap(function)(torch.arange(4.0).view(2, 2))
+    assert seen == [True, True, False, True]
+    assert result.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert torch_modes.functorch_level() is None
+    assert not torch_modes.is_functorch_wrapped(result)
+
+
+@tries("torch._C._current_graph_task_id")
+def test_the_backward_that_runs() -> None:
+    seen: list[int] = []
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda grad: seen.append(autograd.graph_task()))
+    (x * 2).sum().backward()
+    assert autograd.graph_task() == -1
+    assert seen[0] != -1
+
+
+@tries("torch._C._autograd._top_saved_tensors_default_hooks", "torch._C._autograd._saved_tensors_hooks_is_enabled")
+def test_hooks_for_saved_tensors() -> None:
+    def pack(tensor: Tensor) -> Tensor:
+        return tensor
+
+    assert autograd.saved_hooks_on_top(False) is None
+    assert autograd.saved_hooks_enabled()
+    with torch.autograd.graph.saved_tensors_hooks(pack, pack):
+        assert autograd.saved_hooks_on_top(False)[0] is pack
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        assert not autograd.saved_hooks_enabled()
+
+
+@tries("torch._C._storage_Use_Count", "torch.UntypedStorage._cdata", "torch.Tensor._use_count")
+def test_who_holds_memory() -> None:
+    storage = torch.UntypedStorage(16, device="cpu")
+    assert autograd.storage_holders(storage._cdata) == 1
+    tensor = torch.empty(0).set_(storage, 0, (4,))
+    assert autograd.storage_holders(storage._cdata) == 2
+    before = autograd.tensor_holders(tensor)
+    product = torch.ones(4, requires_grad=True) * tensor  # autograd saves it
+    assert autograd.tensor_holders(tensor) > before
+    del product
+    assert autograd.tensor_holders(tensor) == before
+
+
+@tries("torch._foreach_copy_")
+@pytest.mark.parametrize("copy", [autograd.foreach_copy, autograd._copy_each])
+def test_copying_lists(copy: Any) -> None:
+    targets = [torch.zeros(2), torch.zeros(())]
+    copy(targets, [torch.tensor([1.0, 2.0]), torch.tensor(3.0)])
+    assert [target.tolist() for target in targets] == [[1.0, 2.0], 3.0]
+
+
+@tries("torch.autograd.Function.apply.__func__.__code__", "torch.autograd.Function.apply.f_locals")
+def test_custom_functions() -> None:
+    seen: list[Any] = []
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            frame = frame_of(autograd.FUNCTION_APPLY)
+            assert frame is not None
+            seen.append(autograd.applied(frame))
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * 2
+
+    x = torch.ones(2, requires_grad=True)
+    Twice.apply(x)
+    assert seen == [(Twice, (x,), {})]
+
+
+class Seeing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.frame: FrameType | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.frame = frame_of(modules.MODULE_CALL)
+        return self.norm(x)
+
+
+@tries(
+    "torch.nn.Module._call_impl.__code__",
+    "torch.nn.Module._forward_pre_hooks",
+    "torch.nn.Module._parameters",
+    "torch.nn.Module._buffers",
+    "torch.nn.Module._modules",
+    "torch.nn.modules.batchnorm._BatchNorm",
+)
+def test_modules() -> None:
+    module = Seeing()
+    module(torch.randn(3, 2))
+    assert module.frame is not None
+    assert module.frame.f_locals["self"] is module
+
+    def hook(module: nn.Module, args: Any) -> None:
+        return None
+
+    module.register_forward_pre_hook(hook)
+    assert list(modules.forward_pre_hooks(module)) == [hook]
+    held = [vars(module.norm)[name] for name in modules.CONTENTS]
+    assert list(held[0]) == ["weight", "bias"]
+    assert "running_mean" in held[1]
+    assert vars(module)[modules.CONTENTS[2]] == {"norm": module.norm}
+    norms = (nn.BatchNorm1d(2), nn.BatchNorm2d(2), nn.BatchNorm3d(2), nn.SyncBatchNorm(2))
+    assert all(isinstance(norm, modules.BatchNormBase) for norm in norms)
+    assert not isinstance(nn.GroupNorm(1, 2), modules.BatchNormBase)
+
+
+@tries("torch.utils.checkpoint._checkpoint_hook", "torch.utils.checkpoint._checkpoint_hook.__init__.frame.recompute_fn")
+def test_a_checkpoint_keeps_the_function_that_it_runs_again() -> None:
+    replaced: list[str] = []
+
+    def part(x: Tensor) -> Tensor:
+        hooks = autograd.saved_hooks_on_top(False)
+        if not replaced:
+            assert hooks[0].__qualname__ == checkpointing.PACK_HOOK
+            owner, attribute = checkpointing.pack_hook_frame(hooks[0])
+            inner = getattr(owner, attribute)
+            setattr(owner, attribute, lambda *args: replaced.append("again") or inner(*args))
+        replaced.append("run")
+        return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(part, x, use_reentrant=False).sum().backward()
+    assert replaced == ["run", "again", "run"]
+
+
+@tries("torch.utils.checkpoint.CheckpointFunction.forward.__code__", "torch.utils.checkpoint.CheckpointFunction.forward.ctx.run_function")
+def test_a_reentrant_checkpoint_does_as_well() -> None:
+    replaced: list[str] = []
+
+    def part(x: Tensor) -> Tensor:
+        frame = frame_of(checkpointing.REENTRANT_FORWARD)
+        if frame is not None:
+            found = checkpointing.reentrant_context(frame)
+            assert found is not None
+            inner = getattr(*found)
+            setattr(*found, lambda *args: replaced.append("again") or inner(*args))
+        replaced.append("run")
+        return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(part, x, use_reentrant=True).sum().backward()
+    assert replaced == ["run", "again", "run"]
+
+
+@tries(
+    "torch._tensor",
+    "torch._jit_internal",
+    "torch._ops",
+    "torch._library.custom_ops",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch._functorch",
+    "torch._subclasses",
+    "torch._higher_order_ops",
+    "torch._decomp",
+    "torch.fx.GraphModule.<eval_with_key>",
+    "torch.fx.GraphModule.forward.f_locals",
+    "torch._inductor.torchinductor",
+)
+def test_who_calls() -> None:
+    assert all(importlib.util.find_spec(name) for name in (*callers.LOOK_FURTHER, *callers.MACHINERY))
+    seen: list[FrameType] = []
+
+    def leaf(x: Tensor) -> Tensor:
+        seen.append(sys._getframe(1))
+        return x
+
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(leaf, (graph.placeholder("x"),)))
+    module = torch.fx.GraphModule(nn.Module(), graph)
+    module(torch.ones(2))
+    assert seen[0].f_code.co_filename.startswith(callers.FX_FILE)
+    assert seen[0].f_locals["self"] is module
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    assert callers.INDUCTOR_FILE in default_cache_dir()
+
+
+found_graphs: list[Any] = []
+
+
+@torch.compiler.assume_constant_result
+def note_graph() -> bool:
+    found_graphs.append(dynamo.graph_being_traced())
+    return True
+
+
+@tries(
+    "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx",
+    "torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer",
+)
+def test_the_graph_that_is_compiled() -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        return graph.forward
+
+    @torch.compile(backend=backend)
+    def function(x: Tensor) -> Tensor:
+        return x + 1 if note_graph() else x
+
+    assert function(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert callable(found_graphs[0].compiler_fn)
+    assert dynamo.graph_being_traced() is None
+    assert dynamo.without_side_effect_checks is not None
+    assert dynamo.without_side_effect_checks(lambda x: x + 1, 1) == 2
+
+
+@tries(
+    "torch._ops.OpOverload",
+    "torch._ops.OpOverloadPacket",
+    "torch._ops.OpOverload._schema",
+    "torch._ops.OpOverloadPacket._qualified_op_name",
+)
+def test_operators() -> None:
+    assert isinstance(torch.ops.aten.add.Tensor, operators.OpOverload)
+    assert isinstance(torch.ops.aten.add, operators.OpOverloadPacket)
+    assert torch.ops.aten.add.Tensor._schema.name == torch.ops.aten.add._qualified_op_name == "aten::add"
+
+
+@tries(
+    "torch.Tensor._version",
+    "torch.Tensor._base",
+    "torch.Tensor._is_view",
+    "torch.Tensor._is_zerotensor",
+    "torch.autograd.forward_ad._current_level",
+)
+def test_attributes_of_tensors() -> None:
+    x = torch.ones(4)
+    view = x.view(2, 2)
+    version = x._version
+    view.add_(1)
+    assert x._version == version + 1
+    assert view._is_view()
+    assert view._base is x
+    assert not x._is_view()
+    assert x._base is None
+    assert torch._efficientzerotensor(2)._is_zerotensor()
+    assert not x._is_zerotensor()
+    assert forward_ad._current_level < 0
+    with forward_ad.dual_level():
+        assert forward_ad._current_level >= 0
