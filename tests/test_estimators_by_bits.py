@@ -59,7 +59,7 @@ def test_few_bits_clip_and_stand_still_and_8_bits_follow() -> None:
     assert after["relu"] == before["relu"]
     quantized.unfreeze_ranges()
     train(quantized, 3 * x)
-    assert scales(quantized)["relu"] == before["relu"]
+    assert scales(quantized)["relu"] > before["relu"]
 
 
 @pytest.mark.parametrize("estimator", ["moving_average", "min_max", "percentile", "mse"])

@@ -323,7 +323,7 @@ class QuantizedModel:
         self.frozen = True
 
     def unfreeze_ranges(self) -> None:
-        """Let the ranges follow the activations again, but for those that ``auto`` lets stand still."""
+        """Let the ranges follow the activations again, also those that ``auto`` lets stand still."""
         for quantizer in self._activations.values():
             quantizer.unfreeze()
         self.frozen = False

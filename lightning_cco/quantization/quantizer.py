@@ -276,8 +276,8 @@ class ActivationQuantizer(nn.Module):
         self.extrema[0], self.extrema[1] = _INF, -_INF
 
     def unfreeze(self) -> None:
-        """Let the range follow the activations again, unless it is settled."""
-        self.frozen = False
+        """Let the range follow the activations again, also one that had settled."""
+        self.frozen = self.settled = False
 
     def get_ranges(self) -> dict[str, Any]:
         """The range as plain data for a checkpoint."""
