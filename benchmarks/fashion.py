@@ -126,7 +126,10 @@ def one(start: nn.Module, data: Images, training: str, bits: str, seed: int) -> 
 def measure(options: argparse.Namespace, data: Images) -> Results:
     """All results asked for, by network, training, bits and seed; each is kept as soon as it is there."""
     path = OUTPUTS / "results.json"
-    results: Results = json.loads(path.read_text()) if options.resume and path.is_file() else {}
+    results: Results = json.loads(path.read_text()) if (options.resume or options.table) and path.is_file() else {}
+    if options.table:
+        options.models = [name for name in options.models if f"{name}|float" in results]
+        return results
     for name in options.models:
         start = float_network(name, data, options.resume)
         results[f"{name}|float"] = accuracy(start, data)
@@ -164,17 +167,19 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--trainings", nargs="+", type=int, help="rows to measure, by number from 0 on; default: all")
     arguments.add_argument("--resume", action="store_true", help="keep what an earlier run measured, and its float networks")
+    arguments.add_argument("--table", action="store_true", help="measure nothing, show what earlier runs did")
     arguments.set_defaults(threads=1)
     options = arguments.parse_args()
     options.trainings = [list(TRAININGS)[number] for number in options.trainings or range(len(TRAININGS))]
     torch.set_num_threads(options.threads)
     results = measure(options, load_images(options.data))
+    rows = [row for row in rows_of(results, options) if any(row[2:])]
     header = ["network", "training", *(bits.upper() for bits in options.bits)]
     notes = [
         "Accuracy in per cent of the 10,000 test images after one more epoch: mean ± standard deviation over seeds, in brackets how many. "
         "`auto` ranges stand still from 4 bits down; the first convolution and the input have 8 bits, the last layer is in float."
     ]
-    publish(Table("fashion", "How accurate is a network at few bits?", header, rows_of(results, options), notes), options)
+    publish(Table("fashion", "How accurate is a network at few bits?", header, rows, notes), options)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,10 @@ def test_from_files_to_a_table(folder: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert printed.count("| Small (float") == trainings
     monkeypatch.setattr(fashion, "one", lambda *args: pytest.fail("measured again"))
     fashion.main()
+    monkeypatch.setattr(sys, "argv", ["fashion.py", "--data", str(folder), "--table", "--bits", "w2a2", "--trainings", "1"])
+    capsys.readouterr()
+    fashion.main()
+    assert capsys.readouterr().out.count("| Small (float") == 1
 
 
 def test_first_convolution_and_input_have_8_bits_and_the_last_layer_none(folder: Path) -> None:
