@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_cco.errors import CCOError
 
 
-def write_scalars(writer: Any, values: dict[str, float], step: int) -> None:
+def write_scalars(writer: Any, values: Mapping[str, float], step: int) -> None:
     """Write values as one event: one call for each would cost ten times as much.
 
     Private API: ``SummaryWriter._get_file_writer``. Without it: one call for each.

@@ -1,4 +1,4 @@
-"""Each private API of Lightning, torchmetrics, OmegaConf, TensorBoard and the exporter is there, and does what we take it to do."""
+"""Each private API of Lightning is there, and does what we take it to do."""
 
 from __future__ import annotations
 
@@ -8,26 +8,16 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from canary import tries
 from lightning.pytorch.strategies.strategy import _ForwardRedirection
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.data import DataLoader, DistributedSampler
-from torchmetrics.aggregation import CatMetric, MeanMetric
 
 from lightning_cco.compat import (
     callers,
-    distributed_checkpoint,
     lightning_loaders,
     lightning_trainer,
-    metrics,
-    omegaconf,
-    onnx_exporter,
-    resolve,
-    tensorboard,
 )
 
 
@@ -212,111 +202,3 @@ def test_an_iterator_that_hides_its_fetcher_counts_as_drawing_random_numbers(mon
     assert combined._iterator is not None
     monkeypatch.delattr(combined._iterator.iterators[0], "_dataset_fetcher")
     assert lightning_loaders.fetchers_of(combined) is None
-
-
-@tries(
-    "torchmetrics.Metric._defaults", "torchmetrics.Metric._update_count", "torchmetrics.Metric._computed", "torchmetrics.Metric._to_sync"
-)
-def test_metrics() -> None:
-    mean, cat = MeanMetric(), CatMetric()
-    for metric in (mean, cat):
-        metric.update(torch.tensor([1.0, 3.0]))
-        metric.compute()
-    saved = [metrics.saved_state(metric) for metric in (mean, cat)]
-    for metric in (mean, cat):
-        metric.update(torch.tensor([9.0]))
-        metric.compute()
-    for metric, state in zip((mean, cat), saved, strict=True):
-        metrics.restore_state(metric, state)
-    assert mean.compute() == 2.0
-    assert cat.compute().tolist() == [1.0, 3.0]
-    assert mean.update_count == 1
-    assert metrics.syncs(mean)
-    assert not metrics.syncs(MeanMetric(sync_on_compute=False))
-
-
-@tries(
-    "torch.distributed.checkpoint.default_planner._EmptyStateDictLoadPlanner",
-    "torch.distributed.checkpoint.state_dict_loader._load_state_dict",
-)
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_distributed_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved = {"state_dict": {"weight": torch.arange(3.0)}, "step": 4}
-    dcp.save(saved, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
-    for found in (
-        distributed_checkpoint.read_all(str(tmp_path / "checkpoint")),
-        distributed_checkpoint._through_a_file(str(tmp_path / "checkpoint")),
-    ):
-        assert found["step"] == 4
-        assert found["state_dict"]["weight"].tolist() == [0.0, 1.0, 2.0]
-
-    def gone(name: str) -> Any:
-        raise AttributeError(name)
-
-    monkeypatch.setattr(distributed_checkpoint, "find", gone)
-    assert distributed_checkpoint.read_all(str(tmp_path / "checkpoint"))["step"] == 4
-
-
-class Slow:
-    """A writer without the private part."""
-
-    def __init__(self, writer: Any) -> None:
-        self.add_scalar = writer.add_scalar
-
-
-@tries("torch.utils.tensorboard.SummaryWriter._get_file_writer")
-@pytest.mark.parametrize("private", [True, False])
-def test_tensorboard(tmp_path: Path, private: bool) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.compat.proto.graph_pb2 import GraphDef
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(tmp_path) as writer:
-        target = writer if private else Slow(writer)
-        tensorboard.write_scalars(target, {"a": 1.0, "b": 2.0}, 3)
-        graph = GraphDef(node=[{"name": "layer", "op": "conv"}]).SerializeToString()
-        if private:
-            tensorboard.write_graph(target, graph)
-        else:
-            with pytest.raises(resolve.CCOError, match="got a Slow"):
-                tensorboard.write_graph(target, graph)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in "ab"} == {"a": [(3, 1.0)], "b": [(3, 2.0)]}
-    assert not private or events.Graph().node[0].name == "layer"
-
-
-@tries("omegaconf.Container._get_root")
-def test_omegaconf() -> None:
-    config = OmegaConf.create({"a": {"b": 1}})
-    assert omegaconf.root_of(config.a) is config
-    assert omegaconf.root_of(config) is config
-
-
-@tries("torch.fx.experimental.proxy_tensor.get_proxy_mode", "torch.fx.Node.meta.custom", "torch._export")
-def test_a_trace() -> None:
-    def function(x: Tensor) -> Tensor:
-        y = x + 1
-        graph = onnx_exporter.graph_being_traced()
-        next(iter(reversed(graph.nodes))).meta[onnx_exporter.HANDED_ON] = {"layer": "first"}
-        return y * 2
-
-    class Traced(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return function(x)
-
-    assert onnx_exporter.graph_being_traced() is None
-    make_fx(function)(torch.ones(2))
-    program = torch.export.export(Traced(), (torch.ones(2),), strict=False).run_decompositions()
-    found = [node.meta.get(onnx_exporter.HANDED_ON) for node in program.graph.nodes if node.op == "call_function"]
-    assert found[0] == {"layer": "first"}
-    assert any(name.startswith("torch._export") for name in onnx_exporter.LOGGERS)
-
-
-@tries("torch.onnx.ONNXProgram.pkg.torch.onnx.fx_node", "torch.onnx.ONNXProgram.pkg.torch.onnx.name_scopes")
-def test_the_exporter() -> None:
-    model = nn.Sequential(nn.Linear(2, 2)).eval()
-    program = torch.onnx.export(model, (torch.ones(1, 2),), dynamo=True, verbose=False)
-    nodes = list(program.model.graph)
-    traced = {node.name for node in program.exported_program.graph.nodes}
-    assert onnx_exporter.traced_text(nodes[0]).lstrip("%").partition(" ")[0].strip(":") in traced
-    assert "'0'" in onnx_exporter.scopes_text(nodes[0])
