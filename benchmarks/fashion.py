@@ -23,8 +23,7 @@ from fashion_data import DEBIAN, NETWORKS, Images, load_images
 from report import Table, parser, publish
 from torch import Tensor, nn
 
-from lightning_cco import quantize
-from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco import QuantizedModel, quantize
 
 OUTPUTS = Path("outputs/fashion")
 BATCH, CALIBRATION_BATCHES, FLOAT_EPOCHS = 64, 20, 4

@@ -5,11 +5,10 @@ from lightning_cco.callback import CCOCallback
 from lightning_cco.drawing.draw import draw_graph
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.capture import capture_graph
-from lightning_cco.quantization.model import QuantizedModel, quantize
 from lightning_cco.quantization.plan import plan_quantization
+from lightning_cco.quantized_model import QuantizedModel, quantize
 from lightning_cco.settings import LayerQuantizationSettings, Settings, generate_default_settings, load_settings
-
-__version__ = "0.1.0"
+from lightning_cco.version import __version__
 
 __all__ = [
     "CCOCallback",
@@ -18,6 +17,7 @@ __all__ = [
     "LayerQuantizationSettings",
     "QuantizedModel",
     "Settings",
+    "__version__",
     "capture_graph",
     "draw_graph",
     "generate_default_settings",

@@ -26,11 +26,14 @@ from lightning_cco.batches import (
 )
 from lightning_cco.checkpoints import best_checkpoint, check_callback_state, local_folder, read_checkpoint
 from lightning_cco.errors import CCOError, CCOWarning
+from lightning_cco.export.failures import need_packages
+from lightning_cco.export.network import network_of_the_step
 from lightning_cco.lookahead import copied, warn_of_left_over
 from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.directions import metric_directions
 from lightning_cco.monitoring.metrics import monitored_values, numbers, sanity_check_metrics
-from lightning_cco.quantization.model import QuantizedModel, release
+from lightning_cco.quantization.model import release
+from lightning_cco.quantized_model import QuantizedModel, is_program
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings, changed_settings, load_settings
 from lightning_cco.strategies import check_strategy, is_sharded
@@ -119,8 +122,6 @@ class CCOCallback(pl.Callback):
         folder = self.settings.deployment_settings.export_dir
         if folder is None:
             return
-        from lightning_cco.export.failures import need_packages
-
         local_folder(folder, "deployment_settings.export_dir")
         try:
             need_packages()
@@ -455,13 +456,11 @@ class CCOCallback(pl.Callback):
             if self._forward is forward_through_model:
                 calls = [forward_arguments(self.quantized.model, batch) for batch in batches]
             else:
-                from lightning_cco.export.network import network_of_the_step
-
                 networks = [network_of_the_step(self.quantized, on_a_copy(self._forward), batch) for batch in batches]
                 calls = [(network.args, network.kwargs) for network in networks]
                 options["network"] = networks[0]
             example_args, example_kwargs = calls[0]
-            if not str(path).endswith(".pt2"):
+            if not is_program(path):
                 options.setdefault("batches", [kwargs or args for args, kwargs in calls])
         written = self.quantized.export(path, example_args, example_kwargs, **options)
         if hasattr(written, "save") and self._monitor is not None:

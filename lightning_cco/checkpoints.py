@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_cco.compat.distributed_checkpoint import read_all
 from lightning_cco.errors import CCOError
-from lightning_cco.quantization.state import check_state, entry, names, refuse
+from lightning_cco.quantization.state_checks import check_state, entry, names, refuse
 
 
 def best_checkpoint(trainer: pl.Trainer) -> tuple[str, str]:

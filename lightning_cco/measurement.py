@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_cco.quantization.model import Forward, QuantizedModel
+from lightning_cco.quantization.model import Forward, HookedModel
 from lightning_cco.quantization.quantizer import ActivationQuantizer
 from lightning_cco.quantization.runtime import Phase
 from lightning_cco.sensitivity import LayerSensitivities, SensitivityReport
 
 
-def measure(quantized: QuantizedModel, batches: Iterable[Any], forward: Forward, modes: Sequence[str]) -> SensitivityReport:
+def measure(quantized: HookedModel, batches: Iterable[Any], forward: Forward, modes: Sequence[str]) -> SensitivityReport:
     """Measure the Quantization Sensitivity of each layer.
 
     Args:
@@ -33,7 +33,7 @@ def measure(quantized: QuantizedModel, batches: Iterable[Any], forward: Forward,
     return metric.report(modes)
 
 
-def _measure_batch(quantized: QuantizedModel, metric: LayerSensitivities, forward: Callable[[], Any], modes: Sequence[str]) -> None:
+def _measure_batch(quantized: HookedModel, metric: LayerSensitivities, forward: Callable[[], Any], modes: Sequence[str]) -> None:
     # A list for each layer: a step may call a module more than once (a discriminator on real and fake), one set of layers with two outputs.
     reference: dict[str, deque[Tensor]] = {}
 

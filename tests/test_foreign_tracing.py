@@ -16,8 +16,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_cco import CCOError, quantize
-from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco import CCOError, QuantizedModel, quantize
 
 
 def network(seed: int = 0) -> nn.Module:

@@ -18,7 +18,7 @@ from lightning_cco.export.report import ExportReport, LayerDifference
 from lightning_cco.export.stored_check import stored_faults
 from lightning_cco.export.variations import varied
 from lightning_cco.graph.containers import tensors_in
-from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.quantization.model import HookedModel
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one forward."""
@@ -31,7 +31,7 @@ def call_of(batch: Any) -> Call:
     return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
 
 
-def check_file(quantized: QuantizedModel, path: Path, emitter: Emitter, calls: Sequence[Call], report: ExportReport) -> None:
+def check_file(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequence[Call], report: ExportReport) -> None:
     """Fill a report with what the file and runs of it show.
 
     Args:

@@ -21,7 +21,7 @@ from lightning_cco.graph.compiled import mode_stack, restore_modes
 from lightning_cco.graph.frames import Frame
 from lightning_cco.graph.ops import Category, operation
 from lightning_cco.quantization.fake_quantize import level_bounds, quant_range
-from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.quantizer import ActivationQuantizer
 from lightning_cco.quantization.runtime import LIMITS
 from lightning_cco.quantization.slots import replaced
@@ -44,7 +44,7 @@ class Emitter:
         reads_shapes: Whether the file computes with the sizes of tensors.
     """
 
-    def __init__(self, quantized: QuantizedModel, stored: StoredWeights, opset: int = 20) -> None:
+    def __init__(self, quantized: HookedModel, stored: StoredWeights, opset: int = 20) -> None:
         self.quantized, self.stored, self.opset = quantized, stored, opset
         self.order: list[str] = []
         self.reached = ""

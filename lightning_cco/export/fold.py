@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_cco.compat.modules import BatchNormBase
 from lightning_cco.errors import CCOError
-from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.quantization.model import HookedModel
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class IntegerWeight:
         return replace(self, integers=moved.to(dtype), zero_point=zero_point)
 
 
-def batch_norm_after(quantized: QuantizedModel, name: str) -> str | None:
+def batch_norm_after(quantized: HookedModel, name: str) -> str | None:
     """The batch norm that belongs to the group of a weighted layer, if there is one."""
     after = quantized.plan.groups.get(name)
     return after if after is not None and quantized.graph[after].kind == "batch_norm" else None
 
 
 @torch.no_grad()
-def integer_weight(quantized: QuantizedModel, name: str, weight: Tensor, bias: Tensor | None, number: int = 0) -> IntegerWeight:
+def integer_weight(quantized: HookedModel, name: str, weight: Tensor, bias: Tensor | None, number: int = 0) -> IntegerWeight:
     """Quantize one weight of a layer, with the batch norm behind it folded in.
 
     Args:

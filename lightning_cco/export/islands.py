@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_cco.export.emit import Emitter
 from lightning_cco.export.report import ExportReport, FloatIsland
-from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.quantization.model import HookedModel
 
 _CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 _INTEGER = ("QLinear", "QGemm", "QAttention", "ConvInteger", "MatMulInteger", "MatMulNBits", "QEmbed", "QOrdered")
@@ -37,7 +37,7 @@ _HEAVY = {
 """Operators with weights or two inputs, and the kinds of layer that they come from."""
 
 
-def read_optimized(quantized: QuantizedModel, model: Any, written: Any, emitter: Emitter, report: ExportReport) -> None:
+def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Emitter, report: ExportReport) -> None:
     """Count what an engine's optimized graph computes how, and name the layers that it computes in float.
 
     Args:
@@ -99,7 +99,7 @@ def _plain(name: str) -> tuple[str, ...]:
     return name, re.sub(r"(_q_to_dq|_dq_to_q|/duplicated|_nchwc|_token_\d+)+$", "", name)
 
 
-def _island(quantized: QuantizedModel, operator: str, layer: str, partly_integer: bool, unexpected: str) -> FloatIsland | None:
+def _island(quantized: HookedModel, operator: str, layer: str, partly_integer: bool, unexpected: str) -> FloatIsland | None:
     """The layer behind a node that computes in float, and why; `None` for a part of a layer that runs in INT8, such as the bias of a product."""
     plan = quantized.plan
     if layer not in quantized.graph:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.export.engine import Rounded
-from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.quantization.model import HookedModel
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
@@ -52,7 +52,7 @@ class LocalRun:
         weights: What each weight quantizer was given and gave, by layer and number.
     """
 
-    def __init__(self, quantized: QuantizedModel, rounded: Mapping[str, list[Rounded]]) -> None:
+    def __init__(self, quantized: HookedModel, rounded: Mapping[str, list[Rounded]]) -> None:
         self.quantized, self.rounded = quantized, rounded
         self.steps: dict[str, Steps] = {}
         self.weights: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.signature import leaves, mapped
-from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.export.nested import leaves, mapped
+from lightning_cco.quantization.model import HookedModel
 
 _SIZED = {"view", "reshape", "expand"}
 """Functions whose first size is often the batch's."""
@@ -190,7 +190,7 @@ def _memory(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def network_of_the_step(quantized: QuantizedModel, forward: Callable[[nn.Module, Any], Any], batch: Any) -> Network:
+def network_of_the_step(quantized: HookedModel, forward: Callable[[nn.Module, Any], Any], batch: Any) -> Network:
     """Run a step on a batch and write down the network that it calls.
 
     Args:

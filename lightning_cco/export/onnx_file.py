@@ -32,8 +32,9 @@ from lightning_cco.export.report import ExportReport
 from lightning_cco.export.signature import Deployed
 from lightning_cco.export.stored import StoredWeights
 from lightning_cco.files import temporary_folder
-from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.targets import TARGETS
+from lightning_cco.version import __version__
 
 INT4_OPSET = 21
 OPSET = 20
@@ -41,7 +42,7 @@ OPSET = 20
 
 
 def export_onnx(
-    quantized: QuantizedModel,
+    quantized: HookedModel,
     path: str | Path,
     example_args: Sequence[Any] = (),
     example_kwargs: Mapping[str, Any] | None = None,
@@ -129,7 +130,7 @@ def _said(deployed: Deployed, types: list[str], fixed: list[str]) -> list[str]:
 
 
 def _write(
-    quantized: QuantizedModel, deployed: Deployed, path: Path, dynamic_batch: bool, int4: bool, options: dict[str, Any]
+    quantized: HookedModel, deployed: Deployed, path: Path, dynamic_batch: bool, int4: bool, options: dict[str, Any]
 ) -> tuple[Emitter, list[str]]:
     """Write the file; what wrote it, and which axes of inputs are fixed although they might have varied."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -187,7 +188,7 @@ def _write(
         raise CCOError(failed("rewriting the exporter's graph", error)) from error
     program.model.metadata_props.update(
         {
-            "lightning_cco.version": _version(),
+            "lightning_cco.version": __version__,
             "lightning_cco.quantized_layers": json.dumps(sorted(quantized.plan.quantized)),
             "lightning_cco.skipped_layers": json.dumps(quantized.plan.skipped),
             "lightning_cco.recipe": json.dumps(quantized.settings.to_dict()),
@@ -232,13 +233,13 @@ def _quietly() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _float_size(quantized: QuantizedModel) -> int:
+def _float_size(quantized: HookedModel) -> int:
     """Bytes of the parameters and floating-point buffers, each tensor once."""
     tensors = {id(t): t for _, t in [*quantized.model.named_parameters(), *quantized.model.named_buffers()] if t.is_floating_point()}
     return sum(4 * tensor.numel() for tensor in tensors.values())
 
 
-def _notes(quantized: QuantizedModel, emitter: Emitter, int4: bool) -> list[str]:
+def _notes(quantized: HookedModel, emitter: Emitter, int4: bool) -> list[str]:
     notes = []
     if emitter.stored.for_matrix_units:
         notes.append(
@@ -272,9 +273,3 @@ def _notes(quantized: QuantizedModel, emitter: Emitter, int4: bool) -> list[str]
     if target == "tensorrt":
         notes.append("the file is what TensorRT's documentation asks for (symmetric int8 Q/DQ pairs); it was run in ONNX Runtime only")
     return notes
-
-
-def _version() -> str:
-    from lightning_cco import __version__
-
-    return __version__

@@ -16,11 +16,11 @@ from lightning_cco.export.failures import need_packages, need_writable_names, un
 from lightning_cco.export.network import Network
 from lightning_cco.export.signature import Deployed
 from lightning_cco.files import temporary_folder
-from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.quantization.model import HookedModel
 
 
 def export_program(
-    quantized: QuantizedModel,
+    quantized: HookedModel,
     path: str | Path,
     example_args: Sequence[Any] = (),
     example_kwargs: Mapping[str, Any] | None = None,

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
-
-if TYPE_CHECKING:
-    from lightning_cco.export.network import Network
+from lightning_cco.export.nested import Slot, follow, items_of, leaves, mapped, name_of
+from lightning_cco.export.network import Network
 
 PREFIX = "model"
 """Name of the model in `Deployed`, and so the beginning of all paths that the exporter sees."""
 _LABELS = ("label", "labels", "target", "targets", "y", "y_true", "start_positions", "end_positions")
-Slot = tuple[Any, ...]
 
 
 class Deployed(nn.Module):
@@ -66,13 +63,13 @@ class Deployed(nn.Module):
         kept = [(slot, value) for slot, value in leaves(result) if isinstance(value, Tensor)]
         losses = [slot for slot, value in kept if slot and slot[-1] == "loss" and value.dim() == 0]
         self._kept = [slot for slot, _ in kept if slot not in losses or len(kept) == len(losses)]
-        self.lost = [_name(slot) for slot in losses if slot not in self._kept] + _others(result)
+        self.lost = [name_of(slot) for slot in losses if slot not in self._kept] + _others(result)
         if not self._kept:
             raise CCOError(
                 f"export: {type(model).__name__}.forward returned {type(result).__name__} without a tensor in it; a tensor, or a tuple, mapping or dataclass "
                 "of tensors was expected."
             )
-        names = [_name(slot) for slot in self._kept]
+        names = [name_of(slot) for slot in self._kept]
         self.outputs = [name if name and not name[0].isdigit() else f"output_{number}" for number, name in enumerate(names)]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -82,7 +79,7 @@ class Deployed(nn.Module):
         missing = [slot for slot in self._kept if slot not in found]
         if missing:
             raise CCOError(
-                f"export: {type(self.model).__name__} gave no '{_name(missing[0])}' on these inputs, but did on the example. "
+                f"export: {type(self.model).__name__} gave no '{name_of(missing[0])}' on these inputs, but did on the example. "
                 "If the model gives another number of tensors in evaluation, export in that form."
             )
         return tuple(found[slot] for slot in self._kept)
@@ -133,7 +130,7 @@ class Deployed(nn.Module):
         unknown = [name for name in flat if name not in self.dropped]
         if unknown:
             raise CCOError(f"export: {used} names {unknown}, but the forward's arguments are {list(arguments)}.")
-        return [_follow(shapes, slot) for slot in self._slots]
+        return [follow(shapes, slot) for slot in self._slots]
 
     def _signature(self) -> Mapping[str, inspect.Parameter]:
         return self._called.parameters
@@ -169,7 +166,7 @@ class Deployed(nn.Module):
     def _input_name(self, slot: Slot) -> str:
         """A name for an input; the keywords of ``**inputs`` name themselves."""
         parameter = self._signature().get(slot[0])
-        return _name(slot[1:] if parameter is not None and parameter.kind is parameter.VAR_KEYWORD else slot)
+        return name_of(slot[1:] if parameter is not None and parameter.kind is parameter.VAR_KEYWORD else slot)
 
     def call(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the model's own forward with these tensors in them."""
@@ -183,7 +180,7 @@ class Deployed(nn.Module):
         def of(value: Any, slot: Slot) -> Any:
             if isinstance(value, Tensor):
                 return given[slot]
-            items = _items(value)
+            items = items_of(value)
             if items is None:
                 return None
             inside = {key: of(item, (*slot, key)) for key, item in items}
@@ -285,67 +282,6 @@ def _only_loses_losses(whole: list[Tensor], less: list[Tensor] | None) -> bool:
     )
 
 
-def _items(value: Any) -> list[tuple[Any, Any]] | None:
-    """What a container holds, by key; `None` if it is none."""
-    if isinstance(value, Mapping):
-        return list(value.items())
-    if isinstance(value, (tuple, list)):
-        return list(zip(getattr(value, "_fields", range(len(value))), value, strict=True))
-    if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
-        return [(name, getattr(value, name, None)) for name in value.__dataclass_fields__]
-    return None
-
-
-def leaves(value: Any, slot: Slot = ()) -> list[tuple[Slot, Any]]:
-    """Everything that is no container, with the way to it; without `None`."""
-    items = _items(value)
-    if items is None:
-        return [] if value is None else [(slot, value)]
-    return [leaf for key, item in items for leaf in leaves(item, (*slot, key))]
-
-
-def mapped(value: Any, change: Callable[[Slot, Tensor], Tensor], slot: Slot = ()) -> Any:
-    """A copy with other tensors."""
-    if isinstance(value, Tensor):
-        return change(slot, value)
-    items = _items(value)
-    if items is None or not any(isinstance(leaf, Tensor) for _, leaf in leaves(value)):
-        return value
-    changed = {key: mapped(item, change, (*slot, key)) for key, item in items}
-    if type(value) is dict:
-        return changed
-    if isinstance(value, Mapping):
-        try:
-            return type(value)(**changed) if hasattr(value, "__dataclass_fields__") else type(value)(changed)  # type: ignore[call-arg]
-        except TypeError:
-            return changed
-    if hasattr(value, "_fields"):
-        return type(value)(*changed.values())
-    if isinstance(value, (tuple, list)):
-        return type(value)(changed.values())
-    copied = copy.copy(value)
-    for key, item in changed.items():
-        object.__setattr__(copied, key, item)
-    return copied
-
-
-def _follow(shapes: Any, slot: Slot) -> Any:
-    """What nested specifications say of one tensor."""
-    for key in slot:
-        if isinstance(shapes, Mapping):
-            shapes = shapes.get(key)
-        elif isinstance(shapes, (tuple, list)) and isinstance(key, int) and key < len(shapes):
-            shapes = shapes[key]
-        else:
-            return None
-    return shapes
-
-
-def _name(slot: Slot) -> str:
-    """A name for a tensor from the way to it."""
-    return ".".join(map(str, slot))
-
-
 def _unique(names: list[str]) -> list[str]:
     """Names that a file takes for inputs."""
     taken: dict[str, int] = {}
@@ -360,4 +296,6 @@ def _unique(names: list[str]) -> list[str]:
 
 def _others(result: Any) -> list[str]:
     """Outputs that are neither tensors nor numbers, such as a cache of keys and values."""
-    return [f"{_name(slot)} ({type(value).__name__})" for slot, value in leaves(result) if not isinstance(value, (Tensor, int, float, str))]
+    return [
+        f"{name_of(slot)} ({type(value).__name__})" for slot, value in leaves(result) if not isinstance(value, (Tensor, int, float, str))
+    ]

@@ -13,7 +13,7 @@ from lightning_cco.export.fold import BatchNorm, IntegerWeight, integer_weight, 
 from lightning_cco.export.forms import adds_products_exactly, blocked_convolution, bound_of, has_matrix_units, shortened
 from lightning_cco.graph.capture import Site, Source
 from lightning_cco.graph.ops import Category
-from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.slots import at
 from lightning_cco.quantization.targets import TARGETS
 
@@ -51,7 +51,7 @@ class StoredWeights:
         unsigned: Whether weights whose products with activations could overflow 16 bits are stored as uint8.
     """
 
-    def __init__(self, quantized: QuantizedModel, int4: bool = False) -> None:
+    def __init__(self, quantized: HookedModel, int4: bool = False) -> None:
         deployment = quantized.settings.deployment_settings
         self.quantized, self.target = quantized, TARGETS[deployment.target_framework]
         self.weights: dict[str, list[IntegerWeight]] = {}

@@ -14,7 +14,7 @@ from lightning_cco.export.emit import Emitter
 from lightning_cco.export.engine import Rounded, constants
 from lightning_cco.export.fold import IntegerWeight
 from lightning_cco.export.forms import shortened
-from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.quantization.model import HookedModel
 
 Array = np.ndarray[Any, Any]
 _TOLERANCE = 1e-5
@@ -25,7 +25,7 @@ _RECURRENT = ("lstm", "gru", "rnn")
 
 
 def stored_faults(
-    quantized: QuantizedModel,
+    quantized: HookedModel,
     model: Any,
     emitter: Emitter,
     rounded: Mapping[str, list[Rounded]],
@@ -69,7 +69,7 @@ def stored_faults(
     return faults
 
 
-def _formats(quantized: QuantizedModel, model: Any, rounded: Mapping[str, list[Rounded]]) -> Iterator[tuple[str, str]]:
+def _formats(quantized: HookedModel, model: Any, rounded: Mapping[str, list[Rounded]]) -> Iterator[tuple[str, str]]:
     """Scales and zero points of the activations, of both nodes of each pair."""
     values = constants(model)
     readers: dict[str, list[Any]] = {}
@@ -93,7 +93,7 @@ def _formats(quantized: QuantizedModel, model: Any, rounded: Mapping[str, list[R
 class _Expected:
     """What layers may store: their fake-quantized weights, with batch norms folded in, and their biases."""
 
-    def __init__(self, quantized: QuantizedModel, emitter: Emitter, weights: Mapping[tuple[str, int], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, quantized: HookedModel, emitter: Emitter, weights: Mapping[tuple[str, int], tuple[Tensor, Tensor]]) -> None:
         self.quantized, self.stored = quantized, emitter.stored
         self.weights: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
         for (layer, number), (given, got) in weights.items():

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_cco.graph.containers import tensors_in
-from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.quantization.model import HookedModel
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 _MOST = 2
 
 
-def varied(quantized: QuantizedModel, calls: Sequence[Call]) -> list[Call]:
+def varied(quantized: HookedModel, calls: Sequence[Call]) -> list[Call]:
     """A variation of each of the first two batches.
 
     Floats are reversed along their last axis and brought further from their mean, within the range of the batch; ids are drawn anew, from the whole
@@ -52,7 +52,7 @@ def _varied(tensor: Tensor, rows: int | None, generator: torch.Generator) -> Ten
     return torch.randint(low, high + 1, tensor.shape, generator=generator).to(tensor)
 
 
-def _rows(quantized: QuantizedModel) -> dict[int, int]:
+def _rows(quantized: HookedModel) -> dict[int, int]:
     """Rows of the smallest table that an input is looked up in, by the input's number, if nothing else reads it."""
     graph = quantized.graph
     parameters = dict(quantized.model.named_parameters(remove_duplicate=False))

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_cco.compat.lightning_trainer import running_results
-from lightning_cco.quantization.model import QuantizedModel
+from lightning_cco.quantization.model import HookedModel
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.suggestions import Suggestion
 
@@ -39,7 +39,7 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def monitored_values(report: SensitivityReport, quantized: QuantizedModel, suggestions: Sequence[Suggestion]) -> dict[str, float]:
+def monitored_values(report: SensitivityReport, quantized: HookedModel, suggestions: Sequence[Suggestion]) -> dict[str, float]:
     """What the callback logs each epoch, for ``monitor=`` of others."""
     values = [entry.qs for entry in (report.local or report.accumulated).values()]
     ratios = [entry.sqnr_db for entry in (report.local or report.accumulated).values()]

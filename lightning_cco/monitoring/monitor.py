@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_cco.drawing.render import save_pictures
 from lightning_cco.errors import CCOWarning
+from lightning_cco.export.report import ExportReport
 from lightning_cco.files import check_writable, remove_abandoned, write_file
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.monitoring import tables
@@ -33,10 +34,6 @@ from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings
 from lightning_cco.suggestions import Suggestion, suggestions_yaml
-
-if TYPE_CHECKING:
-    from lightning_cco.export import ExportReport
-
 
 _FOLLOWED = 30  # layers with a curve of their own: as many as a page can show
 _Data = TypeVar("_Data", str, bytes)

@@ -1,4 +1,4 @@
-"""A model with quantization hooked on."""
+"""A model with quantization hooked on: what is quantized, when ranges move, and what is saved of it."""
 
 from __future__ import annotations
 
@@ -7,59 +7,28 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError, CCOWarning
-from lightning_cco.graph.capture import Capture, capture, recording, switch_training
-from lightning_cco.graph.frames import hooks_on, refuse_hooked
+from lightning_cco.graph.capture import Capture, recording, switch_training
+from lightning_cco.graph.frames import hooks_on
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.names import list_names
+from lightning_cco.quantization.calibration import check_weights, finish_calibration, warn_of_zeros
 from lightning_cco.quantization.plan import plan_quantization
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
-from lightning_cco.quantization.range_updates import forget_batches, sync_calibration, update_ranges, world_size
+from lightning_cco.quantization.range_updates import forget_batches, update_ranges, world_size
 from lightning_cco.quantization.runtime import Phase, Runtime
-from lightning_cco.quantization.state import STATE_VERSION, check_scale, check_state
+from lightning_cco.quantization.state import check_fits, load_ranges, plan_differences, state_of
 from lightning_cco.settings import Settings, load_settings
-
-if TYPE_CHECKING:
-    from lightning_cco.sensitivity import SensitivityReport
 
 Forward = Callable[[nn.Module, Any], Any]
 """How one batch goes through the model."""
 
 _MOVING = threading.RLock()
-_MASKED = frozenset({"add", "sub", "mul", "where", "masked_fill", "scaled_dot_product_attention", "concat", "setitem"})
-
-
-def quantize(
-    model: nn.Module,
-    settings: Settings | Mapping[str, Any] | str | None = None,
-    example_args: Sequence[Any] = (),
-    example_kwargs: Mapping[str, Any] | None = None,
-) -> QuantizedModel:
-    """Capture a model's layers, plan, and hook fake-quantization on it; no Trainer needed.
-
-    The model stays the same object with the same parameters. Until `QuantizedModel.calibrate` has run, it computes in float.
-
-    Args:
-        model: Any module whose ``forward`` takes the example.
-        settings: What `CCOCallback` takes: settings, mapping, YAML path or recipe name.
-        example_args: Positional arguments of one example forward.
-        example_kwargs: Keyword arguments of it.
-
-    Raises:
-        CCOError: The forward fails on the example, a setting matches nothing, or nothing can be quantized.
-    """
-    refuse_hooked(model)
-    example_args = (example_args,) if isinstance(example_args, Tensor) else tuple(example_args)
-    captured = capture(model, lambda: model(*example_args, **(example_kwargs or {})))
-    quantized = QuantizedModel(model, captured, load_settings(settings))
-    quantized.example = (example_args, example_kwargs)
-    return quantized
 
 
 def release(model: nn.Module) -> bool:
@@ -82,7 +51,7 @@ def call_with(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
-class QuantizedModel:
+class HookedModel:
     """A model, its layer graph, its plan and its quantizers. The model itself is hooked, not changed; `remove` takes the hooks off.
 
     Args:
@@ -218,85 +187,24 @@ class QuantizedModel:
         Raises:
             CCOError: No batch came, or a weight or an activation is NaN or infinite; the message names the layer.
         """
-        self._check_weights()
+        check_weights(self.model, self.graph)
         forward = forward or call_with
         chosen = set(self.activations) if only is None else set(only)
+        observed = {key: quantizer for key, quantizer in self.activations.items() if key in chosen}
         for key in chosen:
             self.activations[key].start_calibration()
         count = 0
-        observed = {key: q for key, q in self.activations.items() if key in chosen}
         with self.evaluating(), self.forked_random(), self.runtime.doing(Phase.OBSERVE, only=observed.values()):
             for batch in batches:
                 self.runtime.batch += 1
                 forward(self.model, batch)
                 count += 1
-        if not count:
-            raise CCOError(
-                "calibrate: no batch came, so no range is known. Expected at least one batch of what the model's forward takes; "
-                "check that the loader is not empty and that stats_steps is at least 1."
-            )
-        errors = sync_calibration(list(observed.values()))
-        for number, (key, quantizer) in enumerate(observed.items()):
-            self._finish(key, quantizer, errors[number] if errors is not None else None)
-        self._warn_of_zeros(observed)
+        finish_calibration(self.graph, observed, count)
+        warn_of_zeros(self.plan, observed)
         self.calibrated = True
         self.runtime.phase = Phase.QUANTIZE
         torch.compiler.reset()
         return count
-
-    def _finish(self, key: str, quantizer: ActivationQuantizer, errors: Tensor | None) -> None:
-        problem = quantizer.finish_calibration(errors)
-        if problem == "non_finite":
-            layer = self.graph[key.partition(":")[0]]
-            where = f"module '{layer.path}', {layer.kind}" if layer.path else layer.kind
-            raise CCOError(
-                f"calibrate: layer '{layer.name}' ({where}) gave NaN or infinite values; finite ones were expected. "
-                "Check the float model on the same batch (learning rate, input scaling, loss of precision in float16) before quantizing, "
-                f"or skip the layer: {{match: {layer.name}, skip_quantization: true}}."
-            )
-
-    def _warn_of_zeros(self, observed: Mapping[str, ActivationQuantizer]) -> None:
-        """Say which ranges are [0, 0]: until they move, what passes there is not rounded."""
-        zero, absent = (
-            list(dict.fromkeys(key.partition(":")[0] for key, q in observed.items() if q.empty and q.saw_zeros is saw_zeros))
-            for saw_zeros in (True, False)
-        )
-        zero, absent = ([name for name in names if self._makes_int8(name)] for names in (zero, absent))
-        what = [
-            *([f"nothing but zeros came out of {list_names(zero)}"] if zero else []),
-            *([f"nothing came out of {list_names(absent)} (a branch that no batch took, no rows)"] if absent else []),
-        ]
-        if what:
-            warnings.warn(
-                f"calibrate: {' and '.join(what)}, so the range there is [0, 0] and values pass unrounded. It takes the first values that come in training, "
-                "unless ranges are frozen. If the zeros are not meant, check the batches (scaling, masks, dead units) or raise training_settings.stats_steps; "
-                f"if they are, the layer is better skipped: {{match: {[*zero, *absent][0]}, skip_quantization: true}}.",
-                CCOWarning,
-                stacklevel=3,
-            )
-
-    def _makes_int8(self, name: str) -> bool:
-        """Whether an INT8 layer makes or reads a layer's output."""
-        return name in self.plan.quantized or any(reader in self.plan.quantized for reader in self.graph.successors(name))
-
-    def _check_weights(self) -> None:
-        """Look at all parameters of layers, also of those in float: what they make out of them is calibrated all the same."""
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        finite: dict[str, bool] = {}
-        for layer in self.graph:
-            for name in layer.parameters:
-                tensor = parameters.get(name)
-                if tensor is None or not tensor.is_floating_point():
-                    continue
-                if name not in finite:
-                    # A mask that is added, or fills, may well be infinite; NaN is never meant.
-                    values = tensor.detach()
-                    finite[name] = not bool((values.isnan() if layer.kind in _MASKED else ~values.isfinite()).any())
-                if not finite[name]:
-                    raise CCOError(
-                        f"calibrate: the parameter '{name}' of layer '{layer.name}' holds NaN or infinite values; finite ones were expected. "
-                        "Load a checkpoint from before the training diverged."
-                    )
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -387,27 +295,6 @@ class QuantizedModel:
         with self.runtime.doing(Phase.PASS):
             yield
 
-    def sensitivity(
-        self, batches: Iterable[Any], forward: Forward | None = None, modes: Sequence[str] = ("local", "accumulated")
-    ) -> SensitivityReport:
-        """Measure the Quantization Sensitivity of each layer.
-
-        Args:
-            batches: The held batches, on the model's device.
-            forward: How a batch goes through the model, as in `calibrate`.
-            modes: ``local``: float and quantized layer on the same float input. ``accumulated``: quantized model against float model.
-
-        Raises:
-            CCOError: The model was never calibrated.
-        """
-        from lightning_cco.measurement import measure
-
-        if not self.calibrated:
-            raise CCOError(
-                "sensitivity: the model was never calibrated, so there is no quantized output to compare. Call calibrate(batches) first."
-            )
-        return measure(self, batches, forward or call_with, modes)
-
     def measured_layers(self) -> list[str]:
         """Layers with a rounding of their own, in graph order: a weight, or a quantizer on the output."""
         return [name for name in self.graph.names if name in self.weights or name in self.activations]
@@ -423,16 +310,7 @@ class QuantizedModel:
             self.update_ranges()
         if self._outliers is not None and self._outliers.device.type != "cpu":
             self._warn_of_outliers(self._outliers)  # each step would have to wait for the device
-        return {
-            "version": STATE_VERSION,
-            "layers": list(self.graph.names),
-            "kinds": {layer.name: layer.kind for layer in self.graph},
-            "quantized": sorted(self.plan.quantized),
-            "suggestions": list(self.plan.suggestions),
-            "calibrated": self.calibrated,
-            "frozen": self.frozen,
-            "ranges": {key: quantizer.get_ranges() for key, quantizer in self.activations.items()},
-        }
+        return state_of(self.plan, self.activations, calibrated=self.calibrated, frozen=self.frozen)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Take ranges over from a state: all of it, or, on an error, nothing.
@@ -443,63 +321,14 @@ class QuantizedModel:
         Raises:
             CCOError: The state belongs to another architecture, is of a newer version or damaged; the message names the key.
         """
-        check_state(state)
-        theirs, ours = state["kinds"], {layer.name: layer.kind for layer in self.graph}
-        if theirs != ours:
-            missing, extra = [n for n in theirs if n not in ours], [n for n in ours if n not in theirs]
-            changed = [n for n in ours if n in theirs and ours[n] != theirs[n]]
-            raise CCOError(
-                f"load_state_dict: the checkpoint is of another architecture: it has {len(theirs)} layers, this model {len(ours)}. "
-                f"Only in the checkpoint: {missing[:5]}; only in the model: {extra[:5]}; of another kind: {changed[:5]}. "
-                "Build the model as it was when the checkpoint was written, or start from the checkpoint's weights alone."
-            )
-        for key, quantizer in self.activations.items():
-            if key in state["ranges"] and state["ranges"][key]["num_bits"] == quantizer.num_bits:
-                check_scale(state["ranges"][key], key, quantizer.symmetric)
-        differences = []
-        now_skipped = sorted(set(state["quantized"]) - self.plan.quantized)
-        now_quantized = sorted(self.plan.quantized - set(state["quantized"]))
-        if now_skipped:
-            differences.append(f"no longer quantized: {', '.join(now_skipped)}")
-        if now_quantized:
-            differences.append(f"newly quantized: {', '.join(now_quantized)}")
-        uncalibrated = []
-        for key, quantizer in self.activations.items():
-            ranges = state["ranges"].get(key)
-            if ranges is None:
-                uncalibrated.append(key)
-            else:
-                if ranges.get("num_bits", quantizer.num_bits) != quantizer.num_bits:
-                    differences.append(f"bits of '{key}': {ranges['num_bits']} → {quantizer.num_bits}")
-                quantizer.set_ranges(ranges)
-        self.uncalibrated = uncalibrated
+        check_fits(state, self.graph, self.activations)
+        different_bits, self.uncalibrated = load_ranges(state, self.activations)
         if state["frozen"]:
             self.freeze_ranges()
         self.calibrated = bool(state["calibrated"])
         self.runtime.phase = Phase.QUANTIZE if self.calibrated else Phase.PASS
         torch.compiler.reset()
-        return differences
-
-    def export(
-        self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any
-    ) -> Any:
-        """Write an INT8 ONNX file and check it in ONNX Runtime; or, if ``path`` ends in ``.pt2``, a `torch.export` program.
-
-        Args:
-            path: Where to write.
-            example_args: Positional arguments of one forward; by default those of `quantize`.
-            example_kwargs: Keyword arguments of it.
-            **options: See `lightning_cco.export.export_onnx` and `lightning_cco.export.export_program`.
-
-        Returns:
-            The report of the check; the program for a ``.pt2`` file.
-        """
-        from lightning_cco.export import export_onnx, export_program
-
-        if not len(example_args) and not example_kwargs:
-            example_args, example_kwargs = self.example
-        write = export_program if str(path).endswith(".pt2") else export_onnx
-        return write(self, path, example_args, example_kwargs, **options)
+        return plan_differences(state, self.plan) + different_bits
 
     @property
     def attached(self) -> bool:
@@ -512,4 +341,4 @@ class QuantizedModel:
 
     def __repr__(self) -> str:
         state = "frozen" if self.frozen else "calibrated" if self.calibrated else "not calibrated"
-        return f"QuantizedModel({type(self.model).__name__}, {len(self.plan.quantized)} of {self.plan.counted} layers quantized, {state})"
+        return f"{type(self).__name__}({type(self.model).__name__}, {len(self.plan.quantized)} of {self.plan.counted} layers quantized, {state})"

@@ -1,0 +1,96 @@
+"""Before and after the batches of a calibration: whether the weights are finite, and what the quantizers made of what they saw."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+from torch import nn
+
+from lightning_cco.errors import CCOError, CCOWarning
+from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.names import list_names
+from lightning_cco.quantization.plan import QuantizationPlan
+from lightning_cco.quantization.quantizer import ActivationQuantizer
+from lightning_cco.quantization.range_updates import sync_calibration
+
+_MASKED = frozenset({"add", "sub", "mul", "where", "masked_fill", "scaled_dot_product_attention", "concat", "setitem"})
+"""Kinds of layers that read masks, which may hold infinities."""
+
+
+def check_weights(model: nn.Module, graph: LayerGraph) -> None:
+    """Look at all parameters of layers, also of those in float: what they make out of them is calibrated all the same.
+
+    Raises:
+        CCOError: One holds NaN or infinite values; the message names it and its layer.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    finite: dict[str, bool] = {}
+    for layer in graph:
+        for name in layer.parameters:
+            tensor = parameters.get(name)
+            if tensor is None or not tensor.is_floating_point():
+                continue
+            if name not in finite:
+                # A mask that is added, or fills, may well be infinite; NaN is never meant.
+                values = tensor.detach()
+                finite[name] = not bool((values.isnan() if layer.kind in _MASKED else ~values.isfinite()).any())
+            if not finite[name]:
+                raise CCOError(
+                    f"calibrate: the parameter '{name}' of layer '{layer.name}' holds NaN or infinite values; finite ones were expected. "
+                    "Load a checkpoint from before the training diverged."
+                )
+
+
+def finish_calibration(graph: LayerGraph, observed: Mapping[str, ActivationQuantizer], batches: int) -> None:
+    """Set the ranges from what the quantizers observed; under DDP equally on all ranks.
+
+    Args:
+        graph: The layers, for messages.
+        observed: The calibrated quantizers by tensor.
+        batches: How many batches they saw.
+
+    Raises:
+        CCOError: There was no batch, or a layer gave NaN or infinite values; the message names it.
+    """
+    if not batches:
+        raise CCOError(
+            "calibrate: no batch came, so no range is known. Expected at least one batch of what the model's forward takes; "
+            "check that the loader is not empty and that stats_steps is at least 1."
+        )
+    errors = sync_calibration(list(observed.values()))
+    for number, (key, quantizer) in enumerate(observed.items()):
+        if quantizer.finish_calibration(errors[number] if errors is not None else None) == "non_finite":
+            layer = graph[key.partition(":")[0]]
+            where = f"module '{layer.path}', {layer.kind}" if layer.path else layer.kind
+            raise CCOError(
+                f"calibrate: layer '{layer.name}' ({where}) gave NaN or infinite values; finite ones were expected. "
+                "Check the float model on the same batch (learning rate, input scaling, loss of precision in float16) before quantizing, "
+                f"or skip the layer: {{match: {layer.name}, skip_quantization: true}}."
+            )
+
+
+def warn_of_zeros(plan: QuantizationPlan, observed: Mapping[str, ActivationQuantizer]) -> None:
+    """Say which ranges are [0, 0]: until they move, what passes there is not rounded."""
+    zero, absent = (
+        list(dict.fromkeys(key.partition(":")[0] for key, q in observed.items() if q.empty and q.saw_zeros is saw_zeros))
+        for saw_zeros in (True, False)
+    )
+    zero, absent = ([name for name in names if _makes_int8(plan, name)] for names in (zero, absent))
+    what = [
+        *([f"nothing but zeros came out of {list_names(zero)}"] if zero else []),
+        *([f"nothing came out of {list_names(absent)} (a branch that no batch took, no rows)"] if absent else []),
+    ]
+    if what:
+        warnings.warn(
+            f"calibrate: {' and '.join(what)}, so the range there is [0, 0] and values pass unrounded. It takes the first values that come in training, "
+            "unless ranges are frozen. If the zeros are not meant, check the batches (scaling, masks, dead units) or raise training_settings.stats_steps; "
+            f"if they are, the layer is better skipped: {{match: {[*zero, *absent][0]}, skip_quantization: true}}.",
+            CCOWarning,
+            stacklevel=3,
+        )
+
+
+def _makes_int8(plan: QuantizationPlan, name: str) -> bool:
+    """Whether an INT8 layer makes or reads a layer's output."""
+    return name in plan.quantized or any(reader in plan.quantized for reader in plan.graph.successors(name))

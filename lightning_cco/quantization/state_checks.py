@@ -1,0 +1,114 @@
+"""What a saved state of a quantized model holds; checked as a whole before any of it is applied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from lightning_cco.errors import CCOError
+from lightning_cco.quantization.fake_quantize import affine_qparams
+
+STATE_VERSION = 1
+_NUMBERS = ("min_val", "max_val", "scale", "zero_point", "clip_ratio")
+_WAY_OUT = "Load another checkpoint, or only the weights of this one, and calibrate anew."
+
+
+def refuse(key: str, expected: str, got: Any) -> NoReturn:
+    """Raise the error that names a key of a state."""
+    shown = type(got).__name__ if not isinstance(got, (int, float, str, bool)) else repr(got)[:80]
+    raise CCOError(
+        f"load_state_dict: the checkpoint's state is damaged: '{key}': expected {expected}, got {shown}. Nothing was applied. {_WAY_OUT}"
+    )
+
+
+def entry(state: Mapping[str, Any], key: str, kind: type | tuple[type, ...], path: str = "") -> Any:
+    """The value of a key, of the type that it must have.
+
+    Raises:
+        CCOError: It is missing or of another type.
+    """
+    name = kind.__name__ if isinstance(kind, type) else " or ".join(one.__name__ for one in kind)
+    if key not in state:
+        raise CCOError(f"load_state_dict: the checkpoint's state lacks '{path}{key}' ({name}). Nothing was applied. {_WAY_OUT}")
+    if not isinstance(state[key], kind) or (kind is int and isinstance(state[key], bool)):
+        refuse(path + key, f"a {name}", state[key])
+    return state[key]
+
+
+def names(state: Mapping[str, Any], key: str, path: str = "") -> list[str]:
+    """The list of strings of a key."""
+    values: list[str] = list(entry(state, key, (list, tuple), path))
+    for value in values:
+        if not isinstance(value, str):
+            refuse(path + key, "names of layers", value)
+    return values
+
+
+def check_state(state: Any) -> None:
+    """Check a state of `QuantizedModel`.
+
+    Raises:
+        CCOError: It is of a newer version, or some value of it can't be; the message names the key.
+    """
+    if not isinstance(state, Mapping):
+        refuse("quantized", "a mapping", state)
+    version = entry(state, "version", int, "quantized.")
+    if version > STATE_VERSION:
+        raise CCOError(
+            f"load_state_dict: the checkpoint's state is of version {version}; this lightning_cco reads versions up to {STATE_VERSION}. "
+            "Update lightning_cco, or load only the weights and calibrate anew."
+        )
+    if version < 1:
+        refuse("quantized.version", f"1 to {STATE_VERSION}", version)
+    kinds = entry(state, "kinds", Mapping, "quantized.")
+    for name, kind in kinds.items():
+        if not isinstance(name, str) or not isinstance(kind, str):
+            refuse("quantized.kinds", "the kind of each layer by name", kind)
+    names(state, "quantized", "quantized.")
+    entry(state, "calibrated", bool, "quantized.")
+    entry(state, "frozen", bool, "quantized.")
+    for name, ranges in entry(state, "ranges", Mapping, "quantized.").items():
+        path = f"quantized.ranges.{name}"
+        if not isinstance(ranges, Mapping):
+            refuse(path, "a mapping", ranges)
+        _check_ranges(ranges, path + ".")
+
+
+def _check_ranges(ranges: Mapping[str, Any], path: str) -> None:
+    bits = entry(ranges, "num_bits", int, path)
+    if not 2 <= bits <= 8:
+        refuse(path + "num_bits", "2 to 8", bits)
+    if not isinstance(ranges.get("settled", False), bool):  # older states have none
+        refuse(path + "settled", "true or false", ranges["settled"])
+    value = {}
+    for key in _NUMBERS:
+        tensor = entry(ranges, key, Tensor, path)
+        if tensor.shape != () or not tensor.is_floating_point():
+            refuse(path + key, "a floating-point tensor without dimensions", f"{tensor.dtype} of shape {tuple(tensor.shape)}")
+        value[key] = float(tensor)
+        if not torch.isfinite(tensor):
+            refuse(path + key, "a finite number", value[key])
+    if value["min_val"] > value["max_val"]:
+        refuse(path + "min_val", f"at most max_val, {value['max_val']:g}", value["min_val"])
+    for key in ("scale", "clip_ratio"):
+        if value[key] <= 0:
+            refuse(path + key, "a number above 0", value[key])
+    low, high = -(2 ** (bits - 1)), 2**bits - 1
+    if value["zero_point"] != round(value["zero_point"]) or not low <= value["zero_point"] <= high:
+        refuse(path + "zero_point", f"a whole number from {low} to {high}", value["zero_point"])
+
+
+def check_scale(ranges: Mapping[str, Any], name: str, symmetric: bool) -> None:
+    """Check that a scale is the one that follows from its range.
+
+    Raises:
+        CCOError: It is another.
+    """
+    if float(ranges["max_val"]) <= float(ranges["min_val"]):
+        return
+    scale, _ = affine_qparams(ranges["min_val"].float(), ranges["max_val"].float(), ranges["num_bits"], symmetric)
+    if abs(float(ranges["scale"]) / float(scale) - 1) > 0.01:
+        refuse(f"quantized.ranges.{name}.scale", f"{float(scale):g}, which follows from min_val and max_val", float(ranges["scale"]))

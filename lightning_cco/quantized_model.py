@@ -1,0 +1,142 @@
+"""The quantized model that users hold: the hooked one, with its measurement and its exports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cco.errors import CCOError
+from lightning_cco.export.onnx_file import export_onnx
+from lightning_cco.export.program import export_program
+from lightning_cco.export.report import ExportReport
+from lightning_cco.graph.capture import capture
+from lightning_cco.graph.frames import refuse_hooked
+from lightning_cco.measurement import measure
+from lightning_cco.quantization.model import Forward, HookedModel, call_with
+from lightning_cco.sensitivity import SensitivityReport
+from lightning_cco.settings import Settings, load_settings
+
+
+def quantize(
+    model: nn.Module,
+    settings: Settings | Mapping[str, Any] | str | None = None,
+    example_args: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> QuantizedModel:
+    """Capture a model's layers, plan, and hook fake-quantization on it; no Trainer needed.
+
+    The model stays the same object with the same parameters. Until `QuantizedModel.calibrate` has run, it computes in float.
+
+    Args:
+        model: Any module whose ``forward`` takes the example.
+        settings: What `CCOCallback` takes: settings, mapping, YAML path or recipe name.
+        example_args: Positional arguments of one example forward.
+        example_kwargs: Keyword arguments of it.
+
+    Raises:
+        CCOError: The forward fails on the example, a setting matches nothing, or nothing can be quantized.
+    """
+    refuse_hooked(model)
+    example_args = (example_args,) if isinstance(example_args, Tensor) else tuple(example_args)
+    captured = capture(model, lambda: model(*example_args, **(example_kwargs or {})))
+    quantized = QuantizedModel(model, captured, load_settings(settings))
+    quantized.example = (example_args, example_kwargs)
+    return quantized
+
+
+class QuantizedModel(HookedModel):
+    """A model, its layer graph, its plan and its quantizers. The model itself is hooked, not changed; `remove` takes the hooks off.
+
+    Args:
+        model: The model.
+        captured: Its captured layers.
+        settings: The recipe.
+        suggestions: Layers to skip because of their sensitivity.
+
+    Attributes:
+        model: The same object that was given.
+        graph: Its layer graph.
+        plan: What is quantized.
+        settings: The recipe.
+        weights: Quantizers of each layer's weights.
+        calibrated: Whether the ranges are known; before that the model computes in float.
+        frozen: Whether the ranges stay as they are.
+        example: Positional and keyword arguments of one forward, for exports.
+        uncalibrated: Quantizers that have no range after a state was loaded or the plan changed.
+    """
+
+    def sensitivity(
+        self, batches: Iterable[Any], forward: Forward | None = None, modes: Sequence[str] = ("local", "accumulated")
+    ) -> SensitivityReport:
+        """Measure the Quantization Sensitivity of each layer.
+
+        Args:
+            batches: The held batches, on the model's device.
+            forward: How a batch goes through the model, as in `calibrate`.
+            modes: ``local``: float and quantized layer on the same float input. ``accumulated``: quantized model against float model.
+
+        Raises:
+            CCOError: The model was never calibrated.
+        """
+        if not self.calibrated:
+            raise CCOError(
+                "sensitivity: the model was never calibrated, so there is no quantized output to compare. Call calibrate(batches) first."
+            )
+        return measure(self, batches, forward or call_with, modes)
+
+    def export(
+        self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> ExportReport | torch.export.ExportedProgram:
+        """Write an INT8 ONNX file and check it in ONNX Runtime; or, if ``path`` ends in ``.pt2``, a `torch.export` program.
+
+        Args:
+            path: Where to write.
+            example_args: Positional arguments of one forward; by default those of `quantize`.
+            example_kwargs: Keyword arguments of it.
+            **options: Those of `export_onnx` or of `export_program`.
+
+        Returns:
+            The report of the check; the program for a ``.pt2`` file.
+        """
+        write = self.export_program if is_program(path) else self.export_onnx
+        return write(path, example_args, example_kwargs, **options)
+
+    def export_onnx(
+        self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> ExportReport:
+        """Write an INT8 ONNX file and check it in ONNX Runtime.
+
+        Args:
+            path: Where to write.
+            example_args: Positional arguments of one forward; by default those of `quantize`.
+            example_kwargs: Keyword arguments of it.
+            **options: See `lightning_cco.export.export_onnx`.
+        """
+        args, kwargs = self._example_or(example_args, example_kwargs)
+        return export_onnx(self, path, args, kwargs, **options)
+
+    def export_program(
+        self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> torch.export.ExportedProgram:
+        """Write a `torch.export` program (``.pt2``).
+
+        Args:
+            path: Where to write.
+            example_args: Positional arguments of one forward; by default those of `quantize`.
+            example_kwargs: Keyword arguments of it.
+            **options: See `lightning_cco.export.export_program`.
+        """
+        args, kwargs = self._example_or(example_args, example_kwargs)
+        return export_program(self, path, args, kwargs, **options)
+
+    def _example_or(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[Sequence[Any], Mapping[str, Any] | None]:
+        return (args, kwargs) if len(args) or kwargs else self.example
+
+
+def is_program(path: str | Path) -> bool:
+    """Whether `QuantizedModel.export` writes a `torch.export` program to a path, by its ending."""
+    return str(path).endswith(".pt2")
