@@ -8,7 +8,7 @@ from lightning_cco.graph.capture import capture_graph
 from lightning_cco.quantization.plan import plan_quantization
 from lightning_cco.quantized_model import QuantizedModel, quantize
 from lightning_cco.settings import LayerQuantizationSettings, Settings, generate_default_settings, load_settings
-from lightning_cco.version import __version__
+from lightning_cco.version import __version__ as __version__
 
 __all__ = [
     "CCOCallback",
@@ -17,7 +17,6 @@ __all__ = [
     "LayerQuantizationSettings",
     "QuantizedModel",
     "Settings",
-    "__version__",
     "capture_graph",
     "draw_graph",
     "generate_default_settings",
