@@ -381,8 +381,8 @@ class Tracer:
     ) -> Any:
         """A call within a custom function. The mode sees it at run time too, so it is counted here, but it is no layer."""
         if self._function is None or self._function[0] is not function:
-            kind, *arguments = applied(function)
-            given = operands_of(*arguments)
+            kind, its_args, its_kwargs = applied(function)
+            given = operands_of(its_args, its_kwargs)
             custom = CustomCall(kind.__name__, frame.node, [self._find(tensor, frame) for _, tensor in given])
             self._function = function, custom
         custom = self._function[1]
