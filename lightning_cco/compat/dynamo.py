@@ -25,5 +25,5 @@ def graph_being_traced() -> Any:
 
 without_side_effect_checks: Callable[..., Any] | None = or_else(
     "torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer", None
-)  # type: ignore[arg-type]
+)
 """Calls a function in a compiled checkpoint, whose side effects the compiler would leave its graph for. Without it: it leaves it (slower)."""

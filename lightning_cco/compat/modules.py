@@ -13,7 +13,9 @@ from lightning_cco.compat.resolve import needed, or_else
 MODULE_CALL: CodeType = needed("torch.nn.Module._call_impl.__code__")
 """The code that runs each call of a module, found on the call stack. Needed."""
 
-BatchNormBase: Any = or_else("torch.nn.modules.batchnorm._BatchNorm", (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))  # type: ignore[arg-type]
+_FOUR: Any = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+BatchNormBase: type[nn.modules.batchnorm._BatchNorm] = or_else("torch.nn.modules.batchnorm._BatchNorm", _FOUR)
 """Base of all batch norms, for `isinstance`. Without it: PyTorch's four."""
 
 CONTENTS = ("_parameters", "_buffers", "_modules")
@@ -25,4 +27,4 @@ def forward_pre_hooks(module: nn.Module) -> Iterable[Any]:
 
     Private API: ``nn.Module._forward_pre_hooks``. Without it: none, so a model that is quantized already is not refused by name.
     """
-    return getattr(module, "_forward_pre_hooks", {}).values()  # type: ignore[no-any-return]
+    return getattr(module, "_forward_pre_hooks", {}).values()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable
 from typing import Any
 
 from lightning_cco.compat.table import BY_NAME, TESTED
@@ -50,7 +49,7 @@ def needed(name: str) -> Any:
         return refuse
 
 
-def or_else(name: str, otherwise: Callable[..., Any]) -> Any:
+def or_else(name: str, otherwise: Any) -> Any:
     """A private API, or what does the same without it: slower, or with a figure less, never with another result."""
     try:
         return find(name)

@@ -26,7 +26,7 @@ pop_function_mode: Callable[[], Any] = needed("torch._C._pop_torch_function_stac
 push_function_mode: Callable[[Any], None] = needed("torch._C._push_on_torch_function_stack")
 """Makes a function mode the innermost. Needed."""
 
-is_jit_tracing: Callable[[], bool] = or_else("torch._C._is_tracing", torch.jit.is_tracing)
+is_jit_tracing: Callable[[], bool] = or_else("torch._C._is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 """Whether `torch.jit.trace` runs. Without it: `torch.jit.is_tracing`, two Python calls slower."""
 
 dispatch_mode_count: Callable[[], int] = or_else("torch._C._len_torch_dispatch_stack", lambda: 1)
