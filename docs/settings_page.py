@@ -13,16 +13,11 @@ from pathlib import Path
 
 import yaml
 
-from lightning_cco.settings import _BOUNDS, RANGE_ESTIMATORS, SENSITIVITY_MODES, TARGET_FRAMEWORKS, WEIGHT_ESTIMATORS, LayerRule, Settings
+from lightning_cco.sections import BOUNDS, CHOICES, LayerRule
+from lightning_cco.settings import Settings
 
 PAGE = Path(__file__).with_name("settings.md")
 _MARKS = "<!-- settings -->", "<!-- /settings -->"
-_CHOICES = {
-    "range_estimator": RANGE_ESTIMATORS,
-    "weight_estimator": WEIGHT_ESTIMATORS,
-    "sensitivity_modes": SENSITIVITY_MODES,
-    "target_framework": TARGET_FRAMEWORKS,
-}
 
 
 def tables() -> str:
@@ -65,12 +60,12 @@ def _table(kind: type) -> str:
 
 
 def _type(field: dataclasses.Field[object]) -> str:
-    if field.name in _CHOICES:
-        return ", ".join(f"`{choice}`" for choice in _CHOICES[field.name])
+    if field.name in CHOICES:
+        return ", ".join(f"`{choice}`" for choice in CHOICES[field.name])
     named = {"bool": "true, false", "int": "integer", "float": "number", "str": "text", "list[str]": "list of names", "None": "null"}
     words = ", ".join(named[part] for part in str(field.type).split(" | "))
-    if field.name in _BOUNDS:
-        bound = re.sub(r",? (was|were)$", "", _BOUNDS[field.name][1])
+    if field.name in BOUNDS:
+        bound = re.sub(r",? (was|were)$", "", BOUNDS[field.name][1])
         words = bound if "null" in bound or "null" not in words else f"{bound}, null"
     return words
 

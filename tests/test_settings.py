@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 import lightning_cco as cc
 from lightning_cco._recipes import shipped_recipes
-from lightning_cco.settings import LayerRule, load_settings
+from lightning_cco.settings import DeploymentSettings, LayerRule, MonitoringSettings, TrainingSettings, load_settings
 
 BITS = st.one_of(st.none(), st.integers(2, 8))
 NAMES = st.from_regex(r"[a-z][a-z_.]{0,12}[a-z0-9*]", fullmatch=True)
@@ -194,3 +194,28 @@ def test_changing_settings_in_python_is_checked_at_use() -> None:
         settings.set_quantization_settings_for_layer("a", cc.LayerQuantizationSettings(skip_quantization_until=["b"]))
     with pytest.raises(cc.CCOError, match="LayerQuantizationSettings"):
         settings.set_quantization_settings_for_layer("a", {"skip_quantization": True})
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (TrainingSettings, {"range_estimator": "minmax"}, r"TrainingSettings\.range_estimator: one of .* expected, 'minmax' came.*min_max"),
+        (MonitoringSettings, {"sensitivity_modes": []}, r"at least one of"),
+        (MonitoringSettings, {"output_dir": "a\0b"}, r"the path of a folder"),
+        (DeploymentSettings, {"target_framework": "openvin"}, r"DeploymentSettings\.target_framework: .*'openvino'"),
+        (LayerRule, {"skip_quantization": True}, r"LayerRule: `match` is missing"),
+        (LayerRule, {"match": "a", "skip_quantization_until": ["b"]}, r"LayerRule \(match: a\): .*Add skip_quantization: true"),
+        (LayerRule, {"match": "*" * 30}, r"at most 4,096 characters and 20 stars"),
+    ],
+)
+def test_the_dataclasses_refuse_what_a_recipe_may_not_say(kind: type, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(cc.CCOError, match=message):
+        kind(**values)
+
+
+def test_an_engine_by_another_of_its_names() -> None:
+    assert [DeploymentSettings(target_framework=name).target_framework for name in ("OV", "trt", "onnxruntime")] == [
+        "openvino",
+        "tensorrt",
+        "ort",
+    ]

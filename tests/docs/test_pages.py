@@ -15,7 +15,8 @@ from messages import texts_in_code
 from models import ResidualCNN
 
 import lightning_cco as cc
-from lightning_cco._recipes import _TRAINER_OWNS, shipped_recipes
+from lightning_cco._parsing import _TRAINER_OWNS
+from lightning_cco._recipes import shipped_recipes
 from lightning_cco.settings import LayerRule
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,216 @@
+"""The sections of a recipe, as dataclasses that refuse what can't be: where they are made, and where they are written to.
+
+Values of other types are for `lightning_cco.settings.load_settings` to convert or to refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_cco.errors import CCOError
+from lightning_cco.names import nearest, printable, shown
+
+RANGE_ESTIMATORS = ("auto", "moving_average", "min_max", "percentile", "mse")
+WEIGHT_ESTIMATORS = ("auto", "minmax", "mse")
+TARGET_FRAMEWORKS = ("ort", "openvino", "tensorrt")
+SENSITIVITY_MODES = ("local", "accumulated")
+_ALIASES = {"ov": "openvino", "trt": "tensorrt", "onnxruntime": "ort"}
+_LONGEST_MATCH, _MOST_STARS = 4096, 20
+
+# What a number may be, wherever it comes from: whether it is right, the words for it, and what to write instead.
+BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
+    "weights_num_bits": (lambda bits: 2 <= bits <= 8, "2 to 8 bits were", "To leave a layer in float write skip_quantization: true."),
+    "activations_num_bits": (lambda bits: 2 <= bits <= 8, "2 to 8 bits were", "To leave a layer in float write skip_quantization: true."),
+    "quantization_sensitivity_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
+    "quantization_sensitivity_relative_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
+    "stats_steps": (lambda steps: 1 <= steps <= 10**6, "at least 1 calibration batch, and at most a million, was", "Write 20."),
+    "averaging_constant": (lambda value: 0 < value <= 1, "a number in (0, 1] was", "Write 0.05."),
+    "percentile": (lambda value: 50 < value <= 100, "per cent in (50, 100] was", "Write 99.99."),
+    "freeze_ranges_at_step": (lambda step: step >= 0, "a step of at least 0, or null, was", ""),
+    "sensitivity_batches": (lambda count: 1 <= count <= 10**6, "at least 1, and at most a million, was", "Write 2."),
+}
+
+CHOICES: Mapping[str, Sequence[str]] = {
+    "range_estimator": RANGE_ESTIMATORS,
+    "weight_estimator": WEIGHT_ESTIMATORS,
+    "sensitivity_modes": SENSITIVITY_MODES,
+    "target_framework": TARGET_FRAMEWORKS,
+}
+"""The words that a setting may be, or a list of."""
+
+
+def problem_with(key: str, value: object) -> str:
+    """What is wrong with the value of a setting, in words; empty if nothing is. Other types are for `load_settings` to convert."""
+    if key in BOUNDS and isinstance(value, (int, float)) and not isinstance(value, bool):
+        right, expected, instead = BOUNDS[key]
+        return "" if right(value) else f"{expected} expected, {shown(value)} came. {instead}".rstrip()
+    if key in CHOICES and isinstance(value, str):
+        return _not_one_of(CHOICES[key], value, _target(value) if key == "target_framework" else value)
+    if key in CHOICES and isinstance(value, list):
+        if not value:
+            return f"at least one of {list(CHOICES[key])} was expected, none came."
+        return next((problem for word in value if isinstance(word, str) and (problem := _not_one_of(CHOICES[key], word, word))), "")
+    if key in ("output_dir", "export_dir") and isinstance(value, str) and "\0" in value:
+        return f"the path of a folder was expected, {shown(value)} came."
+    return ""
+
+
+def _not_one_of(allowed: Sequence[str], written: str, meant: str) -> str:
+    return "" if meant in allowed else f"one of {list(allowed)} was expected, {shown(written)} came.{nearest(written, allowed)}"
+
+
+def _target(name: str) -> str:
+    return _ALIASES.get(name.lower(), name.lower())
+
+
+def problem_with_rule(rule: Mapping[str, Any]) -> str:
+    """What is wrong with the values of a rule together, in words that go on from its place in the recipe; empty if nothing is."""
+    match, until = rule.get("match", ""), rule.get("skip_quantization_until") or []
+    if not match:
+        return (
+            ": `match` is missing: which layers is it about? Write a layer's name, a module's path or a glob, such as {match: conv_1, ...}."
+        )
+    named = f" (match: {printable(f'{match}', 160)})"
+    for pattern in (match, *until):
+        if isinstance(pattern, str) and (len(pattern) > _LONGEST_MATCH or pattern.count("*") > _MOST_STARS):
+            return (
+                f"{named}: a name or glob of at most {_LONGEST_MATCH:,} characters and {_MOST_STARS} stars was expected, one of {len(pattern):,} characters "
+                f"and {pattern.count('*'):,} stars came."
+            )
+    downstream = rule.get("skip_quantization_downstream")
+    reaching = "skip_quantization_until" if until else "skip_quantization_downstream" if downstream else ""
+    if reaching and rule.get("skip_quantization") is not True:
+        return f"{named}: {reaching} says how far a skip goes, but skip_quantization is not true. Add skip_quantization: true."
+    if until and downstream:
+        return f"{named}: skip_quantization_until and skip_quantization_downstream contradict each other. Keep one of them."
+    return ""
+
+
+class _Checked:
+    """Refuses a value that can't be where it is written: in the constructor and in an assignment."""
+
+    def __setattr__(self, key: str, value: object) -> None:
+        if problem := problem_with(key, value):
+            raise CCOError(f"{type(self).__name__}.{key}: {problem}")
+        super().__setattr__(key, value)
+
+
+@dataclass
+class LayerQuantizationSettings(_Checked):
+    """What is said of one layer, or of the layers from it on.
+
+    Attributes:
+        skip_quantization: True: don't quantize. False: quantize, even in the model's tail. None: not said.
+        skip_quantization_until: With ``skip_quantization``: skip all layers between this one and these, this one included, these not.
+        skip_quantization_downstream: With ``skip_quantization``: skip everything from this layer to the outputs.
+        weights_num_bits: Bits of the weights, 2 to 8; None: the global value.
+        activations_num_bits: Bits of the layer's output, 2 to 8; None: the global value.
+    """
+
+    skip_quantization: bool | None = None
+    skip_quantization_until: list[str] = field(default_factory=list)
+    skip_quantization_downstream: bool = False
+    weights_num_bits: int | None = None
+    activations_num_bits: int | None = None
+
+
+@dataclass
+class LayerRule(LayerQuantizationSettings):
+    """The settings of the layers that ``match`` selects: a layer's name, a module's path, or a glob over either."""
+
+    match: str = ""
+
+    def __post_init__(self) -> None:
+        if problem := problem_with_rule(vars(self)):
+            raise CCOError(f"LayerRule{problem}")
+
+
+@dataclass
+class GlobalQuantizationSettings(_Checked):
+    """What holds for every layer that no rule says otherwise of.
+
+    Attributes:
+        weights_num_bits: Bits of the weights, 2 to 8.
+        activations_num_bits: Bits of the activations, 2 to 8.
+        skip_tail_quantization: Skip the layers from each output up to the first weighted layer of every branch.
+        automatic_skip_quantization: Skip the layers above the threshold from the next epoch on, instead of suggesting it.
+        quantization_sensitivity_threshold: Quantization Sensitivity (L2 norm) above which a skip is suggested; None: no such threshold.
+        quantization_sensitivity_relative_threshold: The same for the norm relative to the layer's output, and to what varies of it between the samples of a
+            batch. Above the default of 0.5 (6 dB) skipping brings accuracy back, below 0.25 it does not (`benchmarks/skip_threshold.py`). None: no such
+            threshold.
+    """
+
+    weights_num_bits: int = 8
+    activations_num_bits: int = 8
+    skip_tail_quantization: bool = True
+    automatic_skip_quantization: bool = False
+    quantization_sensitivity_threshold: float | None = 10000.0
+    quantization_sensitivity_relative_threshold: float | None = 0.5
+
+
+@dataclass
+class TrainingSettings(_Checked):
+    """Calibration and ranges.
+
+    Attributes:
+        stats_steps: Batches of the training loader for the calibration before the first step.
+        range_estimator: ``moving_average``, ``min_max``, ``percentile`` or ``mse``; ``auto``: what is best at a tensor's bits, which is ``mse`` with
+            ranges that are frozen after the calibration up to 4 bits, and ``moving_average`` above (`benchmarks/fashion.py`).
+        weight_estimator: ``minmax``: scales of the largest magnitudes; ``mse``: those at which rounding and clipping of a channel lose least, found anew at
+            each step; ``auto``: ``mse`` up to 4 bits, ``minmax`` above.
+        averaging_constant: Share of a training batch in the moving average, in (0, 1].
+        percentile: Per cent of the values that the ``percentile`` estimator covers at each end, in (50, 100].
+        freeze_ranges_at_step: Global step from which ranges are frozen; 0: right after the calibration; None: never.
+        skip_initial_evaluation: Don't validate the float model before training.
+    """
+
+    stats_steps: int = 20
+    range_estimator: str = "auto"
+    weight_estimator: str = "auto"
+    averaging_constant: float = 0.05
+    percentile: float = 99.99
+    freeze_ranges_at_step: int | None = None
+    skip_initial_evaluation: bool = False
+
+
+@dataclass
+class MonitoringSettings(_Checked):
+    """What is measured and shown each epoch.
+
+    Attributes:
+        sensitivity_batches: Batches on which Quantization Sensitivity is measured, the same ones each epoch.
+        sensitivity_modes: ``local``, ``accumulated``, or both.
+        draw_graph: Draw the layer graph.
+        output_dir: Folder for pictures and recipes; None: ``cco`` in the Trainer's log folder.
+    """
+
+    sensitivity_batches: int = 2
+    sensitivity_modes: list[str] = field(default_factory=lambda: list(SENSITIVITY_MODES))
+    draw_graph: bool = True
+    output_dir: str | None = None
+
+
+@dataclass
+class DeploymentSettings(_Checked):
+    """Where the model is going.
+
+    Attributes:
+        target_framework: ``ort``, ``openvino`` (or ``ov``) or ``tensorrt`` (or ``trt``): decides which kinds of layer run in INT8.
+        export_dir: Folder that the best checkpoint is exported to when ``fit`` ends; None: no export.
+        amx: Whether files for ``ort`` are written for processors with AMX (Intel Xeon since 2023), where large convolutions then run up to twice as
+            fast, on others a third slower; None: as the processor that exports.
+        vnni: Whether files for ``ort`` are written for processors that add products of 8-bit integers without overflow (ARM; x86 with VNNI: Intel since
+            2019, AMD since Zen 4). On others int8 weights give wrong sums, so False stores them as uint8; None: as the processor that exports.
+            OpenVINO's sums overflow there, too, and it has no other product: False gives weights for ``openvino`` 7 bits instead of 8.
+    """
+
+    target_framework: str = "ort"
+    export_dir: str | None = None
+    amx: bool | None = None
+    vnni: bool | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_framework, str):
+            self.target_framework = _target(self.target_framework)

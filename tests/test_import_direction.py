@@ -1,0 +1,99 @@
+"""Imports run one way: from the callback down to the errors, as docs/architecture.md has it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import networkx as nx
+import pytest
+
+import lightning_cco
+
+ROOT = Path(lightning_cco.__file__).parent
+ARCHITECTURE = ROOT.parent / "docs" / "architecture.md"
+
+LAYERS = [
+    ["callback"],
+    ["batches", "checkpoints", "monitoring", "strategies"],
+    ["lookahead", "quantized_model"],
+    ["drawing", "export", "measurement", "spare_loader", "suggestions"],
+    ["sensitivity"],
+    ["quantization"],
+    ["graph"],
+    ["settings"],
+    ["_parsing", "_recipes"],
+    ["_yaml", "sections"],
+    ["compat", "files"],
+    ["errors"],
+    ["figures", "names", "version"],
+]
+"""From top to bottom: modules and packages of lightning_cco. Each imports what is below it; packages also from within themselves."""
+
+
+def modules() -> dict[str, Path]:
+    """Path of each module of the package by its dotted name."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = (ROOT.name, *path.relative_to(ROOT).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imported(node: ast.AST) -> list[str]:
+    """Our own modules that a statement imports."""
+    names: list[str] = []
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "relative imports are not used here"
+        names = [f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in MODULES else str(node.module) for alias in node.names]
+    return [name for name in names if name.partition(".")[0] == ROOT.name]
+
+
+def imports(module: str) -> list[str]:
+    """Our own modules that a module imports, anywhere in it: also for its annotations alone."""
+    return [name for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))) for name in imported(node)]
+
+
+def unit(module: str) -> str:
+    """The entry of `LAYERS` that a module belongs to; empty for the package itself."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def test_every_module_has_its_layer() -> None:
+    assert {unit(module) for module in MODULES} - {""} == set(LEVEL)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_what_is_below_it(module: str) -> None:
+    if not unit(module):
+        return  # the package itself offers names of all layers
+    for other in imports(module):
+        assert unit(other), f"{module} imports the package, which imports everything"
+        assert unit(other) == unit(module) or LEVEL[unit(other)] > LEVEL[unit(module)], f"{module} imports {other}, which is not below it"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = nx.DiGraph([(module, other) for module in MODULES for other in imports(module)])
+    assert list(nx.simple_cycles(graph)) == []
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_module_of_ours_is_imported_inside_a_function(module: str) -> None:
+    """Heavy packages of others may be, on first use; ours only at the top, where they are seen."""
+    top = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    inside = {name for node in ast.walk(top) if node not in top.body for name in imported(node)}
+    assert inside == set()
+
+
+def test_the_page_has_the_same_layers() -> None:
+    listed = ARCHITECTURE.read_text(encoding="utf-8").partition("Imports run one way, from top to bottom:\n```\n")[2].partition("```")[0]
+    assert [re.findall(r"[\w.]+", line) for line in listed.splitlines()] == LAYERS
