@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from lightning_cco.figures import figure, is_above
 from lightning_cco.names import printable, yaml_value
-from lightning_cco.quantization.plan import QuantizationPlan, plan_quantization
+from lightning_cco.quantization.plan import QuantizationPlan
+from lightning_cco.quantization.planner import plan_quantization
+from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.sensitivity import LayerSensitivity, SensitivityReport
 from lightning_cco.settings import LayerRule, Settings, load_settings
 
@@ -78,22 +80,17 @@ class _Around:
     def __init__(self, plan: QuantizationPlan) -> None:
         self.plan = plan
         self.outputs = plan.output_bits()
-        self.before = {after: before for before, after in plan.groups.items()}
         self.readers: dict[str, list[str]] = {}
         for edge in plan.graph.edges:
-            if edge.destination in plan.quantized and plan.origins.get((edge.destination, 0)) == (edge.destination, 0):
-                self.readers.setdefault(plan.origins[edge.source, edge.source_output][0], []).append(edge.destination)
+            if edge.destination in plan.quantized and plan.origins.get(TensorKey(edge.destination)) == TensorKey(edge.destination):
+                self.readers.setdefault(plan.origins[TensorKey(edge.source, edge.source_output)].layer, []).append(edge.destination)
 
     def companions(self, name: str) -> list[tuple[str, str]]:
         """The layers that must be skipped with one for its output to stay in float, with their relation to it; none if it may be its weights."""
         layer = self.plan.graph[name]
         if name not in self.outputs or layer.kind == "input" or self.plan.decisions[name].weights_num_bits is not None:
             return []
-        found = []
-        inner = name
-        while inner in self.before:
-            inner = self.before[inner]
-            found.append((inner, "is fused with"))
+        found = [(inner, "is fused with") for inner in self.plan.fused_before(name)]
         return found + [(reader, "reads the output of") for reader in dict.fromkeys(self.readers.get(name, ()))]
 
 

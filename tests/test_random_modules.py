@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_cco import QuantizedModel, quantize
+from lightning_cco.quantization.tensor_key import TensorKey
 
 VARIABLES = ["a", "b", "c"]
 NEW = [
@@ -185,7 +186,7 @@ def test_every_planned_tensor_is_on_its_grid(source: str) -> None:
     linears = [name for name in quantized.graph.names if quantized.graph[name].kind == "linear"]
     assert len(inputs.found) == len(linears)
     for name, value in zip(linears, inputs.found, strict=True):
-        origin = quantized.plan.origins[quantized.graph.predecessors(name)[0], 0][0]
+        origin = quantized.plan.origins[TensorKey(quantized.graph.predecessors(name)[0])].layer
         if name in quantized.plan.quantized:
             quantizer = quantized.activations[origin]
             levels = value.double() / quantizer.scale.double() + quantizer.zero_point

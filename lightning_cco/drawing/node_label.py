@@ -11,6 +11,7 @@ from textwrap import wrap
 from lightning_cco.figures import figure, is_above
 from lightning_cco.graph.layer import Shape
 from lightning_cco.names import printable
+from lightning_cco.quantization.skip_reasons import SkipReason
 
 SANS = "Helvetica,Arial,sans-serif"
 MONO = "Courier New,Courier,monospace"
@@ -86,9 +87,9 @@ def text_row(text: str, *, color: str = TEXT, bold: bool = False) -> str:
     return _row(font(text, size=10, color=color, bold=bold))
 
 
-def reason_rows(reason: str, detail: str) -> str:
+def reason_rows(reason: SkipReason | None, detail: str) -> str:
     """Returns why a layer is not quantized: one word for what the recipe says, in full what the engine can't do."""
-    said = detail if detail and reason in ("rule", "unsupported") else reason
+    said = detail if detail and reason in (SkipReason.RULE, SkipReason.UNSUPPORTED) else reason
     lines = wrap(f"not quantized: {said}" if said else "not quantized", _WRAP)
     return "".join(text_row(line, color="#7A5B00", bold=True) for line in lines)
 

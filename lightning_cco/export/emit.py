@@ -25,6 +25,7 @@ from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.quantizer import ActivationQuantizer
 from lightning_cco.quantization.runtime import LIMITS
 from lightning_cco.quantization.slots import replaced
+from lightning_cco.quantization.tensor_key import TensorKey
 
 
 class Emitter:
@@ -201,7 +202,7 @@ class Emitter:
     def _folded_clamp(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
         """First and last level of a rounded tensor behind a clamp that rounding does; `None`: the clamp is written as it is."""
         known = LIMITS.get(site.function) if site.op.category is Category.CLAMP else None
-        key = site.layer
+        key = TensorKey(site.layer)
         if known is None or not self.stored.target.clips_integers or not self.quantized.plan.rounds(key):
             return None
         quantizer, interval = self.quantized.activations[key], known(args, kwargs)
@@ -214,15 +215,15 @@ class Emitter:
 
     def _with_outputs(self, site: Site, args: tuple[Any, ...], result: Any, limits: tuple[int, int] | None = None) -> Any:
         if isinstance(result, Tensor):
-            if not self.quantized.plan.rounds(site.layer):
+            if not self.quantized.plan.rounds(TensorKey(site.layer)):
                 return result
-            rounded = self._round(result, site.layer, limits)
+            rounded = self._round(result, TensorKey(site.layer), limits)
             return args[0].copy_(rounded) if site.in_place and site.layer not in self.stored.folded else rounded
         if not isinstance(result, (tuple, list)):
             return result
         items = list(result)
         for output in range(len(items)):
-            key = f"{site.layer}:{output}" if output else site.layer
+            key = TensorKey(site.layer, output)
             if self.quantized.plan.rounds(key):
                 items[output] = self._round(items[output], key)
         return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)

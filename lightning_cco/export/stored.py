@@ -16,6 +16,7 @@ from lightning_cco.graph.ops import Category
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.slots import at
 from lightning_cco.quantization.targets import TARGETS
+from lightning_cco.quantization.tensor_key import TensorKey
 
 BIASED = ("conv", "conv_transpose", "linear")
 EMBEDDINGS = ("embedding", "embedding_bag")
@@ -119,10 +120,10 @@ class StoredWeights:
         weights = (weight for name, stored in self.weights.items() if self.quantized.graph[name].kind != "embedding" for weight in stored)
         return self.target.narrow_without_vnni and any(map(_overflows, weights))
 
-    def quantizer_of(self, source: Source) -> str | None:
+    def quantizer_of(self, source: Source) -> TensorKey | None:
         """Name of the quantizer that a tensor went through, seen through layers that only move values."""
-        layer, output = self.quantized.plan.origins.get((source.layer, source.output), (source.layer, source.output))
-        key = f"{layer}:{output}" if output else layer
+        read = TensorKey(source.layer, source.output)
+        key = self.quantized.plan.origins.get(read, read)
         quantizer = self.quantized.activations.get(key)
         return key if quantizer is not None and not quantizer.empty else None
 

@@ -15,6 +15,7 @@ from lightning_cco.export.engine import Rounded, constants
 from lightning_cco.export.fold import IntegerWeight
 from lightning_cco.export.forms import shortened
 from lightning_cco.quantization.model import HookedModel
+from lightning_cco.quantization.tensor_key import TensorKey
 
 Array = np.ndarray[Any, Any]
 _TOLERANCE = 1e-5
@@ -46,7 +47,7 @@ def stored_faults(
     values = constants(model)
     faults: dict[str, str] = {}
     for key, what in _formats(quantized, model, rounded):
-        faults.setdefault(key.partition(":")[0], what)
+        faults.setdefault(key.layer, what)
     expected = _Expected(quantized, emitter, weights)
     for node in model.graph.node:
         layer = emitter.layers.get(node.name, "")
@@ -69,7 +70,7 @@ def stored_faults(
     return faults
 
 
-def _formats(quantized: HookedModel, model: Any, rounded: Mapping[str, list[Rounded]]) -> Iterator[tuple[str, str]]:
+def _formats(quantized: HookedModel, model: Any, rounded: Mapping[str, list[Rounded]]) -> Iterator[tuple[TensorKey, str]]:
     """Scales and zero points of the activations, of both nodes of each pair."""
     values = constants(model)
     readers: dict[str, list[Any]] = {}

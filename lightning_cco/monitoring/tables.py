@@ -10,6 +10,7 @@ from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.monitoring.directions import best_of
 from lightning_cco.names import markdown_cell, printable
 from lightning_cco.quantization.plan import QuantizationPlan
+from lightning_cco.quantization.skip_reasons import SkipReason
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings
 from lightning_cco.suggestions import Suggestion
@@ -70,7 +71,7 @@ _MANY = 40  # layers with weights from which on each is no longer worth a line
 def plan_lines(plan: QuantizationPlan) -> list[str]:
     """What the log says of a plan: the automatic skips, the counts, the bits, the layers left in float with reasons, the boundaries."""
     lines = []
-    tail = [name for name, reason in plan.skipped.items() if reason.startswith("tail")]
+    tail = plan.left_for(SkipReason.TAIL)
     if tail:
         names = ", ".join(f"'{name}'" for name in tail)
         lines.append(f"Skipped Quantization automatically for the Tail of the model: {names}")

@@ -13,6 +13,7 @@ from lightning_cco.names import list_names
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.quantizer import ActivationQuantizer
 from lightning_cco.quantization.range_updates import sync_calibration
+from lightning_cco.quantization.tensor_key import TensorKey
 
 _MASKED = frozenset({"add", "sub", "mul", "where", "masked_fill", "scaled_dot_product_attention", "concat", "setitem"})
 """Kinds of layers that read masks, which may hold infinities."""
@@ -42,7 +43,7 @@ def check_weights(model: nn.Module, graph: LayerGraph) -> None:
                 )
 
 
-def finish_calibration(graph: LayerGraph, observed: Mapping[str, ActivationQuantizer], batches: int) -> None:
+def finish_calibration(graph: LayerGraph, observed: Mapping[TensorKey, ActivationQuantizer], batches: int) -> None:
     """Set the ranges from what the quantizers observed; under DDP equally on all ranks.
 
     Args:
@@ -61,7 +62,7 @@ def finish_calibration(graph: LayerGraph, observed: Mapping[str, ActivationQuant
     errors = sync_calibration(list(observed.values()))
     for number, (key, quantizer) in enumerate(observed.items()):
         if quantizer.finish_calibration(errors[number] if errors is not None else None) == "non_finite":
-            layer = graph[key.partition(":")[0]]
+            layer = graph[key.layer]
             where = f"module '{layer.path}', {layer.kind}" if layer.path else layer.kind
             raise CCOError(
                 f"calibrate: layer '{layer.name}' ({where}) gave NaN or infinite values; finite ones were expected. "
@@ -70,11 +71,10 @@ def finish_calibration(graph: LayerGraph, observed: Mapping[str, ActivationQuant
             )
 
 
-def warn_of_zeros(plan: QuantizationPlan, observed: Mapping[str, ActivationQuantizer]) -> None:
+def warn_of_zeros(plan: QuantizationPlan, observed: Mapping[TensorKey, ActivationQuantizer]) -> None:
     """Say which ranges are [0, 0]: until they move, what passes there is not rounded."""
     zero, absent = (
-        list(dict.fromkeys(key.partition(":")[0] for key, q in observed.items() if q.empty and q.saw_zeros is saw_zeros))
-        for saw_zeros in (True, False)
+        list(dict.fromkeys(key.layer for key, q in observed.items() if q.empty and q.saw_zeros is saw_zeros)) for saw_zeros in (True, False)
     )
     zero, absent = ([name for name in names if _makes_int8(plan, name)] for names in (zero, absent))
     what = [

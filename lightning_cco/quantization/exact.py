@@ -10,9 +10,7 @@ from collections.abc import Collection
 
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, operation_of_kind
-
-Key = tuple[str, int]
-"""A tensor: the layer that makes it, and its number among that layer's outputs."""
+from lightning_cco.quantization.tensor_key import TensorKey
 
 FLOATS = frozenset({"float32", "float16", "bfloat16", "float64"})
 UNSEEN = frozenset({"input", "cast", "written", "unseen", "custom_function"})
@@ -39,22 +37,24 @@ class ExactReaders:
 
     def __init__(self, graph: LayerGraph, asked: Collection[str] = ()) -> None:
         self.graph = graph
-        self.readers: dict[Key, list[tuple[str, int]]] = {}
-        self._sources: dict[str, list[Key]] = {name: [] for name in graph.names}
+        self.readers: dict[TensorKey, list[tuple[str, int]]] = {}
+        self._sources: dict[str, list[TensorKey]] = {name: [] for name in graph.names}
         for edge in graph.edges:
-            self.readers.setdefault((edge.source, edge.source_output), []).append((edge.destination, edge.destination_input))
-            self._sources[edge.destination].append((edge.source, edge.source_output))
+            self.readers.setdefault(TensorKey(edge.source, edge.source_output), []).append((edge.destination, edge.destination_input))
+            self._sources[edge.destination].append(TensorKey(edge.source, edge.source_output))
         categories = {layer.name: operation_of_kind(layer.kind).category for layer in graph}
         self.passing = {name for name, category in categories.items() if category in (Category.PRESERVE, Category.IDENTITY)}
         multiplying = {name for name, category in categories.items() if category in (Category.WEIGHTED, Category.MATMUL)}
         of_inputs: set[str] = set()
         for layer in graph:
             sources = self._sources[layer.name]
-            if layer.kind == "input" or (sources and layer.name not in multiplying and all(s in of_inputs for s, _ in sources)):
+            if layer.kind == "input" or (
+                sources and layer.name not in multiplying and all(source.layer in of_inputs for source in sources)
+            ):
                 of_inputs.add(layer.name)
         self.layers = {name for name in graph.names if self._steps(name)}
-        self._exact: dict[Key, bool] = {}
-        self._other: dict[Key, bool] = {}
+        self._exact: dict[TensorKey, bool] = {}
+        self._other: dict[TensorKey, bool] = {}
         for name in reversed(graph.names):
             exact, other = self._read(name)
             if name in self.passing or name in multiplying or name in self.layers or name in asked or not exact:
@@ -63,7 +63,7 @@ class ExactReaders:
             if self.graph[name].kind not in ("input", "output") and (not other or name in of_inputs):
                 self.layers.add(name)
 
-    def reads(self, key: Key) -> bool:
+    def reads(self, key: TensorKey) -> bool:
         """Whether somebody needs a tensor as it is, seen through what only passes values on."""
         return self._exact.get(key, False)
 
@@ -73,22 +73,22 @@ class ExactReaders:
             return False
         if layer.kind in _STEPS or "rounding_mode" in layer.attributes:
             return True
-        outputs = [(name, number) for number in range(len(layer.output_dtypes)) if not self.is_float((name, number))]
+        outputs = [key for key in _outputs(name, len(layer.output_dtypes)) if not self.is_float(key)]
         return bool(outputs) and (len(outputs) == len(layer.output_dtypes) or any(key in self.readers for key in outputs))
 
-    def is_float(self, key: Key) -> bool:
+    def is_float(self, key: TensorKey) -> bool:
         """Whether a tensor holds real floats."""
-        dtypes = self.graph[key[0]].output_dtypes
-        return key[1] < len(dtypes) and dtypes[key[1]] in FLOATS
+        dtypes = self.graph[key.layer].output_dtypes
+        return key.output < len(dtypes) and dtypes[key.output] in FLOATS
 
     def _read(self, name: str) -> tuple[bool, bool]:
         """Whether a layer's outputs have readers that need them as they are, and others; readers come before it in the walk."""
         layer = self.graph[name]
-        for number in range(max(1, len(layer.output_dtypes))):
-            key = (name, number)
-            exact, other = number in layer.read_out, False
+        keys = _outputs(name, max(1, len(layer.output_dtypes)))
+        for key in keys:
+            exact, other = key.output in layer.read_out, False
             for reader, _ in self.readers.get(key, ()):
-                outputs = [(reader, n) for n in range(max(1, len(self.graph[reader].output_dtypes)))]
+                outputs = _outputs(reader, max(1, len(self.graph[reader].output_dtypes)))
                 if reader in self.layers:
                     exact = True
                     other = other or (reader in self.passing and any(self._other.get(k, False) for k in outputs))
@@ -98,7 +98,6 @@ class ExactReaders:
                 elif self.graph[reader].kind != "output":
                     other = True
             self._exact[key], self._other[key] = exact, other
-        keys = [(name, number) for number in range(max(1, len(layer.output_dtypes)))]
         return any(self._exact[k] for k in keys), any(self._other[k] for k in keys)
 
 
@@ -115,40 +114,44 @@ class Placement:
 
     def __init__(self, exact: ExactReaders, int8: Collection[str]) -> None:
         self._exact, self._int8 = exact, int8
-        self.reads: dict[str, dict[int, str]] = {}
+        self.reads: dict[str, dict[int, TensorKey]] = {}
 
-    def place(self, key: Key, quantizer: str) -> bool:
+    def place(self, key: TensorKey) -> bool:
         """Round a tensor where INT8 layers read it; returns whether there are any.
 
         At once if nobody else reads it. Else behind all that moves its values, so that a range is that of the part which is read: a table's column of
         identifiers has no say in that of its measurements.
         """
-        return self._place(key, quantizer, self._leads_to_int8_alone(key))
+        return self._place(key, key, self._leads_to_int8_alone(key))
 
-    def _place(self, key: Key, quantizer: str, at_once: bool) -> bool:
+    def _place(self, key: TensorKey, quantizer: TensorKey, at_once: bool) -> bool:
         found = False
         for reader, number in self._exact.readers.get(key, ()):
             if reader in self._exact.passing and (not at_once or self._exact.graph[reader].outside):
                 if number == 0:  # others are indices and sizes
-                    for output in range(len(self._exact.graph[reader].output_dtypes)):
-                        found |= self._place((reader, output), quantizer, at_once)
+                    for output in _outputs(reader, len(self._exact.graph[reader].output_dtypes)):
+                        found |= self._place(output, quantizer, at_once)
             elif reader in self._int8 or (reader in self._exact.passing and number == 0):
                 self.reads.setdefault(reader, {})[number] = quantizer
                 found = True
         return found
 
-    def _leads_to_int8_alone(self, key: Key) -> bool:
+    def _leads_to_int8_alone(self, key: TensorKey) -> bool:
         """Whether INT8 layers read a tensor, and nobody else, seen through what only passes values on."""
         readers = self._exact.readers.get(key, ())
-        if not readers or key[1] in self._exact.graph[key[0]].read_out:
+        if not readers or key.output in self._exact.graph[key.layer].read_out:
             return False
         for reader, number in readers:
             if reader not in self._exact.passing:
                 if reader not in self._int8:
                     return False
                 continue
-            outputs = [(reader, output) for output in range(len(self._exact.graph[reader].output_dtypes))]
+            outputs = _outputs(reader, len(self._exact.graph[reader].output_dtypes))
             floats = [output for output in outputs if self._exact.is_float(output) and output in self._exact.readers]
             if number or reader in self._exact.layers or not floats or not all(map(self._leads_to_int8_alone, floats)):
                 return False
         return True
+
+
+def _outputs(layer: str, count: int) -> list[TensorKey]:
+    return [TensorKey(layer, number) for number in range(count)]

@@ -18,11 +18,12 @@ from lightning_cco.graph.frames import hooks_on
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.names import list_names
 from lightning_cco.quantization.calibration import check_weights, finish_calibration, warn_of_zeros
-from lightning_cco.quantization.plan import plan_quantization
+from lightning_cco.quantization.planner import plan_quantization
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_cco.quantization.range_updates import forget_batches, update_ranges, world_size
 from lightning_cco.quantization.runtime import Phase, Runtime
 from lightning_cco.quantization.state import check_fits, load_ranges, plan_differences, state_of
+from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.settings import Settings, load_settings
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -82,7 +83,7 @@ class HookedModel:
         self.capture = captured
         self.settings = settings
         self.plan = plan_quantization(captured.graph, settings, suggestions)
-        self._activations: dict[str, ActivationQuantizer] = {}
+        self._activations: dict[TensorKey, ActivationQuantizer] = {}
         self.weights: dict[str, list[WeightQuantizer]] = {}
         self.calibrated = False
         self.frozen = False
@@ -106,7 +107,7 @@ class HookedModel:
         return self.capture.graph
 
     @property
-    def activations(self) -> dict[str, ActivationQuantizer]:
+    def activations(self) -> dict[TensorKey, ActivationQuantizer]:
         """Quantizer of each fake-quantized tensor by name. Whoever asks may read a range, so all move on first to what the last step has shown."""
         if self._ranges_wait():
             self.update_ranges()
@@ -125,7 +126,7 @@ class HookedModel:
     def _build_quantizers(self) -> None:
         """Make the quantizers that the plan asks for and has none yet; those that stay keep their ranges."""
         training = self.settings.training_settings
-        activations: dict[str, ActivationQuantizer] = {}
+        activations: dict[TensorKey, ActivationQuantizer] = {}
         for key, spec in self.plan.tensors.items():
             new = ActivationQuantizer(
                 spec.num_bits,
@@ -252,7 +253,7 @@ class HookedModel:
         if not bool(outliers.any()):
             return
         moving = [key for key, quantizer in self._activations.items() if not quantizer.stands_still]
-        names = dict.fromkeys(key.partition(":")[0] for key, found in zip(moving, outliers.tolist(), strict=True) if found)
+        names = dict.fromkeys(key.layer for key, found in zip(moving, outliers.tolist(), strict=True) if found)
         warnings.warn(
             f"training: a batch gave values more than a thousand times as large as the range of {list_names(list(names))}. The ranges do not follow it, unless "
             "the next batch is like it. Check the samples of that batch (units, missing values) and the learning rate.",

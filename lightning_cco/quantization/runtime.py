@@ -29,6 +29,7 @@ from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuan
 from lightning_cco.quantization.remade_weights import RemadeWeight, saving_remade
 from lightning_cco.quantization.slots import at, renormalized, replaced
 from lightning_cco.quantization.targets import TARGETS
+from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.tracing import runs_plainly
 
 Recorder = Callable[[str, Tensor | ActivationQuantizer, Tensor], None]
@@ -109,7 +110,7 @@ class Runtime:
         model: nn.Module,
         capture: Capture,
         plan: QuantizationPlan,
-        activations: Mapping[str, ActivationQuantizer],
+        activations: Mapping[TensorKey, ActivationQuantizer],
         weights: Mapping[str, list[WeightQuantizer]],
     ) -> None:
         self.capture = capture
@@ -130,7 +131,7 @@ class Runtime:
         self.load(plan, activations, weights)
 
     def load(
-        self, plan: QuantizationPlan, activations: Mapping[str, ActivationQuantizer], weights: Mapping[str, list[WeightQuantizer]]
+        self, plan: QuantizationPlan, activations: Mapping[TensorKey, ActivationQuantizer], weights: Mapping[str, list[WeightQuantizer]]
     ) -> None:
         """Fill the tables of every call node from a plan. Code compiled for another plan must be dropped by the caller."""
         for node in self.capture.root.walk():
@@ -408,7 +409,7 @@ def _site_quantizers(
     site: Site,
     capture: Capture,
     plan: QuantizationPlan,
-    activations: Mapping[str, ActivationQuantizer],
+    activations: Mapping[TensorKey, ActivationQuantizer],
     weights: Mapping[str, list[WeightQuantizer]],
 ) -> SiteQuantizers | None:
     if not site.visible:
@@ -430,7 +431,7 @@ def _site_quantizers(
             # What a layer with weights makes is recorded where it is made.
             found.reads.append((source.slot, made_by if made_by not in weights else "", activations[key]))
     for output in range(len(plan.graph[site.layer].output_dtypes)):
-        key = f"{site.layer}:{output}" if output else site.layer
+        key = TensorKey(site.layer, output)
         if plan.rounds(key):
             found.outputs.append((output, activations[key]))
     if found.outputs and site.op.category is Category.CLAMP:

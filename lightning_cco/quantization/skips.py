@@ -11,11 +11,9 @@ from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, is_known_kind, operation_of_kind
 from lightning_cco.names import list_names
 from lightning_cco.quantization.rules import Said
+from lightning_cco.quantization.skip_reasons import Skip, SkipReason
 from lightning_cco.quantization.targets import Target
 from lightning_cco.settings import LayerRule, Settings
-
-WEIGHT_ONLY = "weight-only"
-"""Reason of a layer that is computed in float from integer weights."""
 
 _UNSEEN = {
     "cast": "it makes floats of integers or complex numbers, which the layers that read them quantize",
@@ -24,44 +22,69 @@ _UNSEEN = {
 }
 
 
-def _intrinsic(layer: Layer, target: Target) -> tuple[str, str]:
-    """Why a layer can't run in INT8 whatever the settings say; two empty texts if it can."""
-    category = operation_of_kind(layer.kind).category
-    if layer.kind == "output":
-        return "output", "it only marks where the model returns a tensor"
-    if layer.note == "integer":
-        what = "its values are integers (indices or counts)" if layer.kind == "input" else "it computes integers"
-        return "integer", f"{what}, which are never quantized"
-    if layer.note:
-        return "unsupported", layer.note
-    if layer.frozen:
-        return "rule", f"'{layer.frozen}' is frozen and only asked in training, without gradients"
-    if layer.outside and category is not Category.PRESERVE:
-        return (
-            "unsupported",
-            "the step computes it between the modules that it calls, where nothing is rounded; the layers that read it quantize it",
-        )
-    if category is Category.IDENTITY:
-        return "rule", "dropout is not part of the deployed model"
-    if category is Category.PRESERVE or layer.kind == "input":
-        return "", ""
-    if target.computes_in_int8(layer):
-        return "", ""
+def _category(layer: Layer) -> Category:
+    return operation_of_kind(layer.kind).category
+
+
+# Why a layer can't run in INT8, whatever its engine; the first that holds.
+
+
+def _marks_an_output(layer: Layer) -> Skip | None:
+    return Skip(SkipReason.OUTPUT, "it only marks where the model returns a tensor") if layer.kind == "output" else None
+
+
+def _has_integers(layer: Layer) -> Skip | None:
+    what = "its values are integers (indices or counts)" if layer.kind == "input" else "it computes integers"
+    return Skip(SkipReason.INTEGER, f"{what}, which are never quantized") if layer.note == "integer" else None
+
+
+def _has_a_note(layer: Layer) -> Skip | None:
+    return Skip(SkipReason.UNSUPPORTED, layer.note) if layer.note else None
+
+
+def _is_frozen(layer: Layer) -> Skip | None:
+    return Skip(SkipReason.RULE, f"'{layer.frozen}' is frozen and only asked in training, without gradients") if layer.frozen else None
+
+
+def _is_between_modules(layer: Layer) -> Skip | None:
+    what = "the step computes it between the modules that it calls, where nothing is rounded; the layers that read it quantize it"
+    return Skip(SkipReason.UNSUPPORTED, what) if layer.outside and _category(layer) is not Category.PRESERVE else None
+
+
+def _is_dropout(layer: Layer) -> Skip | None:
+    return Skip(SkipReason.RULE, "dropout is not part of the deployed model") if _category(layer) is Category.IDENTITY else None
+
+
+_WHATEVER_THE_ENGINE = (_marks_an_output, _has_integers, _has_a_note, _is_frozen, _is_between_modules, _is_dropout)
+
+
+def _in_float(layer: Layer, target: Target) -> Skip:
+    """Why an engine computes a layer in float."""
     if target.stores_weights(layer):
-        return WEIGHT_ONLY, f"{target.name} computes it in float, from weights that are stored as integers"
+        return Skip(SkipReason.WEIGHT_ONLY, f"{target.name} computes it in float, from weights that are stored as integers")
     if layer.kind in _UNSEEN:
-        return "rule", _UNSEEN[layer.kind]
+        return Skip(SkipReason.RULE, _UNSEEN[layer.kind])
     if layer.kind == "batch_norm":
-        return "rule", "batch norm runs in INT8 only where it folds into the quantized layer before it"
+        return Skip(SkipReason.RULE, "batch norm runs in INT8 only where it folds into the quantized layer before it")
     if is_known_kind(layer.kind):
         form = " of this form" if layer.kind in target.int8_kinds else ""
-        return "rule", f"{layer.kind}{form} is computed in float by {target.name}"
-    return "unsupported", f"{layer.kind} has no INT8 form here"
+        return Skip(SkipReason.RULE, f"{layer.kind}{form} is computed in float by {target.name}")
+    return Skip(SkipReason.UNSUPPORTED, f"{layer.kind} has no INT8 form here")
+
+
+def _intrinsic(layer: Layer, target: Target) -> Skip | None:
+    """Why a layer can't run in INT8 whatever the settings say; `None` if it can."""
+    for why in _WHATEVER_THE_ENGINE:
+        if (skip := why(layer)) is not None:
+            return skip
+    if _category(layer) is Category.PRESERVE or layer.kind == "input" or target.computes_in_int8(layer):
+        return None
+    return _in_float(layer, target)
 
 
 def find_skips(
     graph: LayerGraph, settings: Settings, said: dict[str, Said], suggestions: Collection[str], target: Target
-) -> tuple[dict[str, tuple[str, str]], frozenset[str]]:
+) -> tuple[dict[str, Skip], frozenset[str]]:
     """Find what is not to be quantized.
 
     Args:
@@ -72,40 +95,59 @@ def find_skips(
         target: The engine.
 
     Returns:
-        Reason and detail for every layer that is left in float; and the layers that are not only because a rule asks for them by name.
+        The reason of every layer that is left in float; and the layers that are not only because a rule asks for them by name.
 
     Raises:
         CCOError: A rule asks for something impossible.
     """
     tail = graph.tail() if settings.global_quantization_settings.skip_tail_quantization else set()
-    skips: dict[str, tuple[str, str]] = {}
+    skips: dict[str, Skip] = {}
     forced = set()
     for layer in graph:
-        entry = said.get(layer.name, Said())
-        reason, detail = _intrinsic(layer, target)
-        asked = entry.asked_for
-        if asked and (reason in ("integer", "unsupported", "output") or operation_of_kind(layer.kind).category is Category.IDENTITY):
-            raise CCOError(
-                f"layer_settings: {entry.skip_by} asks to quantize layer '{layer.name}' (kind {layer.kind}), which is impossible: {detail}. "
-                f"Remove skip_quantization: false{_instead(graph, layer)}."
-            )
-        follows = layer.kind in target.followers or operation_of_kind(layer.kind).category is Category.CLAMP
-        if asked and (reason in ("rule", WEIGHT_ONLY) or (not reason and follows)):
-            forced.add(layer.name)
-            continue
-        unwanted = entry.skip or (entry.skip is None and layer.name in suggestions)
-        # A batch norm would be pulled into the group of its convolution otherwise; the weights of a layer in float can be left in float, too.
-        if reason and not ((unwanted and layer.kind == "batch_norm") or (reason == WEIGHT_ONLY and (unwanted or layer.name in tail))):
-            skips[layer.name] = (reason, detail)
-        elif entry.skip:
-            skips[layer.name] = ("setting", f"skip_quantization: true from {entry.skip_by}")
-        elif entry.skip is False:
-            continue
-        elif layer.name in suggestions:
-            skips[layer.name] = ("suggestion", "its Quantization Sensitivity was above the threshold")
-        elif layer.name in tail:
-            skips[layer.name] = ("tail", "between an output and the last weighted layer before it")
+        entry, intrinsic = said.get(layer.name, Said()), _intrinsic(layer, target)
+        if entry.asked_for:
+            _refuse_impossible(graph, layer, entry, intrinsic)
+            if _runs_if_asked(layer, intrinsic, target):
+                forced.add(layer.name)
+                continue
+        skip = _chosen(layer, entry, intrinsic, layer.name in suggestions, layer.name in tail)
+        if skip is not None:
+            skips[layer.name] = skip
     return skips, frozenset(forced)
+
+
+def _refuse_impossible(graph: LayerGraph, layer: Layer, entry: Said, intrinsic: Skip | None) -> None:
+    impossible = (SkipReason.INTEGER, SkipReason.UNSUPPORTED, SkipReason.OUTPUT)
+    if intrinsic is not None and (intrinsic.reason in impossible or _category(layer) is Category.IDENTITY):
+        raise CCOError(
+            f"layer_settings: {entry.skip_by} asks to quantize layer '{layer.name}' (kind {layer.kind}), which is impossible: {intrinsic.detail}. "
+            f"Remove skip_quantization: false{_instead(graph, layer)}."
+        )
+
+
+def _runs_if_asked(layer: Layer, intrinsic: Skip | None, target: Target) -> bool:
+    """Whether a layer runs in INT8 if a rule asks for it by name, and may not otherwise."""
+    if intrinsic is None:
+        return layer.kind in target.followers or _category(layer) is Category.CLAMP
+    return intrinsic.reason in (SkipReason.RULE, SkipReason.WEIGHT_ONLY)
+
+
+def _chosen(layer: Layer, entry: Said, intrinsic: Skip | None, suggested: bool, in_tail: bool) -> Skip | None:
+    """Why a layer is left in float; `None` if it is not."""
+    unwanted = entry.skip or (entry.skip is None and suggested)
+    if intrinsic is not None:
+        # A batch norm would be pulled into the group of its convolution otherwise; the weights of a layer in float can be left in float, too.
+        of_norm = layer.kind == "batch_norm" and unwanted
+        of_weights = intrinsic.reason is SkipReason.WEIGHT_ONLY and (unwanted or in_tail)
+        if not of_norm and not of_weights:
+            return intrinsic
+    if entry.skip:
+        return Skip(SkipReason.SETTING, f"skip_quantization: true from {entry.skip_by}")
+    if entry.skip is False:
+        return None
+    if suggested:
+        return Skip(SkipReason.SUGGESTION, "its Quantization Sensitivity was above the threshold")
+    return Skip(SkipReason.TAIL, "between an output and the last weighted layer before it") if in_tail else None
 
 
 def warn_of_bits_for_nothing(graph: LayerGraph, rules: Sequence[LayerRule]) -> None:

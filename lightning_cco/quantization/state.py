@@ -10,9 +10,12 @@ from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.quantizer import ActivationQuantizer
 from lightning_cco.quantization.state_checks import STATE_VERSION, check_scale, check_state
+from lightning_cco.quantization.tensor_key import TensorKey
 
 
-def state_of(plan: QuantizationPlan, activations: Mapping[str, ActivationQuantizer], *, calibrated: bool, frozen: bool) -> dict[str, Any]:
+def state_of(
+    plan: QuantizationPlan, activations: Mapping[TensorKey, ActivationQuantizer], *, calibrated: bool, frozen: bool
+) -> dict[str, Any]:
     """Plan and ranges as plain dicts, strings, numbers and tensors."""
     return {
         "version": STATE_VERSION,
@@ -26,7 +29,7 @@ def state_of(plan: QuantizationPlan, activations: Mapping[str, ActivationQuantiz
     }
 
 
-def check_fits(state: Mapping[str, Any], graph: LayerGraph, activations: Mapping[str, ActivationQuantizer]) -> None:
+def check_fits(state: Mapping[str, Any], graph: LayerGraph, activations: Mapping[TensorKey, ActivationQuantizer]) -> None:
     """Check a state as a whole, and that it is of this model.
 
     Raises:
@@ -59,7 +62,7 @@ def plan_differences(state: Mapping[str, Any], plan: QuantizationPlan) -> list[s
     return differences
 
 
-def load_ranges(state: Mapping[str, Any], activations: Mapping[str, ActivationQuantizer]) -> tuple[list[str], list[str]]:
+def load_ranges(state: Mapping[str, Any], activations: Mapping[TensorKey, ActivationQuantizer]) -> tuple[list[str], list[str]]:
     """Set the quantizers' ranges from a state that was checked.
 
     Returns:
@@ -69,7 +72,7 @@ def load_ranges(state: Mapping[str, Any], activations: Mapping[str, ActivationQu
     for key, quantizer in activations.items():
         ranges = state["ranges"].get(key)
         if ranges is None:
-            unknown.append(key)
+            unknown.append(str(key))
             continue
         if ranges.get("num_bits", quantizer.num_bits) != quantizer.num_bits:
             differences.append(f"bits of '{key}': {ranges['num_bits']} → {quantizer.num_bits}")

@@ -1,0 +1,94 @@
+"""Fused groups: conv → batch norm → activation is computed as one, and quantized at its end."""
+
+from __future__ import annotations
+
+from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.ops import Category
+from lightning_cco.quantization.connections import Connections
+from lightning_cco.quantization.skip_reasons import Skip, SkipReason
+from lightning_cco.quantization.targets import Target
+
+_ALONE = ("lstm", "gru", "rnn", "embedding", "embedding_bag")
+"""Kinds with weights that begin no group."""
+
+
+def has_statistics(layer: Layer) -> bool:
+    """Whether a batch norm has running statistics, so that it is one factor and one shift for each channel."""
+    return layer.attributes.get("running_statistics") is not False
+
+
+class Groups:
+    """Finds what belongs together.
+
+    Args:
+        connections: The graph.
+        target: The engine.
+        skips: Why layers are left in float; changed by `find`.
+    """
+
+    def __init__(self, connections: Connections, target: Target, skips: dict[str, Skip]) -> None:
+        self._connections, self._target, self._skips = connections, target, skips
+        self._graph = connections.graph
+
+    def folds(self, name: str, norm: str) -> bool:
+        """Whether a batch norm's factors go into the weights of the layer before it: its channels are that layer's."""
+        layer, after = self._graph[name], self._graph[norm]
+        if layer.kind not in ("conv", "conv_transpose", "linear") or self._connections.only_reader(name) != norm or not layer.output_shapes:
+            return False
+        if after.kind != "batch_norm" or not has_statistics(after) or not self._engine_decides(norm):
+            return False
+        if layer.kind == "conv_transpose" and layer.attributes.get("groups", 1) != 1:
+            return False  # groups share the scale of a channel, but not the norm's factor
+        return len(layer.output_shapes[0]) == _dimensions(layer) and after.input_shapes[:1] == layer.output_shapes[:1]
+
+    def _engine_decides(self, name: str) -> bool:
+        skip = self._skips.get(name)
+        return skip is None or skip.reason is SkipReason.RULE
+
+    def ends_at(self, clamp: str, int8: set[str]) -> bool:
+        """Whether a clamp is all that reads an INT8 layer's result, if need be after a batch norm."""
+        reads = self._connections.reads
+        if len(reads[clamp]) != 1:
+            return False
+        source = reads[clamp][0].layer
+        if self._graph[source].kind == "batch_norm" and source not in int8 and len(reads[source]) == 1:
+            before = reads[source][0].layer
+            return self._connections.only_reader(source) == clamp and self.folds(before, source) and before in int8
+        return source in int8 and self._connections.only_reader(source) == clamp
+
+    def find(self, int8: set[str]) -> dict[str, str]:
+        """For each layer inside a fused group the next one in it. Batch norms that fold join ``int8``, or leave it with a layer computed in float."""
+        fused: dict[str, str] = {}
+        for layer in self._graph:
+            weight_only = layer.name in self._skips and self._skips[layer.name].reason is SkipReason.WEIGHT_ONLY
+            if (layer.name not in int8 and not weight_only) or layer.kind in _ALONE:
+                continue
+            end = layer.name
+            norm = self._connections.only_reader(end)
+            if norm is not None and self.folds(end, norm):
+                if weight_only:
+                    int8.discard(norm)
+                    self._skips[norm] = Skip(SkipReason.RULE, f"it folds into '{end}', which {self._target.name} computes in float")
+                else:
+                    int8.add(norm)
+                fused[end] = norm
+                end = norm
+            clamp = self._connections.only_reader(end)
+            if end in int8 and clamp in int8 and self._is_plain_clamp(clamp):
+                fused[end] = clamp
+        for name in int8:
+            self._skips.pop(name, None)
+        return fused
+
+    def _is_plain_clamp(self, name: str) -> bool:
+        return self._connections.category[name] is Category.CLAMP and len(self._connections.reads[name]) == 1
+
+
+def _dimensions(layer: Layer) -> int:
+    """Dimensions of a result with a batch and channels: without a batch the channels of a norm would be others."""
+    kernel, weight = layer.attributes.get("kernel_size"), layer.attributes.get("weight_shape")
+    if layer.kind == "linear":
+        return 2
+    if isinstance(kernel, tuple):
+        return len(kernel) + 2
+    return len(weight) if isinstance(weight, tuple) else len(layer.output_shapes[0])

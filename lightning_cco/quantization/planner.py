@@ -1,0 +1,235 @@
+"""From a graph and settings to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from lightning_cco.errors import CCOError
+from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.graph.ops import Category
+from lightning_cco.quantization.connections import Connections
+from lightning_cco.quantization.exact import UNSEEN, ExactReaders, Placement
+from lightning_cco.quantization.groups import Groups, has_statistics
+from lightning_cco.quantization.plan import Boundary, LayerDecision, QuantizationPlan, TensorSpec
+from lightning_cco.quantization.rules import Said, apply_rules
+from lightning_cco.quantization.skip_reasons import Skip, SkipReason
+from lightning_cco.quantization.skips import find_skips, warn_of_bits_for_nothing
+from lightning_cco.quantization.targets import TARGETS, Target
+from lightning_cco.quantization.tensor_key import TensorKey
+from lightning_cco.settings import Settings, load_settings
+
+
+def plan_quantization(graph: LayerGraph, settings: Settings | None = None, suggestions: Iterable[str] = ()) -> QuantizationPlan:
+    """Decide for every layer of a graph whether it is quantized.
+
+    Args:
+        graph: What `capture_graph` returned.
+        settings: The recipe; `None` for the defaults.
+        suggestions: Names of layers to skip because of their sensitivity.
+
+    Raises:
+        CCOError: A rule matches nothing, asks for something impossible, or contradicts another.
+    """
+    settings = load_settings(settings)
+    target = TARGETS[settings.deployment_settings.target_framework]
+    said = apply_rules(graph, settings.layer_settings)
+    warn_of_bits_for_nothing(graph, settings.layer_settings)
+    suggestions = tuple(suggestions)
+    unknown = [name for name in suggestions if name not in graph]
+    if unknown:
+        raise CCOError(
+            f"suggestions: no layer is named {unknown}. Suggestions are layer names of this graph, such as {list(graph.names[:3])}."
+        )
+    skips, forced = find_skips(graph, settings, said, suggestions, target)
+    plan = _Planner(graph, settings, target, said, skips, suggestions).plan()
+    plan.forced = forced
+    return plan
+
+
+class _Planner:
+    """Works out the tensors once it is known which layers may be quantized."""
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        settings: Settings,
+        target: Target,
+        said: dict[str, Said],
+        skips: dict[str, Skip],
+        suggestions: tuple[str, ...],
+    ) -> None:
+        self.graph, self.settings, self.target, self.said, self.skips, self.suggestions = graph, settings, target, said, skips, suggestions
+        self.connections = Connections(graph)
+        self.groups = Groups(self.connections, target, skips)
+        self.exact = ExactReaders(graph, {name for name, entry in said.items() if entry.asked_for})
+
+    def plan(self) -> QuantizationPlan:
+        """Work it out."""
+        self.int8 = self._int8_layers()
+        self.fused_into = self.groups.find(self.int8)
+        self.fused_from = {after: before for before, after in self.fused_into.items()}
+        wanted = self._wanted()
+        keys = [key for layer in self.graph for key in self.connections.outputs(layer.name) if key in wanted and self._quantizable(key)]
+        placement = Placement(self.exact, self.int8)
+        at_readers = {key: placement.place(key) for key in keys if self._is_rounded_at_readers(key)}
+        tensors = {key: self._spec(key) for key in keys if at_readers.get(key, True)}
+        rounded = self._rounded({key for key in tensors if key not in at_readers}, placement)
+        decisions = {layer.name: self._decision(layer, tensors, rounded) for layer in self.graph}
+        return QuantizationPlan(
+            self.graph,
+            self.settings,
+            decisions,
+            tensors,
+            self._boundaries(decisions),
+            self.suggestions,
+            self.connections.origin,
+            self.fused_into,
+            reads=placement.reads,
+            at_readers=frozenset(at_readers),
+        )
+
+    def _spec(self, key: TensorKey) -> TensorSpec:
+        return TensorSpec(key.layer, key.output, self._activation_bits(key.layer), self.target.symmetric_activations)
+
+    def _is_rounded_at_readers(self, key: TensorKey) -> bool:
+        layer = self.graph[key.layer]
+        return layer.kind in UNSEEN or layer.outside or self.exact.reads(key)
+
+    def _rounded(self, made: set[TensorKey], placement: Placement) -> set[str]:
+        """Layers that pass rounded values on."""
+        carried, found = set(made), set()
+        for layer in self.graph:
+            reads = self.connections.reads[layer.name] if self.connections.passes(layer.name) else []
+            if reads and (reads[0] in carried or 0 in placement.reads.get(layer.name, {})):
+                found.add(layer.name)
+                carried.update(self.connections.outputs(layer.name))
+        return found
+
+    def _quantizable(self, key: TensorKey) -> bool:
+        layer = self.graph[key.layer]
+        if layer.kind == "input" and layer.name in self.skips:
+            return False
+        return self.connections.is_float(key) and (not layer.quantizable_outputs or layer.quantizable_outputs[key.output])
+
+    def _int8_layers(self) -> set[str]:
+        """Layers that compute in INT8: allowed to, and every float they read can be quantized."""
+        found = set()
+        for layer in self.graph:
+            name = layer.name
+            if name in self.exact.layers and not self.connections.passes(name):
+                self.skips.setdefault(
+                    name, Skip(SkipReason.RULE, "what it computes serves an index, a mask or a step, which rounding would change")
+                )
+            if (name in self.skips and not self._scales(name)) or self.connections.passes(name) or layer.kind == "input":
+                continue
+            if layer.weighted or self._reads_quantizable(layer):
+                found.add(name)
+            else:
+                self.skips[name] = Skip(SkipReason.RULE, "reads a tensor that can't be quantized")
+        self._drop_followers(found)
+        return found
+
+    def _reads_quantizable(self, layer: Layer) -> bool:
+        floats = self.connections.sources(layer.name)
+        if layer.kind == "scaled_dot_product_attention":  # its mask is added in float between the two matmuls
+            floats = [source for source in floats if self._quantizable(source)]
+        return bool(floats) and all(self._quantizable(source) for source in floats)
+
+    def _scales(self, name: str) -> bool:
+        """Whether a layer is a batch norm by itself, which is a convolution of each channel with one number."""
+        layer = self.graph[name]
+        if (
+            layer.kind != "batch_norm"
+            or not self.target.norms
+            or self.skips[name].reason is not SkipReason.RULE
+            or not has_statistics(layer)
+        ):
+            return False
+        return len(layer.input_shapes) == 1 and len(layer.input_shapes[0]) in (3, 4, 5)
+
+    def _drop_followers(self, int8: set[str]) -> None:
+        """Take out the layers that multiply no weights and have float layers around them, or before them where that is what counts."""
+        pending = [layer.name for layer in self.graph if layer.name in int8 and self._follows(layer.name)]
+        while pending:
+            name = pending.pop()
+            if name not in int8 or self.said.get(name, Said()).asked_for or self._reads_int8(name, int8):
+                continue
+            # A clamp is what the rounding of its result does; a norm is no reason to round what it reads.
+            only_behind = self.connections.category[name] is Category.CLAMP or self.graph[name].kind == "batch_norm"
+            if not only_behind and any(reader in int8 for reader in self.connections.consumers(name)):
+                continue
+            if self.connections.category[name] is Category.CLAMP and self.groups.ends_at(name, int8):
+                continue
+            int8.discard(name)
+            detail = "a float layer is before it" if only_behind else "float layers are before and behind it"
+            self.skips.setdefault(name, Skip(SkipReason.RULE, detail))
+            neighbours = {
+                *self.connections.consumers(name),
+                *(self.connections.origin[read].layer for read in self.connections.reads[name]),
+            }
+            pending += [other for other in neighbours if self._follows(other)]
+
+    def _follows(self, name: str) -> bool:
+        kind = self.graph[name].kind
+        return kind in self.target.followers or self.connections.category[name] is Category.CLAMP or kind == "batch_norm"
+
+    def _reads_int8(self, name: str, int8: set[str]) -> bool:
+        """Whether every float that a layer reads comes out of an INT8 layer in INT8 anyway."""
+        sources = self.connections.sources(name)
+        return bool(sources) and all(source.layer in int8 and not self._float_output(source.layer) for source in sources)
+
+    def _float_output(self, name: str) -> bool:
+        """Whether the engine hands a layer's result over in float. Behind a product with a clamp it does not: the rounding is the clamp."""
+        return self.graph[name].kind in self.target.float_outputs
+
+    def _wanted(self) -> set[TensorKey]:
+        """Tensors that an INT8 layer makes (at the end of its group) or reads (at their origin)."""
+        makers = {name for name in self.int8 - set(self.fused_into) if not self._float_output(name)}
+        made = (key for name in makers for key in self.connections.outputs(name))
+        wanted = {key for key in made if key.output == 0 or key in self.connections.readers}
+        wanted |= {self.connections.origin[read] for name in self.int8 for read in self.connections.reads[name]}
+        return wanted - {TensorKey(name) for name in self.fused_into}
+
+    def _activation_bits(self, name: str) -> int:
+        """The layer's own rule, else that of the group it ends, else the global value."""
+        said = self.said.get(name, Said()).activations_num_bits
+        while said is None:
+            before = self.fused_from.get(name)
+            if before is None:
+                return self.settings.global_quantization_settings.activations_num_bits
+            name = before
+            said = self.said.get(name, Said()).activations_num_bits
+        return said
+
+    def _decision(self, layer: Layer, made: Collection[TensorKey], rounded: set[str]) -> LayerDecision:
+        name = layer.name
+        own = self._activation_bits(name) if TensorKey(name) in made else None
+        weights = None
+        if layer.weighted:
+            said = self.said.get(name, Said()).weights_num_bits
+            weights = said if said is not None else self.settings.global_quantization_settings.weights_num_bits
+            weights = self.target.weight_bits(layer, weights, self.settings.deployment_settings.vnni)
+        if name in self.skips:
+            skip = self.skips[name]
+            return LayerDecision(False, skip.reason, skip.detail, weights if skip.reason is SkipReason.WEIGHT_ONLY else None, own)
+        if layer.kind == "input" and TensorKey(name) not in made:
+            return LayerDecision(False, SkipReason.RULE, "no INT8 layer reads it")
+        if self.connections.passes(name) and name not in rounded:
+            return LayerDecision(False, SkipReason.RULE, "the tensor it passes on is in float on both sides")
+        return LayerDecision(True, None, "", weights, own)
+
+    def _boundaries(self, decisions: dict[str, LayerDecision]) -> list[Boundary]:
+        found: dict[Boundary, None] = {}
+        for edge in self.graph.edges:
+            source, destination = self.connections.origin[TensorKey(edge.source, edge.source_output)].layer, edge.destination
+            if (
+                self.connections.passes(destination)
+                or self.graph[destination].kind == "output"
+                or not self.connections.is_float(TensorKey(source))
+            ):
+                continue
+            before, after = decisions[source].quantized, decisions[destination].quantized
+            if before != after:
+                found[Boundary(source, destination, "INT8 → float" if before else "float → INT8")] = None
+        return list(found)
