@@ -22,7 +22,7 @@ from report import Table, parser, publish
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_cco.quantization.runtime import Phase
+from lightning_cco.quantization.phases import Phase
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 PARTS = {

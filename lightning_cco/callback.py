@@ -28,11 +28,11 @@ from lightning_cco.checkpoints import best_checkpoint, check_callback_state, loc
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.failures import need_packages
 from lightning_cco.export.network import network_of_the_step
+from lightning_cco.graph.hooks import release
 from lightning_cco.lookahead import copied, warn_of_left_over
 from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.directions import metric_directions
 from lightning_cco.monitoring.metrics import monitored_values, numbers, sanity_check_metrics
-from lightning_cco.quantization.model import release
 from lightning_cco.quantized_model import QuantizedModel, is_program
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings, changed_settings, load_settings

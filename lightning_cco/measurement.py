@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_cco.quantization.model import Forward, HookedModel
+from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.quantizer import ActivationQuantizer
-from lightning_cco.quantization.runtime import Phase
 from lightning_cco.sensitivity import LayerSensitivities, SensitivityReport
 
 

@@ -14,7 +14,7 @@ from lightning_cco.export.onnx_file import export_onnx
 from lightning_cco.export.program import export_program
 from lightning_cco.export.report import ExportReport
 from lightning_cco.graph.capture import capture
-from lightning_cco.graph.frames import refuse_hooked
+from lightning_cco.graph.hooks import refuse_hooked
 from lightning_cco.measurement import measure
 from lightning_cco.quantization.model import Forward, HookedModel, call_with
 from lightning_cco.sensitivity import SensitivityReport

@@ -16,14 +16,14 @@ from lightning_cco.export.forms import attention, averages_images, divided, with
 from lightning_cco.export.passes import NAME
 from lightning_cco.export.provenance import noting
 from lightning_cco.export.stored import EMBEDDINGS, StoredWeights
+from lightning_cco.graph.call_node import Frame
 from lightning_cco.graph.capture import Site
 from lightning_cco.graph.compiled import mode_stack, restore_modes
-from lightning_cco.graph.frames import Frame
 from lightning_cco.graph.ops import Category, operation
+from lightning_cco.quantization.clamp_limits import LIMITS
 from lightning_cco.quantization.fake_quantize import level_bounds, quant_range
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.quantizer import ActivationQuantizer
-from lightning_cco.quantization.runtime import LIMITS
 from lightning_cco.quantization.slots import replaced
 from lightning_cco.quantization.tensor_key import TensorKey
 

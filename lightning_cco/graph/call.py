@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_cco.graph.frames import CallNode
+from lightning_cco.graph.call_node import CallNode
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.ops import Op
 

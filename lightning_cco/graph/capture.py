@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +12,13 @@ import torch
 from torch import nn
 
 from lightning_cco.errors import CCOError, CCOWarning
-from lightning_cco.graph.call import Call, Slot, Weight
+from lightning_cco.graph.call import Slot, Weight
+from lightning_cco.graph.call_node import CallNode
 from lightning_cco.graph.containers import LOOKED_INTO
-from lightning_cco.graph.frames import CallNode
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.ops import Category, Op
+from lightning_cco.graph.matching import match_training, merge_repeats, overwritten_calls
+from lightning_cco.graph.ops import Op
 from lightning_cco.graph.reached import is_within, only_asked, out_of_sight
 from lightning_cco.graph.trace import Tracer
 
@@ -225,7 +225,7 @@ def switch_training(model: nn.Module, training: bool) -> None:
 
 
 def _assemble(root: CallNode, evaluation: Tracer, training: Tracer | None, frozen: list[str]) -> Capture:
-    calls, merged = _merge_repeats(evaluation.calls)
+    calls, merged = merge_repeats(evaluation.calls)
     order = sorted(range(len(calls)), key=lambda i: {"input": 0, "output": 2}.get(calls[i].op.kind, 1))
     names: dict[int, str] = {}
     counters: dict[str, int] = {}
@@ -236,8 +236,8 @@ def _assemble(root: CallNode, evaluation: Tracer, training: Tracer | None, froze
         names[i] = f"{kind}_{count}" if count or kind in ("input", "output") else kind
     rank = {i: position for position, i in enumerate(order)}
 
-    positions, training_only = _match_training(calls, training)
-    overwritten = {merged[number] for number in _overwritten(evaluation.calls) if number in merged}
+    positions, training_only = match_training(calls, None if training is None else training.calls)
+    overwritten = {merged[number] for number in overwritten_calls(evaluation.calls) if number in merged}
     layers: list[Layer] = []
     edges: dict[Edge, None] = {}
     sites: dict[str, Site] = {}
@@ -263,105 +263,3 @@ def _assemble(root: CallNode, evaluation: Tracer, training: Tracer | None, froze
             call.position,
         )
     return Capture(LayerGraph(layers, list(edges)), root, sites, training_only)
-
-
-def _merge_repeats(calls: list[Call]) -> tuple[list[Call], dict[int, int]]:
-    """Let a module that the step calls several times from outside any frame (a discriminator on real and fake) be one set of layers."""
-    kept: list[Call] = []
-    first: dict[Any, int] = {}
-    merged: dict[int, int] = {}
-    for number, call in enumerate(calls):
-        ends_at = [(merged[read.source], read.output) for read in call.reads] if call.op.kind == "output" else []
-        key = _place(call) if call.visible else ("output", *ends_at) if ends_at else None
-        if key is not None and key in first:
-            merged[number] = first[key]
-            continue
-        if key is not None:
-            first[key] = len(kept)
-        merged[number] = len(kept)
-        kept.append(call)
-    gone = _read_by_repeats_alone(calls, kept, merged)
-    positions = {k: position for position, k in enumerate(k for k in range(len(kept)) if k not in gone)}
-    return [kept[k] for k in positions], {number: positions[k] for number, k in merged.items() if k in positions}
-
-
-def _read_by_repeats_alone(calls: list[Call], kept: list[Call], merged: dict[int, int]) -> set[int]:
-    """Inputs, and what stands outside of modules, that nothing but a repeated call of a module reads."""
-    had_readers = {merged[read.source] for call in calls for read in call.reads}
-    readers: dict[int, set[int]] = {}
-    for k, call in enumerate(kept):
-        for read in call.reads:
-            readers.setdefault(merged[read.source], set()).add(k)
-    gone: set[int] = set()
-    for k in reversed(range(len(kept))):
-        if not kept[k].visible and k in had_readers and all(reader in gone for reader in readers.get(k, ())):
-            gone.add(k)
-    return gone
-
-
-def _place(call: Call) -> tuple[Any, ...]:
-    return id(call.node), call.op.kind, call.index
-
-
-def _overwritten(calls: list[Call]) -> set[int]:
-    """Numbers of the calls whose output a later one writes over, directly or through views."""
-    found: set[int] = set()
-    for call in calls:
-        source = call.reads[0].source if call.in_place and call.reads and call.reads[0].slot == (0,) else None
-        while source is not None:
-            found.add(source)
-            before = calls[source]
-            is_view = before.op.category in (Category.PRESERVE, Category.IDENTITY) and before.reads
-            source = before.reads[0].source if is_view else None
-    return found
-
-
-def _match_training(calls: list[Call], training: Tracer | None) -> tuple[dict[int, dict[bool, int]], list[str]]:
-    """Find each call of evaluation in the training run.
-
-    A branch under ``if self.training`` makes further calls and shifts the indices of those after it; the two sequences of calls of one
-    operation within one frame are then aligned by what the calls look like.
-    """
-    positions = {i: {False: call.index, True: call.index} for i, call in enumerate(calls)}
-    if training is None:
-        return positions, []
-    kept, _ = _merge_repeats(training.calls)
-    groups: dict[tuple[int, str], tuple[list[int], list[Call]]] = {}
-    for i, call in enumerate(calls):
-        if call.visible:
-            groups.setdefault((id(call.node), call.op.kind), ([], []))[0].append(i)
-    for call in kept:
-        if call.visible:
-            groups.setdefault((id(call.node), call.op.kind), ([], []))[1].append(call)
-    only: list[str] = []
-    for numbers, trained in groups.values():
-        if not trained or not all(call.training for call in trained):
-            continue  # not run, or run in evaluation mode (a frozen backbone): nothing to learn
-        paired = _pair([_looks(calls[i]) for i in numbers], [_looks(call) for call in trained])
-        for position, i in enumerate(numbers):
-            if position in paired:
-                positions[i][True] = trained[paired[position]].index
-            else:
-                del positions[i][True]
-        matched = set(paired.values())
-        only += [
-            f"{call.op.kind} in '{call.node.key or 'the root module'}'"
-            for k, call in enumerate(trained)
-            if k not in matched and call.op.category is not Category.IDENTITY and call.layer.note != "integer"
-        ]
-    return positions, only
-
-
-def _looks(call: Call) -> str:
-    """What tells one call of an operation from the next: its place in the user's code, else its shapes and parameters."""
-    if call.position >= 0:
-        return str(call.position)
-    layer = call.layer
-    return repr((layer.input_shapes, layer.output_shapes, layer.parameters, layer.attributes, [read.slot for read in call.reads]))
-
-
-def _pair(evaluated: list[str], trained: list[str]) -> dict[int, int]:
-    if evaluated == trained:
-        return {k: k for k in range(len(evaluated))}
-    matcher = difflib.SequenceMatcher(None, evaluated, trained, autojunk=False)
-    return {block.a + k: block.b + k for block in matcher.get_matching_blocks() for k in range(block.size)}

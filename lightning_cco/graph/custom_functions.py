@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_cco.compat.autograd import FUNCTION_APPLY, applied
 from lightning_cco.compat.modules import MODULE_CALL
-from lightning_cco.graph.frames import CallNode
+from lightning_cco.graph.call_node import CallNode
 
 
 @dataclass(eq=False)

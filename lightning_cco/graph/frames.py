@@ -22,102 +22,20 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.fx import GraphModule
-from torch.utils.hooks import RemovableHandle
 
 from lightning_cco.compat.autograd import graph_task
-from lightning_cco.compat.callers import REDIRECTED_FORWARD
-from lightning_cco.compat.modules import MODULE_CALL, forward_pre_hooks
-from lightning_cco.compat.resolve import refuse_missing
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.attention import multi_head_attention
+from lightning_cco.graph.call_node import Arguments, CallNode, Frame
 from lightning_cco.graph.compiled import HiddenMode, hide_from_graph, mode_stack, restore_modes
 from lightning_cco.graph.foreign import is_foreign
-from lightning_cco.graph.recompute import COMPILED_CHECKPOINTS, Resumed, UnderMode, running_checkpoint
+from lightning_cco.graph.hooks import Hooks
+from lightning_cco.graph.hooks import inert as _inert  # noqa: F401, models pickled by earlier versions name it here
+from lightning_cco.graph.python_calls import is_running, module_call
+from lightning_cco.graph.recompute import COMPILED_CHECKPOINTS, InContext, Resumed, UnderMode, running_checkpoint
 from lightning_cco.graph.spelling import as_function, is_operator, name_of_operator
 
 Handler = Callable[["Frame", str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-
-
-class CallNode:
-    """One call of one module within its chain of callers.
-
-    Attributes:
-        path: Dotted path of the module; empty for the root.
-        index: Which call of this module within the frame of its caller.
-        children: The calls made from within this one, by path and index.
-        tables: For evaluation (`False`) and training (`True`): what to do with each function, by name. Filled by the runtime.
-        seen: Likewise: how often the capture saw each kind of operation.
-        captured: Whether the capture saw this call; a call it never saw must not be quantized.
-    """
-
-    __slots__ = ("captured", "children", "index", "parent", "path", "seen", "tables")
-
-    def __init__(self, path: str, index: int = 0, parent: CallNode | None = None, captured: bool = True) -> None:
-        self.path = path
-        self.index = index
-        self.parent = parent
-        self.captured = captured
-        self.children: dict[tuple[str, int], CallNode] = {}
-        self.tables: dict[bool, dict[str, Any]] = {False: {}, True: {}}
-        self.seen: dict[bool, dict[str, int]] = {False: {}, True: {}}
-
-    def child(self, path: str, index: int, captured: bool) -> CallNode:
-        """The node of a call made from within this one, made on first use."""
-        node = self.children.get((path, index))
-        if node is None:
-            node = self.children.setdefault((path, index), CallNode(path, index, self, captured))
-        return node
-
-    @property
-    def key(self) -> str:
-        """The module's path and, where a module is called more than once, which calls lead here: ``encoder.block#1``."""
-        indices: list[int] = []
-        node: CallNode | None = self
-        while node is not None and node.parent is not None:
-            indices.append(node.index)
-            node = node.parent
-        marks = "".join(f"#{index}" for index in reversed(indices)) if any(indices) else ""
-        return f"{self.path}{marks}"
-
-    def walk(self) -> list[CallNode]:
-        """This node and all below it, callers first."""
-        found, pending = [], [self]
-        while pending:
-            node = pending.pop()
-            found.append(node)
-            pending.extend(reversed(node.children.values()))
-        return found
-
-    def __repr__(self) -> str:
-        return f"CallNode({self.key!r})"
-
-
-class Frame:
-    """A module call that is running now: its node, its table of functions, and how often each thing has been called so far.
-
-    Attributes:
-        records: Whether gradients were recorded when the outermost frame began.
-        python: Identity of the Python frame of the module's call; 0 if unknown, as in compiled code and in a recomputation.
-        token: Of a thread's first frame: ends with the Python frame, also where no hook says so.
-    """
-
-    __slots__ = ("calls", "counts", "node", "python", "records", "table", "token", "training")
-
-    def __init__(self, node: CallNode, training: bool, records: bool = False) -> None:
-        self.node = node
-        self.training = training
-        self.records = records
-        self.table: dict[str, Any] = node.tables[training]
-        self.counts: dict[str, int] = {}
-        self.calls: dict[str, int] = {}
-        self.python = 0
-        self.token: weakref.ref[_Arguments] | None = None
-
-    def copy(self) -> Frame:
-        """The same with counters of its own."""
-        twin = Frame(self.node, self.training, self.records)
-        twin.counts, twin.calls = dict(self.counts), dict(self.calls)
-        return twin
 
 
 class _FrameMode(HiddenMode):
@@ -145,7 +63,7 @@ class _FrameMode(HiddenMode):
             if is_foreign(frames.graphs):
                 return func(*args, **kwargs)
             python = stack[-1].python
-            if python and not _is_running(python):
+            if python and not is_running(python):
                 frames.drop_ended(stack)
                 if not stack:
                     return func(*args, **kwargs)
@@ -166,7 +84,7 @@ class _FrameMode(HiddenMode):
         return frames.handle(stack[-1], name, func, args, kwargs)
 
 
-class Frames:
+class Frames(Hooks):
     """The hooks on a model, the frame stack of each thread, and the function mode.
 
     Args:
@@ -186,7 +104,7 @@ class Frames:
     """
 
     def __init__(self, model: nn.Module, root: CallNode, handle: Handler) -> None:
-        self.model = model
+        super().__init__(model)
         self.root = root
         self.handle = handle
         self.watched: frozenset[str] | None = None
@@ -201,18 +119,15 @@ class Frames:
         self._thread = get_ident()
         self._others: dict[int, list[Frame]] = {}
         self.graphs: frozenset[int] = frozenset()
-        self._handles: list[RemovableHandle] = []
         self._entries: dict[str, list[CallNode]] = {}
         self._resuming = 0
 
     def attach(self) -> None:
-        """Hook every submodule. Code compiled before that runs on without the hooks, so it is dropped.
+        """Hook every submodule, for forwards on this thread above all.
 
         Raises:
             CCOError: Somebody else's hooks are on, or the installed versions lack something.
         """
-        refuse_missing()
-        refuse_hooked(self.model)
         self._thread = get_ident()
         self._entries = {}
         for node in [*self.root.children.values(), *self.root.walk()]:  # calls from outside any frame come first
@@ -220,25 +135,7 @@ class Frames:
             if node not in known:
                 known.append(node)
         self.graphs = frozenset(id(module) for module in self.model.modules() if isinstance(module, GraphModule))
-        for path, module in self.model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            self._handles.append(module.register_forward_pre_hook(_Enter(self, path), prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(_Leave(self, path), always_call=True))
-        torch.compiler.reset()
-
-    def detach(self) -> None:
-        """Take the hooks off again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.reset()
-        torch.compiler.reset()
-
-    @property
-    def attached(self) -> bool:
-        """Whether the hooks are on."""
-        return bool(self._handles)
+        super().attach()
 
     def reset(self) -> None:
         """Forget all frames."""
@@ -265,7 +162,7 @@ class Frames:
         if not stack:
             self._leave_mode()
 
-    def _abandoned(self, thread: int, token: weakref.ref[_Arguments]) -> None:
+    def _abandoned(self, thread: int, token: weakref.ref[Arguments]) -> None:
         """The first call of a thread has ended without our hook."""
         stack = self._main if thread == self._thread else self._others.get(thread)
         if stack and stack[0].token is token and thread == get_ident():
@@ -310,7 +207,7 @@ class Frames:
         function = getattr(checkpoint, attribute)
         if not (isinstance(function, Resumed) and function.belongs_to(self)):
             if self.carried is not None:
-                function = _InContext(self.carried(), function)
+                function = InContext(self.carried(), function)
             setattr(checkpoint, attribute, Resumed(self, [frame.copy() for frame in stack], function))
 
     @contextmanager
@@ -353,9 +250,9 @@ class Frames:
         """
         compiling = is_compiling()
         stack = self._main if compiling or get_ident() == self._thread else self.stack()
-        own = None if compiling else _module_call(sys._getframe(2))
+        own = None if compiling else module_call(sys._getframe(2))
         if own is not None and stack and stack[-1].python:
-            around = _module_call(own.f_back)
+            around = module_call(own.f_back)
             if around is None or id(around) != stack[-1].python:
                 self.drop_ended(stack)
         records = stack[0].records if stack and not compiling else torch.is_grad_enabled()
@@ -378,7 +275,7 @@ class Frames:
         if own is not None:
             frame.python = id(own)
             if not stack:
-                replaced = _Arguments(kwargs)
+                replaced = Arguments(kwargs)
                 frame.token = weakref.ref(replaced, partial(_end_of_call, weakref.ref(self), get_ident()))
         stack.append(frame)
         if self.entered is not None:
@@ -392,7 +289,7 @@ class Frames:
         # A user's pre-hook may have raised before ours ran, and a redirected call pushed nothing.
         if not stack:
             return
-        own = None if compiling else _module_call(sys._getframe(2))
+        own = None if compiling else module_call(sys._getframe(2))
         if own is None or not stack[-1].python:
             if stack[-1].node.path != path:
                 return
@@ -409,137 +306,7 @@ class Frames:
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
-class _Arguments(dict[str, Any]):
-    """Keyword arguments that can be referred to weakly: the call of a module holds them as long as it runs."""
-
-
-def _end_of_call(frames: weakref.ref[Frames], thread: int, token: weakref.ref[_Arguments]) -> None:
+def _end_of_call(frames: weakref.ref[Frames], thread: int, token: weakref.ref[Arguments]) -> None:
     alive = frames()
     if alive is not None:
         alive._abandoned(thread, token)
-
-
-class _InContext:
-    """Runs a function in a context."""
-
-    def __init__(self, context: Callable[[], AbstractContextManager[None]], function: Callable[..., Any]) -> None:
-        self.context, self.function = context, function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.context():
-            return self.function(*args, **kwargs)
-
-
-def hooks_on(model: nn.Module) -> Frames | None:
-    """The hooks that a model, or a part of it, carries."""
-    for module in model.modules():
-        for hook in forward_pre_hooks(module):
-            if isinstance(hook, _Enter):
-                return hook.frames
-    return None
-
-
-def refuse_hooked(model: nn.Module) -> None:
-    """Raise if a model is quantized already, whole or in part.
-
-    Raises:
-        CCOError: It is.
-    """
-    found = hooks_on(model)
-    if found is None:
-        return
-    what = "it" if found.model is model else f"{type(found.model).__name__}, which shares modules with it,"
-    raise CCOError(
-        f"{type(model).__name__}: {what} is quantized already, and can be only once. Take the hooks off first: call .remove() on what quantize() returned, or "
-        "on the callback's .quantized. To change the recipe and keep the ranges, call .replan(settings) on it instead."
-    )
-
-
-class _Enter:
-    """Forward pre-hook of one module. A pickled module carries an inert one: the copy is the plain float model."""
-
-    def __init__(self, frames: Frames, path: str) -> None:
-        self.frames, self.path = frames, path
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.path == "" and not is_compiling() and _is_redirected(module):
-            return None
-        kept = self.frames.enter(self.path, module, args, kwargs)
-        return None if kept is None else (args, kept)
-
-    def __getattr__(self, name: str) -> Any:
-        return _refuse_scripting(name)
-
-    def __reduce__(self) -> Any:
-        return _inert, ()
-
-
-class _Leave:
-    """Forward hook of one module."""
-
-    def __init__(self, frames: Frames, path: str) -> None:
-        self.frames, self.path = frames, path
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.frames.leave(self.path, output)
-
-    def __getattr__(self, name: str) -> Any:
-        return _refuse_scripting(name)
-
-    def __reduce__(self) -> Any:
-        return _inert, ()
-
-
-def _refuse_scripting(name: str) -> Any:
-    if name == "__name__" and sys._getframe(2).f_globals.get("__name__", "").startswith("torch.jit"):
-        raise CCOError(
-            "torch.jit.script (to_torchscript() without method='trace'): a quantized model can't be scripted, since a script has no hooks. Write an INT8 file "
-            "by export(path), trace the model by torch.jit.trace or to_torchscript(method='trace'), or take the hooks off by remove() first."
-        )
-    raise AttributeError(name)
-
-
-def _inert() -> Callable[..., None]:
-    return _do_nothing
-
-
-def _do_nothing(*args: Any) -> None:
-    return None
-
-
-def _is_redirected(module: nn.Module) -> bool:
-    """Whether a strategy borrows the module's ``forward`` to run something else, such as ``training_step`` under DDP.
-
-    What the step does around the model is not the model: it must neither be quantized nor shift the indices of what is.
-    """
-    forward = module.__dict__.get("forward")
-    return forward is not None and getattr(forward, "__name__", "") == REDIRECTED_FORWARD
-
-
-def _module_call(frame: FrameType | None) -> FrameType | None:
-    """The innermost call of a module around a Python frame."""
-    while frame is not None and frame.f_code is not MODULE_CALL:
-        frame = frame.f_back
-    return frame
-
-
-def _is_running(python: int) -> bool:
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if id(frame) == python:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def calling_position() -> int:
-    """Where in the user's code the torch call now running stands: an offset into the code of the innermost function that isn't PyTorch's or ours.
-
-    -1 if the module that runs now has no such code: one of PyTorch's, or a subclass that inherits its ``forward``. Who calls the module tells nothing.
-    """
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "lightning_cco.")):
-        if frame.f_code is MODULE_CALL:
-            return -1
-        frame = frame.f_back
-    return frame.f_lasti

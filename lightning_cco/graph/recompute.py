@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -92,4 +93,16 @@ class UnderMode:
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         with self.mode:
+            return self.function(*args, **kwargs)
+
+
+class InContext:
+    """Runs a function in a context."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[None]], function: Callable[..., Any]) -> None:
+        self.context, self.function = context, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        with self.context():
             return self.function(*args, **kwargs)

@@ -18,11 +18,12 @@ from lightning_cco.compat.autograd import applied
 from lightning_cco.compat.modules import CONTENTS
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.call import Call, Read, Slot
+from lightning_cco.graph.call_node import CallNode, Frame
 from lightning_cco.graph.compiled import HiddenMode
 from lightning_cco.graph.containers import tensors_held, tensors_in
 from lightning_cco.graph.custom_functions import CustomCall, running_function
 from lightning_cco.graph.describe import attributes
-from lightning_cco.graph.frames import CallNode, Frame, Frames, calling_position
+from lightning_cco.graph.frames import Frames
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.network import End, OuterCall, find_network, has_parameters, is_metric
 from lightning_cco.graph.operands import (
@@ -38,6 +39,7 @@ from lightning_cco.graph.operands import (
 )
 from lightning_cco.graph.ops import MAKES_OF_DATA, RANDOM, READS_OUT, READS_VALUES, Category, Op, operation
 from lightning_cco.graph.origins import Origin, Origins, is_constant
+from lightning_cco.graph.python_calls import calling_position
 from lightning_cco.graph.spelling import as_function, is_operator, name_of_operator
 
 _Operand = tuple[Slot, Tensor, Origin]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_cco.errors import CCOError, CCOWarning
+from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import Capture, recording, switch_training
-from lightning_cco.graph.frames import hooks_on
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.names import list_names
+from lightning_cco.quantization.build import build_quantizers
 from lightning_cco.quantization.calibration import check_weights, finish_calibration, warn_of_zeros
+from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.planner import plan_quantization
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
-from lightning_cco.quantization.range_updates import forget_batches, update_ranges, world_size
-from lightning_cco.quantization.runtime import Phase, Runtime
+from lightning_cco.quantization.range_updates import forget_batches, update_ranges, warn_of_outliers, world_size
+from lightning_cco.quantization.runtime import Runtime
 from lightning_cco.quantization.state import check_fits, load_ranges, plan_differences, state_of
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.settings import Settings, load_settings
@@ -30,19 +29,6 @@ Forward = Callable[[nn.Module, Any], Any]
 """How one batch goes through the model."""
 
 _MOVING = threading.RLock()
-
-
-def release(model: nn.Module) -> bool:
-    """Take the hooks off that a model carries from an earlier `quantize` or callback.
-
-    Returns:
-        Whether there were any.
-    """
-    frames = hooks_on(model)
-    if frames is None:
-        return False
-    frames.detach()
-    return True
 
 
 def call_with(model: nn.Module, batch: Any) -> Any:
@@ -83,8 +69,8 @@ class HookedModel:
         self.capture = captured
         self.settings = settings
         self.plan = plan_quantization(captured.graph, settings, suggestions)
-        self._activations: dict[TensorKey, ActivationQuantizer] = {}
-        self.weights: dict[str, list[WeightQuantizer]] = {}
+        self._activations: dict[TensorKey, ActivationQuantizer]
+        self.weights: dict[str, list[WeightQuantizer]]
         self.calibrated = False
         self.frozen = False
         self.uncalibrated: list[str] = []
@@ -93,7 +79,7 @@ class HookedModel:
         self._moved_at = self._weights_version()
         self._outliers: Tensor | None = None
         self._mode = model.training
-        self._build_quantizers()
+        self._activations, self.weights = build_quantizers(captured, self.plan, settings, {}, {})
         self.runtime = Runtime(model, captured, self.plan, self._activations, self.weights)
         self.runtime.phase = Phase.PASS
         self.runtime.frames.started = self._forward_starts
@@ -116,39 +102,12 @@ class HookedModel:
     @property
     def drift(self) -> list[str]:
         """Where the running model has departed from the captured one, in words."""
-        return list(self.runtime.drift.values())
+        return list(self.runtime.departures.found.values())
 
     @property
     def device(self) -> torch.device:
         """Where the model's parameters are."""
         return next(self.model.parameters()).device
-
-    def _build_quantizers(self) -> None:
-        """Make the quantizers that the plan asks for and has none yet; those that stay keep their ranges."""
-        training = self.settings.training_settings
-        activations: dict[TensorKey, ActivationQuantizer] = {}
-        for key, spec in self.plan.tensors.items():
-            new = ActivationQuantizer(
-                spec.num_bits,
-                symmetric=spec.symmetric,
-                estimator=training.range_estimator,
-                averaging_constant=training.averaging_constant,
-                percentile=training.percentile,
-            )
-            known = self._activations.get(key)
-            activations[key] = known if known is not None and known.kind == new.kind else new
-        weights: dict[str, list[WeightQuantizer]] = {}
-        for name in self.graph.names:
-            site, decision = self.capture.sites[name], self.plan.decisions[name]
-            if not (decision.quantized or decision.weight_only) or not site.weights:
-                continue
-            bits = decision.weights_num_bits
-            if bits is None:  # a constant operand of an addition: an activation that never changes
-                bits = decision.activations_num_bits or self.settings.global_quantization_settings.activations_num_bits
-            made = [WeightQuantizer(bits, weight.axis, training.weight_estimator) for weight in site.weights]
-            known_weights = self.weights.get(name)
-            weights[name] = known_weights if known_weights is not None and known_weights[0].kind == made[0].kind else made
-        self._activations, self.weights = activations, weights
 
     def to(self, device: torch.device) -> None:
         """Move the quantizers to the model's device."""
@@ -168,7 +127,7 @@ class HookedModel:
         self.settings = load_settings(settings) if settings is not None else self.settings
         self.plan = plan_quantization(self.graph, self.settings, suggestions)
         before = dict(self.activations)
-        self._build_quantizers()
+        self._activations, self.weights = build_quantizers(self.capture, self.plan, self.settings, self._activations, self.weights)
         self.to(self.device)
         self.runtime.load(self.plan, self.activations, self.weights)
         torch.compiler.reset()
@@ -247,19 +206,7 @@ class HookedModel:
         if not self.frozen and self.calibrated:
             self._outliers = update_ranges(list(self._activations.values()), self._outliers)
             if self._outliers is not None and self._outliers.device.type == "cpu":
-                self._warn_of_outliers(self._outliers)
-
-    def _warn_of_outliers(self, outliers: Tensor) -> None:
-        if not bool(outliers.any()):
-            return
-        moving = [key for key, quantizer in self._activations.items() if not quantizer.stands_still]
-        names = dict.fromkeys(key.layer for key, found in zip(moving, outliers.tolist(), strict=True) if found)
-        warnings.warn(
-            f"training: a batch gave values more than a thousand times as large as the range of {list_names(list(names))}. The ranges do not follow it, unless "
-            "the next batch is like it. Check the samples of that batch (units, missing values) and the learning rate.",
-            CCOWarning,
-            stacklevel=3,
-        )
+                warn_of_outliers(self._activations, self._outliers)
 
     def _weights_version(self) -> int:
         return sum(parameter._version for parameter in self._trained)
@@ -310,7 +257,7 @@ class HookedModel:
         if world_size() == 1 and self._mode:
             self.update_ranges()
         if self._outliers is not None and self._outliers.device.type != "cpu":
-            self._warn_of_outliers(self._outliers)  # each step would have to wait for the device
+            warn_of_outliers(self._activations, self._outliers)  # each step would have to wait for the device
         return state_of(self.plan, self.activations, calibrated=self.calibrated, frozen=self.frozen)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:

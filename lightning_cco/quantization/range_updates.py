@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_cco.compat.autograd import foreach_copy
+from lightning_cco.errors import CCOWarning
+from lightning_cco.names import list_names
 from lightning_cco.quantization.fake_quantize import affine_qparams
 from lightning_cco.quantization.quantizer import ActivationQuantizer
 from lightning_cco.quantization.ranges import says_something
+from lightning_cco.quantization.tensor_key import TensorKey
 
 # How many times as wide as its range a batch's values must be to be no part of what the range follows, unless the next batch's are too.
 _OUTLIER = 1000.0
@@ -70,6 +74,20 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], outliers_before: Te
             quantizer.notice()
     forget_batches(moving)
     return first
+
+
+def warn_of_outliers(activations: Mapping[TensorKey, ActivationQuantizer], outliers: Tensor) -> None:
+    """Name the layers whose quantizers met an outlier, as `update_ranges` returns them."""
+    if not bool(outliers.any()):
+        return
+    moving = [key for key, quantizer in activations.items() if not quantizer.stands_still]
+    names = dict.fromkeys(key.layer for key, found in zip(moving, outliers.tolist(), strict=True) if found)
+    warnings.warn(
+        f"training: a batch gave values more than a thousand times as large as the range of {list_names(list(names))}. The ranges do not follow it, unless "
+        "the next batch is like it. Check the samples of that batch (units, missing values) and the learning rate.",
+        CCOWarning,
+        stacklevel=3,
+    )
 
 
 def _width(low: Tensor, high: Tensor) -> Tensor:

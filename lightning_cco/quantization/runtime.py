@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -16,38 +14,23 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from lightning_cco.compat.autograd import graph_task
-from lightning_cco.errors import CCOWarning
-from lightning_cco.graph.call import Slot
-from lightning_cco.graph.capture import Capture, Site
+from lightning_cco.graph.call_node import Frame
+from lightning_cco.graph.capture import Capture
 from lightning_cco.graph.compiled import eager
-from lightning_cco.graph.containers import tensors_in
-from lightning_cco.graph.frames import Frame, Frames, calling_position
-from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation, operation_of_kind
-from lightning_cco.graph.reached import frozen_modules, is_within
+from lightning_cco.graph.frames import Frames
+from lightning_cco.graph.python_calls import calling_position
+from lightning_cco.quantization.departures import COMPUTES, Departures
+from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_cco.quantization.remade_weights import RemadeWeight, saving_remade
+from lightning_cco.quantization.sites import SiteQuantizers, fill_tables
 from lightning_cco.quantization.slots import at, renormalized, replaced
-from lightning_cco.quantization.targets import TARGETS
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.tracing import runs_plainly
 
 Recorder = Callable[[str, Tensor | ActivationQuantizer, Tensor], None]
 """Called with a layer's name, its quantized output (or the quantizer that would make it of the float one), and its float output."""
-
-
-class Phase(Enum):
-    """What is done at each planned call."""
-
-    QUANTIZE = "quantize"
-    PASS = "pass"
-    """Compute in float."""
-    OBSERVE = "observe"
-    """Float, and the quantizers look at what passes."""
-    MEASURE_LOCAL = "measure_local"
-    """Float, and each layer once more quantized on the same input."""
-    RECORD_FLOAT = "record_float"
-    RECORD_QUANTIZED = "record_quantized"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,31 +48,6 @@ class _Block:
     only: frozenset[int] | None
 
 
-@dataclass(slots=True)
-class SiteQuantizers:
-    """The quantizers of one layer, and where in the call they stand."""
-
-    layer: str
-    weights: list[tuple[Slot, WeightQuantizer]] = field(default_factory=list)
-    reads: list[tuple[Slot, str, ActivationQuantizer]] = field(default_factory=list)
-    outputs: list[tuple[int, ActivationQuantizer]] = field(default_factory=list)
-    limits: Callable[[tuple[Any, ...], dict[str, Any]], tuple[float, float] | None] | None = None
-    in_place: bool = False
-    fresh: bool = False
-    fresh_without_gradients: bool = False
-    renormalizes: bool = False
-    code_position: int = -1
-
-
-@dataclass(slots=True)
-class FunctionEntry:
-    """All calls of one operation within one frame: how many were captured, and which of them are quantized."""
-
-    kind: str
-    count: int
-    sites: dict[int, SiteQuantizers] = field(default_factory=dict)
-
-
 class Runtime:
     """Hooks a model and quantizes it as planned.
 
@@ -102,7 +60,7 @@ class Runtime:
 
     Attributes:
         phase: What is done at each planned call, outside of the blocks of `doing`.
-        drift: Where the model has departed from the captured one.
+        departures: Where the model has departed from the captured one.
     """
 
     def __init__(
@@ -115,57 +73,37 @@ class Runtime:
     ) -> None:
         self.capture = capture
         self.frames = Frames(model, capture.root, self._handle)
-        self.frames.watched = _COMPUTES | {"multi_head_attention_forward"}
-        self.drift: dict[str, str] = {}
+        self.frames.watched = COMPUTES | {"multi_head_attention_forward"}
+        self.departures = Departures(model, capture.root)
         self._blocks: dict[int, _Block] = {}  # by thread; empty but for the time of a block
         self.phase = Phase.QUANTIZE
         self.frames.carried = self._carried
-        frozen = frozen_modules(model)
-        self._with_parameters = {
-            path for path, module in model.named_modules() if next(module.parameters(), None) is not None and not is_within(path, frozen)
-        }
         # Whether ranges follow forwards that record gradients, and the number of the calibration batch.
         self.following = True
         self.batch = 0
-        self._has_training_capture = any(node.seen[True] for node in capture.root.walk())
         self.load(plan, activations, weights)
 
     def load(
         self, plan: QuantizationPlan, activations: Mapping[TensorKey, ActivationQuantizer], weights: Mapping[str, list[WeightQuantizer]]
     ) -> None:
         """Fill the tables of every call node from a plan. Code compiled for another plan must be dropped by the caller."""
-        for node in self.capture.root.walk():
-            for training in (False, True):
-                seen = node.seen[training] or node.seen[False]
-                node.tables[training] = _table({kind: FunctionEntry(kind, count) for kind, count in seen.items()})
-        for site in self.capture.sites.values():
-            quantizers = _site_quantizers(site, self.capture, plan, activations, weights)
-            if quantizers is None:
-                continue
-            for training, position in site.positions.items():
-                entry = site.node.tables[training].get(site.function)
-                if entry is not None:
-                    entry.sites[position] = quantizers
-        # Most calls of a transformer only move values: no entry, no work.
-        for node in self.capture.root.walk():
-            for training, table in node.tables.items():
-                node.tables[training] = {name: entry for name, entry in table.items() if entry.sites or not _only_moves(entry.kind)}
+        fill_tables(self.capture, plan, activations, weights)
 
     def _handle(self, frame: Frame, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = frame.table.get(name)
         if entry is None:
-            if name in _COMPUTES:
-                self._unseen(frame, name, args, kwargs)
+            if name in COMPUTES:
+                self.departures.unseen(frame, name, args, kwargs)
             return func(*args, **kwargs)
         index = frame.counts.get(entry.kind, 0)
         frame.counts[entry.kind] = index + 1
         site = entry.sites.get(index)
         if site is None:
             if index >= entry.count:
-                self._unseen(frame, name, args, kwargs)
+                self.departures.unseen(frame, name, args, kwargs)
             return func(*args, **kwargs)
         if site.code_position >= 0 and not is_compiling() and calling_position() != site.code_position:
-            self._moved(frame, name, site)
+            self.departures.moved(frame, name, site)
             return func(*args, **kwargs)
         run = self._run if not self._blocks else self.run
         return run(frame, site, func, args, kwargs)
@@ -348,119 +286,6 @@ class Runtime:
         """A recomputation does what its forward did, whenever and in whatever thread it runs."""
         block = self._blocks.get(get_ident()) if self._blocks else None
         return nullcontext if block is None else partial(self._in_block, block)
-
-    # A call that the capture never saw is never quantized, and never silent.
-
-    def _unseen(self, frame: Frame, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if frame.training and not self._has_training_capture:
-            return
-        if not frame.node.captured and frame.node.path not in self._with_parameters:
-            return  # a metric, a loss or a teacher, not the model
-        if not any(tensor.is_floating_point() for _, tensor in tensors_in((*args, kwargs))):
-            return
-        where = frame.node.key or "the root module"
-        again = " more often" if frame.table.get(name) is not None else ""
-        self._drifted(
-            f"{where}:{operation(name).kind}{again}",
-            f"'{operation(name).kind}' was called{again or ''} in '{where}' {'than' if again else 'though never'} when the layer graph was captured; "
-            "such calls run in float. Capture with an example that takes every path and the longest loop (`example_input_array` or `forward_fn`).",
-        )
-
-    def _moved(self, frame: Frame, name: str, site: SiteQuantizers) -> None:
-        where = frame.node.key or "the root module"
-        self._drifted(
-            f"{where}:{site.layer} moved",
-            f"layer '{site.layer}': in '{where}' another call of '{operation(name).kind}' came in its place (a branch that depends on data); it runs in "
-            "float. Move the branch into a module of its own, or skip the layer: skip_quantization: true.",
-        )
-
-    def _drifted(self, key: str, message: str) -> None:
-        if key in self.drift:
-            return
-        self.drift[key] = message
-        if not is_compiling():
-            warnings.warn(f"lightning_cco: {message}", CCOWarning, stacklevel=2)
-
-
-# Names whose appearance out of the blue means that the model has changed its ways: what some engine could run in INT8.
-_COMPUTES = frozenset(
-    name
-    for name, op in OPS.items()
-    if op.category in (Category.WEIGHTED, Category.MATMUL, Category.CLAMP)
-    or any(op.kind in target.int8_kinds for target in TARGETS.values())
-)
-
-
-def _only_moves(kind: str) -> bool:
-    """Whether an operation computes nothing, so that nobody minds how often it is called."""
-    return operation_of_kind(kind).category in (Category.PRESERVE, Category.ALIAS, Category.IDENTITY)
-
-
-def _table(entries: dict[str, FunctionEntry]) -> dict[str, FunctionEntry]:
-    """By function name: every spelling of an operation shares one entry, also where the table of operations does not know it (``exp_``, ``__rpow__``)."""
-    spelled = {name: entries[op.kind] for name, op in OPS.items() if op.kind in entries}
-    guessed = {
-        name: entry for kind, entry in entries.items() if not is_known_kind(kind) for name in (f"{kind}_", f"_{kind}", f"__{kind}__")
-    }
-    return {**guessed, **entries, **spelled}
-
-
-def _site_quantizers(
-    site: Site,
-    capture: Capture,
-    plan: QuantizationPlan,
-    activations: Mapping[TensorKey, ActivationQuantizer],
-    weights: Mapping[str, list[WeightQuantizer]],
-) -> SiteQuantizers | None:
-    if not site.visible:
-        return None
-    found = SiteQuantizers(
-        site.layer,
-        in_place=site.in_place,
-        fresh=site.op.fresh,
-        fresh_without_gradients=site.op.fresh_without_gradients,
-        renormalizes=site.op.kind in ("embedding", "embedding_bag"),
-        code_position=site.code_position,
-    )
-    if site.layer in weights:
-        found.weights = [(weight.slot, quantizer) for weight, quantizer in zip(site.weights, weights[site.layer], strict=True)]
-    for number, key in plan.reads.get(site.layer, {}).items():
-        source, made_by = site.sources[number], plan.tensors[key].layer
-        changed = site.in_place and source.slot == (0,)  # the caller's own tensor, which must be written to
-        if source.quantizable and not changed:
-            # What a layer with weights makes is recorded where it is made.
-            found.reads.append((source.slot, made_by if made_by not in weights else "", activations[key]))
-    for output in range(len(plan.graph[site.layer].output_dtypes)):
-        key = TensorKey(site.layer, output)
-        if plan.rounds(key):
-            found.outputs.append((output, activations[key]))
-    if found.outputs and site.op.category is Category.CLAMP:
-        found.limits = LIMITS.get(site.function)
-    return found if found.weights or found.reads or found.outputs else None
-
-
-def _clamp_limits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float] | None:
-    low = args[1] if len(args) > 1 else kwargs.get("min", kwargs.get("min_val"))
-    high = args[2] if len(args) > 2 else kwargs.get("max", kwargs.get("max_val"))
-    if any(isinstance(bound, Tensor) for bound in (low, high)):
-        return None
-    return (float("-inf") if low is None else float(low), float("inf") if high is None else float(high))
-
-
-def _hardtanh_limits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float]:
-    low = args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)
-    high = args[2] if len(args) > 2 else kwargs.get("max_val", 1.0)
-    return float(low), float(high)
-
-
-_Limits = Callable[[tuple[Any, ...], dict[str, Any]], "tuple[float, float] | None"]
-LIMITS: dict[str, _Limits] = {
-    **dict.fromkeys(("relu", "relu_"), lambda args, kwargs: (0.0, float("inf"))),
-    **dict.fromkeys(("relu6",), lambda args, kwargs: (0.0, 6.0)),
-    **dict.fromkeys(("hardtanh", "hardtanh_"), _hardtanh_limits),
-    **dict.fromkeys(("clamp", "clamp_", "clip", "clip_"), _clamp_limits),
-}
-"""The interval that a function clamps to, from its arguments; a quantizer on its output then clamps by itself."""
 
 
 def _flat(result: Any, args: tuple[Any, ...]) -> list[Any]:

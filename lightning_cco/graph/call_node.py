@@ -1,0 +1,92 @@
+"""Calls of modules: their tree, which the capture grows, and those that are running now."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+
+class CallNode:
+    """One call of one module within its chain of callers.
+
+    Attributes:
+        path: Dotted path of the module; empty for the root.
+        index: Which call of this module within the frame of its caller.
+        children: The calls made from within this one, by path and index.
+        tables: For evaluation (`False`) and training (`True`): what to do with each function, by name. Filled by the runtime.
+        seen: Likewise: how often the capture saw each kind of operation.
+        captured: Whether the capture saw this call; a call it never saw must not be quantized.
+    """
+
+    __slots__ = ("captured", "children", "index", "parent", "path", "seen", "tables")
+
+    def __init__(self, path: str, index: int = 0, parent: CallNode | None = None, captured: bool = True) -> None:
+        self.path = path
+        self.index = index
+        self.parent = parent
+        self.captured = captured
+        self.children: dict[tuple[str, int], CallNode] = {}
+        self.tables: dict[bool, dict[str, Any]] = {False: {}, True: {}}
+        self.seen: dict[bool, dict[str, int]] = {False: {}, True: {}}
+
+    def child(self, path: str, index: int, captured: bool) -> CallNode:
+        """The node of a call made from within this one, made on first use."""
+        node = self.children.get((path, index))
+        if node is None:
+            node = self.children.setdefault((path, index), CallNode(path, index, self, captured))
+        return node
+
+    @property
+    def key(self) -> str:
+        """The module's path and, where a module is called more than once, which calls lead here: ``encoder.block#1``."""
+        indices: list[int] = []
+        node: CallNode | None = self
+        while node is not None and node.parent is not None:
+            indices.append(node.index)
+            node = node.parent
+        marks = "".join(f"#{index}" for index in reversed(indices)) if any(indices) else ""
+        return f"{self.path}{marks}"
+
+    def walk(self) -> list[CallNode]:
+        """This node and all below it, callers first."""
+        found, pending = [], [self]
+        while pending:
+            node = pending.pop()
+            found.append(node)
+            pending.extend(reversed(node.children.values()))
+        return found
+
+    def __repr__(self) -> str:
+        return f"CallNode({self.key!r})"
+
+
+class Frame:
+    """A module call that is running now: its node, its table of functions, and how often each thing has been called so far.
+
+    Attributes:
+        records: Whether gradients were recorded when the outermost frame began.
+        python: Identity of the Python frame of the module's call; 0 if unknown, as in compiled code and in a recomputation.
+        token: Of a thread's first frame: ends with the Python frame, also where no hook says so.
+    """
+
+    __slots__ = ("calls", "counts", "node", "python", "records", "table", "token", "training")
+
+    def __init__(self, node: CallNode, training: bool, records: bool = False) -> None:
+        self.node = node
+        self.training = training
+        self.records = records
+        self.table: dict[str, Any] = node.tables[training]
+        self.counts: dict[str, int] = {}
+        self.calls: dict[str, int] = {}
+        self.python = 0
+        self.token: weakref.ref[Arguments] | None = None
+
+    def copy(self) -> Frame:
+        """The same with counters of its own."""
+        twin = Frame(self.node, self.training, self.records)
+        twin.counts, twin.calls = dict(self.counts), dict(self.calls)
+        return twin
+
+
+class Arguments(dict[str, Any]):
+    """Keyword arguments that can be referred to weakly: the call of a module holds them as long as it runs."""

@@ -1,0 +1,121 @@
+"""Which of the calls of two forwards are the same layer: repeated calls of a module, and those of evaluation found again in training."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from lightning_cco.graph.call import Call
+from lightning_cco.graph.ops import Category
+
+
+def merge_repeats(calls: list[Call]) -> tuple[list[Call], dict[int, int]]:
+    """Let a module that the step calls several times from outside any frame (a discriminator on real and fake) be one set of layers."""
+    kept: list[Call] = []
+    first: dict[Any, int] = {}
+    merged: dict[int, int] = {}
+    for number, call in enumerate(calls):
+        ends_at = [(merged[read.source], read.output) for read in call.reads] if call.op.kind == "output" else []
+        key = _place(call) if call.visible else ("output", *ends_at) if ends_at else None
+        if key is not None and key in first:
+            merged[number] = first[key]
+            continue
+        if key is not None:
+            first[key] = len(kept)
+        merged[number] = len(kept)
+        kept.append(call)
+    gone = _read_by_repeats_alone(calls, kept, merged)
+    positions = {k: position for position, k in enumerate(k for k in range(len(kept)) if k not in gone)}
+    return [kept[k] for k in positions], {number: positions[k] for number, k in merged.items() if k in positions}
+
+
+def _read_by_repeats_alone(calls: list[Call], kept: list[Call], merged: dict[int, int]) -> set[int]:
+    """Inputs, and what stands outside of modules, that nothing but a repeated call of a module reads."""
+    had_readers = {merged[read.source] for call in calls for read in call.reads}
+    readers: dict[int, set[int]] = {}
+    for k, call in enumerate(kept):
+        for read in call.reads:
+            readers.setdefault(merged[read.source], set()).add(k)
+    gone: set[int] = set()
+    for k in reversed(range(len(kept))):
+        if not kept[k].visible and k in had_readers and all(reader in gone for reader in readers.get(k, ())):
+            gone.add(k)
+    return gone
+
+
+def _place(call: Call) -> tuple[Any, ...]:
+    return id(call.node), call.op.kind, call.index
+
+
+def overwritten_calls(calls: list[Call]) -> set[int]:
+    """Numbers of the calls whose output a later one writes over, directly or through views."""
+    found: set[int] = set()
+    for call in calls:
+        source = call.reads[0].source if call.in_place and call.reads and call.reads[0].slot == (0,) else None
+        while source is not None:
+            found.add(source)
+            before = calls[source]
+            is_view = before.op.category in (Category.PRESERVE, Category.IDENTITY) and before.reads
+            source = before.reads[0].source if is_view else None
+    return found
+
+
+def match_training(calls: list[Call], trained: list[Call] | None) -> tuple[dict[int, dict[bool, int]], list[str]]:
+    """Find each call of evaluation in the training run.
+
+    A branch under ``if self.training`` makes further calls and shifts the indices of those after it; the two sequences of calls of one
+    operation within one frame are then aligned by what the calls look like.
+    """
+    positions = {i: {False: call.index, True: call.index} for i, call in enumerate(calls)}
+    if trained is None:
+        return positions, []
+    kept, _ = merge_repeats(trained)
+    only: list[str] = []
+    for numbers, theirs in _by_place(calls, kept):
+        if not theirs or not all(call.training for call in theirs):
+            continue  # not run, or run in evaluation mode (a frozen backbone): nothing to learn
+        paired = _pair([_looks(calls[i]) for i in numbers], [_looks(call) for call in theirs])
+        for position, i in enumerate(numbers):
+            if position in paired:
+                positions[i][True] = theirs[paired[position]].index
+            else:
+                del positions[i][True]
+        matched = set(paired.values())
+        only += [_in_words(call) for k, call in enumerate(theirs) if k not in matched and _computes(call)]
+    return positions, only
+
+
+def _by_place(calls: list[Call], trained: list[Call]) -> Iterable[tuple[list[int], list[Call]]]:
+    """The calls of one operation within one frame: numbers of those of evaluation, and those of training."""
+    groups: dict[tuple[int, str], tuple[list[int], list[Call]]] = {}
+    for i, call in enumerate(calls):
+        if call.visible:
+            groups.setdefault((id(call.node), call.op.kind), ([], []))[0].append(i)
+    for call in trained:
+        if call.visible:
+            groups.setdefault((id(call.node), call.op.kind), ([], []))[1].append(call)
+    return groups.values()
+
+
+def _computes(call: Call) -> bool:
+    return call.op.category is not Category.IDENTITY and call.layer.note != "integer"
+
+
+def _in_words(call: Call) -> str:
+    return f"{call.op.kind} in '{call.node.key or 'the root module'}'"
+
+
+def _looks(call: Call) -> str:
+    """What tells one call of an operation from the next: its place in the user's code, else its shapes and parameters."""
+    if call.position >= 0:
+        return str(call.position)
+    layer = call.layer
+    return repr((layer.input_shapes, layer.output_shapes, layer.parameters, layer.attributes, [read.slot for read in call.reads]))
+
+
+def _pair(evaluated: list[str], trained: list[str]) -> dict[int, int]:
+    if evaluated == trained:
+        return {k: k for k in range(len(evaluated))}
+    matcher = difflib.SequenceMatcher(None, evaluated, trained, autojunk=False)
+    return {block.a + k: block.b + k for block in matcher.get_matching_blocks() for k in range(block.size)}

@@ -1,0 +1,38 @@
+"""Python's own frames: which call of a module is running, and where in the user's code."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+
+from lightning_cco.compat.modules import MODULE_CALL
+
+
+def module_call(frame: FrameType | None) -> FrameType | None:
+    """The innermost call of a module around a Python frame."""
+    while frame is not None and frame.f_code is not MODULE_CALL:
+        frame = frame.f_back
+    return frame
+
+
+def is_running(python: int) -> bool:
+    """Whether a Python frame, by its identity, is one of those around the caller's caller."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if id(frame) == python:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def calling_position() -> int:
+    """Where in the user's code the torch call now running stands: an offset into the code of the innermost function that isn't PyTorch's or ours.
+
+    -1 if the module that runs now has no such code: one of PyTorch's, or a subclass that inherits its ``forward``. Who calls the module tells nothing.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "lightning_cco.")):
+        if frame.f_code is MODULE_CALL:
+            return -1
+        frame = frame.f_back
+    return frame.f_lasti

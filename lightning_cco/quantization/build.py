@@ -1,0 +1,56 @@
+"""The quantizers that a plan asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning_cco.graph.capture import Capture
+from lightning_cco.quantization.plan import QuantizationPlan
+from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
+from lightning_cco.quantization.tensor_key import TensorKey
+from lightning_cco.settings import Settings
+
+
+def build_quantizers(
+    capture: Capture,
+    plan: QuantizationPlan,
+    settings: Settings,
+    known_activations: Mapping[TensorKey, ActivationQuantizer],
+    known_weights: Mapping[str, list[WeightQuantizer]],
+) -> tuple[dict[TensorKey, ActivationQuantizer], dict[str, list[WeightQuantizer]]]:
+    """Make the quantizers that a plan asks for and that are not there yet.
+
+    Args:
+        capture: Where the layers are.
+        plan: What is quantized.
+        settings: The recipe.
+        known_activations: Quantizers that are there; those of the same kind stay, with their ranges.
+        known_weights: Likewise, those of weights.
+
+    Returns:
+        The quantizer of each rounded tensor, and those of each layer's weights.
+    """
+    training = settings.training_settings
+    activations: dict[TensorKey, ActivationQuantizer] = {}
+    for key, spec in plan.tensors.items():
+        new = ActivationQuantizer(
+            spec.num_bits,
+            symmetric=spec.symmetric,
+            estimator=training.range_estimator,
+            averaging_constant=training.averaging_constant,
+            percentile=training.percentile,
+        )
+        known = known_activations.get(key)
+        activations[key] = known if known is not None and known.kind == new.kind else new
+    weights: dict[str, list[WeightQuantizer]] = {}
+    for name in plan.graph.names:
+        site, decision = capture.sites[name], plan.decisions[name]
+        if not (decision.quantized or decision.weight_only) or not site.weights:
+            continue
+        bits = decision.weights_num_bits
+        if bits is None:  # a constant operand of an addition: an activation that never changes
+            bits = decision.activations_num_bits or settings.global_quantization_settings.activations_num_bits
+        made = [WeightQuantizer(bits, weight.axis, training.weight_estimator) for weight in site.weights]
+        before = known_weights.get(name)
+        weights[name] = before if before is not None and before[0].kind == made[0].kind else made
+    return activations, weights

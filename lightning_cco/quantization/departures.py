@@ -1,0 +1,77 @@
+"""Where a running model departs from the captured one: a call that the capture never saw is never quantized, and never silent."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+from torch.compiler import is_compiling
+
+from lightning_cco.errors import CCOWarning
+from lightning_cco.graph.call_node import CallNode, Frame
+from lightning_cco.graph.containers import tensors_in
+from lightning_cco.graph.ops import OPS, Category, operation
+from lightning_cco.graph.reached import frozen_modules, is_within
+from lightning_cco.quantization.sites import SiteQuantizers
+from lightning_cco.quantization.targets import TARGETS
+
+# Names whose appearance out of the blue means that the model has changed its ways: what some engine could run in INT8.
+COMPUTES = frozenset(
+    name
+    for name, op in OPS.items()
+    if op.category in (Category.WEIGHTED, Category.MATMUL, Category.CLAMP)
+    or any(op.kind in target.int8_kinds for target in TARGETS.values())
+)
+
+
+class Departures:
+    """Collects and warns, once of each.
+
+    Args:
+        model: The hooked model.
+        root: The tree of captured calls.
+
+    Attributes:
+        found: What has been found, in words, by place.
+    """
+
+    def __init__(self, model: nn.Module, root: CallNode) -> None:
+        self.found: dict[str, str] = {}
+        frozen = frozen_modules(model)
+        self._with_parameters = {
+            path for path, module in model.named_modules() if next(module.parameters(), None) is not None and not is_within(path, frozen)
+        }
+        self._has_training_capture = any(node.seen[True] for node in root.walk())
+
+    def unseen(self, frame: Frame, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note a call that the capture did not see, if the model computes floats by it."""
+        if frame.training and not self._has_training_capture:
+            return
+        if not frame.node.captured and frame.node.path not in self._with_parameters:
+            return  # a metric, a loss or a teacher, not the model
+        if not any(tensor.is_floating_point() for _, tensor in tensors_in((*args, kwargs))):
+            return
+        where = frame.node.key or "the root module"
+        again = " more often" if frame.table.get(name) is not None else ""
+        self._note(
+            f"{where}:{operation(name).kind}{again}",
+            f"'{operation(name).kind}' was called{again or ''} in '{where}' {'than' if again else 'though never'} when the layer graph was captured; "
+            "such calls run in float. Capture with an example that takes every path and the longest loop (`example_input_array` or `forward_fn`).",
+        )
+
+    def moved(self, frame: Frame, name: str, site: SiteQuantizers) -> None:
+        """Note another call in the place of a layer's."""
+        where = frame.node.key or "the root module"
+        self._note(
+            f"{where}:{site.layer} moved",
+            f"layer '{site.layer}': in '{where}' another call of '{operation(name).kind}' came in its place (a branch that depends on data); it runs in "
+            "float. Move the branch into a module of its own, or skip the layer: skip_quantization: true.",
+        )
+
+    def _note(self, key: str, message: str) -> None:
+        if key in self.found:
+            return
+        self.found[key] = message
+        if not is_compiling():
+            warnings.warn(f"lightning_cco: {message}", CCOWarning, stacklevel=2)

@@ -1,0 +1,113 @@
+"""Which quantizers stand where in a call: the tables that the runtime looks calls up in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lightning_cco.graph.call import Slot
+from lightning_cco.graph.capture import Capture, Site
+from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation_of_kind
+from lightning_cco.quantization.clamp_limits import LIMITS, Limits
+from lightning_cco.quantization.plan import QuantizationPlan
+from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
+from lightning_cco.quantization.tensor_key import TensorKey
+
+
+@dataclass(slots=True)
+class SiteQuantizers:
+    """The quantizers of one layer, and where in the call they stand."""
+
+    layer: str
+    weights: list[tuple[Slot, WeightQuantizer]] = field(default_factory=list)
+    reads: list[tuple[Slot, str, ActivationQuantizer]] = field(default_factory=list)
+    outputs: list[tuple[int, ActivationQuantizer]] = field(default_factory=list)
+    limits: Limits | None = None
+    in_place: bool = False
+    fresh: bool = False
+    fresh_without_gradients: bool = False
+    renormalizes: bool = False
+    code_position: int = -1
+
+
+@dataclass(slots=True)
+class FunctionEntry:
+    """All calls of one operation within one frame: how many were captured, and which of them are quantized."""
+
+    kind: str
+    count: int
+    sites: dict[int, SiteQuantizers] = field(default_factory=dict)
+
+
+def fill_tables(
+    capture: Capture,
+    plan: QuantizationPlan,
+    activations: Mapping[TensorKey, ActivationQuantizer],
+    weights: Mapping[str, list[WeightQuantizer]],
+) -> None:
+    """Fill the tables of every call node from a plan."""
+    for node in capture.root.walk():
+        for training in (False, True):
+            seen = node.seen[training] or node.seen[False]
+            node.tables[training] = by_spelling({kind: FunctionEntry(kind, count) for kind, count in seen.items()})
+    for site in capture.sites.values():
+        quantizers = site_quantizers(site, capture, plan, activations, weights)
+        if quantizers is None:
+            continue
+        for training, position in site.positions.items():
+            entry = site.node.tables[training].get(site.function)
+            if entry is not None:
+                entry.sites[position] = quantizers
+    # Most calls of a transformer only move values: no entry, no work.
+    for node in capture.root.walk():
+        for training, table in node.tables.items():
+            node.tables[training] = {name: entry for name, entry in table.items() if entry.sites or not only_moves(entry.kind)}
+
+
+def only_moves(kind: str) -> bool:
+    """Whether an operation computes nothing, so that nobody minds how often it is called."""
+    return operation_of_kind(kind).category in (Category.PRESERVE, Category.ALIAS, Category.IDENTITY)
+
+
+def by_spelling(entries: dict[str, FunctionEntry]) -> dict[str, FunctionEntry]:
+    """By function name: every spelling of an operation shares one entry, also where the table of operations does not know it (``exp_``, ``__rpow__``)."""
+    spelled = {name: entries[op.kind] for name, op in OPS.items() if op.kind in entries}
+    guessed = {
+        name: entry for kind, entry in entries.items() if not is_known_kind(kind) for name in (f"{kind}_", f"_{kind}", f"__{kind}__")
+    }
+    return {**guessed, **entries, **spelled}
+
+
+def site_quantizers(
+    site: Site,
+    capture: Capture,
+    plan: QuantizationPlan,
+    activations: Mapping[TensorKey, ActivationQuantizer],
+    weights: Mapping[str, list[WeightQuantizer]],
+) -> SiteQuantizers | None:
+    """The quantizers of a layer's call; `None` if nothing is quantized there."""
+    if not site.visible:
+        return None
+    found = SiteQuantizers(
+        site.layer,
+        in_place=site.in_place,
+        fresh=site.op.fresh,
+        fresh_without_gradients=site.op.fresh_without_gradients,
+        renormalizes=site.op.kind in ("embedding", "embedding_bag"),
+        code_position=site.code_position,
+    )
+    if site.layer in weights:
+        found.weights = [(weight.slot, quantizer) for weight, quantizer in zip(site.weights, weights[site.layer], strict=True)]
+    for number, key in plan.reads.get(site.layer, {}).items():
+        source, made_by = site.sources[number], plan.tensors[key].layer
+        changed = site.in_place and source.slot == (0,)  # the caller's own tensor, which must be written to
+        if source.quantizable and not changed:
+            # What a layer with weights makes is recorded where it is made.
+            found.reads.append((source.slot, made_by if made_by not in weights else "", activations[key]))
+    for output in range(len(plan.graph[site.layer].output_dtypes)):
+        key = TensorKey(site.layer, output)
+        if plan.rounds(key):
+            found.outputs.append((output, activations[key]))
+    if found.outputs and site.op.category is Category.CLAMP:
+        found.limits = LIMITS.get(site.function)
+    return found if found.weights or found.reads or found.outputs else None
