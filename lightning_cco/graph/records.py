@@ -1,0 +1,130 @@
+"""A torch call, written down as a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_cco.graph.call import Call, Read, Slot
+from lightning_cco.graph.call_node import Frame
+from lightning_cco.graph.describe import attributes
+from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.operands import MASKING, dtype_name, is_mask_like, is_quantizable, note_of, weights_of
+from lightning_cco.graph.ops import Category, Op
+from lightning_cco.graph.origins import Origin, is_constant
+from lightning_cco.graph.python_calls import calling_position
+from lightning_cco.graph.sources import Sources, names_of
+
+Operand = tuple[Slot, Tensor, Origin]
+"""A tensor that a call is given: where it stands, and where it comes from."""
+
+
+@dataclass
+class Seen:
+    """A torch call that has just run.
+
+    Attributes:
+        frame: The module call it ran in.
+        function: Name of the torch function.
+        op: Its row in the table of operations.
+        index: Which call of this operation within the frame.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        outputs: The tensors that it made.
+        operands: The tensors that it was given.
+        mask_like: Whether a constant among them is a mask.
+        visible: Whether a function mode sees it again at run time.
+        writes: Whether it writes into tensors that it was given for that.
+    """
+
+    frame: Frame
+    function: str
+    op: Op
+    index: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Tensor]
+    operands: list[Operand]
+    mask_like: bool
+    visible: bool = True
+    writes: bool = False
+
+    @property
+    def dynamic(self) -> list[Operand]:
+        """The operands that depend on the model's inputs."""
+        return [operand for operand in self.operands if not is_constant(operand[2])]
+
+    @property
+    def constants(self) -> list[Operand]:
+        """The operands that do not."""
+        return [operand for operand in self.operands if is_constant(operand[2])]
+
+    def as_call(self, sources: Sources, module: nn.Module | None, outside: bool) -> Call:
+        """What is written down of it.
+
+        Args:
+            sources: Where tensors come from.
+            module: The module that made the call.
+            outside: Whether no module did, but the step itself.
+        """
+        layer = Layer("", self.frame.node.path, self.op.kind, outside=outside)
+        call = Call(layer, self.frame.node, self.function, self.op, self.index, self.frame.training, visible=self.visible and not outside)
+        call.in_place = bool(self.args) and self.outputs[0] is self.args[0]
+        call.reads = [
+            Read(slot, origin[0], origin[1], is_quantizable(t) and sources.quantizable(origin)) for slot, t, origin in self.dynamic
+        ]
+        call.weights = weights_of(self.op, self.constants, self.args)
+        if module is not None and not type(module).__module__.startswith("torch."):  # code of the user's own
+            call.position = calling_position()
+        call.layer = self._described(call, module)
+        return call
+
+    def _described(self, call: Call, module: nn.Module | None) -> Layer:
+        quantizable = self._quantizable_outputs(call)
+        weight = next((t for slot, t, _ in self.constants if call.weights and slot == call.weights[0].slot), None)
+        read = [t for _, t, _ in self.dynamic]
+        layer = replace(
+            call.layer,
+            input_shapes=tuple(tuple(t.shape) for t in read),
+            output_shapes=tuple(tuple(t.shape) for t in self.outputs),
+            output_dtypes=tuple(dtype_name(t) for t in self.outputs),
+            quantizable_outputs=quantizable,
+            attributes={**attributes(self.op.kind, module, self.args, self.kwargs, weight), **_steps(self.kwargs)},
+            parameters=self._parameters(call),
+            weighted=self.op.category is Category.WEIGHTED
+            or (self.op.category is Category.MATMUL and any(w.parameters for w in call.weights)),
+            note=note_of(quantizable, self.mask_like, read, self.outputs)
+            or ("writes its result into tensors that it is given" if self.writes else ""),
+        )
+        if not call.weights or self.op.category not in (Category.MATMUL, Category.COMPUTE):
+            return layer
+        # Which operand is constant decides what engines have a form for.
+        first = call.weights[0].slot
+        where = {"weight_first": True} if layer.weighted and _before(first, call.reads[0].slot) else {}
+        shapes = [tuple(t.shape) for slot, t, _ in self.constants if slot == first]
+        return replace(layer, attributes={**layer.attributes, "operand_shape": shapes[0], **where})
+
+    def _quantizable_outputs(self, call: Call) -> tuple[bool, ...]:
+        """Which outputs are floats and no masks."""
+        reads_mask = any(not r.quantizable and t.is_floating_point() for r, (_, t, _) in zip(call.reads, self.dynamic, strict=True))
+        masking = self.op.kind in MASKING or self.mask_like or reads_mask
+        return tuple(t.is_floating_point() and not (masking and is_mask_like(t)) for t in self.outputs)
+
+    def _parameters(self, call: Call) -> tuple[str, ...]:
+        """Names of the parameters that it reads, those of its weight first."""
+        parameters = names_of([origin for _, _, origin in self.constants])
+        first = call.weights[0].parameters if call.weights else ()
+        return (*first, *(name for name in parameters if name not in first))
+
+
+def _before(slot: Slot, other: Slot) -> bool:
+    return all(isinstance(part, int) for part in (*slot, *other)) and [int(part) for part in slot] < [int(part) for part in other]
+
+
+def _steps(kwargs: Mapping[str, Any]) -> dict[str, object]:
+    """The mode of a division that rounds its result."""
+    mode = kwargs.get("rounding_mode")
+    return {} if mode is None else {"rounding_mode": mode}

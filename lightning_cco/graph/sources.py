@@ -1,0 +1,162 @@
+"""Where a tensor comes from: a pair of call and output number, or the names of the parameters that a constant is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_cco.compat.modules import CONTENTS
+from lightning_cco.errors import CCOError
+from lightning_cco.graph.call import Call, Read
+from lightning_cco.graph.call_node import CallNode, Frame
+from lightning_cco.graph.containers import tensors_in
+from lightning_cco.graph.custom_functions import CustomCall
+from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.operands import MASK_NOTE, dtype_name, is_quantizable
+from lightning_cco.graph.ops import Category, Op
+from lightning_cco.graph.origins import Origin, Origins, is_constant
+
+
+class Sources:
+    """Knows the tensors of a forward, and adds layers for those that no call was seen to make.
+
+    Args:
+        model: The model.
+        root: The tree of calls.
+        calls: What was seen so far.
+        between: The frame of what the step calls outside of any module.
+
+    Attributes:
+        origins: What is known of each tensor.
+    """
+
+    def __init__(self, model: nn.Module, root: CallNode, calls: list[Call], between: Frame) -> None:
+        self.model, self.calls = model, calls
+        self.origins = Origins()
+        self._root, self._between = root, between
+        self._inputs = 0
+        self._modules = dict(model.named_modules())
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        lazy = [name for name, parameter in self._parameters.items() if is_lazy(parameter)]
+        if lazy:
+            raise CCOError(
+                f"{type(model).__name__}: the parameters {lazy} of lazy modules have no shape yet. Run a forward on one batch before, at the end of "
+                "__init__ or in configure_model (their optimizer needs them, too)."
+            )
+        for name, tensor in [*self._parameters.items(), *model.named_buffers(remove_duplicate=False)]:
+            if self.origins.of(tensor) is None:
+                self.origins.remember(tensor, (name,) if isinstance(tensor, nn.Parameter) else ())
+        for module in self._modules.values():
+            for _, tensor in tensors_in({k: v for k, v in vars(module).items() if k not in CONTENTS}):
+                if self.origins.of(tensor) is None:
+                    self.origins.remember(tensor, ())
+
+    def remember_input(self, tensor: Tensor, argument: str = "") -> Origin:
+        """Make a tensor an input of the model."""
+        attribute = {"argument": argument} if argument else {}
+        origin = self.add("input", tensor, self._root, attributes=attribute, index=self._inputs)
+        self.origins.remember(tensor, origin)
+        self._inputs += 1
+        return origin
+
+    def find(self, tensor: Tensor, frame: Frame) -> Origin:
+        """The origin of a tensor as it is now. Values that no call was seen to make, or in more than one, are a source of their own."""
+        origin = self.origins.of(tensor)
+        if origin is None:
+            origin = self._find_unknown(tensor, frame)
+        writes = self.origins.writes_since(tensor)
+        if not writes and not isinstance(origin, CustomCall):
+            return origin
+        origins = [self.resolved(o, tensor) for o in [origin, *writes]]
+        origin = origins[0]
+        if writes and all(is_constant(o) for o in origins):
+            origin = names_of(origins)
+        elif writes:
+            origin = self.add("written", tensor, frame.node, origins)
+        self.origins.remember(tensor, origin)
+        return origin
+
+    def _find_unknown(self, tensor: Tensor, frame: Frame) -> Origin:
+        """A tensor that no call was seen to make is a value, unless it is a parameter, or shares the memory of what is known."""
+        origin: Origin = self._name_of_parameter(tensor, frame)
+        if origin is None:
+            other = self.origins.sharing_memory(tensor)
+            origin = self.find(other, frame) if other is not None else None
+            if origin is None and frame is self._between:
+                return self.remember_input(tensor)
+            if origin is None or not is_constant(origin):
+                origin = self.add("unseen", tensor, frame.node, [] if origin is None else [origin])
+        self.origins.remember(tensor, origin)
+        return origin
+
+    def _name_of_parameter(self, tensor: Tensor, frame: Frame) -> tuple[str, ...] | None:
+        """The name of a parameter that came into the model after the hooks: sharded ones are put together just for their module's forward."""
+        if isinstance(tensor, nn.Parameter):
+            return next(((name,) for name, parameter in self.model.named_parameters() if parameter is tensor), ())
+        path = frame.node.path
+        for name, value in vars(self._modules[path]).items() if path in self._modules else ():
+            full = f"{path}.{name}" if path else name
+            if value is tensor and full in self._parameters:
+                return (full,)
+        return None
+
+    def resolved(self, origin: Origin, tensor: Tensor) -> Origin:
+        """Of what a custom function made: one of the outputs of its layer."""
+        if not isinstance(origin, CustomCall):
+            return origin
+        if all(is_constant(o) for o in origin.operands):
+            return names_of(origin.operands)
+        if origin.number is None:
+            made = self.add("custom_function", tensor, origin.node, origin.operands, {"function": origin.name})
+            origin.number = made[0]
+            note = f"{origin.name} is a custom autograd.Function: what it computes can't be seen"
+            self.calls[made[0]].layer = replace(self.calls[made[0]].layer, quantizable_outputs=(tensor.is_floating_point(),), note=note)
+            return made
+        layer = self.calls[origin.number].layer
+        self.calls[origin.number].layer = replace(
+            layer,
+            output_shapes=(*layer.output_shapes, tuple(tensor.shape)),
+            output_dtypes=(*layer.output_dtypes, dtype_name(tensor)),
+            quantizable_outputs=(*layer.quantizable_outputs, tensor.is_floating_point()),
+        )
+        return origin.number, len(layer.output_shapes)
+
+    def add(
+        self,
+        kind: str,
+        tensor: Tensor,
+        node: CallNode,
+        origins: list[Origin] | None = None,
+        attributes: Mapping[str, object] | None = None,
+        index: int = 0,
+    ) -> tuple[int, int]:
+        """Add a layer that no function mode sees at run time: what reads it quantizes it."""
+        ok = is_quantizable(tensor)
+        note = (
+            ""
+            if ok
+            else "integer"
+            if not (tensor.is_floating_point() or tensor.is_complex())
+            else MASK_NOTE
+            if tensor.is_floating_point()
+            else ""
+        )
+        sources = [(o[0], o[1]) for o in origins or [] if not is_constant(o)]
+        shapes = tuple(self.calls[number].layer.output_shapes[output] for number, output in sources)
+        layer = Layer("", node.path, kind, shapes, (tuple(tensor.shape),), (dtype_name(tensor),), (ok,), attributes or {}, note=note)
+        call = Call(replace(layer, parameters=names_of(origins or [])), node, "", Op(kind, Category.COMPUTE), index, visible=False)
+        call.reads = [Read((k,), number, output, self.quantizable((number, output))) for k, (number, output) in enumerate(sources)]
+        self.calls.append(call)
+        return len(self.calls) - 1, 0
+
+    def quantizable(self, origin: tuple[int, int]) -> bool:
+        """Whether an output of a call can be quantized."""
+        return self.calls[origin[0]].layer.quantizable_outputs[origin[1]]
+
+
+def names_of(origins: list[Origin]) -> tuple[str, ...]:
+    """The parameters that constants are made of, each once."""
+    return tuple(dict.fromkeys(name for origin in origins if is_constant(origin) for name in origin))
