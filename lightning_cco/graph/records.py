@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from lightning_cco.errors import CCOError
 from lightning_cco.graph.call import Call, Read, Slot
 from lightning_cco.graph.call_node import Frame
 from lightning_cco.graph.describe import attributes
@@ -20,6 +22,29 @@ from lightning_cco.graph.sources import Sources, names_of
 
 Operand = tuple[Slot, Tensor, Origin]
 """A tensor that a call is given: where it stands, and where it comes from."""
+
+
+def refuse_operands(what: str, operands: Iterable[Operand]) -> None:
+    """Refuse tensors that no layer can be written down for.
+
+    Args:
+        what: The call, for messages.
+        operands: What it reads.
+
+    Raises:
+        CCOError: One is distributed, or nested.
+    """
+    for _, tensor, _ in operands:
+        if isinstance(tensor, DTensor):
+            raise CCOError(
+                f"{what} reads a DTensor, cut over processes; whole tensors were expected. Shard the parameters with "
+                "fully_shard, which puts them together for each layer, or train with strategy='ddp'."
+            )
+        if tensor.is_nested:
+            raise CCOError(
+                f"{what} reads a nested tensor, which has no INT8 form; a padded one was expected. Give the example, and "
+                "train, with torch.nested.to_padded_tensor(x, 0.0) and a mask."
+            )
 
 
 @dataclass

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.distributed.tensor import DTensor
 
 from lightning_cco.compat.autograd import applied
-from lightning_cco.errors import CCOError
 from lightning_cco.graph.call import Call, Read
 from lightning_cco.graph.call_node import CallNode, Frame
 from lightning_cco.graph.compiled import HiddenMode
@@ -26,7 +24,7 @@ from lightning_cco.graph.network import End, OuterCall, find_network, has_parame
 from lightning_cco.graph.operands import dtype_name, is_attention_mask, is_mask_like, is_quantizable, operands_of
 from lightning_cco.graph.ops import MAKES_OF_DATA, RANDOM, READS_OUT, READS_VALUES, Category, Op, operation
 from lightning_cco.graph.origins import Origin, is_constant
-from lightning_cco.graph.records import Operand, Seen
+from lightning_cco.graph.records import Operand, Seen, refuse_operands
 from lightning_cco.graph.sources import Sources, names_of
 from lightning_cco.graph.spelling import as_function, is_operator, name_of_operator
 
@@ -160,64 +158,70 @@ class Tracer:
             return func(*args, **kwargs)
         # In-place calls overwrite what they read: look at the operands first.
         operands = self._operands(frame, name, args, kwargs)
-        if any(isinstance(tensor, DTensor) for _, tensor, _ in operands):
-            raise CCOError(
-                f"module '{frame.node.path}': its '{op.kind}' reads a DTensor, cut over processes; whole tensors were expected. Shard the parameters with "
-                "fully_shard, which puts them together for each layer, or train with strategy='ddp'."
-            )
-        if any(tensor.is_nested for _, tensor, _ in operands):
-            raise CCOError(
-                f"module '{frame.node.path}': its '{op.kind}' reads a nested tensor, which has no INT8 form; a padded one was expected. Give the example, and "
-                "train, with torch.nested.to_padded_tensor(x, 0.0) and a mask."
-            )
+        refuse_operands(f"module '{frame.node.path}': its '{op.kind}'", operands)
         self.read.update(parameter for _, _, origin in operands if is_constant(origin) for parameter in origin)
         mask_like = any(is_constant(origin) and not is_attention_mask(op, slot) and is_mask_like(t) for slot, t, origin in operands)
         versions = [_version(tensor) for _, tensor in operands_of(args, kwargs)]
         result = func(*args, **kwargs)
-        if name in READS_OUT and any(not is_constant(o) and t.is_floating_point() for _, t, o in operands):
-            self._values_left = True
-        if frame is not self._between and (
-            name in READS_VALUES or (op.category is Category.ALIAS and isinstance(result, Tensor) and not result.is_floating_point())
-        ):
-            self._note_read_out(operands)
+        seen = Seen(frame, name, op, -1, args, kwargs, [], operands, mask_like)
+        self._note_values_read(seen, result)
+        if op.category is Category.ALIAS:
+            self._note_alias(seen, result)
+            return result
+        seen.index = self._count(frame, op)
         if name == "__set__" and getattr(getattr(func, "__self__", None), "__name__", "") == "data":
-            self._count(frame, op)
             self._origins.remember(args[0], operands[1][2])
             return result
-        if op.category is Category.ALIAS:
-            target = next((t for _, t, _ in operands), None)
-            if isinstance(result, Tensor) and target is not None and result.is_floating_point() and not target.is_floating_point():
-                # Floats made of integers or complex numbers: consumers quantize them, as they do inputs.
-                cast = Op("cast", Category.COMPUTE)
-                index = frame.counts.get("cast", 0)
-                self._record(Seen(frame, name, cast, index, args, kwargs, [result], operands, mask_like, visible=False))
-            elif isinstance(result, Tensor) and target is not None and self._origins.of(result) is None:
-                self._origins.remember(result, operands[0][2])
-            return result
-        index = self._count(frame, op)
-        outputs = [args[0]] if name == "__setitem__" else [tensor for _, tensor in tensors_in(result)]
-        written = [
-            t for (_, t), before in zip(operands_of(args, kwargs), versions, strict=True) if before is not None and _version(t) != before
-        ]
-        given = [tensor for _, tensor in tensors_in(kwargs.get("out"))]
-        in_place = bool(args and outputs) and outputs[0] is args[0]
+        written = [t for (_, t), before in zip(operands_of(args, kwargs), versions, strict=True) if before not in (None, _version(t))]
+        self._note_result(seen, result, written)
+        return result
+
+    def _note_values_read(self, seen: Seen, result: Any) -> None:
+        """Note values that leave the tensors, and floats whose very values are read."""
+        if seen.function in READS_OUT and any(not is_constant(o) and t.is_floating_point() for _, t, o in seen.operands):
+            self._values_left = True
+        makes_no_floats = seen.op.category is Category.ALIAS and isinstance(result, Tensor) and not result.is_floating_point()
+        if seen.frame is not self._between and (seen.function in READS_VALUES or makes_no_floats):
+            self._note_read_out(seen.operands)
+
+    def _note_alias(self, seen: Seen, result: Any) -> None:
+        """A call that gives its argument's values: no layer, unless it makes floats of others."""
+        if not isinstance(result, Tensor) or not seen.operands:
+            return
+        _, target, origin = seen.operands[0]
+        if result.is_floating_point() and not target.is_floating_point():
+            # Floats made of integers or complex numbers: consumers quantize them, as they do inputs.
+            index = seen.frame.counts.get("cast", 0)
+            self._record(replace(seen, op=Op("cast", Category.COMPUTE), index=index, outputs=[result], visible=False))
+        elif self._origins.of(result) is None:
+            self._origins.remember(result, origin)
+
+    def _note_result(self, seen: Seen, result: Any, written: list[Tensor]) -> None:
+        """Add a call by what it gives: its result, or what it has written to.
+
+        Args:
+            seen: The call, without outputs yet.
+            result: What it returned.
+            written: The operands whose memory has changed.
+        """
+        outputs = [seen.args[0]] if seen.function == "__setitem__" else [tensor for _, tensor in tensors_in(result)]
+        given = [tensor for _, tensor in tensors_in(seen.kwargs.get("out"))]
+        in_place = bool(seen.args and outputs) and outputs[0] is seen.args[0]
         if given:
             written = given
         elif in_place:
-            written = [t for t in written if t is args[0]]
-        elif op.kind in ("batch_norm", "instance_norm"):
+            written = [t for t in written if t is seen.args[0]]
+        elif seen.op.kind in ("batch_norm", "instance_norm"):
             written = []  # statistics of training
         outputs = outputs or written
-        if outputs:
-            writes = bool(written) and not in_place
-            origins = self._record(Seen(frame, name, op, index, args, kwargs, outputs, operands, mask_like, writes=writes))
-            for tensor in written:
-                if self._origins.of(tensor) is None or in_place:
-                    self._origins.note_write(tensor, origins[0])
-                    self._origins.remember(tensor, origins[0])
-                else:
-                    self._origins.note_write(tensor, origins[0])
-        return result
+        if not outputs:
+            return
+        origins = self._record(replace(seen, outputs=outputs, writes=bool(written) and not in_place))
+        for tensor in written:
+            known = self._origins.of(tensor) is not None
+            self._origins.note_write(tensor, origins[0])
+            if not known or in_place:
+                self._origins.remember(tensor, origins[0])
 
     def between(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Look at a call that the step itself makes, outside of any module."""
