@@ -48,10 +48,10 @@ def _quantized(model: nn.Module, x: Tensor, settings: object = None) -> Quantize
 def test_a_recurrent_layer_has_integer_weights_and_nothing_rounded_around_it(kind: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 12)
-    quantized = _quantized(Recurrent(kind), x, {"layer_settings": [{"match": kind.lower(), "weights_num_bits": 3}]})
+    quantized = _quantized(Recurrent(kind), x, {"layer_settings": [{"match": kind.lower(), "weights_num_bits": 5}]})
     decision = quantized.plan.decisions[kind.lower()]
     assert decision.weight_only
-    assert decision.weights_num_bits == 3
+    assert decision.weights_num_bits == 5
     assert not quantized.plan.tensors
     assert not quantized.plan.quantized
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_a_recurrent_layer_has_integer_weights_and_nothing_rounded_around_it(kin
             for name, parameter in quantized.model.rnn.named_parameters():
                 if parameter.dim() == 2:  # what the first layer reads are features of the user's, each of its own size
                     axis = 0 if name.startswith("weight_ih_l0") else 1
-                    steps = parameter.abs().amax(axis, keepdim=True) / 3
+                    steps = parameter.abs().amax(axis, keepdim=True) / 15
                     parameter.copy_((parameter / steps).round() * steps)
             expected = quantized.model(x)
     assert torch.allclose(got, expected, atol=1e-6)

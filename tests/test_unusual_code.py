@@ -269,7 +269,7 @@ class MaskedAttention(nn.Module):
 @pytest.mark.parametrize("buffer", [True, False])
 def test_attention_with_a_float_mask_is_quantized(buffer: bool) -> None:
     model, inputs = MaskedAttention(buffer), (torch.randn(2, 3, 4), torch.tensor([[False, False, True], [False] * 3]))
-    quantized = quantize(model, {"deployment_settings": {"target_framework": "openvino"}}, inputs)
+    quantized = quantize(model, {"deployment_settings": {"target_framework": "tensorrt"}}, inputs)
     quantized.calibrate([inputs])
     assert "scaled_dot_product_attention" in quantized.plan.quantized
     assert not quantized.weights.get("scaled_dot_product_attention")
@@ -279,11 +279,11 @@ def test_attention_with_a_float_mask_is_quantized(buffer: bool) -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["multihead_attention", "transformer_encoder", "transformer_encoder_padded"])
-def test_inner_products_of_torchs_own_attention_are_quantized_for_openvino(name: str, training: bool) -> None:
+def test_inner_products_of_torchs_own_attention_are_quantized_for_tensorrt(name: str, training: bool) -> None:
     case = next(case for case in CASES if case.name == name)
     model, inputs = case.make().eval(), case.batch()
     whole = {"skip_tail_quantization": False}  # one of them hands out the weights of its attention
-    settings = {"deployment_settings": {"target_framework": "openvino"}, "global_quantization_settings": whole}
+    settings = {"deployment_settings": {"target_framework": "tensorrt"}, "global_quantization_settings": whole}
     quantized = quantize(model, settings, inputs)
     quantized.calibrate([inputs])
     inner = [layer.name for layer in quantized.graph if layer.kind in ("scaled_dot_product_attention", "matmul")]

@@ -48,6 +48,7 @@ class Target:
         full_biases: Whether a bias that is added to a product of more than two dimensions is stored with as many. ONNX Runtime takes such a product for one of
             rows, in float, where its sizes are fixed and the bias has one dimension.
         split_products: Whether the parts that a linear layer's result is split into are computed faster as products of their own.
+        integer_left: Whether a product with a weight on its left, which is computed in float, may have integers for it.
         narrow_without_vnni: Whether weights that are multiplied have 7 bits for processors without VNNI, whose sums of two products would overflow.
     """
 
@@ -66,6 +67,7 @@ class Target:
     own_zero_points: bool = False
     norms: bool = False
     split_products: bool = False
+    integer_left: bool = True
     full_biases: bool = False
     unsigned_without_vnni: bool = False
     narrow_without_vnni: bool = False
@@ -82,6 +84,8 @@ class Target:
 
     def stores_weights(self, layer: Layer) -> bool:
         """Whether a layer that is computed in float has integer weights in the file."""
+        if not self.integer_left and not _weight_last(layer):
+            return False
         return layer.weighted and (layer.kind in self.weight_only_kinds or layer.kind in self.int8_kinds)
 
 
@@ -92,6 +96,11 @@ def _two_operands(layer: Layer) -> bool:
 
 def _weight_last(layer: Layer) -> bool:
     return not layer.attributes.get("weight_first")
+
+
+def _weight_second(layer: Layer) -> bool:
+    """A product with a weight on its right; of two activations the second would need zero point 0."""
+    return layer.weighted and _weight_last(layer)
 
 
 def _averages_images(layer: Layer) -> bool:
@@ -151,9 +160,24 @@ TARGETS: Mapping[str, Target] = {
     "openvino": Target(
         "openvino",
         False,
-        _ALL - _RECURRENT | _SMOOTH,
-        weight_only_kinds=_CELLS,  # it compiles LSTM, GRU and RNN from float constants only
-        forms={"interpolate": _nearest, "adaptive_avg_pool": _pools_evenly},
+        _ALL - _RECURRENT - {"scaled_dot_product_attention", "conv_transpose", "embedding_bag"},
+        # It compiles LSTM, GRU and RNN from float constants only, and rounds what a cell multiplies with integer weights by itself.
+        # Its transposed convolution in INT8 wants sizes that are fixed, and AVX-512.
+        weight_only_kinds=frozenset({"conv_transpose", "embedding_bag"}),
+        forms={
+            "add": _two_operands,
+            "sub": _two_operands,
+            "mul": _two_operands,
+            "div": _two_operands,
+            "matmul": _weight_second,
+            "einsum": _weight_second,
+            "addmm": _weight_second,
+            "baddbmm": _weight_second,
+            "interpolate": _nearest,
+            "adaptive_avg_pool": _pools_evenly,
+        },
+        float_outputs=_WEIGHTED | _MATMUL | {"batch_norm"},
+        integer_left=False,  # 2026.4 refuses such a file, or is wrong by a tenth
         own_zero_points=True,
         narrow_without_vnni=True,
     ),
