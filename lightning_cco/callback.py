@@ -10,15 +10,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_cco.batches import (
     ForwardFn,
     capture_module,
-    forward_arguments,
-    forward_through_model,
     model_context,
     on_a_copy,
     training_batches,
@@ -26,13 +23,15 @@ from lightning_cco.batches import (
 )
 from lightning_cco.checkpoints import best_checkpoint, check_callback_state, local_folder, read_checkpoint
 from lightning_cco.errors import CCOError, CCOWarning
-from lightning_cco.export.failures import need_packages
-from lightning_cco.export.network import network_of_the_step
+from lightning_cco.export.report import ExportReport
+from lightning_cco.export_dir import as_before, check_export_dir
 from lightning_cco.graph.hooks import release
+from lightning_cco.held_batches import calibrate_on_held, calls_of
 from lightning_cco.lookahead import copied, warn_of_left_over
 from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.directions import metric_directions
 from lightning_cco.monitoring.metrics import monitored_values, numbers, sanity_check_metrics
+from lightning_cco.monitoring.start import start_monitor
 from lightning_cco.quantized_model import QuantizedModel, is_program
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings, changed_settings, load_settings
@@ -101,7 +100,7 @@ class CCOCallback(pl.Callback):
         if self.quantized is not None and (self.quantized.model is not pl_module or not self.quantized.attached):
             self._leave(pl_module, stage)
         if stage == "fit":
-            self._check_export()
+            check_export_dir(self.settings.deployment_settings.export_dir)
             if self.quantized is None:
                 self._release(pl_module)
 
@@ -116,19 +115,6 @@ class CCOCallback(pl.Callback):
             self._state = self._state or self.state_dict()
         self.quantized.remove()
         self.quantized = None
-
-    def _check_export(self) -> None:
-        """Say before the training what would keep its result from being exported."""
-        folder = self.settings.deployment_settings.export_dir
-        if folder is None:
-            return
-        local_folder(folder, "deployment_settings.export_dir")
-        try:
-            need_packages()
-        except CCOError as error:
-            raise CCOError(
-                f"deployment_settings.export_dir is set, but after the training there could be no {error} Or leave export_dir out."
-            ) from error
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -160,7 +146,8 @@ class CCOCallback(pl.Callback):
             raise CCOError(
                 "CCOCallback: the training loader is empty; expected at least one batch to capture the layers and to calibrate on."
             )
-        monitor = self._start_monitor(trainer)
+        history = self._monitor.state_dict() if self._monitor is not None else (self._state or {}).get("monitor")
+        monitor = self._monitor = start_monitor(trainer, self.settings.monitoring_settings, history)
         self._attach(trainer, pl_module, first)
         assert self.quantized is not None
         quantized = self.quantized
@@ -202,25 +189,6 @@ class CCOCallback(pl.Callback):
         quantized.uncalibrated = []
         fewer = f" (stats_steps is {steps}; the loader gave no more)" if count < steps else ""
         rank_zero_info(f"Done collecting statistics: {count} batches{fewer}.")
-
-    def _start_monitor(self, trainer: pl.Trainer) -> Monitor:
-        monitoring = self.settings.monitoring_settings
-        folder = trainer.log_dir if trainer.loggers else None  # broadcasts: on all ranks
-        base = Path(monitoring.output_dir) if monitoring.output_dir else Path(folder or trainer.default_root_dir) / "cco"
-        loggers = [] if trainer.fast_dev_run else list(trainer.loggers)  # type: ignore[attr-defined]
-        history = self._monitor.state_dict() if self._monitor is not None else (self._state or {}).get("monitor")
-        self._monitor = Monitor(base, loggers, enabled=trainer.is_global_zero, draw=monitoring.draw_graph)
-        if history:
-            try:
-                self._monitor.load_state_dict(history)
-            except Exception as error:  # nothing that is computed depends on it
-                self._monitor = Monitor(base, loggers, enabled=trainer.is_global_zero, draw=monitoring.draw_graph)
-                warnings.warn(
-                    f"The checkpoint's history of sensitivities can't be read ({type(error).__name__}: {error}); it begins anew.",
-                    CCOWarning,
-                    stacklevel=2,
-                )
-        return self._monitor
 
     # Training
 
@@ -356,8 +324,9 @@ class CCOCallback(pl.Callback):
             if trainer.ckpt_path
             else "the model is another than the one trained"
         )
+        assert self.quantized is not None
         with model_context(trainer):
-            self._calibrate_on_held(where)
+            calibrate_on_held(self.quantized, self._held, self._forward, where)
 
     @override
     def on_validation_batch_start(
@@ -447,23 +416,14 @@ class CCOCallback(pl.Callback):
                 "(ModelParallelStrategy(save_distributed_checkpoint=False)), then export on one process after trainer.test(model, ckpt_path=...)."
             )
         if not len(example_args) and not example_kwargs:
-            if not self._held or self._forward is None:
-                raise CCOError(
-                    "CCOCallback.export: no example of forward's arguments is known. Pass example_args=(tensor, ...) or example_kwargs={...}."
-                )
-            device = next(self.quantized.model.parameters()).device
-            batches = [move_data_to_device(batch, device) for batch in self._held]
-            if self._forward is forward_through_model:
-                calls = [forward_arguments(self.quantized.model, batch) for batch in batches]
-            else:
-                networks = [network_of_the_step(self.quantized, on_a_copy(self._forward), batch) for batch in batches]
-                calls = [(network.args, network.kwargs) for network in networks]
-                options["network"] = networks[0]
+            calls, network = calls_of(self.quantized, self._held, self._forward)
             example_args, example_kwargs = calls[0]
+            if network is not None:
+                options["network"] = network
             if not is_program(path):
                 options.setdefault("batches", [kwargs or args for args, kwargs in calls])
         written = self.quantized.export(path, example_args, example_kwargs, **options)
-        if hasattr(written, "save") and self._monitor is not None:
+        if isinstance(written, ExportReport) and self._monitor is not None:
             self._monitor.on_export(written)
         return written
 
@@ -471,30 +431,23 @@ class CCOCallback(pl.Callback):
         """Export the best checkpoint, or the last weights if there is none."""
         assert self.quantized is not None
         best, why = best_checkpoint(trainer)
-        quantized, model = self.quantized, self.quantized.model
-        path = Path(folder) / f"{type(model).__name__}_int8.onnx"
-        weights, ranges = {name: value.detach().clone() for name, value in model.state_dict().items()}, quantized.state_dict()
-        suggestions = quantized.plan.suggestions
+        path = Path(folder) / f"{type(self.quantized.model).__name__}_int8.onnx"
         try:
-            if best:
-                self._load_best(best)
-            rank_zero_info(f"Exporting {best or 'the model'} ({why}) to {path}.")
-            if trainer.fast_dev_run:  # type: ignore[attr-defined]
-                with TemporaryDirectory() as tried:
-                    self.export(Path(tried) / path.name)
-                rank_zero_info(f"fast_dev_run: the export works; {path} was not written.")
-            else:
-                self.export(path)
+            with as_before(self.quantized):
+                if best:
+                    self._load_best(best)
+                rank_zero_info(f"Exporting {best or 'the model'} ({why}) to {path}.")
+                if trainer.fast_dev_run:  # type: ignore[attr-defined]
+                    with TemporaryDirectory() as tried:
+                        self.export(Path(tried) / path.name)
+                    rank_zero_info(f"fast_dev_run: the export works; {path} was not written.")
+                else:
+                    self.export(path)
         except Exception as error:
             raise CCOError(
                 f"deployment_settings.export_dir: the training has ended and its checkpoints are saved ({best or 'none'}), but the export to {path} failed: "
                 f"{error} Nothing is lost: to export again, run trainer.test(model, ckpt_path=...) with this callback, then cco.export(path)."
             ) from error
-        finally:
-            model.load_state_dict(weights)
-            if quantized.plan.suggestions != suggestions:
-                quantized.replan(suggestions=suggestions)
-            quantized.load_state_dict(ranges)
 
     def _load_best(self, path: str) -> None:
         """Load a checkpoint's weights with the plan and the ranges that belong to them."""
@@ -510,25 +463,7 @@ class CCOCallback(pl.Callback):
             return
         if not self._held:
             raise CCOError(f"{path} holds no ranges (save_weights_only=True), and there are no held batches to calibrate on.")
-        self._calibrate_on_held(f"{path} holds no ranges (save_weights_only=True)")
-
-    def _calibrate_on_held(self, where: str) -> None:
-        """Calibrate on the held batches for weights that came without ranges."""
-        assert self.quantized is not None
-        if not self._held or self._forward is None:
-            warnings.warn(
-                f"{where}, and there are no held batches to calibrate on: the ranges are those of other weights. Test a whole checkpoint.",
-                CCOWarning,
-                stacklevel=3,
-            )
-            return
-        frozen = self.quantized.frozen
-        batches = [move_data_to_device(batch, self.quantized.device) for batch in self._held]
-        with torch.inference_mode(False):
-            self.quantized.calibrate(batches, on_a_copy(self._forward))
-        if frozen:
-            self.quantized.freeze_ranges()
-        rank_zero_info(f"{where}: calibrated on the {len(batches)} held batches for its weights.")
+        calibrate_on_held(self.quantized, self._held, self._forward, f"{path} holds no ranges (save_weights_only=True)")
 
     def _suggestions_in(self, state: Mapping[str, Any] | None) -> list[str]:
         return list(state["skips"]) if state else []

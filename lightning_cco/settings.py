@@ -107,7 +107,8 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain dicts, lists, strings and numbers. Rules carry only what they say."""
         plain = dataclasses.asdict(self)
-        unsaid = {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(LayerRule)}  # type: ignore[misc]
+        fields = dataclasses.fields(LayerRule)
+        unsaid = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
         for rule in plain["layer_settings"]:
             rule["skip_quantization_until"] = [str(name) for name in rule["skip_quantization_until"]]
         plain["layer_settings"] = [

@@ -128,14 +128,14 @@ class Emitter:
     def _linear(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """A linear layer on rows: engines fuse weight, bias and rounding of a matrix product, not of a product of more dimensions."""
         x = args[0]
-        rows = self._round(func(x.reshape(-1, x.shape[-1]), *args[1:], **kwargs), name)
+        rows = self._round(func(x.reshape(-1, x.shape[-1]), *args[1:], **kwargs), TensorKey(name))
         return rows.reshape(-1, *x.shape[1:-1], rows.shape[-1])
 
     def _average(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """The average of each channel, rounded as engines do it: before the shape changes."""
         pooled: Tensor = self._symbolic("GlobalAveragePool", (x,), (*x.shape[:2], 1, 1), x.dtype)
         if self.quantized.plan.rounds(name):
-            pooled = self._round(pooled, name)
+            pooled = self._round(pooled, TensorKey(name))
         return pooled if result.dim() == 4 else pooled.flatten(1)
 
     def _convolve_blocks(self, site: Site, x: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ class Emitter:
                 items[output] = self._round(items[output], key)
         return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
 
-    def _round(self, x: Tensor, key: str, limits: tuple[int, int] | None = None) -> Tensor:
+    def _round(self, x: Tensor, key: TensorKey, limits: tuple[int, int] | None = None) -> Tensor:
         """QuantizeLinear and DequantizeLinear; formats of fewer than 8 bits are stored in 8 with a narrower range.
 
         Args:

@@ -79,7 +79,7 @@ class LocalRun:
 
     def uncompared(self) -> dict[str, str]:
         """Quantizers whose tensors could not be compared, and why."""
-        missing = {}
+        missing: dict[str, str] = {}
         for key in self.quantized.activations:
             if key in self._unlike:
                 missing[key] = self._unlike[key]

@@ -55,7 +55,8 @@ class Connections:
 
     def consumers(self, name: str) -> list[str]:
         """The layers that read what a layer makes, seen through those that only pass values on."""
-        found, pending = [], [name]
+        found: list[str] = []
+        pending = [name]
         while pending:
             for key in self.outputs(pending.pop(), at_least=1):
                 for reader in self.readers.get(key, []):

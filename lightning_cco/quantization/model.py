@@ -149,10 +149,12 @@ class HookedModel:
         """
         check_weights(self.model, self.graph)
         forward = forward or call_with
-        chosen = set(self.activations) if only is None else set(only)
+        chosen: set[str] = set(self.activations) if only is None else set(only)
         observed = {key: quantizer for key, quantizer in self.activations.items() if key in chosen}
-        for key in chosen:
-            self.activations[key].start_calibration()
+        if unknown := chosen.difference(observed):
+            raise CCOError(f"calibrate: names of quantizers were expected, such as {list(self._activations)[:3]}; {sorted(unknown)} came.")
+        for quantizer in observed.values():
+            quantizer.start_calibration()
         count = 0
         with self.evaluating(), self.forked_random(), self.runtime.doing(Phase.OBSERVE, only=observed.values()):
             for batch in batches:

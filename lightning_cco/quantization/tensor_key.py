@@ -23,5 +23,5 @@ class TensorKey(str):
         made.layer, made.output = layer, output
         return made
 
-    def __getnewargs__(self) -> tuple[str, int]:
-        return self.layer, self.output
+    def __reduce__(self) -> tuple[type[TensorKey], tuple[str, int]]:
+        return TensorKey, (self.layer, self.output)

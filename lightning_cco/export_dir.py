@@ -1,0 +1,42 @@
+"""The export at the end of a training: whether it will be possible, and the model as it was afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning_cco.checkpoints import local_folder
+from lightning_cco.errors import CCOError
+from lightning_cco.export.failures import need_packages
+from lightning_cco.quantized_model import QuantizedModel
+
+
+def check_export_dir(folder: str | None) -> None:
+    """Say before the training what would keep its result from being exported.
+
+    Raises:
+        CCOError: The folder is elsewhere, or a package is missing.
+    """
+    if folder is None:
+        return
+    local_folder(folder, "deployment_settings.export_dir")
+    try:
+        need_packages()
+    except CCOError as error:
+        raise CCOError(
+            f"deployment_settings.export_dir is set, but after the training there could be no {error} Or leave export_dir out."
+        ) from error
+
+
+@contextmanager
+def as_before(quantized: QuantizedModel) -> Iterator[None]:
+    """After the block, weights, plan and ranges are those of before."""
+    model, suggestions = quantized.model, quantized.plan.suggestions
+    weights, ranges = {name: value.detach().clone() for name, value in model.state_dict().items()}, quantized.state_dict()
+    try:
+        yield
+    finally:
+        model.load_state_dict(weights)
+        if quantized.plan.suggestions != suggestions:
+            quantized.replan(suggestions=suggestions)
+        quantized.load_state_dict(ranges)

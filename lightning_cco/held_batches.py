@@ -1,0 +1,61 @@
+"""What the batches that the callback holds serve for beside measuring: examples of the calls that a file holds, and ranges for weights without."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_cco.batches import ForwardFn, forward_arguments, forward_through_model, on_a_copy
+from lightning_cco.errors import CCOError, CCOWarning
+from lightning_cco.export.network import Network, network_of_the_step
+from lightning_cco.quantized_model import QuantizedModel
+
+Calls = Sequence[tuple[Sequence[Any], Mapping[str, Any]]]
+"""Positional and keyword arguments of some forwards."""
+
+
+def calls_of(quantized: QuantizedModel, held: Sequence[Any], forward: ForwardFn | None) -> tuple[Calls, Network | None]:
+    """The calls that a file holds, one for each held batch; and the part of the step that it holds, where that is not the model's ``forward``.
+
+    Raises:
+        CCOError: There are no held batches.
+    """
+    if not held or forward is None:
+        raise CCOError(
+            "CCOCallback.export: no example of forward's arguments is known. Pass example_args=(tensor, ...) or example_kwargs={...}."
+        )
+    batches = [move_data_to_device(batch, quantized.device) for batch in held]
+    if forward is forward_through_model:
+        return [forward_arguments(quantized.model, batch) for batch in batches], None
+    networks = [network_of_the_step(quantized, on_a_copy(forward), batch) for batch in batches]
+    return [(network.args, network.kwargs) for network in networks], networks[0]
+
+
+def calibrate_on_held(quantized: QuantizedModel, held: Sequence[Any], forward: ForwardFn | None, where: str) -> None:
+    """Calibrate for weights that came without ranges.
+
+    Args:
+        quantized: The model with these weights.
+        held: The batches.
+        forward: How a batch goes through the model.
+        where: Where the weights came from, and what that lacks, for messages.
+    """
+    if not held or forward is None:
+        warnings.warn(
+            f"{where}, and there are no held batches to calibrate on: the ranges are those of other weights. Test a whole checkpoint.",
+            CCOWarning,
+            stacklevel=3,
+        )
+        return
+    frozen = quantized.frozen
+    batches = [move_data_to_device(batch, quantized.device) for batch in held]
+    with torch.inference_mode(False):
+        quantized.calibrate(batches, on_a_copy(forward))
+    if frozen:
+        quantized.freeze_ranges()
+    rank_zero_info(f"{where}: calibrated on the {len(batches)} held batches for its weights.")
