@@ -15,7 +15,7 @@ from lightning_cco.export.fold import IntegerWeight
 from lightning_cco.export.forms import attention, averages_images, divided, without_bound
 from lightning_cco.export.passes import NAME
 from lightning_cco.export.provenance import noting
-from lightning_cco.export.stored import EMBEDDINGS, StoredWeights
+from lightning_cco.export.stored import StoredWeights
 from lightning_cco.graph.call_node import Frame
 from lightning_cco.graph.capture import Site
 from lightning_cco.graph.compiled import mode_stack, restore_modes
@@ -103,7 +103,7 @@ class Emitter:
             result = self._convolve_blocks(site, args[0])
         else:
             args, kwargs = self._with_inputs(site, args, kwargs)
-            if site.op.kind in EMBEDDINGS:
+            if site.op.looks_up:
                 args, kwargs = self._with_table(site, args, kwargs)
             if site.op.kind == "batch_norm" and name in self.stored.weights:
                 return self._with_outputs(site, args, self._scale_channels(site, args[0] if args else kwargs["input"]))

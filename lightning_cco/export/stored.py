@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from lightning_cco.export.fold import BatchNorm, IntegerWeight, integer_weight, norm_weight
 from lightning_cco.export.forms import adds_products_exactly, blocked_convolution, bound_of, has_matrix_units, shortened
 from lightning_cco.graph.capture import Site, Source
-from lightning_cco.graph.ops import Category
+from lightning_cco.graph.ops import Category, Op
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.slots import at
 from lightning_cco.quantization.targets import TARGETS
 from lightning_cco.quantization.tensor_key import TensorKey
 
-BIASED = ("conv", "conv_transpose", "linear")
-EMBEDDINGS = ("embedding", "embedding_bag")
-MULTIPLIED = ("conv", "conv_transpose", "linear", "matmul", "addmm", "baddbmm", "einsum")
-"""Kinds whose weights are multiplied with activations of 8 bits."""
 UNSIGNED = (128, torch.uint8)
 _MOST_IN_16_BITS = (2**15 - 1) // (2 * 255)
+
+
+def _is_multiplied(op: Op) -> bool:
+    """Whether weights of such an operation are multiplied with activations of 8 bits."""
+    return op.biased or (op.category is Category.MATMUL and op.mask is None)
 
 
 def _overflows(weight: IntegerWeight) -> bool:
@@ -71,7 +72,7 @@ class StoredWeights:
 
     def collect(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take the weights that a layer is called with (parametrized, sliced, tied), and call it."""
-        bound = bound_of(args, kwargs) if site.op.kind in EMBEDDINGS and site.weights else None
+        bound = bound_of(args, kwargs) if site.op.looks_up and site.weights else None
         if bound is not None:
             self.bounds[site.layer] = bound
         if site.layer in self.quantized.weights:
@@ -79,16 +80,16 @@ class StoredWeights:
             if bound is not None:
                 found[0] = shortened(found[0], *bound)
             if site.op.category in (Category.WEIGHTED, Category.MATMUL):
-                bias = (args[2] if len(args) > 2 else kwargs.get("bias")) if site.op.kind in BIASED else None
+                bias = (args[2] if len(args) > 2 else kwargs.get("bias")) if site.op.biased else None
                 weights = [integer_weight(self.quantized, site.layer, tensor, bias, i) for i, tensor in enumerate(found)]
                 self.weights[site.layer] = weights
                 self.folded.update(weight.folded for weight in weights if weight.folded)
-                if site.op.kind in BIASED and weights[0].bias is not None:
+                if site.op.biased and weights[0].bias is not None:
                     weights[0] = self._with_room_for_bias(site, weights[0], weights[0].bias)
                     self.biases[site.layer] = self._bias(site, weights[0].bias, weights[0].scale, args[0].dim())
                 if site.op.kind == "conv":
                     weights[0] = self._convolution(site, weights[0], args, kwargs)
-                if self.unsigned and site.op.kind in MULTIPLIED:
+                if self.unsigned and _is_multiplied(site.op):
                     self._store_unsigned(site, weights)
             else:
                 self.operands[site.layer] = [self._operand(site.layer, tensor, i) for i, tensor in enumerate(found)]

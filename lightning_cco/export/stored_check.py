@@ -14,6 +14,7 @@ from lightning_cco.export.emit import Emitter
 from lightning_cco.export.engine import Rounded, constants
 from lightning_cco.export.fold import IntegerWeight
 from lightning_cco.export.forms import shortened
+from lightning_cco.graph.ops import operation_of_kind
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.tensor_key import TensorKey
 
@@ -22,7 +23,6 @@ _TOLERANCE = 1e-5
 """Of a scale: what is left of computing one in float32 in another order."""
 _FLOAT32 = 1e-6
 """Of a bias: what float32 leaves of it in 32 bits."""
-_RECURRENT = ("lstm", "gru", "rnn")
 
 
 def stored_faults(
@@ -118,7 +118,7 @@ class _Expected:
         value = (integers.astype(np.float64) - zero_point) * step
         worst: float | None = None
         for wanted, allowed in self._candidates(layer):
-            for part, slack in _parts(wanted, allowed, value.shape, self.quantized.graph[layer].kind in _RECURRENT):
+            for part, slack in _parts(wanted, allowed, value.shape, operation_of_kind(self.quantized.graph[layer].kind).recurrent):
                 aligned = _sorted_rows(value) if part is None else value
                 target = _sorted_rows(wanted) if part is None else part
                 off = np.abs(aligned - target) - slack

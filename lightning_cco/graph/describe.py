@@ -7,39 +7,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_cco.graph.ops import Op
+
 _OF_MODULES = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "in_features", "out_features", "num_embeddings",
     "embedding_dim", "num_features", "normalized_shape", "eps", "output_size", "scale_factor", "mode", "p", "negative_slope", "input_size",
     "divisor_override", "ceil_mode", "hidden_size", "num_layers", "bidirectional", "num_heads", "embed_dim", "num_groups",
 )  # fmt: skip
 
-# Positional arguments of the functions that carry them, after the tensors.
-_OF_FUNCTIONS: Mapping[str, tuple[str, ...]] = {
-    "conv": ("", "", "", "stride", "padding", "dilation", "groups"),
-    "conv_transpose": ("", "", "", "stride", "padding", "output_padding", "groups", "dilation"),
-    "max_pool": ("", "kernel_size", "stride", "padding", "dilation"),
-    "avg_pool": ("", "kernel_size", "stride", "padding", "ceil_mode", "", "divisor_override"),
-    "adaptive_avg_pool": ("", "output_size"),
-    "flatten": ("", "start_dim", "end_dim"),
-    "permute": ("", "dims"),
-    "transpose": ("", "dim0", "dim1"),
-    "softmax": ("", "dim"),
-    "mean": ("", "dim", "keepdim"),
-    "concat": ("", "dim"),
-    "clamp": ("", "min", "max"),
-    "hardtanh": ("", "min_val", "max_val"),
-    "interpolate": ("", "size", "scale_factor", "mode"),
-    "dropout": ("", "p"),
-}
-
 
 def attributes(
-    kind: str, module: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], weight: Tensor | None
+    op: Op, module: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], weight: Tensor | None
 ) -> dict[str, object]:
     """Collect the attributes of one call.
 
     Args:
-        kind: The layer's kind.
+        op: What it is.
         module: The module that made the call, if it is a leaf: its own attributes say more than the call's.
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
@@ -57,16 +40,16 @@ def attributes(
     else:
         if weight is not None:
             found["weight_shape"] = tuple(weight.shape)
-        for name, value in zip(_OF_FUNCTIONS.get(kind, ()), args, strict=False):
+        for name, value in zip(op.arguments, args, strict=False):
             if name and isinstance(value, (int, float, str, bool, tuple, list)):
                 found[name] = tuple(value) if isinstance(value, list) else value
         for name, value in kwargs.items():
-            if isinstance(value, (int, float, str, bool, tuple, list)) and name in _OF_FUNCTIONS.get(kind, ()):
+            if isinstance(value, (int, float, str, bool, tuple, list)) and name in op.arguments:
                 found[name] = tuple(value) if isinstance(value, list) else value
     if not found.get("ceil_mode"):
         found.pop("ceil_mode", None)
-    if kind == "batch_norm" and not isinstance(args[1] if len(args) > 1 else kwargs.get("running_mean"), Tensor):
+    if op.kind == "batch_norm" and not isinstance(args[1] if len(args) > 1 else kwargs.get("running_mean"), Tensor):
         found["running_statistics"] = False
-    if weight is not None and kind in ("conv", "conv_transpose", "linear"):
+    if weight is not None and op.biased:
         found["bias"] = isinstance(args[2] if len(args) > 2 else kwargs.get("bias"), Tensor)
     return found

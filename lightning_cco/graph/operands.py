@@ -48,7 +48,7 @@ def is_quantizable(tensor: Tensor) -> bool:
 
 def is_attention_mask(op: Op, slot: Slot) -> bool:
     """Whether an operand is the mask of an attention, which is added in float between its two products."""
-    return op.kind == "scaled_dot_product_attention" and slot[0] in (3, "attn_mask")
+    return op.mask is not None and slot[0] in op.mask
 
 
 def note_of(quantizable: tuple[bool, ...], mask_like: bool, inputs: list[Tensor], outputs: list[Tensor]) -> str:
@@ -67,7 +67,7 @@ def weights_of(op: Op, constants: list[tuple[Slot, Tensor, tuple[str, ...]]], ar
     floats = [(slot, t, names) for slot, t, names in constants if t.is_floating_point()]
     if op.category is Category.WEIGHTED and op.weight is not None:
         position, keyword = op.weight
-        if op.kind in ("lstm", "gru", "rnn") and _is_packed(args):
+        if op.recurrent and _is_packed(args):
             position += 1
         chosen = [(s, t, n) for s, t, n in floats if s[0] in (position, keyword) and t.dim() > 1]
         if op.kind.endswith("_cell"):
@@ -76,13 +76,13 @@ def weights_of(op: Op, constants: list[tuple[Slot, Tensor, tuple[str, ...]]], ar
     if op.category is Category.MATMUL:
         found = []
         for slot, t, names in floats:
-            if t.dim() < 2 or (op.kind in ("addmm", "baddbmm") and slot[0] in (0, "input")) or is_attention_mask(op, slot):
+            if t.dim() < 2 or (op.adds_first and slot[0] in (0, "input")) or is_attention_mask(op, slot):
                 continue  # an added operand is a bias: it is rounded with the accumulator, not with the weight
-            left = slot[0] == (1 if op.kind in ("addmm", "baddbmm") else 0)
+            left = slot[0] == (1 if op.adds_first else 0)
             axis = None if op.kind == "einsum" or t.dim() > 2 else (t.dim() - 2 if left else t.dim() - 1)
             found.append(Weight(slot, names, axis))
         return found
-    if op.kind in ("add", "sub", "mul", "div", "concat", "stack"):
+    if op.constants:
         return [Weight(slot, names, None) for slot, t, names in floats if t.numel() > 1]
     return []
 

@@ -32,147 +32,184 @@ class Category(Enum):
 
 @dataclass(frozen=True)
 class Op:
-    """One operation.
+    """One kind of operation: all that is known of it in one row.
 
     Attributes:
         kind: The layer kind, the stem of a layer's name.
         category: How it treats values.
+        functions: Names of the torch functions that are this operation.
         weight: Position and keyword of the weight, for `Category.WEIGHTED`.
         channel_axis: Axis of the weight that counts output channels.
+        biased: Whether the operand at position 2, or the keyword ``bias``, is added to each output channel.
+        takes_norm: Whether the factors of a batch norm after it go into its weight.
+        looks_up: Whether it selects rows of its weight by indices.
+        recurrent: Whether it reads a sequence step by step; cells, which read one step, are not.
+        adds_first: Whether its first operand is added to the product of the other two.
+        mask: Position and keyword of a mask that is added in float between its products.
+        masks: Whether infinite constants are its business, as in ``masked_fill`` and added attention masks.
+        constants: Whether its constant operands of more than one value are rounded like activations.
+        arguments: Names of the positional arguments that a reader wants to see of a call; empty for tensors and others.
+        fresh: Whether the result is new memory that the operation's own gradient does not read, so that it may be overwritten.
+        read_by_gradient: Whether the result is new memory that its own gradient does read.
     """
 
     kind: str
     category: Category
+    functions: tuple[str, ...] = ()
     weight: tuple[int, str] | None = None
     channel_axis: int = 0
-
-    @property
-    def fresh(self) -> bool:
-        """Whether the result is new memory that the operation's own gradient does not read, so that it may be overwritten."""
-        return self.kind in _FRESH
+    biased: bool = False
+    takes_norm: bool = False
+    looks_up: bool = False
+    recurrent: bool = False
+    adds_first: bool = False
+    mask: tuple[int, str] | None = None
+    masks: bool = False
+    constants: bool = False
+    arguments: tuple[str, ...] = ()
+    fresh: bool = False
+    read_by_gradient: bool = False
 
     @property
     def fresh_without_gradients(self) -> bool:
         """Whether the result is new memory, which nothing reads later but who asked for it if no gradients are recorded."""
-        return self.kind in _FRESH or self.kind in _READ_BY_GRADIENT
+        return self.fresh or self.read_by_gradient
 
 
-_FRESH = frozenset({
-    "conv", "conv_transpose", "linear", "embedding", "matmul", "addmm", "baddbmm", "add", "sub", "mul", "concat", "stack", "avg_pool",
-    "adaptive_avg_pool", "mean", "interpolate", "batch_norm", "layer_norm", "group_norm", "gelu", "silu", "hardswish",
-})  # fmt: skip
-_READ_BY_GRADIENT = frozenset({"scaled_dot_product_attention", "softmax", "sigmoid", "tanh", "div"})
+def _each(stem: str, *suffixes: str) -> tuple[str, ...]:
+    """The names of a function for one, two and three dimensions."""
+    return tuple(f"{stem}{dim}{suffix}" for dim in ("1d", "2d", "3d") for suffix in ("", *suffixes))
 
 
+def _in_place(stem: str) -> tuple[str, ...]:
+    return stem, f"{stem}_"
+
+
+def _arithmetic(stem: str, *more: str) -> tuple[str, ...]:
+    """A function's name and those of its operators."""
+    return (stem, f"{stem}_", f"__{stem}__", f"__r{stem}__", f"__i{stem}__", *more)
+
+
+_WEIGHT = (1, "weight")
+_W, _M, _C, _CLAMP, _P = Category.WEIGHTED, Category.MATMUL, Category.COMPUTE, Category.CLAMP, Category.PRESERVE
 _UPSAMPLE = ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d")
+_CONV = ("", "", "", "stride", "padding", "dilation", "groups")
+_CONV_TRANSPOSE = ("", "", "", "stride", "padding", "output_padding", "groups", "dilation")
+_AVG_POOL = ("", "kernel_size", "stride", "padding", "ceil_mode", "", "divisor_override")
 
-
-def _spellings(stem: str) -> tuple[str, ...]:
-    return (stem, f"{stem}_", f"__{stem}__", f"__r{stem}__", f"__i{stem}__")
-
-
-def _table() -> dict[str, Op]:
-    table: dict[str, Op] = {}
-
-    def put(op: Op, *names: str) -> None:
-        for name in names:
-            table[name] = op
-
-    for dim in ("1d", "2d", "3d"):
-        put(Op("conv", Category.WEIGHTED, (1, "weight")), f"conv{dim}")
-        put(Op("conv_transpose", Category.WEIGHTED, (1, "weight"), channel_axis=1), f"conv_transpose{dim}")
-        put(Op("max_pool", Category.PRESERVE), f"max_pool{dim}", f"max_pool{dim}_with_indices")
-        put(Op("adaptive_max_pool", Category.PRESERVE), f"adaptive_max_pool{dim}", f"adaptive_max_pool{dim}_with_indices")
-        put(Op("avg_pool", Category.COMPUTE), f"avg_pool{dim}")
-        put(Op("adaptive_avg_pool", Category.COMPUTE), f"adaptive_avg_pool{dim}")
-        put(Op("lp_pool", Category.COMPUTE), f"lp_pool{dim}")
-        put(Op("dropout", Category.IDENTITY), f"dropout{dim}")
-    put(Op("linear", Category.WEIGHTED, (1, "weight")), "linear")
-    put(Op("embedding", Category.WEIGHTED, (1, "weight")), "embedding")
-    put(Op("embedding_bag", Category.WEIGHTED, (1, "weight")), "embedding_bag")
-    put(Op("lstm", Category.WEIGHTED, (2, "params")), "lstm")
-    put(Op("gru", Category.WEIGHTED, (2, "params")), "gru")
-    put(Op("rnn", Category.WEIGHTED, (2, "params")), "rnn_tanh", "rnn_relu")
-    put(Op("lstm_cell", Category.WEIGHTED, (2, "w_ih")), "lstm_cell")
-    put(Op("gru_cell", Category.WEIGHTED, (2, "w_ih")), "gru_cell")
-    put(Op("rnn_cell", Category.WEIGHTED, (2, "w_ih")), "rnn_tanh_cell", "rnn_relu_cell")
-
-    put(Op("matmul", Category.MATMUL), "matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "__imatmul__")
-    put(Op("addmm", Category.MATMUL), "addmm", "addmm_")
-    put(Op("baddbmm", Category.MATMUL), "baddbmm", "baddbmm_", "addbmm", "addbmm_")
-    put(Op("einsum", Category.MATMUL), "einsum")
-    put(Op("scaled_dot_product_attention", Category.MATMUL), "scaled_dot_product_attention")
-
-    for kind in ("add", "sub", "mul"):
-        put(Op(kind, Category.COMPUTE), *_spellings(kind))
-    put(Op("sub", Category.COMPUTE), "rsub", "subtract", "subtract_")
-    put(Op("mul", Category.COMPUTE), "multiply", "multiply_")
-    put(Op("div", Category.COMPUTE), "div", "div_", "true_divide", "__truediv__", "__rtruediv__", "__itruediv__", "__rdiv__", "divide")
-    put(Op("concat", Category.COMPUTE), "cat", "concat", "concatenate", "hstack", "vstack", "dstack")
-    put(Op("stack", Category.COMPUTE), "stack")
-    put(Op("setitem", Category.COMPUTE), "__setitem__")
-    put(Op("mean", Category.COMPUTE), "mean")
-    put(
-        Op("interpolate", Category.COMPUTE),
+_ROWS = (
+    # Products with a weight.
+    Op("conv", _W, _each("conv"), _WEIGHT, biased=True, takes_norm=True, fresh=True, arguments=_CONV),
+    Op("conv_transpose", _W, _each("conv_transpose"), _WEIGHT, 1, biased=True, takes_norm=True, fresh=True, arguments=_CONV_TRANSPOSE),
+    Op("linear", _W, ("linear",), _WEIGHT, biased=True, takes_norm=True, fresh=True),
+    Op("embedding", _W, ("embedding",), _WEIGHT, looks_up=True, fresh=True),
+    Op("embedding_bag", _W, ("embedding_bag",), _WEIGHT, looks_up=True),
+    Op("lstm", _W, ("lstm",), (2, "params"), recurrent=True),
+    Op("gru", _W, ("gru",), (2, "params"), recurrent=True),
+    Op("rnn", _W, ("rnn_tanh", "rnn_relu"), (2, "params"), recurrent=True),
+    Op("lstm_cell", _W, ("lstm_cell",), (2, "w_ih")),
+    Op("gru_cell", _W, ("gru_cell",), (2, "w_ih")),
+    Op("rnn_cell", _W, ("rnn_tanh_cell", "rnn_relu_cell"), (2, "w_ih")),
+    # Products of two tensors.
+    Op("matmul", _M, ("matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "__imatmul__"), fresh=True),
+    Op("addmm", _M, ("addmm", "addmm_"), adds_first=True, fresh=True),
+    Op("baddbmm", _M, ("baddbmm", "baddbmm_", "addbmm", "addbmm_"), adds_first=True, fresh=True),
+    Op("einsum", _M, ("einsum",)),
+    Op("scaled_dot_product_attention", _M, ("scaled_dot_product_attention",), mask=(3, "attn_mask"), masks=True, read_by_gradient=True),
+    # Sums, and what puts tensors together.
+    Op("add", _C, _arithmetic("add"), constants=True, masks=True, fresh=True),
+    Op("sub", _C, _arithmetic("sub", "rsub", "subtract", "subtract_"), constants=True, masks=True, fresh=True),
+    Op("mul", _C, _arithmetic("mul", "multiply", "multiply_"), constants=True, masks=True, fresh=True),
+    Op(
+        "div",
+        _C,
+        ("div", "div_", "true_divide", "__truediv__", "__rtruediv__", "__itruediv__", "__rdiv__", "divide"),
+        constants=True,
+        read_by_gradient=True,
+    ),
+    Op("concat", _C, ("cat", "concat", "concatenate", "hstack", "vstack", "dstack"), constants=True, masks=True, fresh=True, arguments=("", "dim")),
+    Op("stack", _C, ("stack",), constants=True, fresh=True),
+    Op("setitem", _C, ("__setitem__",), masks=True),
+    Op("where", _C, masks=True),  # no engine has an INT8 form of these two
+    Op("masked_fill", _C, masks=True),
+    # Averages and other poolings.
+    Op("mean", _C, ("mean",), fresh=True, arguments=("", "dim", "keepdim")),
+    Op("avg_pool", _C, _each("avg_pool"), fresh=True, arguments=_AVG_POOL),
+    Op("adaptive_avg_pool", _C, _each("adaptive_avg_pool"), fresh=True, arguments=("", "output_size")),
+    Op("lp_pool", _C, _each("lp_pool")),
+    Op(
         "interpolate",
-        "upsample",
-        "upsample_nearest",
-        "upsample_bilinear",
-        *(f"upsample_{mode}" for mode in _UPSAMPLE),
-    )
-    for kind in ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm", "normalize"):
-        put(Op(kind, Category.COMPUTE), kind)
-    for kind in (
-        "sigmoid",
-        "tanh",
-        "hardsigmoid",
-        "hardswish",
-        "leaky_relu",
-        "silu",
-        "gelu",
-        "elu",
-        "celu",
-        "selu",
-        "prelu",
-        "mish",
-        "softplus",
-    ):
-        put(Op(kind, Category.COMPUTE), kind, f"{kind}_")
-    put(Op("softmax", Category.COMPUTE), "softmax", "_softmax")
-    put(Op("log_softmax", Category.COMPUTE), "log_softmax", "_log_softmax")
+        _C,
+        ("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", *(f"upsample_{mode}" for mode in _UPSAMPLE)),
+        fresh=True,
+        arguments=("", "size", "scale_factor", "mode"),
+    ),
+    # Norms.
+    Op("batch_norm", _C, ("batch_norm",), fresh=True),
+    Op("layer_norm", _C, ("layer_norm",), fresh=True),
+    Op("group_norm", _C, ("group_norm",), fresh=True),
+    *(Op(kind, _C, (kind,)) for kind in ("instance_norm", "rms_norm", "local_response_norm", "normalize")),
+    # Activations.
+    *(Op(kind, _C, _in_place(kind), fresh=True) for kind in ("gelu", "silu", "hardswish")),
+    *(Op(kind, _C, _in_place(kind), read_by_gradient=True) for kind in ("sigmoid", "tanh")),
+    *(Op(kind, _C, _in_place(kind)) for kind in ("hardsigmoid", "leaky_relu", "elu", "celu", "selu", "prelu", "mish", "softplus")),
+    Op("softmax", _C, ("softmax", "_softmax"), read_by_gradient=True, arguments=("", "dim")),
+    Op("log_softmax", _C, ("log_softmax", "_log_softmax")),
+    # Clamps.
+    Op("relu", _CLAMP, ("relu", "relu_")),
+    Op("relu6", _CLAMP, ("relu6",)),
+    Op("hardtanh", _CLAMP, ("hardtanh", "hardtanh_"), arguments=("", "min_val", "max_val")),
+    Op(
+        "clamp",
+        _CLAMP,
+        ("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_"),
+        arguments=("", "min", "max"),
+    ),
+    # What moves or selects values.
+    Op("max_pool", _P, _each("max_pool", "_with_indices"), arguments=("", "kernel_size", "stride", "padding", "dilation")),
+    Op("adaptive_max_pool", _P, _each("adaptive_max_pool", "_with_indices")),
+    Op("flatten", _P, ("flatten",), arguments=("", "start_dim", "end_dim")),
+    Op("permute", _P, ("permute",), arguments=("", "dims")),
+    Op("transpose", _P, ("transpose", "transpose_", "t", "swapaxes", "swapdims", "adjoint"), arguments=("", "dim0", "dim1")),
+    Op("reshape", _P, ("reshape", "view", "_unsafe_view", "view_as", "reshape_as", "unflatten", "ravel")),
+    Op("squeeze", _P, ("squeeze", "squeeze_")),
+    Op("unsqueeze", _P, ("unsqueeze", "unsqueeze_")),
+    Op("expand", _P, ("expand", "expand_as", "broadcast_to")),
+    Op("repeat", _P, ("repeat", "tile")),
+    Op("movedim", _P, ("movedim", "moveaxis")),
+    Op("chunk", _P, ("chunk", "hsplit", "vsplit", "dsplit")),
+    Op("split", _P, ("split", "split_with_sizes")),
+    Op("slice", _P, ("__getitem__", "slice")),
+    *(
+        Op(kind, _P, (kind,))
+        for kind in (
+            "unbind", "tensor_split", "narrow", "select", "index_select", "gather", "flip", "roll", "pixel_shuffle", "pixel_unshuffle",
+            "channel_shuffle", "unfold", "repeat_interleave", "take_along_dim", "pad",
+        )
+    ),
+    # What is no layer of a deployed model.
+    Op(
+        "alias",
+        Category.ALIAS,
+        (
+            "contiguous", "detach", "clone", "to", "float", "half", "bfloat16", "double", "type", "type_as", "cpu", "cuda", "alias", "requires_grad_",
+            "__get__", "as_subclass", "_to_copy", "lift_fresh", "lift_fresh_copy", "__deepcopy__", "view_as_real", "positive", "__pos__", "data_ptr",
+            "retain_grad", "result_type",
+        ),
+    ),
+    Op(
+        "dropout",
+        Category.IDENTITY,
+        (
+            "dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_dropout", "feature_dropout_", "feature_alpha_dropout",
+            "feature_alpha_dropout_", "native_dropout", *_each("dropout"),
+        ),
+        arguments=("", "p"),
+    ),
+)  # fmt: skip
 
-    put(Op("relu", Category.CLAMP), "relu", "relu_")
-    put(Op("relu6", Category.CLAMP), "relu6")
-    put(Op("hardtanh", Category.CLAMP), "hardtanh", "hardtanh_")
-    put(Op("clamp", Category.CLAMP), "clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_")
 
-    for kind in (
-        "flatten", "permute", "squeeze", "unsqueeze", "expand", "repeat", "split", "chunk", "unbind", "tensor_split", "narrow", "select",
-        "index_select", "gather", "flip", "roll", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold", "movedim",
-        "repeat_interleave", "take_along_dim", "pad",
-    ):  # fmt: skip
-        put(Op(kind, Category.PRESERVE), kind)
-    put(Op("squeeze", Category.PRESERVE), "squeeze_")
-    put(Op("unsqueeze", Category.PRESERVE), "unsqueeze_")
-    put(Op("expand", Category.PRESERVE), "expand_as", "broadcast_to")
-    put(Op("repeat", Category.PRESERVE), "tile")
-    put(Op("movedim", Category.PRESERVE), "moveaxis")
-    put(Op("chunk", Category.PRESERVE), "hsplit", "vsplit", "dsplit")
-    put(Op("split", Category.PRESERVE), "split_with_sizes")
-    put(Op("reshape", Category.PRESERVE), "reshape", "view", "_unsafe_view", "view_as", "reshape_as", "unflatten", "ravel")
-    put(Op("transpose", Category.PRESERVE), "transpose", "transpose_", "t", "swapaxes", "swapdims", "adjoint")
-    put(Op("slice", Category.PRESERVE), "__getitem__", "slice")
-
-    put(Op("alias", Category.ALIAS), "contiguous", "detach", "clone", "to", "float", "half", "bfloat16", "double", "type", "type_as", "cpu", "cuda", "alias",
-        "requires_grad_", "__get__", "as_subclass", "_to_copy", "lift_fresh", "lift_fresh_copy", "__deepcopy__", "view_as_real", "positive", "__pos__",
-        "data_ptr", "retain_grad", "result_type")  # fmt: skip
-
-    put(Op("dropout", Category.IDENTITY), "dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_dropout", "feature_dropout_",
-        "feature_alpha_dropout", "feature_alpha_dropout_", "native_dropout")  # fmt: skip
-    return table
-
-
-OPS: dict[str, Op] = _table()
+OPS: dict[str, Op] = {name: row for row in _ROWS for name in row.functions}
 """Operation by the name of the torch function."""
 
 RANDOM = frozenset({
@@ -190,12 +227,13 @@ READS_VALUES = READS_OUT | {"__bool__", "__index__", "__complex__", "equal", "al
 MAKES_OF_DATA = frozenset({"tensor", "as_tensor", "asarray", "scalar_tensor", "new_tensor", "full", "new_full", "full_like"})
 """Functions that make a tensor of values that Python has."""
 
-_KINDS: dict[str, Op] = {op.kind: op for op in OPS.values()}
+_KINDS: dict[str, Op] = {row.kind: row for row in _ROWS}
 
 
 def is_known_kind(kind: str) -> bool:
-    """Whether the table has operations of that kind."""
-    return kind in _KINDS
+    """Whether the table has functions of that kind."""
+    row = _KINDS.get(kind)
+    return row is not None and bool(row.functions)
 
 
 def operation_of_kind(kind: str) -> Op:

@@ -117,7 +117,7 @@ class Seen:
             output_shapes=tuple(tuple(t.shape) for t in self.outputs),
             output_dtypes=tuple(dtype_name(t) for t in self.outputs),
             quantizable_outputs=quantizable,
-            attributes={**attributes(self.op.kind, module, self.args, self.kwargs, weight), **_steps(self.kwargs)},
+            attributes={**attributes(self.op, module, self.args, self.kwargs, weight), **_steps(self.kwargs)},
             parameters=self._parameters(call),
             weighted=self.op.category is Category.WEIGHTED
             or (self.op.category is Category.MATMUL and any(w.parameters for w in call.weights)),

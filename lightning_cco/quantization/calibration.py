@@ -9,13 +9,13 @@ from torch import nn
 
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.graph.ops import operation_of_kind
 from lightning_cco.names import list_names
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.quantizer import ActivationQuantizer
 from lightning_cco.quantization.range_updates import sync_calibration
 from lightning_cco.quantization.tensor_key import TensorKey
 
-_MASKED = frozenset({"add", "sub", "mul", "where", "masked_fill", "scaled_dot_product_attention", "concat", "setitem"})
 """Kinds of layers that read masks, which may hold infinities."""
 
 
@@ -35,7 +35,7 @@ def check_weights(model: nn.Module, graph: LayerGraph) -> None:
             if name not in finite:
                 # A mask that is added, or fills, may well be infinite; NaN is never meant.
                 values = tensor.detach()
-                finite[name] = not bool((values.isnan() if layer.kind in _MASKED else ~values.isfinite()).any())
+                finite[name] = not bool((values.isnan() if operation_of_kind(layer.kind).masks else ~values.isfinite()).any())
             if not finite[name]:
                 raise CCOError(
                     f"calibrate: the parameter '{name}' of layer '{layer.name}' holds NaN or infinite values; finite ones were expected. "

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from lightning_cco.graph.layer import Layer
-from lightning_cco.graph.ops import Category
+from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.quantization.connections import Connections
 from lightning_cco.quantization.skip_reasons import Skip, SkipReason
 from lightning_cco.quantization.targets import Target
-
-_ALONE = ("lstm", "gru", "rnn", "embedding", "embedding_bag")
-"""Kinds with weights that begin no group."""
 
 
 def has_statistics(layer: Layer) -> bool:
@@ -33,7 +30,7 @@ class Groups:
     def folds(self, name: str, norm: str) -> bool:
         """Whether a batch norm's factors go into the weights of the layer before it: its channels are that layer's."""
         layer, after = self._graph[name], self._graph[norm]
-        if layer.kind not in ("conv", "conv_transpose", "linear") or self._connections.only_reader(name) != norm or not layer.output_shapes:
+        if not operation_of_kind(layer.kind).takes_norm or self._connections.only_reader(name) != norm or not layer.output_shapes:
             return False
         if after.kind != "batch_norm" or not has_statistics(after) or not self._engine_decides(norm):
             return False
@@ -61,7 +58,8 @@ class Groups:
         fused: dict[str, str] = {}
         for layer in self._graph:
             weight_only = layer.name in self._skips and self._skips[layer.name].reason is SkipReason.WEIGHT_ONLY
-            if (layer.name not in int8 and not weight_only) or layer.kind in _ALONE:
+            op = operation_of_kind(layer.kind)
+            if (layer.name not in int8 and not weight_only) or op.recurrent or op.looks_up:
                 continue
             end = layer.name
             norm = self._connections.only_reader(end)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.ops import Category
+from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.quantization.connections import Connections
 from lightning_cco.quantization.exact import UNSEEN, ExactReaders, Placement
 from lightning_cco.quantization.groups import Groups, has_statistics
@@ -132,7 +132,7 @@ class _Planner:
 
     def _reads_quantizable(self, layer: Layer) -> bool:
         floats = self.connections.sources(layer.name)
-        if layer.kind == "scaled_dot_product_attention":  # its mask is added in float between the two matmuls
+        if operation_of_kind(layer.kind).mask is not None:  # it is added in float between the two matmuls
             floats = [source for source in floats if self._quantizable(source)]
         return bool(floats) and all(self._quantizable(source) for source in floats)
 

@@ -93,7 +93,7 @@ def site_quantizers(
         in_place=site.in_place,
         fresh=site.op.fresh,
         fresh_without_gradients=site.op.fresh_without_gradients,
-        renormalizes=site.op.kind in ("embedding", "embedding_bag"),
+        renormalizes=site.op.looks_up,
         code_position=site.code_position,
     )
     if site.layer in weights:
