@@ -53,6 +53,7 @@ class OuterCall:
         path: Dotted path of the module; empty for the root.
         module: The module.
         first: Number of the first call in it.
+        learned: Whether it may be the network's: it has floating-point parameters, or the whole model has none, and is no metric.
         end: Number of the first call behind it.
         returned: The tensors that it gave, and where each comes from.
     """
@@ -60,13 +61,9 @@ class OuterCall:
     path: str
     module: nn.Module
     first: int
+    learned: bool
     end: int = 0
     returned: list[tuple[End, Origin]] = field(default_factory=list)
-
-    @property
-    def learned(self) -> bool:
-        """Whether the module has floating-point parameters; metrics are none of a network, whatever they have."""
-        return has_parameters(self.module) and not is_metric(self.module)
 
     @property
     def measures(self) -> bool:

@@ -81,8 +81,11 @@ class Tracer:
             self.with_gradients.add(frame.node.path)
         if len(self.frames.stack()) > 1:
             return
-        self._outer.append(OuterCall(frame.node.path, self._modules[frame.node.path], len(self.calls)))
-        if not self._outer[-1].learned:
+        module = self._modules[frame.node.path]
+        with torch.DisableTorchFunction():
+            learned = (has_parameters(module) or not has_parameters(self._modules[""])) and not is_metric(module)
+        self._outer.append(OuterCall(frame.node.path, module, len(self.calls), learned))
+        if not learned:
             return
         with torch.DisableTorchFunction():  # what this looks at is no part of the model
             for way, tensor in tensors_held([args, kwargs]):
