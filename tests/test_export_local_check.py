@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from export_case import MODELS, calibrated
 from export_harm import Harm, Written, change, nodes, own
+from export_models import MobileNetV2
 
 from lightning_cco import CCOError
 
@@ -148,3 +151,14 @@ def test_a_layer_that_is_right_is_a_step_off_at_most(name: str, written: Callabl
     assert report.variations == 1
     names = {layer.name for layer in file.quantized.graph}
     assert all(set(island.layers) <= names for island in report.float_islands)
+
+
+@pytest.mark.slow
+def test_a_deep_net_of_random_weights_is_right_layer_by_layer(tmp_path: Path) -> None:
+    """From end to end its roundings add up: differences double every few layers."""
+    stages = tuple((expand, out // 4, count, stride) for expand, out, count, stride in MobileNetV2.STAGES)
+    quantized, _ = calibrated(MobileNetV2(stages, 64, 10), lambda: torch.randn(2, 3, 32, 32))
+    report = quantized.export(tmp_path / "model.onnx")
+    assert len([layer for layer in quantized.graph if layer.kind == "conv"]) == 52
+    assert report.largest_steps <= 1
+    assert not [island for island in report.float_islands if "planned in INT8" in island.reason]
