@@ -65,6 +65,13 @@ def ways_to_vary(deployed: Deployed, dynamic_batch: bool, options: Mapping[str, 
     together[first][0] = dynamic
     if sum(map(len, together)) > 1 and together != batch:
         yield Axes(tensors, together, {(first, 0): "length"})
+    # Recurrent layers that are given time first: their batch is the second axis. The exporter fixes the length, which is said.
+    if any(isinstance(module, torch.nn.RNNBase) and not module.batch_first for module in deployed.modules()) and tensors[first].dim() > 1:
+        size = tensors[first].shape[1]
+        second: list[Specification] = [{1: auto} if tensor.dim() > 1 and tensor.shape[1] == size else {} for tensor in tensors]
+        second[first][0] = torch.export.Dim.STATIC
+        second[first][1] = dynamic
+        yield Axes(tensors, second, {(first, 1): "batch"})
 
 
 def _of_axes(axes: Any, deployed: Deployed, input_names: Sequence[str]) -> list[Any]:
