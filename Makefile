@@ -18,7 +18,7 @@ test-all: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 # The kernels under AddressSanitizer: a read or a write past the end of a tensor ends the run.
-SANITIZED := tests/test_native.py tests/test_native_memory.py tests/test_remade_weights.py tests/test_operations.py tests/test_fake_quantize.py tests/test_weight_estimator.py
+SANITIZED := tests/test_native.py tests/test_native_memory.py tests/test_weight_recompute.py tests/test_operations.py tests/test_fake_quantize.py tests/test_weight_estimator.py
 test-sanitize: $(STAMP)
 	mkdir -p outputs
 	LD_PRELOAD=$$($${CC:-gcc} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 OMP_NUM_THREADS=1 \

@@ -176,7 +176,7 @@ def main() -> None:
     header = ["network", "training", *(bits.upper() for bits in options.bits)]
     notes = [
         "Accuracy in per cent of the 10,000 test images after one more epoch: mean ± standard deviation over seeds, in brackets how many. "
-        "`auto` ranges stand still from 4 bits down; the first convolution and the input have 8 bits, the last layer is in float. A cell without "
+        "`auto` ranges are frozen from 4 bits down; the first convolution and the input have 8 bits, the last layer is in float. A cell without "
         "a figure was not measured."
     ]
     publish(Table("fashion", "How accurate is a network at few bits?", header, rows, notes), options)

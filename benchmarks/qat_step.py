@@ -114,7 +114,7 @@ def print_peak(name: str, kind: str) -> None:
 QUESTIONS: dict[str, tuple[str, list[str], Callable[[Case, int], list[str]]]] = {
     "eager": ("What does a training step cost?", ["model", "float ms", "frozen ranges", "moving average"], eager),
     "few_bits": (
-        "What does a training step cost at few bits, by default: a search for each weight's scales, and ranges that stand still?",
+        "What does a training step cost at few bits, by default: a search for each weight's scales, and ranges that are frozen?",
         ["model", "float ms", *BITS],
         few_bits,
     ),

@@ -29,7 +29,7 @@ from lightning_cco.graph.hooks import release
 from lightning_cco.held_batches import calibrate_on_held, calls_of
 from lightning_cco.lookahead import copied, warn_of_left_over
 from lightning_cco.monitoring import Monitor
-from lightning_cco.monitoring.directions import metric_directions
+from lightning_cco.monitoring.metric_modes import metric_directions
 from lightning_cco.monitoring.metrics import monitored_values, numbers, sanity_check_metrics
 from lightning_cco.monitoring.start import start_monitor
 from lightning_cco.quantized_model import QuantizedModel, is_program
@@ -200,18 +200,18 @@ class CCOCallback(pl.Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called before each validation. Ranges stand still in it, also where it records gradients (forces)."""
+        """Called before each validation. Ranges are frozen in it, also where it records gradients (forces)."""
         if self.quantized is not None:
             self.quantized.follow_ranges(False)
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called before a test. Ranges stand still in it."""
+        """Called before a test. Ranges are frozen in it."""
         self.on_validation_start(trainer, pl_module)
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called before a prediction. Ranges stand still in it."""
+        """Called before a prediction. Ranges are frozen in it."""
         self.on_validation_start(trainer, pl_module)
 
     @override

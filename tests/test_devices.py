@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_cco import quantize
 from lightning_cco.quantization import fake_quantize as module
-from lightning_cco.quantization import quantizer, remade_weights
+from lightning_cco.quantization import quantizer, weight_recompute
 from lightning_cco.quantization.fake_quantize import affine_qparams, fake_quantize, fake_quantize_weight, quant_range, weight_scale
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))
@@ -23,7 +23,7 @@ CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 
 @pytest.fixture(params=["cpu", CUDA])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    for user in (module, remade_weights):
+    for user in (module, weight_recompute):
         monkeypatch.setattr(user, "kernels_for", lambda tensor: None)
     monkeypatch.setattr(quantizer.ActivationQuantizer, "numbers", lambda self, device="cpu": None)
     return request.param

@@ -84,7 +84,7 @@ def test_8_bits_are_as_they_were() -> None:
 
 
 def test_a_range_of_zeros_follows_until_it_is_calibrated() -> None:
-    """It would stand still at the first values that come, which for an adapter that begins at 0 are tiny."""
+    """It would be frozen at the first values that come, which for an adapter that begins at 0 are tiny."""
     with pytest.warns(CCOWarning, match="nothing but zeros came"):
         quantized, x = calibrated(x=torch.zeros(4, 1, 10, 10) + 0.0)
     with torch.no_grad():

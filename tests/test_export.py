@@ -12,7 +12,7 @@ from export_case import MODELS, calibrated, run
 from models import ResidualCNN
 
 from lightning_cco import quantize
-from lightning_cco.export.forms import adds_products_exactly
+from lightning_cco.export.engine_patterns import adds_products_exactly
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 

@@ -15,7 +15,7 @@ from export_case import calibrated, run
 from torch import Tensor, nn
 
 from lightning_cco import quantize
-from lightning_cco.export.forms import adds_products_exactly, has_matrix_units
+from lightning_cco.export.engine_patterns import adds_products_exactly, has_matrix_units
 
 WHOLE = {"global_quantization_settings": {"skip_tail_quantization": False}}
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_cco import quantize
 from lightning_cco.errors import CCOError
-from lightning_cco.export.fold import batch_norm_after, integer_weight
+from lightning_cco.export.fold_batch_norm import batch_norm_after, integer_weight
 
 QUICK = {"cnn", "mobilenet", "unet", "vit", "tokens"}
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_cco.export.forms import attention, averages_images, blocked_convolution
+from lightning_cco.export.engine_patterns import attention, averages_images, blocked_convolution
 
 
 @pytest.mark.parametrize(

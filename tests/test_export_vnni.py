@@ -12,7 +12,7 @@ import torch
 from export_case import calibrated, run
 from torch import Tensor, nn
 
-from lightning_cco.export.forms import adds_products_exactly
+from lightning_cco.export.engine_patterns import adds_products_exactly
 
 
 class Extreme(nn.Module):

@@ -35,8 +35,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_cco import CCOCallback, CCOWarning, QuantizedModel, capture_graph, plan_quantization, quantize
 from lightning_cco.drawing.node_label import BLUE, GREEN, YELLOW
 from lightning_cco.monitoring import Monitor
-from lightning_cco.monitoring.directions import metric_directions
 from lightning_cco.monitoring.heat_map import heat_map
+from lightning_cco.monitoring.metric_modes import metric_directions
 from lightning_cco.monitoring.resolved import resolved_yaml
 from lightning_cco.monitoring.tables import float_layers, metrics_table, parsed_layers, plan_lines, sensitivity_table, suggestion_lines
 from lightning_cco.settings import load_settings

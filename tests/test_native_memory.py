@@ -13,8 +13,8 @@ from lightning_cco import CCOError, quantize
 from lightning_cco.quantization import native
 from lightning_cco.quantization.fake_quantize import fake_quantize_weight
 from lightning_cco.quantization.native import kernels_for
-from lightning_cco.quantization.remade_weights import RemadeWeight
 from lightning_cco.quantization.tracing import runs_plainly
+from lightning_cco.quantization.weight_recompute import RecomputedWeight
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no C compiler")
 
@@ -65,12 +65,12 @@ def test_training_under_other_defaults(default: Any, dtype: torch.dtype) -> None
 def test_nothing_behind_the_scales_is_written(default: Any, dtype: torch.dtype) -> None:
     weight = torch.linspace(-1, 1, 256 * 64, dtype=torch.float32, device="cpu").reshape(256, 64).to(dtype)
     kernels = native.load()
-    remade = RemadeWeight(weight, 0, kernels)
-    assert (remade.scales.dtype, remade.scales.device.type, remade.scales.nbytes) == (torch.float32, "cpu", 1024)
-    fake_quantize_weight(weight, 8, 0, remade)
+    recomputed = RecomputedWeight(weight, 0, kernels)
+    assert (recomputed.scales.dtype, recomputed.scales.device.type, recomputed.scales.nbytes) == (torch.float32, "cpu", 1024)
+    fake_quantize_weight(weight, 8, 0, recomputed)
     operation = torch.ops.lightning_cco.weight_scale(weight, 0, 127, 1e-12)
     assert operation.dtype == torch.float32
-    assert torch.equal(operation.flatten(), remade.scales)
+    assert torch.equal(operation.flatten(), recomputed.scales)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

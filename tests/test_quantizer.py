@@ -75,7 +75,7 @@ def test_training_moves_the_range_by_the_averaging_constant() -> None:
     quantizer = calibrated(torch.tensor([-1.0, 1.0]), averaging_constant=0.1)
     quantizer(torch.tensor([-2.0, 1.0]), track=True)
     quantizer(torch.tensor([0.0, 3.0]), track=True)
-    assert bounds(quantizer) == (-1.0, 1.0)  # within a step the range stands still
+    assert bounds(quantizer) == (-1.0, 1.0)  # within a step the range is frozen
     update_ranges([quantizer])
     assert bounds(quantizer) == pytest.approx((-1.1, 1.2))
     quantizer(torch.tensor([-9.0, 9.0]))

@@ -15,7 +15,7 @@ from lightning_cco.quantization import fake_quantize as fake_quantize_module
 from lightning_cco.quantization import native, quantizer
 from lightning_cco.quantization.fake_quantize import fake_quantize_weight, quant_range, weight_scale
 from lightning_cco.quantization.quantizer import WeightQuantizer
-from lightning_cco.quantization.remade_weights import RemadeWeight
+from lightning_cco.quantization.weight_recompute import RecomputedWeight
 
 needs_kernels = pytest.mark.skipif(native.load() is None, reason="there is no C compiler")
 SHAPES = [((6, 300, 3, 3), 0), ((4, 7, 3, 3), 1), ((33, 1, 3, 3), 0), ((50, 700), 1), ((9,), 0)]
@@ -117,12 +117,12 @@ def test_a_large_weight_is_searched_in_parts(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_made_again_clips_at_the_same_scales(dtype: torch.dtype) -> None:
     weight = torch.randn(64, 300).to(dtype)
-    remade = RemadeWeight(weight, 0, native.load())
-    rounded = fake_quantize_weight(weight, 2, 0, remade, True)
+    recomputed = RecomputedWeight(weight, 0, native.load())
+    rounded = fake_quantize_weight(weight, 2, 0, recomputed, True)
     assert torch.equal(rounded, by_torch(weight, 2, 0))
-    assert torch.equal(remade.make(), rounded)
+    assert torch.equal(recomputed.make(), rounded)
     with torch.autograd.forward_ad.dual_level():  # where there are no kernels
-        assert torch.equal(remade.make(), rounded)
+        assert torch.equal(recomputed.make(), rounded)
 
 
 @needs_kernels
@@ -134,7 +134,7 @@ def test_gradients_are_those_of_weights_that_are_kept(monkeypatch: pytest.Monkey
         one = copy.deepcopy(model)
         quantize(one, {"global_quantization_settings": {"weights_num_bits": 2}}, (x,)).calibrate([x])
         if keep:
-            monkeypatch.setattr(quantizer, "remade_weight", lambda weight, axis: None)
+            monkeypatch.setattr(quantizer, "recomputed_weight", lambda weight, axis: None)
         one(x).square().sum().backward()
         found.append([parameter.grad for parameter in one.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))  # type: ignore[arg-type]

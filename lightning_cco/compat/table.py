@@ -204,7 +204,10 @@ _OTHERS = (
     ("torch.onnx.ONNXProgram.pkg.torch.onnx.fx_node", "onnx_exporter", "finds the traced node", "the report names no layer"),
     ("torch.onnx.ONNXProgram.pkg.torch.onnx.name_scopes", "onnx_exporter", "finds the module of a node", "the report names no module"),
 )
-_VERSION = "export/network.py, graph/trace.py, quantization/model.py, quantization/quantizer.py, quantization/range_updates.py, quantization/remade_weights.py"
+_VERSION = (
+    "export/network.py, graph/trace.py, quantization/model.py, quantization/quantizer.py, quantization/range_updates.py, "
+    "quantization/weight_recompute.py"
+)
 _BASE = "quantization/gradient_holders.py, quantization/quantizer.py, quantization/runtime.py"
 _IN_PLACE = (
     ("torch.nn.Module._buffers", "modules, quantization/quantizer.py", "reads a quantizer's buffers at once", _ATTRIBUTE),
@@ -214,7 +217,7 @@ _IN_PLACE = (
     ("torch.Tensor._is_zerotensor", "quantization/tracing.py", "tells tensors without memory", _ATTRIBUTE),
     (
         "torch.UntypedStorage._cdata",
-        "quantization/gradient_holders.py, quantization/remade_weights.py",
+        "quantization/gradient_holders.py, quantization/weight_recompute.py",
         "memory whose holders are counted",
         _ATTRIBUTE,
     ),

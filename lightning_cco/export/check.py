@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lightning_cco.export.emit import Emitter
 from lightning_cco.export.engine import engine_session, inspected_session, rounded_tensors
 from lightning_cco.export.islands import read_optimized
 from lightning_cco.export.local_check import LocalRun
 from lightning_cco.export.outputs import Outputs, class_axes
+from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport, LayerDifference
 from lightning_cco.export.stored_check import stored_faults
 from lightning_cco.export.variations import varied

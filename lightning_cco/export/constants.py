@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_cco.export.passes import constant, initializer
+from lightning_cco.export.onnx_passes import constant, initializer
 
 _Constants = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]", "np.ndarray[Any, Any]", int]
 """Integers, scales, zero points, and the axis that these are along."""

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from lightning_cco.export.emit import Emitter
+from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport, FloatIsland
 from lightning_cco.quantization.model import HookedModel
 

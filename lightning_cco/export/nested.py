@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-Slot = tuple[Any, ...]
+ArgPath = tuple[Any, ...]
 """The way to a value: keys, numbers and attributes."""
 
 
@@ -23,7 +23,7 @@ def items_of(value: Any) -> list[tuple[Any, Any]] | None:
     return None
 
 
-def leaves(value: Any, slot: Slot = ()) -> list[tuple[Slot, Any]]:
+def leaves(value: Any, slot: ArgPath = ()) -> list[tuple[ArgPath, Any]]:
     """Everything that is no container, with the way to it; without `None`."""
     items = items_of(value)
     if items is None:
@@ -31,7 +31,7 @@ def leaves(value: Any, slot: Slot = ()) -> list[tuple[Slot, Any]]:
     return [leaf for key, item in items for leaf in leaves(item, (*slot, key))]
 
 
-def mapped(value: Any, change: Callable[[Slot, Tensor], Tensor], slot: Slot = ()) -> Any:
+def mapped(value: Any, change: Callable[[ArgPath, Tensor], Tensor], slot: ArgPath = ()) -> Any:
     """A copy with other tensors."""
     if isinstance(value, Tensor):
         return change(slot, value)
@@ -56,7 +56,7 @@ def mapped(value: Any, change: Callable[[Slot, Tensor], Tensor], slot: Slot = ()
     return copied
 
 
-def follow(shapes: Any, slot: Slot) -> Any:
+def follow(shapes: Any, slot: ArgPath) -> Any:
     """What nested specifications say of one tensor."""
     for key in slot:
         if isinstance(shapes, Mapping):
@@ -68,6 +68,6 @@ def follow(shapes: Any, slot: Slot) -> Any:
     return shapes
 
 
-def name_of(slot: Slot) -> str:
+def name_of(slot: ArgPath) -> str:
     """A name for a tensor from the way to it."""
     return ".".join(map(str, slot))

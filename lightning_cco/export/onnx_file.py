@@ -14,20 +14,20 @@ import torch
 
 from lightning_cco.compat.onnx_exporter import LOGGERS
 from lightning_cco.errors import CCOError
-from lightning_cco.export import passes
+from lightning_cco.export import onnx_passes
 from lightning_cco.export.axes import Axes, check_axis_names, name_axes, ways_to_vary
 from lightning_cco.export.check import Call, call_of, check_file
 from lightning_cco.export.constants import arrange_integers
 from lightning_cco.export.destination import export_target, move
-from lightning_cco.export.emit import Emitter
+from lightning_cco.export.engine_patterns import adds_products_exactly
 from lightning_cco.export.failures import failed, inexpressible, need_packages, need_writable_names, untraceable
-from lightning_cco.export.forms import adds_products_exactly
 from lightning_cco.export.limits import MEAN_STEPS, judge
 from lightning_cco.export.network import Network
 from lightning_cco.export.options import checked_options
 from lightning_cco.export.precision import in_float32, other_types
 from lightning_cco.export.products import fill_biases, split_products
 from lightning_cco.export.provenance import layers_of_nodes
+from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.signature import Deployed
 from lightning_cco.export.stored import StoredWeights
@@ -162,27 +162,27 @@ def _write(
             f"export: opset_version={opset} can't be written for this model: its operators need opset {written}. Leave opset_version out."
         )
     try:
-        passes.fix_shapes(graph)
+        onnx_passes.fix_shapes(graph)
         arrange_integers(graph)
         if stored.target.integer_indexing:
-            passes.index_integers(graph)
+            onnx_passes.index_integers(graph)
         if stored.target.split_products:
             split_products(graph)
         if stored.target.full_biases:
             fill_biases(graph)
-        passes.share_constants(graph)
+        onnx_passes.share_constants(graph)
         if stored.target.own_zero_points:
-            passes.own_zero_points(graph)
+            onnx_passes.own_zero_points(graph)
         if int4:
-            passes.pack_int4(graph)
+            onnx_passes.pack_int4(graph)
         RemoveUnusedNodesPass()(program.model)  # what the passes before put something else in place of
-        passes.name_nodes(graph)
+        onnx_passes.name_nodes(graph)
         emitter.layers = layers_of_nodes(graph, program.exported_program)
-        emitter.modules = passes.take_modules(graph)
+        emitter.modules = onnx_passes.take_modules(graph)
         emitter.reads_shapes = any(node.op_type == "Shape" for node in graph)
-        passes.name_parameters(graph)
-        passes.name_inputs(graph, inputs)
-        passes.name_outputs(graph, outputs)
+        onnx_passes.name_parameters(graph)
+        onnx_passes.name_inputs(graph, inputs)
+        onnx_passes.name_outputs(graph, outputs)
         fixed = name_axes(graph, axes)
     except Exception as error:
         raise CCOError(failed("rewriting the exporter's graph", error)) from error

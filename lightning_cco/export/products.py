@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_cco.export.passes import constant, initializer
+from lightning_cco.export.onnx_passes import constant, initializer
 
 
 def split_products(graph: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.nested import Slot, follow, items_of, leaves, mapped, name_of
+from lightning_cco.export.nested import ArgPath, follow, items_of, leaves, mapped, name_of
 from lightning_cco.export.network import Network
 
 PREFIX = "model"
@@ -163,7 +163,7 @@ class Deployed(nn.Module):
     def _converted(self, tensor: Tensor) -> Tensor:
         return tensor.float() if self._cast and tensor.is_floating_point() else tensor
 
-    def _input_name(self, slot: Slot) -> str:
+    def _input_name(self, slot: ArgPath) -> str:
         """A name for an input; the keywords of ``**inputs`` name themselves."""
         parameter = self._signature().get(slot[0])
         return name_of(slot[1:] if parameter is not None and parameter.kind is parameter.VAR_KEYWORD else slot)
@@ -177,7 +177,7 @@ class Deployed(nn.Module):
         """One entry for each tensor in the form of the arguments, as `torch.export` wants its dynamic shapes."""
         given = dict(zip(self._slots, specifications, strict=True))
 
-        def of(value: Any, slot: Slot) -> Any:
+        def of(value: Any, slot: ArgPath) -> Any:
             if isinstance(value, Tensor):
                 return given[slot]
             items = items_of(value)
@@ -253,7 +253,7 @@ class Deployed(nn.Module):
             arguments[name] if name in arguments else next((v[name] for v in arguments.values() if isinstance(v, dict) and name in v), None)
         )
 
-    def _matters(self, slot: Slot) -> bool:
+    def _matters(self, slot: ArgPath) -> bool:
         """Whether a constant of the example is another than the forward's default."""
         parameter = self._signature().get(slot[0]) if len(slot) == 1 else None
         return parameter is None or parameter.default is parameter.empty or parameter.default != self._example[slot[0]]

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_cco.export.fold import BatchNorm, IntegerWeight, integer_weight, norm_weight
-from lightning_cco.export.forms import adds_products_exactly, blocked_convolution, bound_of, has_matrix_units, shortened
-from lightning_cco.graph.capture import Site, Source
+from lightning_cco.export.engine_patterns import adds_products_exactly, blocked_convolution, bound_of, has_matrix_units, shortened
+from lightning_cco.export.fold_batch_norm import BatchNorm, IntegerWeight, integer_weight, norm_weight
+from lightning_cco.graph.capture import CallSite, Source
 from lightning_cco.graph.ops import Category, Op
+from lightning_cco.quantization.arguments import at
 from lightning_cco.quantization.model import HookedModel
-from lightning_cco.quantization.slots import at
 from lightning_cco.quantization.targets import TARGETS
 from lightning_cco.quantization.tensor_key import TensorKey
 
@@ -70,7 +70,7 @@ class StoredWeights:
         exact = adds_products_exactly() if deployment.vnni is None else deployment.vnni
         self.unsigned = self.target.unsigned_without_vnni and not exact and not int4
 
-    def collect(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def collect(self, site: CallSite, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take the weights that a layer is called with (parametrized, sliced, tied), and call it."""
         bound = bound_of(args, kwargs) if site.op.looks_up and site.weights else None
         if bound is not None:
@@ -104,7 +104,7 @@ class StoredWeights:
             self.biases[site.layer] = self._bias(site, bias, weight.scale, args[0].dim())
         return func(*args, **kwargs)
 
-    def _store_unsigned(self, site: Site, weights: list[IntegerWeight]) -> None:
+    def _store_unsigned(self, site: CallSite, weights: list[IntegerWeight]) -> None:
         """Let weights that could overflow have the type of the activations, which engines multiply in 32 bits."""
         shapes = self.quantized.graph[site.layer].input_shapes
         depthwise = site.op.kind == "conv" and weights[0].integers.shape[1] == 1 and shapes[0][1:2] != (1,)  # one product at a time
@@ -136,7 +136,7 @@ class StoredWeights:
         integers, scale = quantizer.quantize(tensor)
         return IntegerWeight(integers, scale.reshape(()), None, None).shifted(*self.operand_format)
 
-    def _with_room_for_bias(self, site: Site, weight: IntegerWeight, bias: Tensor) -> IntegerWeight:
+    def _with_room_for_bias(self, site: CallSite, weight: IntegerWeight, bias: Tensor) -> IntegerWeight:
         """The weight, on a coarser grid in channels whose bias would not fit into 32 bits of the accumulator.
 
         Those are channels of weights that are all but 0 beside their bias (a pruned one): by the input's scale times theirs a bias would be cut off.
@@ -157,7 +157,7 @@ class StoredWeights:
         integers = (weight.integers * (weight.scale / scale).reshape(shape)).round().to(torch.int8)
         return replace(weight, integers=integers, scale=scale)
 
-    def _bias(self, site: Site, bias: Tensor, weight_scale: Tensor, dimensions: int) -> tuple[Tensor, Tensor | None]:
+    def _bias(self, site: CallSite, bias: Tensor, weight_scale: Tensor, dimensions: int) -> tuple[Tensor, Tensor | None]:
         """The bias on the grid of the accumulator, whose step is that of the input times that of the weight.
 
         In float if the input or the layer is, if the engine wants it so, or if it is added to a product of more than two dimensions that is not rounded.
@@ -171,7 +171,7 @@ class StoredWeights:
         scale = self.quantized.activations[key].scale.detach() * weight_scale
         return (bias / scale).round().clamp(-(2.0**31) + 128, 2.0**31 - 128).to(torch.int32), scale
 
-    def _convolution(self, site: Site, weight: IntegerWeight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> IntegerWeight:
+    def _convolution(self, site: CallSite, weight: IntegerWeight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> IntegerWeight:
         """A convolution's weight; on blocks of pixels for what reads the image, for matrix units if it is deep enough."""
         names = ("stride", "padding", "dilation", "groups")
         call = dict(zip(names, (1, 0, 1, 1), strict=True)) | dict(zip(names, args[3:], strict=False))
@@ -188,6 +188,6 @@ class StoredWeights:
         # The engine's convolution kernel takes symmetric weights only, so any other zero point sends it to the matrix product.
         return weight.shifted(-1, torch.int8)
 
-    def _reads_input(self, site: Site) -> bool:
+    def _reads_input(self, site: CallSite) -> bool:
         """Whether a layer rounds what it reads by itself."""
         return 0 in self.quantized.plan.reads.get(site.layer, {})

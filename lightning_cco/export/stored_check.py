@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_cco.compat.modules import BatchNormBase
-from lightning_cco.export.emit import Emitter
 from lightning_cco.export.engine import Rounded, constants
-from lightning_cco.export.fold import IntegerWeight
-from lightning_cco.export.forms import shortened
+from lightning_cco.export.engine_patterns import shortened
+from lightning_cco.export.fold_batch_norm import IntegerWeight
+from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.graph.ops import operation_of_kind
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.tensor_key import TensorKey

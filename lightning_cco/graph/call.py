@@ -9,7 +9,7 @@ from lightning_cco.graph.call_node import CallNode
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.ops import Op
 
-Slot = tuple[Any, ...]
+ArgPath = tuple[Any, ...]
 """Way to a tensor in a call: position or keyword first, then indices into nested lists."""
 
 
@@ -17,7 +17,7 @@ Slot = tuple[Any, ...]
 class Read:
     """A tensor that a call takes from another layer."""
 
-    slot: Slot
+    slot: ArgPath
     source: int
     output: int
     quantizable: bool
@@ -33,7 +33,7 @@ class Weight:
         axis: Axis that counts output channels; `None`: one scale for the whole tensor.
     """
 
-    slot: Slot
+    slot: ArgPath
     parameters: tuple[str, ...]
     axis: int | None
 

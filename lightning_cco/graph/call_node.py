@@ -60,7 +60,7 @@ class CallNode:
         return f"CallNode({self.key!r})"
 
 
-class Frame:
+class ModuleCall:
     """A module call that is running now: its node, its table of functions, and how often each thing has been called so far.
 
     Attributes:
@@ -81,9 +81,9 @@ class Frame:
         self.python = 0
         self.token: weakref.ref[Arguments] | None = None
 
-    def copy(self) -> Frame:
+    def copy(self) -> ModuleCall:
         """The same with counters of its own."""
-        twin = Frame(self.node, self.training, self.records)
+        twin = ModuleCall(self.node, self.training, self.records)
         twin.counts, twin.calls = dict(self.counts), dict(self.calls)
         return twin
 

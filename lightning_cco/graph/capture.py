@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_cco.errors import CCOError, CCOWarning
-from lightning_cco.graph.call import Slot, Weight
+from lightning_cco.graph.call import ArgPath, Weight
 from lightning_cco.graph.call_node import CallNode
 from lightning_cco.graph.containers import LOOKED_INTO
 from lightning_cco.graph.layer import Edge, Layer
@@ -27,14 +27,14 @@ from lightning_cco.graph.trace import Tracer
 class Source:
     """A tensor that a layer reads: where it stands in the call, which layer made it, and whether it can be quantized at all."""
 
-    slot: Slot
+    slot: ArgPath
     layer: str
     output: int
     quantizable: bool
 
 
 @dataclass(frozen=True)
-class Site:
+class CallSite:
     """Where a layer happens at run time.
 
     Attributes:
@@ -80,7 +80,7 @@ class Capture:
 
     graph: LayerGraph
     root: CallNode
-    sites: dict[str, Site]
+    sites: dict[str, CallSite]
     training_only: list[str] = field(default_factory=list)
     needs_gradients: bool = False
     left_out: list[str] = field(default_factory=list)
@@ -240,7 +240,7 @@ def _assemble(root: CallNode, evaluation: Tracer, training: Tracer | None, froze
     overwritten = {merged[number] for number in overwritten_calls(evaluation.calls) if number in merged}
     layers: list[Layer] = []
     edges: dict[Edge, None] = {}
-    sites: dict[str, Site] = {}
+    sites: dict[str, CallSite] = {}
     for i in order:
         call = calls[i]
         # An encoder run again on a decoder's output would close a cycle; the first reading is the one shown.
@@ -249,7 +249,7 @@ def _assemble(root: CallNode, evaluation: Tracer, training: Tracer | None, froze
         layers.append(replace(call.layer, name=names[i], frozen=around))
         for k, (read, source) in enumerate(reads):
             edges[Edge(names[source], names[i], read.output, k)] = None
-        sites[names[i]] = Site(
+        sites[names[i]] = CallSite(
             names[i],
             call.node,
             call.op,

@@ -26,7 +26,7 @@ from torch.fx import GraphModule
 from lightning_cco.compat.autograd import graph_task
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.attention import multi_head_attention
-from lightning_cco.graph.call_node import Arguments, CallNode, Frame
+from lightning_cco.graph.call_node import Arguments, CallNode, ModuleCall
 from lightning_cco.graph.compiled import HiddenMode, hide_from_graph, mode_stack, restore_modes
 from lightning_cco.graph.foreign import is_foreign
 from lightning_cco.graph.hooks import Hooks
@@ -35,7 +35,7 @@ from lightning_cco.graph.python_calls import is_running, module_call
 from lightning_cco.graph.recompute import COMPILED_CHECKPOINTS, InContext, Resumed, UnderMode, running_checkpoint
 from lightning_cco.graph.spelling import as_function, is_operator, name_of_operator
 
-Handler = Callable[["Frame", str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Handler = Callable[["ModuleCall", str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 class _FrameMode(HiddenMode):
@@ -108,16 +108,16 @@ class Frames(Hooks):
         self.root = root
         self.handle = handle
         self.watched: frozenset[str] | None = None
-        self.entered: Callable[[Frame, tuple[Any, ...], dict[str, Any]], None] | None = None
-        self.left: Callable[[Frame, Any], None] | None = None
+        self.entered: Callable[[ModuleCall, tuple[Any, ...], dict[str, Any]], None] | None = None
+        self.left: Callable[[ModuleCall, Any], None] | None = None
         self.growing = False
         self.started: Callable[[], None] | None = None
         self.carried: Callable[[], Callable[[], AbstractContextManager[None]]] | None = None
         self.owner: weakref.ref[Any] | None = None
         self._mode = _FrameMode(self)
-        self._main: list[Frame] = []
+        self._main: list[ModuleCall] = []
         self._thread = get_ident()
-        self._others: dict[int, list[Frame]] = {}
+        self._others: dict[int, list[ModuleCall]] = {}
         self.graphs: frozenset[int] = frozenset()
         self._entries: dict[str, list[CallNode]] = {}
         self._resuming = 0
@@ -148,7 +148,7 @@ class Frames(Hooks):
         if self._mode in modes:
             restore_modes([mode for mode in modes if mode is not self._mode])
 
-    def drop_ended(self, stack: list[Frame]) -> None:
+    def drop_ended(self, stack: list[ModuleCall]) -> None:
         """Drop the frames of calls that ended without our hooks: after Ctrl-C and the like PyTorch does not run them, ``always_call`` or not."""
         running = set()
         frame: FrameType | None = sys._getframe(1)
@@ -192,13 +192,13 @@ class Frames(Hooks):
         finally:
             self.handle, self.watched = before
 
-    def stack(self) -> list[Frame]:
+    def stack(self) -> list[ModuleCall]:
         """Frames of the current thread, the innermost last; autograd recomputes checkpoints on threads of its own."""
         if is_compiling() or get_ident() == self._thread:
             return self._main
         return self._others.setdefault(get_ident(), [])
 
-    def note_checkpoint(self, stack: list[Frame], entering: bool) -> None:
+    def note_checkpoint(self, stack: list[ModuleCall], entering: bool) -> None:
         """If a checkpoint's forward has just begun, let its recomputation begin with the same frames."""
         found = running_checkpoint(entering)
         if found is None:
@@ -211,7 +211,7 @@ class Frames(Hooks):
             setattr(checkpoint, attribute, Resumed(self, [frame.copy() for frame in stack], function))
 
     @contextmanager
-    def resumed(self, saved: list[Frame]) -> Iterator[None]:
+    def resumed(self, saved: list[ModuleCall]) -> Iterator[None]:
         """Put frames of an earlier time back inside the block. The backward may run on a thread of its own, or inside of another forward."""
         stack = self.stack()
         before, stack[:] = list(stack), [frame.copy() for frame in saved]
@@ -270,7 +270,7 @@ class Frames(Hooks):
                 self._leave_mode()  # an interrupt may have left it
             self._mode.__enter__()  # type: ignore[no-untyped-call]
             node = self._node_for_entry(path)
-        frame = Frame(node, module.training, records)
+        frame = ModuleCall(node, module.training, records)
         replaced = None
         if own is not None:
             frame.python = id(own)

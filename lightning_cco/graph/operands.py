@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_cco.graph.call import Slot, Weight
+from lightning_cco.graph.call import ArgPath, Weight
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.ops import Category, Op
 from lightning_cco.graph.origins import unwrapped
@@ -20,7 +20,7 @@ _FIRST_INPUT = re.compile(r"\bweight_ih(?!_l[1-9])")
 MASKING = {"masked_fill", "where", "triu", "tril", "setitem", "masked_scatter", "full"}
 
 
-def operands_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Slot, Tensor]]:
+def operands_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[ArgPath, Tensor]]:
     """The tensors that a call reads, each with its slot. Tensors given as ``out=`` are written only."""
     found = tensors_in(tuple(args))
     return found + tensors_in({name: value for name, value in kwargs.items() if name != "out"}) if kwargs else found
@@ -46,7 +46,7 @@ def is_quantizable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and not is_mask_like(tensor)
 
 
-def is_attention_mask(op: Op, slot: Slot) -> bool:
+def is_attention_mask(op: Op, slot: ArgPath) -> bool:
     """Whether an operand is the mask of an attention, which is added in float between its two products."""
     return op.mask is not None and slot[0] in op.mask
 
@@ -62,7 +62,7 @@ def note_of(quantizable: tuple[bool, ...], mask_like: bool, inputs: list[Tensor]
     return ""
 
 
-def weights_of(op: Op, constants: list[tuple[Slot, Tensor, tuple[str, ...]]], args: tuple[Any, ...]) -> list[Weight]:
+def weights_of(op: Op, constants: list[tuple[ArgPath, Tensor, tuple[str, ...]]], args: tuple[Any, ...]) -> list[Weight]:
     """Which constant operands are quantized with the layer, and along which axis."""
     floats = [(slot, t, names) for slot, t, names in constants if t.is_floating_point()]
     if op.category is Category.WEIGHTED and op.weight is not None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_cco.errors import CCOError
-from lightning_cco.graph.call import Call, Read, Slot
-from lightning_cco.graph.call_node import Frame
+from lightning_cco.graph.call import ArgPath, Call, Read
+from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.graph.describe import attributes
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.operands import MASKING, dtype_name, is_mask_like, is_quantizable, note_of, weights_of
@@ -20,7 +20,7 @@ from lightning_cco.graph.origins import Origin, is_constant
 from lightning_cco.graph.python_calls import calling_position
 from lightning_cco.graph.sources import Sources, names_of
 
-Operand = tuple[Slot, Tensor, Origin]
+Operand = tuple[ArgPath, Tensor, Origin]
 """A tensor that a call is given: where it stands, and where it comes from."""
 
 
@@ -65,7 +65,7 @@ class Seen:
         writes: Whether it writes into tensors that it was given for that.
     """
 
-    frame: Frame
+    frame: ModuleCall
     function: str
     op: Op
     index: int
@@ -145,7 +145,7 @@ class Seen:
         return (*first, *(name for name in parameters if name not in first))
 
 
-def _before(slot: Slot, other: Slot) -> bool:
+def _before(slot: ArgPath, other: ArgPath) -> bool:
     return all(isinstance(part, int) for part in (*slot, *other)) and [int(part) for part in slot] < [int(part) for part in other]
 
 

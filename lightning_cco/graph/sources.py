@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from lightning_cco.compat.modules import CONTENTS
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.call import Call, Read
-from lightning_cco.graph.call_node import CallNode, Frame
+from lightning_cco.graph.call_node import CallNode, ModuleCall
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.custom_functions import CustomCall
 from lightning_cco.graph.layer import Layer
@@ -33,7 +33,7 @@ class Sources:
         origins: What is known of each tensor.
     """
 
-    def __init__(self, model: nn.Module, root: CallNode, calls: list[Call], between: Frame) -> None:
+    def __init__(self, model: nn.Module, root: CallNode, calls: list[Call], between: ModuleCall) -> None:
         self.model, self.calls = model, calls
         self.origins = Origins()
         self._root, self._between = root, between
@@ -62,7 +62,7 @@ class Sources:
         self._inputs += 1
         return origin
 
-    def find(self, tensor: Tensor, frame: Frame) -> Origin:
+    def find(self, tensor: Tensor, frame: ModuleCall) -> Origin:
         """The origin of a tensor as it is now. Values that no call was seen to make, or in more than one, are a source of their own."""
         origin = self.origins.of(tensor)
         if origin is None:
@@ -79,7 +79,7 @@ class Sources:
         self.origins.remember(tensor, origin)
         return origin
 
-    def _find_unknown(self, tensor: Tensor, frame: Frame) -> Origin:
+    def _find_unknown(self, tensor: Tensor, frame: ModuleCall) -> Origin:
         """A tensor that no call was seen to make is a value, unless it is a parameter, or shares the memory of what is known."""
         origin: Origin = self._name_of_parameter(tensor, frame)
         if origin is None:
@@ -92,7 +92,7 @@ class Sources:
         self.origins.remember(tensor, origin)
         return origin
 
-    def _name_of_parameter(self, tensor: Tensor, frame: Frame) -> tuple[str, ...] | None:
+    def _name_of_parameter(self, tensor: Tensor, frame: ModuleCall) -> tuple[str, ...] | None:
         """The name of a parameter that came into the model after the hooks: sharded ones are put together just for their module's forward."""
         if isinstance(tensor, nn.Parameter):
             return next(((name,) for name, parameter in self.model.named_parameters() if parameter is tensor), ())

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 
 from lightning_cco.compat.autograd import applied
 from lightning_cco.graph.call import Call, Read
-from lightning_cco.graph.call_node import CallNode, Frame
+from lightning_cco.graph.call_node import CallNode, ModuleCall
 from lightning_cco.graph.compiled import HiddenMode
 from lightning_cco.graph.containers import tensors_held, tensors_in
 from lightning_cco.graph.custom_functions import CustomCall, running_function
@@ -57,7 +57,7 @@ class Tracer:
         self._read_out: dict[int, set[int]] = {}
         self._function: tuple[FrameType, CustomCall] | None = None
         self._outer: list[OuterCall] = []
-        self._between = Frame(CallNode(""), False)
+        self._between = ModuleCall(CallNode(""), False)
         self._alive: list[Any] = []
         self._sources = Sources(model, root, self.calls, self._between)
         self._origins = self._sources.origins
@@ -75,7 +75,7 @@ class Tracer:
             self._alive.clear()
             self.frames.detach()
 
-    def _entered(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _entered(self, frame: ModuleCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.ran.add(frame.node.path)
         if torch.is_grad_enabled():
             self.with_gradients.add(frame.node.path)
@@ -92,7 +92,7 @@ class Tracer:
                 if self._origins.of(tensor) is None:
                     self._sources.remember_input(tensor, ".".join(str(part) for part in way[1:]))
 
-    def _left(self, frame: Frame, output: Any) -> None:
+    def _left(self, frame: ModuleCall, output: Any) -> None:
         seen = frame.node.seen[frame.training]
         for kind, count in frame.counts.items():
             seen[kind] = max(count, seen.get(kind, 0))
@@ -136,7 +136,7 @@ class Tracer:
 
     # The calls
 
-    def _operands(self, frame: Frame, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Operand]:
+    def _operands(self, frame: ModuleCall, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Operand]:
         if name.endswith("_like") or name.startswith("new_"):
             return []  # they read shapes and types
         found = operands_of(args, kwargs)
@@ -150,7 +150,7 @@ class Tracer:
                 ]
         return [(slot, t, self._sources.find(t, frame)) for slot, t in found]
 
-    def _handle(self, frame: Frame, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _handle(self, frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         op = operation(name)
         function = running_function()
         if function is not None:
@@ -238,7 +238,7 @@ class Tracer:
         self._alive.append(result)
         return result
 
-    def _is_of_network(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _is_of_network(self, frame: ModuleCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call may belong to the network: in a module with parameters, or on what comes from one or from a parameter."""
         if frame is not self._between and self._outer and self._outer[-1].learned:
             return True
@@ -253,13 +253,13 @@ class Tracer:
             if tensor.is_floating_point() and not is_constant(origin):
                 self._read_out.setdefault(origin[0], set()).add(origin[1])
 
-    def _count(self, frame: Frame, op: Op) -> int:
+    def _count(self, frame: ModuleCall, op: Op) -> int:
         index = frame.counts.get(op.kind, 0)
         frame.counts[op.kind] = index + 1
         return index
 
     def _inside(
-        self, function: FrameType, frame: Frame, op: Op, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, function: FrameType, frame: ModuleCall, op: Op, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A call within a custom function. The mode sees it at run time too, so it is counted here, but it is no layer."""
         if self._function is None or self._function[0] is not function:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_cco.figures import figure
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.monitoring.directions import best_of
+from lightning_cco.monitoring.metric_modes import best_of
 from lightning_cco.names import markdown_cell, printable
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.skip_reasons import SkipReason

@@ -9,7 +9,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from lightning_cco.errors import CCOWarning
-from lightning_cco.graph.call_node import CallNode, Frame
+from lightning_cco.graph.call_node import CallNode, ModuleCall
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.ops import OPS, Category, operation
 from lightning_cco.graph.reached import frozen_modules, is_within
@@ -44,7 +44,7 @@ class Departures:
         }
         self._has_training_capture = any(node.seen[True] for node in root.walk())
 
-    def unseen(self, frame: Frame, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def unseen(self, frame: ModuleCall, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note a call that the capture did not see, if the model computes floats by it."""
         if frame.training and not self._has_training_capture:
             return
@@ -60,7 +60,7 @@ class Departures:
             "such calls run in float. Capture with an example that takes every path and the longest loop (`example_input_array` or `forward_fn`).",
         )
 
-    def moved(self, frame: Frame, name: str, site: SiteQuantizers) -> None:
+    def moved(self, frame: ModuleCall, name: str, site: SiteQuantizers) -> None:
         """Note another call in the place of a layer's."""
         where = frame.node.key or "the root module"
         self._note(

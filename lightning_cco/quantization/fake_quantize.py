@@ -21,9 +21,9 @@ from lightning_cco.compat.torch_modes import is_jit_tracing
 from lightning_cco.quantization import operations
 from lightning_cco.quantization.gradient_holders import fewest_holders, holders
 from lightning_cco.quantization.native import Kernels, kernels_for
-from lightning_cco.quantization.remade_weights import RemadeWeight
 from lightning_cco.quantization.tracing import behind_transforms, runs_plainly
 from lightning_cco.quantization.weight_clipping import clip_ratios_of_weight
+from lightning_cco.quantization.weight_recompute import RecomputedWeight
 
 _SMALLEST_SCALE = 1e-12
 _INF = float("inf")
@@ -362,36 +362,38 @@ def _level(value: float, scale: float) -> float:
     return float(np.rint(np.float32(value) * (np.float32(1.0) / np.float32(scale))))
 
 
-def fake_quantize_weight(weight: Tensor, num_bits: int, axis: int | None, remade: RemadeWeight | None = None, mse: bool = False) -> Tensor:
+def fake_quantize_weight(
+    weight: Tensor, num_bits: int, axis: int | None, recomputed: RecomputedWeight | None = None, mse: bool = False
+) -> Tensor:
     """Round a weight to the symmetric grid of its own scales. The gradient is that of the identity, also where ``mse`` scales clip.
 
     Args:
         weight: Any shape, any float type.
         num_bits: Bits of the format.
         axis: Axis of the output channels; `None`: one scale for all.
-        remade: Takes the scales, and gives the memory for the result; only where there are kernels for the weight.
+        recomputed: Takes the scales, and gives the memory for the result; only where there are kernels for the weight.
         mse: Which scales, as for `weight_scale`.
     """
-    if remade is None and not torch.compiler.is_compiling() and not runs_plainly():
+    if recomputed is None and not torch.compiler.is_compiling() and not runs_plainly():
         scale, limit = weight_scale(weight, num_bits, axis, mse), quant_range(num_bits, symmetric=True)[1]
         levels = _times(weight.detach(), scale.reciprocal()).round()
         rounded = ((levels.clamp(-limit, limit) if mse else levels) * scale).to(weight.dtype)
         return rounded + (weight - weight.detach()) if _wants_gradient() else rounded
-    result: Tensor = _FakeQuantizeWeight.apply(weight, num_bits, axis, remade, mse)  # type: ignore[no-untyped-call]
+    result: Tensor = _FakeQuantizeWeight.apply(weight, num_bits, axis, recomputed, mse)  # type: ignore[no-untyped-call]
     return result
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, num_bits: int, axis: int | None, remade: RemadeWeight | None, mse: bool) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, num_bits: int, axis: int | None, recomputed: RecomputedWeight | None, mse: bool) -> Tensor:
         kernels = None if axis is None or torch.compiler.is_compiling() or not weight.is_contiguous() else kernels_for(weight)
         limit = quant_range(num_bits, symmetric=True)[1]
         if kernels is not None:
             assert axis is not None
             scales = None
-            if remade is not None:
-                scales, remade.limit = remade.scales, limit
-            result = torch.empty_like(weight) if remade is None else remade.room()
+            if recomputed is not None:
+                scales, recomputed.limit = recomputed.scales, limit
+            result = torch.empty_like(weight) if recomputed is None else recomputed.room()
             kernels.fake_quantize_weight(weight, result, axis, limit, _SMALLEST_SCALE, scales, mse=mse)
             return result
         scale = weight_scale(weight, num_bits, axis, mse)

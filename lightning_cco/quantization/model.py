@@ -170,7 +170,7 @@ class HookedModel:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode inside the block, without gradients if the model's own forward needs none. Ranges stand still."""
+        """Evaluation mode inside the block, without gradients if the model's own forward needs none. Ranges are frozen."""
         flags = [(module, module.training) for module in self.model.modules()]
         following, self.runtime.following = self.runtime.following, False
         switch_training(self.model, False)
@@ -193,7 +193,7 @@ class HookedModel:
         self.frozen = True
 
     def unfreeze_ranges(self) -> None:
-        """Let the ranges follow the activations again, also those that ``auto`` lets stand still."""
+        """Let the ranges follow the activations again, also those that ``auto`` froze."""
         for quantizer in self._activations.values():
             quantizer.unfreeze()
         self.frozen = False

@@ -12,7 +12,7 @@ from lightning_cco.quantization.connections import Connections
 from lightning_cco.quantization.exact import UNSEEN, ExactReaders, Placement
 from lightning_cco.quantization.groups import Groups, has_statistics
 from lightning_cco.quantization.plan import Boundary, LayerDecision, QuantizationPlan, TensorSpec
-from lightning_cco.quantization.rules import Said, apply_rules
+from lightning_cco.quantization.rules import ResolvedRules, apply_rules
 from lightning_cco.quantization.skip_reasons import Skip, SkipReason
 from lightning_cco.quantization.skips import find_skips, warn_of_bits_for_nothing
 from lightning_cco.quantization.targets import TARGETS, Target
@@ -55,7 +55,7 @@ class _Planner:
         graph: LayerGraph,
         settings: Settings,
         target: Target,
-        said: dict[str, Said],
+        said: dict[str, ResolvedRules],
         skips: dict[str, Skip],
         suggestions: tuple[str, ...],
     ) -> None:
@@ -153,7 +153,7 @@ class _Planner:
         pending = [layer.name for layer in self.graph if layer.name in int8 and self._follows(layer.name)]
         while pending:
             name = pending.pop()
-            if name not in int8 or self.said.get(name, Said()).asked_for or self._reads_int8(name, int8):
+            if name not in int8 or self.said.get(name, ResolvedRules()).asked_for or self._reads_int8(name, int8):
                 continue
             # A clamp is what the rounding of its result does; a norm is no reason to round what it reads.
             only_behind = self.connections.category[name] is Category.CLAMP or self.graph[name].kind == "batch_norm"
@@ -172,7 +172,7 @@ class _Planner:
 
     def _follows(self, name: str) -> bool:
         kind = self.graph[name].kind
-        return kind in self.target.followers or self.connections.category[name] is Category.CLAMP or kind == "batch_norm"
+        return kind in self.target.elementwise_kinds or self.connections.category[name] is Category.CLAMP or kind == "batch_norm"
 
     def _reads_int8(self, name: str, int8: set[str]) -> bool:
         """Whether every float that a layer reads comes out of an INT8 layer in INT8 anyway."""
@@ -193,13 +193,13 @@ class _Planner:
 
     def _activation_bits(self, name: str) -> int:
         """The layer's own rule, else that of the group it ends, else the global value."""
-        said = self.said.get(name, Said()).activations_num_bits
+        said = self.said.get(name, ResolvedRules()).activations_num_bits
         while said is None:
             before = self.fused_from.get(name)
             if before is None:
                 return self.settings.global_quantization_settings.activations_num_bits
             name = before
-            said = self.said.get(name, Said()).activations_num_bits
+            said = self.said.get(name, ResolvedRules()).activations_num_bits
         return said
 
     def _decision(self, layer: Layer, made: Collection[TensorKey], rounded: set[str]) -> LayerDecision:
@@ -207,7 +207,7 @@ class _Planner:
         own = self._activation_bits(name) if TensorKey(name) in made else None
         weights = None
         if layer.weighted:
-            said = self.said.get(name, Said()).weights_num_bits
+            said = self.said.get(name, ResolvedRules()).weights_num_bits
             weights = said if said is not None else self.settings.global_quantization_settings.weights_num_bits
             weights = self.target.weight_bits(layer, weights, self.settings.deployment_settings.vnni)
         if name in self.skips:

@@ -31,8 +31,8 @@ from lightning_cco.quantization.ranges import (
     says_something,
     weight_estimator,
 )
-from lightning_cco.quantization.remade_weights import RemadeWeight, remade_weight
 from lightning_cco.quantization.tracing import behind_transforms, runs_plainly
+from lightning_cco.quantization.weight_recompute import RecomputedWeight, recomputed_weight
 
 _RANGE_BUFFERS = ("min_val", "max_val", "scale", "zero_point", "clip_ratio")
 _INF = float("inf")
@@ -49,7 +49,7 @@ class ActivationQuantizer(nn.Module):
     """Fake-quantizes one activation tensor with one scale and zero point.
 
     In training it notes the smallest and the largest value that pass; `update_ranges` lets the ranges of all quantizers follow, once per step.
-    With ``auto`` at few bits the range stands still once the calibration has found it: what is learned at few bits is learned for one grid.
+    With ``auto`` at few bits the range is frozen once the calibration has found it: what is learned at few bits is learned for one grid.
     Zeros and empty tensors say nothing about a range. As long as nothing else has come, values pass unrounded; the first batch that says something is
     then taken as it is.
     Buffers are written in place, never assigned: a buffer assigned under ``trainer.validate`` would be an inference tensor for good.
@@ -64,7 +64,7 @@ class ActivationQuantizer(nn.Module):
     Attributes:
         estimator: Which one it is; never ``auto``.
         frozen: Whether the range stays as it is, as long as nobody says otherwise.
-        settles: Whether the range stands still once a calibration has found it.
+        settles: Whether the range is frozen once a calibration has found it.
         settled: Whether it does now. What the calibration says nothing about follows the training instead.
         empty: Whether nothing has said anything about the range yet.
         observed: How many calibration batches did.
@@ -229,7 +229,7 @@ class ActivationQuantizer(nn.Module):
             x: The activation, any shape, any float type.
             clamp: An activation function to apply on the way, as an interval.
             inplace: Overwrite ``x``.
-            track: Whether the range is to follow this batch, unless it stands still.
+            track: Whether the range is to follow this batch, unless it is frozen.
         """
         buffers = self._buffers  # read directly: a module's attributes take a microsecond each
         extrema = buffers["extrema"] if track and not (self.frozen or self.settled) else None
@@ -333,19 +333,19 @@ class WeightQuantizer(nn.Module):
         """Bits and estimator."""
         return self.num_bits, self.estimator
 
-    def forward(self, weight: Tensor, remade: list[RemadeWeight] | None = None) -> Tensor:
+    def forward(self, weight: Tensor, recomputed: list[RecomputedWeight] | None = None) -> Tensor:
         """Fake-quantize; the gradient is that of the identity.
 
         Args:
             weight: The weight.
-            remade: Takes what makes the result again in the backward, if that is possible and worth it.
+            recomputed: Takes what makes the result again in the backward, if that is possible and worth it.
         """
         if not torch.compiler.is_compiling() and not runs_plainly():
             return self._rounded(weight)
-        room = remade_weight(weight, self.axis) if remade is not None else None
-        if room is not None and remade is not None:
+        room = recomputed_weight(weight, self.axis) if recomputed is not None else None
+        if room is not None and recomputed is not None:
             self._kept = None
-            remade.append(room)
+            recomputed.append(room)
             return self._rounded(weight, room)
         # What is computed from parameters (a parametrization) is a new tensor each time, often at the address of the last one: nothing to keep.
         owner = weight._base if weight._base is not None else weight
@@ -362,8 +362,8 @@ class WeightQuantizer(nn.Module):
         self._kept = version, some, some.clone(), rounded  # at once: other threads use it as well
         return rounded
 
-    def _rounded(self, weight: Tensor, remade: RemadeWeight | None = None) -> Tensor:
-        return fake_quantize_weight(weight, self.num_bits, self.axis, remade, self.estimator == "mse")
+    def _rounded(self, weight: Tensor, recomputed: RecomputedWeight | None = None) -> Tensor:
+        return fake_quantize_weight(weight, self.num_bits, self.axis, recomputed, self.estimator == "mse")
 
     def scale(self, weight: Tensor) -> Tensor:
         """The scale of each channel, as `weight_scale` shapes it."""

@@ -35,7 +35,7 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], outliers_before: Te
         outliers_before: What the last update returned: a second outlier in a row is none.
 
     Returns:
-        Which of the quantizers that do not stand still met an outlier, bool; `None` if all do.
+        Which of the quantizers that are not frozen met an outlier, bool; `None` if all are.
     """
     moving = [quantizer for quantizer in quantizers if not quantizer.stands_still]
     if not moving:

@@ -16,7 +16,7 @@ BY_ITSELF = _PATH
 
 
 @dataclass
-class Said:
+class ResolvedRules:
     """What the rules say of one layer. Each part remembers how exactly its rule named the layer, and which rule it was."""
 
     skip: bool | None = None
@@ -35,7 +35,7 @@ class Said:
         return self.skip is False and self.skip_exactness >= BY_ITSELF
 
 
-def apply_rules(graph: LayerGraph, rules: Sequence[LayerRule]) -> dict[str, Said]:
+def apply_rules(graph: LayerGraph, rules: Sequence[LayerRule]) -> dict[str, ResolvedRules]:
     """Resolve every rule against the graph.
 
     A rule that names a layer more exactly (name, then path, then the inner container, then the outer, then glob or range) wins over a wider one.
@@ -43,10 +43,10 @@ def apply_rules(graph: LayerGraph, rules: Sequence[LayerRule]) -> dict[str, Said
     Raises:
         CCOError: A rule matches nothing, a destination can't be reached, or two equally exact rules contradict each other.
     """
-    said: dict[str, Said] = {}
+    said: dict[str, ResolvedRules] = {}
 
     def say(name: str, part: str, value: object, exactness: float, by: str) -> None:
-        entry = said.setdefault(name, Said())
+        entry = said.setdefault(name, ResolvedRules())
         known, known_exactness, known_by = getattr(entry, part), getattr(entry, _EXACTNESS[part]), getattr(entry, _BY[part])
         if known is not None and known != value and known_exactness == exactness:
             raise CCOError(

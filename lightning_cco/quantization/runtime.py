@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from lightning_cco.compat.autograd import graph_task
-from lightning_cco.graph.call_node import Frame
+from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.graph.capture import Capture
 from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.frames import Frames
 from lightning_cco.graph.python_calls import calling_position
+from lightning_cco.quantization.arguments import at, renormalized, replaced
 from lightning_cco.quantization.departures import COMPUTES, Departures
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
-from lightning_cco.quantization.remade_weights import RemadeWeight, saving_remade
 from lightning_cco.quantization.sites import SiteQuantizers, fill_tables
-from lightning_cco.quantization.slots import at, renormalized, replaced
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.tracing import runs_plainly
+from lightning_cco.quantization.weight_recompute import RecomputedWeight, saving_recomputed
 
 Recorder = Callable[[str, Tensor | ActivationQuantizer, Tensor], None]
 """Called with a layer's name, its quantized output (or the quantizer that would make it of the float one), and its float output."""
@@ -56,7 +56,7 @@ class Runtime:
         capture: Where its layers are.
         plan: What to do with them.
         activations: Quantizer of each planned tensor, by `TensorSpec.key`.
-        weights: Quantizers of each layer's weights, by layer name, in the order of `Site.weights`.
+        weights: Quantizers of each layer's weights, by layer name, in the order of `CallSite.weights`.
 
     Attributes:
         phase: What is done at each planned call, outside of the blocks of `doing`.
@@ -89,7 +89,7 @@ class Runtime:
         """Fill the tables of every call node from a plan. Code compiled for another plan must be dropped by the caller."""
         fill_tables(self.capture, plan, activations, weights)
 
-    def _handle(self, frame: Frame, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _handle(self, frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = frame.table.get(name)
         if entry is None:
             if name in COMPUTES:
@@ -140,17 +140,19 @@ class Runtime:
 
     # What to do at a planned call, one method for each phase.
 
-    def _quantize(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _quantize(
+        self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         # Activation checkpointing runs a part of the forward again inside the backward; the ranges have moved for this batch already.
         track = frame.records and self.following and (is_compiling() or graph_task() == -1)
         if site.renormalizes:
             args, kwargs = renormalized(args, kwargs)
         if site.weights:
-            remade: list[RemadeWeight] = []
+            recomputed: list[RecomputedWeight] = []
             for slot, weight_quantizer in site.weights:
-                args, kwargs = replaced(args, kwargs, slot, partial(weight_quantizer, remade=remade))
-            if remade:
-                func = saving_remade(func, remade)
+                args, kwargs = replaced(args, kwargs, slot, partial(weight_quantizer, recomputed=recomputed))
+            if recomputed:
+                func = saving_recomputed(func, recomputed)
         for slot, _, quantizer in site.reads:
             args, kwargs = replaced(args, kwargs, slot, partial(quantizer, track=track))
         if not site.outputs:
@@ -179,7 +181,9 @@ class Runtime:
             return rounded if base is result else rounded.view(result.shape)
         return _with_outputs(result, site.outputs, track)
 
-    def _observe(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _observe(
+        self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         only = self._blocks[get_ident()].only
         for slot, _, quantizer in site.reads:
             if only is None or id(quantizer) in only:
@@ -191,7 +195,7 @@ class Runtime:
         return result
 
     def _measure_local(
-        self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Float and quantized layer on the same float input; the float result flows on."""
         if site.renormalizes:
@@ -220,7 +224,7 @@ class Runtime:
         return result
 
     def _record_float(
-        self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Float forward; the recorder gets each planned layer's float output."""
         for slot, source, _ in site.reads:
@@ -233,7 +237,7 @@ class Runtime:
         return result
 
     def _record_quantized(
-        self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Quantized forward; the recorder gets each planned layer's quantized output."""
         for slot, source, quantizer in site.reads:
@@ -245,7 +249,9 @@ class Runtime:
         self._record(site.layer, output, output)
         return result
 
-    def _pass(self, frame: Frame, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _pass(
+        self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         return func(*args, **kwargs)
 
     @contextmanager

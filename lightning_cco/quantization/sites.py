@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lightning_cco.graph.call import Slot
-from lightning_cco.graph.capture import Capture, Site
+from lightning_cco.graph.call import ArgPath
+from lightning_cco.graph.capture import CallSite, Capture
 from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation_of_kind
 from lightning_cco.quantization.clamp_limits import LIMITS, Limits
 from lightning_cco.quantization.plan import QuantizationPlan
@@ -19,8 +19,8 @@ class SiteQuantizers:
     """The quantizers of one layer, and where in the call they stand."""
 
     layer: str
-    weights: list[tuple[Slot, WeightQuantizer]] = field(default_factory=list)
-    reads: list[tuple[Slot, str, ActivationQuantizer]] = field(default_factory=list)
+    weights: list[tuple[ArgPath, WeightQuantizer]] = field(default_factory=list)
+    reads: list[tuple[ArgPath, str, ActivationQuantizer]] = field(default_factory=list)
     outputs: list[tuple[int, ActivationQuantizer]] = field(default_factory=list)
     limits: Limits | None = None
     in_place: bool = False
@@ -79,7 +79,7 @@ def by_spelling(entries: dict[str, FunctionEntry]) -> dict[str, FunctionEntry]:
 
 
 def site_quantizers(
-    site: Site,
+    site: CallSite,
     capture: Capture,
     plan: QuantizationPlan,
     activations: Mapping[TensorKey, ActivationQuantizer],

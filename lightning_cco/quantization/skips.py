@@ -10,7 +10,7 @@ from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, is_known_kind, operation_of_kind
 from lightning_cco.names import list_names
-from lightning_cco.quantization.rules import Said
+from lightning_cco.quantization.rules import ResolvedRules
 from lightning_cco.quantization.skip_reasons import Skip, SkipReason
 from lightning_cco.quantization.targets import Target
 from lightning_cco.settings import LayerRule, Settings
@@ -83,7 +83,7 @@ def _intrinsic(layer: Layer, target: Target) -> Skip | None:
 
 
 def find_skips(
-    graph: LayerGraph, settings: Settings, said: dict[str, Said], suggestions: Collection[str], target: Target
+    graph: LayerGraph, settings: Settings, said: dict[str, ResolvedRules], suggestions: Collection[str], target: Target
 ) -> tuple[dict[str, Skip], frozenset[str]]:
     """Find what is not to be quantized.
 
@@ -104,7 +104,7 @@ def find_skips(
     skips: dict[str, Skip] = {}
     forced = set()
     for layer in graph:
-        entry, intrinsic = said.get(layer.name, Said()), _intrinsic(layer, target)
+        entry, intrinsic = said.get(layer.name, ResolvedRules()), _intrinsic(layer, target)
         if entry.asked_for:
             _refuse_impossible(graph, layer, entry, intrinsic)
             if _runs_if_asked(layer, intrinsic, target):
@@ -116,7 +116,7 @@ def find_skips(
     return skips, frozenset(forced)
 
 
-def _refuse_impossible(graph: LayerGraph, layer: Layer, entry: Said, intrinsic: Skip | None) -> None:
+def _refuse_impossible(graph: LayerGraph, layer: Layer, entry: ResolvedRules, intrinsic: Skip | None) -> None:
     impossible = (SkipReason.INTEGER, SkipReason.UNSUPPORTED, SkipReason.OUTPUT)
     if intrinsic is not None and (intrinsic.reason in impossible or _category(layer) is Category.IDENTITY):
         raise CCOError(
@@ -128,11 +128,11 @@ def _refuse_impossible(graph: LayerGraph, layer: Layer, entry: Said, intrinsic: 
 def _runs_if_asked(layer: Layer, intrinsic: Skip | None, target: Target) -> bool:
     """Whether a layer runs in INT8 if a rule asks for it by name, and may not otherwise."""
     if intrinsic is None:
-        return layer.kind in target.followers or _category(layer) is Category.CLAMP
+        return layer.kind in target.elementwise_kinds or _category(layer) is Category.CLAMP
     return intrinsic.reason in (SkipReason.RULE, SkipReason.WEIGHT_ONLY)
 
 
-def _chosen(layer: Layer, entry: Said, intrinsic: Skip | None, suggested: bool, in_tail: bool) -> Skip | None:
+def _chosen(layer: Layer, entry: ResolvedRules, intrinsic: Skip | None, suggested: bool, in_tail: bool) -> Skip | None:
     """Why a layer is left in float; `None` if it is not."""
     unwanted = entry.skip or (entry.skip is None and suggested)
     if intrinsic is not None:

@@ -32,7 +32,7 @@ class Target:
         weight_only_kinds: Kinds with weights that it computes in float from integer weights: nothing is rounded for what they read.
         forms: For kinds of which it computes only some layers in INT8, which those are; a weighted layer that is not one of them is weight-only.
         float_outputs: Kinds among them whose result the engine hands over in float at no cost. It is rounded only where an INT8 layer reads it.
-        followers: Kinds that multiply no weights. They run in INT8 if all that they read is INT8 anyway or something that reads them is; between float
+        elementwise_kinds: Kinds that multiply no weights. They run in INT8 if all that they read is INT8 anyway or something that reads them is; between float
             layers (a residual stream between layer norms) the conversions would cost more than they save.
         channel_multiple: How many input channels the fast convolution kernels read at a time.
         integer_bias: Whether a bias is stored as integers on the grid of the accumulator; else in float.
@@ -58,7 +58,7 @@ class Target:
     weight_only_kinds: frozenset[str] = frozenset()
     forms: Mapping[str, Form] | None = None
     float_outputs: frozenset[str] = _WEIGHTED - {"conv", "conv_transpose"} | _MATMUL
-    followers: frozenset[str] = _ELEMENTWISE | _SHAPING | _SMOOTH
+    elementwise_kinds: frozenset[str] = _ELEMENTWISE | _SHAPING | _SMOOTH
     channel_multiple: int = 1
     integer_bias: bool = True
     matrix_unit_depth: int | None = None

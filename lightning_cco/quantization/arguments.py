@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_cco.graph.call import Slot
+from lightning_cco.graph.call import ArgPath
 
 
-def at(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
+def at(args: tuple[Any, ...], kwargs: dict[str, Any], slot: ArgPath) -> Any:
     """The value that a slot leads to."""
     value: Any = args[slot[0]] if isinstance(slot[0], int) else kwargs[slot[0]]
     for part in slot[1:]:
@@ -20,14 +20,14 @@ def at(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
 
 
 def replaced(
-    args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot, change: Callable[[Tensor], Tensor]
+    args: tuple[Any, ...], kwargs: dict[str, Any], slot: ArgPath, change: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same arguments with one tensor changed."""
     first, rest = slot[0], slot[1:]
     if not rest and isinstance(first, int):  # nearly always
         return (*args[:first], change(args[first]), *args[first + 1 :]), kwargs
 
-    def put(value: Any, way: Slot) -> Any:
+    def put(value: Any, way: ArgPath) -> Any:
         if not way:
             return change(value)
         items = list(value)

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_cco import quantize
 from lightning_cco.errors import CCOError
-from lightning_cco.quantization import native, quantizer, remade_weights
+from lightning_cco.quantization import native, quantizer, weight_recompute
 from lightning_cco.quantization.fake_quantize import fake_quantize_weight
 from lightning_cco.quantization.native import kernels_for
-from lightning_cco.quantization.remade_weights import RemadeWeight
+from lightning_cco.quantization.weight_recompute import RecomputedWeight
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no C compiler")
 
@@ -44,10 +44,10 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_made_is_what_was_remade(num_bits: int, shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
     weight = torch.randn(shape).to(dtype)
-    remade = RemadeWeight(weight, axis, kernels_for(weight))
-    rounded = fake_quantize_weight(weight, num_bits, axis, remade)
+    recomputed = RecomputedWeight(weight, axis, kernels_for(weight))
+    rounded = fake_quantize_weight(weight, num_bits, axis, recomputed)
     assert torch.equal(rounded, fake_quantize_weight(weight, num_bits, axis))
-    again = remade.make()
+    again = recomputed.make()
     assert again.data_ptr() != rounded.data_ptr()  # somebody holds what was made first
     assert torch.equal(again, rounded)
 
@@ -57,13 +57,13 @@ def test_gradients_are_the_same_to_the_last_bit(monkeypatch: pytest.MonkeyPatch)
     x, model = torch.randn(2, 4, 16, 16), Layers()
     plain = copy.deepcopy(model)
     made: list[int] = []
-    original = RemadeWeight.make
-    monkeypatch.setattr(RemadeWeight, "make", lambda self: made.append(self.weight.numel()) or original(self))
+    original = RecomputedWeight.make
+    monkeypatch.setattr(RecomputedWeight, "make", lambda self: made.append(self.weight.numel()) or original(self))
     for one in (model, plain):
         quantize(one, {"global_quantization_settings": {"skip_tail_quantization": False}}, (x,)).calibrate([(x,)])
     found = gradients(model, x)
     assert {model.conv.weight.numel(), model.up.weight.numel(), model.flat.weight.numel()} <= set(made)
-    monkeypatch.setattr(quantizer, "remade_weight", lambda weight, axis: None)
+    monkeypatch.setattr(quantizer, "recomputed_weight", lambda weight, axis: None)
     made.clear()
     for got, expected in zip(found, gradients(plain, x), strict=True):
         assert torch.equal(got, expected)
@@ -91,7 +91,7 @@ def test_the_float_copies_take_the_same_memory_one_after_the_other(monkeypatch: 
 
 def test_hooks_of_others_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint counts what is saved, offloading wants to see it: then weights are saved as they are."""
-    monkeypatch.setattr(remade_weights, "RemadeWeight", lambda *args: pytest.fail("made again"))
+    monkeypatch.setattr(weight_recompute, "RecomputedWeight", lambda *args: pytest.fail("made again"))
     model, x = nn.Sequential(nn.Linear(200, 300), nn.ReLU(), nn.Linear(300, 2)), torch.randn(4, 200, requires_grad=True)
     quantize(model, None, (x.detach(),)).calibrate([(x.detach(),)])
     saved: list[int] = []

@@ -36,7 +36,7 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-class RemadeWeight:
+class RecomputedWeight:
     """A rounded weight that can be made again to the last bit, as long as the weight itself does not change.
 
     Args:
@@ -80,7 +80,7 @@ class RemadeWeight:
         return rounded
 
 
-def remade_weight(weight: Tensor, axis: int | None) -> RemadeWeight | None:
+def recomputed_weight(weight: Tensor, axis: int | None) -> RecomputedWeight | None:
     """What makes a rounded weight again in the backward.
 
     `None` where that is not wanted: outside of an eager training forward, for small weights, and where somebody else, such as a checkpoint, handles
@@ -91,19 +91,19 @@ def remade_weight(weight: Tensor, axis: int | None) -> RemadeWeight | None:
     kernels = kernels_for(weight) if weight.is_contiguous() else None
     if kernels is None or not saved_hooks_enabled() or saved_hooks_on_top(False) is not None:
         return None
-    return RemadeWeight(weight, axis, kernels)
+    return RecomputedWeight(weight, axis, kernels)
 
 
-def saving_remade(func: Callable[..., Any], weights: Sequence[RemadeWeight]) -> Callable[..., Any]:
+def saving_recomputed(func: Callable[..., Any], weights: Sequence[RecomputedWeight]) -> Callable[..., Any]:
     """The same function, but what autograd saves of rounded weights, views of them included, is made again when it is needed."""
     known = {weight.address: weight for weight in weights}
 
     def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
-        remade = known.get(tensor.data_ptr())
-        if remade is None or tensor.numel() != remade.weight.numel():
+        recomputed = known.get(tensor.data_ptr())
+        if recomputed is None or tensor.numel() != recomputed.weight.numel():
             return tensor
         shape, strides = tensor.shape, tensor.stride()
-        return lambda: remade.make().as_strided(shape, strides)
+        return lambda: recomputed.make().as_strided(shape, strides)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):

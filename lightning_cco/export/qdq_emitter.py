@@ -11,20 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_cco.export.fold import IntegerWeight
-from lightning_cco.export.forms import attention, averages_images, divided, without_bound
-from lightning_cco.export.passes import NAME
+from lightning_cco.export.engine_patterns import attention, averages_images, divided, without_bound
+from lightning_cco.export.fold_batch_norm import IntegerWeight
+from lightning_cco.export.onnx_passes import NAME
 from lightning_cco.export.provenance import noting
 from lightning_cco.export.stored import StoredWeights
-from lightning_cco.graph.call_node import Frame
-from lightning_cco.graph.capture import Site
+from lightning_cco.graph.call_node import ModuleCall
+from lightning_cco.graph.capture import CallSite
 from lightning_cco.graph.compiled import mode_stack, restore_modes
 from lightning_cco.graph.ops import Category, operation
+from lightning_cco.quantization.arguments import replaced
 from lightning_cco.quantization.clamp_limits import LIMITS
 from lightning_cco.quantization.fake_quantize import level_bounds, quant_range
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.quantizer import ActivationQuantizer
-from lightning_cco.quantization.slots import replaced
 from lightning_cco.quantization.tensor_key import TensorKey
 
 
@@ -54,7 +54,7 @@ class Emitter:
         self.layers: dict[str, str] = {}
         self.model: nn.Module = quantized.model
         self._formats = {key: _format(quantizer) for key, quantizer in quantized.activations.items()}
-        self._sites: dict[tuple[int, str, int], Site] = {
+        self._sites: dict[tuple[int, str, int], CallSite] = {
             (id(site.node), site.op.kind, site.positions[False]): site for site in quantized.capture.sites.values() if site.visible
         }
 
@@ -75,7 +75,7 @@ class Emitter:
     def _handling(self, handle: Callable[..., Any]) -> Iterator[None]:
         frames = self.quantized.runtime.frames
 
-        def find(frame: Frame, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def find(frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             kind = operation(name).kind
             index = frame.counts.get(kind, 0)
             frame.counts[kind] = index + 1
@@ -95,7 +95,7 @@ class Emitter:
             frames.reset()
             restore_modes(modes)
 
-    def _emit(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _emit(self, site: CallSite, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = site.layer
         if name in self.stored.folded:
             result = args[0]
@@ -138,7 +138,7 @@ class Emitter:
             pooled = self._round(pooled, TensorKey(name))
         return pooled if result.dim() == 4 else pooled.flatten(1)
 
-    def _convolve_blocks(self, site: Site, x: Tensor) -> Tensor:
+    def _convolve_blocks(self, site: CallSite, x: Tensor) -> Tensor:
         """A first convolution on blocks of pixels."""
         weight, pads = self.stored.blocked[site.layer]
         n, channels, height, width = x.shape
@@ -151,7 +151,7 @@ class Emitter:
         attributes = {"pads": list(pads), "kernel_shape": kernel}
         return self._symbolic("Conv", tuple(tensors), (n, weight.integers.shape[0], *sizes), x.dtype, attributes)
 
-    def _scale_channels(self, site: Site, x: Tensor) -> Tensor:
+    def _scale_channels(self, site: CallSite, x: Tensor) -> Tensor:
         """A batch norm that no layer takes in, as a convolution of each channel with one number."""
         (weight,) = self.stored.weights[site.layer]
         kernel = [1] * (x.dim() - 2)
@@ -159,7 +159,7 @@ class Emitter:
         tensors = (x, self._dequantize_weight(weight), self._bias_value(site))
         return self._symbolic("Conv", tensors, x.shape, x.dtype, {"group": x.shape[1], "kernel_shape": kernel})
 
-    def _with_inputs(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _with_inputs(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Quantize what is rounded at its readers: the model's inputs, tensors that an index is made of."""
         for number, key in self.quantized.plan.reads.get(site.layer, {}).items():
             source = site.sources[number]
@@ -169,7 +169,7 @@ class Emitter:
                 args, kwargs = replaced(args, kwargs, source.slot, lambda x, key=key: self._round(x, key))  # type: ignore[misc]
         return args, kwargs
 
-    def _with_weights(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _with_weights(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         for weight, integers in zip(site.weights, self.stored.weights.get(site.layer, ()), strict=False):
             args, kwargs = replaced(args, kwargs, weight.slot, lambda _, w=integers: self._dequantize_weight(w))  # type: ignore[misc]
             if site.layer in self.stored.biases:
@@ -181,25 +181,25 @@ class Emitter:
                 args, kwargs = replaced(args, kwargs, weight.slot, lambda x, s=operand: self._round_operand(x, s, site.layer))  # type: ignore[misc]
         return args, kwargs
 
-    def _with_table(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _with_table(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The rows of a table are within ``max_norm`` already."""
         args, kwargs = without_bound(args, kwargs)
         table = self.stored.tables.get(site.layer)
         return (args, kwargs) if table is None else replaced(args, kwargs, site.weights[0].slot, lambda _: table)
 
-    def _with_bias(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _with_bias(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         value = self._bias_value(site)
         if len(args) > 2:
             return (*args[:2], value, *args[3:]), kwargs
         return args, {**kwargs, "bias": value}
 
-    def _bias_value(self, site: Site) -> Tensor:
+    def _bias_value(self, site: CallSite) -> Tensor:
         value, scale = self.stored.biases[site.layer]
         if scale is None:
             return value
         return self._symbolic("DequantizeLinear", (value, scale), value.shape, torch.float32, {"axis": 0} if scale.dim() else {})
 
-    def _folded_clamp(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    def _folded_clamp(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
         """First and last level of a rounded tensor behind a clamp that rounding does; `None`: the clamp is written as it is."""
         known = LIMITS.get(site.function) if site.op.category is Category.CLAMP else None
         key = TensorKey(site.layer)
@@ -213,7 +213,7 @@ class Emitter:
         first, last = level_bounds(float(quantizer.scale), low, high, interval)
         return int(first) + zero_point, int(last) + zero_point
 
-    def _with_outputs(self, site: Site, args: tuple[Any, ...], result: Any, limits: tuple[int, int] | None = None) -> Any:
+    def _with_outputs(self, site: CallSite, args: tuple[Any, ...], result: Any, limits: tuple[int, int] | None = None) -> Any:
         if isinstance(result, Tensor):
             if not self.quantized.plan.rounds(TensorKey(site.layer)):
                 return result
