@@ -4,9 +4,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers
+LOWEST_PYTHON ?= python3.10
+NEWEST_PYTHON ?= python3.13
 DOCS := .venv-docs
 
-.PHONY: demo test test-all test-sanitize coverage compatibility benchmark benchmark-accuracy benchmark-peers docs lint clean
+.PHONY: demo test test-all test-floors test-sanitize coverage compatibility benchmark benchmark-accuracy benchmark-peers docs lint clean
 
 demo: $(STAMP)
 	$(RUN) recipes/digits_cnn.py
@@ -24,6 +26,18 @@ test-sanitize: $(STAMP)
 	LD_PRELOAD=$$($${CC:-gcc} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 OMP_NUM_THREADS=1 \
 	XDG_CACHE_HOME=outputs/sanitized LIGHTNING_CCO_CFLAGS="-fsanitize=address -fno-omit-frame-pointer -g -O1" \
 	$(RUN) -m pytest -q -p no:cacheprovider $(SANITIZED)
+
+# The fast tests with the lowest versions that pyproject.toml admits on the lowest Python, and with the pinned ones on the newest. uv, since pip takes long to
+# find old versions that go together. PyTorch's default builds need 6 GB each: UV_TORCH_BACKEND=cpu takes its builds for CPUs, where their index can be reached.
+FLOORS := hypothesis networkx openvino pytest pytest-timeout pytest-xdist transformers
+test-floors: $(STAMP)
+	test -x .venv-uv/bin/uv || { $(PYTHON) -m venv .venv-uv && .venv-uv/bin/python -m pip install --quiet uv; }
+	test -x .venv-lowest/bin/python || .venv-uv/bin/uv venv --quiet --python $(LOWEST_PYTHON) .venv-lowest
+	.venv-uv/bin/uv pip install --quiet --python .venv-lowest/bin/python -e '.[export,hydra,recipes]' $(FLOORS) -c constraints-lowest.txt
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -p no:anyio -n 2 -m "not slow"
+	test -x .venv-newest/bin/python || .venv-uv/bin/uv venv --quiet --python $(NEWEST_PYTHON) .venv-newest
+	.venv-uv/bin/uv pip install --quiet --python .venv-newest/bin/python -e '.[export,hydra,recipes]' $(FLOORS) -c constraints.txt
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -p no:anyio -n 2 -m "not slow"
 
 # The fast tests with coverage of lines and branches; also of the processes that they start.
 coverage: $(STAMP)
@@ -72,4 +86,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(DOCS) outputs site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) .venv-uv .venv-lowest .venv-newest $(DOCS) outputs site .mypy_cache .ruff_cache .pytest_cache .hypothesis
