@@ -15,14 +15,23 @@ from lightning_cco.export.report import ExportReport
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of ``slow_tests.txt``."""
+    lines = (Path(__file__).parent / "slow_tests.txt").read_text(encoding="utf-8").splitlines()
+    slow = {line for line in lines if line and not line.startswith("#")}
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def int8_as_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No file that the test exports for ONNX Runtime, whatever writes it, has a layer in float that is planned in INT8."""
+@pytest.fixture(autouse=True)
+def _int8_as_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file that any test exports for ONNX Runtime, whatever writes it, has a layer in float that is planned in INT8."""
     check = onnx_file.check_file
 
     def checked(*args: Any, **options: Any) -> Any:

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from lightning_cco import quantize
 
-pytestmark = pytest.mark.usefixtures("int8_as_planned")
-
 
 class Pooled(nn.Module):
     def __init__(self, **options: Any) -> None:

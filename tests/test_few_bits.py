@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from export_case import MODELS, calibrated, run
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.usefixtures("int8_as_planned")
-
 
 class Clamped(nn.Module):
     """Clamps of every form behind convolutions, a sum, a concat, a pooling."""

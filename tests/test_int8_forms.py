@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from lightning_cco import QuantizedModel, quantize
 
-pytestmark = pytest.mark.usefixtures("int8_as_planned")
-
 Operation = Callable[[Tensor], Tensor]
 
 

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from lightning_cco.export.check import engine_session
 
-pytestmark = pytest.mark.usefixtures("int8_as_planned")
-
 MOVING = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "Split", "MaxPool", "NhwcMaxPool", "Pad", "Expand"}
 MOVING |= {"SpaceToDepth", "DepthToSpace", "Tile", "ReorderInput", "ReorderOutput", "Resize", "Identity", "Clip"}
 INTEGER = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul")
