@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_cco.export.engine import engine_session
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("int8_as_planned")]  # the exporter's own warnings
+pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own warnings
 
 
 class Loop(nn.Module):
