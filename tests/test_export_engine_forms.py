@@ -295,6 +295,9 @@ def test_matrix_units_are_no_matter_for_other_engines(tmp_path: Path) -> None:
 def test_matrix_units_and_four_bits(tmp_path: Path) -> None:
     settings = {"global_quantization_settings": {"weights_num_bits": 4}, "deployment_settings": {"amx": True}}
     quantized, x = calibrated(Deep(), lambda: torch.randn(2, 8, 6, 6), settings)
-    quantized.export(tmp_path / "packed.onnx", int4=True)
+    report = quantized.export(tmp_path / "packed.onnx", int4=True)
+    assert {island.reason for island in report.float_islands if island.operator == "Conv"} == {
+        "its weights are stored in 4 bits, for which the engine has no INT8 product"
+    }
     quantized.export(tmp_path / "wide.onnx")
     np.testing.assert_allclose(run(tmp_path / "packed.onnx", x, optimize=False), run(tmp_path / "wide.onnx", x, optimize=False), atol=1e-5)

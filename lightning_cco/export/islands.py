@@ -10,6 +10,8 @@ from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport, FloatIsland
 from lightning_cco.quantization.model import HookedModel
 
+_INT4 = 22
+"""`onnx.TensorProto.INT4`."""
 _CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 _INTEGER = ("QLinear", "QGemm", "QAttention", "ConvInteger", "MatMulInteger", "MatMulNBits", "QEmbed", "QOrdered")
 _PRODUCTS = {"linear", "matmul", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
@@ -67,13 +69,27 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
     unexpected = "planned in INT8, but the engine computes it in float"
     if target != "ort":
         unexpected = f"planned in INT8 for {target}; ONNX Runtime, in which the file is checked, computes it in float"
+    packed = _packed(written, emitter)
     for operator, layer in heavy:
-        island = _island(quantized, operator, layer, layer in in_integers, unexpected)
+        reason = "its weights are stored in 4 bits, for which the engine has no INT8 product" if layer in packed else unexpected
+        island = _island(quantized, operator, layer, layer in in_integers, reason)
         if island is not None and island not in report.float_islands:
             report.float_islands.append(island)
     report.integer_nodes = {kind: count for kind, count in kinds.items() if kind.startswith(_INTEGER)}
     report.float_nodes = {kind: count for kind, count in kinds.items() if kind in _HEAVY}
     report.conversions = sum(count for kind, count in kinds.items() if kind in _CONVERSIONS)
+
+
+def _packed(written: Any, emitter: Emitter) -> set[str]:
+    """Layers whose weights the file holds in 4 bits."""
+    packed = {entry.name for entry in written.graph.initializer if entry.data_type == _INT4}
+    layers = set()
+    for node in written.graph.node:  # in order: what moves a weight comes before its product
+        if packed.intersection(node.input):
+            layers.add(emitter.layers.get(node.name, ""))
+            if node.op_type in ("DequantizeLinear", "Transpose", "Reshape"):
+                packed.update(node.output)
+    return layers
 
 
 class _Layers:
