@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 
 class TensorKey(str):
     """A tensor: the layer that makes it, and its number among that layer's outputs. Its text is what checkpoints store.
@@ -25,3 +27,7 @@ class TensorKey(str):
 
     def __reduce__(self) -> tuple[type[TensorKey], tuple[str, int]]:
         return TensorKey, (self.layer, self.output)
+
+
+# What users save by tensor, `torch.load` reads back as it does what is keyed by plain names.
+torch.serialization.add_safe_globals([TensorKey])
