@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import Capture, recording, switch_training
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.graph.network import has_parameters
 from lightning_cco.quantization.build import build_quantizers
 from lightning_cco.quantization.calibration import check_weights, finish_calibration, warn_of_zeros
 from lightning_cco.quantization.phases import Phase
@@ -60,7 +61,7 @@ class HookedModel:
     """
 
     def __init__(self, model: nn.Module, captured: Capture, settings: Settings, suggestions: Iterable[str] = ()) -> None:
-        if not any(p.is_floating_point() for p in model.parameters()):
+        if not has_parameters(model):
             raise CCOError(
                 f"{type(model).__name__}: it has no floating-point parameter, so there is nothing to quantize. "
                 "Quantize the float model, before any other conversion, after its layers are built."
