@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from lightning_cco.export import onnx_file
 from lightning_cco.export.report import ExportReport
@@ -22,6 +25,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid in slow:
             item.add_marker("slow")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_registry_of_operators() -> None:
+    """The exporter reads the source of its 500 operators at each export, half of the time of a small model: once a process is enough here."""
+    fresh = functools.cache(ONNXRegistry.from_torchlib)
+
+    def cached(*arguments: Any, **options: Any) -> ONNXRegistry:
+        registry = copy.copy(fresh(*arguments, **options))
+        registry.functions = {target: list(decompositions) for target, decompositions in registry.functions.items()}
+        return registry
+
+    ONNXRegistry.from_torchlib = staticmethod(cached)  # type: ignore[assignment, method-assign]
 
 
 @pytest.fixture(autouse=True)

@@ -226,11 +226,11 @@ def switch_training(model: nn.Module, training: bool) -> None:
 
 def _assemble(root: CallNode, evaluation: Tracer, training: Tracer | None, frozen: list[str]) -> Capture:
     calls, merged = merge_repeats(evaluation.calls)
-    order = sorted(range(len(calls)), key=lambda i: {"input": 0, "output": 2}.get(calls[i].op.kind, 1))
+    order = sorted(range(len(calls)), key=lambda i: {"input": 0, "output": 2}.get(calls[i].layer.kind, 1))
     names: dict[int, str] = {}
     counters: dict[str, int] = {}
     for i in order:
-        kind = calls[i].op.kind
+        kind = calls[i].layer.kind
         count = counters.get(kind, 0)
         counters[kind] = count + 1
         names[i] = f"{kind}_{count}" if count or kind in ("input", "output") else kind

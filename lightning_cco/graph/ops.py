@@ -129,6 +129,7 @@ _ROWS = (
     ),
     Op("concat", _C, ("cat", "concat", "concatenate", "hstack", "vstack", "dstack"), constants=True, masks=True, fresh=True, arguments=("", "dim")),
     Op("stack", _C, ("stack",), constants=True, fresh=True),
+    Op("lookup", _C),  # written down for what selects from a constant by indices, which makes values
     Op("setitem", _C, ("__setitem__",), masks=True),
     Op("where", _C, masks=True),  # no engine has an INT8 form of these two
     Op("masked_fill", _C, masks=True),

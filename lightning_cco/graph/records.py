@@ -20,6 +20,7 @@ from lightning_cco.graph.origins import Origin, is_constant
 from lightning_cco.graph.python_calls import calling_position
 from lightning_cco.graph.sources import Sources, names_of
 
+_LOOKUP = "selects from a constant by indexing; torch.nn.functional.embedding(indices, weight) has an INT8 form"
 Operand = tuple[ArgPath, Tensor, Origin]
 """A tensor that a call is given: where it stands, and where it comes from."""
 
@@ -95,7 +96,8 @@ class Seen:
             module: The module that made the call.
             outside: Whether no module did, but the step itself.
         """
-        layer = Layer("", self.frame.node.path, self.op.kind, outside=outside)
+        kind = "lookup" if self._looks_up() else self.op.kind
+        layer = Layer("", self.frame.node.path, kind, outside=outside)
         call = Call(layer, self.frame.node, self.function, self.op, self.index, self.frame.training, visible=self.visible and not outside)
         call.in_place = bool(self.args) and self.outputs[0] is self.args[0]
         call.reads = [
@@ -111,6 +113,7 @@ class Seen:
         quantizable = self._quantizable_outputs(call)
         weight = next((t for slot, t, _ in self.constants if call.weights and slot == call.weights[0].slot), None)
         read = [t for _, t, _ in self.dynamic]
+        parameters = self._parameters(call)
         layer = replace(
             call.layer,
             input_shapes=tuple(tuple(t.shape) for t in read),
@@ -118,10 +121,12 @@ class Seen:
             output_dtypes=tuple(dtype_name(t) for t in self.outputs),
             quantizable_outputs=quantizable,
             attributes={**attributes(self.op, module, self.args, self.kwargs, weight), **_steps(self.kwargs)},
-            parameters=self._parameters(call),
+            parameters=parameters,
             weighted=self.op.category is Category.WEIGHTED
+            or (call.layer.kind == "lookup" and bool(parameters))
             or (self.op.category is Category.MATMUL and any(w.parameters for w in call.weights)),
             note=note_of(quantizable, self.mask_like, read, self.outputs)
+            or (_LOOKUP if call.layer.kind == "lookup" else "")
             or ("writes its result into tensors that it is given" if self.writes else ""),
         )
         if not call.weights or self.op.category not in (Category.MATMUL, Category.COMPUTE):
@@ -137,6 +142,15 @@ class Seen:
         reads_mask = any(not r.quantizable and t.is_floating_point() for r, (_, t, _) in zip(call.reads, self.dynamic, strict=True))
         masking = self.op.kind in MASKING or self.mask_like or reads_mask
         return tuple(t.is_floating_point() and not (masking and is_mask_like(t)) for t in self.outputs)
+
+    def _looks_up(self) -> bool:
+        """Whether it selects from a constant by integers that depend on the inputs: an embedding, written ``weight[indices]``.
+
+        It makes values, though its function otherwise passes on those of a tensor that depends on the inputs.
+        """
+        if self.op.category is not Category.PRESERVE or not self.dynamic or any(t.is_floating_point() for _, t, _ in self.dynamic):
+            return False
+        return any(t.is_floating_point() for t in self.outputs)
 
     def _parameters(self, call: Call) -> tuple[str, ...]:
         """Names of the parameters that it reads, those of its weight first."""
