@@ -11,6 +11,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.names import Interpolated, nearest, printable, shown
 from lightning_cco.sections import (
     DeploymentSettings,
+    DistillationSettings,
     GlobalQuantizationSettings,
     LayerRule,
     MonitoringSettings,
@@ -22,6 +23,7 @@ from lightning_cco.sections import (
 _SECTIONS: Mapping[str, type] = {
     "global_quantization_settings": GlobalQuantizationSettings,
     "training_settings": TrainingSettings,
+    "distillation_settings": DistillationSettings,
     "monitoring_settings": MonitoringSettings,
     "deployment_settings": DeploymentSettings,
 }
@@ -70,7 +72,7 @@ def _section(values: Any, kind: type, section: str) -> Any:
         values = vars(values)
     if not isinstance(values, Mapping):
         raise CCOError(f"{section}: a mapping was expected, {type(values).__name__} came: {shown(values)}.")
-    values = dict(values)
+    values = {"on" if key is True else key: value for key, value in values.items()}  # YAML reads the key `on` as true
     if section == "global_quantization_settings":
         if values.pop("method", "qat") != "qat":
             raise CCOError("global_quantization_settings.method: only 'qat' (quantization-aware training) is there. Remove the key.")

@@ -22,6 +22,7 @@ from lightning_cco.batches import (
     with_progress,
 )
 from lightning_cco.checkpoints import best_checkpoint, check_callback_state, local_folder, read_checkpoint
+from lightning_cco.distillation.distiller import Distiller
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export_dir import as_before, check_export_dir
@@ -62,6 +63,7 @@ class CCOCallback(pl.Callback):
     | `cco/sqnr_min` | smallest signal-to-quantization-noise ratio of any layer, dB |
     | `cco/num_quantized_layers` | number of layers in INT8 |
     | `cco/num_suggested_skips` | number of layers above the threshold |
+    | `cco/distillation_loss` | mean distance from the float model, with ``distillation_settings`` |
 
     Raises:
         CCOError: The recipe is not valid.
@@ -74,6 +76,7 @@ class CCOCallback(pl.Callback):
         self.report: SensitivityReport | None = None
         self.suggestions: list[Suggestion] = []
         self.original_metrics: dict[str, float] = {}
+        self.distiller = Distiller(self.settings.distillation_settings)
         self._forward: ForwardFn | None = None
         self._monitor: Monitor | None = None
         self._held: list[Any] = []
@@ -110,6 +113,7 @@ class CCOCallback(pl.Callback):
         if stage == "fit" and self.quantized.model is not pl_module:
             rank_zero_info("CCOCallback: another model than in the run before; it is captured and calibrated anew.")
             self._state, self._monitor, self.report = None, None, None
+            self.distiller.forget()
             self.original_metrics, self.suggestions, self._skips, self._pending_skips, self._held = {}, [], [], [], []
         else:
             self._state = self._state or self.state_dict()
@@ -158,6 +162,8 @@ class CCOCallback(pl.Callback):
         self._apply_pending_skips(trainer)
         if self._freezes_at(trainer.global_step):
             quantized.freeze_ranges()
+        assert self._forward is not None
+        self.distiller.start(trainer, quantized, self._forward, self._held[0], monitor.folder)
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         """Capture the layers and hook the quantizers on, unless they are."""
@@ -197,12 +203,14 @@ class CCOCallback(pl.Callback):
         """Called before each training batch. Lets the ranges follow it."""
         if self.quantized is not None:
             self.quantized.follow_ranges(True)
+        self.distiller.before_batch()
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called before each validation. Ranges are frozen in it, also where it records gradients (forces)."""
         if self.quantized is not None:
             self.quantized.follow_ranges(False)
+        self.distiller.pause()
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -223,6 +231,7 @@ class CCOCallback(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Called after each batch. Lets the ranges follow it, equally on all ranks, and freezes them at their step."""
         assert self.quantized is not None
+        self.distiller.after_batch(pl_module)
         self.quantized.update_ranges()
         if not self.quantized.frozen and self._freezes_at(trainer.global_step):
             self.quantized.freeze_ranges()
@@ -272,6 +281,11 @@ class CCOCallback(pl.Callback):
             self._calibrate(trainer, self.quantized)
         if self._monitor is not None:
             self._monitor.on_plan(self.quantized.plan)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after the last batch. The teacher has nothing more to do."""
+        self.distiller.stop()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -351,7 +365,8 @@ class CCOCallback(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Called when a run is interrupted. Forgets the frames of the forward that did not end."""
+        """Called when a run is interrupted. Forgets the frames of the forward that did not end, and takes what was put on the strategy off."""
+        self.distiller.stop()
         if self.quantized is not None:
             self.quantized.runtime.frames.reset()
 
@@ -369,6 +384,7 @@ class CCOCallback(pl.Callback):
             "skips": list(self._skips),
             "pending_skips": list(self._pending_skips),
             "monitor": self._monitor.state_dict() if self._monitor is not None else {},
+            "distillation": self.distiller.state_dict(),
         }
 
     @override
@@ -379,6 +395,7 @@ class CCOCallback(pl.Callback):
         check_callback_state(state_dict)
         self._weights_are_known = self._ranges_came = True
         self._state = state_dict
+        self.distiller.load_state_dict(state_dict.get("distillation", {}))
         self.original_metrics = dict(state_dict["original_metrics"])
         self._skips = list(state_dict["skips"])
         self._pending_skips = list(state_dict["pending_skips"])

@@ -64,6 +64,9 @@ def check_callback_state(state: Any) -> None:
     for name, value in entry(state, "original_metrics", Mapping).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             refuse(f"original_metrics.{name}", "a number", value)
+    for name, value in (entry(state, "distillation", Mapping) if "distillation" in state else {}).items():
+        if not isinstance(value, str):
+            refuse(f"distillation.{name}", "text", value)
     known = state["quantized"]["kinds"]
     for key in ("skips", "pending_skips"):
         for name in names(state, key):

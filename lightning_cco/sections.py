@@ -16,6 +16,8 @@ RANGE_ESTIMATORS = ("auto", "moving_average", "min_max", "percentile", "mse")
 WEIGHT_ESTIMATORS = ("auto", "minmax", "mse")
 TARGET_FRAMEWORKS = ("ort", "openvino", "tensorrt")
 SENSITIVITY_MODES = ("local", "accumulated")
+DISTILLED = ("outputs", "layers")
+COMPARISONS = ("auto", "kl", "mse")
 _ALIASES = {"ov": "openvino", "trt": "tensorrt", "onnxruntime": "ort"}
 _LONGEST_MATCH, _MOST_STARS = 4096, 20
 
@@ -29,12 +31,16 @@ BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
     "averaging_constant": (lambda value: 0 < value <= 1, "a number in (0, 1] was", "Write 0.05."),
     "percentile": (lambda value: 50 < value <= 100, "per cent in (50, 100] was", "Write 99.99."),
     "freeze_ranges_at_step": (lambda step: step >= 0, "a step of at least 0, or null, was", ""),
+    "weight": (lambda share: 0 <= share <= 1, "a number from 0 (no distillation) to 1 (nothing else) was", "Write 0.7."),
+    "temperature": (lambda value: 0 < value < float("inf"), "a number above 0 was", "Write 2."),
     "sensitivity_batches": (lambda count: 1 <= count <= 10**6, "at least 1, and at most a million, was", "Write 2."),
 }
 
 CHOICES: Mapping[str, Sequence[str]] = {
     "range_estimator": RANGE_ESTIMATORS,
     "weight_estimator": WEIGHT_ESTIMATORS,
+    "on": DISTILLED,
+    "loss": COMPARISONS,
     "sensitivity_modes": SENSITIVITY_MODES,
     "target_framework": TARGET_FRAMEWORKS,
 }
@@ -52,8 +58,8 @@ def problem_with(key: str, value: object) -> str:
         if not value:
             return f"at least one of {list(CHOICES[key])} was expected, none came."
         return next((problem for word in value if isinstance(word, str) and (problem := _not_one_of(CHOICES[key], word, word))), "")
-    if key in ("output_dir", "export_dir") and isinstance(value, str) and "\0" in value:
-        return f"the path of a folder was expected, {shown(value)} came."
+    if key in ("output_dir", "export_dir", "teacher") and isinstance(value, str) and "\0" in value:
+        return f"the path of a {'file' if key == 'teacher' else 'folder'} was expected, {shown(value)} came."
     return ""
 
 
@@ -173,6 +179,29 @@ class TrainingSettings(_Checked):
     percentile: float = 99.99
     freeze_ranges_at_step: int | None = None
     skip_initial_evaluation: bool = False
+
+
+@dataclass
+class DistillationSettings(_Checked):
+    """Learning from the float model that the run started from, beside the training's own loss.
+
+    The loss of a step becomes ``(1 - weight) * loss + weight * distillation``.
+
+    Attributes:
+        weight: Share of the distillation; 0: none; 1: the step's own loss is not used, so that no labels are needed.
+        temperature: What logits are divided by before they are compared by Kullback-Leibler divergence, which is multiplied by its square.
+        on: ``outputs``: what the network gives; ``layers``: what each layer with integer weights gives, its squared error relative to the float one.
+        loss: How outputs are compared: ``kl``: logits of classes by Kullback-Leibler divergence; ``mse``: by the squared error; ``auto``: as the step's
+            loss takes them: ``kl`` where it takes a softmax or a sigmoid of them, ``mse`` elsewhere.
+        teacher: File of the float weights to learn from (a checkpoint or a ``state_dict``); None: those that the run starts from, which are kept in
+            ``teacher.pt`` beside the pictures for a later resume.
+    """
+
+    weight: float = 0.0
+    temperature: float = 2.0
+    on: str = "outputs"
+    loss: str = "auto"
+    teacher: str | None = None
 
 
 @dataclass

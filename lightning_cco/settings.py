@@ -25,6 +25,7 @@ from lightning_cco.sections import (
     TARGET_FRAMEWORKS,
     WEIGHT_ESTIMATORS,
     DeploymentSettings,
+    DistillationSettings,
     GlobalQuantizationSettings,
     LayerQuantizationSettings,
     LayerRule,
@@ -39,6 +40,7 @@ __all__ = [
     "WEIGHT_ESTIMATORS",
     "Config",
     "DeploymentSettings",
+    "DistillationSettings",
     "GlobalQuantizationSettings",
     "LayerQuantizationSettings",
     "LayerRule",
@@ -66,6 +68,7 @@ class Settings:
 
     global_quantization_settings: GlobalQuantizationSettings = field(default_factory=GlobalQuantizationSettings)
     training_settings: TrainingSettings = field(default_factory=TrainingSettings)
+    distillation_settings: DistillationSettings = field(default_factory=DistillationSettings)
     monitoring_settings: MonitoringSettings = field(default_factory=MonitoringSettings)
     deployment_settings: DeploymentSettings = field(default_factory=DeploymentSettings)
     layer_settings: list[LayerRule] = field(default_factory=list)

@@ -16,7 +16,7 @@ ARCHITECTURE = ROOT.parent / "docs" / "architecture.md"
 
 LAYERS = [
     ["callback"],
-    ["export_dir", "held_batches"],
+    ["distillation", "export_dir", "held_batches"],
     ["batches", "checkpoints", "monitoring", "strategies"],
     ["lookahead", "quantized_model"],
     ["drawing", "export", "measurement", "spare_loader", "suggestions"],

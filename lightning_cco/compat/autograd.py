@@ -53,3 +53,26 @@ def applied(frame: FrameType) -> tuple[type, tuple[Any, ...], dict[str, Any]]:
     Private API: the names of its local variables, ``cls``, ``args`` and ``kwargs``. Without them: `KeyError` from the capture, which names the missing one.
     """
     return frame.f_locals["cls"], frame.f_locals["args"], frame.f_locals["kwargs"]
+
+
+def softmax_of(node: Any) -> tuple[tuple[int, ...] | None, int]:
+    """Of the node of a softmax, or of a loss of log-probabilities: the shape of what it has read, and the dimension of its classes.
+
+    Private API: ``_saved_self``, ``_saved_result`` and ``_saved_dim`` of autograd's nodes. Without them: `None` for the shape, and outputs are compared by
+    their values.
+    """
+    saved = getattr(node, "_saved_result", None) if "NllLoss" not in node.name() else getattr(node, "_saved_self", None)
+    if saved is None:
+        return None, 0
+    shape = tuple(saved.shape)
+    if "Logsumexp" in node.name():
+        shape = tuple(node._saved_self.shape)
+        dims = node._saved_dim
+        return shape, _signed(dims[0] if isinstance(dims, (tuple, list)) else dims)
+    if "NllLoss" in node.name():
+        return shape, 1 if len(shape) > 1 else 0
+    return shape, _signed(node._saved_dim)
+
+
+def _signed(dim: int) -> int:
+    return dim - (1 << 64) if dim >= 1 << 63 else dim

@@ -131,7 +131,7 @@ _WITHOUT_GRADIENTS = ("does not require grad", "appears to not have been used in
 
 def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> Capture:
     root = CallNode("")
-    with _undisturbed(model, gradients):
+    with undisturbed(model, gradients):
         switch_training(model, False)
         evaluation = Tracer(model, root)
         try:
@@ -170,7 +170,7 @@ def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> C
 
 def _trace_training(model: nn.Module, forward: Callable[[], Any], root: CallNode) -> Tracer | None:
     training = Tracer(model, root)
-    with _undisturbed(model, gradients=True):  # as in training: what the user's code runs without gradients shows
+    with undisturbed(model, gradients=True):  # as in training: what the user's code runs without gradients shows
         switch_training(model, True)
         try:
             with training.watching():
@@ -199,7 +199,7 @@ def recording(model: nn.Module, gradients: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, gradients: bool) -> Iterator[None]:
+def undisturbed(model: nn.Module, gradients: bool) -> Iterator[None]:
     """Put buffers, training flags, gradients and random state back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]

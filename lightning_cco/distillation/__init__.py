@@ -1,0 +1,1 @@
+"""Learning from the float model: the teacher, what is compared, and how it reaches the backward."""
