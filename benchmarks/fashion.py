@@ -24,11 +24,14 @@ from report import Table, parser, publish
 from torch import Tensor, nn
 
 from lightning_cco import QuantizedModel, quantize
+from lightning_cco.distillation.terms import class_divergence
 
 OUTPUTS = Path("outputs/fashion")
 BATCH, CALIBRATION_BATCHES, FLOAT_EPOCHS = 64, 20, 4
+TEMPERATURE, WEIGHT = 2.0, 0.7
 BITS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4), "w3a3": (3, 3), "w2a2": (2, 2)}
 FLOAT, REESTIMATED = "float, continued", "ranges estimated again every 50 steps"
+DISTILLED = "defaults and distillation (temperature 2, weight 0.7)"
 TRAININGS: dict[str, dict[str, str]] = {
     FLOAT: {},
     "defaults (`auto`)": {},
@@ -36,6 +39,7 @@ TRAININGS: dict[str, dict[str, str]] = {
     "`auto` ranges, `minmax` weights": {"weight_estimator": "minmax"},
     "`mse` ranges that move, `auto` weights": {"range_estimator": "mse"},
     REESTIMATED: {},
+    DISTILLED: {},
 }
 """The settings of each row beside the bits."""
 
@@ -50,9 +54,18 @@ def batches(data: Images) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def train(
-    model: nn.Module, data: Images, epochs: int, rate: float, start: float, each_step: Callable[[int], None] = lambda step: None
+    model: nn.Module,
+    data: Images,
+    epochs: int,
+    rate: float,
+    start: float,
+    each_step: Callable[[int], None] = lambda step: None,
+    teacher: nn.Module | None = None,
 ) -> None:
-    """SGD with a cosine, after a rise from ``start * rate`` over a quarter of the steps unless ``start`` is 1."""
+    """SGD with a cosine, after a rise from ``start * rate`` over a quarter of the steps unless ``start`` is 1.
+
+    With a teacher, the loss is the one that `lightning_cco.distillation` makes of it.
+    """
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=start < 1, weight_decay=5e-4 if start < 1 else 0.0)
     steps = len(data.train) // BATCH * epochs
     schedule: Any = (
@@ -66,7 +79,13 @@ def train(
         for images, classes in batches(data):
             each_step(step)
             optimizer.zero_grad()
-            F.cross_entropy(model(images), classes).backward()
+            scores = model(images)
+            loss = F.cross_entropy(scores, classes)
+            if teacher is not None:
+                with torch.no_grad():
+                    taught = teacher(images)
+                loss = (1 - WEIGHT) * loss + WEIGHT * class_divergence(scores, taught, 1, TEMPERATURE)
+            loss.backward()
             optimizer.step()
             schedule.step()
             step += 1
@@ -118,7 +137,8 @@ def one(start: nn.Module, data: Images, training: str, bits: str, seed: int) -> 
             held = [[images] for _, (images, _) in zip(range(CALIBRATION_BATCHES), batches(data), strict=False)]
             each_step = lambda step: None if step == 0 or step % 50 else (quantized.calibrate(held), None)[1]  # noqa: E731
     torch.manual_seed(seed)
-    train(model, data, 1, 0.01, 1, each_step)
+    teacher = copy.deepcopy(start).eval() if training == DISTILLED else None
+    train(model, data, 1, 0.01, 1, each_step, teacher)
     return accuracy(model, data)
 
 

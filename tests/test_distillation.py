@@ -84,7 +84,10 @@ def data(classes: int = 5, shape: tuple[int, ...] = (1, 6, 6), target: Callable[
 
 def fitted(folder: Path, module: pl.LightningModule, batches: list[Any], settings: dict[str, Any] | None = None, **options: Any) -> Any:
     """Fit with distillation; the callback."""
-    cco = quick(distillation_settings=DISTILLATION if settings is None else settings, training_settings={"stats_steps": 1, "freeze_ranges_at_step": 0})
+    cco = quick(
+        distillation_settings=DISTILLATION if settings is None else settings,
+        training_settings={"stats_steps": 1, "freeze_ranges_at_step": 0},
+    )
     made = getattr(module, "_orig_mod", module)
     trainer = make_trainer(folder, cco, Seeded(), **options)
     trainer.fit(module, DataLoader(batches, batch_size=None))
@@ -176,7 +179,9 @@ class ByHand(Module):
 
 
 def test_manual_optimization(tmp_path: Path) -> None:
-    module, reference = twins(lambda: ByHand(nn.Sequential(nn.Conv2d(1, 5, 3), nn.ReLU(), nn.Conv2d(5, 5, 4), nn.Flatten()), F.cross_entropy))
+    module, reference = twins(
+        lambda: ByHand(nn.Sequential(nn.Conv2d(1, 5, 3), nn.ReLU(), nn.Conv2d(5, 5, 4), nn.Flatten()), F.cross_entropy)
+    )
     fitted(tmp_path, module, data())
     assert_same(module, by_hand(reference, data(), kl))
 
@@ -297,12 +302,18 @@ def test_compiled(tmp_path: Path, part: str) -> None:
 
 def test_layers(tmp_path: Path) -> None:
     """The squared error of each layer with integer weights, relative to the float one."""
-    module, reference = twins(lambda: Module(nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5)), F.cross_entropy))
+    module, reference = twins(
+        lambda: Module(
+            nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5)), F.cross_entropy
+        )
+    )
     given: dict[tuple[int, bool], Tensor] = {}
 
     def watch(model: nn.Module) -> None:
         for number in (0, 2):
-            model.net[number].register_forward_hook(lambda layer, args, output, number=number: given.__setitem__((number, torch.is_grad_enabled()), output))
+            model.net[number].register_forward_hook(
+                lambda layer, args, output, number=number: given.__setitem__((number, torch.is_grad_enabled()), output)
+            )
 
     watch(reference)
     settings = {**DISTILLATION, "on": "layers"}

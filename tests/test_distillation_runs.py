@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning_modules import make_trainer, quick
-from test_distillation import DISTILLATION, Module, Net, assert_same, by_hand, data, fitted, kl, twins
+from test_distillation import DISTILLATION, Module, Net, assert_same, by_hand, data, kl, twins
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -24,7 +24,9 @@ def callback(**more: Any) -> CCOCallback:
     return quick(distillation_settings={**DISTILLATION, **more}, training_settings={"stats_steps": 1, "freeze_ranges_at_step": 0})
 
 
-def fit(folder: Path, module: pl.LightningModule, cco: CCOCallback, *callbacks: pl.Callback, ckpt: Any = None, **options: Any) -> pl.Trainer:
+def fit(
+    folder: Path, module: pl.LightningModule, cco: CCOCallback, *callbacks: pl.Callback, ckpt: Any = None, **options: Any
+) -> pl.Trainer:
     trainer = make_trainer(folder, cco, *callbacks, **options)
     trainer.fit(module, DataLoader(data(), batch_size=None), ckpt_path=ckpt)
     return trainer
@@ -75,7 +77,7 @@ def test_trained_weights_are_never_the_teacher(tmp_path: Path) -> None:
     path = fit(tmp_path, module, first, ModelCheckpoint(tmp_path)).checkpoint_callback.best_model_path
     kept = tmp_path / "cco" / "teacher.pt"
     kept.rename(tmp_path / "elsewhere.pt")
-    with pytest.raises(CCOError, match="teacher's file .* is not there.*Write distillation_settings.teacher"):
+    with pytest.raises(CCOError, match=r"teacher's file .* is not there.*Write distillation_settings.teacher"):
         fit(tmp_path, plain(), callback(), ckpt=path, max_epochs=2)
     fit(tmp_path, plain(), callback())  # another run in the same folder
     with pytest.raises(CCOError, match="of another run than the checkpoint"):
@@ -195,7 +197,11 @@ def test_a_loss_inside_of_the_network_leaves_the_layers(tmp_path: Path) -> None:
 def test_settings() -> None:
     read = load_settings({"distillation_settings": {True: "layers", "weight": 1}}).distillation_settings  # YAML reads `on` as true
     assert (read.on, read.weight, read.temperature, read.loss, read.teacher) == ("layers", 1.0, 2.0, "auto", None)
-    for wrong, match in [({"weight": 1.5}, "0 .no distillation. to 1"), ({"temperature": 0}, "above 0"), ({"on": "logits"}, "outputs"), ({"loss": "ce"}, "kl")]:
+    for wrong, match in [
+        ({"weight": 1.5}, "0 .no distillation. to 1"),
+        ({"temperature": 0}, "above 0"),
+        ({"on": "logits"}, "outputs"),
+        ({"loss": "ce"}, "kl"),
+    ]:
         with pytest.raises(CCOError, match=match):
             DistillationSettings(**wrong)  # type: ignore[arg-type]
-    assert fitted is not None

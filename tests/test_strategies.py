@@ -93,6 +93,13 @@ def test_a_part_that_only_some_steps_use_is_trained_and_reported(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["ddp_distilled", "ddp_distilled_unused"])
+def test_distillation_on_two_processes(case: str, tmp_path: Path) -> None:
+    plain, found = ranks("ddp" if case == "ddp_distilled" else "ddp_unused", tmp_path), ranks(case, tmp_path)
+    assert all(one["losses"] != two["losses"] for one, two in zip(plain, found, strict=True))
+
+
+@pytest.mark.slow
 def test_spawned_processes(tmp_path: Path) -> None:
     """They leave nothing in the process that spawned them but the checkpoint, which gives the quantized model back."""
     done = run_on_two("ddp_spawn", tmp_path / "spawn")

@@ -74,6 +74,8 @@ CASES: dict[str, tuple[type[Classifier], Callable[[], Any], dict[str, Any]]] = {
     "tensor_parallel": (Split, lambda: model_parallel(data_parallel_size=1, tensor_parallel_size=2), {}),
     "ddp_unused": (Unused, lambda: ddp(find_unused_parameters=True), {}),
     "ddp_accumulate": (Classifier, ddp, {"accumulate_grad_batches": 3, "gradient_clip_val": 1.0}),
+    "ddp_distilled": (Classifier, ddp, {}),
+    "ddp_distilled_unused": (Unused, lambda: ddp(find_unused_parameters=True), {}),
     "ddp_static_graph": (Classifier, lambda: ddp(static_graph=True, gradient_as_bucket_view=True), {}),
 }
 
@@ -108,7 +110,8 @@ def main(folder: Path, case: str, export_dir: str | None = None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     make, strategy, options = CASES[case]
-    cco, losses, model = quick(deployment_settings={"export_dir": export_dir}), Losses(), make()
+    settings = {"distillation_settings": {"weight": 0.7}} if "distilled" in case else {}
+    cco, losses, model = quick(deployment_settings={"export_dir": export_dir}, **settings), Losses(), make()
     keeper = ModelCheckpoint(folder, save_last=True)
     trainer = make_trainer(folder, cco, losses, keeper, max_epochs=2, devices=2, strategy=strategy(), num_sanity_val_steps=1, **options)
     trainer.fit(model, partial() if case == "ddp_accumulate" else batches(), batches())

@@ -61,17 +61,15 @@ def softmax_of(node: Any) -> tuple[tuple[int, ...] | None, int]:
     Private API: ``_saved_self``, ``_saved_result`` and ``_saved_dim`` of autograd's nodes. Without them: `None` for the shape, and outputs are compared by
     their values.
     """
-    saved = getattr(node, "_saved_result", None) if "NllLoss" not in node.name() else getattr(node, "_saved_self", None)
+    name = node.name()
+    saved = getattr(node, "_saved_result" if "Softmax" in name else "_saved_self", None)
     if saved is None:
         return None, 0
     shape = tuple(saved.shape)
-    if "Logsumexp" in node.name():
-        shape = tuple(node._saved_self.shape)
-        dims = node._saved_dim
-        return shape, _signed(dims[0] if isinstance(dims, (tuple, list)) else dims)
-    if "NllLoss" in node.name():
+    if "NllLoss" in name:
         return shape, 1 if len(shape) > 1 else 0
-    return shape, _signed(node._saved_dim)
+    dim = getattr(node, "_saved_dim", -1)
+    return shape, _signed(dim[0] if isinstance(dim, (tuple, list)) else dim)
 
 
 def _signed(dim: int) -> int:

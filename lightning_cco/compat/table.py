@@ -19,6 +19,7 @@ TESTED: dict[str, tuple[str, ...]] = {
 _ERROR = "an error before a model is hooked, which names it"
 _ATTRIBUTE = "`AttributeError` at the first call, which names it"
 _START = "`AttributeError` at the start of the training, which names it"
+_VALUES = "outputs are distilled by their squared error, where `distillation_settings.loss` is `auto`"
 _DRIFT = "calls that are not the model's are counted as its own, and reported as drift"
 
 
@@ -81,6 +82,9 @@ _AUTOGRAD = (
     ("torch._C._storage_Use_Count", "tells memory that may be overwritten", "new memory each time (slower)"),
     ("torch.Tensor._use_count", "tells gradients that may be overwritten", "new memory each time (slower)"),
     ("torch._foreach_copy_", "moves all ranges at once", "one by one (slower)"),
+    ("torch.autograd.graph.Node._saved_result", "what a softmax in a step's loss gave", _VALUES),
+    ("torch.autograd.graph.Node._saved_self", "what a step's loss has read", _VALUES),
+    ("torch.autograd.graph.Node._saved_dim", "the dimension of the classes in a step's loss", "the last one"),
     ("torch.autograd.Function.apply.__func__.__code__", "tells calls inside of custom functions", "these count as layers of the model"),
     ("torch.autograd.Function.apply.f_locals", "class and arguments of a custom function", "`KeyError` from the capture, which names it"),
 )
@@ -205,7 +209,7 @@ _OTHERS = (
     ("torch.onnx.ONNXProgram.pkg.torch.onnx.name_scopes", "onnx_exporter", "finds the module of a node", "the report names no module"),
 )
 _VERSION = (
-    "export/network.py, graph/trace.py, quantization/model.py, quantization/quantizer.py, quantization/range_updates.py, "
+    "distillation/recorder.py, export/network.py, graph/trace.py, quantization/model.py, quantization/quantizer.py, quantization/range_updates.py, "
     "quantization/weight_recompute.py"
 )
 _BASE = "quantization/gradient_holders.py, quantization/quantizer.py, quantization/runtime.py"

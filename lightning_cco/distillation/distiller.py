@@ -199,7 +199,9 @@ class Distiller:
         assert self._trainer is not None
         assert self._student is not None
         with self._trainer.precision_plugin.forward_context(), self._student.forked_random():
-            return Lesson(self.teacher, self._recorder, calls, self.settings.on == "layers", self._student.capture.needs_gradients, self._twins)
+            return Lesson(
+                self.teacher, self._recorder, calls, self.settings.on == "layers", self._student.capture.needs_gradients, self._twins
+            )
 
     def before_batch(self) -> None:
         """A training batch begins. How the loss takes the outputs is found out in the first one, where compiled code runs eagerly for that."""
@@ -251,7 +253,11 @@ class Distiller:
         device = loss.device.type
         with torch.enable_grad(), torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else torch.enable_grad():
             lesson = self._lesson(calls)
-            term = layers_term(lesson) if self.settings.on == "layers" else outputs_term(lesson, self._uses_of(loss, lesson), self.settings.temperature)
+            term = (
+                layers_term(lesson)
+                if self.settings.on == "layers"
+                else outputs_term(lesson, self._uses_of(loss, lesson), self.settings.temperature)
+            )
             self._heard = True
             self._leave_eager()
             self.last = term.detach()
@@ -263,7 +269,11 @@ class Distiller:
         known = lesson.kind
         if known not in self._uses:
             self._uses[known] = uses = uses_of(loss, lesson, self.settings)
-            words = {"classes": "logits, by KL divergence", "questions": "logits of yes and no, by KL divergence", "values": "values, by the squared error"}
+            words = {
+                "classes": "logits, by KL divergence",
+                "questions": "logits of yes and no, by KL divergence",
+                "values": "values, by the squared error",
+            }
             rank_zero_info("Distillation: " + "; ".join(f"{lesson.name_of(key)}: {words[use.kind]}" for key, use in uses.items()) + ".")
         return self._uses[known]
 

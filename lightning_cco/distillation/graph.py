@@ -64,7 +64,7 @@ class LossGraph:
         for key, tensor in outputs.items():
             keys.setdefault((tensor.grad_fn, tensor.output_nr), []).append(key)
         start = (self._last, 0)
-        found = [key for key in keys.get(start, [])]
+        found = list(keys.get(start, []))
         seen, pending = {start}, [] if found or self._last is None else [self._last]
         while pending:
             for point in pending.pop().next_functions:

@@ -79,7 +79,7 @@ class Lesson:
             output = module(*args, **kwargs)
         self.outputs.append(output)
         self.layers.append(layers)
-        theirs = {way: tensor for way, tensor in tensors_held(output)}
+        theirs = dict(tensors_held(output))
         for way, tensor in tensors_held(call.output):
             if way in theirs and theirs[way].shape == tensor.shape:
                 known[id(tensor)] = theirs[way].detach()
@@ -117,14 +117,15 @@ class Lesson:
         found = {(number, way): tensor for number, call in enumerate(self.calls) for way, tensor in differentiable(call.output).items()}
         if not found:
             raise CCOError(
-                f"distillation_settings: no output to compare with the teacher's: tensors of floats that depend on parameters were expected, of {self.names} came "
+                "distillation_settings: no output to compare with the teacher's: tensors of floats that depend on parameters were expected, of "
+                f"{self.names} came "
                 f"{', '.join(printable(type(call.output).__name__) for call in self.calls)} without. Return the logits, or write on: layers."
             )
         for call in self.calls:
             if call.output_versions and call.output_versions != versions_of(call.output):
                 raise CCOError(
-                    f"distillation_settings: the step writes to what '{call.path or 'the model'}' gave, so it can't be compared with the teacher's. Use an operation "
-                    "that is not in place."
+                    f"distillation_settings: the step writes to what '{call.path or 'the model'}' gave, so it can't be compared with the teacher's. "
+                    "Use an operation that is not in place."
                 )
         if not any(self._has(key) for key in found):
             self.pair(next(iter(found)))
@@ -150,7 +151,8 @@ class Lesson:
             came = "no such output" if theirs is None else f"the shape {tuple(theirs.shape)}"
             raise CCOError(
                 f"distillation_settings: {self.name_of(key)} has {'no tensor' if mine is None else f'the shape {tuple(mine.shape)}'} in training, but of the "
-                f"teacher, which runs in evaluation mode, came {came}. The same outputs in both modes were expected; return them from both, or write on: layers."
+                f"teacher, which runs in evaluation mode, came {came}. The same outputs in both modes were expected; "
+                "return them from both, or write on: layers."
             )
         return mine, theirs.detach()
 

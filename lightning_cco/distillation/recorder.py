@@ -122,4 +122,3 @@ def differentiable(output: Any) -> dict[Way, Tensor]:
         for way, tensor in tensors_held(output)
         if tensor.requires_grad and tensor.dim() > 0 and (tensor.is_floating_point() or tensor.is_complex())
     }
-

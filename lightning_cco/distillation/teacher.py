@@ -70,7 +70,9 @@ def _holds_modules(value: Any, deepest: int = 3) -> bool:
     """Whether a value is, or directly holds, what a copy must have of its own: modules, tensors, methods."""
     if isinstance(value, (Tensor, nn.Module, MethodType, partial)):
         return True
-    items: Any = value.values() if isinstance(value, Mapping) else value if isinstance(value, (Sequence, Set)) and not isinstance(value, str) else ()
+    items: Any = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, (Sequence, Set)) and not isinstance(value, str) else ()
+    )
     return deepest > 0 and any(_holds_modules(item, deepest - 1) for item, _ in zip(items, range(64), strict=False))
 
 
@@ -111,7 +113,9 @@ def load_weights(teacher: nn.Module, path: str | Path, mark: str | None = None) 
         raise CCOError(f"the teacher's file {path} is of another run than the checkpoint. {_instead()}")
     callbacks = saved.get("callbacks")
     if isinstance(callbacks, Mapping) and any("CCOCallback" in str(name) for name in callbacks):
-        raise CCOError(f"the teacher's file {path} is a checkpoint of a compressed training, whose weights are no float model's. {_instead()}")
+        raise CCOError(
+            f"the teacher's file {path} is a checkpoint of a compressed training, whose weights are no float model's. {_instead()}"
+        )
     weights = saved.get("state_dict", saved)
     try:
         teacher.load_state_dict({name: value for name, value in weights.items() if isinstance(value, Tensor)})

@@ -206,3 +206,14 @@ def test_attributes_of_tensors() -> None:
     assert forward_ad._current_level < 0
     with forward_ad.dual_level():
         assert forward_ad._current_level >= 0
+
+
+@tries("torch.autograd.graph.Node._saved_result", "torch.autograd.graph.Node._saved_self", "torch.autograd.graph.Node._saved_dim")
+def test_what_a_loss_takes_for_classes() -> None:
+    scores = torch.randn(4, 5, 3, requires_grad=True)
+    logs = torch.log_softmax(scores, -2)
+    assert autograd.softmax_of(logs.grad_fn) == ((4, 5, 3), -2)
+    assert autograd.softmax_of(torch.softmax(scores, 1).grad_fn) == ((4, 5, 3), 1)
+    assert autograd.softmax_of(torch.logsumexp(scores, 1).grad_fn) == ((4, 5, 3), 1)
+    picked = torch.nn.functional.nll_loss(logs[..., 0], torch.zeros(4, dtype=torch.long))
+    assert autograd.softmax_of(picked.grad_fn) == ((4, 5), 1)
