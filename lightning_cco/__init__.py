@@ -5,6 +5,7 @@ from lightning_cco.callback import CCOCallback
 from lightning_cco.drawing.draw import draw_graph
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.capture import capture_graph
+from lightning_cco.loading import load_quantized
 from lightning_cco.quantization.planner import plan_quantization
 from lightning_cco.quantized_model import QuantizedModel, quantize
 from lightning_cco.settings import LayerQuantizationSettings, Settings, generate_default_settings, load_settings
@@ -20,6 +21,7 @@ __all__ = [
     "capture_graph",
     "draw_graph",
     "generate_default_settings",
+    "load_quantized",
     "load_settings",
     "plan_quantization",
     "quantize",

@@ -74,43 +74,48 @@ def check_callback_state(state: Any) -> None:
                 refuse(key, "names of layers of the checkpoint's model", name)
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """Weights and callbacks' states of a checkpoint that this run has written.
+def read_checkpoint(path: str, weights_only: bool = False) -> dict[str, Any]:
+    """Weights and callbacks' states of a checkpoint.
 
     Args:
-        path: A file, local or remote, or the directory of a distributed checkpoint. It is unpickled where its hyperparameters are of classes of
-            one's own, which runs code of whoever wrote it: as ``trainer.test(ckpt_path=..., weights_only=False)`` does, give only files that you trust.
+        path: A file, local or remote, or the directory of a distributed checkpoint.
+        weights_only: Refuse objects of classes of one's own, such as hyperparameters: reading them runs code of whoever wrote the file. Without it they are
+            read, as ``trainer.test(ckpt_path=..., weights_only=False)`` does: for files that this very run has written, or that are trusted.
 
     Raises:
-        CCOError: It is gone, or holds no weights.
+        CCOError: It is gone, can't be read, or holds no weights.
     """
     if path.startswith("file:/") and not os.path.exists(path):
         path = "/" + path.removeprefix("file:").lstrip("/")
     if os.path.isdir(path):
-        return _read_distributed(path)
+        return _read_distributed(path, weights_only)
     filesystem = get_filesystem(path)
     if not filesystem.exists(path):
-        raise CCOError(f"the best checkpoint, {path}, is not there any more.")
+        raise CCOError(f"the checkpoint {path} is not there any more.")
     with filesystem.open(path, "rb") as file:
         try:
             saved: Any = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception:
-            # Hyperparameters of the user's own classes. The file may be unpickled: it was written by this very run, on this machine.
+        except Exception as error:
+            if weights_only:
+                raise CCOError(
+                    f"the checkpoint {path} can't be read: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''} If it holds "
+                    "objects of classes of your own and you trust who wrote it, pass weights_only=False, which lets it run code."
+                ) from error
             file.seek(0)
             saved = torch.load(file, map_location="cpu", weights_only=False)
     if not isinstance(saved, dict) or "state_dict" not in saved:
-        raise CCOError(f"the best checkpoint, {path}, holds no 'state_dict'.")
+        raise CCOError(f"the checkpoint {path} holds no 'state_dict'.")
     return saved
 
 
-def _read_distributed(path: str) -> dict[str, Any]:
+def _read_distributed(path: str, weights_only: bool) -> dict[str, Any]:
     """Gather a directory's parts, and the rest that Lightning saves beside them."""
     weights = read_all(path)
     found = weights.get("state_dict", weights)
     prefix = "state_dict."
     flat = {key.removeprefix(prefix): value for key, value in found.items() if isinstance(value, Tensor)}
     if not flat:
-        raise CCOError(f"the best checkpoint, {path}, holds no weights.")
+        raise CCOError(f"the checkpoint {path} holds no weights.")
     rest = Path(path) / "meta.pt"
-    meta = torch.load(rest, map_location="cpu", weights_only=False) if rest.is_file() else {}
+    meta = torch.load(rest, map_location="cpu", weights_only=weights_only) if rest.is_file() else {}
     return {**meta, "state_dict": flat}

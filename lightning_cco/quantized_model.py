@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
+from lightning_cco.export.network import Network
 from lightning_cco.export.onnx_file import export_onnx
 from lightning_cco.export.program import export_program
 from lightning_cco.export.report import ExportReport
@@ -66,8 +67,11 @@ class QuantizedModel(HookedModel):
         calibrated: Whether the ranges are known; before that the model computes in float.
         frozen: Whether the ranges stay as they are.
         example: Positional and keyword arguments of one forward, for exports.
+        network: What the example is given to where that is not the model's ``forward``: the part of a step that a file holds.
         uncalibrated: Quantizers that have no range after a state was loaded or the plan changed.
     """
+
+    network: Network | None = None
 
     def sensitivity(
         self, batches: Iterable[Any], forward: Forward | None = None, modes: Sequence[str] = ("local", "accumulated")
@@ -116,7 +120,7 @@ class QuantizedModel(HookedModel):
             example_kwargs: Keyword arguments of it.
             **options: See `lightning_cco.export.export_onnx`.
         """
-        args, kwargs = self._example_or(example_args, example_kwargs)
+        args, kwargs = self._example_or(example_args, example_kwargs, options)
         return export_onnx(self, path, args, kwargs, **options)
 
     def export_program(
@@ -130,11 +134,17 @@ class QuantizedModel(HookedModel):
             example_kwargs: Keyword arguments of it.
             **options: See `lightning_cco.export.export_program`.
         """
-        args, kwargs = self._example_or(example_args, example_kwargs)
+        args, kwargs = self._example_or(example_args, example_kwargs, options)
         return export_program(self, path, args, kwargs, **options)
 
-    def _example_or(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[Sequence[Any], Mapping[str, Any] | None]:
-        return (args, kwargs) if len(args) or kwargs else self.example
+    def _example_or(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: dict[str, Any]
+    ) -> tuple[Sequence[Any], Mapping[str, Any] | None]:
+        if len(args) or kwargs:
+            return args, kwargs
+        if self.network is not None:
+            options.setdefault("network", self.network)
+        return self.example
 
 
 def is_program(path: str | Path) -> bool:

@@ -212,3 +212,12 @@ def test_a_model_without_layers_is_an_error() -> None:
 
     with pytest.raises(CCOError, match="no layer was captured"):
         capture_graph(Nothing(), torch.ones(2))
+
+
+def test_a_tensor_that_the_module_keeps_is_an_input_where_the_model_is_called_with_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model.example_input_array = torch.randn(3, 4)
+    expected = capture_graph(model, torch.randn(3, 4))
+    captured = capture_graph(model, model.example_input_array)
+    assert [*captured] == [*expected]
+    assert captured.edges == expected.edges

@@ -15,7 +15,8 @@ ROOT = Path(lightning_cco.__file__).parent
 ARCHITECTURE = ROOT.parent / "docs" / "architecture.md"
 
 LAYERS = [
-    ["callback"],
+    ["cli"],
+    ["callback", "loading"],
     ["distillation", "export_dir", "held_batches"],
     ["batches", "checkpoints", "monitoring", "strategies"],
     ["lookahead", "quantized_model"],

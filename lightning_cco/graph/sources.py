@@ -49,10 +49,16 @@ class Sources:
         for name, tensor in [*self._parameters.items(), *model.named_buffers(remove_duplicate=False)]:
             if self.origins.of(tensor) is None:
                 self.origins.remember(tensor, (name,) if isinstance(tensor, nn.Parameter) else ())
+        self._attributes: dict[int, Tensor] = {}
         for module in self._modules.values():
             for _, tensor in tensors_in({k: v for k, v in vars(module).items() if k not in CONTENTS}):
                 if self.origins.of(tensor) is None:
                     self.origins.remember(tensor, ())
+                    self._attributes[id(tensor)] = tensor
+
+    def is_attribute(self, tensor: Tensor) -> bool:
+        """Whether it is a plain attribute of a module, such as ``example_input_array``: a constant, unless the model itself is called with it."""
+        return id(tensor) in self._attributes
 
     def remember_input(self, tensor: Tensor, argument: str = "") -> Origin:
         """Make a tensor an input of the model."""

@@ -89,7 +89,7 @@ class Tracer:
             return
         with torch.DisableTorchFunction():  # what this looks at is no part of the model
             for way, tensor in tensors_held([args, kwargs]):
-                if self._origins.of(tensor) is None:
+                if self._origins.of(tensor) is None or (not frame.node.path and self._sources.is_attribute(tensor)):
                     self._sources.remember_input(tensor, ".".join(str(part) for part in way[1:]))
 
     def _left(self, frame: ModuleCall, output: Any) -> None:

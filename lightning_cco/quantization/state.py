@@ -21,6 +21,11 @@ def state_of(
         "version": STATE_VERSION,
         "layers": list(plan.graph.names),
         "kinds": {layer.name: layer.kind for layer in plan.graph},
+        "inputs": {
+            layer.name: {"shape": list(layer.output_shapes[0]), "dtype": layer.output_dtypes[0]}
+            for layer in plan.graph
+            if layer.kind == "input"
+        },
         "quantized": sorted(plan.quantized),
         "suggestions": list(plan.suggestions),
         "calibrated": calibrated,

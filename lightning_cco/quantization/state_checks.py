@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -13,6 +14,7 @@ from lightning_cco.quantization.fake_quantize import affine_qparams
 
 STATE_VERSION = 1
 _NUMBERS = ("min_val", "max_val", "scale", "zero_point", "clip_ratio")
+_MOST_VALUES = 2**30
 _WAY_OUT = "Load another checkpoint, or only the weights of this one, and calibrate anew."
 
 
@@ -68,6 +70,7 @@ def check_state(state: Any) -> None:
         if not isinstance(name, str) or not isinstance(kind, str):
             refuse("quantized.kinds", "the kind of each layer by name", kind)
     names(state, "quantized", "quantized.")
+    _check_inputs(state.get("inputs", {}))
     entry(state, "calibrated", bool, "quantized.")
     entry(state, "frozen", bool, "quantized.")
     for name, ranges in entry(state, "ranges", Mapping, "quantized.").items():
@@ -75,6 +78,18 @@ def check_state(state: Any) -> None:
         if not isinstance(ranges, Mapping):
             refuse(path, "a mapping", ranges)
         _check_ranges(ranges, path + ".")
+
+
+def _check_inputs(inputs: Any) -> None:
+    """Check shapes and types of the model's inputs, which examples are made of."""
+    if not isinstance(inputs, Mapping):
+        refuse("quantized.inputs", "a mapping", inputs)
+    for name, given in inputs.items():
+        shape, dtype = (given.get("shape"), given.get("dtype")) if isinstance(given, Mapping) else (None, None)
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape) or math.prod(shape) > _MOST_VALUES:
+            refuse(f"quantized.inputs.{name}.shape", f"a list of sizes, of {_MOST_VALUES} values at most", str(shape))
+        if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
+            refuse(f"quantized.inputs.{name}.dtype", "the name of a torch.dtype", str(dtype))
 
 
 def _check_ranges(ranges: Mapping[str, Any], path: str) -> None:
