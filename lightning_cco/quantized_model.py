@@ -16,6 +16,8 @@ from lightning_cco.export.program import export_program
 from lightning_cco.export.report import ExportReport
 from lightning_cco.graph.capture import capture
 from lightning_cco.graph.hooks import refuse_hooked
+from lightning_cco.loss_measurement import measure_loss
+from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.measurement import measure
 from lightning_cco.quantization.model import Forward, HookedModel, call_with
 from lightning_cco.sensitivity import SensitivityReport
@@ -91,6 +93,26 @@ class QuantizedModel(HookedModel):
                 "sensitivity: the model was never calibrated, so there is no quantized output to compare. Call calibrate(batches) first."
             )
         return measure(self, batches, forward or call_with, modes)
+
+    def loss_sensitivity(
+        self, batches: Iterable[Any], forward: Forward | None = None, loss: Forward | None = None
+    ) -> LossSensitivityReport:
+        """Measure how much the loss is expected to rise if one weight or activation alone is rounded, at several numbers of bits.
+
+        Args:
+            batches: The held batches, on the model's device.
+            forward: How a batch goes through the model, as in `calibrate`.
+            loss: ``(model, batch) -> Tensor``: the mean loss of a batch. `None`: the divergence of the outputs from those of the float model; see
+                `lightning_cco.loss_measurement.divergence`.
+
+        Raises:
+            CCOError: The model was never calibrated, or the loss does not depend on its layers.
+        """
+        if not self.calibrated:
+            raise CCOError(
+                "loss_sensitivity: the model was never calibrated, so its activations have no ranges. Call calibrate(batches) first."
+            )
+        return measure_loss(self, batches, forward or call_with, loss)
 
     def export(
         self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any

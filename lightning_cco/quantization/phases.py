@@ -17,3 +17,5 @@ class Phase(Enum):
     """Float, and each layer once more quantized on the same input."""
     RECORD_FLOAT = "record_float"
     RECORD_QUANTIZED = "record_quantized"
+    HAND_OVER = "hand_over"
+    """The recorder makes the call."""

@@ -29,8 +29,9 @@ from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.tracing import runs_plainly
 from lightning_cco.quantization.weight_recompute import RecomputedWeight, saving_recomputed
 
-Recorder = Callable[[str, Tensor | ActivationQuantizer, Tensor], None]
-"""Called with a layer's name, its quantized output (or the quantizer that would make it of the float one), and its float output."""
+Recorder = Callable[..., Any]
+"""Called with a layer's name, its quantized output (or the quantizer that would make it of the float one), and its float output; in `Phase.HAND_OVER` with
+the quantizers of a call, its function, arguments and keyword arguments, for its result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ class Runtime:
             Phase.MEASURE_LOCAL: self._measure_local,
             Phase.RECORD_FLOAT: self._record_float,
             Phase.RECORD_QUANTIZED: self._record_quantized,
+            Phase.HAND_OVER: self._hand_over,
         }[phase]
 
     def _record(self, name: str, output: Tensor | ActivationQuantizer, reference: Tensor) -> None:
@@ -248,6 +250,13 @@ class Runtime:
         output = _flat(result, args)[0]
         self._record(site.layer, output, output)
         return result
+
+    def _hand_over(
+        self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        recorder = self._blocks[get_ident()].recorder
+        assert recorder is not None
+        return recorder(site, func, args, kwargs)
 
     def _pass(
         self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
