@@ -28,10 +28,11 @@ from lightning_cco.export.report import ExportReport
 from lightning_cco.export_dir import as_before, check_export_dir
 from lightning_cco.graph.hooks import release
 from lightning_cco.held_batches import calibrate_on_held, calls_of
+from lightning_cco.initial_evaluation import InitialEvaluation
 from lightning_cco.lookahead import copied, warn_of_left_over
 from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.metric_modes import metric_directions
-from lightning_cco.monitoring.metrics import monitored_values, numbers, sanity_check_metrics
+from lightning_cco.monitoring.metrics import monitored_values, numbers
 from lightning_cco.monitoring.start import start_monitor
 from lightning_cco.quantized_model import QuantizedModel, is_program
 from lightning_cco.sensitivity import SensitivityReport
@@ -75,7 +76,7 @@ class CCOCallback(pl.Callback):
         self.quantized: QuantizedModel | None = None
         self.report: SensitivityReport | None = None
         self.suggestions: list[Suggestion] = []
-        self.original_metrics: dict[str, float] = {}
+        self.before_training = InitialEvaluation()
         self.distiller = Distiller(self.settings.distillation_settings)
         self._forward: ForwardFn | None = None
         self._monitor: Monitor | None = None
@@ -83,9 +84,18 @@ class CCOCallback(pl.Callback):
         self._state: dict[str, Any] | None = None
         self._skips: list[str] = []
         self._pending_skips: list[str] = []
-        self._sanity_steps: int | float | None = None
         self._warned_of_float = False
         self._weights_are_known = self._ranges_came = True
+
+    @property
+    def original_metrics(self) -> dict[str, float]:
+        """Metrics of the float model before training."""
+        return self.before_training.original
+
+    @property
+    def calibrated_metrics(self) -> dict[str, float]:
+        """Metrics after the calibration, before any training: what calibration alone gives."""
+        return self.before_training.calibrated
 
     # Set-up
 
@@ -114,7 +124,8 @@ class CCOCallback(pl.Callback):
             rank_zero_info("CCOCallback: another model than in the run before; it is captured and calibrated anew.")
             self._state, self._monitor, self.report = None, None, None
             self.distiller.forget()
-            self.original_metrics, self.suggestions, self._skips, self._pending_skips, self._held = {}, [], [], [], []
+            self.before_training = InitialEvaluation()
+            self.suggestions, self._skips, self._pending_skips, self._held = [], [], [], []
         else:
             self._state = self._state or self.state_dict()
         self.quantized.remove()
@@ -124,27 +135,23 @@ class CCOCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when fit begins. Lets the sanity check run the whole validation: it gives each metric's original value."""
         wanted = not self.settings.training_settings.skip_initial_evaluation and not self.original_metrics
-        if wanted and not trainer.fast_dev_run and not trainer.barebones and self.quantized is None:  # type: ignore[attr-defined]
-            self._sanity_steps = trainer.num_sanity_val_steps
-            trainer.num_sanity_val_steps = float("inf")
+        if wanted and self.quantized is None:
+            self.before_training.lengthen(trainer)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after each validation. Keeps the float model's metrics from the one before training."""
-        if trainer.sanity_checking and self._sanity_steps is not None:
-            self.original_metrics = numbers(sanity_check_metrics(trainer))
+        """Called after each validation. Keeps the metrics of those before training."""
+        self.before_training.keep(trainer)
 
     @override
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called after the validation before training. Puts its number of steps back."""
-        if self._sanity_steps is not None:
-            trainer.num_sanity_val_steps, self._sanity_steps = self._sanity_steps, None
+        self.before_training.restore(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called before the first batch. Captures, plans, calibrates (or takes the ranges of a checkpoint over), and draws."""
-        if self._sanity_steps is not None:  # there was nothing to validate
-            trainer.num_sanity_val_steps, self._sanity_steps = self._sanity_steps, None
+        self.before_training.restore(trainer)  # where there was nothing to validate
         first = next(training_batches(trainer, 1), None)
         if first is None:
             raise CCOError(
@@ -157,8 +164,13 @@ class CCOCallback(pl.Callback):
         quantized = self.quantized
         self._held = list(training_batches(trainer, self.settings.monitoring_settings.sensitivity_batches))
         monitor.on_start(quantized.graph, quantized.plan)
+        untrained = not quantized.calibrated and trainer.global_step == 0
         if not quantized.calibrated or quantized.uncalibrated:
             self._calibrate(trainer, quantized)
+        if untrained:
+            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            begun = trainer.progress_bar_callback in callbacks[: callbacks.index(self)]
+            self.before_training.evaluate_calibrated(trainer, self.settings.training_settings, begun)
         self._apply_pending_skips(trainer)
         if self._freezes_at(trainer.global_step):
             quantized.freeze_ranges()
@@ -268,6 +280,7 @@ class CCOCallback(pl.Callback):
             metrics,
             self.original_metrics,
             metric_directions(trainer, metrics),
+            self.calibrated_metrics,
         )
 
     def _apply_pending_skips(self, trainer: pl.Trainer) -> None:
@@ -381,6 +394,7 @@ class CCOCallback(pl.Callback):
             "quantized": self.quantized.state_dict(),
             "settings": self.settings.to_dict(),
             "original_metrics": dict(self.original_metrics),
+            "calibrated_metrics": dict(self.calibrated_metrics),
             "skips": list(self._skips),
             "pending_skips": list(self._pending_skips),
             "monitor": self._monitor.state_dict() if self._monitor is not None else {},
@@ -396,7 +410,7 @@ class CCOCallback(pl.Callback):
         self._weights_are_known = self._ranges_came = True
         self._state = state_dict
         self.distiller.load_state_dict(state_dict.get("distillation", {}))
-        self.original_metrics = dict(state_dict["original_metrics"])
+        self.before_training.load(state_dict["original_metrics"], state_dict.get("calibrated_metrics", {}))
         self._skips = list(state_dict["skips"])
         self._pending_skips = list(state_dict["pending_skips"])
         if self.quantized is not None:

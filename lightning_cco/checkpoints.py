@@ -61,9 +61,12 @@ def check_callback_state(state: Any) -> None:
         refuse("callbacks.CCOCallback", "a mapping", state)
     check_state(entry(state, "quantized", Mapping))
     entry(state, "settings", Mapping)
-    for name, value in entry(state, "original_metrics", Mapping).items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            refuse(f"original_metrics.{name}", "a number", value)
+    for key in ("original_metrics", "calibrated_metrics"):
+        if key == "calibrated_metrics" and key not in state:
+            continue  # of an earlier version
+        for name, value in entry(state, key, Mapping).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                refuse(f"{key}.{name}", "a number", value)
     for name, value in (entry(state, "distillation", Mapping) if "distillation" in state else {}).items():
         if not isinstance(value, str):
             refuse(f"distillation.{name}", "text", value)

@@ -170,6 +170,7 @@ class TrainingSettings(_Checked):
         percentile: Per cent of the values that the ``percentile`` estimator covers at each end, in (50, 100].
         freeze_ranges_at_step: Global step from which ranges are frozen; 0: right after the calibration; None: never.
         skip_initial_evaluation: Don't validate the float model before training.
+        skip_calibrated_evaluation: Don't validate the model after its calibration, before training: what calibration alone gives, without training.
     """
 
     stats_steps: int = 20
@@ -179,6 +180,7 @@ class TrainingSettings(_Checked):
     percentile: float = 99.99
     freeze_ranges_at_step: int | None = None
     skip_initial_evaluation: bool = False
+    skip_calibrated_evaluation: bool = False
 
 
 @dataclass

@@ -17,7 +17,7 @@ ARCHITECTURE = ROOT.parent / "docs" / "architecture.md"
 LAYERS = [
     ["cli"],
     ["callback", "loading"],
-    ["distillation", "export_dir", "held_batches"],
+    ["distillation", "export_dir", "held_batches", "initial_evaluation"],
     ["batches", "checkpoints", "monitoring", "strategies"],
     ["lookahead", "quantized_model"],
     ["drawing", "export", "loss_measurement", "measurement", "spare_loader", "suggestions"],

@@ -152,9 +152,10 @@ def test_the_log_of_an_epoch_says_what_is_better(tmp_path: Path, caplog: pytest.
         make_trainer(tmp_path, cco, max_epochs=2).fit(Classifier(), batches(), batches())
     row = cells(caplog.text.rpartition("Summary of epoch 1")[2], "val_loss")
     assert float(row[2]) == pytest.approx(cco.original_metrics["val_loss"], rel=1e-3)
-    assert re.search(r"(better|worse)$", row[3])
-    assert row[4] != "-"
-    assert "(epoch " in row[5]
+    assert float(row[3]) == pytest.approx(cco.calibrated_metrics["val_loss"], rel=1e-3)
+    assert re.search(r"(better|worse)$", row[4])
+    assert row[5] != "-"
+    assert "(epoch " in row[6]
     assert "Suggested skips: none; no quantized layer has a QS above 10,000 or a relative error above 0.5." in caplog.text
 
 

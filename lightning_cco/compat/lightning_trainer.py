@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -49,3 +50,44 @@ def logged_results(trainer: pl.Trainer) -> Iterator[Any]:
     """
     for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop):
         yield from (getattr(loop, "_results", None) or {}).values()
+
+
+@contextmanager
+def validation_loader_replaced(trainer: pl.Trainer, replace: Callable[[Any], Any]) -> Iterator[bool]:
+    """Let the validation of a fit read from another loader inside the block; says whether it does: not where there is none, or ``replace`` gives `None`.
+
+    Private API: ``_EvaluationLoop._combined_loader`` and ``_data_fetcher``. Without the first: nothing is replaced.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if getattr(loop, "_combined_loader", None) is None and hasattr(loop, "_combined_loader") and trainer.enable_validation:
+        loop.setup_data()
+    before = getattr(loop, "_combined_loader", None)
+    other = None if before is None else replace(before)
+    if other is None:
+        yield False
+        return
+    fetcher = getattr(loop, "_data_fetcher", None)
+    loop._combined_loader = other
+    try:
+        yield True
+    finally:
+        other.reset()
+        loop._combined_loader, loop._data_fetcher = before, fetcher
+
+
+def sanity_check(trainer: pl.Trainer, progress_has_begun: bool) -> None:
+    """Validate as Lightning does before a training: nothing is logged, and callbacks know that it does not count.
+
+    Args:
+        trainer: The Trainer.
+        progress_has_begun: Whether the progress bar is that of the training already: then it begins anew, since the end of a sanity check ends it.
+
+    Private API: ``Trainer._run_sanity_check``. Without it: no validation.
+    """
+    run = getattr(trainer, "_run_sanity_check", None)
+    if run is None:
+        return
+    run()
+    progress = trainer.progress_bar_callback
+    if progress_has_begun and progress is not None and progress.is_enabled:
+        progress.on_train_start(trainer, trainer.lightning_module)

@@ -149,6 +149,9 @@ _TRAINER = (
         "a rehearsed step sees one",
     ),
     ("lightning.pytorch.Trainer._results", "the sanity check's metrics with several loaders", "they are not shown"),
+    ("lightning.pytorch.Trainer._run_sanity_check", "validates the calibrated model before training", "it is not validated"),
+    ("lightning.pytorch.loops._EvaluationLoop._combined_loader", "validates it on a copy of the loader", "it is not validated"),
+    ("lightning.pytorch.loops._EvaluationLoop._data_fetcher", "forgets that copy", "the end of a run may fail on it"),
     ("lightning.pytorch.loops._FitLoop._results", "which end of a logged metric is better", "callbacks and names alone tell"),
 )
 _LOADERS = (

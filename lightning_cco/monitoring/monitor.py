@@ -98,6 +98,7 @@ class Monitor:
         metrics: Mapping[str, float],
         original: Mapping[str, float],
         directions: Mapping[str, str] | None = None,
+        calibrated: Mapping[str, float] | None = None,
     ) -> None:
         """Show an epoch.
 
@@ -111,6 +112,7 @@ class Monitor:
             metrics: The epoch's metrics.
             original: Those of the float model before training.
             directions: ``min`` or ``max`` by metric, where it is known which is better.
+            calibrated: Those after the calibration, before training.
         """
         if not self.enabled:
             return
@@ -121,7 +123,7 @@ class Monitor:
         with self._unharmed("the epoch's summary"):
             said = [f"Summary of epoch {epoch}"]
             if metrics:
-                said.append(tables.metrics_table(metrics, original, past.previous, past.extremes, directions or {}))
+                said.append(tables.metrics_table(metrics, original, past.previous, past.extremes, directions or {}, calibrated or {}))
             said += ["", tables.sensitivity_table(report, plan), *tables.suggestion_lines(suggestions, settings), ""]
             _say("\n".join(said))
         past.previous = dict(metrics)

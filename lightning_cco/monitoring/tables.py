@@ -183,8 +183,9 @@ def metrics_table(
     previous: Mapping[str, float],
     extremes: Mapping[str, Mapping[str, float]],
     directions: Mapping[str, str],
+    calibrated: Mapping[str, float] | None = None,
 ) -> str:
-    """The end of an epoch: each metric's value, the original one, the difference, the change since the last epoch, and the best so far.
+    """The end of an epoch: each metric's value, the original one, the one after calibration, the difference, the change since the last epoch, the best.
 
     Args:
         values: Metrics of the epoch.
@@ -192,8 +193,10 @@ def metrics_table(
         previous: Metrics of the epoch before; empty in the first.
         extremes: By metric: ``lowest``, ``lowest_epoch``, ``highest``, ``highest_epoch``.
         directions: By metric ``min`` or ``max``, where it is known which is better; elsewhere both ends are shown.
+        calibrated: Metrics after the calibration, before training; the column is left out where there are none.
     """
     rows = []
+    calibrated = calibrated or {}
     for name, value in values.items():
         direction = directions.get(name)
         best = best_of(extremes[name], direction)
@@ -203,6 +206,7 @@ def metrics_table(
                 name,
                 figure(value),
                 figure(original[name]) if name in original else "-",
+                figure(calibrated[name]) if name in calibrated else "-",
                 difference(value, original[name], direction) if name in original else "-",
                 difference(value, previous[name], percent=False) if name in previous else "-",
                 f"{figure(best[0])} (epoch {best[1]})"
@@ -210,8 +214,10 @@ def metrics_table(
                 else f"{figure(ends['lowest'])} to {figure(ends['highest'])} (range)",
             ]
         )
-    header = ["metric", "value", "original", "difference", "since last epoch", "best so far"]
-    return text_table(header, rows, right=[1, 2, 3, 4])
+    header = ["metric", "value", "original", "calibrated", "difference", "since last epoch", "best so far"]
+    if not calibrated:
+        header, rows = header[:3] + header[4:], [row[:3] + row[4:] for row in rows]
+    return text_table(header, rows, right=range(1, len(header) - 1))
 
 
 def difference(value: float, before: float, direction: str | None = None, percent: bool = True) -> str:

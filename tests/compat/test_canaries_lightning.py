@@ -54,6 +54,10 @@ class Looks(pl.Callback):
 
     def __init__(self) -> None:
         self.seen: dict[str, Any] = {}
+        self.sanity_checks = 0
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.sanity_checks += 1
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -70,6 +74,9 @@ class Looks(pl.Callback):
         lightning_loaders.set_loader_of(fetcher, [("batch", 0, 0)])
         self.seen["begun"] = list(iter(fetcher.combined_loader))
         lightning_loaders.set_loader_of(fetcher, loader)
+        with lightning_trainer.validation_loader_replaced(trainer, lambda combined: combined) as replaced:
+            lightning_trainer.sanity_check(trainer, progress_has_begun=False)
+        self.seen["replaced"] = replaced, self.sanity_checks
         before, pl_module.moved = pl_module.moved, 0
         self.seen["batch"] = lightning_trainer.batch_to_device(trainer, torch.ones(2)).tolist(), pl_module.moved
         pl_module.moved = before
@@ -85,6 +92,9 @@ class Looks(pl.Callback):
     "lightning.pytorch.LightningModule._on_before_batch_transfer",
     "lightning.pytorch.trainer.call._call_strategy_hook",
     "lightning.pytorch.Trainer._results",
+    "lightning.pytorch.Trainer._run_sanity_check",
+    "lightning.pytorch.loops._EvaluationLoop._combined_loader",
+    "lightning.pytorch.loops._EvaluationLoop._data_fetcher",
     "lightning.pytorch.loops._FitLoop._results",
     "lightning.pytorch.loops.fetchers._DataFetcher._combined_loader",
     "lightning.pytorch.loops._FitLoop._data_fetcher",
@@ -111,6 +121,7 @@ def test_a_fit(tmp_path: Path) -> None:
     assert looks.seen["loader"]
     assert looks.seen["mode"] == "max_size_cycle"
     assert len(looks.seen["fetchers"]) == 1
+    assert looks.seen["replaced"] == (True, 2)
     assert looks.seen["begun"] == [("batch", 0, 0)]
     assert looks.seen["batch"] == ([1.0, 1.0], 1)
     assert looks.seen["running"] == {"score/dataloader_idx_1"}
