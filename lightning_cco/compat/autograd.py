@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_cco.compat.resolve import needed, or_else
@@ -45,6 +46,15 @@ foreach_copy: Callable[[Sequence[Tensor], Sequence[Tensor]], Any] = or_else("tor
 
 FUNCTION_APPLY: CodeType | None = or_else("torch.autograd.Function.apply.__func__.__code__", None)
 """The code of ``torch.autograd.Function.apply``. Without a code of its own, calls inside of custom functions count as the user's layers."""
+
+
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without the Python around it, which looks for transforms of `torch.func`: for calls that are known to run plainly.
+
+    Private API: that ``torch.autograd.Function.apply`` hands over to an ``apply`` of its base class. Without it: ``function.apply`` (slower).
+    """
+    found: Callable[..., Any] = getattr(super(torch.autograd.Function, function), "apply", function.apply)
+    return found
 
 
 def applied(frame: FrameType) -> tuple[type, tuple[Any, ...], dict[str, Any]]:

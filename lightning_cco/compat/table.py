@@ -86,6 +86,7 @@ _AUTOGRAD = (
     ("torch.autograd.graph.Node._saved_self", "what a step's loss has read", _VALUES),
     ("torch.autograd.graph.Node._saved_dim", "the dimension of the classes in a step's loss", "the last one"),
     ("torch.autograd.Function.apply.__func__.__code__", "tells calls inside of custom functions", "these count as layers of the model"),
+    ("torch.autograd.Function.__base__.apply", "quantizers skip a look for transforms", "`Function.apply` (slower)"),
     ("torch.autograd.Function.apply.f_locals", "class and arguments of a custom function", "`KeyError` from the capture, which names it"),
 )
 _MODULES = (

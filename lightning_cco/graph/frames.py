@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from threading import get_ident
-from types import FrameType
+from types import BuiltinFunctionType, FrameType, FunctionType, MethodDescriptorType, MethodWrapperType
 from typing import Any
 
 import torch
@@ -24,16 +24,20 @@ from torch.compiler import is_compiling
 from torch.fx import GraphModule
 
 from lightning_cco.compat.autograd import graph_task
+from lightning_cco.compat.modules import MODULE_CALL
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.attention import multi_head_attention
 from lightning_cco.graph.call_node import Arguments, CallNode, ModuleCall
 from lightning_cco.graph.compiled import HiddenMode, hide_from_graph, mode_stack, restore_modes
-from lightning_cco.graph.foreign import is_foreign
+from lightning_cco.graph.foreign import Origin, origin_of_call
 from lightning_cco.graph.hooks import Hooks
 from lightning_cco.graph.hooks import inert as _inert  # noqa: F401, models pickled by earlier versions name it here
-from lightning_cco.graph.python_calls import is_running, module_call
-from lightning_cco.graph.recompute import COMPILED_CHECKPOINTS, InContext, Resumed, UnderMode, running_checkpoint
+from lightning_cco.graph.python_calls import module_call
+from lightning_cco.graph.recompute import COMPILED_CHECKPOINTS, InContext, Resumed, UnderMode, may_be_checkpoint, running_checkpoint
 from lightning_cco.graph.spelling import as_function, is_operator, name_of_operator
+
+_FUNCTIONS = frozenset((BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType))
+"""Types of torch functions whose name says what they do; operators have names of another form."""
 
 Handler = Callable[["ModuleCall", str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -47,41 +51,52 @@ class _FrameMode(HiddenMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
+        if is_compiling():
+            return self._compiled(func, args, kwargs)
         frames = self.frames
-        compiling = is_compiling()
-        stack = frames._main if compiling or get_ident() == frames._thread else frames.stack()
-        name = getattr(func, "__name__", "")
-        if not compiling and is_operator(func):
+        stack = frames._main if get_ident() == frames._thread else frames.stack()
+        if not stack:
+            return func(*args, **kwargs)
+        name, watched = getattr(func, "__name__", ""), frames.watched
+        if watched is not None and name not in watched and name not in stack[-1].table and type(func) in _FUNCTIONS:
+            return func(*args, **kwargs)  # most calls: they move values, or ask for a shape
+        if is_operator(func):
             name = name_of_operator(func)
             func, args, kwargs = as_function(name, func, args, kwargs)
-        if not compiling:
-            if not stack:
-                return func(*args, **kwargs)
-            watched = frames.watched
             if watched is not None and name not in watched and name not in stack[-1].table:
                 return func(*args, **kwargs)
-            if is_foreign(frames.graphs):
-                return func(*args, **kwargs)
-            python = stack[-1].python
-            if python and not is_running(python):
-                frames.drop_ended(stack)
-                if not stack:
-                    return func(*args, **kwargs)
-            if stack[0].records:
-                frames.note_checkpoint(stack, entering=False)
-        elif not stack:
+        return self._seen(stack, name, func, args, kwargs)
+
+    def _seen(self, stack: list[ModuleCall], name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that may be a layer's."""
+        frames = self.frames
+        origin = origin_of_call(frames.graphs, stack[-1].python)
+        if origin is Origin.ENDED:
+            frames.drop_ended(stack)
+        if origin is Origin.FOREIGN or not stack:
             return func(*args, **kwargs)
-        else:
-            hide_from_graph()
-            if name in COMPILED_CHECKPOINTS:
-                return func(UnderMode(self, args[0]), *args[1:], **kwargs)
+        if stack[0].records and may_be_checkpoint():
+            frames.note_checkpoint(stack, entering=False)
+        return self._handled(stack, name, func, args, kwargs)
+
+    def _compiled(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that a compiler traces."""
+        stack, name = self.frames._main, getattr(func, "__name__", "")
+        if not stack:
+            return func(*args, **kwargs)
+        hide_from_graph()
+        if name in COMPILED_CHECKPOINTS:
+            return func(UnderMode(self, args[0]), *args[1:], **kwargs)
+        return self._handled(stack, name, func, args, kwargs)
+
+    def _handled(self, stack: list[ModuleCall], name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is Tensor.unflatten:  # its Python half is one that the compiler can't trace under a mode
             func = torch.unflatten
         if name == "multi_head_attention_forward":
             # Its inner matmuls would run with the mode off, out of sight.
             with self:
                 return multi_head_attention(*args, **kwargs)
-        return frames.handle(stack[-1], name, func, args, kwargs)
+        return self.frames.handle(stack[-1], name, func, args, kwargs)
 
 
 class Frames(Hooks):
@@ -248,26 +263,26 @@ class Frames(Hooks):
         Returns:
             The keyword arguments to go on with, for a thread's first frame: they end with the call.
         """
-        compiling = is_compiling()
-        stack = self._main if compiling or get_ident() == self._thread else self.stack()
-        own = None if compiling else module_call(sys._getframe(2))
+        if is_compiling():
+            self._enter_compiled(path, module, args, kwargs)
+            return None
+        stack = self._main if get_ident() == self._thread else self.stack()
+        own: FrameType | None = sys._getframe(2)
+        if own is not None and own.f_code is not MODULE_CALL:  # a function inside of it
+            own = module_call(own.f_back)
         if own is not None and stack and stack[-1].python:
             around = module_call(own.f_back)
             if around is None or id(around) != stack[-1].python:
                 self.drop_ended(stack)
-        records = stack[0].records if stack and not compiling else torch.is_grad_enabled()
-        if not compiling and (not stack or stack[0].records):
+        records = stack[0].records if stack else torch.is_grad_enabled()
+        if (records or not stack) and may_be_checkpoint():
             self.note_checkpoint(stack, entering=True)
         if stack:
-            parent = stack[-1]
-            index = parent.calls.get(path, 0)
-            parent.calls[path] = index + 1
-            node = parent.node.child(path, index, self.growing)
+            node = self._node_within(stack[-1], path)
         else:
-            if not compiling:
-                if self.started is not None:
-                    self.started()
-                self._leave_mode()  # an interrupt may have left it
+            if self.started is not None:
+                self.started()
+            self._leave_mode()  # an interrupt may have left it
             self._mode.__enter__()  # type: ignore[no-untyped-call]
             node = self._node_for_entry(path)
         frame = ModuleCall(node, module.training, records)
@@ -282,6 +297,26 @@ class Frames(Hooks):
             self.entered(frame, args, kwargs)
         return replaced
 
+    def _enter_compiled(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The same while a compiler traces, where there are no Python frames to be seen."""
+        stack = self._main
+        records = torch.is_grad_enabled()
+        if stack:
+            node = self._node_within(stack[-1], path)
+        else:
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
+            node = self._node_for_entry(path)
+        frame = ModuleCall(node, module.training, records)
+        stack.append(frame)
+        if self.entered is not None:
+            self.entered(frame, args, kwargs)
+
+    def _node_within(self, parent: ModuleCall, path: str) -> CallNode:
+        """The node of a module that is called from within another."""
+        index = parent.calls.get(path, 0)
+        parent.calls[path] = index + 1
+        return parent.node.child(path, index, self.growing)
+
     def leave(self, path: str, output: Any) -> None:
         """Pop the frame of a module call that ends."""
         compiling = is_compiling()
@@ -289,21 +324,30 @@ class Frames(Hooks):
         # A user's pre-hook may have raised before ours ran, and a redirected call pushed nothing.
         if not stack:
             return
-        own = None if compiling else module_call(sys._getframe(2))
-        if own is None or not stack[-1].python:
+        python = 0 if compiling else stack[-1].python
+        if not python:
             if stack[-1].node.path != path:
                 return
-        elif stack[-1].python != id(own):
-            # Calls inside of this one were interrupted, and somebody caught that; or this one pushed nothing.
-            depth = next((depth for depth, frame in enumerate(stack) if frame.python == id(own)), None)
-            if depth is None or stack[depth].node.path != path:
+        else:
+            caller = sys._getframe(2)
+            if id(caller.f_back) != python and id(caller) != python and not self._drop_interrupted(stack, path, caller):
                 return
-            del stack[depth + 1 :]
         if self.left is not None:
             self.left(stack[-1], output)
         stack.pop()
         if not stack:
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def _drop_interrupted(self, stack: list[ModuleCall], path: str, caller: FrameType) -> bool:
+        """Whether a call that ends has a frame, and is then the innermost: calls inside of it may have been interrupted, and somebody caught that."""
+        own = module_call(caller)
+        if own is None:
+            return stack[-1].node.path == path
+        depth = next((depth for depth, frame in enumerate(stack) if frame.python == id(own)), None)
+        if depth is None or stack[depth].node.path != path:
+            return False
+        del stack[depth + 1 :]
+        return True
 
 
 def _end_of_call(frames: weakref.ref[Frames], thread: int, token: weakref.ref[Arguments]) -> None:

@@ -15,16 +15,6 @@ def module_call(frame: FrameType | None) -> FrameType | None:
     return frame
 
 
-def is_running(python: int) -> bool:
-    """Whether a Python frame, by its identity, is one of those around the caller's caller."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if id(frame) == python:
-            return True
-        frame = frame.f_back
-    return False
-
-
 def calling_position() -> int:
     """Where in the user's code the torch call now running stands: an offset into the code of the innermost function that isn't PyTorch's or ours.
 

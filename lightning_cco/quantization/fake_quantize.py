@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lightning_cco.compat.autograd import plain_apply
 from lightning_cco.compat.torch_modes import is_jit_tracing
 from lightning_cco.quantization import operations
 from lightning_cco.quantization.gradient_holders import fewest_holders, holders
@@ -169,7 +170,7 @@ def fake_quantize(
         return _scaled(x, _levels(x, scale, inplace).clamp_(grid.first, grid.last), scale, inplace)  # type: ignore[arg-type]
     result: Tensor
     if kernels is not None and numbers is not None:
-        result = _FakeQuantizeByKernel.apply(x, kernels, numbers[0], grid, inplace, extrema)  # type: ignore[no-untyped-call]
+        result = _by_kernel(x, kernels, numbers[0], grid, inplace, extrema)
     elif torch.compiler.is_compiling() and isinstance(grid.low, Tensor) and isinstance(grid.high, Tensor):
         result = _FakeQuantizeTraced.apply(x.clone() if inplace else x, scale, grid.low, grid.high, grid)  # type: ignore[no-untyped-call]
         if inplace:
@@ -329,6 +330,9 @@ class _FakeQuantizeByKernel(torch.autograd.Function):
         return out, *(None,) * 5
 
 
+_by_kernel = plain_apply(_FakeQuantizeByKernel)  # kernels are only there where operations run plainly
+
+
 def _run(kernels: Kernels, x: Tensor, scale: float, grid: Grid, inplace: bool, mask: Tensor | None, extrema: Tensor | None) -> Tensor:
     out = x if inplace else torch.empty_like(x)
     kernels.fake_quantize(x, out, scale, (grid.first, grid.last), (grid.low, grid.high), grid.limits, mask, extrema)  # type: ignore[arg-type]
@@ -374,28 +378,63 @@ def fake_quantize_weight(
         recomputed: Takes the scales, and gives the memory for the result; only where there are kernels for the weight.
         mse: Which scales, as for `weight_scale`.
     """
-    if recomputed is None and not torch.compiler.is_compiling() and not runs_plainly():
-        scale, limit = weight_scale(weight, num_bits, axis, mse), quant_range(num_bits, symmetric=True)[1]
-        levels = _times(weight.detach(), scale.reciprocal()).round()
-        rounded = ((levels.clamp(-limit, limit) if mse else levels) * scale).to(weight.dtype)
-        return rounded + (weight - weight.detach()) if _wants_gradient() else rounded
-    result: Tensor = _FakeQuantizeWeight.apply(weight, num_bits, axis, recomputed, mse)  # type: ignore[no-untyped-call]
+    kernels = None
+    if recomputed is not None:
+        kernels = recomputed.kernels
+    elif not torch.compiler.is_compiling():
+        kernels = kernels_for(weight) if axis is not None and weight.is_contiguous() else None
+        if kernels is None and not runs_plainly():
+            return _fake_quantize_weight_openly(weight, num_bits, axis, mse)
+    limit = quant_range(num_bits, symmetric=True)[1]
+    result: Tensor
+    if kernels is None:
+        result = _FakeQuantizeWeight.apply(weight, num_bits, limit, axis, mse)  # type: ignore[no-untyped-call]
+    elif weight.requires_grad and torch.is_grad_enabled():
+        result = _with_identity_gradient(weight, kernels, limit, axis, recomputed, mse)
+    else:
+        result = _weight_by_kernel(weight, kernels, limit, axis, recomputed, mse)
     return result
 
 
-class _FakeQuantizeWeight(torch.autograd.Function):
+def _fake_quantize_weight_openly(weight: Tensor, num_bits: int, axis: int | None, mse: bool) -> Tensor:
+    """By differentiable operations alone, as `_fake_quantize_openly`."""
+    scale, limit = weight_scale(weight, num_bits, axis, mse), quant_range(num_bits, symmetric=True)[1]
+    levels = _times(weight.detach(), scale.reciprocal()).round()
+    rounded = ((levels.clamp(-limit, limit) if mse else levels) * scale).to(weight.dtype)
+    return rounded + (weight - weight.detach()) if _wants_gradient() else rounded
+
+
+def _weight_by_kernel(
+    weight: Tensor, kernels: Kernels, limit: int, axis: int | None, recomputed: RecomputedWeight | None, mse: bool
+) -> Tensor:
+    assert axis is not None
+    scales = None
+    if recomputed is None:
+        result = torch.empty_like(weight, requires_grad=False)
+    else:
+        scales, recomputed.limit, result = recomputed.scales, limit, recomputed.room()
+    kernels.fake_quantize_weight(weight, result, axis, limit, _SMALLEST_SCALE, scales, mse=mse)
+    return result
+
+
+class _FakeQuantizeWeightByKernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, num_bits: int, axis: int | None, recomputed: RecomputedWeight | None, mse: bool) -> Tensor:
-        kernels = None if axis is None or torch.compiler.is_compiling() or not weight.is_contiguous() else kernels_for(weight)
-        limit = quant_range(num_bits, symmetric=True)[1]
-        if kernels is not None:
-            assert axis is not None
-            scales = None
-            if recomputed is not None:
-                scales, recomputed.limit = recomputed.scales, limit
-            result = torch.empty_like(weight) if recomputed is None else recomputed.room()
-            kernels.fake_quantize_weight(weight, result, axis, limit, _SMALLEST_SCALE, scales, mse=mse)
-            return result
+    def forward(ctx: Any, weight: Tensor, *args: Any) -> Tensor:
+        return _weight_by_kernel(weight, *args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, *(None,) * 5
+
+
+_with_identity_gradient = plain_apply(_FakeQuantizeWeightByKernel)
+
+
+class _FakeQuantizeWeight(torch.autograd.Function):
+    """By torch operations."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, num_bits: int, limit: int, axis: int | None, mse: bool) -> Tensor:
         scale = weight_scale(weight, num_bits, axis, mse)
         inverse = scale.reciprocal()
         plain = weight.dtype in (torch.float32, torch.float64)

@@ -80,9 +80,10 @@ class Kernels:
             How many values have no gradient; 0 without a mask.
         """
         count, dtype = x.numel(), x.dtype
+        address = _address(x, dtype, count)
         blocked: int = self._fake_quantize(
-            _address(x, dtype, count),
-            _address_like(out, x),
+            address,
+            address if out is x else _address_like(out, x),
             count,
             FORMATS[dtype],
             scale,
@@ -104,8 +105,9 @@ class Kernels:
     def mask_gradient(self, grad: Tensor, out: Tensor, mask: Tensor) -> None:
         """Copy a gradient to ``out`` (which may be ``grad``) and set it to 0 where the mask's bit is 0."""
         count, dtype = grad.numel(), grad.dtype
-        bits = _address(mask, torch.uint8, (count + 7) // 8)
-        self._mask_gradient(_address(grad, dtype, count), _address_like(out, grad), bits, count, FORMATS[dtype], torch.get_num_threads())
+        bits, address = _address(mask, torch.uint8, (count + 7) // 8), _address(grad, dtype, count)
+        target = address if out is grad else _address_like(out, grad)
+        self._mask_gradient(address, target, bits, count, FORMATS[dtype], torch.get_num_threads())
 
     def fake_quantize_weight(
         self,
@@ -256,7 +258,7 @@ def _address(tensor: Tensor, dtype: torch.dtype, count: int) -> int:
 
 def _address_like(tensor: Tensor, other: Tensor) -> int:
     """Address of a tensor whose values lie in memory like those of another one, whose own address is checked as well."""
-    if tensor is not other and tensor.stride() != other.stride() and not (tensor.is_contiguous() and other.is_contiguous()):
+    if tensor.stride() != other.stride() and not (tensor.is_contiguous() and other.is_contiguous()):
         raise CCOError(
             f"kernels: expected two tensors of the same strides, got {tensor.stride()} and {other.stride()} for shape {tuple(other.shape)}. "
             "Nothing was read or written; LIGHTNING_CCO_NATIVE=0 runs without kernels."

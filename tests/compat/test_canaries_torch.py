@@ -184,6 +184,27 @@ def test_custom_functions() -> None:
     assert seen == [(Twice, (x,), {})]
 
 
+@tries("torch.autograd.Function.__base__.apply")
+def test_applying_plainly() -> None:
+    calls: list[Any] = []
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+            calls.append(frame_of(autograd.FUNCTION_APPLY))
+            return x * factor
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            return grad * 2, None
+
+    x = torch.ones(2, requires_grad=True)
+    apply = autograd.plain_apply(Twice)
+    apply(x, 2.0).sum().backward()
+    assert x.grad is not None
+    assert (x.grad.tolist(), calls) == ([2.0, 2.0], [None])
+
+
 @tries(
     "torch.Tensor._version",
     "torch.Tensor._base",
