@@ -17,6 +17,7 @@ from lightning_cco.compat.lightning_trainer import batch_to_device, configured_o
 from lightning_cco.compat.metrics import restore_state, saved_state
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import Capture, capture
+from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.reached import frozen_modules, is_within
 from lightning_cco.lookahead import copied, upcoming_batches
 from lightning_cco.spare_loader import isolated_random
@@ -214,14 +215,7 @@ def _rehearsing(module: pl.LightningModule) -> Iterator[None]:
 @contextmanager
 def model_context(trainer: pl.Trainer) -> Iterator[None]:
     """The Trainer's precision, without compiled code and without inference mode, whose tensors would spoil a later training."""
-    with trainer.precision_plugin.forward_context(), torch.inference_mode(False), torch.no_grad(), uncompiled():
-        yield
-
-
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Run compiled modules eagerly, so that a function mode sees each call as it is."""
-    with torch.compiler.set_stance("force_eager"):
+    with trainer.precision_plugin.forward_context(), torch.inference_mode(False), torch.no_grad(), eager():
         yield
 
 

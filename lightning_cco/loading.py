@@ -14,10 +14,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_cco.batches import ForwardFn, capture_module, overrides_forward, uncompiled
+from lightning_cco.batches import ForwardFn, capture_module, overrides_forward
 from lightning_cco.checkpoints import check_callback_state, read_checkpoint
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import capture
+from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.hooks import refuse_hooked
 from lightning_cco.held_batches import calls_of
 from lightning_cco.names import list_names
@@ -80,7 +81,7 @@ def load_quantized(
             )
         if not args and not example_kwargs:
             args, example_kwargs = _known_example(model, state, checkpoint)
-        with uncompiled(), torch.no_grad():
+        with torch.no_grad():
             captured = capture(model, lambda: model(*args, **(example_kwargs or {})))
         quantized = QuantizedModel(model, captured, recipe, state["skips"])
         quantized.example = (args, example_kwargs)
@@ -133,7 +134,7 @@ def _captured_from_batch(
         raise CCOError(
             f"load_quantized: batch needs a LightningModule, which knows what to do with it; got {type(model).__name__}. Give example_args instead."
         )
-    with _with_a_trainer(model), uncompiled(), torch.no_grad():
+    with _with_a_trainer(model), eager(), torch.no_grad():
         captured, way = capture_module(model, batch, forward_fn)
         quantized = QuantizedModel(model, captured, recipe, suggestions)
         calls, quantized.network = calls_of(quantized, [batch], way)

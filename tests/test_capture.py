@@ -221,3 +221,18 @@ def test_a_tensor_that_the_module_keeps_is_an_input_where_the_model_is_called_wi
     captured = capture_graph(model, model.example_input_array)
     assert [*captured] == [*expected]
     assert captured.edges == expected.edges
+
+
+@pytest.mark.parametrize("run_before", [False, True])
+@pytest.mark.parametrize("part", [False, True])
+def test_a_compiled_model_is_captured_as_it_is(part: bool, run_before: bool) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)), torch.randn(2, 3, 8, 8)
+    kinds = [layer.kind for layer in capture_graph(model, x)]
+    if part:
+        compiled = nn.Sequential(torch.compile(model[:2], backend="eager"), *model[2:])
+    else:
+        compiled = torch.compile(model, backend="eager")
+    if run_before:
+        compiled(x)
+    assert [layer.kind for layer in capture_graph(compiled, x)] == kinds
+    torch.compiler.reset()

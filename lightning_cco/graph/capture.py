@@ -14,6 +14,7 @@ from torch import nn
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.call import ArgPath, Weight
 from lightning_cco.graph.call_node import CallNode
+from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.containers import LOOKED_INTO
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
@@ -113,12 +114,13 @@ def capture(model: nn.Module, forward: Callable[[], Any]) -> Capture:
     Raises:
         CCOError: If the forward fails, or makes no layer.
     """
-    try:
-        return _capture(model, forward, gradients=False)
-    except CCOError as error:
-        if not wants_gradients(error.__cause__):
-            raise
-    return _capture(model, forward, gradients=True)
+    with eager():  # compiled code would be traced with the capture in it
+        try:
+            return _capture(model, forward, gradients=False)
+        except CCOError as error:
+            if not wants_gradients(error.__cause__):
+                raise
+        return _capture(model, forward, gradients=True)
 
 
 def wants_gradients(error: BaseException | None) -> bool:
