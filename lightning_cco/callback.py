@@ -29,6 +29,7 @@ from lightning_cco.export_dir import as_before, check_export_dir
 from lightning_cco.graph.hooks import release
 from lightning_cco.held_batches import calibrate_on_held, calls_of
 from lightning_cco.initial_evaluation import InitialEvaluation
+from lightning_cco.level_use import LayerLevels, LevelWatch
 from lightning_cco.lookahead import copied, warn_of_left_over
 from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.metric_modes import metric_directions
@@ -75,9 +76,11 @@ class CCOCallback(pl.Callback):
         self.forward_fn = forward_fn
         self.quantized: QuantizedModel | None = None
         self.report: SensitivityReport | None = None
+        self.levels: dict[str, LayerLevels] = {}
         self.suggestions: list[Suggestion] = []
         self.before_training = InitialEvaluation()
         self.distiller = Distiller(self.settings.distillation_settings)
+        self._level_watch = LevelWatch()
         self._forward: ForwardFn | None = None
         self._monitor: Monitor | None = None
         self._held: list[Any] = []
@@ -124,7 +127,7 @@ class CCOCallback(pl.Callback):
             rank_zero_info("CCOCallback: another model than in the run before; it is captured and calibrated anew.")
             self._state, self._monitor, self.report = None, None, None
             self.distiller.forget()
-            self.before_training = InitialEvaluation()
+            self.before_training, self._level_watch = InitialEvaluation(), LevelWatch()
             self.suggestions, self._skips, self._pending_skips, self._held = [], [], [], []
         else:
             self._state = self._state or self.state_dict()
@@ -261,8 +264,10 @@ class CCOCallback(pl.Callback):
         assert quantized is not None
         assert monitor is not None
         assert self._forward is not None
+        forward = self._forward
         with model_context(trainer):
             self.report = quantized.sensitivity(self._held, on_a_copy(self._forward), self.settings.monitoring_settings.sensitivity_modes)
+            self.levels = self._level_watch.measure(quantized, lambda: on_a_copy(forward)(quantized.model, self._held[0]))
         self.suggestions = suggest_skips(self.report, quantized.plan, self.settings)
         if self.settings.global_quantization_settings.automatic_skip_quantization:
             self._pending_skips = [suggestion.name for suggestion in self.suggestions]
@@ -281,6 +286,7 @@ class CCOCallback(pl.Callback):
             self.original_metrics,
             metric_directions(trainer, metrics),
             self.calibrated_metrics,
+            self.levels,
         )
 
     def _apply_pending_skips(self, trainer: pl.Trainer) -> None:

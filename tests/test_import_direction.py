@@ -20,7 +20,7 @@ LAYERS = [
     ["distillation", "export_dir", "held_batches", "initial_evaluation"],
     ["batches", "checkpoints", "monitoring", "strategies"],
     ["lookahead", "quantized_model"],
-    ["drawing", "export", "loss_measurement", "measurement", "spare_loader", "suggestions"],
+    ["drawing", "export", "level_use", "loss_measurement", "measurement", "spare_loader", "suggestions"],
     ["loss_sensitivity", "sensitivity"],
     ["quantization"],
     ["graph"],

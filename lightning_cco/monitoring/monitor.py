@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import re
 import warnings
@@ -22,6 +23,7 @@ from lightning_cco.errors import CCOWarning
 from lightning_cco.export.report import ExportReport
 from lightning_cco.files import check_writable, remove_abandoned, write_file
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.level_use import LayerLevels
 from lightning_cco.monitoring import tables
 from lightning_cco.monitoring.graph_def import graph_def
 from lightning_cco.monitoring.heat_map import heat_map
@@ -99,6 +101,7 @@ class Monitor:
         original: Mapping[str, float],
         directions: Mapping[str, str] | None = None,
         calibrated: Mapping[str, float] | None = None,
+        levels: Mapping[str, LayerLevels] | None = None,
     ) -> None:
         """Show an epoch.
 
@@ -113,6 +116,7 @@ class Monitor:
             original: Those of the float model before training.
             directions: ``min`` or ``max`` by metric, where it is known which is better.
             calibrated: Those after the calibration, before training.
+            levels: How each layer uses its levels.
         """
         if not self.enabled:
             return
@@ -124,7 +128,13 @@ class Monitor:
             said = [f"Summary of epoch {epoch}"]
             if metrics:
                 said.append(tables.metrics_table(metrics, original, past.previous, past.extremes, directions or {}, calibrated or {}))
-            said += ["", tables.sensitivity_table(report, plan), *tables.suggestion_lines(suggestions, settings), ""]
+            said += [
+                "",
+                tables.sensitivity_table(report, plan),
+                *tables.levels_lines(levels or {}),
+                *tables.suggestion_lines(suggestions, settings),
+                "",
+            ]
             _say("\n".join(said))
         past.previous = dict(metrics)
         suggested = self._write("suggested_skips.yaml", lambda: suggestions_yaml(suggestions, settings, plan.suggestions))
@@ -137,12 +147,19 @@ class Monitor:
         if first:
             past.followed = [entry.name for entry in report.worst_first()[:_FOLLOWED]]
         with self._unharmed("what goes to the loggers"):
-            self._to_loggers(step, plan, report, suggested, picture, first)
+            self._to_loggers(step, plan, report, levels or {}, suggested, picture, first)
         if self.draw:
             self._draw_plan(plan, qs, step, when=f"epoch {epoch}", to_loggers=self._not_shown is None)
 
     def _to_loggers(
-        self, step: int, plan: QuantizationPlan, report: SensitivityReport, suggested: str | None, picture: bytes | None, first: bool
+        self,
+        step: int,
+        plan: QuantizationPlan,
+        report: SensitivityReport,
+        levels: Mapping[str, LayerLevels],
+        suggested: str | None,
+        picture: bytes | None,
+        first: bool,
     ) -> None:
         if not self.loggers:
             return
@@ -151,10 +168,15 @@ class Monitor:
         texts = {"cco/sensitivity": tables.markdown_table(tables.SENSITIVITY_HEADER, rows, of=len(qs))}
         if suggested is not None:
             texts["cco/suggestions"] = "\n".join(f"    {line}" for line in suggested.splitlines())
+        shown = {"cco/sensitivity": (tables.SENSITIVITY_HEADER, rows)}
+        if levels:
+            uses = tables.levels_rows(levels)[: tables.MOST_ROWS]
+            texts["cco/levels"] = tables.markdown_table(tables.LEVELS_HEADER, uses)
+            shown["cco/levels"] = tables.LEVELS_HEADER, uses
         heavy = Payload(
             step,
             texts=texts,
-            tables={"cco/sensitivity": (tables.SENSITIVITY_HEADER, rows)},
+            tables=shown,
             images={} if picture is None else {"cco/heat_map": picture},
             files=[self.folder / name for name in ("suggested_skips.yaml", "sensitivity.csv", "heat_map.png", "resolved_recipe.yaml")],
             graph=graph_def(plan, qs) if first else None,
@@ -163,7 +185,16 @@ class Monitor:
         light = Payload(
             step,
             histograms={"cco/qs": list(qs.values())},
-            scalars={f"cco_qs/{printable(name)}": qs[name] for name in self.past.followed if name in qs},
+            scalars={
+                **{f"cco_qs/{printable(name)}": qs[name] for name in self.past.followed if name in qs},
+                **{
+                    f"cco_{kind}/{printable(name)}": share
+                    for name in self.past.followed
+                    if name in levels
+                    for kind, share in vars(levels[name]).items()
+                    if not math.isnan(share)
+                },
+            },
         )
         show(self.loggers, light if self._not_shown is not None else heavy.with_values_of(light))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_cco.figures import figure
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.level_use import LayerLevels, worst_first
 from lightning_cco.monitoring.metric_modes import best_of
 from lightning_cco.names import markdown_cell, printable
 from lightning_cco.quantization.plan import QuantizationPlan
@@ -146,6 +147,28 @@ def sensitivity_table(report: SensitivityReport, plan: QuantizationPlan, most: i
     title = "Quantization Sensitivity (QS): how far rounding moves a layer's output; the most sensitive layers first"
     table = f"{title}\n{text_table(SENSITIVITY_HEADER, rows[:most], right=[2, 3, 4, 5, 6])}"
     return table if len(rows) <= most else f"{table}\n… and {len(rows) - most} less sensitive layers (all are in sensitivity.csv)"
+
+
+LEVELS_HEADER = ["layer", "weights clipped", "weights oscillating", "activations clipped"]
+
+
+def levels_rows(levels: Mapping[str, LayerLevels]) -> list[list[str]]:
+    """One row per layer: the shares of clipped and oscillating weights and of clipped activations, the largest first."""
+    return [
+        [name, *("-" if math.isnan(share) else f"{100 * share:.2f}%" for share in vars(shares).values())]
+        for name, shares in worst_first(levels)
+    ]
+
+
+def levels_lines(levels: Mapping[str, LayerLevels], most: int = 5) -> list[str]:
+    """The layers of which a share of at least 1 % is clipped or oscillates, as a table of text; nothing if there are none."""
+    shown = {name: shares for name, shares in levels.items() if any(share >= 0.01 for share in vars(shares).values())}
+    if not shown:
+        return []
+    rows = levels_rows(shown)
+    more = [f"… and {len(rows) - most} more of at least 1 %"] if len(rows) > most else []
+    title = "Use of the levels: shares that are clipped, or go to and fro between two levels; the largest first"
+    return ["", title, text_table(LEVELS_HEADER, rows[:most], right=[1, 2, 3]), *more]
 
 
 def suggestion_lines(suggestions: Sequence[Suggestion], settings: Settings, most: int = 10) -> list[str]:
