@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_cco.export.engine import engine_session, inspected_session, rounded_tensors
+from lightning_cco.export.engines import Form
 from lightning_cco.export.islands import read_optimized
 from lightning_cco.export.local_check import LocalRun
 from lightning_cco.export.outputs import Outputs, class_axes
@@ -53,7 +54,7 @@ def check_file(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequ
     rounded = rounded_tensors(written, emitter.order)
     names = [entry.tensor for entries in rounded.values() for entry in entries]
     # What is for another engine or another processor is run as it is written: this processor may have no exact product for int8 weights.
-    as_written = not emitter.stored.target.unsigned_without_vnni or quantized.settings.deployment_settings.vnni is not None
+    as_written = not emitter.stored.engine.wanted(Form.UNSIGNED_WITHOUT_VNNI) or quantized.settings.deployment_settings.vnni is not None
     inspected = inspected_session(path, written, names, as_written)
     local = LocalRun(quantized, rounded)
     outputs: Outputs | None = None

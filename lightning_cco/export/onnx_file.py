@@ -20,12 +20,13 @@ from lightning_cco.export.check import Call, call_of, check_file
 from lightning_cco.export.constants import arrange_integers
 from lightning_cco.export.destination import export_target, move
 from lightning_cco.export.engine_patterns import adds_products_exactly
+from lightning_cco.export.engines import ENGINES, Form
 from lightning_cco.export.failures import failed, inexpressible, need_packages, need_writable_names, untraceable
 from lightning_cco.export.limits import MEAN_STEPS, judge
 from lightning_cco.export.network import Network
 from lightning_cco.export.options import checked_options
 from lightning_cco.export.precision import in_float32, other_types
-from lightning_cco.export.products import fill_biases, split_products
+from lightning_cco.export.products import fill_biases, split_products, store_transposed
 from lightning_cco.export.provenance import layers_of_nodes
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
@@ -37,8 +38,8 @@ from lightning_cco.quantization.targets import TARGETS
 from lightning_cco.version import __version__
 
 INT4_OPSET = 21
-OPSET = 20
-"""From 21 on ONNX Runtime 1.32 refuses its own rewriting of symmetric int8 pairs (output_dtype does not match y_zero_point)."""
+OPSET = ENGINES["ort"].amount(Form.OPSET, INT4_OPSET)
+"""Whatever the target: each file is run in ONNX Runtime."""
 
 
 def export_onnx(
@@ -88,8 +89,9 @@ def export_onnx(
     args, kwargs = tuple(example_args), dict(example_kwargs or {})
     if not args and not kwargs:
         raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
-    if int4 and quantized.settings.deployment_settings.target_framework == "tensorrt":
-        raise CCOError("export: int4=True with target_framework: tensorrt, which takes 4-bit weights in blocks only. Leave int4 out.")
+    engine = ENGINES[quantized.settings.deployment_settings.target_framework]
+    if int4 and engine.refuses_int4:
+        raise CCOError(f"export: int4=True with target_framework: {engine.name}, which {engine.refuses_int4}. Leave int4 out.")
     need_writable_names(name for layer in quantized.graph for name in (layer.path, *layer.parameters))
     target = export_target(path, ".onnx")
     types = other_types(quantized.model)
@@ -164,14 +166,16 @@ def _write(
     try:
         onnx_passes.fix_shapes(graph)
         arrange_integers(graph)
-        if stored.target.integer_indexing:
+        if stored.engine.wanted(Form.INTEGER_INDEXING):
             onnx_passes.index_integers(graph)
-        if stored.target.split_products:
+        if stored.engine.wanted(Form.SPLIT_PRODUCTS):
             split_products(graph)
-        if stored.target.full_biases:
+        if stored.engine.wanted(Form.FULL_BIASES):
             fill_biases(graph)
+        if stored.engine.wanted(Form.STORED_TRANSPOSED):
+            store_transposed(graph)
         onnx_passes.share_constants(graph)
-        if stored.target.own_zero_points:
+        if stored.engine.wanted(Form.OWN_ZERO_POINTS):
             onnx_passes.own_zero_points(graph)
         if int4:
             onnx_passes.pack_int4(graph)
@@ -248,7 +252,7 @@ def _notes(quantized: HookedModel, emitter: Emitter, int4: bool) -> list[str]:
         )
     if emitter.stored.unsigned:
         notes.append("weights are stored as uint8, for processors without VNNI; for others deployment_settings.vnni: true may be faster")
-    elif emitter.stored.target.unsigned_without_vnni:
+    elif emitter.stored.engine.wanted(Form.UNSIGNED_WITHOUT_VNNI):
         notes.append("int8 weights are exact on ARM and on x86 with VNNI; for other processors set deployment_settings.vnni: false")
     elif emitter.stored.overflows_without_vnni:
         here = "" if adds_products_exactly() else ", so on this one"
@@ -264,12 +268,12 @@ def _notes(quantized: HookedModel, emitter: Emitter, int4: bool) -> list[str]:
     narrow = [key for key, quantizer in quantized.activations.items() if quantizer.num_bits < 8]
     if narrow:
         notes.append(f"activations of fewer than 8 bits are narrowed and stored in 8: {', '.join(narrow)}")
-    target = quantized.settings.deployment_settings.target_framework
-    if target == "openvino" and emitter.reads_shapes and any(quantized.graph[layer].kind == "conv" for layer in emitter.stored.biases):
+    engine = emitter.stored.engine
+    if engine.dynamic_batch and emitter.reads_shapes and any(quantized.graph[layer].kind == "conv" for layer in emitter.stored.biases):
         notes.append(
-            "the size of the batch is computed with, and OpenVINO 2026.4 can then leave out a convolution's bias: "
+            f"the size of the batch is computed with, and {engine.dynamic_batch}: "
             "fix it with model.reshape(...) before compiling, or export with dynamic_batch=False"
         )
-    if target == "tensorrt":
-        notes.append("the file is what TensorRT's documentation asks for (symmetric int8 Q/DQ pairs); it was run in ONNX Runtime only")
+    if engine.not_run:
+        notes.append(engine.not_run)
     return notes

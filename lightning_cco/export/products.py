@@ -23,7 +23,7 @@ def split_products(graph: Any) -> None:
 
 
 def fill_biases(graph: Any) -> None:
-    """Give the bias of each product of fixed sizes and more than two dimensions as many; see `Target.full_biases`."""
+    """Give the bias of each product of fixed sizes and more than two dimensions as many; see `engines.Form.FULL_BIASES`."""
     for node in list(graph):
         if node.op_type != "Add":
             continue
@@ -36,6 +36,30 @@ def fill_biases(graph: Any) -> None:
             if len(sizes) > 2 and all(isinstance(size, int) for size in sizes):
                 full = bias.reshape((1,) * (len(sizes) - 1) + bias.shape)
                 node.replace_input_with(number, initializer(graph, f"{node.outputs[0].name}_bias", full))
+
+
+def store_transposed(graph: Any) -> None:
+    """Store the weight of each product as the product reads it: without a Transpose between it and its DequantizeLinear.
+
+    A weight that something else reads as well, such as a tied embedding's table, stays: it would be stored twice.
+    """
+    import onnx_ir
+
+    for transpose in list(graph):
+        dequantize = transpose.inputs[0].producer() if transpose.op_type == "Transpose" else None
+        if dequantize is None or dequantize.op_type != "DequantizeLinear" or transpose.outputs[0].is_graph_output():
+            continue
+        integers = constant(dequantize.inputs[0])
+        readers = [reader for reader, _ in dequantize.inputs[0].uses()]
+        if integers is None or integers.ndim != 2 or list(transpose.attributes.get_ints("perm", ())) != [1, 0]:
+            continue
+        results = [use for reader in readers for use, _ in reader.outputs[0].uses()]
+        if any(reader.op_type != "DequantizeLinear" for reader in readers) or any(reader.op_type != "Transpose" for reader in results):
+            continue
+        value = initializer(graph, f"{transpose.outputs[0].name}_integers", np.ascontiguousarray(integers.T))
+        axis = onnx_ir.AttrInt64("axis", 1 - dequantize.attributes.get_int("axis", 1) % 2)
+        stored = _like(graph, transpose, dequantize, [value, *dequantize.inputs[1:]], f".{transpose.outputs[0].name}", {"axis": axis})
+        transpose.outputs[0].replace_all_uses_with(stored)
 
 
 @dataclass(frozen=True)

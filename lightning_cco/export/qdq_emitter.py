@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_cco.export.engine_patterns import attention, averages_images, divided, without_bound
+from lightning_cco.export.engines import Form
 from lightning_cco.export.fold_batch_norm import IntegerWeight
 from lightning_cco.export.onnx_passes import NAME
 from lightning_cco.export.provenance import noting
@@ -203,7 +204,7 @@ class Emitter:
         """First and last level of a rounded tensor behind a clamp that rounding does; `None`: the clamp is written as it is."""
         known = LIMITS.get(site.function) if site.op.category is Category.CLAMP else None
         key = TensorKey(site.layer)
-        if known is None or not self.stored.target.clips_integers or not self.quantized.plan.rounds(key):
+        if known is None or not self.stored.engine.wanted(Form.INTEGER_CLIPS) or not self.quantized.plan.rounds(key):
             return None
         quantizer, interval = self.quantized.activations[key], known(args, kwargs)
         if interval is None or quantizer.empty:
@@ -240,7 +241,7 @@ class Emitter:
             return x
         scale, zero_point, levels = self._formats[key]
         levels = limits or levels
-        if levels is None or self.stored.target.clips_integers:
+        if levels is None or self.stored.engine.wanted(Form.INTEGER_CLIPS):
             return self._pair(x, scale, zero_point, key, levels)
         low, high = ((level - int(zero_point)) * scale for level in levels)
         return self._pair(x.clamp(float(low), float(high)), scale, zero_point, key)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.export.engine_patterns import adds_products_exactly, blocked_convolution, bound_of, has_matrix_units, shortened
+from lightning_cco.export.engines import ENGINES, Form
 from lightning_cco.export.fold_batch_norm import BatchNorm, IntegerWeight, integer_weight, norm_weight
 from lightning_cco.graph.capture import CallSite, Source
 from lightning_cco.graph.ops import Category, Op
@@ -40,7 +41,8 @@ class StoredWeights:
         int4: Whether weights of at most 4 bits will be packed, which a zero point other than 0 or an unsigned type would hinder.
 
     Attributes:
-        target: The engine.
+        target: What decided the plan.
+        engine: What the engine wants of the file.
         weights: Integer weights by layer.
         biases: Bias by layer, and its scale if it is stored as integers.
         operands: Constants of layers without weights: integers, or the scale of what is computed from a parameter.
@@ -55,7 +57,7 @@ class StoredWeights:
 
     def __init__(self, quantized: HookedModel, int4: bool = False) -> None:
         deployment = quantized.settings.deployment_settings
-        self.quantized, self.target = quantized, TARGETS[deployment.target_framework]
+        self.quantized, self.target, self.engine = quantized, TARGETS[deployment.target_framework], ENGINES[deployment.target_framework]
         self.weights: dict[str, list[IntegerWeight]] = {}
         self.biases: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.operands: dict[str, list[IntegerWeight | Tensor]] = {}
@@ -66,9 +68,9 @@ class StoredWeights:
         self.bounds: dict[str, tuple[float, float]] = {}
         self.tables: dict[str, Tensor] = {}
         amx = has_matrix_units() if deployment.amx is None else deployment.amx
-        self._matrix_unit_depth = self.target.matrix_unit_depth if amx and not int4 else None
+        self._for_matrix_units = self.engine.wanted(Form.MATRIX_UNITS) and amx and not int4
         exact = adds_products_exactly() if deployment.vnni is None else deployment.vnni
-        self.unsigned = self.target.unsigned_without_vnni and not exact and not int4
+        self.unsigned = self.engine.wanted(Form.UNSIGNED_WITHOUT_VNNI) and not exact and not int4
 
     def collect(self, site: CallSite, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take the weights that a layer is called with (parametrized, sliced, tied), and call it."""
@@ -164,7 +166,7 @@ class StoredWeights:
         """
         key = self.quantizer_of(site.sources[0])
         in_float = site.op.kind == "linear" and dimensions > 2 and not self.quantized.plan.rounds(site.layer)
-        if key is None or in_float or site.layer in self.quantized.plan.weight_only or not self.target.integer_bias:
+        if key is None or in_float or site.layer in self.quantized.plan.weight_only or not self.engine.wanted(Form.INTEGER_BIAS):
             return bias, None
         if weight_scale.dim():
             weight_scale = weight_scale.repeat(bias.numel() // weight_scale.numel())
@@ -177,12 +179,12 @@ class StoredWeights:
         call = dict(zip(names, (1, 0, 1, 1), strict=True)) | dict(zip(names, args[3:], strict=False))
         call |= {name: value for name, value in kwargs.items() if name in names}
         if self._reads_input(site):
-            form = blocked_convolution(weight.integers, tuple(args[0].shape[2:]), call, self.target.channel_multiple)
+            form = blocked_convolution(weight.integers, tuple(args[0].shape[2:]), call, self.engine.amount(Form.CHANNEL_MULTIPLE, 1))
             if form is not None:
                 self.blocked[site.layer] = replace(weight, integers=form.weight), form.pads
                 return weight
-        depth = weight.integers[0].numel()
-        if self._matrix_unit_depth is None or call["groups"] != 1 or depth < self._matrix_unit_depth or int(weight.integers.min()) == -128:
+        shallow = weight.integers[0].numel() < self.engine.amount(Form.MATRIX_UNITS, 1)
+        if not self._for_matrix_units or shallow or call["groups"] != 1 or int(weight.integers.min()) == -128:
             return weight
         self.for_matrix_units.append(site.layer)
         # The engine's convolution kernel takes symmetric weights only, so any other zero point sends it to the matrix product.

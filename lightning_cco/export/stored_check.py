@@ -116,20 +116,14 @@ class _Expected:
             rest[0].astype(np.float64).reshape(shape if rest[0].size > 1 else [1] * integers.ndim) if rest and rest[0] is not None else 0.0
         )
         value = (integers.astype(np.float64) - zero_point) * step
+        forms = [(value, step)] if value.ndim != 2 else [(value, step), (value.T, step.T)]  # a product's may be stored transposed
         worst: float | None = None
-        for wanted, allowed in self._candidates(layer):
-            for part, slack in _parts(wanted, allowed, value.shape, operation_of_kind(self.quantized.graph[layer].kind).recurrent):
-                aligned = _sorted_rows(value) if part is None else value
-                target = _sorted_rows(wanted) if part is None else part
-                off = np.abs(aligned - target) - slack
-                steps = (
-                    float((off / np.maximum(step, 1e-30)).max(initial=0.0))
-                    if part is not None
-                    else float(off.max(initial=0.0) / step.max())
-                )
-                if steps <= 1e-3:
+        for form, form_step in forms:
+            for wanted, allowed in self._candidates(layer):
+                steps = _steps_off(form, form_step, wanted, allowed, operation_of_kind(self.quantized.graph[layer].kind).recurrent)
+                if steps is not None and steps <= 1e-3:
                     return ""
-                worst = steps if worst is None else min(worst, steps)
+                worst = min((entry for entry in (worst, steps) if entry is not None), default=None)
         return "" if worst is None else f"what is stored of it is up to {worst:.3g} steps of its scale off"
 
     def table(self, layer: str, array: Array) -> str:
@@ -189,6 +183,17 @@ class _Expected:
         needed = needed if stored.scale.dim() else needed.amax()
         coarse = torch.where(stored.scale.double() <= needed * (1 + _TOLERANCE), 0.5001 * needed, torch.zeros_like(needed))
         return coarse.reshape(shape if coarse.dim() else [1] * len(shape)).cpu().numpy()
+
+
+def _steps_off(value: Array, step: Array, wanted: Array, allowed: Array | float, recurrent: bool) -> float | None:
+    """How far values are at most from those expected, in steps of their scale; `None` where the two have no form in common."""
+    found: list[float] = []
+    for part, slack in _parts(wanted, allowed, value.shape, recurrent):
+        if part is None:
+            found.append(float((np.abs(_sorted_rows(value) - _sorted_rows(wanted)) - slack).max(initial=0.0) / step.max()))
+        else:
+            found.append(float(((np.abs(value - part) - slack) / np.maximum(step, 1e-30)).max(initial=0.0)))
+    return min(found, default=None)
 
 
 def _parts(wanted: Array, allowed: Array | float, shape: tuple[int, ...], recurrent: bool) -> Iterator[tuple[Array | None, Any]]:

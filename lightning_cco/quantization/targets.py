@@ -1,4 +1,4 @@
-"""What each engine runs in INT8: the one place where a deployment target decides something."""
+"""What each engine runs in INT8, which decides the plan. What it wants of a file is in `lightning_cco.export.engines`."""
 
 from __future__ import annotations
 
@@ -34,20 +34,7 @@ class Target:
         float_outputs: Kinds among them whose result the engine hands over in float at no cost. It is rounded only where an INT8 layer reads it.
         elementwise_kinds: Kinds that multiply no weights. They run in INT8 if all that they read is INT8 anyway or something that reads them is; between float
             layers (a residual stream between layer norms) the conversions would cost more than they save.
-        channel_multiple: How many input channels the fast convolution kernels read at a time.
-        integer_bias: Whether a bias is stored as integers on the grid of the accumulator; else in float.
-        matrix_unit_depth: From how many products per output on a convolution runs faster on a processor's matrix units (AMX) than in the engine's own
-            convolution kernel, which does not use them; `None`: the engine decides by itself.
-        integer_indexing: Whether what moves values is written on integers, since the engine does not move conversions past it.
-        clips_integers: Whether formats of fewer than 8 bits are narrowed on the integers, behind QuantizeLinear: a clamp of floats before it would keep the
-            engine from computing the layer in INT8. Else on the floats.
-        own_zero_points: Whether no two weights may share a zero point's constant.
         norms: Whether a batch norm that no layer takes in has an INT8 form: a convolution of each channel with one number.
-        unsigned_without_vnni: Whether weights are stored as uint8 for processors without VNNI. The engine has an exact product for two unsigned types;
-            that of an unsigned and a signed one adds in 16 bits there.
-        full_biases: Whether a bias that is added to a product of more than two dimensions is stored with as many. ONNX Runtime takes such a product for one of
-            rows, in float, where its sizes are fixed and the bias has one dimension.
-        split_products: Whether the parts that a linear layer's result is split into are computed faster as products of their own.
         integer_left: Whether a product with a weight on its left, which is computed in float, may have integers for it.
         narrow_without_vnni: Whether weights that are multiplied have 7 bits for processors without VNNI, whose sums of two products would overflow.
     """
@@ -59,17 +46,8 @@ class Target:
     forms: Mapping[str, Form] | None = None
     float_outputs: frozenset[str] = _WEIGHTED - {"conv", "conv_transpose"} | _MATMUL
     elementwise_kinds: frozenset[str] = _ELEMENTWISE | _SHAPING | _SMOOTH
-    channel_multiple: int = 1
-    integer_bias: bool = True
-    matrix_unit_depth: int | None = None
-    integer_indexing: bool = False
-    clips_integers: bool = False
-    own_zero_points: bool = False
     norms: bool = False
-    split_products: bool = False
     integer_left: bool = True
-    full_biases: bool = False
-    unsigned_without_vnni: bool = False
     narrow_without_vnni: bool = False
 
     def computes_in_int8(self, layer: Layer) -> bool:
@@ -147,15 +125,7 @@ TARGETS: Mapping[str, Target] = {
             "avg_pool": _divides_by_count,
             "interpolate": _nearest,
         },
-        channel_multiple=4,
-        matrix_unit_depth=1024,
-        integer_indexing=True,
-        clips_integers=True,
         norms=True,
-        own_zero_points=True,
-        split_products=True,
-        full_biases=True,
-        unsigned_without_vnni=True,
     ),
     "openvino": Target(
         "openvino",
@@ -178,10 +148,9 @@ TARGETS: Mapping[str, Target] = {
         },
         float_outputs=_WEIGHTED | _MATMUL | {"batch_norm"},
         integer_left=False,  # 2026.4 refuses such a file, or is wrong by a tenth
-        own_zero_points=True,
         narrow_without_vnni=True,
     ),
-    "tensorrt": Target("tensorrt", True, _ALL - _RECURRENT, weight_only_kinds=_RECURRENT, integer_bias=False),
+    "tensorrt": Target("tensorrt", True, _ALL - _RECURRENT, weight_only_kinds=_RECURRENT),
 }
 """The engines by name. Sources: ONNX Runtime's QDQ operator list and the graphs that it makes of each kind; OpenVINO's low-precision transformations guide,
 TensorRT's Q/DQ placement guide.

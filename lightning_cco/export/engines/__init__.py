@@ -1,0 +1,15 @@
+"""What each engine wants of a file: one entry an engine, which `export` asks and in which nothing is decided about the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning_cco.export.engines.entry import Computed, Engine, Form, Loaded, Want
+from lightning_cco.export.engines.openvino import OPENVINO
+from lightning_cco.export.engines.ort import ORT
+from lightning_cco.export.engines.tensorrt import TENSORRT
+
+ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (ORT, OPENVINO, TENSORRT)}
+"""The entries by the name of the engine's `Target`."""
+
+__all__ = ["ENGINES", "Computed", "Engine", "Form", "Loaded", "Want"]

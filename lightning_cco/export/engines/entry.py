@@ -1,0 +1,110 @@
+"""What an entry of the table of engines consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Form(Enum):
+    """What an engine can want of a file. What it computes in INT8, and so what is planned, is a matter of `quantization.targets`."""
+
+    CHANNEL_MULTIPLE = "a first convolution on blocks of pixels, whose input channels are a multiple of the amount"
+    MATRIX_UNITS = "on processors with AMX, convolutions of at least the amount of products per output with a zero point of their own"
+    INTEGER_BIAS = "biases as integers on the grid of the accumulator"
+    INTEGER_INDEXING = "operators that move values on integers, with the DequantizeLinear behind them"
+    INTEGER_CLIPS = "formats of fewer than 8 bits, and clamps before a rounding, as a Clip of integers behind QuantizeLinear"
+    OWN_ZERO_POINTS = "a constant of its own for the zero point of each weight"
+    FULL_BIASES = "biases with as many dimensions as the product that they are added to, where its sizes are fixed"
+    STORED_TRANSPOSED = "weights of products of more than two dimensions stored as the product reads them, without a Transpose"
+    SPLIT_PRODUCTS = "products of their own for the parts that a linear layer's result is split into"
+    UNSIGNED_WITHOUT_VNNI = "uint8 weights for x86 processors without VNNI"
+    OPSET = "an opset of at most the amount where activations are symmetric"
+
+
+@dataclass(frozen=True)
+class Want:
+    """One form that an engine wants.
+
+    Attributes:
+        form: The form.
+        versions: Versions of the engine that want it, as far as known: "1.20 to 1.32". The end is the newest version that was tried.
+        seen: What the engine does without it, and where that was seen.
+        canary: The test that fails once the engine no longer needs it (``tests/export/…::name``), or the benchmark that measures it; empty where the
+            engine can't be run.
+        amount: The number that belongs to some forms.
+    """
+
+    form: Form
+    versions: str
+    seen: str
+    canary: str
+    amount: int = 1
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A node of the graph that an engine executes.
+
+    Attributes:
+        operator: What the engine calls it.
+        precision: Type that it computes in, such as ``u8`` or ``f32``.
+        names: Nodes of the file that went into it.
+    """
+
+    operator: str
+    precision: str
+    names: tuple[str, ...]
+
+
+class Loaded(Protocol):
+    """A file in an engine."""
+
+    def run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """The outputs, in the file's order."""
+        ...
+
+    def computed(self) -> list[Computed]:
+        """What the engine executes, in order."""
+        ...
+
+
+Load = Callable[[Path], Loaded]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What an engine wants of a file.
+
+    Attributes:
+        name: That of its `Target`.
+        title: What it calls itself.
+        wants: The forms that it wants.
+        load: Loads a file as its users do; `None` where it can't be run here, or is ONNX Runtime, in which every file is checked.
+        package: What must be installed for that.
+        refuses_int4: Why weights can't be stored in 4 bits for it; empty: they can.
+        dynamic_batch: What it gets wrong where the size of a dynamic batch is computed with; empty: nothing.
+        not_run: What to say of files that it was not run on; empty: it was.
+    """
+
+    name: str
+    title: str
+    wants: tuple[Want, ...]
+    load: Load | None = None
+    package: str = ""
+    refuses_int4: str = ""
+    dynamic_batch: str = ""
+    not_run: str = ""
+
+    def wanted(self, form: Form) -> bool:
+        """Whether it wants a form."""
+        return any(want.form is form for want in self.wants)
+
+    def amount(self, form: Form, otherwise: int) -> int:
+        """The number that belongs to a form; another where the engine does not want it."""
+        return next((want.amount for want in self.wants if want.form is form), otherwise)

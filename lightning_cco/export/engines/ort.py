@@ -1,0 +1,81 @@
+"""ONNX Runtime. Sources: its QDQ operator list, and the graphs that it makes of each form."""
+
+from __future__ import annotations
+
+from lightning_cco.export.engines.entry import Engine, Form, Want
+
+_CANARIES = "tests/export/test_engine_canaries.py"
+_SPEED = "benchmarks/engine_forms.py"
+
+ORT = Engine(
+    "ort",
+    "ONNX Runtime",
+    (
+        Want(
+            Form.CHANNEL_MULTIPLE,
+            "1.20 to 1.32",
+            "its convolution kernels read 4 channels at a time, so 3 of an image are slow: 7 × 7 in 0.97 instead of 0.66 ms (docs/export.md)",
+            _SPEED,
+            4,
+        ),
+        Want(
+            Form.MATRIX_UNITS,
+            "1.20 to 1.32",
+            "its convolution kernel does not use AMX; a weight with a zero point goes to the matrix product, which does: ResNet-18 3.6 instead of 2.8 "
+            "times float; from 560 products on it is slower (docs/export.md)",
+            _SPEED,
+            1024,
+        ),
+        Want(Form.INTEGER_BIAS, "1.20 to 1.32", "a convolution with a bias in float runs in float", f"{_CANARIES}::test_ort_integer_bias"),
+        Want(
+            Form.INTEGER_INDEXING,
+            "1.20 to 1.32",
+            "it moves no conversion past what picks values, so the layer behind runs in float",
+            f"{_CANARIES}::test_ort_integer_indexing",
+        ),
+        Want(
+            Form.INTEGER_CLIPS,
+            "1.20 to 1.32",
+            "a clamp of floats before a rounding keeps the layer before it in float",
+            f"{_CANARIES}::test_ort_integer_clips",
+        ),
+        Want(
+            Form.OWN_ZERO_POINTS,
+            "1.20 to 1.32",
+            "it can't load a file with a shared one where exact products are asked for (session.x64quantprecision) without VNNI",
+            f"{_CANARIES}::test_ort_own_zero_points",
+        ),
+        Want(
+            Form.FULL_BIASES,
+            "1.20 to 1.32",
+            "it takes a product of fixed sizes and a bias of one dimension for one of rows, in float",
+            f"{_CANARIES}::test_ort_full_biases",
+        ),
+        Want(
+            Form.STORED_TRANSPOSED,
+            "1.20 to 1.32",
+            "it fuses the Transpose of a weight into the product before it has moved the conversions of what the product reads next to it: the layer "
+            "behind PyTorch's multi-head attention ran in float",
+            f"{_CANARIES}::test_ort_stored_transposed",
+        ),
+        Want(
+            Form.SPLIT_PRODUCTS,
+            "1.20 to 1.32",
+            "it adds the bias and splits in passes of their own: ViT-tiny 1.47 instead of 1.57 times float (docs/export.md)",
+            _SPEED,
+        ),
+        Want(
+            Form.UNSIGNED_WITHOUT_VNNI,
+            "1.20 to 1.32",
+            "it adds two products of unsigned and signed integers in 16 bits there; its product of two unsigned types is exact",
+            f"{_CANARIES}::test_ort_unsigned_without_vnni",
+        ),
+        Want(
+            Form.OPSET,
+            "1.32",
+            "from opset 21 on it refuses its own rewriting of symmetric int8 pairs (output_dtype does not match y_zero_point)",
+            f"{_CANARIES}::test_ort_opset",
+            20,
+        ),
+    ),
+)
