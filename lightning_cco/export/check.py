@@ -9,17 +9,23 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from lightning_cco.errors import CCOError
 from lightning_cco.export.engine import engine_session, inspected_session, rounded_tensors
 from lightning_cco.export.engines import Form
 from lightning_cco.export.islands import read_optimized
+from lightning_cco.export.limits import judge
 from lightning_cco.export.local_check import LocalRun
 from lightning_cco.export.outputs import Outputs, class_axes
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport, LayerDifference
 from lightning_cco.export.stored_check import stored_faults
+from lightning_cco.export.target_check import Case, check_in_target
 from lightning_cco.export.variations import varied
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.quantization.model import HookedModel
+
+_CASES = 2
+"""How many batches the engine that a file is for is run on."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one forward."""
@@ -43,7 +49,7 @@ def check_file(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequ
         report: Filled in place.
 
     Raises:
-        CCOError: The file's outputs are not those of the model: another number, or another shape.
+        CCOError: The file's outputs are not those of the model: another number, or another shape; or the engine that it is for refuses it.
     """
     import onnx
 
@@ -58,6 +64,7 @@ def check_file(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequ
     inspected = inspected_session(path, written, names, as_written)
     local = LocalRun(quantized, rounded)
     outputs: Outputs | None = None
+    cases: list[Case] = []
     further = varied(quantized, calls)
     with quantized.evaluating():
         for number, (args, kwargs) in enumerate([*calls, *further]):
@@ -79,10 +86,18 @@ def check_file(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequ
                 shapes = [array.shape for array in expected]
                 outputs = Outputs([entry.name for entry in session.get_outputs()], class_axes(quantized.graph, shapes))
             outputs.add(expected, results, going_on, values[: len(results)])
+            if len(cases) < _CASES:
+                cases.append(Case(feeds, expected, lambda args=args, kwargs=kwargs: _arrays(emitter.model(*args, **kwargs))))  # type: ignore[misc]
             report.batches += number < len(calls)
             report.variations += number >= len(calls)
     report.faults = stored_faults(quantized, written, emitter, rounded, local.weights)
     _tell(report, local, outputs)
+    try:
+        judge(report)
+    except CCOError:
+        return  # wrong in ONNX Runtime already; whoever asked for the check says so
+    with quantized.evaluating():
+        check_in_target(path, path.with_name("inspected.onnx"), written, emitter, cases, rounded, report)
 
 
 def _tell(report: ExportReport, local: LocalRun, outputs: Outputs | None) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from lightning_cco.export.qdq_emitter import Emitter
-from lightning_cco.export.report import ExportReport, FloatIsland
+from lightning_cco.export.report import UNPLANNED, ExportReport, FloatIsland
 from lightning_cco.quantization.model import HookedModel
 
 _INT4 = 22
@@ -65,10 +65,10 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
             in_integers.add(layer)
         elif node.op_type in _HEAVY and varying:
             heavy.append((node.op_type, layer))
-    target = emitter.stored.target.name
-    unexpected = "planned in INT8, but the engine computes it in float"
-    if target != "ort":
-        unexpected = f"planned in INT8 for {target}; ONNX Runtime, in which the file is checked, computes it in float"
+    engine = emitter.stored.engine
+    unexpected = f"{UNPLANNED} the engine computes it in float"
+    if engine.load is not None or engine.not_run:
+        unexpected = f"planned in INT8 for {engine.name}; ONNX Runtime, in which the file is checked, computes it in float"
     packed = _packed(written, emitter)
     for operator, layer in heavy:
         reason = "its weights are stored in 4 bits, for which the engine has no INT8 product" if layer in packed else unexpected

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lightning_cco.compat.onnx_exporter import LOGGERS
-from lightning_cco.errors import CCOError
+from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export import onnx_passes
 from lightning_cco.export.axes import Axes, check_axis_names, name_axes, ways_to_vary
 from lightning_cco.export.check import Call, call_of, check_file
@@ -109,10 +109,24 @@ def export_onnx(
                     fitting: list[Call] = [(tensors, {}) for tensors in calls if tensors is not None]
                     check_file(quantized, temporary, emitter, fitting or [(deployed.example, {})], report)
                     judge(report, min_sqnr_db, max_mean_steps)
+                    _warn_of_floats(report)
                 move(temporary, target)
         except OSError as error:
             raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
     return report
+
+
+def _warn_of_floats(report: ExportReport) -> None:
+    """Products that are planned in INT8 and run in float cost what the file is for."""
+    layers = list(dict.fromkeys(layer for island in report.float_islands if island.unplanned for layer in island.layers))
+    if layers:
+        named = ", ".join(f"'{layer}'" for layer in layers[:8]) + (f" and {len(layers) - 8} more" if len(layers) > 8 else "")
+        warnings.warn(
+            f"export: planned in INT8, but {report.target or 'ONNX Runtime'} computes in float: {named}. The file is right, and slower than planned. "
+            "Skip these layers, or report this form of the model.",
+            CCOWarning,
+            stacklevel=3,
+        )
 
 
 def _said(deployed: Deployed, types: list[str], fixed: list[str]) -> list[str]:

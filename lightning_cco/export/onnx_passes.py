@@ -101,8 +101,8 @@ def share_constants(graph: Any) -> None:
 def own_zero_points(graph: Any) -> None:
     """Give each weight a zero point of its own.
 
-    OpenVINO 2026.4 computes a convolution and a linear layer in float that share a constant of zeros; ONNX Runtime 1.32 can't load a file with a shared
-    one where exact products are asked for on a processor without VNNI (``session.x64quantprecision``).
+    ONNX Runtime 1.32 can't load a file with a shared one where exact products are asked for on a processor without VNNI
+    (``session.x64quantprecision``).
     """
     owned: dict[Any, Any] = {}
     for node in list(graph):

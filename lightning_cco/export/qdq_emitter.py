@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_cco.export.embedding_bags import bag_arguments, is_bag, reduced
 from lightning_cco.export.engine_patterns import attention, averages_images, divided, without_bound
 from lightning_cco.export.engines import Form
 from lightning_cco.export.fold_batch_norm import IntegerWeight
@@ -110,6 +111,8 @@ class Emitter:
                 return self._with_outputs(site, args, self._scale_channels(site, args[0] if args else kwargs["input"]))
             if site.op.kind == "embedding" and name in self.stored.weights:
                 result = self._embedding(self.stored.weights[name][0], args, kwargs)
+            elif site.op.kind == "embedding_bag" and is_bag(bag_arguments(args, kwargs)):
+                result = self._bags(site, bag_arguments(args, kwargs))
             else:
                 args, kwargs = self._with_weights(site, args, kwargs)
                 if site.op.kind == "linear" and self.quantized.plan.rounds(name) and args and args[0].dim() > 2:
@@ -271,6 +274,12 @@ class Emitter:
         indices = args[0] if args else kwargs["input"]
         scale = weight.scale.reshape(-1, 1) if weight.scale.dim() else weight.scale.expand(weight.integers.shape[0], 1)
         return F.embedding(indices, weight.integers).to(torch.float32) * F.embedding(indices, scale)
+
+    def _bags(self, site: CallSite, call: dict[str, Any]) -> Tensor:
+        """Look the rows of all bags up, then reduce them."""
+        stored = self.stored.weights.get(site.layer)
+        rows = self._embedding(stored[0], (call["input"],), {}) if stored else F.embedding(call["input"], call["weight"])
+        return reduced(rows, call)
 
     def _symbolic(
         self,

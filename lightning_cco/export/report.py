@@ -8,6 +8,8 @@ from pathlib import Path
 
 from lightning_cco.files import write_file
 
+UNPLANNED = "planned in INT8, but"
+"""How the reason begins of a layer that is planned in INT8 and that the engine computes in float."""
 LOW_SQNR_DB = 15.0
 """Below this the report says why outputs can differ while each layer is right."""
 
@@ -70,6 +72,11 @@ class FloatIsland:
     layers: tuple[str, ...]
     reason: str
 
+    @property
+    def unplanned(self) -> bool:
+        """Whether the plan has the layer in INT8."""
+        return self.reason.startswith(UNPLANNED)
+
 
 @dataclass
 class ExportReport:
@@ -95,6 +102,9 @@ class ExportReport:
         float_islands: The layers behind them, and why.
         conversions: Quantize and dequantize nodes left between them.
         notes: What a reader should know, such as bits stored in wider formats.
+        target: The engine that the file is for and its version, if it was run in another than ONNX Runtime.
+        target_sqnr_db: Signal-to-noise ratio of the outputs in that.
+        target_nodes: How many products of each kind that computes in INT8.
     """
 
     path: str
@@ -116,6 +126,9 @@ class ExportReport:
     float_islands: list[FloatIsland] = field(default_factory=list)
     conversions: int = 0
     notes: list[str] = field(default_factory=list)
+    target: str = ""
+    target_sqnr_db: float = float("nan")
+    target_nodes: dict[str, int] = field(default_factory=dict)
 
     @property
     def size_ratio(self) -> float:
@@ -157,6 +170,11 @@ class ExportReport:
                 *self._by_tensor(),
                 f"  runs in INT8        {_counts(self.integer_nodes)}",
                 f"  runs in float       {_counts(self.float_nodes)}; {self.conversions} conversions between them",
+                *(
+                    [f"  in {self.target:<16} SQNR {self.target_sqnr_db:.1f} dB, in INT8: {_counts(self.target_nodes)}"]
+                    if self.target
+                    else []
+                ),
                 *self._islands(),
             ]
         else:

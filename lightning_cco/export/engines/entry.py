@@ -54,11 +54,13 @@ class Computed:
     Attributes:
         operator: What the engine calls it.
         precision: Type that it computes in, such as ``u8`` or ``f32``.
+        product: Whether it multiplies and adds up: a convolution, a product of matrices, a recurrent layer.
         names: Nodes of the file that went into it.
     """
 
     operator: str
     precision: str
+    product: bool
     names: tuple[str, ...]
 
 

@@ -26,7 +26,12 @@ ORT = Engine(
             _SPEED,
             1024,
         ),
-        Want(Form.INTEGER_BIAS, "1.20 to 1.32", "a convolution with a bias in float runs in float", f"{_CANARIES}::test_ort_integer_bias"),
+        Want(
+            Form.INTEGER_BIAS,
+            "1.20, not 1.32",
+            "its operators in INT8 take integers; older versions compute a layer with a bias in float in float, 1.32 makes integers of it by itself",
+            f"{_CANARIES}::test_ort_integer_bias",
+        ),
         Want(
             Form.INTEGER_INDEXING,
             "1.20 to 1.32",

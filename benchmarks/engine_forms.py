@@ -1,0 +1,162 @@
+"""What the forms are worth that files have for an engine's speed alone: the same network exported with each of them and without.
+
+Run: ``python benchmarks/engine_forms.py [norms]`` (a minute or so; `norms` measures batch norms in INT8 against float)
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import lightning_cco as cc
+from lightning_cco.export import stored
+from lightning_cco.export.engine import engine_session
+from lightning_cco.export.engines import ENGINES, Form
+from lightning_cco.quantization import planner, targets
+
+
+class Stem(nn.Module):
+    """What reads an image in a ResNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 64, 7, 2, 3), nn.Conv2d(64, 64, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+class Dense(nn.Module):
+    """A dense block: batch norms that no convolution takes in."""
+
+    def __init__(self, blocks: int = 6, growth: int = 32) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, 2, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(64 + growth * number) for number in range(blocks))
+        self.convs = nn.ModuleList(nn.Conv2d(64 + growth * number, growth, 3, 1, 1) for number in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = torch.cat([x, torch.relu(conv(torch.relu(norm(x))))], 1)
+        return x
+
+
+def deep() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(256, 256, 3, 1, 1), nn.ReLU(), nn.Conv2d(256, 256, 3, 1, 1))
+
+
+def attention() -> nn.Module:
+    return nn.TransformerEncoderLayer(192, 3, 768, 0.0, batch_first=True)
+
+
+def channel_multiple() -> tuple[nn.Module, Tensor]:
+    return Stem(), torch.randn(1, 3, 224, 224)
+
+
+def matrix_units() -> tuple[nn.Module, Tensor]:
+    return deep(), torch.randn(1, 256, 14, 14)
+
+
+def split_products() -> tuple[nn.Module, Tensor]:
+    return attention(), torch.randn(1, 197, 192)
+
+
+CASES: dict[Form, Callable[[], tuple[nn.Module, Tensor]]] = {
+    Form.CHANNEL_MULTIPLE: channel_multiple,
+    Form.MATRIX_UNITS: matrix_units,
+    Form.SPLIT_PRODUCTS: split_products,
+}
+
+
+@contextmanager
+def without(form: Form) -> Any:
+    """Inside the block ONNX Runtime wants everything else."""
+    old = stored.ENGINES
+    engine = ENGINES["ort"]
+    stored.ENGINES = {"ort": replace(engine, wants=tuple(want for want in engine.wants if want.form is not form))}
+    try:
+        yield
+    finally:
+        stored.ENGINES = old
+
+
+@contextmanager
+def norms(target: str, wanted: bool) -> Any:
+    """Inside the block batch norms of their own are planned in INT8, or not."""
+    old = targets.TARGETS
+    planner.TARGETS = {**old, target: replace(old[target], norms=wanted)}
+    try:
+        yield
+    finally:
+        planner.TARGETS = old
+
+
+def exported(model: nn.Module, x: Tensor, path: Path, target: str = "ort") -> None:
+    settings = {"global_quantization_settings": {"skip_tail_quantization": False}, "deployment_settings": {"target_framework": target}}
+    quantized = cc.quantize(model.eval(), settings, (x,))
+    quantized.calibrate([x])
+    quantized.export(path, check=False, dynamic_batch=False)
+    quantized.remove()
+
+
+def session(path: Path, target: str) -> Callable[[np.ndarray], Any]:
+    if target == "openvino":
+        import openvino
+
+        hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+        compiled = openvino.Core().compile_model(str(path), "CPU", hints)
+        return lambda x: compiled(x)
+    made = engine_session(str(path), intra_op_num_threads=1)
+    return lambda x: made.run(None, {made.get_inputs()[0].name: x})
+
+
+def compared(paths: list[Path], x: Tensor, target: str = "ort", turns: int = 15) -> list[float]:
+    """Milliseconds of each file: medians over turns, in which the files are run one after the other."""
+    runs, array = [session(path, target) for path in paths], x.numpy()
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(turns):
+        for run, found in zip(runs, times, strict=True):
+            run(array)
+            start = time.perf_counter()
+            for _ in range(5):
+                run(array)
+            found.append((time.perf_counter() - start) / 5 * 1000)
+    return [statistics.median(found) for found in times]
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / "with.onnx", Path(folder) / "without.onnx"]
+        if sys.argv[1:] == ["norms"]:
+            for target in ("ort", "openvino"):
+                model, x = Dense(), torch.randn(1, 3, 64, 64)
+                for path, wanted in zip(paths, (True, False), strict=True):
+                    with norms(target, wanted):
+                        exported(model, x, path, target)
+                print(f"norms in {target}: INT8 {{:.2f}} ms, float {{:.2f}} ms".format(*compared(paths, x, target)))
+            return
+        for form, make in CASES.items():
+            model, x = make()
+            exported(model, x, paths[0])
+            with without(form):
+                exported(model, x, paths[1])
+            print(f"{form.name}: with {{:.3f}} ms, without {{:.3f}} ms".format(*compared(paths, x)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Runs a file in the engine that it is for, where that is installed: whether it loads, what it computes in INT8, and whether each layer is right there too."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_cco.errors import CCOError, CCOWarning
+from lightning_cco.export.engine import Rounded
+from lightning_cco.export.engine_patterns import adds_products_exactly
+from lightning_cco.export.engines import Engine, Loaded
+from lightning_cco.export.limits import judge
+from lightning_cco.export.local_check import LocalRun
+from lightning_cco.export.outputs import Arrays, Outputs
+from lightning_cco.export.qdq_emitter import Emitter
+from lightning_cco.export.report import UNPLANNED, ExportReport, FloatIsland, LayerDifference
+from lightning_cco.graph.ops import Category, operation_of_kind
+
+_INTEGER = ("u8", "i8")
+_ALIKE_DB = 30.0
+"""Below this, a file that gives other outputs once its rounded tensors are outputs as well is worth a warning."""
+
+
+@dataclass
+class Case:
+    """One batch of the check.
+
+    Attributes:
+        feeds: Arrays by the file's names of its inputs.
+        expected: The fake-quantized model's outputs.
+        forward: Runs the fake-quantized model on it once more.
+    """
+
+    feeds: dict[str, np.ndarray[Any, Any]]
+    expected: Arrays
+    forward: Callable[[], Arrays]
+
+
+def installed(engine: Engine) -> bool:
+    """Whether an engine can be run here."""
+    return engine.load is not None and importlib.util.find_spec(engine.package) is not None
+
+
+def check_in_target(
+    path: Path,
+    inspected: Path,
+    written: Any,
+    emitter: Emitter,
+    cases: Sequence[Case],
+    rounded: Mapping[str, list[Rounded]],
+    report: ExportReport,
+) -> None:
+    """Fill in what the engine makes of a file.
+
+    Args:
+        path: The file.
+        inspected: The file with its rounded tensors as further outputs.
+        written: The loaded file.
+        emitter: What wrote it.
+        cases: What to run it on.
+        rounded: Its quantize nodes by quantizer name.
+        report: Filled in place.
+
+    Raises:
+        CCOError: The engine can't load or run the file, or a layer is wrong in it.
+    """
+    engine = emitter.stored.engine
+    if engine.load is None:
+        return
+    if not installed(engine):
+        report.notes.append(f"{engine.title} is not installed, so the file was run in ONNX Runtime only: pip install {engine.package}")
+        return
+    report.target = f"{engine.title} {importlib.metadata.version(engine.package)}"
+    names = [entry.tensor for entries in rounded.values() for entry in entries]
+    local = LocalRun(emitter.quantized, rounded)
+    outputs = Outputs([entry.name for entry in report.outputs], [entry.class_axis for entry in report.outputs])
+    alike = Outputs(outputs.names, outputs.axes)
+    try:
+        whole, open_ = engine.load(path), engine.load(inspected)
+        for case in cases:
+            results = whole.run(case.feeds)
+            values = open_.run(case.feeds)
+            tensors = dict(zip(names, values[len(results) :], strict=True))
+            with local.going_on_from(tensors):
+                going_on = case.forward()
+            outputs.add(case.expected, results, going_on, values[: len(results)])
+            alike.add(values[: len(results)], results, results, results)
+    except CCOError:
+        raise
+    except Exception as error:
+        raise CCOError(_unloadable(report.target, written, emitter, error)) from error
+    _count(whole, written, emitter, report)
+    report.target_sqnr_db = outputs.sqnr_db
+    _judge(local, outputs, alike, emitter, report)
+
+
+def _judge(local: LocalRun, outputs: Outputs, alike: Outputs, emitter: Emitter, report: ExportReport) -> None:
+    """Refuse what is wrong in the engine, by the limits of the check in ONNX Runtime."""
+    own = ExportReport(report.path, outputs=outputs.differences())
+    for key, steps in local.steps.items():
+        count = max(1, steps.count)
+        own.layers.append(LayerDifference(key, steps.largest, steps.total / count, steps.far / count, steps.count))
+    try:
+        judge(own)
+    except CCOError as error:
+        if emitter.stored.overflows_without_vnni and not adds_products_exactly():
+            report.notes.append(
+                f"in {report.target} the outputs agree at {report.target_sqnr_db:.1f} dB only: this processor cuts its sums off"
+            )
+            return
+        said = str(error).removeprefix("export: the file differs")
+        raise CCOError(f"export: in {report.target}, the target, the file differs{said}") from error
+    if alike.sqnr_db < _ALIKE_DB and report.target_sqnr_db < report.sqnr_db - 10:
+        warnings.warn(
+            f"export: {report.target} gives outputs at {report.target_sqnr_db:.1f} dB of the fake-quantized model's, ONNX Runtime at {report.sqnr_db:.1f}, "
+            "although each layer is right by itself: one of the operators that it fuses may be wrong. Compare on your own data before deploying.",
+            CCOWarning,
+            stacklevel=5,
+        )
+
+
+def _count(loaded: Loaded, written: Any, emitter: Emitter, report: ExportReport) -> None:
+    """What the engine computes in INT8, and which products it computes in float that are planned in INT8."""
+    layers = dict(emitter.layers)
+    layers |= {value: emitter.layers[node.name] for node in written.graph.node if node.name in emitter.layers for value in node.output}
+    plan, graph = emitter.quantized.plan, emitter.quantized.graph
+    integer: Counter[str] = Counter()
+    floats: dict[str, str] = {}
+    reached: set[str] = set()
+    for node in loaded.computed():
+        if not node.product:
+            continue
+        found = next((layers[name] for name in map(_plain, node.names) if name in layers), "")
+        if node.precision in _INTEGER:
+            integer[node.operator] += 1
+            reached.add(found)
+        elif found in plan.quantized and operation_of_kind(graph[found].kind).category in (Category.WEIGHTED, Category.MATMUL):
+            floats[found] = node.operator
+    report.target_nodes = dict(integer)
+    report.float_islands = [entry for entry in report.float_islands if not entry.reason.startswith("planned in INT8 for")]
+    for layer, operator in floats.items():
+        if layer not in reached:
+            reason = f"{UNPLANNED} {report.target} computes it in float"
+            report.float_islands.append(FloatIsland(operator, (layer,), reason))
+
+
+def _plain(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def _unloadable(title: str, written: Any, emitter: Emitter, error: Exception) -> str:
+    """A message for a file that the engine refuses, with the layer whose operator it names."""
+    text = " ".join(str(error).split())
+    layer = next((layer for name, layer in _names(written.graph.node, emitter) if re.search(rf"\b{re.escape(name)}\b", text)), "")
+    where = f" at layer '{layer}' (module '{emitter.quantized.graph[layer].path}')" if layer in emitter.quantized.graph else ""
+    told = text[text.find("-- ") :] if "-- " in text else text
+    return (
+        f"export: {title}, the target, can't run the file{where}: {told[:400]}. No file was written. Replace that layer by operations that the engine "
+        "has, leave it out of the exported module, or choose another target_framework. check=False writes the file unchecked."
+    )
+
+
+def _names(nodes: Any, emitter: Emitter, layer: str = "") -> list[tuple[str, str]]:
+    """Names of nodes and of what they make, also inside of loops and branches, each with its layer."""
+    found = []
+    for node in nodes:
+        own = emitter.layers.get(node.name, layer)
+        found += [(name, own) for name in (node.name, *node.output) if name and own]
+        for attribute in node.attribute:
+            found += _names(attribute.g.node, emitter, own)
+    return found

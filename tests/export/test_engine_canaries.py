@@ -1,0 +1,199 @@
+"""Each form that an engine wants is still needed: a test that fails here says that its range of versions has ended, or that it must be written otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from engine_files import File, agrees, optimized, reference
+from export_models import UNet, settled
+from torch import Tensor
+
+from lightning_cco import QuantizedModel, quantize
+from lightning_cco.export.engine_patterns import adds_products_exactly
+from lightning_cco.export.engines import ENGINES, Form
+
+ROOT = Path(__file__).resolve().parents[2]
+X = np.random.default_rng(1).standard_normal((2, 3, 16, 16)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_each_want_has_a_range_of_versions_and_a_canary(name: str) -> None:
+    wants = ENGINES[name].wants
+    assert len({want.form for want in wants}) == len(wants)
+    for want in wants:
+        assert want.versions
+        assert want.seen
+        path, _, test = want.canary.partition("::")
+        assert f"def {test or want.form.name.lower()}(" in (ROOT / path).read_text(encoding="utf-8"), want.form
+
+
+def convolution(file: File, x: str, channels: int = 3, bias: bool = True) -> str:
+    weight = file.weight(8, channels, 3, 3)
+    addend = [file.constant(np.linspace(-1, 1, 8, dtype=np.float32))] if bias else []
+    return file.node("Conv", x, weight, *addend, pads=[1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_ort_integer_bias(integers: bool, tmp_path: Path) -> None:
+    """From 1.32 on, at the latest, a bias in float is made integers; the oldest version that is supported is 1.20."""
+    file = File()
+    weight, x = file.weight(8, 3, 3, 3), file.rounded("x")
+    bias = file.constant(np.arange(8, dtype=np.int32 if integers else np.float32))
+    if integers:
+        bias = file.node("DequantizeLinear", bias, file.constant(np.full(8, 0.02 * 0.01, np.float32)), axis=0)
+    output = file.rounded(file.node("Conv", x, weight, bias, pads=[1, 1, 1, 1]), 0.05)
+    assert optimized(file.save(tmp_path / "a.onnx", X.shape, output))["QLinearConv"]
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_ort_integer_indexing(integers: bool, tmp_path: Path) -> None:
+    file = File()
+    step, zero = file.constant(np.float32(0.02)), file.constant(np.uint8(128))
+    index = file.constant(np.array([0, 2, 1], np.int64))
+    levels = file.node("QuantizeLinear", "x", step, zero)
+    if integers:
+        x = file.node("DequantizeLinear", file.node("Gather", levels, index, axis=1), step, zero)
+    else:
+        x = file.node("Gather", file.node("DequantizeLinear", levels, step, zero), index, axis=1)
+    output = file.rounded(convolution(file, x, bias=False), 0.05)
+    assert bool(optimized(file.save(tmp_path / "a.onnx", X.shape, output))["QLinearConv"]) is integers
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_ort_integer_clips(integers: bool, tmp_path: Path) -> None:
+    file = File()
+    x = convolution(file, file.rounded("x"), bias=False)
+    if integers:
+        output = file.rounded(x, 0.1, 7, clip=(0, 15))
+    else:
+        output = file.rounded(file.node("Clip", x, file.constant(np.float32(-0.7)), file.constant(np.float32(0.8))), 0.1, 7)
+    assert bool(optimized(file.save(tmp_path / "a.onnx", X.shape, output))["QLinearConv"]) is integers
+
+
+def exported(model: torch.nn.Module, x: Tensor, target: str, bits: int, path: Path) -> QuantizedModel:
+    settings = {
+        "global_quantization_settings": {"weights_num_bits": bits, "activations_num_bits": bits, "skip_tail_quantization": False},
+        "deployment_settings": {"target_framework": target, "vnni": True},
+    }
+    quantized = quantize(model.eval(), settings, (x,))
+    quantized.calibrate([x])
+    quantized.export(path, check=False)
+    return quantized
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Form], None]:
+    """Files are written for an engine that does not want a form."""
+
+    def write(name: str, form: Form) -> None:
+        engine = replace(ENGINES[name], wants=tuple(want for want in ENGINES[name].wants if want.form is not form))
+        monkeypatch.setattr("lightning_cco.export.stored.ENGINES", {**ENGINES, name: engine})
+
+    return write
+
+
+class Pooled(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.first, self.second = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(torch.relu(self.conv(x)).mean((2, 3)))))
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+@pytest.mark.skipif(adds_products_exactly(), reason="a processor with VNNI asks for no exact products")
+@pytest.mark.parametrize("own", [True, False])
+def test_ort_own_zero_points(own: bool, tmp_path: Path, without: Callable[[str, Form], None]) -> None:
+    if not own:
+        without("ort", Form.OWN_ZERO_POINTS)
+    exported(Pooled(), torch.from_numpy(X), "ort", 8, tmp_path / "a.onnx")
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    try:
+        ort.InferenceSession(str(tmp_path / "a.onnx"), options, providers=["CPUExecutionProvider"])
+        loaded = True
+    except Exception:  # of a type that it does not export
+        loaded = False
+    assert loaded is own
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_ort_full_biases(full: bool, tmp_path: Path) -> None:
+    file = File()
+    product = file.node("MatMul", file.rounded("x"), file.weight(16, 8, axis=1))
+    bias = np.linspace(-1, 1, 8, dtype=np.float32)
+    output = file.node("Add", product, file.constant(bias[None, None] if full else bias))
+    found = optimized(file.save(tmp_path / "a.onnx", (2, 5, 16), output))
+    assert bool(found["MatMulIntegerToFloat"] + found["DynamicQuantizeMatMul"]) is full
+
+
+class Text(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = torch.nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True)
+        self.table, self.layers = torch.nn.Embedding(50, 32), torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.table(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stored", [True, False])
+def test_ort_stored_transposed(stored: bool, tmp_path: Path, without: Callable[[str, Form], None]) -> None:
+    if not stored:
+        without("ort", Form.STORED_TRANSPOSED)
+    exported(Text(), torch.randint(0, 50, (2, 9)), "ort", 8, tmp_path / "a.onnx")
+    assert (optimized(tmp_path / "a.onnx")["MatMulIntegerToFloat"] == 12) is stored
+
+
+@pytest.mark.skipif(adds_products_exactly(), reason="a processor with VNNI adds exactly")
+@pytest.mark.parametrize("kind", [np.int8, np.uint8])
+def test_ort_unsigned_without_vnni(kind: Any, tmp_path: Path) -> None:
+    file = File()
+    x = file.rounded("x", 0.005, 0)
+    weight = file.weight(8, 3, 3, 3, kind=kind, most=127)
+    output = file.rounded(file.node("Conv", x, weight, pads=[1, 1, 1, 1]), 0.2)
+    path = file.save(tmp_path / "a.onnx", X.shape, output)
+    x_large = np.full_like(X, 1.2)
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert agrees(session.run(None, {"x": x_large})[0], reference(path, x_large)) is (kind is np.uint8)
+
+
+@pytest.mark.parametrize("opset", [20, 21])
+def test_ort_opset(opset: int, tmp_path: Path) -> None:
+    file = File(opset)
+    x = file.rounded("x", 0.02, 0, np.int8)
+    y = file.node("Reshape", x, file.constant(np.array([-1, 768], np.int64)))
+    output = file.rounded(file.node("Gemm", y, file.weight(8, 768), transB=1), 0.05, 0, np.int8)
+    file.save(tmp_path / "a.onnx", X.shape, output)
+    try:
+        optimized(tmp_path / "a.onnx")
+        loaded = True
+    except Exception:  # of a type that it does not export
+        loaded = False
+    assert loaded is (opset <= ENGINES["ort"].amount(Form.OPSET, 0))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("integers", [True, False])
+def test_openvino_integer_clips(integers: bool, tmp_path: Path, without: Callable[[str, Form], None]) -> None:
+    pytest.importorskip("openvino")
+    if not integers:
+        without("openvino", Form.INTEGER_CLIPS)
+    x = torch.randn(4, 3, 16, 16)
+    quantized = exported(settled(UNet()), x, "openvino", 4, tmp_path / "a.onnx")
+    load = ENGINES["openvino"].load
+    assert load is not None
+    with torch.no_grad():
+        expected = quantized.model(x).numpy()
+    got = load(tmp_path / "a.onnx").run({"x": x.numpy()})[0]
+    assert (np.square(got - expected).sum() < 0.003 * np.square(expected).sum()) is np.bool_(integers)
