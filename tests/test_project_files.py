@@ -31,7 +31,17 @@ def test_the_files_of_contributing_are_there() -> None:
 
 def test_the_names_of_contributing_are_in_the_code() -> None:
     code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "lightning_cco").rglob("*.py"))
-    for name in ("int8_kinds", "weight_only_kinds", "forms", "TARGETS", "ENGINES", "TARGET_FRAMEWORKS", "RANGE_ESTIMATORS", "_GIVERS", "Payload"):
+    for name in (
+        "int8_kinds",
+        "weight_only_kinds",
+        "forms",
+        "TARGETS",
+        "ENGINES",
+        "TARGET_FRAMEWORKS",
+        "RANGE_ESTIMATORS",
+        "_GIVERS",
+        "Payload",
+    ):
         assert re.search(rf"\b{name}\b", code), name
         assert name in CONTRIBUTING
 
