@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_cco.batch_norms import BatchNorms
 from lightning_cco.batches import (
     ForwardFn,
     capture_module,
@@ -81,6 +82,7 @@ class CCOCallback(pl.Callback):
         self.before_training = InitialEvaluation()
         self.distiller = Distiller(self.settings.distillation_settings)
         self._level_watch = LevelWatch()
+        self._batch_norms = BatchNorms()
         self._forward: ForwardFn | None = None
         self._monitor: Monitor | None = None
         self._held: list[Any] = []
@@ -215,9 +217,12 @@ class CCOCallback(pl.Callback):
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Called before each training batch. Lets the ranges follow it."""
+        """Called before each training batch. Lets the ranges follow it, and keeps the statistics of batch norms from their step on."""
         if self.quantized is not None:
             self.quantized.follow_ranges(True)
+        freeze = self.settings.training_settings.freeze_batch_norm_at_step
+        if freeze is not None and trainer.global_step >= freeze and (count := self._batch_norms.freeze(pl_module)):
+            rank_zero_info(f"The statistics of {count} batch norms are frozen from step {trainer.global_step} on.")
         self.distiller.before_batch()
 
     @override
@@ -303,8 +308,9 @@ class CCOCallback(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after the last batch. The teacher has nothing more to do."""
+        """Called after the last batch. The teacher has nothing more to do, and the modes of batch norms are theirs again."""
         self.distiller.stop()
+        self._batch_norms.release()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -384,8 +390,9 @@ class CCOCallback(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Called when a run is interrupted. Forgets the frames of the forward that did not end, and takes what was put on the strategy off."""
+        """Called when a run is interrupted. Forgets the frames of the forward that did not end, and puts the model and the strategy back."""
         self.distiller.stop()
+        self._batch_norms.release()
         if self.quantized is not None:
             self.quantized.runtime.frames.reset()
 

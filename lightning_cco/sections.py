@@ -33,6 +33,7 @@ BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
     "freeze_ranges_at_step": (lambda step: step >= 0, "a step of at least 0, or null, was", ""),
     "weight": (lambda share: 0 <= share <= 1, "a number from 0 (no distillation) to 1 (nothing else) was", "Write 0.7."),
     "temperature": (lambda value: 0 < value < float("inf"), "a number above 0 was", "Write 2."),
+    "freeze_batch_norm_at_step": (lambda step: step >= 0, "a step of at least 0, or null, was", ""),
     "sensitivity_batches": (lambda count: 1 <= count <= 10**6, "at least 1, and at most a million, was", "Write 2."),
 }
 
@@ -169,6 +170,7 @@ class TrainingSettings(_Checked):
         averaging_constant: Share of a training batch in the moving average, in (0, 1].
         percentile: Per cent of the values that the ``percentile`` estimator covers at each end, in (50, 100].
         freeze_ranges_at_step: Global step from which ranges are frozen; 0: right after the calibration; None: never.
+        freeze_batch_norm_at_step: Global step from which batch norms keep their statistics: the network is then trained as it will be deployed; None: never.
         skip_initial_evaluation: Don't validate the float model before training.
         skip_calibrated_evaluation: Don't validate the model after its calibration, before training: what calibration alone gives, without training.
     """
@@ -179,6 +181,7 @@ class TrainingSettings(_Checked):
     averaging_constant: float = 0.05
     percentile: float = 99.99
     freeze_ranges_at_step: int | None = None
+    freeze_batch_norm_at_step: int | None = None
     skip_initial_evaluation: bool = False
     skip_calibrated_evaluation: bool = False
 

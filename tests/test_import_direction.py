@@ -18,7 +18,7 @@ LAYERS = [
     ["cli"],
     ["callback", "loading"],
     ["distillation", "export_dir", "held_batches", "initial_evaluation"],
-    ["batches", "checkpoints", "monitoring", "strategies"],
+    ["batch_norms", "batches", "checkpoints", "monitoring", "strategies"],
     ["lookahead", "quantized_model"],
     ["drawing", "export", "level_use", "loss_measurement", "measurement", "spare_loader", "suggestions"],
     ["loss_sensitivity", "sensitivity"],
