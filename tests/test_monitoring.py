@@ -37,8 +37,9 @@ from lightning_cco.drawing.node_label import BLUE, GREEN, YELLOW
 from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.heat_map import heat_map
 from lightning_cco.monitoring.metric_modes import metric_directions
+from lightning_cco.monitoring.plan_log import plan_lines
 from lightning_cco.monitoring.resolved import resolved_yaml
-from lightning_cco.monitoring.tables import float_layers, metrics_table, parsed_layers, plan_lines, sensitivity_table, suggestion_lines
+from lightning_cco.monitoring.tables import float_layers, metrics_table, parsed_layers, sensitivity_table, suggestion_lines
 from lightning_cco.settings import load_settings
 from lightning_cco.suggestions import Suggestion
 
@@ -84,7 +85,7 @@ def test_many_layers_share_lines() -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(50)))
     lines = plan_lines(plan_quantization(capture_graph(model, torch.ones(1, 2))))
     assert sum("Weight Quantization" in line for line in lines) == 1
-    assert "'linear_48'" in next(line for line in lines if "8 bits" in line)
+    assert "[0-48] × 49" in next(line for line in lines if "8 bits" in line)
 
 
 def test_dropout_is_not_counted_and_not_called_float() -> None:
@@ -192,7 +193,7 @@ def test_files(quantized: QuantizedModel, tmp_path: Path) -> None:
     show_epochs(Monitor(tmp_path / "cco"), quantized)
     written = {path.name for path in (tmp_path / "cco").iterdir()}
     pictures = {f"{stem}.{ending}" for stem in ("model_init", "model_post_preprocessing") for ending in ("svg", "png", "dot")}
-    assert written == pictures | {"resolved_recipe.yaml", "suggested_skips.yaml", "sensitivity.csv", "heat_map.png"}
+    assert written == pictures | {"layers.txt", "resolved_recipe.yaml", "suggested_skips.yaml", "sensitivity.csv", "heat_map.png"}
     with Image.open(tmp_path / "cco" / "model_post_preprocessing.png") as picture:
         assert picture.width > 200
     rows = (tmp_path / "cco" / "sensitivity.csv").read_text().splitlines()

@@ -23,6 +23,7 @@ class Layer:
         attributes: What a reader wants to see of the call, such as ``{"kernel_size": (3, 3), "stride": (1, 1)}``.
         parameters: Dotted names of the parameters it reads, the weight first.
         weighted: Whether it multiplies by a weight (convolution, linear, embedding, recurrent, matmul with a parameter).
+        multiplications: Products of two numbers that it computes for the example that was captured.
         note: Why the layer can't be quantized whatever the settings say; empty when it can.
         frozen: Path of the frozen module around it that only training asks, such as a teacher; empty for layers of the deployed model.
         read_out: Numbers of the outputs whose values Python reads (`item`, `tolist`, `bool`), or that are cast to integers.
@@ -39,6 +40,7 @@ class Layer:
     attributes: Mapping[str, object] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
     weighted: bool = False
+    multiplications: int = 0
     note: str = ""
     frozen: str = ""
     read_out: tuple[int, ...] = ()

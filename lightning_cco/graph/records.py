@@ -14,6 +14,7 @@ from lightning_cco.graph.call import ArgPath, Call, Read
 from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.graph.describe import attributes
 from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.multiplications import multiplications
 from lightning_cco.graph.operands import MASKING, dtype_name, is_mask_like, is_quantizable, note_of, weights_of
 from lightning_cco.graph.ops import Category, Op
 from lightning_cco.graph.origins import Origin, is_constant
@@ -114,8 +115,10 @@ class Seen:
         weight = next((t for slot, t, _ in self.constants if call.weights and slot == call.weights[0].slot), None)
         read = [t for _, t, _ in self.dynamic]
         parameters = self._parameters(call)
+        chosen = [t for weight in call.weights for slot, t, _ in self.constants if slot == weight.slot]
         layer = replace(
             call.layer,
+            multiplications=multiplications(self.op, self.args, self.outputs, chosen),
             input_shapes=tuple(tuple(t.shape) for t in read),
             output_shapes=tuple(tuple(t.shape) for t in self.outputs),
             output_dtypes=tuple(dtype_name(t) for t in self.outputs),

@@ -29,6 +29,7 @@ from lightning_cco.monitoring.graph_def import graph_def
 from lightning_cco.monitoring.heat_map import heat_map
 from lightning_cco.monitoring.history import History, worth_showing
 from lightning_cco.monitoring.loggers import Payload, show
+from lightning_cco.monitoring.plan_log import layers_text, plan_lines, start_lines
 from lightning_cco.monitoring.resolved import resolved_yaml
 from lightning_cco.monitoring.sensitivity_csv import SensitivityCsv
 from lightning_cco.names import printable
@@ -46,9 +47,9 @@ _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 class Monitor:
     """Writes what a user sees of one run.
 
-    Files in ``folder``: ``model_init.{svg,png,dot}``, ``model_post_preprocessing.{svg,png,dot}`` (redrawn each epoch), ``resolved_recipe.yaml``,
-    ``suggested_skips.yaml``, ``sensitivity.csv``, ``heat_map.png``. Loggers get each of the first 20 epochs' pictures and tables, then ever fewer, and the
-    last ones.
+    Files in ``folder``: ``model_init.{svg,png,dot}``, ``model_post_preprocessing.{svg,png,dot}`` (redrawn each epoch), ``layers.txt``,
+    ``resolved_recipe.yaml``, ``suggested_skips.yaml``, ``sensitivity.csv``, ``heat_map.png``.
+    Loggers get each of the first 20 epochs' pictures and tables, then ever fewer, and the last ones.
 
     Args:
         folder: Where files go; made if missing, also when somebody removes it.
@@ -73,9 +74,9 @@ class Monitor:
         if not self.enabled:
             return
         self._open_folder()
-        with self._unharmed("the parsed layers"):
-            _say(f"Parsed layers:\n{tables.parsed_layers(graph)}")
-        self.on_plan(plan)
+        with self._unharmed("the plan"):
+            _say("\n".join(start_lines(graph, plan)))
+        self._write_plan(plan)
         if self.draw:
             self._draw_init(graph)
             self._draw_plan(plan, {}, step=0, when="before training", to_loggers=True)
@@ -86,8 +87,12 @@ class Monitor:
         if not self.enabled:
             return
         with self._unharmed("the plan"):
-            _say("\n".join(tables.plan_lines(plan)))
+            _say("\n".join(plan_lines(plan)))
+        self._write_plan(plan)
+
+    def _write_plan(self, plan: QuantizationPlan) -> None:
         self._write("resolved_recipe.yaml", lambda: resolved_yaml(plan))
+        self._write("layers.txt", lambda: layers_text(plan))
 
     def on_epoch(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import yaml
 
+from lightning_cco.monitoring.plan_log import rounded_to
 from lightning_cco.names import literal, printable, yaml_value
 from lightning_cco.quantization.plan import QuantizationPlan
 
@@ -24,7 +25,9 @@ def resolved_yaml(plan: QuantizationPlan) -> str:
     for rule in rules:
         name = rule["match"]
         path = plan.graph[name].path
-        left = "" if name in plan.weight_only else "not quantized, "
+        bits = rounded_to(plan, name)
+        rounded = f"computed in float, result rounded to {bits} bits for INT8 layers, " if bits else "not quantized, "
+        left = "" if name in plan.weight_only else rounded
         done = "quantized" if name in plan.quantized else f"{left}{plan.skipped[name]}"
         lines.append(f"  - {yaml_value(rule)}  # {printable(f'{path}: ' if path else '')}{printable(done)}")
     return "\n".join([*lines, ""])

@@ -11,7 +11,6 @@ from lightning_cco.level_use import LayerLevels, worst_first
 from lightning_cco.monitoring.metric_modes import best_of
 from lightning_cco.names import markdown_cell, printable
 from lightning_cco.quantization.plan import QuantizationPlan
-from lightning_cco.quantization.skip_reasons import SkipReason
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings
 from lightning_cco.suggestions import Suggestion
@@ -66,40 +65,6 @@ def parsed_layers(graph: LayerGraph) -> str:
 
 MOST_ROWS = 60  # rows of a table in a logger
 _WIDEST = 120  # characters of a cell in the log
-_MANY = 40  # layers with weights from which on each is no longer worth a line
-
-
-def plan_lines(plan: QuantizationPlan) -> list[str]:
-    """What the log says of a plan: the automatic skips, the counts, the bits, the layers left in float with reasons, the boundaries."""
-    lines = []
-    tail = plan.left_for(SkipReason.TAIL)
-    if tail:
-        names = ", ".join(f"'{name}'" for name in tail)
-        lines.append(f"Skipped Quantization automatically for the Tail of the model: {names}")
-    lines.append(f"# of all Layers      : {plan.counted}")
-    lines.append(f"# of Quantized Layers: {len(plan.quantized)}")
-    if plan.weight_only:
-        lines.append(f"# of Layers in float with integer weights: {len(plan.weight_only)}")
-    bits = {name: d.weights_num_bits for name, d in plan.decisions.items() if d.weights_num_bits is not None}
-    if len(bits) <= _MANY:
-        lines += [f"'{name}': using {count} bits for Weight Quantization" for name, count in bits.items()]
-    else:
-        for count in sorted(set(bits.values())):
-            names = ", ".join(f"'{name}'" for name, its in bits.items() if its == count)
-            lines.append(f"Using {count} bits for Weight Quantization: {names}")
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in plan.skipped.items():
-        if name not in tail:
-            left = "Not in INT8" if name in plan.weight_only else "Not quantized"
-            said = f"{left} ({reason})" if plan.counts(name) else "Not counted (not part of the deployed model)"
-            by_reason.setdefault(said, []).append(name)
-    lines += [f"{said}: {', '.join(group)}" for said, group in by_reason.items()]
-    crossings: dict[tuple[str, str], list[str]] = {}
-    for boundary in plan.boundaries:
-        crossings.setdefault((boundary.direction, boundary.source), []).append(boundary.destination)
-    for (direction, source), destinations in crossings.items():
-        lines.append(f"{direction}: from '{source}' to " + ", ".join(f"'{name}'" for name in destinations))
-    return [printable(line) for line in lines]
 
 
 def float_layers(plan: QuantizationPlan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from lightning_cco.graph.layer_graph import LayerGraph
@@ -113,6 +114,12 @@ class QuantizationPlan:
     def rounds(self, key: str) -> bool:
         """Whether a tensor, by the name of its quantizer, is rounded where it is made."""
         return key in self.tensors and key not in self.at_readers
+
+    @property
+    def share_of_multiplications(self) -> float:
+        """The part of the model's multiplications that layers in INT8 compute, from 0 to 1; NaN if it has none."""
+        total = sum(layer.multiplications for layer in self.graph)
+        return sum(self.graph[name].multiplications for name in self.quantized) / total if total else math.nan
 
     def left_for(self, reason: SkipReason) -> list[str]:
         """The layers that are left in float for one kind of reason, in graph order."""

@@ -1,0 +1,171 @@
+"""What the log says of a plan, in a few lines for any model; and the whole of it, for ``layers.txt``."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.monitoring.tables import parsed_layers, text_table
+from lightning_cco.names import printable
+from lightning_cco.quantization.plan import QuantizationPlan
+from lightning_cco.quantization.skip_reasons import SkipReason
+
+MOST_LINES = 36
+"""Lines in the log before a training, for any model; a few of the callback and of the calibration come to them."""
+_FEW = 6  # names, lines of one kind, that are shown one by one
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def start_lines(graph: LayerGraph, plan: QuantizationPlan) -> list[str]:
+    """What the log says at the start: the map from modules to layers if it is short, and the plan."""
+    said = plan_lines(plan)
+    table = parsed_layers(graph).splitlines()
+    if len(table) + 1 + len(said) <= MOST_LINES:
+        return ["Parsed layers:", *table, *said]
+    return [f"Parsed layers: {len(graph)}; the map from module to layer, with bits and reasons, is in layers.txt", *said]
+
+
+def plan_lines(plan: QuantizationPlan) -> list[str]:
+    """The weighted layers in INT8, the automatic skips, the counts, the bits, the layers left in float with reasons, the boundaries."""
+    tail = plan.left_for(SkipReason.TAIL)
+    lines = [in_int8(plan)]
+    if tail:
+        lines.append(f"Skipped Quantization automatically for the Tail of the model: {folded(plan.graph, tail, quoted=True)}")
+    lines += [f"# of all Layers      : {plan.counted}", f"# of Quantized Layers: {len(plan.quantized)}"]
+    lines += _bits(plan)
+    by_reason: dict[str, list[str]] = {}
+    for name in plan.skipped:
+        if name not in tail:
+            by_reason.setdefault(_left(plan, name), []).append(name)
+    lines += _few([f"{said}: {folded(plan.graph, names)}" for said, names in by_reason.items()], 2 * _FEW, "reasons")
+    lines += _boundaries(plan)
+    return [printable(line) for line in lines]
+
+
+def in_int8(plan: QuantizationPlan) -> str:
+    """How many of the layers with weights run in INT8, and how much of the multiplications."""
+    weighted = [layer.name for layer in plan.graph if layer.weighted]
+    share = plan.share_of_multiplications
+    part = "" if math.isnan(share) else f" ({100 * share:.0f} % of the multiplications)"
+    target = plan.settings.deployment_settings.target_framework
+    count = sum(name in plan.quantized for name in weighted)
+    only = f"; {len(plan.weight_only)} more have integer weights and compute in float" if plan.weight_only else ""
+    return f"{count} of {len(weighted)} layers with weights run in INT8 in {target}{part}{only}"
+
+
+def _bits(plan: QuantizationPlan) -> list[str]:
+    bits = {name: decision.weights_num_bits for name, decision in plan.decisions.items() if decision.weights_num_bits is not None}
+    if len(bits) <= _FEW:
+        return [f"'{name}': using {count} bits for Weight Quantization" for name, count in bits.items()]
+    return [
+        f"Using {count} bits for Weight Quantization: {folded(plan.graph, [n for n, its in bits.items() if its == count], quoted=True)}"
+        for count in sorted(set(bits.values()))
+    ]
+
+
+def _left(plan: QuantizationPlan, name: str) -> str:
+    """How a layer runs that does not run in INT8, and why."""
+    reason = plan.skipped[name]
+    if not plan.counts(name):
+        return "Not counted (not part of the deployed model)"
+    if name in plan.weight_only:
+        return f"Integer weights, computed in float ({reason})"
+    bits = rounded_to(plan, name)
+    return f"Computed in float, result rounded to {bits} bits for INT8 layers ({reason})" if bits else f"Not quantized ({reason})"
+
+
+def rounded_to(plan: QuantizationPlan, name: str) -> int | None:
+    """Bits of the output of a layer in float that is rounded where it is made, since INT8 layers read it; `None` if it is not."""
+    decision = plan.decisions[name]
+    return decision.activations_num_bits if not decision.quantized and plan.rounds(name) else None
+
+
+def _boundaries(plan: QuantizationPlan) -> list[str]:
+    crossings: dict[tuple[str, str], list[str]] = {}
+    for boundary in plan.boundaries:
+        crossings.setdefault((boundary.direction, boundary.source), []).append(boundary.destination)
+    if len(crossings) <= _FEW:
+        return [
+            f"{direction}: from '{source}' to {folded(plan.graph, destinations, quoted=True)}"
+            for (direction, source), destinations in crossings.items()
+        ]
+    found: dict[str, list[str]] = {}
+    for direction, source in crossings:
+        found.setdefault(direction, []).append(source)
+    return [f"{direction}, {len(sources)} times: after {folded(plan.graph, sources)}" for direction, sources in found.items()]
+
+
+def folded(graph: LayerGraph, names: Sequence[str], quoted: bool = False) -> str:
+    """Names of layers; of many, the modules that they stand in, with repeated ones in one: ``blocks.[0-11].attn.qkv × 12``.
+
+    Args:
+        graph: The layers.
+        names: Some of their names.
+        quoted: Whether to put names into quotes.
+    """
+    if len(names) <= _FEW:
+        return ", ".join(f"'{name}'" if quoted else name for name in names)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        layer = graph[name]
+        groups.setdefault((_NUMBER.sub("#", layer.path), layer.kind), []).append(name)
+    shown = [_one(graph, members) for members in groups.values()]
+    return ", ".join(_few(shown, _FEW, "groups"))
+
+
+def _one(graph: LayerGraph, names: Sequence[str]) -> str:
+    """One group of layers whose modules differ in numbers alone."""
+    if len(names) == 1:
+        return names[0]
+    paths = [graph[name].path for name in names]
+    numbers = [list(map(int, _NUMBER.findall(path))) for path in paths]
+    ranges = iter([_range({row[place] for row in numbers}) for place in range(len(numbers[0]))])
+    place = _NUMBER.sub(lambda _: next(ranges), paths[0])
+    kind = graph[names[0]].kind
+    where = place if len(set(paths)) == len(paths) and place else f"{kind} in {place}" if place else kind
+    return f"{where} × {len(names)}"
+
+
+def _range(values: set[int]) -> str:
+    """A set of numbers, short: ``3``, ``[0-11]``, ``[0,2,4]``; of many with gaps the ends: ``[1…23]``.
+
+    >>> _range({3}), _range({0, 1, 2}), _range({0, 2}), _range(set(range(1, 24, 2)))
+    ('3', '[0-2]', '[0,2]', '[1…23]')
+    """
+    low, high = min(values), max(values)
+    if low == high:
+        return str(low)
+    if len(values) == high - low + 1:
+        return f"[{low}-{high}]"
+    return f"[{low}…{high}]" if len(values) > _FEW else f"[{','.join(map(str, sorted(values)))}]"
+
+
+def _few(lines: Sequence[str], most: int, what: str) -> list[str]:
+    return list(lines) if len(lines) <= most else [*lines[: most - 1], f"… and {len(lines) - most + 1} more {what} (all are in layers.txt)"]
+
+
+def layers_text(plan: QuantizationPlan) -> str:
+    """Every layer: its module, bits, how it runs and why, and what it multiplies."""
+    rows: Iterable[list[str]] = (
+        [
+            layer.path or (f"(argument {layer.attributes.get('argument', '')})" if layer.kind == "input" else "-"),
+            layer.name,
+            layer.kind,
+            "/".join(
+                f"{letter}{bits}"
+                for letter, bits in (
+                    ("W", plan.decisions[layer.name].weights_num_bits),
+                    ("A", plan.decisions[layer.name].activations_num_bits),
+                )
+                if bits is not None
+            )
+            or "-",
+            f"{layer.multiplications:,}" if layer.multiplications else "-",
+            "INT8" if layer.name in plan.quantized else _left(plan, layer.name),
+        ]
+        for layer in plan.graph
+        if layer.kind != "output"
+    )
+    return f"{in_int8(plan)}\n\n{text_table(['module', 'layer', 'kind', 'bits', 'multiplications', 'runs'], rows, right=[4])}\n"
