@@ -33,7 +33,7 @@ FLOORS := hypothesis networkx openvino pytest pytest-timeout pytest-xdist transf
 test-floors: $(STAMP)
 	test -x .venv-uv/bin/uv || { $(PYTHON) -m venv .venv-uv && .venv-uv/bin/python -m pip install --quiet uv; }
 	test -x .venv-lowest/bin/python || .venv-uv/bin/uv venv --quiet --python $(LOWEST_PYTHON) .venv-lowest
-	.venv-uv/bin/uv pip install --quiet --python .venv-lowest/bin/python -e '.[export,hydra,recipes]' $(FLOORS) -c constraints-lowest.txt
+	.venv-uv/bin/uv pip install --quiet --python .venv-lowest/bin/python -e '.[budget,export,hydra,recipes]' $(FLOORS) -c constraints-lowest.txt
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -p no:anyio -n 2 -m "not slow"
 	test -x .venv-newest/bin/python || .venv-uv/bin/uv venv --quiet --python $(NEWEST_PYTHON) .venv-newest
 	.venv-uv/bin/uv pip install --quiet --python .venv-newest/bin/python -e '.[export,hydra,recipes]' $(FLOORS) -c constraints.txt

@@ -10,6 +10,7 @@ from typing import Any
 from lightning_cco.errors import CCOError
 from lightning_cco.names import Interpolated, nearest, printable, shown
 from lightning_cco.sections import (
+    BudgetSettings,
     DeploymentSettings,
     DistillationSettings,
     GlobalQuantizationSettings,
@@ -26,6 +27,7 @@ _SECTIONS: Mapping[str, type] = {
     "distillation_settings": DistillationSettings,
     "monitoring_settings": MonitoringSettings,
     "deployment_settings": DeploymentSettings,
+    "budget_settings": BudgetSettings,
 }
 
 # What CLIKA's recipes set and Lightning's Trainer owns.

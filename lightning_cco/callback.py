@@ -22,6 +22,9 @@ from lightning_cco.batches import (
     training_batches,
     with_progress,
 )
+from lightning_cco.budget.plan import BudgetPlan
+from lightning_cco.budget.search import packs
+from lightning_cco.budgeted import check_budget, needs_plan, plan_budget, recipe_of
 from lightning_cco.checkpoints import best_checkpoint, check_callback_state, local_folder, read_checkpoint
 from lightning_cco.distillation.distiller import Distiller
 from lightning_cco.errors import CCOError, CCOWarning
@@ -80,6 +83,7 @@ class CCOCallback(pl.Callback):
         self.levels: dict[str, LayerLevels] = {}
         self.suggestions: list[Suggestion] = []
         self.before_training = InitialEvaluation()
+        self.budget: BudgetPlan | None = None
         self.distiller = Distiller(self.settings.distillation_settings)
         self._level_watch = LevelWatch()
         self._batch_norms = BatchNorms()
@@ -119,6 +123,7 @@ class CCOCallback(pl.Callback):
             self._leave(pl_module, stage)
         if stage == "fit":
             check_export_dir(self.settings.deployment_settings.export_dir)
+            check_budget(self.settings, trainer)
             if self.quantized is None:
                 self._release(pl_module)
 
@@ -172,6 +177,8 @@ class CCOCallback(pl.Callback):
         untrained = not quantized.calibrated and trainer.global_step == 0
         if not quantized.calibrated or quantized.uncalibrated:
             self._calibrate(trainer, quantized)
+        if needs_plan(self.settings, quantized.settings):
+            self._plan_budget(trainer, pl_module)
         if untrained:
             callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
             begun = trainer.progress_bar_callback in callbacks[: callbacks.index(self)]
@@ -191,7 +198,7 @@ class CCOCallback(pl.Callback):
         self._release(pl_module)
         with model_context(trainer):
             captured, self._forward = capture_module(pl_module, batch, self.forward_fn)
-            self.quantized = QuantizedModel(pl_module, captured, self.settings, self._suggestions_in(self._state))
+            self.quantized = QuantizedModel(pl_module, captured, recipe_of(self.settings, self._state), self._suggestions_in(self._state))
         if self._state is not None:
             self._take_over(self._state)
 
@@ -200,6 +207,13 @@ class CCOCallback(pl.Callback):
             rank_zero_info(
                 "lightning_cco: the model was quantized already, by another callback or quantize(); this callback's recipe takes its place."
             )
+
+    def _plan_budget(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self.quantized is not None
+        assert self._forward is not None
+        self.budget = plan_budget(trainer, pl_module, self.quantized, self.settings, self._forward, self._held)
+        if self._monitor is not None:
+            self._monitor.on_plan(self.quantized.plan)
 
     def _calibrate(self, trainer: pl.Trainer, quantized: QuantizedModel) -> None:
         steps = max(1, self.settings.training_settings.stats_steps)
@@ -405,7 +419,7 @@ class CCOCallback(pl.Callback):
             return dict(self._state or {})
         return {
             "quantized": self.quantized.state_dict(),
-            "settings": self.settings.to_dict(),
+            "settings": self.quantized.settings.to_dict(),
             "original_metrics": dict(self.original_metrics),
             "calibrated_metrics": dict(self.calibrated_metrics),
             "skips": list(self._skips),
@@ -466,6 +480,8 @@ class CCOCallback(pl.Callback):
                 options["network"] = network
             if not is_program(path):
                 options.setdefault("batches", [kwargs or args for args, kwargs in calls])
+        if not is_program(path):
+            options.setdefault("int4", packs(self.settings))
         written = self.quantized.export(path, example_args, example_kwargs, **options)
         if isinstance(written, ExportReport) and self._monitor is not None:
             self._monitor.on_export(written)
@@ -501,8 +517,9 @@ class CCOCallback(pl.Callback):
         state = saved.get("callbacks", {}).get(self.state_key)
         if state:
             check_callback_state(state)
-            if tuple(state["skips"]) != self.quantized.plan.suggestions:
-                self.quantized.replan(suggestions=state["skips"])
+            recipe = recipe_of(self.settings, state)
+            if tuple(state["skips"]) != self.quantized.plan.suggestions or recipe != self.quantized.settings:
+                self.quantized.replan(recipe, state["skips"])
             self.quantized.load_state_dict(state["quantized"])
             return
         if not self._held:
@@ -515,11 +532,12 @@ class CCOCallback(pl.Callback):
     def _take_over(self, state: Mapping[str, Any]) -> None:
         """Put a checkpoint's ranges in and say what has changed since."""
         assert self.quantized is not None
-        if tuple(self._skips) != self.quantized.plan.suggestions:
-            self.quantized.replan(suggestions=self._skips)
+        recipe = recipe_of(self.settings, state)
+        if tuple(self._skips) != self.quantized.plan.suggestions or recipe != self.quantized.settings:
+            self.quantized.replan(recipe, self._skips)
         with torch.inference_mode(False):
             differences = self.quantized.load_state_dict(state["quantized"])
-        differences += changed_settings(state["settings"], self.settings.to_dict())
+        differences += changed_settings(state["settings"], self.quantized.settings.to_dict())
         self._state = None
         for difference in differences:
             rank_zero_info(f"Resuming with other settings than the checkpoint's: {difference}.")

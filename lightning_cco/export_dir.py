@@ -31,12 +31,12 @@ def check_export_dir(folder: str | None) -> None:
 @contextmanager
 def as_before(quantized: QuantizedModel) -> Iterator[None]:
     """After the block, weights, plan and ranges are those of before."""
-    model, suggestions = quantized.model, quantized.plan.suggestions
+    model, suggestions, settings = quantized.model, quantized.plan.suggestions, quantized.settings
     weights, ranges = {name: value.detach().clone() for name, value in model.state_dict().items()}, quantized.state_dict()
     try:
         yield
     finally:
         model.load_state_dict(weights)
-        if quantized.plan.suggestions != suggestions:
-            quantized.replan(suggestions=suggestions)
+        if quantized.plan.suggestions != suggestions or quantized.settings != settings:
+            quantized.replan(settings, suggestions)
         quantized.load_state_dict(ranges)

@@ -34,6 +34,11 @@ BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
     "weight": (lambda share: 0 <= share <= 1, "a number from 0 (no distillation) to 1 (nothing else) was", "Write 0.7."),
     "temperature": (lambda value: 0 < value < float("inf"), "a number above 0 was", "Write 2."),
     "freeze_batch_norm_at_step": (lambda step: step >= 0, "a step of at least 0, or null, was", ""),
+    "size": (lambda part: 0 < part <= 1, "a part of the float file in (0, 1], or null, was", "Write 0.2."),
+    "average_bits": (lambda bits: 2 <= bits <= 32, "2 to 32 bits per weight, or null, were", "Write 4."),
+    "bops": (lambda part: 0 < part <= 1, "a part of the float model's operations in (0, 1], or null, was", "Write 0.1."),
+    "accuracy_drop": (lambda drop: 0 <= drop < float("inf"), "a number of at least 0, or null, was", "Write 0.005."),
+    "revise_every_n_epochs": (lambda count: 1 <= count <= 10**6, "at least 1, or null, was", "Write 5."),
     "sensitivity_batches": (lambda count: 1 <= count <= 10**6, "at least 1, and at most a million, was", "Write 2."),
 }
 
@@ -44,6 +49,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "loss": COMPARISONS,
     "sensitivity_modes": SENSITIVITY_MODES,
     "target_framework": TARGET_FRAMEWORKS,
+    "by": ("", "budget"),
 }
 """The words that a setting may be, or a list of."""
 
@@ -90,6 +96,8 @@ def problem_with_rule(rule: Mapping[str, Any]) -> str:
     reaching = "skip_quantization_until" if until else "skip_quantization_downstream" if downstream else ""
     if reaching and rule.get("skip_quantization") is not True:
         return f"{named}: {reaching} says how far a skip goes, but skip_quantization is not true. Add skip_quantization: true."
+    if rule.get("weight_only") and rule.get("skip_quantization") is not None:
+        return f"{named}: weight_only says that the weights alone are quantized; skip_quantization says something else. Keep one of them."
     if until and downstream:
         return f"{named}: skip_quantization_until and skip_quantization_downstream contradict each other. Keep one of them."
     return ""
@@ -114,6 +122,7 @@ class LayerQuantizationSettings(_Checked):
         skip_quantization_downstream: With ``skip_quantization``: skip everything from this layer to the outputs.
         weights_num_bits: Bits of the weights, 2 to 8; None: the global value.
         activations_num_bits: Bits of the layer's output, 2 to 8; None: the global value.
+        weight_only: Quantize the weights alone: they are integers in the file, the layer is computed in float, and nothing is rounded for it.
     """
 
     skip_quantization: bool | None = None
@@ -121,13 +130,19 @@ class LayerQuantizationSettings(_Checked):
     skip_quantization_downstream: bool = False
     weights_num_bits: int | None = None
     activations_num_bits: int | None = None
+    weight_only: bool | None = None
 
 
 @dataclass
 class LayerRule(LayerQuantizationSettings):
-    """The settings of the layers that ``match`` selects: a layer's name, a module's path, or a glob over either."""
+    """The settings of the layers that ``match`` selects: a layer's name, a module's path, or a glob over either.
+
+    Attributes:
+        by: ``budget`` if `budget_settings` has chosen it: then what the other rules say comes first.
+    """
 
     match: str = ""
+    by: str = ""
 
     def __post_init__(self) -> None:
         if problem := problem_with_rule(vars(self)):
@@ -227,12 +242,53 @@ class MonitoringSettings(_Checked):
 
 
 @dataclass
+class BudgetSettings(_Checked):
+    """What the compressed model may take: bits and skips are then chosen by what they cost. One goal, or none.
+
+    Attributes:
+        size: Size of the exported file, as a part of that of the same model with nothing quantized.
+        average_bits: Bits per weight, on average over all that can be quantized; 32 where they stay in float.
+        bops: Bit operations (multiplications by the bits of both operands) of the layers with weights, as a part of the float model's.
+        accuracy_drop: How much of ``metric`` may be lost before the training; the smallest plan that loses no more is taken.
+        metric: What is validated for ``accuracy_drop``, as it is logged: ``val_acc``.
+        revise_every_n_epochs: Choose anew at the start of every so many epochs; None: never.
+    """
+
+    size: float | None = None
+    average_bits: float | None = None
+    bops: float | None = None
+    accuracy_drop: float | None = None
+    metric: str | None = None
+    revise_every_n_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        if problem := problem_with_budget(vars(self)):
+            raise CCOError(f"budget_settings: {problem}")
+
+
+def problem_with_budget(values: Mapping[str, Any]) -> str:
+    """What is wrong with the values of a budget together, in words; empty if nothing is."""
+    goals = [goal for goal in ("size", "average_bits", "bops", "accuracy_drop") if values.get(goal) is not None]
+    if len(goals) > 1:
+        return f"one goal at a time was expected, {' and '.join(goals)} came. Keep one of them."
+    if "accuracy_drop" in goals and not values.get("metric"):
+        return "accuracy_drop is of a metric, which is missing. Write metric: val_acc, or what validation_step logs."
+    if values.get("metric") and "accuracy_drop" not in goals:
+        return f"metric: {shown(values['metric'])} is what accuracy_drop is of, which is missing. Write accuracy_drop: 0.005, or leave metric out."
+    if values.get("revise_every_n_epochs") is not None and not goals:
+        return "revise_every_n_epochs says how often a budget is revised, but there is no goal. Write one of size, average_bits, bops or accuracy_drop."
+    return ""
+
+
+@dataclass
 class DeploymentSettings(_Checked):
     """Where the model is going.
 
     Attributes:
         target_framework: ``ort``, ``openvino`` (or ``ov``) or ``tensorrt`` (or ``trt``): decides which kinds of layer run in INT8.
         export_dir: Folder that the best checkpoint is exported to when ``fit`` ends; None: no export.
+        int4: Whether files store weights of at most 4 bits in 4 bits, half the size, which ONNX Runtime then computes in float; None: if `budget_settings`
+            counts on it (a size, average bits, or an accuracy drop).
         amx: Whether files for ``ort`` are written for processors with AMX (Intel Xeon since 2023), where large convolutions then run up to twice as
             fast, on others a third slower; None: as the processor that exports.
         vnni: Whether files for ``ort`` are written for processors that add products of 8-bit integers without overflow (ARM; x86 with VNNI: Intel since
@@ -242,6 +298,7 @@ class DeploymentSettings(_Checked):
 
     target_framework: str = "ort"
     export_dir: str | None = None
+    int4: bool | None = None
     amx: bool | None = None
     vnni: bool | None = None
 

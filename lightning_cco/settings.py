@@ -24,6 +24,7 @@ from lightning_cco.sections import (
     SENSITIVITY_MODES,
     TARGET_FRAMEWORKS,
     WEIGHT_ESTIMATORS,
+    BudgetSettings,
     DeploymentSettings,
     DistillationSettings,
     GlobalQuantizationSettings,
@@ -38,6 +39,7 @@ __all__ = [
     "SENSITIVITY_MODES",
     "TARGET_FRAMEWORKS",
     "WEIGHT_ESTIMATORS",
+    "BudgetSettings",
     "Config",
     "DeploymentSettings",
     "DistillationSettings",
@@ -71,6 +73,7 @@ class Settings:
     distillation_settings: DistillationSettings = field(default_factory=DistillationSettings)
     monitoring_settings: MonitoringSettings = field(default_factory=MonitoringSettings)
     deployment_settings: DeploymentSettings = field(default_factory=DeploymentSettings)
+    budget_settings: BudgetSettings = field(default_factory=BudgetSettings)
     layer_settings: list[LayerRule] = field(default_factory=list)
 
     def set_quantization_settings_for_layer(self, name: str, settings: LayerQuantizationSettings) -> None:

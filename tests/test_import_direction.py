@@ -17,10 +17,11 @@ ARCHITECTURE = ROOT.parent / "docs" / "architecture.md"
 LAYERS = [
     ["cli"],
     ["callback", "loading"],
+    ["budgeted"],
     ["distillation", "export_dir", "held_batches", "initial_evaluation"],
     ["batch_norms", "batches", "checkpoints", "monitoring", "strategies"],
     ["lookahead", "quantized_model"],
-    ["drawing", "export", "level_use", "loss_measurement", "measurement", "spare_loader", "suggestions"],
+    ["budget", "drawing", "export", "level_use", "loss_measurement", "measurement", "spare_loader", "suggestions"],
     ["loss_sensitivity", "sensitivity"],
     ["quantization"],
     ["graph"],

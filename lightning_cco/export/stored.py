@@ -70,7 +70,7 @@ class StoredWeights:
         amx = has_matrix_units() if deployment.amx is None else deployment.amx
         self._for_matrix_units = self.engine.wanted(Form.MATRIX_UNITS) and amx and not int4
         exact = adds_products_exactly() if deployment.vnni is None else deployment.vnni
-        self.unsigned = self.engine.wanted(Form.UNSIGNED_WITHOUT_VNNI) and not exact and not int4
+        self.unsigned = self.engine.wanted(Form.UNSIGNED_WITHOUT_VNNI) and not exact
 
     def collect(self, site: CallSite, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take the weights that a layer is called with (parametrized, sliced, tied), and call it."""

@@ -155,7 +155,14 @@ class QuantizationPlan:
                 continue
             decision = self.decisions[layer.name]
             skip = True if not (decision.quantized or decision.weight_only) else False if layer.name in self.forced else None
-            rule = LayerRule(skip, weights_num_bits=decision.weights_num_bits, activations_num_bits=bits.get(layer.name), match=layer.name)
+            weight_only = True if decision.weight_only and decision.detail.startswith("weight_only: true") else None
+            rule = LayerRule(
+                skip,
+                weight_only=weight_only,
+                weights_num_bits=decision.weights_num_bits,
+                activations_num_bits=bits.get(layer.name),
+                match=layer.name,
+            )
             settings.layer_settings.append(rule)
         return settings
 

@@ -11,6 +11,7 @@ from lightning_cco.settings import LayerRule
 
 # How exactly a rule names a layer; the more exact rule wins over the wider one, and the inner container over the outer.
 _WIDE, _CONTAINER, _PATH, _NAME = range(4)
+BY_BUDGET = "the budget"
 BY_ITSELF = _PATH
 """From here on a rule names the one layer."""
 
@@ -28,6 +29,9 @@ class ResolvedRules:
     activations_num_bits: int | None = None
     activations_exactness: float = -1
     activations_by: str = ""
+    weight_only: bool | None = None
+    weight_only_exactness: float = -1
+    weight_only_by: str = ""
 
     @property
     def asked_for(self) -> bool:
@@ -48,6 +52,8 @@ def apply_rules(graph: LayerGraph, rules: Sequence[LayerRule]) -> dict[str, Reso
     def say(name: str, part: str, value: object, exactness: float, by: str) -> None:
         entry = said.setdefault(name, ResolvedRules())
         known, known_exactness, known_by = getattr(entry, part), getattr(entry, _EXACTNESS[part]), getattr(entry, _BY[part])
+        if by == BY_BUDGET and known is not None:
+            return
         if known is not None and known != value and known_exactness == exactness:
             raise CCOError(
                 f"layer_settings: two rules contradict each other on layer '{name}': {known_by} says {_WORDS[part]}: {_yaml(known)}, "
@@ -59,7 +65,7 @@ def apply_rules(graph: LayerGraph, rules: Sequence[LayerRule]) -> dict[str, Reso
             setattr(entry, _EXACTNESS[part], exactness)
             setattr(entry, _BY[part], by)
 
-    for rule in rules:
+    for rule in sorted(rules, key=lambda rule: rule.by == "budget"):
         try:
             _apply(graph, rule, say)
         except CCOError as error:
@@ -70,7 +76,7 @@ def apply_rules(graph: LayerGraph, rules: Sequence[LayerRule]) -> dict[str, Reso
 
 
 def _apply(graph: LayerGraph, rule: LayerRule, say: Callable[[str, str, object, float, str], None]) -> None:
-    by = f"the rule '{rule.match}'"
+    by = BY_BUDGET if rule.by == "budget" else f"the rule '{rule.match}'"
     names = graph.select(rule.match)
     if rule.skip_quantization and rule.skip_quantization_until:
         until = list(dict.fromkeys(layer for pattern in rule.skip_quantization_until for layer in graph.select(pattern)))
@@ -88,11 +94,18 @@ def _apply(graph: LayerGraph, rule: LayerRule, say: Callable[[str, str, object, 
             say(name, "weights_num_bits", rule.weights_num_bits, exactness, by)
         if rule.activations_num_bits is not None:
             say(name, "activations_num_bits", rule.activations_num_bits, exactness, by)
+        if rule.weight_only is not None:
+            say(name, "weight_only", rule.weight_only, exactness, by)
 
 
-_EXACTNESS = {"skip": "skip_exactness", "weights_num_bits": "weights_exactness", "activations_num_bits": "activations_exactness"}
-_BY = {"skip": "skip_by", "weights_num_bits": "weights_by", "activations_num_bits": "activations_by"}
-_WORDS = {"skip": "skip_quantization", "weights_num_bits": "weights_num_bits", "activations_num_bits": "activations_num_bits"}
+_EXACTNESS = {
+    "skip": "skip_exactness",
+    "weights_num_bits": "weights_exactness",
+    "activations_num_bits": "activations_exactness",
+    "weight_only": "weight_only_exactness",
+}
+_BY = {"skip": "skip_by", "weights_num_bits": "weights_by", "activations_num_bits": "activations_by", "weight_only": "weight_only_by"}
+_WORDS = {part: "skip_quantization" if part == "skip" else part for part in _BY}
 
 
 def _yaml(value: object) -> str:

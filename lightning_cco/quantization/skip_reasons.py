@@ -15,6 +15,8 @@ class SkipReason(str, Enum):
     """A rule of the recipe says so."""
     SUGGESTION = "suggestion"
     """Its Quantization Sensitivity was above the threshold."""
+    BUDGET = "budget"
+    """In float it costs less of the accuracy than it takes of the budget."""
     RULE = "rule"
     """Its engine, or what it reads, leaves it in float."""
     WEIGHT_ONLY = "weight-only"

@@ -10,7 +10,7 @@ from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, is_known_kind, operation_of_kind
 from lightning_cco.names import list_names
-from lightning_cco.quantization.rules import ResolvedRules
+from lightning_cco.quantization.rules import BY_BUDGET, BY_ITSELF, ResolvedRules
 from lightning_cco.quantization.skip_reasons import Skip, SkipReason
 from lightning_cco.quantization.targets import Target
 from lightning_cco.settings import LayerRule, Settings
@@ -110,6 +110,9 @@ def find_skips(
             if _runs_if_asked(layer, intrinsic, target):
                 forced.add(layer.name)
                 continue
+        if entry.weight_only and (skip := _weights_alone(layer, entry, intrinsic, target)) is not None:
+            skips[layer.name] = skip
+            continue
         skip = _chosen(layer, entry, intrinsic, layer.name in suggestions, layer.name in tail)
         if skip is not None:
             skips[layer.name] = skip
@@ -132,6 +135,22 @@ def _runs_if_asked(layer: Layer, intrinsic: Skip | None, target: Target) -> bool
     return intrinsic.reason in (SkipReason.RULE, SkipReason.WEIGHT_ONLY)
 
 
+def _weights_alone(layer: Layer, entry: ResolvedRules, intrinsic: Skip | None, target: Target) -> Skip | None:
+    """That a layer has its weights alone quantized, since a rule asks for it; `None` if a rule that skips it wins, or it stays in float anyway."""
+    if entry.skip and entry.skip_exactness >= entry.weight_only_exactness:
+        return None
+    if intrinsic is not None and (intrinsic.reason is not SkipReason.WEIGHT_ONLY) and layer.weighted:
+        return None
+    if target.stores_weights(layer):
+        return Skip(SkipReason.WEIGHT_ONLY, f"weight_only: true from {entry.weight_only_by}")
+    if entry.weight_only_exactness >= BY_ITSELF and entry.weight_only_by != BY_BUDGET:
+        raise CCOError(
+            f"layer_settings: {entry.weight_only_by} asks for weight_only: true of layer '{layer.name}' (kind {layer.kind}), but {target.name} can't store its "
+            "weights as integers, or it has none. Name a layer with weights, such as a convolution or a linear layer."
+        )
+    return None
+
+
 def _chosen(layer: Layer, entry: ResolvedRules, intrinsic: Skip | None, suggested: bool, in_tail: bool) -> Skip | None:
     """Why a layer is left in float; `None` if it is not."""
     unwanted = entry.skip or (entry.skip is None and suggested)
@@ -141,6 +160,8 @@ def _chosen(layer: Layer, entry: ResolvedRules, intrinsic: Skip | None, suggeste
         of_weights = intrinsic.reason is SkipReason.WEIGHT_ONLY and (unwanted or in_tail)
         if not of_norm and not of_weights:
             return intrinsic
+    if entry.skip and entry.skip_by == BY_BUDGET:
+        return Skip(SkipReason.BUDGET, "the accuracy that it saves is worth what it costs of the budget")
     if entry.skip:
         return Skip(SkipReason.SETTING, f"skip_quantization: true from {entry.skip_by}")
     if entry.skip is False:

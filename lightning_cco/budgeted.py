@@ -1,0 +1,163 @@
+"""The budget's side of a run: when a plan is chosen, on which batches, by which loss, and what of it a checkpoint brings back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_cco.batches import ForwardFn, forward_through_step, model_context, on_a_copy, training_batches
+from lightning_cco.budget.plan import BudgetPlan, budget_rules, goal_of
+from lightning_cco.budget.search import BudgetSearch, packs
+from lightning_cco.budget.solver import need_scipy
+from lightning_cco.errors import CCOError
+from lightning_cco.held_batches import calls_of
+from lightning_cco.loss_sensitivity import LossSensitivityReport
+from lightning_cco.quantized_model import QuantizedModel
+from lightning_cco.settings import Settings, load_settings
+from lightning_cco.strategies import is_sharded
+
+
+def check_budget(settings: Settings, trainer: pl.Trainer) -> None:
+    """Say before a training what would keep a budget from being planned.
+
+    Raises:
+        CCOError: The solver is missing, or what is validated will not be.
+    """
+    budget = settings.budget_settings
+    if goal_of(budget) is None:
+        return
+    need_scipy()
+    if budget.accuracy_drop is not None and settings.training_settings.skip_initial_evaluation:
+        raise CCOError(
+            "budget_settings.accuracy_drop is against the float model's metric, but training_settings.skip_initial_evaluation: true leaves it unknown. "
+            "Remove skip_initial_evaluation, or write another goal, such as size."
+        )
+
+
+def recipe_of(settings: Settings, state: Mapping[str, Any] | None) -> Settings:
+    """A recipe with the plan of a budget that a checkpoint's state holds; as it is, if it has no budget or the state no plan.
+
+    Args:
+        settings: The recipe of the user.
+        state: The callback's state; `None` if there is none.
+    """
+    saved = budget_rules(load_settings(state["settings"])) if state is not None else []
+    if goal_of(settings.budget_settings) is None or not saved:
+        return settings
+    planned = load_settings(settings)
+    planned.layer_settings += saved
+    planned.budget_settings = load_settings(state["settings"]).budget_settings if state is not None else planned.budget_settings
+    planned.global_quantization_settings.skip_tail_quantization = False
+    return planned
+
+
+def needs_plan(settings: Settings, planned: Settings) -> bool:
+    """Whether a recipe has a budget that the one that a model runs with has no plan for."""
+    return goal_of(settings.budget_settings) is not None and (
+        not budget_rules(planned) or planned.budget_settings != settings.budget_settings
+    )
+
+
+def loss_of_step(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> ForwardFn | None:
+    """The loss of the module's step, if it has one that can be differentiated; with nothing logged or optimized."""
+    way = on_a_copy(lambda model, inputs: _loss_in(forward_through_step(model, inputs)))
+    try:
+        with model_context(trainer), torch.enable_grad():
+            found = way(module, batch)
+    except Exception as error:
+        rank_zero_info(
+            f"Loss sensitivity: the step gives no loss by itself ({type(error).__name__}: {error}), so it is that of the outputs' divergence."
+        )
+        return None
+    return way if isinstance(found, Tensor) and found.numel() == 1 and found.requires_grad else None
+
+
+def _loss_in(result: Any) -> Any:
+    return result.get("loss") if isinstance(result, Mapping) else result
+
+
+def measure_loss_sensitivity(
+    trainer: pl.Trainer, quantized: QuantizedModel, forward: ForwardFn, held: Sequence[Any], loss: ForwardFn | None
+) -> LossSensitivityReport:
+    """The loss sensitivities on the held batches, as the Trainer computes."""
+    if is_sharded(quantized.model):
+        raise CCOError(
+            "loss sensitivity: this process holds only parts of the parameters. Measure on one process, or with a strategy such as ddp."
+        )
+    with model_context(trainer):
+        return quantized.loss_sensitivity(held, on_a_copy(forward), loss)
+
+
+def plan_budget(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    quantized: QuantizedModel,
+    settings: Settings,
+    forward: ForwardFn,
+    held: Sequence[Any],
+    validate: Callable[[], float] | None = None,
+) -> BudgetPlan:
+    """Choose the plan of a budget, and plan the model so.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        quantized: It, hooked and calibrated.
+        settings: The recipe of the user.
+        forward: How a batch goes through the model.
+        held: The held batches.
+        validate: For ``accuracy_drop``: how much of the metric is lost as the model is planned then.
+
+    Raises:
+        CCOError: No plan is within the budget.
+    """
+    loss = loss_of_step(trainer, module, held[0])
+
+    def calibrate(names: Any) -> None:
+        batches = training_batches(trainer, max(1, settings.training_settings.stats_steps))
+        with model_context(trainer):
+            quantized.calibrate(batches, forward, names)
+        quantized.uncalibrated = []
+
+    def export_bytes() -> int:
+        if not trainer.is_global_zero:
+            return 0
+        return exported_bytes(quantized, held, forward, packs(settings))
+
+    search = BudgetSearch(
+        quantized,
+        settings,
+        calibrate,
+        lambda: measure_loss_sensitivity(trainer, quantized, forward, held, loss),
+        lambda model, batch: on_a_copy(forward)(model, batch),
+        export_bytes,
+        trainer.strategy.broadcast,
+    )
+    with model_context(trainer):
+        plan = search.find(held[0], None if validate is None else lambda _: validate())
+    rank_zero_info(
+        f"Budget ({plan.goal}: {plan.limit:g}): {plan.size_bytes:,.0f} of {plan.float_bytes:,.0f} bytes in float, {plan.chosen.average_bits:.3g} bits per weight, "
+        f"expected rise of the {plan.loss} {plan.chosen.rise:.3g}."
+    )
+    return plan
+
+
+def exported_bytes(quantized: QuantizedModel, held: Sequence[Any], forward: ForwardFn, int4: bool) -> int:
+    """Bytes of the file of a model as it is planned now.
+
+    Raises:
+        CCOError: It can't be exported.
+    """
+    calls, network = calls_of(quantized, held, forward)
+    args, kwargs = calls[0]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"{type(quantized.model).__name__}_int8.onnx"
+        quantized.export_onnx(path, args, kwargs, check=False, network=network, int4=int4)
+        return sum(part.stat().st_size for part in path.parent.iterdir())
