@@ -143,8 +143,8 @@ def plan_budget(
     with model_context(trainer):
         plan = search.find(held[0], None if validate is None else lambda _: validate())
     rank_zero_info(
-        f"Budget ({plan.goal}: {plan.limit:g}): {plan.size_bytes:,.0f} of {plan.float_bytes:,.0f} bytes in float, {plan.chosen.average_bits:.3g} bits per weight, "
-        f"expected rise of the {plan.loss} {plan.chosen.rise:.3g}."
+        f"Budget ({plan.goal}: {plan.limit:g}): {plan.size_bytes:,.0f} of {plan.float_bytes:,.0f} bytes in float, "
+        f"{plan.chosen.average_bits:.3g} bits per weight, expected rise of the {plan.loss} {plan.chosen.rise:.3g}."
     )
     return plan
 

@@ -142,7 +142,7 @@ def choices(
     members = _shared([name for name in plan.graph.names if name in facts and plan.graph[name].weighted], plan, facts, into)
     groups = [group for names in members if (group := maker.group(names)) is not None]
     of_integers = {key for group in groups for key in (*group.inputs, *group.outputs)}
-    rises = {key: report.activations.get(str(key), {}) for key in plan.tensors}
+    rises: dict[TensorKey, Mapping[int, float]] = {key: report.activations.get(str(key), {}) for key in plan.tensors}
     tensors = []
     for key in plan.tensors:
         bits = said.get(key.layer, ResolvedRules()).activations_num_bits
