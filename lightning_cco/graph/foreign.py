@@ -8,8 +8,10 @@ from enum import Enum
 from types import CodeType, FrameType
 
 from lightning_cco.compat.callers import FX_FILE, INDUCTOR_FILE, LOOK_FURTHER, MACHINERY
+from lightning_cco.compat.modules import MODULE_CALL
 
 _origins: dict[CodeType, bool | None] = {}
+_NEW = object()
 
 
 class Origin(Enum):
@@ -34,25 +36,28 @@ def origin_of_call(graphs: Collection[int] = (), running: int = 0) -> Origin:
         running: Identity of the Python frame of the module's call, which is looked for as well; 0 if unknown.
     """
     frame: FrameType | None = sys._getframe(3)
-    innermost = frame
     while frame is not None:
-        code = frame.f_code
-        if graphs and code.co_filename.startswith(FX_FILE) and id(frame.f_locals.get("self")) in graphs:
+        foreign = _origins.get(frame.f_code, _NEW)
+        if foreign is None:
+            frame = frame.f_back
+            continue
+        if foreign is False or (graphs and frame.f_code.co_filename.startswith(FX_FILE) and id(frame.f_locals.get("self")) in graphs):
             break
-        if code not in _origins:
-            module = frame.f_globals.get("__name__", "")
-            other = module.startswith(MACHINERY) or code.co_filename.startswith(FX_FILE) or INDUCTOR_FILE in code.co_filename
-            _origins[code] = None if module in LOOK_FURTHER else other
-        foreign = _origins[code]
-        if foreign:
+        if foreign is True:
             return Origin.FOREIGN
-        if foreign is not None:
-            break
-        frame = frame.f_back
+        _origins[frame.f_code] = _is_foreign(frame)
     if not running:
         return Origin.MODEL
-    while innermost is not None:
-        if id(innermost) == running:
+    while frame is not None:
+        if frame.f_code is MODULE_CALL and id(frame) == running:
             return Origin.MODEL
-        innermost = innermost.f_back
+        frame = frame.f_back
     return Origin.ENDED
+
+
+def _is_foreign(frame: FrameType) -> bool | None:
+    """Whether the code that a frame runs is machinery; `None`: it stands between a call and who makes it."""
+    module, file = frame.f_globals.get("__name__", ""), frame.f_code.co_filename
+    if module in LOOK_FURTHER:
+        return None
+    return module.startswith(MACHINERY) or file.startswith(FX_FILE) or INDUCTOR_FILE in file

@@ -39,6 +39,8 @@ from lightning_cco.graph.spelling import as_function, is_operator, name_of_opera
 _FUNCTIONS = frozenset((BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType))
 """Types of torch functions whose name says what they do; operators have names of another form."""
 
+_OTHERWISE = frozenset(("unflatten", "multi_head_attention_forward"))
+
 Handler = Callable[["ModuleCall", str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -71,13 +73,16 @@ class _FrameMode(HiddenMode):
         """A call that may be a layer's."""
         frames = self.frames
         origin = origin_of_call(frames.graphs, stack[-1].python)
-        if origin is Origin.ENDED:
-            frames.drop_ended(stack)
-        if origin is Origin.FOREIGN or not stack:
-            return func(*args, **kwargs)
+        if origin is not Origin.MODEL:
+            if origin is Origin.ENDED:
+                frames.drop_ended(stack)
+            if origin is Origin.FOREIGN or not stack:
+                return func(*args, **kwargs)
         if stack[0].records and may_be_checkpoint():
             frames.note_checkpoint(stack, entering=False)
-        return self._handled(stack, name, func, args, kwargs)
+        if name in _OTHERWISE:
+            return self._otherwise(stack, name, func, args, kwargs)
+        return frames.handle(stack[-1], name, func, args, kwargs)
 
     def _compiled(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that a compiler traces."""
@@ -87,9 +92,10 @@ class _FrameMode(HiddenMode):
         hide_from_graph()
         if name in COMPILED_CHECKPOINTS:
             return func(UnderMode(self, args[0]), *args[1:], **kwargs)
-        return self._handled(stack, name, func, args, kwargs)
+        return self._otherwise(stack, name, func, args, kwargs)
 
-    def _handled(self, stack: list[ModuleCall], name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _otherwise(self, stack: list[ModuleCall], name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What is called by another function, or in another way."""
         if func is Tensor.unflatten:  # its Python half is one that the compiler can't trace under a mode
             func = torch.unflatten
         if name == "multi_head_attention_forward":
@@ -267,11 +273,13 @@ class Frames(Hooks):
             self._enter_compiled(path, module, args, kwargs)
             return None
         stack = self._main if get_ident() == self._thread else self.stack()
-        own: FrameType | None = sys._getframe(2)
-        if own is not None and own.f_code is not MODULE_CALL:  # a function inside of it
-            own = module_call(own.f_back)
+        own: FrameType | None = sys._getframe(3)  # hooks are called by a function inside of it
+        if own is None or own.f_code is not MODULE_CALL:
+            own = module_call(sys._getframe(2))
         if own is not None and stack and stack[-1].python:
-            around = module_call(own.f_back)
+            around = own.f_back
+            while around is not None and around.f_code is not MODULE_CALL:
+                around = around.f_back
             if around is None or id(around) != stack[-1].python:
                 self.drop_ended(stack)
         records = stack[0].records if stack else torch.is_grad_enabled()
@@ -329,8 +337,7 @@ class Frames(Hooks):
             if stack[-1].node.path != path:
                 return
         else:
-            caller = sys._getframe(2)
-            if id(caller.f_back) != python and id(caller) != python and not self._drop_interrupted(stack, path, caller):
+            if id(sys._getframe(3)) != python and not self._drop_interrupted(stack, path, sys._getframe(2)):
                 return
         if self.left is not None:
             self.left(stack[-1], output)
