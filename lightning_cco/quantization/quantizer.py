@@ -340,6 +340,8 @@ class WeightQuantizer(nn.Module):
             weight: The weight.
             recomputed: Takes what makes the result again in the backward, if that is possible and worth it.
         """
+        if not torch.compiler.is_compiling() and not runs_plainly():  # first: traced weights have no numbers to compare
+            return self._rounded(weight)
         room = recomputed_weight(weight, self.axis) if recomputed is not None else None
         if room is not None and recomputed is not None:
             self._kept = None
@@ -349,8 +351,6 @@ class WeightQuantizer(nn.Module):
         owner = weight._base if weight._base is not None else weight
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(owner, nn.Parameter) or weight.is_inference():
             self._kept = None
-            return self._rounded(weight)
-        if not runs_plainly():
             return self._rounded(weight)
         version = weight.data_ptr(), weight._version, weight.shape
         kept = self._kept
