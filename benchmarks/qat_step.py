@@ -12,12 +12,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from cases import CASES, Case, Step, chosen, training_step
+from cases import CASES, Case, Step, chosen, loss_of, training_step
 from measure import Timing, interleaved, load_kernels, peak_of, resident, run_fresh
 from report import Table, parser, publish
 from torch import Tensor, nn
 
 from lightning_cco import QuantizedModel, quantize
+from lightning_cco.distillation.terms import class_divergence
 
 KINDS = ("float", "frozen", "moving average")
 BITS = {"W8A8": 8, "W4A4": 4, "W2A2": 2}
@@ -52,6 +53,25 @@ def eager(case: Case, rounds: int) -> list[str]:
 def few_bits(case: Case, rounds: int) -> list[str]:
     found = interleaved({kind: step_of(case, kind) for kind in ("float", *BITS)}, rounds)
     return [case.name, f"{1e3 * found['float'].seconds:.0f}", *(str(found[kind]) for kind in BITS)]
+
+
+def distilled(case: Case, rounds: int) -> list[str]:
+    """The student's step with a teacher's forward without gradients and the divergence of their outputs."""
+    inputs, targets = case.batch()
+    model, _ = prepared(case, "W4A4")
+    teacher = prepared(case, "float")[0].eval()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        scores = model(inputs)
+        with torch.no_grad():
+            taught = teacher(inputs)
+        (0.3 * loss_of(scores, targets) + 0.7 * class_divergence(scores, taught, -1, 2.0)).backward()
+        optimizer.step()
+
+    found = interleaved({"float": step_of(case, "float"), "W4A4": step_of(case, "W4A4"), "distilled": step}, rounds)
+    return [case.name, f"{1e3 * found['float'].seconds:.0f}", str(found["W4A4"]), str(found["distilled"])]
 
 
 def compiled(case: Case, rounds: int) -> list[str]:
@@ -117,6 +137,11 @@ QUESTIONS: dict[str, tuple[str, list[str], Callable[[Case, int], list[str]]]] = 
         "What does a training step cost at few bits, by default: a search for each weight's scales, and ranges that are frozen?",
         ["model", "float ms", *BITS],
         few_bits,
+    ),
+    "distilled": (
+        "What does distillation add to a training step?",
+        ["model", "float ms", "W4A4", "W4A4 and distillation"],
+        distilled,
     ),
     "compiled": (
         "What does a compiled training step cost, against the compiled float step?",

@@ -89,5 +89,5 @@ def sanity_check(trainer: pl.Trainer, progress_has_begun: bool) -> None:
         return
     run()
     progress = trainer.progress_bar_callback
-    if progress_has_begun and progress is not None and progress.is_enabled:
+    if progress_has_begun and progress is not None and getattr(progress, "is_enabled", True):
         progress.on_train_start(trainer, trainer.lightning_module)

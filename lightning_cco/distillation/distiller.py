@@ -118,7 +118,7 @@ class Distiller:
             else:
                 vars(strategy).pop("backward", None)
 
-        strategy.backward = with_teacher  # type: ignore[method-assign, assignment]
+        strategy.backward = with_teacher  # type: ignore[method-assign]
         self._undo = undo
 
     def stop(self) -> None:

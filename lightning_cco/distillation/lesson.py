@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning.fabric.utilities.apply_func import apply_to_collection  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from lightning_cco.distillation.graph import LossGraph, Use, ends_among
