@@ -76,6 +76,12 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
         if island is not None and island not in report.float_islands:
             report.float_islands.append(island)
     report.integer_nodes = {kind: count for kind, count in kinds.items() if kind.startswith(_INTEGER)}
+    if kinds["MatMulNBits"] and not packed:
+        layers_of = sorted({layers.of(node) for node in model.graph.node if node.op_type == "MatMulNBits"})
+        report.notes.append(
+            f"ONNX Runtime rounds to 8 bits what {', '.join(layers_of)} reads, although its weights alone are integers (MatMulNBits, seen in 1.32). To compute "
+            'it in float: options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")'
+        )
     report.float_nodes = {kind: count for kind, count in kinds.items() if kind in _HEAVY}
     report.conversions = sum(count for kind, count in kinds.items() if kind in _CONVERSIONS)
 
