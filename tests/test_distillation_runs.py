@@ -112,6 +112,18 @@ def test_a_second_fit_keeps_the_teacher_and_another_model_gets_its_own(tmp_path:
     assert_taught_by(cco, start)
 
 
+def test_a_checkpoint_of_another_run_brings_its_own_teacher(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    module, cco, keeper = plain(), callback(), ModelCheckpoint(tmp_path / "first")
+    start = copy.deepcopy(module.state_dict())
+    fit(tmp_path / "first", module, cco, keeper)
+    other = callback()
+    second = plain()
+    fit(tmp_path / "second", second, other)
+    fit(tmp_path / "second", second, other, ckpt=keeper.best_model_path, max_epochs=2)
+    assert_taught_by(other, start)
+
+
 def test_averaged_weights_and_an_interrupted_run(tmp_path: Path) -> None:
     module, reference = twins(plain)
     fit(tmp_path, module, callback(), WeightAveraging(avg_fn=lambda mean, new, count: new), max_epochs=1)

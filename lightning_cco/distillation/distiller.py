@@ -71,9 +71,10 @@ class Distiller:
         return dict(self._saved)
 
     def load_state_dict(self, state: Mapping[str, str]) -> None:
-        """The model has weights of a compressed training now."""
+        """The model has weights of a compressed training now; a teacher of another one than that has nothing to say of it."""
         self._trained = True
-        self._saved = dict(state)
+        if dict(state) != self._saved:
+            self.teacher, self._saved = None, dict(state)
 
     def start(self, trainer: pl.Trainer, quantized: HookedModel, forward: ForwardFn, batch: Any, folder: Path) -> None:
         """Before the first step: get the teacher, try it on a batch, and wait for losses.
