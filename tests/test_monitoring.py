@@ -193,7 +193,15 @@ def test_files(quantized: QuantizedModel, tmp_path: Path) -> None:
     show_epochs(Monitor(tmp_path / "cco"), quantized)
     written = {path.name for path in (tmp_path / "cco").iterdir()}
     pictures = {f"{stem}.{ending}" for stem in ("model_init", "model_post_preprocessing") for ending in ("svg", "png", "dot")}
-    assert written == pictures | {"layers.txt", "resolved_recipe.yaml", "suggested_skips.yaml", "sensitivity.csv", "heat_map.png"}
+    assert written == pictures | {
+        "overview.svg",
+        "overview.png",
+        "layers.txt",
+        "resolved_recipe.yaml",
+        "suggested_skips.yaml",
+        "sensitivity.csv",
+        "heat_map.png",
+    }
     with Image.open(tmp_path / "cco" / "model_post_preprocessing.png") as picture:
         assert picture.width > 200
     rows = (tmp_path / "cco" / "sensitivity.csv").read_text().splitlines()
@@ -257,7 +265,7 @@ def run_with_tensorboard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tensorboard_events(run_with_tensorboard: Path) -> None:
     events = EventAccumulator(str(run_with_tensorboard), {"images": 0, "tensors": 0, "scalars": 0, "histograms": 0}).Reload()
     tags = events.Tags()
-    assert set(tags["images"]) == {"cco/graph", "cco/heat_map", "cco/model_init"}
+    assert set(tags["images"]) == {"cco/graph", "cco/heat_map", "cco/model_init", "cco/overview"}
     curves = [tag for tag in tags["scalars"] if tag.startswith("cco_qs/")]
     assert len(curves) == 14  # one for each measured layer
     assert [event.step for event in events.Scalars("cco_qs/batch_norm_2")] == [4, 8]
@@ -297,7 +305,7 @@ def test_tensorboard_server(run_with_tensorboard: Path) -> None:
             except OSError:
                 pass
             time.sleep(0.5)
-        assert set(json.loads(ask("plugin/images/tags"))["."]) == {"cco/graph", "cco/heat_map", "cco/model_init"}
+        assert set(json.loads(ask("plugin/images/tags"))["."]) == {"cco/graph", "cco/heat_map", "cco/model_init", "cco/overview"}
         assert "cco/qs_max" in json.loads(ask("plugin/scalars/tags"))["."]
         listed = json.loads(ask("plugin/images/images?run=.&tag=cco/graph&sample=0"))
         picture = ask(f"plugin/images/individualImage?{listed[-1]['query']}")

@@ -84,10 +84,10 @@ class _Drawing:
             if key not in framed:
                 holder.add_node(self._node(groups[key]))
                 for source in self.ghosts.get(key, ()):
-                    holder.add_node(pydot.Node(_quoted(f"{source} for {key}"), label=html.ghost_label(source), tooltip=_quoted(source)))
+                    holder.add_node(pydot.Node(quoted(f"{source} for {key}"), label=html.ghost_label(source), tooltip=quoted(source)))
         for frame in frames:
             box = pydot.Subgraph(
-                _quoted(f"cluster_{len(holder.get_subgraphs())}_{frame.all_keys()[0]}"),
+                quoted(f"cluster_{len(holder.get_subgraphs())}_{frame.all_keys()[0]}"),
                 label=f"<{html.font(frame.label, size=12, color=html.MUTED, bold=True)}>",
                 style="rounded,dashed",
                 color="#8894A0",
@@ -100,7 +100,7 @@ class _Drawing:
     def _add_edges(self, dot: pydot.Dot, view: View) -> None:
         for source, destination in view.edges:
             start = f"{source} for {destination}" if source in self.ghosts.get(destination, ()) else source
-            edge = pydot.Edge(_quoted(start), _quoted(destination))
+            edge = pydot.Edge(quoted(start), quoted(destination))
             if view.edges_behind.get((source, destination), (source, destination)) in self.crossing:
                 edge.set("style", "dashed")
                 edge.set("color", html.YELLOW.border)
@@ -109,7 +109,7 @@ class _Drawing:
 
     def _node(self, group: Group) -> pydot.Node:
         label, tooltip = self._layer(group) if group.is_layer else self._module(group)
-        return pydot.Node(_quoted(group.key), label=label, tooltip=_quoted(tooltip))
+        return pydot.Node(quoted(group.key), label=label, tooltip=quoted(tooltip))
 
     def _layer(self, group: Group) -> tuple[str, str]:
         layer = self.graph[group.key]
@@ -224,6 +224,7 @@ def _bits(decision: LayerDecision | None) -> str:
     return " ".join(f"{letter}{bits}" for letter, bits in parts if bits is not None)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """Returns a text as DOT writes names: in quotes, on lines of their own."""
     lines = (printable(line).replace("\\", "\\\\").replace('"', '\\"') for line in text.split("\n"))
     return '"' + "\\n".join(lines) + '"'

@@ -114,6 +114,12 @@ def share_row(quantized: int, total: int) -> str:
     return f'<TR><TD ALIGN="LEFT">{text}</TD><TD ALIGN="RIGHT" CELLPADDING="0">{_beside("", bar)}</TD></TR>'
 
 
+def percent_row(share: float) -> str:
+    """Returns the row of a module: a bar, green for the share of it that runs in INT8 and yellow for the rest, and the share."""
+    bar = _bar(share, GREEN.border, "#F2C230", _BAR // 2)
+    return f'<TR><TD ALIGN="LEFT">{font(f"{100 * share:.0f} %", size=11)}</TD><TD ALIGN="RIGHT" CELLPADDING="0">{bar}</TD></TR>'
+
+
 def swatch(paint: Paint) -> str:
     """Returns a small rounded box for the legend."""
     return (
@@ -140,14 +146,14 @@ def type_name(kind: str) -> str:
     return "".join(part[:1].upper() + part[1:] for part in kind.split("_"))
 
 
-def _bar(share: float, color: str, rest: str = "#DFE4E8") -> str:
-    filled = round(_BAR * min(max(share, 0.0), 1.0))
+def _bar(share: float, color: str, rest: str = "#DFE4E8", length: int = _BAR) -> str:
+    filled = round(length * min(max(share, 0.0), 1.0))
     cells = "".join(
         f'<TD WIDTH="{width}" HEIGHT="6" FIXEDSIZE="TRUE" BGCOLOR="{paint}"></TD>'
-        for width, paint in ((filled, color), (_BAR - filled, rest))
+        for width, paint in ((filled, color), (length - filled, rest))
         if width
     )
-    size = f'WIDTH="{_BAR}" HEIGHT="6" FIXEDSIZE="TRUE"'  # else it is stretched over a wide node, with gaps between its parts
+    size = f'WIDTH="{length}" HEIGHT="6" FIXEDSIZE="TRUE"'  # else it is stretched over a wide node, with gaps between its parts
     return f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0" ALIGN="RIGHT" {size}><TR>{cells}</TR></TABLE>'
 
 

@@ -15,6 +15,7 @@ import pydot
 
 from lightning_cco.drawing.draw import draw_graph
 from lightning_cco.drawing.fonts import Fonts, find_fonts
+from lightning_cco.drawing.overview import HEIGHT, WIDTH, draw_overview
 from lightning_cco.errors import CCOWarning
 from lightning_cco.files import write_file
 from lightning_cco.graph.layer_graph import LayerGraph
@@ -45,8 +46,11 @@ def render(
     formats: Sequence[str] = ("svg", "png", "dot"),
     timeout: float = TIMEOUT,
     dot_instead: bool = True,
+    pixels: tuple[int, int] = (MAX_PIXELS, MAX_PIXELS),
 ) -> dict[str, Path]:
     """Writes ``stem.svg``, ``stem.png`` and so on, each atomically, and returns the paths of those that could be written.
+
+    A PNG has at most as many ``pixels``, in width and height.
 
     Emits a CCOWarning once per cause when one could not: no Graphviz, a layout that took longer than ``timeout`` seconds, a folder that
     can't be written. With ``dot_instead``, ``stem.dot`` is written in place of a picture that could not be drawn.
@@ -56,7 +60,7 @@ def render(
     written: dict[str, Path] = {}
     wanted = list(dict.fromkeys(formats))
     for name in wanted:
-        data = text.encode() if name == "dot" else _draw(text, name, timeout)
+        data = text.encode() if name == "dot" else _draw(text, name, timeout, pixels)
         if data is None:
             if dot_instead and "dot" not in wanted:
                 wanted.append("dot")
@@ -75,14 +79,23 @@ def save_pictures(
     return written | render(draw_graph(graph, plan, qs, fold=True, title=title), stem, ("png",), dot_instead=False)
 
 
+def save_overview(
+    graph: LayerGraph, stem: Path | str, plan: QuantizationPlan, qs: Mapping[str, float] | None = None, title: str = ""
+) -> dict[str, Path]:
+    """Writes ``stem.svg`` and ``stem.png``: the modules of a network of any size, on one screen."""
+    return render(draw_overview(graph, plan, qs, title), stem, ("svg", "png"), dot_instead=False, pixels=(WIDTH, HEIGHT))
+
+
 def render_png_bytes(dot: pydot.Dot, timeout: float = TIMEOUT) -> bytes | None:
     """Returns the picture as a PNG file, or None (and a CCOWarning, once per cause) when it can't be made."""
     return _draw(dot.to_string(), "png", timeout)
 
 
-def _draw(text: str, name: str, timeout: float) -> bytes | None:
-    side = int(MAX_PIXELS / DPI - 1)  # inches; Graphviz shrinks what is larger, and adds a margin
-    settings = [f"dpi={DPI}", f"size={side},{side}"] if name == "png" else []
+def _draw(text: str, name: str, timeout: float, pixels: tuple[int, int] = (MAX_PIXELS, MAX_PIXELS)) -> bytes | None:
+    width, height = (
+        side / DPI - min(1.0, side / DPI / 16) for side in pixels
+    )  # inches; Graphviz shrinks what is larger, and adds a margin
+    settings = [f"dpi={DPI}", f"size={width:.3f},{height:.3f}"] if name == "png" else []
     commands = []
     if sys.executable and importlib.util.find_spec("pygraphviz") is not None:
         commands.append([sys.executable, "-c", _CHILD, name, *settings])

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_cco.drawing.render import save_pictures
+from lightning_cco.drawing.render import save_overview, save_pictures
 from lightning_cco.errors import CCOWarning
 from lightning_cco.export.report import ExportReport
 from lightning_cco.files import check_writable, remove_abandoned, write_file
@@ -47,8 +47,8 @@ _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 class Monitor:
     """Writes what a user sees of one run.
 
-    Files in ``folder``: ``model_init.{svg,png,dot}``, ``model_post_preprocessing.{svg,png,dot}`` (redrawn each epoch), ``layers.txt``,
-    ``resolved_recipe.yaml``, ``suggested_skips.yaml``, ``sensitivity.csv``, ``heat_map.png``.
+    Files in ``folder``: ``overview.{svg,png}``, ``model_post_preprocessing.{svg,png,dot}`` (both redrawn each
+    epoch), ``model_init.{svg,png,dot}``, ``layers.txt``, ``resolved_recipe.yaml``, ``suggested_skips.yaml``, ``sensitivity.csv``, ``heat_map.png``.
     Loggers get each of the first 20 epochs' pictures and tables, then ever fewer, and the last ones.
 
     Args:
@@ -129,6 +129,7 @@ class Monitor:
         past, first = self.past, self.past.count == 0
         qs = {name: entry.qs for name, entry in report.main.items()}
         past.add(epoch, {name: qs[name] for name in plan.graph.names if name in qs}, metrics)
+        said: list[str] = []
         with self._unharmed("the epoch's summary"):
             said = [f"Summary of epoch {epoch}"]
             if metrics:
@@ -152,7 +153,8 @@ class Monitor:
         if first:
             past.followed = [entry.name for entry in report.worst_first()[:_FOLLOWED]]
         with self._unharmed("what goes to the loggers"):
-            self._to_loggers(step, plan, report, levels or {}, suggested, picture, first)
+            summary = [*said, "", *plan_lines(plan)]
+            self._to_loggers(step, plan, report, levels or {}, summary, suggested, picture, first)
         if self.draw:
             self._draw_plan(plan, qs, step, when=f"epoch {epoch}", to_loggers=self._not_shown is None)
 
@@ -162,6 +164,7 @@ class Monitor:
         plan: QuantizationPlan,
         report: SensitivityReport,
         levels: Mapping[str, LayerLevels],
+        summary: Sequence[str],
         suggested: str | None,
         picture: bytes | None,
         first: bool,
@@ -170,9 +173,10 @@ class Monitor:
             return
         qs = {name: entry.qs for name, entry in report.main.items()}
         rows = tables.sensitivity_rows(report, plan)[: tables.MOST_ROWS]
-        texts = {"cco/sensitivity": tables.markdown_table(tables.SENSITIVITY_HEADER, rows, of=len(qs))}
+        texts = {"cco/summary": _as_code("\n".join(summary))}
+        texts["cco/sensitivity"] = tables.markdown_table(tables.SENSITIVITY_HEADER, rows, of=len(qs))
         if suggested is not None:
-            texts["cco/suggestions"] = "\n".join(f"    {line}" for line in suggested.splitlines())
+            texts["cco/suggestions"] = _as_code(suggested)
         shown = {"cco/sensitivity": (tables.SENSITIVITY_HEADER, rows)}
         if levels:
             uses = tables.levels_rows(levels)[: tables.MOST_ROWS]
@@ -215,8 +219,7 @@ class Monitor:
         path = Path(report.path).with_name("export_report.json")
         with self._unharmed(path):
             report.save(path)
-        text = "\n".join(f"    {printable(line)}" for line in str(report).splitlines())
-        show(self.loggers, Payload(self._step, {"cco/export": text}, files=[path]))
+        show(self.loggers, Payload(self._step, {"cco/export": _as_code(str(report))}, files=[path]))
 
     def _draw_init(self, graph: LayerGraph) -> None:
         def draw() -> None:
@@ -233,6 +236,9 @@ class Monitor:
         """Draw in the background: the layout of a large net takes seconds, the training need not wait for it."""
 
         def draw() -> None:
+            overview = save_overview(plan.graph, self.folder / "overview", plan, qs, f"overview, {when}")
+            if to_loggers:
+                self._show_picture("cco/overview", overview, step)
             stem = self.folder / "model_post_preprocessing"
             written = save_pictures(plan.graph, stem, plan, qs, f"model_post_preprocessing, {when}")
             if to_loggers:
@@ -319,6 +325,11 @@ class Monitor:
         self.past.load_state_dict(state)
         earlier = Path(state.get("folder", self.folder)) / str(state.get("table", self._csv.path.name))
         self._csv = SensitivityCsv(self._csv.path, earlier)
+
+
+def _as_code(text: str) -> str:
+    """A text as Markdown that is shown as it is."""
+    return "\n".join(f"    {printable(line)}" for line in text.splitlines())
 
 
 def _say(text: str) -> None:

@@ -1,0 +1,171 @@
+"""The modules of a network, few enough to be looked at as a whole: repeated ones as one, the largest opened as far as there is room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from math import ceil
+
+from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.graph.select import containers
+
+_ENDS = ("input", "output")
+
+
+@dataclass
+class Box:
+    """One box of an overview.
+
+    Attributes:
+        label: Path of its module, with ranges where it stands for repeated ones; names of the inputs or outputs.
+        members: Its layers, in execution order.
+        repeats: How many repeated modules it stands for.
+        end: ``input`` or ``output``; empty for modules.
+    """
+
+    label: str
+    members: list[str] = field(default_factory=list)
+    repeats: int = 1
+    end: str = ""
+
+
+def modules_view(graph: LayerGraph, mark: Callable[[Layer], Hashable], most: int) -> tuple[list[Box], list[tuple[int, int]]]:
+    """Group a graph's layers by module.
+
+    A layer that a module runs itself, between its submodules, goes with the box before it.
+
+    Args:
+        graph: The layers.
+        mark: What must be equal, beside kinds and names, for two modules to be shown as one.
+        most: Boxes at most, inputs and outputs included.
+
+    Returns:
+        The boxes in execution order, and the edges between them as pairs of their numbers.
+    """
+    view = _View(graph, mark)
+    opened = {""}
+    boxes = view.boxes(opened)
+    while (wider := view.open_largest(boxes, opened)) is not None:
+        more = view.boxes(wider)
+        if len(more) > most:
+            break
+        opened, boxes = wider, more
+    boxes = _merged(boxes, most)
+    number = {name: index for index, box in enumerate(boxes) for name in box.members}
+    edges = {(number[edge.source], number[edge.destination]): None for edge in graph.edges}
+    return boxes, [(source, destination) for source, destination in edges if source != destination]
+
+
+class _View:
+    def __init__(self, graph: LayerGraph, mark: Callable[[Layer], Hashable]) -> None:
+        self.graph = graph
+        self.first: dict[str, str] = {}  # a repeated module's path -> that of the first of its run
+        self.runs: dict[str, list[str]] = {}
+        self._fold(mark)
+        self.paths = {layer.name: self._shown(layer.path) for layer in graph}
+
+    def _fold(self, mark: Callable[[Layer], Hashable]) -> None:
+        """Find the modules that repeat one after the other under one parent: same layers, same decisions."""
+        signatures: dict[str, list[Hashable]] = {}
+        for layer in self.graph:
+            for path in containers(layer.path):
+                signatures.setdefault(path, []).append((layer.path[len(path) :], layer.kind, mark(layer)))
+        before: dict[str, str] = {}
+        for path in signatures:
+            parent, _, child = path.rpartition(".")
+            if not child.isdigit():
+                continue
+            other = before.get(parent)
+            if other is not None and signatures[other] == signatures[path]:
+                self.first[path] = self.first.get(other, other)
+            else:
+                self.first[path] = path
+            self.runs.setdefault(self.first[path], []).append(path)
+            before[parent] = path
+
+    def _shown(self, path: str) -> str:
+        """The path in which each repeated module is the first of its run."""
+        parts: list[str] = []
+        for part in path.split("."):
+            parts.append(part)
+            whole = ".".join(parts)
+            parts = self.first.get(whole, whole).split(".")
+        return ".".join(parts)
+
+    def _label(self, path: str) -> tuple[str, int]:
+        """A shown path with ranges in it, and for how many modules it stands."""
+        parts, repeats = path.split("."), 1
+        for end in range(len(parts), 0, -1):
+            run = self.runs.get(".".join(path.split(".")[:end]), [])
+            if len(run) > 1:
+                parts[end - 1] = f"[{parts[end - 1]}-{run[-1].rpartition('.')[2]}]"
+                repeats *= len(run)
+        return ".".join(parts), repeats
+
+    def box_of(self, name: str, opened: set[str]) -> str | None:
+        """The outermost module around a layer that is not opened; `None` for what an opened module runs itself."""
+        parts = self.paths[name].split(".") if self.paths[name] else []
+        for end in range(1, len(parts) + 1):
+            path = ".".join(parts[:end])
+            if path not in opened:
+                return path
+        return None
+
+    def boxes(self, opened: set[str]) -> list[Box]:
+        """The boxes, if these modules are opened."""
+        found: dict[str, Box] = {}
+        ends: dict[str, list[Box]] = {kind: [] for kind in _ENDS}
+        waiting: list[str] = []
+        current: Box | None = None
+        for layer in self.graph:
+            if layer.kind in _ENDS:
+                ends[layer.kind].append(Box(layer.name, [layer.name], end=layer.kind))
+                continue
+            path = self.box_of(layer.name, opened)
+            if path is not None:
+                if path not in found:
+                    found[path] = Box(*self._label(path)[:1], repeats=self._label(path)[1])
+                current = found[path]
+                current.members += [*waiting, layer.name]
+                waiting = []
+            elif current is not None:
+                current.members.append(layer.name)
+            else:
+                waiting.append(layer.name)
+        if waiting:
+            found[""] = Box(waiting[0] if len(waiting) == 1 else f"{waiting[0]} … {waiting[-1]}", waiting)
+        return [*_few(ends["input"]), *found.values(), *_few(ends["output"])]
+
+    def open_largest(self, boxes: list[Box], opened: set[str]) -> set[str] | None:
+        """Open the box with the most layers that has modules inside; `None` if none has."""
+        for box in sorted(boxes, key=lambda box: -len(box.members)):
+            paths = {path for name in box.members if (path := self.box_of(name, opened)) is not None}
+            inner = {path for path in paths if any(self.paths[name].startswith(f"{path}.") for name in box.members)}
+            if inner:
+                return opened | inner
+        return None
+
+
+def _few(ends: list[Box]) -> list[Box]:
+    """Inputs or outputs: some by themselves, many in one box."""
+    if len(ends) <= 2:
+        return ends
+    names = [name for box in ends for name in box.members]
+    return [Box(f"{names[0]} … {names[-1]}", names, end=ends[0].end)]
+
+
+def _merged(boxes: list[Box], most: int) -> list[Box]:
+    """Put neighbours together until there are few enough."""
+    ends = [box for box in boxes if box.end]
+    inner = [box for box in boxes if not box.end]
+    length = ceil(len(inner) / max(1, most - len(ends)))
+    if length > 1:
+        stretches = [inner[start : start + length] for start in range(0, len(inner), length)]
+        inner = [
+            Box(f"{stretch[0].label} … {stretch[-1].label}", [name for box in stretch for name in box.members])
+            if len(stretch) > 1
+            else stretch[0]
+            for stretch in stretches
+        ]
+    return [*(box for box in ends if box.end == "input"), *inner, *(box for box in ends if box.end == "output")]

@@ -1,0 +1,124 @@
+"""A picture of any network that fits a screen: modules as boxes from left to right, coloured by how much of them runs in INT8, the worst layer marked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import pydot
+
+from lightning_cco.drawing import node_label as html
+from lightning_cco.drawing.draw import quoted
+from lightning_cco.drawing.modules_view import Box, modules_view
+from lightning_cco.figures import badness, figure, is_above
+from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.quantization.plan import QuantizationPlan
+
+WIDTH, HEIGHT = 1400, 900
+"""Pixels that a picture of it has at most."""
+_BOXES = 11
+
+
+def draw_overview(graph: LayerGraph, plan: QuantizationPlan, qs: Mapping[str, float] | None = None, title: str = "") -> pydot.Dot:
+    """Draw modules, at most a dozen boxes for any network.
+
+    A box is green if all of its multiplications are in INT8, yellow if none is; its bar shows the share. Modules without multiplications count layers.
+
+    Args:
+        graph: The layers.
+        plan: What runs in INT8.
+        qs: Quantization Sensitivity by layer name; the largest is marked.
+        title: First line.
+    """
+    measured = {name: float(value) for name, value in (qs or {}).items() if name in graph}
+    worst = max(measured, key=lambda name: badness(measured[name]), default=None)
+    boxes, edges = modules_view(graph, lambda layer: plan.decisions[layer.name].quantized, _BOXES)
+    dot = pydot.Dot("overview", graph_type="digraph")
+    dot.set_graph_defaults(
+        rankdir="LR",
+        bgcolor="white",
+        pad="0.2",
+        nodesep="0.2",
+        ranksep="0.18",
+        fontname=html.SANS,
+        labelloc="t",
+        labeljust="l",
+    )
+    dot.set_node_defaults(shape="plain", fontname=html.SANS, fontsize="13", fontcolor=html.TEXT)
+    dot.set_edge_defaults(color="#6B7785", penwidth="1.1", arrowsize="0.6")
+    dot.set("label", _legend(plan, measured, worst, title))
+    for number, box in enumerate(boxes):
+        label, tooltip = _box(graph, plan, box, measured, worst)
+        dot.add_node(pydot.Node(str(number), label=label, tooltip=quoted(tooltip)))
+    for source, destination in edges:
+        back = {} if source < destination else {"constraint": "false", "style": "dotted"}
+        dot.add_edge(pydot.Edge(str(source), str(destination), **back))
+    return dot
+
+
+def share_in_int8(graph: LayerGraph, plan: QuantizationPlan, names: Sequence[str]) -> float:
+    """The part of the multiplications of some layers that is in INT8; of layers without any, the part of the layers. NaN without layers that count."""
+    layers = [graph[name] for name in names if graph[name].kind != "output"]
+    total = sum(layer.multiplications for layer in layers)
+    if total:
+        return sum(layer.multiplications for layer in layers if layer.name in plan.quantized) / total
+    counted = [layer.name for layer in layers if plan.counts(layer.name)]
+    return sum(name in plan.quantized for name in counted) / len(counted) if counted else math.nan
+
+
+def _box(graph: LayerGraph, plan: QuantizationPlan, box: Box, qs: Mapping[str, float], worst: str | None) -> tuple[str, str]:
+    if box.end:
+        return html.node_label(box.label, "", "", [], html.BLUE, border=2), ", ".join(box.members)
+    share = share_in_int8(graph, plan, box.members)
+    paint = html.WHITE if math.isnan(share) else html.GREEN if share == 1 else html.YELLOW if share == 0 else html.MIXED
+    count = f"× {box.repeats} · " if box.repeats > 1 else ""
+    rows = [html.text_row(f"{count}{len(box.members)} layers" if len(box.members) > 1 else graph[box.members[0]].kind, color=html.MUTED)]
+    if not math.isnan(share):
+        rows.append(html.percent_row(share))
+    decisions = [plan.decisions[name] for name in box.members]
+    bits = sorted({decision.weights_num_bits for decision in decisions if decision.weights_num_bits is not None})
+    if bits:
+        rows.append(html.text_row("W" + "/".join(map(str, bits)), bold=True))
+    inside = worst in box.members
+    if inside and worst is not None:
+        limit = plan.settings.global_quantization_settings.quantization_sensitivity_threshold
+        color = html.RED if is_above(qs[worst], limit) else html.TEXT
+        rows += [html.text_row(text, color=color, bold=True) for text in (f"worst: {worst}", f"QS {figure(qs[worst], 3)}")]
+    label = html.node_label(_short(box.label), "", "", rows, paint, border=3 if inside else 1)
+    return label, f"{box.label}\n{', '.join(box.members)}"
+
+
+def _short(path: str, most: int = 20) -> str:
+    """The last parts of a path, which tell modules apart, as many as there is room for.
+
+    >>> _short("encoder.layers.[0-11].attention"), _short("stem")
+    ('…[0-11].attention', 'stem')
+    """
+    if len(path) <= most or "…" in path:
+        return path
+    parts = path.split(".")
+    kept = parts.pop()
+    while parts and len(parts[-1]) + len(kept) + 2 <= most:
+        kept = f"{parts.pop()}.{kept}"
+    return f"…{kept}" if parts else kept
+
+
+def _legend(plan: QuantizationPlan, qs: Mapping[str, float], worst: str | None, title: str) -> str:
+    entries = [
+        (html.BLUE, "input or output"),
+        (html.GREEN, "all multiplications in INT8"),
+        (html.MIXED, "some"),
+        (html.YELLOW, "none"),
+    ]
+    cells = "".join(
+        f'<TD>{html.swatch(paint)}</TD><TD ALIGN="LEFT">{html.font(text, size=11)}</TD><TD WIDTH="6"></TD>' for paint, text in entries
+    )
+    share = plan.share_of_multiplications
+    lines = [] if math.isnan(share) else [f"{100 * share:.0f} % of the multiplications in INT8"]
+    if worst is not None:
+        lines.append(f"largest Quantization Sensitivity (QS): {figure(qs[worst], 3)} in {worst}, whose box has a thick border")
+    rows = f'<TR><TD ALIGN="LEFT">{html.font(title, size=16, bold=True)}</TD></TR>' if title else ""
+    rows += f'<TR><TD ALIGN="LEFT"><TABLE BORDER="0" CELLBORDER="0" CELLSPACING="2"><TR>{cells}</TR></TABLE></TD></TR>'
+    rows += "".join(f'<TR><TD ALIGN="LEFT">{html.font(line, size=11, color=html.MUTED)}</TD></TR>' for line in lines)
+    rows += '<TR><TD HEIGHT="10"></TD></TR>'
+    return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2">{rows}</TABLE>>'

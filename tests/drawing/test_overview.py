@@ -1,0 +1,102 @@
+"""The overview: every layer in one box, few boxes, a picture that fits a screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import networkx as nx
+import pytest
+import torch
+from models import GuideCNN, ResidualCNN
+from PIL import Image
+from torch import Tensor, nn
+
+from lightning_cco import QuantizedModel, quantize
+from lightning_cco.drawing.modules_view import modules_view
+from lightning_cco.drawing.overview import HEIGHT, WIDTH, share_in_int8
+from lightning_cco.drawing.render import save_overview
+
+
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Odd(nn.Module):
+    """Many branches of unlike sizes, several outputs."""
+
+    def __init__(self, branches: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(4, 4 + number) for number in range(branches))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [branch(x) for branch in self.branches]
+
+
+NETS = {
+    "guide": lambda: (GuideCNN(), GuideCNN.example()),
+    "residual": lambda: (ResidualCNN(), torch.randn(2, 1, 16, 16)),
+    "deep": lambda: (nn.Sequential(nn.Linear(4, 8), *(Block(8, 16) for _ in range(40)), nn.Linear(8, 2)), torch.randn(2, 4)),
+    "all unlike": lambda: (nn.Sequential(nn.Linear(4, 8), *(Block(8, 9 + n) for n in range(40)), nn.Linear(8, 2)), torch.randn(2, 4)),
+    "odd": lambda: (Odd(30), torch.randn(2, 4)),
+}
+
+
+def quantized(net: str) -> QuantizedModel:
+    model, x = NETS[net]()
+    return quantize(model.eval(), {"global_quantization_settings": {"skip_tail_quantization": False}}, (x,))
+
+
+@pytest.mark.parametrize("most", [6, 11, 30])
+@pytest.mark.parametrize("net", NETS)
+def test_every_layer_is_in_one_box(net: str, most: int) -> None:
+    graph = quantized(net).graph
+    boxes, edges = modules_view(graph, lambda layer: None, most)
+    assert sorted(name for box in boxes for name in box.members) == sorted(graph.names)
+    assert len(boxes) <= most
+    home = {name: number for number, box in enumerate(boxes) for name in box.members}
+    reference = nx.quotient_graph(
+        nx.DiGraph([(edge.source, edge.destination) for edge in graph.edges]), lambda a, b: home[a] == home[b], create_using=nx.DiGraph
+    )
+    between = {(home[next(iter(a))], home[next(iter(b))]) for a, b in reference.edges}
+    assert set(edges) == between
+
+
+def test_repeated_blocks_are_one_box_and_opened_together() -> None:
+    model = quantized("deep")
+    labels = {box.label: box.repeats for box in modules_view(model.graph, lambda layer: None, 5)[0]}
+    assert labels == {"input_0": 1, "0": 1, "[1-40]": 40, "41": 1, "output_0": 1}
+    labels = {box.label: box.repeats for box in modules_view(model.graph, lambda layer: None, 11)[0]}
+    assert labels == {"input_0": 1, "0": 1, "[1-40].norm": 40, "[1-40].up": 40, "[1-40].down": 40, "41": 1, "output_0": 1}
+
+
+def test_blocks_that_are_decided_otherwise_are_not_one() -> None:
+    model = quantized("deep")
+    odd = next(layer.name for layer in model.graph if layer.path == "7.up" and layer.kind == "linear")
+    labels = [box.label for box in modules_view(model.graph, lambda layer: layer.name == odd, 8)[0]]
+    assert labels == ["input_0", "0", "[1-6]", "7", "[8-40]", "41", "output_0"]
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_it_fits_a_screen(net: str, tmp_path: Path) -> None:
+    model = quantized(net)
+    written = save_overview(model.graph, tmp_path / "overview", model.plan, dict.fromkeys(model.graph.names, 3.0), "epoch 3")
+    with Image.open(written["png"]) as picture:
+        assert picture.width <= WIDTH
+        assert picture.height <= HEIGHT
+    assert "largest Quantization Sensitivity" in written["svg"].read_text()
+
+
+def test_the_share_is_that_of_the_multiplications() -> None:
+    model = quantized("guide")
+    model.replan(suggestions=["conv_1"])
+    graph, plan = model.graph, model.plan
+    work = {name: graph[name].multiplications for name in ("conv", "conv_1")}
+    assert share_in_int8(graph, plan, ["conv", "conv_1"]) == work["conv"] / sum(work.values())
+    assert share_in_int8(graph, plan, ["relu", "max_pool"]) == 1.0
