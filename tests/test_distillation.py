@@ -135,6 +135,7 @@ def twins(make: Callable[[], pl.LightningModule]) -> tuple[pl.LightningModule, p
 
 @pytest.mark.parametrize("checkpointed", [None, False, True])
 def test_classes(tmp_path: Path, checkpointed: bool | None) -> None:
+    """The teacher draws no random numbers either: the masks of dropout are those of the loop."""
     module, reference = twins(lambda: Module(Net(checkpointed=checkpointed), F.cross_entropy))
     start = copy.deepcopy(module)
     run = fitted(tmp_path, module, data())
@@ -146,14 +147,6 @@ def test_classes(tmp_path: Path, checkpointed: bool | None) -> None:
     assert set(module.state_dict()) == set(start.state_dict())
     assert "backward" not in vars(run.trainer.strategy)
     assert float(run.trainer.callback_metrics["cco/distillation_loss"]) > 0
-
-
-def test_dropout_is_the_students_alone(tmp_path: Path) -> None:
-    """The teacher draws no random numbers: the masks of dropout are those of a training without it."""
-    module, reference = twins(lambda: Module(Net(), F.cross_entropy))
-    assert module.net.drop.p > 0
-    fitted(tmp_path, module, data())
-    assert_same(module, by_hand(reference, data(), kl))
 
 
 def test_accumulated_gradients(tmp_path: Path) -> None:
