@@ -20,7 +20,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.held_batches import calls_of
 from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.quantized_model import QuantizedModel
-from lightning_cco.settings import Settings, load_settings
+from lightning_cco.settings import BudgetSettings, Settings, load_settings
 from lightning_cco.strategies import is_sharded
 
 
@@ -34,6 +34,10 @@ def check_budget(settings: Settings, trainer: pl.Trainer) -> None:
     if goal_of(budget) is None:
         return
     need_scipy()
+    if budget.accuracy_drop is not None and (trainer.fast_dev_run or trainer.barebones):  # type: ignore[attr-defined]
+        raise CCOError(
+            "budget_settings.accuracy_drop needs validations before the training, which fast_dev_run and barebones leave out. Write size instead."
+        )
     if budget.accuracy_drop is not None and settings.training_settings.skip_initial_evaluation:
         raise CCOError(
             "budget_settings.accuracy_drop is against the float model's metric, but training_settings.skip_initial_evaluation: true leaves it unknown. "
@@ -63,6 +67,11 @@ def needs_plan(settings: Settings, planned: Settings) -> bool:
     return goal_of(settings.budget_settings) is not None and (
         not budget_rules(planned) or planned.budget_settings != settings.budget_settings
     )
+
+
+def is_due(budget: BudgetSettings, epoch: int) -> bool:
+    """Whether a budget is revised at the start of an epoch."""
+    return budget.revise_every_n_epochs is not None and epoch > 0 and epoch % budget.revise_every_n_epochs == 0
 
 
 def loss_of_step(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> ForwardFn | None:
@@ -147,6 +156,26 @@ def plan_budget(
         f"{plan.chosen.average_bits:.3g} bits per weight, expected rise of the {plan.loss} {plan.chosen.rise:.3g}."
     )
     return plan
+
+
+def lost_of(metric: str, original: Mapping[str, float], now: Mapping[str, float], directions: Mapping[str, str]) -> float:
+    """How much of a metric is lost, as a positive number.
+
+    Raises:
+        CCOError: It was not validated, or it is not known whether more of it is better.
+    """
+    for when, values in (("of the float model", original), ("of the compressed model", now)):
+        if metric not in values:
+            known = f"There were: {', '.join(values)}" if values else "Nothing was logged, or there is no validation that can be repeated"
+            raise CCOError(
+                f"budget_settings.metric: the validation {when} logged no '{metric}'. {known}. Write one that validation_step logs."
+            )
+    if metric not in directions:
+        raise CCOError(
+            f"budget_settings.metric: whether more of '{metric}' is better is not known. Give it a name that says so (val_acc, val_loss), or monitor it: "
+            f"ModelCheckpoint(monitor='{metric}', mode='max')."
+        )
+    return (original[metric] - now[metric]) * (1 if directions[metric] == "max" else -1)
 
 
 def exported_bytes(quantized: QuantizedModel, held: Sequence[Any], forward: ForwardFn, int4: bool) -> int:

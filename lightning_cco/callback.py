@@ -24,7 +24,7 @@ from lightning_cco.batches import (
 )
 from lightning_cco.budget.plan import BudgetPlan
 from lightning_cco.budget.search import packs
-from lightning_cco.budgeted import check_budget, needs_plan, plan_budget, recipe_of
+from lightning_cco.budgeted import check_budget, is_due, lost_of, needs_plan, plan_budget, recipe_of
 from lightning_cco.checkpoints import best_checkpoint, check_callback_state, local_folder, read_checkpoint
 from lightning_cco.distillation.distiller import Distiller
 from lightning_cco.errors import CCOError, CCOWarning
@@ -180,9 +180,7 @@ class CCOCallback(pl.Callback):
         if needs_plan(self.settings, quantized.settings):
             self._plan_budget(trainer, pl_module)
         if untrained:
-            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-            begun = trainer.progress_bar_callback in callbacks[: callbacks.index(self)]
-            self.before_training.evaluate_calibrated(trainer, self.settings.training_settings, begun)
+            self.before_training.evaluate_calibrated(trainer, self.settings.training_settings, self._progress_has_begun(trainer))
         self._apply_pending_skips(trainer)
         if self._freezes_at(trainer.global_step):
             quantized.freeze_ranges()
@@ -211,9 +209,23 @@ class CCOCallback(pl.Callback):
     def _plan_budget(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.quantized is not None
         assert self._forward is not None
-        self.budget = plan_budget(trainer, pl_module, self.quantized, self.settings, self._forward, self._held)
+        budget = self.settings.budget_settings
+
+        def lost() -> float:
+            now = self.before_training.validate(trainer, self._progress_has_begun(trainer))
+            return lost_of(str(budget.metric), self.original_metrics, now, metric_directions(trainer, now))
+
+        validate = lost if budget.accuracy_drop is not None else None
+        self.budget = plan_budget(trainer, pl_module, self.quantized, self.settings, self._forward, self._held, validate)
+        if self._freezes_at(trainer.global_step):
+            self.quantized.freeze_ranges()
         if self._monitor is not None:
             self._monitor.on_plan(self.quantized.plan)
+            self._monitor.on_budget(self.budget, trainer.global_step)
+
+    def _progress_has_begun(self, trainer: pl.Trainer) -> bool:
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return trainer.progress_bar_callback in callbacks[: callbacks.index(self)]
 
     def _calibrate(self, trainer: pl.Trainer, quantized: QuantizedModel) -> None:
         steps = max(1, self.settings.training_settings.stats_steps)
@@ -260,6 +272,8 @@ class CCOCallback(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called at the start of each epoch. Applies the skips that the last measurement suggested, if the recipe says so."""
         self._apply_pending_skips(trainer)
+        if is_due(self.settings.budget_settings, trainer.current_epoch):
+            self._plan_budget(trainer, pl_module)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:

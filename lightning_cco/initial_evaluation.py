@@ -64,6 +64,14 @@ class InitialEvaluation:
         """
         if settings.skip_calibrated_evaluation or trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
             return
+        self.validate(trainer, progress_has_begun)
+        if self.calibrated:
+            said = ", ".join(f"{name}: {value:.4g}" for name, value in self.calibrated.items())
+            rank_zero_info(f"After the calibration, before any training: {said}.")
+
+    def validate(self, trainer: pl.Trainer, progress_has_begun: bool) -> dict[str, float]:
+        """The metrics of the model as it is now, as in `evaluate_calibrated`. Empty where there is no copy of the loaders."""
+        self.calibrated = {}
         steps, self._of_calibrated = trainer.num_sanity_val_steps, True
         trainer.num_sanity_val_steps = float("inf")
         try:
@@ -72,9 +80,7 @@ class InitialEvaluation:
                     sanity_check(trainer, progress_has_begun)
         finally:
             trainer.num_sanity_val_steps, self._of_calibrated = steps, False
-        if self.calibrated:
-            said = ", ".join(f"{name}: {value:.4g}" for name, value in self.calibrated.items())
-            rank_zero_info(f"After the calibration, before any training: {said}.")
+        return self.calibrated
 
     def load(self, original: Mapping[str, float], calibrated: Mapping[str, float]) -> None:
         """Go on with the metrics of a checkpoint."""

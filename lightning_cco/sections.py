@@ -251,7 +251,7 @@ class BudgetSettings(_Checked):
         bops: Bit operations (multiplications by the bits of both operands) of the layers with weights, as a part of the float model's.
         accuracy_drop: How much of ``metric`` may be lost before the training; the smallest plan that loses no more is taken.
         metric: What is validated for ``accuracy_drop``, as it is logged: ``val_acc``.
-        revise_every_n_epochs: Choose anew at the start of every so many epochs; None: never.
+        revise_every_n_epochs: Choose anew at the start of every so many epochs, by the sensitivities of the weights as they are then; None: never.
     """
 
     size: float | None = None

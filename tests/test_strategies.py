@@ -100,6 +100,15 @@ def test_distillation_on_two_processes(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_budget_on_two_processes(tmp_path: Path) -> None:
+    """Each rank has samples of its own; the plan is one, also after it was revised."""
+    found = ranks("ddp_budget", tmp_path)
+    assert found[0]["bits"] == found[1]["bits"]
+    assert len(set(found[0]["bits"].values())) > 1
+    assert_tested(found)
+
+
+@pytest.mark.slow
 def test_spawned_processes(tmp_path: Path) -> None:
     """They leave nothing in the process that spawned them but the checkpoint, which gives the quantized model back."""
     done = run_on_two("ddp_spawn", tmp_path / "spawn")

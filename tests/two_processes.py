@@ -76,6 +76,7 @@ CASES: dict[str, tuple[type[Classifier], Callable[[], Any], dict[str, Any]]] = {
     "ddp_accumulate": (Classifier, ddp, {"accumulate_grad_batches": 3, "gradient_clip_val": 1.0}),
     "ddp_distilled": (Classifier, ddp, {}),
     "ddp_distilled_unused": (Unused, lambda: ddp(find_unused_parameters=True), {}),
+    "ddp_budget": (Classifier, ddp, {}),
     "ddp_static_graph": (Classifier, lambda: ddp(static_graph=True, gradient_as_bucket_view=True), {}),
 }
 
@@ -110,7 +111,9 @@ def main(folder: Path, case: str, export_dir: str | None = None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     make, strategy, options = CASES[case]
-    settings = {"distillation_settings": {"weight": 0.7}} if "distilled" in case else {}
+    settings: dict[str, Any] = {"distillation_settings": {"weight": 0.7}} if "distilled" in case else {}
+    if "budget" in case:
+        settings = {"budget_settings": {"average_bits": 4.6, "revise_every_n_epochs": 1}}
     cco, losses, model = quick(deployment_settings={"export_dir": export_dir}, **settings), Losses(), make()
     keeper = ModelCheckpoint(folder, save_last=True)
     trainer = make_trainer(folder, cco, losses, keeper, max_epochs=2, devices=2, strategy=strategy(), num_sanity_val_steps=1, **options)
@@ -122,7 +125,7 @@ def main(folder: Path, case: str, export_dir: str | None = None) -> None:
 
     kept = {
         "logged": float(trainer.callback_metrics["val_loss"]),
-        "tested": tested(quick()),
+        "tested": tested(quick(**{key: value for key, value in settings.items() if key == "budget_settings"})),
         "float": tested(),
         "losses": losses.values,
         "weights": {name: whole(tensor) for name, tensor in model.state_dict().items()},
@@ -131,6 +134,7 @@ def main(folder: Path, case: str, export_dir: str | None = None) -> None:
         "batches": cco.report.num_batches,
         "drift": cco.quantized.drift,
         "quantized": sorted(cco.quantized.plan.quantized),
+        "bits": {name: decision.weights_num_bits or 32 for name, decision in cco.quantized.plan.decisions.items()},
     }
     torch.save(kept, folder / f"rank{trainer.global_rank}.pt")
 

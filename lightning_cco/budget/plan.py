@@ -15,9 +15,9 @@ from lightning_cco.settings import BudgetSettings, LayerRule, Settings, load_set
 _POINTS = 16
 GOALS = ("size", "average_bits", "bops", "accuracy_drop")
 TITLES = {
-    "size": "size of the float file",
+    "size": "size of the file, as a part of that in float",
     "average_bits": "bits per weight, on average",
-    "bops": "bit operations of the float model",
+    "bops": "bit operations, as a part of those in float",
 }
 
 

@@ -217,4 +217,9 @@ class BudgetSearch:
             )
         plan = self._planned(made, points[best][0], base, report, overhead)
         plan.metric = tried
+        taken = self._exported()
+        if taken is not None:
+            overhead += taken - plan.size_bytes
+            plan.size_bytes, plan.measured = float(taken), True
+            plan = self._placed(plan, made, points[best][0], overhead)
         return plan

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import os
 import re
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image
 
+from lightning_cco.budget.plan import BudgetPlan
 from lightning_cco.drawing.render import save_overview, save_pictures
 from lightning_cco.errors import CCOWarning
 from lightning_cco.export.report import ExportReport
@@ -32,6 +35,7 @@ from lightning_cco.monitoring.loggers import Payload, show
 from lightning_cco.monitoring.plan_log import layers_text, plan_lines, start_lines
 from lightning_cco.monitoring.resolved import resolved_yaml
 from lightning_cco.monitoring.sensitivity_csv import SensitivityCsv
+from lightning_cco.monitoring.trade_off import HEADER, budget_csv, budget_lines, layer_rows, trade_off
 from lightning_cco.names import printable
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.sensitivity import SensitivityReport
@@ -48,7 +52,8 @@ class Monitor:
     """Writes what a user sees of one run.
 
     Files in ``folder``: ``overview.{svg,png}``, ``model_post_preprocessing.{svg,png,dot}`` (both redrawn each
-    epoch), ``model_init.{svg,png,dot}``, ``layers.txt``, ``resolved_recipe.yaml``, ``suggested_skips.yaml``, ``sensitivity.csv``, ``heat_map.png``.
+    epoch), ``model_init.{svg,png,dot}``, ``layers.txt``, ``resolved_recipe.yaml``, ``suggested_skips.yaml``, ``sensitivity.csv``, ``heat_map.png``; with
+    a budget ``trade_off.png``, ``budget.csv``, ``budget.json``.
     Loggers get each of the first 20 epochs' pictures and tables, then ever fewer, and the last ones.
 
     Args:
@@ -93,6 +98,22 @@ class Monitor:
     def _write_plan(self, plan: QuantizationPlan) -> None:
         self._write("resolved_recipe.yaml", lambda: resolved_yaml(plan))
         self._write("layers.txt", lambda: layers_text(plan))
+
+    def on_budget(self, budget: BudgetPlan, step: int) -> None:
+        """Say what a budget has chosen; write the trade-off as ``trade_off.png``, the layers as ``budget.csv``, and all of it as ``budget.json``."""
+        if not self.enabled:
+            return
+        with self._unharmed("the budget"):
+            _say("\n".join(budget_lines(budget)))
+        self._write("budget.json", lambda: json.dumps(budget.to_dict(), indent=1))
+        self._write("budget.csv", lambda: budget_csv(budget))
+        picture = self._write("trade_off.png", lambda: _png(trade_off(budget)))
+        with self._unharmed("what goes to the loggers"):
+            rows = layer_rows(budget)
+            text = tables.markdown_table(HEADER, rows[: tables.MOST_ROWS], of=len(rows))
+            images = {} if picture is None else {"cco/trade_off": picture}
+            files = [self.folder / name for name in ("budget.csv", "budget.json", "trade_off.png")]
+            show(self.loggers, Payload(step, texts={"cco/budget": text}, images=images, files=files))
 
     def on_epoch(
         self,
@@ -209,9 +230,7 @@ class Monitor:
 
     def _heat_map(self, suggestions: Sequence[Suggestion], settings: Settings) -> bytes:
         threshold = settings.global_quantization_settings.quantization_sensitivity_threshold
-        buffer = io.BytesIO()
-        heat_map(self.past.epochs, threshold, {suggestion.name for suggestion in suggestions}).save(buffer, format="PNG")
-        return buffer.getvalue()
+        return _png(heat_map(self.past.epochs, threshold, {suggestion.name for suggestion in suggestions}))
 
     def on_export(self, report: ExportReport) -> None:
         """Show what an export says of its file."""
@@ -330,6 +349,12 @@ class Monitor:
 def _as_code(text: str) -> str:
     """A text as Markdown that is shown as it is."""
     return "\n".join(f"    {printable(line)}" for line in text.splitlines())
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _say(text: str) -> None:

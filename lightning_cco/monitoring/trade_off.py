@@ -1,0 +1,130 @@
+"""What a budget has chosen, for people: the trade-off as a picture, the layers as a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from lightning_cco.budget.plan import TITLES, BudgetPlan, Point
+from lightning_cco.figures import figure, short_figure
+from lightning_cco.monitoring.tables import text_table
+from lightning_cco.names import csv_cell
+
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 440, 90, 30, 44, 56
+_LINE, _CHOSEN, _UNIFORM, _GRID = (24, 66, 122), (198, 40, 40), (35, 147, 74), (222, 226, 230)
+HEADER = ["layer", "form", "weights", "reads", "bytes", "loss rise", "reason"]
+
+
+def trade_off(plan: BudgetPlan) -> Image.Image:
+    """Draw the expected rise of the loss (logarithmic) against what the goal counts: the best plans as a line, the others as points.
+
+    Args:
+        plan: The budget's plan.
+
+    Returns:
+        An RGB image.
+    """
+    by = plan.goal if plan.goal in TITLES else "size"
+    image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    points = [*plan.curve, *plan.uniform, plan.chosen]
+    xs = [getattr(point, by) for point in points]
+    ys = [point.rise for point in points if 0 < point.rise < math.inf]
+    floor = min(ys, default=1e-6)
+    low_x, high_x = _widened(math.log(max(min(xs), 1e-9)), math.log(max(*xs, 1e-9)))
+    low_y, high_y = _widened(math.log(floor), math.log(max(ys, default=1.0)))
+
+    def at(point: Point) -> tuple[float, float]:
+        x = (math.log(max(getattr(point, by), 1e-9)) - low_x) / (high_x - low_x)
+        y = (math.log(min(max(point.rise, floor), math.exp(high_y))) - low_y) / (high_y - low_y)
+        return _LEFT + x * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - y * (_HEIGHT - _TOP - _BOTTOM)
+
+    draw.text((_LEFT, 12), f"Expected rise of the {plan.loss} against {TITLES[by]}", fill="black", font=font)
+    for part in range(5):
+        x, y = _LEFT + part / 4 * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - part / 4 * (_HEIGHT - _TOP - _BOTTOM)
+        draw.line((x, _TOP, x, _HEIGHT - _BOTTOM), fill=_GRID)
+        draw.line((_LEFT, y, _WIDTH - _RIGHT, y), fill=_GRID)
+        draw.text(
+            (x, _HEIGHT - _BOTTOM + 6), short_figure(math.exp(low_x + part / 4 * (high_x - low_x))), fill="black", font=font, anchor="ma"
+        )
+        draw.text((_LEFT - 8, y), short_figure(math.exp(low_y + part / 4 * (high_y - low_y))), fill="black", font=font, anchor="rm")
+    draw.text(((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 14), TITLES[by], fill="black", font=font, anchor="mb")
+    line = [at(point) for point in sorted(plan.curve, key=lambda point: float(getattr(point, by)))]
+    if len(line) > 1:
+        draw.line(line, fill=_LINE, width=2)
+    for x, y in line:
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=_LINE)
+    for point in plan.uniform:
+        x, y = at(point)
+        draw.rectangle((x - 5, y - 5, x + 5, y + 5), fill=_UNIFORM)
+        above = 14 if point.name == "W4A4" else 0  # as large as W4A8
+        draw.text((x + 9, y - above), point.name, fill=_UNIFORM, font=font, anchor="lm" if x < _WIDTH - 90 else "rb")
+    x, y = at(plan.chosen)
+    draw.ellipse((x - 8, y - 8, x + 8, y + 8), outline=_CHOSEN, width=3)
+    label = f"chosen: {figure(getattr(plan.chosen, by), 3)}"
+    draw.text(
+        (x, y + 12), label, fill=_CHOSEN, font=font, anchor="ma" if _LEFT + 50 < x < _WIDTH - 90 else "la" if x <= _LEFT + 50 else "ra"
+    )
+    return image
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    margin = max(0.05 * (high - low), 0.05)
+    return low - margin, high + margin
+
+
+def layer_rows(plan: BudgetPlan) -> list[list[str]]:
+    """A row for each layer: how it runs, what that takes and costs, and why."""
+    return [
+        [
+            entry.layer,
+            entry.form,
+            f"{entry.weights}",
+            "-" if entry.activations == 32 else f"{entry.activations}",
+            figure(entry.bytes),
+            figure(entry.rise, 3),
+            entry.reason,
+        ]
+        for entry in plan.layers
+    ]
+
+
+def budget_lines(plan: BudgetPlan, most: int = 40) -> list[str]:
+    """What the log says of a budget's plan."""
+    rows: Sequence[Sequence[str]] = layer_rows(plan)
+    points = [["chosen", plan.chosen], *([point.name, point] for point in plan.uniform)]
+    compared = [
+        [str(name), figure(point.size, 3), figure(point.average_bits, 3), figure(point.bops, 3), figure(point.rise, 3)]
+        for name, point in points
+        if isinstance(point, Point)
+    ]
+    header = ["plan", "size", "bits per weight", "bit operations", f"expected rise of the {plan.loss}"]
+    how = "as exported" if plan.measured else "as reckoned"
+    lines = [f"Budget, {plan.goal}: {plan.limit:g}. The file takes {plan.size_bytes:,.0f} bytes {how}, {plan.float_bytes:,.0f} in float."]
+    lines += [text_table(header, compared, right=[1, 2, 3, 4]), text_table(HEADER, rows[:most], right=[2, 3, 4, 5])]
+    lines += [f"validated at size {size}: {lost:.4g} of the metric lost" for size, lost in plan.metric.items()]
+    return lines if len(rows) <= most else [*lines, f"… and {len(rows) - most} more (all are in budget.csv)"]
+
+
+def budget_csv(plan: BudgetPlan) -> str:
+    """``budget.csv``: the table of layers, figures unrounded."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["layer", "form", "weights_num_bits", "reads_num_bits", "bytes", "loss_rise", "reason"])
+    for entry in plan.layers:
+        writer.writerow(
+            [
+                csv_cell(entry.layer),
+                entry.form,
+                entry.weights,
+                entry.activations,
+                f"{entry.bytes:g}",
+                f"{entry.rise:.9g}",
+                csv_cell(entry.reason),
+            ]
+        )
+    return text.getvalue()
