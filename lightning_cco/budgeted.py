@@ -104,6 +104,23 @@ def measure_loss_sensitivity(
         return quantized.loss_sensitivity(held, on_a_copy(forward), loss)
 
 
+def measures_loss(settings: Settings) -> bool:
+    """Whether the loss sensitivity is measured each epoch."""
+    return settings.monitoring_settings.loss_sensitivity or settings.global_quantization_settings.automatic_skip_by == "loss"
+
+
+def weight_counts(quantized: QuantizedModel) -> dict[str, int]:
+    """How many weights each layer has that multiplies by some; what layers share counts for the first."""
+    shapes = dict(quantized.model.named_parameters())
+    found, seen = {}, set()
+    for layer in quantized.graph:
+        own = [name for name in layer.parameters[:1] if layer.weighted and name in shapes and name not in seen]
+        seen.update(own)
+        if own:
+            found[layer.name] = sum(shapes[name].numel() for name in own)
+    return found
+
+
 def plan_budget(
     trainer: pl.Trainer,
     module: pl.LightningModule,

@@ -24,7 +24,18 @@ from lightning_cco.batches import (
 )
 from lightning_cco.budget.plan import BudgetPlan
 from lightning_cco.budget.search import packs
-from lightning_cco.budgeted import check_budget, is_due, lost_of, needs_plan, plan_budget, recipe_of
+from lightning_cco.budgeted import (
+    check_budget,
+    is_due,
+    loss_of_step,
+    lost_of,
+    measure_loss_sensitivity,
+    measures_loss,
+    needs_plan,
+    plan_budget,
+    recipe_of,
+    weight_counts,
+)
 from lightning_cco.checkpoints import best_checkpoint, check_callback_state, local_folder, read_checkpoint
 from lightning_cco.distillation.distiller import Distiller
 from lightning_cco.errors import CCOError, CCOWarning
@@ -35,6 +46,7 @@ from lightning_cco.held_batches import calibrate_on_held, calls_of
 from lightning_cco.initial_evaluation import InitialEvaluation
 from lightning_cco.level_use import LayerLevels, LevelWatch
 from lightning_cco.lookahead import copied, warn_of_left_over
+from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.metric_modes import metric_directions
 from lightning_cco.monitoring.metrics import monitored_values, numbers
@@ -84,6 +96,7 @@ class CCOCallback(pl.Callback):
         self.suggestions: list[Suggestion] = []
         self.before_training = InitialEvaluation()
         self.budget: BudgetPlan | None = None
+        self.losses: LossSensitivityReport | None = None
         self.distiller = Distiller(self.settings.distillation_settings)
         self._level_watch = LevelWatch()
         self._batch_norms = BatchNorms()
@@ -132,7 +145,7 @@ class CCOCallback(pl.Callback):
         assert self.quantized is not None
         if stage == "fit" and self.quantized.model is not pl_module:
             rank_zero_info("CCOCallback: another model than in the run before; it is captured and calibrated anew.")
-            self._state, self._monitor, self.report = None, None, None
+            self._state, self._monitor, self.report, self.losses, self.budget = None, None, None, None, None
             self.distiller.forget()
             self.before_training, self._level_watch = InitialEvaluation(), LevelWatch()
             self.suggestions, self._skips, self._pending_skips, self._held = [], [], [], []
@@ -301,7 +314,11 @@ class CCOCallback(pl.Callback):
         with model_context(trainer):
             self.report = quantized.sensitivity(self._held, on_a_copy(self._forward), self.settings.monitoring_settings.sensitivity_modes)
             self.levels = self._level_watch.measure(quantized, lambda: on_a_copy(forward)(quantized.model, self._held[0]))
-        self.suggestions = suggest_skips(self.report, quantized.plan, self.settings)
+        if measures_loss(self.settings):
+            loss = loss_of_step(trainer, pl_module, self._held[0])
+            self.losses = measure_loss_sensitivity(trainer, quantized, self._forward, self._held, loss)
+            monitor.on_losses(trainer.current_epoch, trainer.global_step, quantized.plan, self.losses, self.settings)
+        self.suggestions = suggest_skips(self.report, quantized.plan, self.settings, self.losses, weight_counts(quantized))
         if self.settings.global_quantization_settings.automatic_skip_quantization:
             self._pending_skips = [suggestion.name for suggestion in self.suggestions]
         if not trainer.barebones:

@@ -27,6 +27,7 @@ BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
     "activations_num_bits": (lambda bits: 2 <= bits <= 8, "2 to 8 bits were", "To leave a layer in float write skip_quantization: true."),
     "quantization_sensitivity_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
     "quantization_sensitivity_relative_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
+    "loss_sensitivity_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
     "stats_steps": (lambda steps: 1 <= steps <= 10**6, "at least 1 calibration batch, and at most a million, was", "Write 20."),
     "averaging_constant": (lambda value: 0 < value <= 1, "a number in (0, 1] was", "Write 0.05."),
     "percentile": (lambda value: 50 < value <= 100, "per cent in (50, 100] was", "Write 99.99."),
@@ -50,6 +51,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "sensitivity_modes": SENSITIVITY_MODES,
     "target_framework": TARGET_FRAMEWORKS,
     "by": ("", "budget"),
+    "automatic_skip_by": ("qs", "loss"),
 }
 """The words that a setting may be, or a list of."""
 
@@ -162,6 +164,8 @@ class GlobalQuantizationSettings(_Checked):
         quantization_sensitivity_relative_threshold: The same for the norm relative to the layer's output, and to what varies of it between the samples of a
             batch. Above the default of 0.5 (6 dB) skipping brings accuracy back, below 0.25 it does not (`benchmarks/skip_threshold.py`). None: no such
             threshold.
+        automatic_skip_by: What skips are suggested by: ``qs``, the Quantization Sensitivity, or ``loss``, the expected rise of the loss.
+        loss_sensitivity_threshold: Expected rise of the loss above which a skip is suggested, where it is measured; None: no such threshold.
     """
 
     weights_num_bits: int = 8
@@ -170,6 +174,8 @@ class GlobalQuantizationSettings(_Checked):
     automatic_skip_quantization: bool = False
     quantization_sensitivity_threshold: float | None = 10000.0
     quantization_sensitivity_relative_threshold: float | None = 0.5
+    automatic_skip_by: str = "qs"
+    loss_sensitivity_threshold: float | None = 0.01
 
 
 @dataclass
@@ -231,12 +237,15 @@ class MonitoringSettings(_Checked):
     Attributes:
         sensitivity_batches: Batches on which Quantization Sensitivity is measured, the same ones each epoch.
         sensitivity_modes: ``local``, ``accumulated``, or both.
+        loss_sensitivity: Measure the loss sensitivity, too: how much the loss is expected to rise by each rounding. Takes a backward for each batch, and each
+            layer with weights four times more.
         draw_graph: Draw the layer graph.
         output_dir: Folder for pictures and recipes; None: ``cco`` in the Trainer's log folder.
     """
 
     sensitivity_batches: int = 2
     sensitivity_modes: list[str] = field(default_factory=lambda: list(SENSITIVITY_MODES))
+    loss_sensitivity: bool = False
     draw_graph: bool = True
     output_dir: str | None = None
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from lightning_cco.figures import figure, is_above
+from lightning_cco.figures import badness, figure, is_above
+from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.names import printable, yaml_value
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.planner import plan_quantization
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.sensitivity import LayerSensitivity, SensitivityReport
-from lightning_cco.settings import LayerRule, Settings, load_settings
+from lightning_cco.settings import GlobalQuantizationSettings, LayerRule, Settings, load_settings
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Suggestion:
         relative: Norm of its error over the norm of its output.
         sqnr_db: Signal-to-quantization-noise ratio in dB.
         reason: What was measured against which threshold.
+        wins: How much less the loss is expected to rise without its rounding; NaN where that was not measured.
+        costs: How much larger the weights of the model become, as a part of what they take now; NaN where their sizes were not given.
     """
 
     name: str
@@ -32,9 +35,28 @@ class Suggestion:
     relative: float
     sqnr_db: float
     reason: str
+    wins: float = math.nan
+    costs: float = math.nan
+
+    @property
+    def balance(self) -> str:
+        """What it wins and costs, in words; empty where neither is known.
+
+        >>> Suggestion("conv", 1.0, 0.6, 4.0, "", wins=0.0123, costs=0.031).balance
+        'expected: -0.0123 of the loss, +3.1 % size of the weights'
+        """
+        parts = [] if math.isnan(self.wins) else [f"-{figure(self.wins, 3)} of the loss"]
+        parts += [] if math.isnan(self.costs) else [f"+{100 * self.costs:.2g} % size of the weights"]
+        return f"expected: {', '.join(parts)}" if parts else ""
 
 
-def suggest_skips(report: SensitivityReport, plan: QuantizationPlan, settings: Settings) -> list[Suggestion]:
+def suggest_skips(
+    report: SensitivityReport,
+    plan: QuantizationPlan,
+    settings: Settings,
+    losses: LossSensitivityReport | None = None,
+    elements: Mapping[str, int] | None = None,
+) -> list[Suggestion]:
     """The layers to skip because something above a threshold is rounded in them, worst first.
 
     Judged by the local sensitivity where there is one: an accumulated error would blame every layer after the bad one. NaN and infinity are above
@@ -49,8 +71,58 @@ def suggest_skips(report: SensitivityReport, plan: QuantizationPlan, settings: S
         report: What was measured.
         plan: What is quantized.
         settings: The thresholds. A layer that a rule keeps in INT8 is not suggested.
+        losses: The loss sensitivities, if they were measured: what is suggested with ``automatic_skip_by: loss``, and what each skip wins.
+        elements: How many weights each layer has, for what a skip costs.
     """
     general = settings.global_quantization_settings
+    above = (
+        _above_of_loss(report, plan, losses, general)
+        if losses is not None and general.automatic_skip_by == "loss"
+        else _above_of_qs(report, general)
+    )
+    found: dict[str, Suggestion] = {}
+    around = _Around(plan)
+    rises = losses.rises(plan) if losses is not None else {}
+    sizes = _bytes_now(plan, elements or {})
+    for name, (entry, said) in above.items():
+        if name in plan.quantized or name in plan.weight_only:
+            found[name] = Suggestion(name, entry.qs, entry.relative, entry.sqnr_db, f"{said}{_culprit(entry, plan)}")
+        for other, relation in around.companions(name):
+            if other not in found and other not in above:
+                found[other] = Suggestion(other, entry.qs, entry.relative, entry.sqnr_db, f"it {relation} '{name}', and {said}")
+    balanced = [
+        replace(suggestion, wins=rises.get(suggestion.name, math.nan), costs=_cost(suggestion.name, elements or {}, sizes))
+        for suggestion in found.values()
+    ]
+    return _effective(balanced, plan, settings)
+
+
+def _bytes_now(plan: QuantizationPlan, elements: Mapping[str, int]) -> dict[str, float]:
+    """Bytes of each layer's weights as planned."""
+    return {name: count * (plan.decisions[name].weights_num_bits or 32) / 8 for name, count in elements.items() if name in plan.decisions}
+
+
+def _cost(name: str, elements: Mapping[str, int], sizes: Mapping[str, float]) -> float:
+    if not elements:
+        return math.nan
+    return (4 * elements.get(name, 0) - sizes.get(name, 0.0)) / max(1.0, sum(sizes.values()))
+
+
+def _above_of_loss(
+    report: SensitivityReport, plan: QuantizationPlan, losses: LossSensitivityReport, general: GlobalQuantizationSettings
+) -> dict[str, tuple[LayerSensitivity, str]]:
+    """The layers whose expected rise of the loss is above the threshold, the most costly first."""
+    unknown = LayerSensitivity("", math.nan, math.nan, math.nan)
+    rises = losses.rises(plan)
+    found = {}
+    for name in sorted(rises, key=lambda name: -badness(rises[name])):
+        said = _above(f"expected rise of the {losses.loss}", rises[name], general.loss_sensitivity_threshold)
+        if said:
+            found[name] = (replace(report.main.get(name, unknown), name=name), said)
+    return found
+
+
+def _above_of_qs(report: SensitivityReport, general: GlobalQuantizationSettings) -> dict[str, tuple[LayerSensitivity, str]]:
     above: dict[str, tuple[LayerSensitivity, str]] = {}
     for entry in report.worst_first():
         reasons = [
@@ -63,15 +135,7 @@ def suggest_skips(report: SensitivityReport, plan: QuantizationPlan, settings: S
         said = " and ".join(reason for reason in reasons if reason)
         if said:
             above[entry.name] = (entry, said)
-    found: dict[str, Suggestion] = {}
-    around = _Around(plan)
-    for name, (entry, said) in above.items():
-        if name in plan.quantized or name in plan.weight_only:
-            found[name] = Suggestion(name, entry.qs, entry.relative, entry.sqnr_db, f"{said}{_culprit(entry, plan)}")
-        for other, relation in around.companions(name):
-            if other not in found and other not in above:
-                found[other] = Suggestion(other, entry.qs, entry.relative, entry.sqnr_db, f"it {relation} '{name}', and {said}")
-    return _effective(list(found.values()), plan, settings)
+    return above
 
 
 class _Around:
@@ -144,6 +208,8 @@ def suggestions_yaml(suggestions: Sequence[Suggestion], settings: Settings | Non
     for suggestion in suggestions:
         figures = f"QS {suggestion.qs:,.4g}, relative {suggestion.relative:.4g}, SQNR {suggestion.sqnr_db:.1f} dB"
         lines.append(f"  # {figures}: {printable(suggestion.reason)}")
+        if suggestion.balance:
+            lines.append(f"  # {suggestion.balance}")
         lines.append(f"  - {yaml_value({'match': suggestion.name, 'skip_quantization': True})}")
     if not suggestions:
         lines.append("  # Nothing is above the threshold now.")

@@ -27,6 +27,7 @@ def draw_graph(
     fold: bool = False,
     title: str = "",
     max_nodes: int = MAX_NODES,
+    rises: Mapping[str, float] | None = None,
 ) -> pydot.Dot:
     """Returns the picture of a graph as a pydot graph: text in the DOT language, which Graphviz renders.
 
@@ -46,13 +47,16 @@ def draw_graph(
         fold: Whether repeated blocks, and in huge nets whole modules, become one node.
         title: First line of the picture.
         max_nodes: About how many nodes a folded picture may have.
+        rises: Expected rise of the loss by layer name.
     """
-    return _Drawing(graph, plan, qs or {}, title).draw(fold, max_nodes)
+    return _Drawing(graph, plan, qs or {}, title, rises or {}).draw(fold, max_nodes)
 
 
 class _Drawing:
-    def __init__(self, graph: LayerGraph, plan: QuantizationPlan | None, qs: Mapping[str, float], title: str) -> None:
-        self.graph = graph
+    def __init__(
+        self, graph: LayerGraph, plan: QuantizationPlan | None, qs: Mapping[str, float], title: str, rises: Mapping[str, float]
+    ) -> None:
+        self.graph, self.rises = graph, rises
         self.plan = plan
         self.qs = {name: float(value) for name, value in qs.items() if name in graph}
         self.title = title
@@ -121,6 +125,8 @@ class _Drawing:
         worst = self._worst(group.members)
         where = f" worst of {group.repeats}" if group.repeats > 1 else ""
         rows.append(html.status_row(_bits(decision), self.qs.get(worst) if worst else None, self.largest, self.threshold, where))
+        if layer.name in self.rises and group.repeats == 1:
+            rows.append(html.text_row(f"expected rise of the loss {figure(self.rises[layer.name], 3)}"))
         if decision is None:
             paint = html.BLUE if is_end else html.WHITE
         else:

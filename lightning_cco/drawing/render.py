@@ -72,11 +72,16 @@ def render(
 
 
 def save_pictures(
-    graph: LayerGraph, stem: Path | str, plan: QuantizationPlan | None = None, qs: Mapping[str, float] | None = None, title: str = ""
+    graph: LayerGraph,
+    stem: Path | str,
+    plan: QuantizationPlan | None = None,
+    qs: Mapping[str, float] | None = None,
+    title: str = "",
+    rises: Mapping[str, float] | None = None,
 ) -> dict[str, Path]:
     """Writes a graph as ``stem.svg`` and ``stem.dot``, which are whole, and ``stem.png``, in which large graphs are folded."""
-    written = render(draw_graph(graph, plan, qs, title=title), stem, ("svg", "dot"))
-    return written | render(draw_graph(graph, plan, qs, fold=True, title=title), stem, ("png",), dot_instead=False)
+    written = render(draw_graph(graph, plan, qs, title=title, rises=rises), stem, ("svg", "dot"))
+    return written | render(draw_graph(graph, plan, qs, fold=True, title=title, rises=rises), stem, ("png",), dot_instead=False)
 
 
 def save_overview(

@@ -25,7 +25,10 @@ _UNKNOWN = (228, 228, 228)
 
 
 def heat_map(
-    history: Sequence[tuple[int, Mapping[str, float]]], threshold: float | None = None, suggested: Collection[str] = ()
+    history: Sequence[tuple[int, Mapping[str, float]]],
+    threshold: float | None = None,
+    suggested: Collection[str] = (),
+    what: str = "Quantization Sensitivity",
 ) -> Image.Image:
     """Draw Quantization Sensitivity by layer (rows, graph order) and epoch (columns), on a logarithmic scale of colours.
 
@@ -34,6 +37,7 @@ def heat_map(
             the most sensitive ones. Of more than 40 epochs the first and the last ones are drawn.
         threshold: Cells above are red, whatever the others are.
         suggested: Layers whose names are red, too, because a skip is suggested.
+        what: What the values are.
 
     Returns:
         An RGB image; where a layer was not measured (it is in float) the cell is grey.
@@ -53,7 +57,7 @@ def heat_map(
     cell = 64 if len(epochs) <= 15 else 44
     shown = f"the {_MOST_LAYERS} most sensitive of {total} layers" if total > _MOST_LAYERS else f"{total} layers"
     limit = f"; red: above {threshold:,.6g}" if threshold is not None else ""
-    title = f"Quantization Sensitivity, {shown}{limit}"
+    title = f"{what}, {shown}{limit}"
     width = max(label + max(cell * len(epochs), 330), _MARGIN + int(measure.textlength(title, font=font))) + _MARGIN
     top = 3 * _ROW + _MARGIN
     image = Image.new("RGB", (width, top + _ROW * len(names) + _MARGIN), "white")

@@ -27,11 +27,13 @@ from lightning_cco.export.report import ExportReport
 from lightning_cco.files import check_writable, remove_abandoned, write_file
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.level_use import LayerLevels
+from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.monitoring import tables
 from lightning_cco.monitoring.graph_def import graph_def
 from lightning_cco.monitoring.heat_map import heat_map
 from lightning_cco.monitoring.history import History, worth_showing
 from lightning_cco.monitoring.loggers import Payload, show
+from lightning_cco.monitoring.loss_view import LossSensitivityCsv, loss_header, loss_heat_map, loss_rows, loss_table
 from lightning_cco.monitoring.plan_log import layers_text, plan_lines, start_lines
 from lightning_cco.monitoring.resolved import resolved_yaml
 from lightning_cco.monitoring.sensitivity_csv import SensitivityCsv
@@ -66,8 +68,11 @@ class Monitor:
     def __init__(self, folder: Path | str, loggers: Sequence[Any] = (), enabled: bool = True, draw: bool = True) -> None:
         self.folder, self.loggers, self.enabled, self.draw = Path(_FILE_URL.sub("/", str(folder))), list(loggers), enabled, draw
         self.past = History()
+        self.past_losses = History()
+        self._rises: dict[str, float] = {}
         self._files = True  # whether the folder is on a disk
         self._csv = SensitivityCsv(self.folder / "sensitivity.csv")
+        self._loss_csv = LossSensitivityCsv(self.folder / "loss_sensitivity.csv")
         self._warned: set[object] = set()
         self._step = 0
         self._not_shown: Payload | None = None
@@ -114,6 +119,30 @@ class Monitor:
             images = {} if picture is None else {"cco/trade_off": picture}
             files = [self.folder / name for name in ("budget.csv", "budget.json", "trade_off.png")]
             show(self.loggers, Payload(step, texts={"cco/budget": text}, images=images, files=files))
+
+    def on_losses(self, epoch: int, step: int, plan: QuantizationPlan, losses: LossSensitivityReport, settings: Settings) -> None:
+        """Show the loss sensitivities of an epoch; before `on_epoch`, whose picture has them too."""
+        if not self.enabled:
+            return
+        rises = self._rises = losses.rises(plan)
+        self.past_losses.add(epoch, rises, {})
+        with self._unharmed("the loss sensitivities"):
+            _say(loss_table(losses, plan))
+        if self._files:
+            with self._unharmed(self._loss_csv.path):
+                self._loss_csv.write_losses(epoch, losses, plan)
+        threshold = settings.global_quantization_settings.loss_sensitivity_threshold
+        picture = self._write("loss_heat_map.png", lambda: _png(loss_heat_map(self.past_losses, threshold, ())))
+        with self._unharmed("what goes to the loggers"):
+            rows = loss_rows(losses, plan)
+            light = {f"cco_loss/{printable(name)}": rise for name, rise in list(rises.items())[:_FOLLOWED]}
+            if not worth_showing(self.past_losses.count):
+                show(self.loggers, Payload(step, scalars=light))
+                return
+            text = tables.markdown_table(loss_header(losses), rows[: tables.MOST_ROWS], of=len(rows))
+            images = {} if picture is None else {"cco/loss_heat_map": picture}
+            files = [self._loss_csv.path, self.folder / "loss_heat_map.png"]
+            show(self.loggers, Payload(step, texts={"cco/loss_sensitivity": text}, images=images, files=files, scalars=light))
 
     def on_epoch(
         self,
@@ -253,13 +282,14 @@ class Monitor:
 
     def _draw_plan(self, plan: QuantizationPlan, qs: Mapping[str, float], step: int, when: str, to_loggers: bool) -> None:
         """Draw in the background: the layout of a large net takes seconds, the training need not wait for it."""
+        rises = self._rises
 
         def draw() -> None:
             overview = save_overview(plan.graph, self.folder / "overview", plan, qs, f"overview, {when}")
             if to_loggers:
                 self._show_picture("cco/overview", overview, step)
             stem = self.folder / "model_post_preprocessing"
-            written = save_pictures(plan.graph, stem, plan, qs, f"model_post_preprocessing, {when}")
+            written = save_pictures(plan.graph, stem, plan, qs, f"model_post_preprocessing, {when}", rises)
             if to_loggers:
                 self._show_picture("cco/graph", written, step)
 
@@ -337,13 +367,17 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """The history as plain data, a few kilobytes."""
-        return {**self.past.state_dict(), "folder": str(self.folder), "table": self._csv.path.name}
+        losses = {"losses": self.past_losses.state_dict(), "loss_table": self._loss_csv.path.name} if self.past_losses.count else {}
+        return {**self.past.state_dict(), "folder": str(self.folder), "table": self._csv.path.name, **losses}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a history."""
         self.past.load_state_dict(state)
         earlier = Path(state.get("folder", self.folder)) / str(state.get("table", self._csv.path.name))
         self._csv = SensitivityCsv(self._csv.path, earlier)
+        if "losses" in state:
+            self.past_losses.load_state_dict(state["losses"])
+            self._loss_csv = LossSensitivityCsv(self._loss_csv.path, earlier.with_name(str(state["loss_table"])))
 
 
 def _as_code(text: str) -> str:

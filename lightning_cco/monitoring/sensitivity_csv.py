@@ -28,6 +28,8 @@ class SensitivityCsv:
         earlier: The file that a resumed run goes on from, most often the same one; `None`: the table starts anew.
     """
 
+    header: Sequence[str] = HEADER
+
     def __init__(self, path: Path, earlier: Path | None = None) -> None:
         self.path, self.earlier = path, earlier
         self._seen: tuple[int, int, int] | None = None  # device, inode and size that this run left
@@ -40,13 +42,21 @@ class SensitivityCsv:
         Raises:
             OSError: The file can't be written; it is then as it was.
         """
-        rows = _as_text(_rows(epoch, report, plan))
+        self.write_rows(epoch, _rows(epoch, report, plan))
+
+    def write_rows(self, epoch: int, cells: Iterable[Sequence[str]]) -> None:
+        """Add an epoch's rows, which begin with its number.
+
+        Raises:
+            OSError: The file can't be written; it is then as it was.
+        """
+        rows = _as_text(cells)
         found = _identity(self.path)
         if self._seen is not None and found is not None and found != self._seen:
             self._move()
             found = None
         if self._seen is None or found is None or epoch <= self._last:
-            earlier = self._kept(epoch) if self._seen is not None else _as_text([HEADER, *_before(self.earlier, epoch)])
+            earlier = self._kept(epoch) if self._seen is not None else _as_text([self.header, *_before(self.earlier, epoch, self.header)])
             self._text = [(-1, earlier)]
             write_file(self.path, earlier + rows)
         else:
@@ -93,15 +103,15 @@ def _as_text(rows: Iterable[Sequence[str]]) -> str:
     return text.getvalue()
 
 
-def _before(path: Path | None, epoch: int) -> list[list[str]]:
+def _before(path: Path | None, epoch: int, header: Sequence[str] = HEADER) -> list[list[str]]:
     """The rows of a table before an epoch; none if there is no such table. A torn last row is left out."""
     if path is None or not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         rows = csv.reader(file)
-        if next(rows, None) != HEADER:
+        if next(rows, None) != list(header):
             return []
-        return [row for row in rows if len(row) == len(HEADER) and row[0].isdigit() and int(row[0]) < epoch]
+        return [row for row in rows if len(row) == len(header) and row[0].isdigit() and int(row[0]) < epoch]
 
 
 def _append(path: Path, data: bytes) -> None:

@@ -147,6 +147,13 @@ def suggestion_lines(suggestions: Sequence[Suggestion], settings: Settings, most
     general = settings.global_quantization_settings
     if not suggestions:
         limits = []
+        if general.automatic_skip_by == "loss":
+            limit = general.loss_sensitivity_threshold
+            return [
+                f"Suggested skips: none; no layer's expected rise of the loss is above {limit:.4g}."
+                if limit is not None
+                else "Suggested skips: none; no threshold is set."
+            ]
         if general.quantization_sensitivity_threshold is not None:
             limits.append(f"a QS above {figure(general.quantization_sensitivity_threshold)}")
         if general.quantization_sensitivity_relative_threshold is not None:
@@ -161,7 +168,10 @@ def suggestion_lines(suggestions: Sequence[Suggestion], settings: Settings, most
         if general.automatic_skip_quantization
         else "merge suggested_skips.yaml into the recipe to apply them"
     )
-    lines = [f"Suggested skips ({what}):", *(printable(f"  {s.name}: {s.reason}") for s in suggestions[:most])]
+    lines = [
+        f"Suggested skips ({what}):",
+        *(printable(f"  {s.name}: {s.reason}{f'; {s.balance}' if s.balance else ''}") for s in suggestions[:most]),
+    ]
     return lines if len(suggestions) <= most else [*lines, f"  … and {len(suggestions) - most} more"]
 
 

@@ -114,6 +114,8 @@ def find_skips(
             skips[layer.name] = skip
             continue
         skip = _chosen(layer, entry, intrinsic, layer.name in suggestions, layer.name in tail)
+        if skip is not None and skip.reason is SkipReason.SUGGESTION and settings.global_quantization_settings.automatic_skip_by == "loss":
+            skip = Skip(SkipReason.SUGGESTION, "its expected rise of the loss was above the threshold")
         if skip is not None:
             skips[layer.name] = skip
     return skips, frozenset(forced)
