@@ -230,11 +230,32 @@ def test_several_starts_and_destinations(residual: LayerGraph) -> None:
             {"match": "relu", "weights_num_bits": 4}, r"'relu' sets weights_num_bits: 4.*no layer there has weights.*'conv'", id="weights"
         ),
         pytest.param({"match": "max_pool", "activations_num_bits": 4}, r"only passes values on.*'relu_1'", id="activations"),
+        pytest.param({"match": "linear_1", "weights_num_bits": 4}, r"'linear_1' stays in float \(tail", id="weights of the tail"),
+        pytest.param({"match": "linear_1", "activations_num_bits": 4}, r"no INT8 layer reads the result", id="output of the tail"),
+        pytest.param(
+            {"match": "conv*", "weights_num_bits": 4, "skip_quantization": True}, r"'conv', 'conv_1' stay in float \(setting", id="skipped"
+        ),
+        pytest.param({"match": "*", "skip_quantization": True}, r"skips of '\*' no layer is quantized", id="everything"),
     ],
 )
 def test_bits_that_change_nothing_are_said(cnn: LayerGraph, rule: dict[str, object], message: str) -> None:
     with pytest.warns(CCOWarning, match=message):
         plan(cnn, rule)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"match": "conv", "activations_num_bits": 4},  # of the group that it begins
+        {"match": "*", "weights_num_bits": 4},
+        {"match": "linear_1", "skip_quantization": False, "weights_num_bits": 4},
+        {"match": "conv_1", "skip_quantization": True},
+    ],
+)
+def test_rules_that_change_something_are_not(cnn: LayerGraph, rule: dict[str, object]) -> None:
+    plan(cnn, rule)  # warnings are errors
+    found = plan_quantization(cnn, {"layer_settings": [rule]}, suggestions=["conv"])
+    plan_quantization(cnn, found.resolved_settings())
 
 
 def test_suggestions_are_skipped_with_their_reason(cnn: LayerGraph) -> None:

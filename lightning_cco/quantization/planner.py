@@ -12,9 +12,10 @@ from lightning_cco.quantization.connections import Connections
 from lightning_cco.quantization.exact import UNSEEN, ExactReaders, Placement
 from lightning_cco.quantization.groups import Groups, has_statistics
 from lightning_cco.quantization.plan import Boundary, LayerDecision, QuantizationPlan, TensorSpec
+from lightning_cco.quantization.rule_effects import warn_of_rules_without_effect
 from lightning_cco.quantization.rules import ResolvedRules, apply_rules
 from lightning_cco.quantization.skip_reasons import Skip, SkipReason
-from lightning_cco.quantization.skips import find_skips, warn_of_bits_for_nothing
+from lightning_cco.quantization.skips import find_skips
 from lightning_cco.quantization.targets import TARGETS, Target
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.settings import Settings, load_settings
@@ -34,7 +35,6 @@ def plan_quantization(graph: LayerGraph, settings: Settings | None = None, sugge
     settings = load_settings(settings)
     target = TARGETS[settings.deployment_settings.target_framework]
     said = apply_rules(graph, settings.layer_settings)
-    warn_of_bits_for_nothing(graph, settings.layer_settings)
     suggestions = tuple(suggestions)
     unknown = [name for name in suggestions if name not in graph]
     if unknown:
@@ -44,6 +44,7 @@ def plan_quantization(graph: LayerGraph, settings: Settings | None = None, sugge
     skips, forced = find_skips(graph, settings, said, suggestions, target)
     plan = _Planner(graph, settings, target, said, skips, suggestions).plan()
     plan.forced = forced
+    warn_of_rules_without_effect(plan)
     return plan
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
-from lightning_cco.errors import CCOError, CCOWarning
+from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, is_known_kind, operation_of_kind
@@ -13,7 +12,7 @@ from lightning_cco.names import list_names
 from lightning_cco.quantization.rules import BY_BUDGET, BY_ITSELF, ResolvedRules
 from lightning_cco.quantization.skip_reasons import Skip, SkipReason
 from lightning_cco.quantization.targets import Target
-from lightning_cco.settings import LayerRule, Settings
+from lightning_cco.settings import Settings
 
 _UNSEEN = {
     "cast": "it makes floats of integers or complex numbers, which the layers that read them quantize",
@@ -171,26 +170,6 @@ def _chosen(layer: Layer, entry: ResolvedRules, intrinsic: Skip | None, suggeste
     if suggested:
         return Skip(SkipReason.SUGGESTION, "its Quantization Sensitivity was above the threshold")
     return Skip(SkipReason.TAIL, "between an output and the last weighted layer before it") if in_tail else None
-
-
-def warn_of_bits_for_nothing(graph: LayerGraph, rules: Sequence[LayerRule]) -> None:
-    """Say of a rule that it sets bits of what none of its layers has."""
-    no_output = (Category.PRESERVE, Category.IDENTITY)
-    for rule in rules:
-        if rule.weights_num_bits is None and rule.activations_num_bits is None:
-            continue
-        layers = [graph[name] for name in graph.select(rule.match)]
-        missing = ""
-        if rule.weights_num_bits is not None and not any(layer.weighted for layer in layers):
-            some = list_names([layer.name for layer in graph if layer.weighted])
-            missing = f"weights_num_bits: {rule.weights_num_bits}, but no layer there has weights. Name one that has: {some}"
-        elif rule.activations_num_bits is not None and all(operation_of_kind(layer.kind).category in no_output for layer in layers):
-            missing = (
-                f"activations_num_bits: {rule.activations_num_bits}, but what it names only passes values on. "
-                f"Name the layer that makes them: {list_names(sorted({before for layer in layers for before in graph.predecessors(layer.name)}))}"
-            )
-        if missing:
-            warnings.warn(f"layer_settings: the rule '{rule.match}' sets {missing}.", CCOWarning, stacklevel=3)
 
 
 def _instead(graph: LayerGraph, layer: Layer) -> str:

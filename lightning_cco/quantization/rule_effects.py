@@ -1,0 +1,89 @@
+"""Rules of the settings that change nothing: said, since who wrote them expects that they do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from lightning_cco.errors import CCOWarning
+from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.graph.ops import Category, operation_of_kind
+from lightning_cco.names import list_names
+from lightning_cco.quantization.plan import QuantizationPlan
+from lightning_cco.quantization.skip_reasons import SkipReason
+
+_NO_OUTPUT = (Category.PRESERVE, Category.IDENTITY)
+
+
+def warn_of_rules_without_effect(plan: QuantizationPlan) -> None:
+    """Warn of each rule whose bits nothing has, with the reason, and of rules that leave the whole model in float.
+
+    Bits change nothing where a layer has no weights, passes values on, or stays in float: in the tail, by another rule, since the engine computes it so.
+    """
+    for rule in plan.settings.layer_settings:
+        layers = [plan.graph[name] for name in plan.graph.select(rule.match)]
+        if rule.weights_num_bits is not None and (why := _no_weights(plan, layers)):
+            _warn(f"the rule '{rule.match}' sets weights_num_bits: {rule.weights_num_bits}, but {why}")
+        elif rule.activations_num_bits is not None and (why := _no_activations(plan, layers)):
+            _warn(f"the rule '{rule.match}' sets activations_num_bits: {rule.activations_num_bits}, but {why}")
+    if not plan.quantized and not plan.weight_only and any(rule.skip_quantization for rule in plan.settings.layer_settings):
+        skipping = list_names([rule.match for rule in plan.settings.layer_settings if rule.skip_quantization])
+        _warn(f"with the skips of {skipping} no layer is quantized: the model trains in float. Skip fewer layers")
+
+
+def _no_weights(plan: QuantizationPlan, layers: Sequence[Layer]) -> str:
+    """Why bits of weights change nothing; empty if they do."""
+    weighted = [layer for layer in layers if layer.weighted]
+    if not weighted:
+        return f"no layer there has weights. Name one that has: {_names([layer for layer in plan.graph if layer.weighted])}"
+    if any(plan.decisions[layer.name].weights_num_bits is not None or _suggested(plan, layer) for layer in weighted):
+        return ""
+    return f"{_stay(plan, weighted)}. {_WAY_OUT}"
+
+
+def _no_activations(plan: QuantizationPlan, layers: Sequence[Layer]) -> str:
+    """Why bits of outputs change nothing; empty if they do."""
+    if all(operation_of_kind(layer.kind).category in _NO_OUTPUT for layer in layers):
+        before = sorted({name for layer in layers for name in plan.graph.predecessors(layer.name)})
+        return f"what it names only passes values on. Name the layer that makes them: {list_names(before)}"
+    rounded = plan.output_bits()
+    if any(_end(plan, layer.name) in rounded or _suggested(plan, layer) for layer in layers):
+        return ""
+    in_float = [layer for layer in layers if layer.name not in plan.quantized]
+    if in_float:
+        return f"{_stay(plan, in_float)}, and no INT8 layer reads the result. {_WAY_OUT}"
+    readers = [layer for layer in _readers(plan.graph, layers) if layer.kind != "output"]
+    return f"no INT8 layer reads what {_names(layers)} make{'s' if len(layers) == 1 else ''}, so it is not rounded. Quantize what reads it: {_names(readers)}"
+
+
+def _suggested(plan: QuantizationPlan, layer: Layer) -> bool:
+    """Whether a layer is in float because a measurement said so, which is said elsewhere."""
+    return plan.decisions[layer.name].reason is SkipReason.SUGGESTION
+
+
+_WAY_OUT = "Quantize the layer by a rule with skip_quantization: false if its engine can, or leave the bits out"
+
+
+def _end(plan: QuantizationPlan, name: str) -> str:
+    """The layer at the end of the fused group that a layer is in, whose output is rounded."""
+    while name in plan.groups:
+        name = plan.groups[name]
+    return name
+
+
+def _readers(graph: LayerGraph, layers: Sequence[Layer]) -> list[Layer]:
+    return [graph[name] for name in dict.fromkeys(name for layer in layers for name in graph.successors(layer.name))]
+
+
+def _stay(plan: QuantizationPlan, layers: Sequence[Layer]) -> str:
+    reasons = dict.fromkeys(plan.skipped[layer.name] for layer in layers if layer.name in plan.skipped)
+    return f"{_names(layers)} stay{'s' if len(layers) == 1 else ''} in float ({'; '.join(list(reasons)[:3])})"
+
+
+def _names(layers: Sequence[Layer]) -> str:
+    return list_names([layer.name for layer in layers])
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"layer_settings: {what}.", CCOWarning, stacklevel=4)
