@@ -38,11 +38,12 @@ from lightning_cco.budgeted import (
 )
 from lightning_cco.checkpoints import best_checkpoint, check_callback_state, local_folder, read_checkpoint
 from lightning_cco.distillation.distiller import Distiller
+from lightning_cco.early_check import check_rules
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export_dir import as_before, check_export_dir
 from lightning_cco.graph.hooks import release
-from lightning_cco.held_batches import calibrate_on_held, calls_of
+from lightning_cco.held_batches import calibrate_on_held, calls_of, checks_of
 from lightning_cco.initial_evaluation import InitialEvaluation
 from lightning_cco.level_use import LayerLevels, LevelWatch
 from lightning_cco.lookahead import copied, warn_of_left_over
@@ -103,6 +104,7 @@ class CCOCallback(pl.Callback):
         self._forward: ForwardFn | None = None
         self._monitor: Monitor | None = None
         self._held: list[Any] = []
+        self._validation: list[Any] = []
         self._state: dict[str, Any] | None = None
         self._skips: list[str] = []
         self._pending_skips: list[str] = []
@@ -148,7 +150,7 @@ class CCOCallback(pl.Callback):
             self._state, self._monitor, self.report, self.losses, self.budget = None, None, None, None, None
             self.distiller.forget()
             self.before_training, self._level_watch = InitialEvaluation(), LevelWatch()
-            self.suggestions, self._skips, self._pending_skips, self._held = [], [], [], []
+            self.suggestions, self._skips, self._pending_skips, self._held, self._validation = [], [], [], [], []
         else:
             self._state = self._state or self.state_dict()
         self.quantized.remove()
@@ -416,7 +418,12 @@ class CCOCallback(pl.Callback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Called before each validation batch. Outside fit: hooks the checkpoint's quantizers on before the first."""
+        """Called before each validation batch. Outside fit: hooks the checkpoint's quantizers on before the first. Keeps the first ones to check files on."""
+        if dataloader_idx == 0 and batch_idx == len(self._validation) < self.settings.monitoring_settings.sensitivity_batches:
+            with torch.inference_mode(False):
+                self._validation.append(copied(batch))
+        if trainer.sanity_checking and batch_idx == dataloader_idx == 0 and self.quantized is None and self._state is None:
+            check_rules(trainer, pl_module, batch, self.forward_fn, self.settings)
         self._before_evaluation_batch(trainer, pl_module, batch)
 
     @override
@@ -484,7 +491,7 @@ class CCOCallback(pl.Callback):
         Args:
             path: Where to write.
             example_args: Positional arguments of one forward; by default those of a held batch: what the file then holds is what ``forward``, or the
-                training step, makes of it, without losses.
+                training step, makes of it, without losses; it is checked on batches of the validation, which the calibration has not seen.
             example_kwargs: Keyword arguments of it.
             **options: See `lightning_cco.export.export_onnx`.
 
@@ -504,16 +511,20 @@ class CCOCallback(pl.Callback):
                 "CCOCallback.export: this process holds only parts of the parameters. Save the checkpoint whole "
                 "(ModelParallelStrategy(save_distributed_checkpoint=False)), then export on one process after trainer.test(model, ckpt_path=...)."
             )
+        source = ""
         if not len(example_args) and not example_kwargs:
             calls, network = calls_of(self.quantized, self._held, self._forward)
             example_args, example_kwargs = calls[0]
             if network is not None:
                 options["network"] = network
             if not is_program(path):
-                options.setdefault("batches", [kwargs or args for args, kwargs in calls])
+                checked, source = checks_of(self.quantized, calls, self._validation, self._forward)
+                options.setdefault("batches", checked)
         if not is_program(path):
             options.setdefault("int4", packs(self.settings))
         written = self.quantized.export(path, example_args, example_kwargs, **options)
+        if isinstance(written, ExportReport):
+            written.batches_from = source
         if isinstance(written, ExportReport) and self._monitor is not None:
             self._monitor.on_export(written)
         return written

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug
 
 from lightning_cco.batches import ForwardFn, forward_arguments, forward_through_model, on_a_copy
 from lightning_cco.errors import CCOError, CCOWarning
+from lightning_cco.export.nested import leaves
 from lightning_cco.export.network import Network, network_of_the_step
 from lightning_cco.quantized_model import QuantizedModel
 
@@ -34,6 +36,34 @@ def calls_of(quantized: QuantizedModel, held: Sequence[Any], forward: ForwardFn 
         return [forward_arguments(quantized.model, batch) for batch in batches], None
     networks = [network_of_the_step(quantized, on_a_copy(forward), batch) for batch in batches]
     return [(network.args, network.kwargs) for network in networks], networks[0]
+
+
+def checks_of(quantized: QuantizedModel, calls: Calls, validation: Sequence[Any], forward: ForwardFn | None) -> tuple[list[Any], str]:
+    """The batches that a file is checked on: those of the validation where they go through the model as the held ones do.
+
+    Args:
+        quantized: The model.
+        calls: Those of the held batches.
+        validation: Batches of the validation.
+        forward: How a batch goes through the model.
+
+    Returns:
+        Arguments of each call, and where they come from, in words.
+    """
+    try:
+        others = calls_of(quantized, validation, forward)[0]
+        if all(_form(other) == _form(calls[0]) for other in others):
+            return [kwargs or args for args, kwargs in others], "validation batches, which the calibration has not seen"
+    except Exception as error:  # a validation batch may hold something else than the step of the training takes
+        rank_zero_debug(
+            f"The file is checked on training batches, since those of the validation do not go through the training's way: {error}"
+        )
+    return [kwargs or args for args, kwargs in calls], "training batches"
+
+
+def _form(call: tuple[Sequence[Any], Mapping[str, Any]]) -> Any:
+    """What two calls of one file have in common: their arguments, and types and dimensions of the tensors in them."""
+    return [(slot, value.dtype, value.dim()) if isinstance(value, torch.Tensor) else (slot, type(value)) for slot, value in leaves([*call])]
 
 
 def calibrate_on_held(quantized: QuantizedModel, held: Sequence[Any], forward: ForwardFn | None, where: str) -> None:

@@ -18,7 +18,7 @@ LAYERS = [
     ["cli"],
     ["callback", "loading"],
     ["budgeted"],
-    ["distillation", "export_dir", "held_batches", "initial_evaluation"],
+    ["distillation", "early_check", "export_dir", "held_batches", "initial_evaluation"],
     ["batch_norms", "batches", "checkpoints", "monitoring", "strategies"],
     ["lookahead", "quantized_model"],
     ["budget", "drawing", "export", "level_use", "loss_measurement", "measurement", "spare_loader", "suggestions"],

@@ -116,6 +116,7 @@ class ExportReport:
     largest_difference: float = float("nan")
     mean_difference: float = float("nan")
     batches: int = 0
+    batches_from: str = ""
     variations: int = 0
     outputs: list[OutputDifference] = field(default_factory=list)
     layers: list[LayerDifference] = field(default_factory=list)
@@ -165,7 +166,7 @@ class ExportReport:
             agreement = f", same arg-max {100 * self.agreement:.1f} % over axis {axis}" if self.agreement == self.agreement else ""
             lines += [
                 f"  against fake-quant  SQNR {self.sqnr_db:.1f} dB{agreement}, outputs differ by {self.largest_difference:.3g} at most, "
-                f"{self.mean_difference:.3g} on average ({self.batches} batches, {self.variations} variations)",
+                f"{self.mean_difference:.3g} on average ({self.batches} {self.batches_from or 'batches'}, {self.variations} variations)",
                 *self._by_output(),
                 *self._by_tensor(),
                 f"  runs in INT8        {_counts(self.integer_nodes)}",

@@ -237,7 +237,10 @@ class Monitor:
             texts=texts,
             tables=shown,
             images={} if picture is None else {"cco/heat_map": picture},
-            files=[self.folder / name for name in ("suggested_skips.yaml", "sensitivity.csv", "heat_map.png", "resolved_recipe.yaml")],
+            files=[
+                self.folder / name
+                for name in ("suggested_skips.yaml", "sensitivity.csv", "heat_map.png", "resolved_recipe.yaml", "layers.txt")
+            ],
             graph=graph_def(plan, qs) if first else None,
         )
         self._not_shown = None if worth_showing(self.past.count) else heavy
