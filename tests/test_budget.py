@@ -200,7 +200,7 @@ def fit(folder: Path, *callbacks: pl.Callback, seed: int = 0, ckpt_path: str | N
 
 
 def test_the_file_is_as_large_as_predicted(tmp_path: Path) -> None:
-    callback = quick(budget_settings={"size": 0.4})
+    callback = quick(budget_settings={"size": 0.45})
     fit(tmp_path, callback)
     callback.export(tmp_path / "Wide_int8.onnx")
     assert callback.budget is not None
@@ -209,9 +209,9 @@ def test_the_file_is_as_large_as_predicted(tmp_path: Path) -> None:
     assert size == pytest.approx(callback.budget.size_bytes, rel=0.01)
     in_float = 4 * sum(t.numel() for t in callback.quantized.model.parameters())  # type: ignore[union-attr]
     assert in_float < callback.budget.float_bytes < in_float + 30_000
-    assert size <= 0.4 * callback.budget.float_bytes
+    assert size <= 0.45 * callback.budget.float_bytes
     assert callback.budget.chosen.size == pytest.approx(size / callback.budget.float_bytes, rel=0.01)
-    assert {entry.weights for entry in callback.budget.layers} >= {4, 8}
+    assert len({entry.weights for entry in callback.budget.layers}) > 1
 
 
 def test_is_reproducible_and_resumes(tmp_path: Path) -> None:
@@ -251,3 +251,41 @@ def test_without_a_budget_all_is_as_before(tmp_path: Path) -> None:
     assert callback.quantized is not None
     assert callback.quantized.settings == callback.settings
     assert {bits for _, bits in bits_of(callback).values()} == {8, None}
+
+
+def test_a_size_is_chosen_again_until_its_export_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a file holds beside the weights depends on the plan: here each layer in float takes 3,000 bytes more than was to be expected."""
+    torch.manual_seed(0)
+    search = search_for(ResidualCNN(width=24), torch.randn(8, 1, 8, 8), {"size": 0.35})
+
+    def exported() -> int:
+        plan, model = search.quantized.plan, search.quantized.model
+        names = [layer.name for layer in plan.graph if layer.weighted]
+        own = {layer.name: model.get_parameter(layer.parameters[0]).numel() for layer in plan.graph if layer.weighted}
+        sizes = [own[name] * {32: 4.0, 8: 1.0, 4: 0.5}[plan.decisions[name].weights_num_bits or 32] for name in names]
+        return 5000 + int(sum(sizes)) + 3000 * sum(plan.decisions[name].weights_num_bits is None for name in names)
+
+    search.export_bytes = exported
+    plan = search.find([torch.randn(8, 1, 8, 8)])
+    assert plan.measured
+    assert plan.size_bytes == exported()  # the model is planned as the best of what was tried
+    assert plan.size_bytes <= 0.35 * plan.float_bytes
+    search = search_for(ResidualCNN(width=24), torch.randn(8, 1, 8, 8), {"size": 0.05})
+    search.export_bytes = exported
+    with pytest.raises(CCOError, match=r"size: 0\.05 can't be reached: the least is .* bytes are no weights"):
+        search.find([torch.randn(8, 1, 8, 8)])
+
+
+def test_layers_that_no_gradient_reaches_are_named() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = nn.Conv2d(1, 8, 3), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.backbone(x).relu().mean((2, 3))
+            return self.head(x)
+
+    with pytest.raises(CCOError, match=r"Not to choose: 'conv \(no gradient reaches it"):
+        plan_for(Frozen(), torch.randn(8, 1, 8, 8), {"average_bits": 2})

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lightning_cco.budget.options import FLOAT, UNIFORM, WEIGHT_ONLY, Choices, Option
+from lightning_cco.budget.options import FLOAT, INTEGER, UNIFORM, WEIGHT_ONLY, Choices, Option
 from lightning_cco.budget.solver import Choice, Measure, rise_of, solve, spread, taken_of, uniform
 from lightning_cco.errors import CCOError
 from lightning_cco.figures import figure
+from lightning_cco.names import list_names
+from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.settings import BudgetSettings, LayerRule, Settings, load_settings
 
 _POINTS = 16
@@ -125,6 +127,26 @@ def measures(made: Choices, overhead: float) -> dict[str, tuple[Measure, float, 
     }
 
 
+def as_planned(made: Choices, plan: QuantizationPlan) -> Choice:
+    """The options that a plan has taken, or those nearest to them; for sizes, so without tensors."""
+    chosen = []
+    for group in made.groups:
+        decision = plan.decisions[group.layers[0]]
+        form = INTEGER if decision.quantized else WEIGHT_ONLY if decision.weight_only else FLOAT
+        distance = [
+            (option.form != form, abs(option.weights - (decision.weights_num_bits or 32)), i) for i, option in enumerate(group.options)
+        ]
+        chosen.append(group.options[min(distance)[-1]])
+    return Choice(tuple(chosen), {})
+
+
+def smallest(made: Choices) -> Choice:
+    """The choice whose weights take the fewest bytes."""
+    found = solve(made, lambda option: option.bytes, None)
+    assert found is not None
+    return found
+
+
 def choose(made: Choices, goal: str, limit: float, overhead: float) -> Choice:
     """The best choice within a limit.
 
@@ -139,6 +161,11 @@ def choose(made: Choices, goal: str, limit: float, overhead: float) -> Choice:
         smallest = (taken_of(least, measure) + fixed) / unit
         packed = any(option.form != FLOAT and option.weights <= 4 for group in made.groups for option in group.options)
         more = "" if packed or goal != "size" else " With deployment_settings.int4: true weights of at most 4 bits take half a byte."
+        if goal == "size":
+            more += f" {fixed:,.0f} of the {taken_of(least, measure) + fixed:,.0f} bytes are no weights: what small networks save is little beside them."
+        kept = [(name, group.why) for group in made.groups for name in group.layers if group.why]
+        if kept:
+            more += f" Not to choose: {list_names([f'{name} ({why})' for name, why in kept])}."
         raise CCOError(
             f"budget_settings.{goal}: {limit:g} can't be reached: the least is {smallest:.4g}, with the layers that the recipe's rules leave to choose. "
             f"Write at least {_rounded_up(smallest)}, or take rules back.{more}"

@@ -10,6 +10,7 @@ from lightning_cco.budget.facts import float_bytes, weight_facts
 from lightning_cco.budget.options import Choices, choices, tail_rules
 from lightning_cco.budget.plan import (
     BudgetPlan,
+    as_planned,
     budget_rules,
     choose,
     goal_of,
@@ -17,11 +18,13 @@ from lightning_cco.budget.plan import (
     measures,
     point_of,
     rules_of,
+    smallest,
     trade_off,
     uniform_points,
 )
 from lightning_cco.budget.solver import Choice, need_scipy, taken_of
 from lightning_cco.errors import CCOError, CCOWarning
+from lightning_cco.figures import figure
 from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.quantization.model import Forward, HookedModel
 from lightning_cco.quantization.plan import QuantizationPlan
@@ -103,20 +106,49 @@ class BudgetSearch:
             )
         overhead = _NODE_BYTES * len(base.graph)
         made.float_bytes = float(float_file) if float_file is not None else made.float_bytes + overhead
+        taken = self._exported() if self.by == "size" else None
+        if taken is not None:
+            measure, fixed, _ = measures(made, 0.0)["size"]
+            overhead = taken - taken_of(as_planned(made, base), measure) - fixed
         if self.goal == "accuracy_drop":
             assert validate is not None
             return self._bisect(made, base, report, overhead, validate)
-        for number in range(_ROUNDS):
-            choice = choose(made, self.goal, self.limit, overhead)
+        return self._fitted(made, base, report, overhead)
+
+    def _fitted(self, made: Choices, base: QuantizationPlan, report: LossSensitivityReport, overhead: float) -> BudgetPlan:
+        """The plan within the limit; for a size with what its export takes, chosen anew as long as that is other than reckoned and there is a better one."""
+        tried: list[Choice] = []
+        best: tuple[BudgetPlan, Choice, float] | None = None
+        while len(tried) < _ROUNDS:
+            try:
+                choice = choose(made, self.goal, self.limit, overhead)
+            except CCOError:
+                if best is not None:
+                    break
+                if tried or self.by != "size" or self.export_bytes is None:
+                    raise
+                choice = smallest(made)  # its file may have less beside the weights than that of the plan with everything quantized
+            if choice in tried:
+                break
+            tried.append(choice)
             plan = self._planned(made, choice, base, report, overhead)
             taken = self._exported() if self.by == "size" else None
             if taken is None:
                 return plan
             overhead += taken - plan.size_bytes
             plan.size_bytes, plan.measured = float(taken), True
-            if taken <= self.limit * made.float_bytes or number == _ROUNDS - 1:
-                break
-        return self._placed(plan, made, choice, overhead)
+            fits = taken <= self.limit * made.float_bytes
+            if fits and (best is None or plan.chosen.rise < best[0].chosen.rise):
+                best = plan, choice, overhead
+        if best is None:
+            least = figure(plan.size_bytes / made.float_bytes, 3)
+            raise CCOError(
+                f"budget_settings.size: {self.limit:g} can't be reached: the plan that was reckoned to be within it takes {least}. "
+                f"Write {least} or more."
+            )
+        if best[0] is not plan:
+            self._replan(best[0].settings(self.settings))
+        return self._placed(best[0], made, *best[1:])
 
     def _float_file(self) -> int | None:
         """Bytes of the file with nothing quantized."""
