@@ -156,7 +156,7 @@ class BudgetSearch:
             return None
         quantized, settings = self.quantized, load_settings(self.settings)
         before = quantized.settings, quantized.plan.suggestions, quantized.activations, quantized.weights
-        settings.layer_settings = [LayerRule(skip_quantization=True, match="*")]
+        settings.layer_settings = [LayerRule(skip_quantization=True, match="*", by="budget")]
         try:
             quantized.replan(settings)
             return self._exported()

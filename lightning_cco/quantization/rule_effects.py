@@ -21,14 +21,15 @@ def warn_of_rules_without_effect(plan: QuantizationPlan) -> None:
 
     Bits change nothing where a layer has no weights, passes values on, or stays in float: in the tail, by another rule, since the engine computes it so.
     """
-    for rule in plan.settings.layer_settings:
+    said = [rule for rule in plan.settings.layer_settings if rule.by != "budget"]
+    for rule in said:
         layers = [plan.graph[name] for name in plan.graph.select(rule.match)]
         if rule.weights_num_bits is not None and (why := _no_weights(plan, layers)):
             _warn(f"the rule '{rule.match}' sets weights_num_bits: {rule.weights_num_bits}, but {why}")
         elif rule.activations_num_bits is not None and (why := _no_activations(plan, layers)):
             _warn(f"the rule '{rule.match}' sets activations_num_bits: {rule.activations_num_bits}, but {why}")
-    if not plan.quantized and not plan.weight_only and any(rule.skip_quantization for rule in plan.settings.layer_settings):
-        skipping = list_names([rule.match for rule in plan.settings.layer_settings if rule.skip_quantization])
+    if not plan.quantized and not plan.weight_only and any(rule.skip_quantization for rule in said):
+        skipping = list_names([rule.match for rule in said if rule.skip_quantization])
         _warn(f"with the skips of {skipping} no layer is quantized: the model trains in float. Skip fewer layers")
 
 
