@@ -124,7 +124,7 @@ def main() -> None:
     header = ["network", "accuracy", "plan", *(f"{bits:g} bits" for bits in options.bits)]
     notes = [
         "Per cent of the 10,000 test images, activations of 8 bits: mean ± standard deviation over seeds, in brackets how many. Of bits that are no whole "
-        "number there is no plan of equal bits; compare with its neighbours."
+        "number there is no plan of equal bits; compare with its neighbours. Of one seed, a tenth or two after the training say nothing."
     ]
     publish(Table("budget", "What is a budget worth against equal bits?", header, rows_of(results, options), notes), options)
 
