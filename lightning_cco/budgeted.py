@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +22,9 @@ from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.settings import BudgetSettings, Settings, load_settings
 from lightning_cco.strategies import is_sharded
+
+_BATCHES = 10
+"""On how many of the batches of the calibration a plan's sensitivities are measured: two, as each epoch, are few to choose by."""
 
 
 def check_budget(settings: Settings, trainer: pl.Trainer) -> None:
@@ -93,15 +96,15 @@ def _loss_in(result: Any) -> Any:
 
 
 def measure_loss_sensitivity(
-    trainer: pl.Trainer, quantized: QuantizedModel, forward: ForwardFn, held: Sequence[Any], loss: ForwardFn | None
+    trainer: pl.Trainer, quantized: QuantizedModel, forward: ForwardFn, batches: Iterable[Any], loss: ForwardFn | None
 ) -> LossSensitivityReport:
-    """The loss sensitivities on the held batches, as the Trainer computes."""
+    """The loss sensitivities on some batches, as the Trainer computes."""
     if is_sharded(quantized.model):
         raise CCOError(
             "loss sensitivity: this process holds only parts of the parameters. Measure on one process, or with a strategy such as ddp."
         )
     with model_context(trainer):
-        return quantized.loss_sensitivity(held, on_a_copy(forward), loss)
+        return quantized.loss_sensitivity(batches, on_a_copy(forward), loss)
 
 
 def measures_loss(settings: Settings) -> bool:
@@ -157,11 +160,12 @@ def plan_budget(
             return 0
         return exported_bytes(quantized, held, forward, packs(settings))
 
+    count = max(settings.monitoring_settings.sensitivity_batches, min(settings.training_settings.stats_steps, _BATCHES))
     search = BudgetSearch(
         quantized,
         settings,
         calibrate,
-        lambda: measure_loss_sensitivity(trainer, quantized, forward, held, loss),
+        lambda: measure_loss_sensitivity(trainer, quantized, forward, training_batches(trainer, count), loss),
         lambda model, batch: on_a_copy(forward)(model, batch),
         export_bytes,
         trainer.strategy.broadcast,
