@@ -77,12 +77,12 @@ def is_due(budget: BudgetSettings, epoch: int) -> bool:
     return budget.revise_every_n_epochs is not None and epoch > 0 and epoch % budget.revise_every_n_epochs == 0
 
 
-def loss_of_step(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> ForwardFn | None:
+def loss_of_step(trainer: pl.Trainer, quantized: QuantizedModel, batch: Any) -> ForwardFn | None:
     """The loss of the module's step, if it has one that can be differentiated; with nothing logged or optimized."""
     way = on_a_copy(lambda model, inputs: _loss_in(forward_through_step(model, inputs)))
     try:
-        with model_context(trainer), torch.enable_grad():
-            found = way(module, batch)
+        with model_context(trainer), quantized.evaluating(), quantized.forked_random(), torch.enable_grad():
+            found = way(quantized.model, batch)
     except Exception as error:
         rank_zero_info(
             f"Loss sensitivity: the step gives no loss by itself ({type(error).__name__}: {error}), so it is that of the outputs' divergence."
@@ -126,7 +126,6 @@ def weight_counts(quantized: QuantizedModel) -> dict[str, int]:
 
 def plan_budget(
     trainer: pl.Trainer,
-    module: pl.LightningModule,
     quantized: QuantizedModel,
     settings: Settings,
     forward: ForwardFn,
@@ -137,8 +136,7 @@ def plan_budget(
 
     Args:
         trainer: The Trainer.
-        module: The module.
-        quantized: It, hooked and calibrated.
+        quantized: The module, hooked and calibrated.
         settings: The recipe of the user.
         forward: How a batch goes through the model.
         held: The held batches.
@@ -147,7 +145,7 @@ def plan_budget(
     Raises:
         CCOError: No plan is within the budget.
     """
-    loss = loss_of_step(trainer, module, held[0])
+    loss = loss_of_step(trainer, quantized, held[0])
 
     def calibrate(names: Any) -> None:
         batches = training_batches(trainer, max(1, settings.training_settings.stats_steps))

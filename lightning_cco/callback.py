@@ -193,7 +193,7 @@ class CCOCallback(pl.Callback):
         if not quantized.calibrated or quantized.uncalibrated:
             self._calibrate(trainer, quantized)
         if needs_plan(self.settings, quantized.settings):
-            self._plan_budget(trainer, pl_module)
+            self._plan_budget(trainer)
         if untrained:
             self.before_training.evaluate_calibrated(trainer, self.settings.training_settings, self._progress_has_begun(trainer))
         self._apply_pending_skips(trainer)
@@ -221,7 +221,7 @@ class CCOCallback(pl.Callback):
                 "lightning_cco: the model was quantized already, by another callback or quantize(); this callback's recipe takes its place."
             )
 
-    def _plan_budget(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _plan_budget(self, trainer: pl.Trainer) -> None:
         assert self.quantized is not None
         assert self._forward is not None
         budget = self.settings.budget_settings
@@ -231,7 +231,7 @@ class CCOCallback(pl.Callback):
             return lost_of(str(budget.metric), self.original_metrics, now, metric_directions(trainer, now))
 
         validate = lost if budget.accuracy_drop is not None else None
-        self.budget = plan_budget(trainer, pl_module, self.quantized, self.settings, self._forward, self._held, validate)
+        self.budget = plan_budget(trainer, self.quantized, self.settings, self._forward, self._held, validate)
         if self._freezes_at(trainer.global_step):
             self.quantized.freeze_ranges()
         if self._monitor is not None:
@@ -288,7 +288,7 @@ class CCOCallback(pl.Callback):
         """Called at the start of each epoch. Applies the skips that the last measurement suggested, if the recipe says so."""
         self._apply_pending_skips(trainer)
         if is_due(self.settings.budget_settings, trainer.current_epoch):
-            self._plan_budget(trainer, pl_module)
+            self._plan_budget(trainer)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -317,7 +317,7 @@ class CCOCallback(pl.Callback):
             self.report = quantized.sensitivity(self._held, on_a_copy(self._forward), self.settings.monitoring_settings.sensitivity_modes)
             self.levels = self._level_watch.measure(quantized, lambda: on_a_copy(forward)(quantized.model, self._held[0]))
         if measures_loss(self.settings):
-            loss = loss_of_step(trainer, pl_module, self._held[0])
+            loss = loss_of_step(trainer, quantized, self._held[0])
             self.losses = measure_loss_sensitivity(trainer, quantized, self._forward, self._held, loss)
             monitor.on_losses(trainer.current_epoch, trainer.global_step, quantized.plan, self.losses, self.settings)
         self.suggestions = suggest_skips(self.report, quantized.plan, self.settings, self.losses, weight_counts(quantized))

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -144,3 +145,36 @@ def test_hostile_names_and_figures() -> None:
     assert "'=1+1" in budget_csv(plan)
     assert "\x1b" not in budget_csv(plan)
     assert "and 10 more" in budget_lines(plan)[-1]
+
+
+class Noisy(Judged):
+    """Batch norms whose statistics move, and random numbers, in each training step."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        self.log("drawn", torch.rand(()))
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    "recipe", [{"budget_settings": {"average_bits": 4.6}}, {"monitoring_settings": {"draw_graph": False, "loss_sensitivity": True}}]
+)
+def test_measuring_changes_nothing_of_the_training(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics of batch norms and random numbers before and after the first epoch's end are those of a run without."""
+
+    class Watch(pl.Callback):
+        def __init__(self) -> None:
+            self.seen: list[Tensor] = []
+
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step in (0, 4):
+                self.seen += [torch.get_rng_state(), batch[0].clone()]
+            if trainer.global_step == 0:
+                self.seen += [pl_module.net.bn.running_mean.clone(), pl_module.net.bn.num_batches_tracked.clone()]
+
+    watches = []
+    for settings in ({}, recipe):
+        torch.manual_seed(0)
+        watches.append(Watch())
+        make_trainer(tmp_path, quick(**settings), watches[-1], max_epochs=2).fit(Noisy(), batches(), batches())
+    for one, two in zip(watches[0].seen, watches[1].seen, strict=True):
+        assert torch.equal(one, two)
