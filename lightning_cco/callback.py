@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,7 +22,6 @@ from lightning_cco.batches import (
     with_progress,
 )
 from lightning_cco.budget.plan import BudgetPlan
-from lightning_cco.budget.search import packs
 from lightning_cco.budgeted import (
     check_budget,
     is_due,
@@ -36,14 +34,15 @@ from lightning_cco.budgeted import (
     recipe_of,
     weight_counts,
 )
-from lightning_cco.checkpoints import best_checkpoint, check_callback_state, local_folder, read_checkpoint
+from lightning_cco.checkpoints import check_callback_state, local_folder
 from lightning_cco.distillation.distiller import Distiller
 from lightning_cco.early_check import check_rules
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.report import ExportReport
-from lightning_cco.export_dir import as_before, check_export_dir
+from lightning_cco.export_dir import check_export_dir
 from lightning_cco.graph.hooks import release
-from lightning_cco.held_batches import calibrate_on_held, calls_of, checks_of
+from lightning_cco.handover import Handover, apply_state
+from lightning_cco.held_batches import calibrate_on_held
 from lightning_cco.initial_evaluation import InitialEvaluation
 from lightning_cco.level_use import LayerLevels, LevelWatch
 from lightning_cco.lookahead import copied, warn_of_left_over
@@ -52,10 +51,11 @@ from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.metric_modes import metric_directions
 from lightning_cco.monitoring.metrics import monitored_values, numbers
 from lightning_cco.monitoring.start import start_monitor
-from lightning_cco.quantized_model import QuantizedModel, is_program
+from lightning_cco.outside_fit import OutsideFit
+from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings, changed_settings, load_settings
-from lightning_cco.strategies import check_strategy, is_sharded
+from lightning_cco.strategies import check_strategy
 from lightning_cco.suggestions import Suggestion, suggest_skips
 
 
@@ -108,8 +108,7 @@ class CCOCallback(pl.Callback):
         self._state: dict[str, Any] | None = None
         self._skips: list[str] = []
         self._pending_skips: list[str] = []
-        self._warned_of_float = False
-        self._weights_are_known = self._ranges_came = True
+        self._outside_fit = OutsideFit()
 
     @property
     def original_metrics(self) -> dict[str, float]:
@@ -132,8 +131,7 @@ class CCOCallback(pl.Callback):
                 f"Trainer(callbacks=...): {len(others)} CCOCallbacks were given, but a model can be quantized only once. Keep one of them."
             )
         check_strategy(trainer)
-        self._ranges_came = stage == "fit"
-        self._weights_are_known = stage == "fit" or self.quantized is None or self.quantized.model is pl_module
+        self._outside_fit.begin(stage, None if self.quantized is None else self.quantized.model, pl_module)
         if self.quantized is not None and (self.quantized.model is not pl_module or not self.quantized.attached):
             self._leave(pl_module, stage)
         if stage == "fit":
@@ -375,7 +373,7 @@ class CCOCallback(pl.Callback):
             )
             return
         if folder is not None and trainer.is_global_zero:
-            self._export_best(trainer, local_folder(folder, "deployment_settings.export_dir"))
+            self._handover().export_best(trainer, local_folder(folder, "deployment_settings.export_dir"), self.export)
 
     # Evaluation outside fit: the checkpoint's quantizers on the first batch
 
@@ -386,15 +384,7 @@ class CCOCallback(pl.Callback):
             self._calibrate_for_other_weights(trainer)
             return
         if self._state is None:
-            if not self._warned_of_float:
-                self._warned_of_float = True
-                warnings.warn(
-                    f"trainer.{getattr(trainer.state.fn, 'value', '')}: the model runs in float: CCOCallback has no ranges, since no checkpoint with its "
-                    "state was loaded (ModelCheckpoint(save_weights_only=True) and runs without the callback save none). For the compressed model "
-                    "give a whole checkpoint as ckpt_path, or run trainer.fit first, with this callback; to evaluate the float model, leave it out.",
-                    CCOWarning,
-                    stacklevel=2,
-                )
+            self._outside_fit.warn_of_float(trainer)
             return
         self._attach(trainer, pl_module, batch)
         self._held = self._held or [copied(batch)]
@@ -402,14 +392,9 @@ class CCOCallback(pl.Callback):
 
     def _calibrate_for_other_weights(self, trainer: pl.Trainer) -> None:
         """Find ranges for weights that came without: of a checkpoint that has no others, or of another model than the one trained."""
-        if self._weights_are_known and (not trainer.ckpt_path or self._ranges_came):
+        where = self._outside_fit.without_ranges(trainer)
+        if not where:
             return
-        self._weights_are_known = self._ranges_came = True
-        where = (
-            f"{trainer.ckpt_path} holds no ranges (save_weights_only=True)"
-            if trainer.ckpt_path
-            else "the model is another than the one trained"
-        )
         assert self.quantized is not None
         with model_context(trainer):
             calibrate_on_held(self.quantized, self._held, self._forward, where)
@@ -472,7 +457,7 @@ class CCOCallback(pl.Callback):
         if not state_dict:
             return
         check_callback_state(state_dict)
-        self._weights_are_known = self._ranges_came = True
+        self._outside_fit.loaded()
         self._state = state_dict
         self.distiller.load_state_dict(state_dict.get("distillation", {}))
         self.before_training.load(state_dict["original_metrics"], state_dict.get("calibrated_metrics", {}))
@@ -501,72 +486,13 @@ class CCOCallback(pl.Callback):
         Raises:
             CCOError: Nothing was compressed yet, or the export fails; see `lightning_cco.export.export_onnx`.
         """
-        if self.quantized is None:
-            raise CCOError(
-                "CCOCallback.export: nothing is compressed yet. Run trainer.fit(model) first, or trainer.test(model, ckpt_path=...) on a checkpoint. "
-                "(A strategy that spawns processes, such as ddp_spawn, leaves the compressed model in them: test its checkpoint on one process.)"
-            )
-        if is_sharded(self.quantized.model):
-            raise CCOError(
-                "CCOCallback.export: this process holds only parts of the parameters. Save the checkpoint whole "
-                "(ModelParallelStrategy(save_distributed_checkpoint=False)), then export on one process after trainer.test(model, ckpt_path=...)."
-            )
-        source = ""
-        if not len(example_args) and not example_kwargs:
-            calls, network = calls_of(self.quantized, self._held, self._forward)
-            example_args, example_kwargs = calls[0]
-            if network is not None:
-                options["network"] = network
-            if not is_program(path):
-                checked, source = checks_of(self.quantized, calls, self._validation, self._forward)
-                options.setdefault("batches", checked)
-        if not is_program(path):
-            options.setdefault("int4", packs(self.settings))
-        written = self.quantized.export(path, example_args, example_kwargs, **options)
-        if isinstance(written, ExportReport):
-            written.batches_from = source
+        written = self._handover().export(path, example_args, example_kwargs, options)
         if isinstance(written, ExportReport) and self._monitor is not None:
             self._monitor.on_export(written)
         return written
 
-    def _export_best(self, trainer: pl.Trainer, folder: str) -> None:
-        """Export the best checkpoint, or the last weights if there is none."""
-        assert self.quantized is not None
-        best, why = best_checkpoint(trainer)
-        path = Path(folder) / f"{type(self.quantized.model).__name__}_int8.onnx"
-        try:
-            with as_before(self.quantized):
-                if best:
-                    self._load_best(best)
-                rank_zero_info(f"Exporting {best or 'the model'} ({why}) to {path}.")
-                if trainer.fast_dev_run:  # type: ignore[attr-defined]
-                    with TemporaryDirectory() as tried:
-                        self.export(Path(tried) / path.name)
-                    rank_zero_info(f"fast_dev_run: the export works; {path} was not written.")
-                else:
-                    self.export(path)
-        except Exception as error:
-            raise CCOError(
-                f"deployment_settings.export_dir: the training has ended and its checkpoints are saved ({best or 'none'}), but the export to {path} failed: "
-                f"{error} Nothing is lost: to export again, run trainer.test(model, ckpt_path=...) with this callback, then cco.export(path)."
-            ) from error
-
-    def _load_best(self, path: str) -> None:
-        """Load a checkpoint's weights with the plan and the ranges that belong to them."""
-        assert self.quantized is not None
-        saved = read_checkpoint(path)
-        self.quantized.model.load_state_dict(saved["state_dict"])
-        state = saved.get("callbacks", {}).get(self.state_key)
-        if state:
-            check_callback_state(state)
-            recipe = recipe_of(self.settings, state)
-            if tuple(state["skips"]) != self.quantized.plan.suggestions or recipe != self.quantized.settings:
-                self.quantized.replan(recipe, state["skips"])
-            self.quantized.load_state_dict(state["quantized"])
-            return
-        if not self._held:
-            raise CCOError(f"{path} holds no ranges (save_weights_only=True), and there are no held batches to calibrate on.")
-        calibrate_on_held(self.quantized, self._held, self._forward, f"{path} holds no ranges (save_weights_only=True)")
+    def _handover(self) -> Handover:
+        return Handover(self.quantized, self.settings, self._held, self._validation, self._forward, self.state_key)
 
     def _suggestions_in(self, state: Mapping[str, Any] | None) -> list[str]:
         return list(state["skips"]) if state else []
@@ -574,11 +500,8 @@ class CCOCallback(pl.Callback):
     def _take_over(self, state: Mapping[str, Any]) -> None:
         """Put a checkpoint's ranges in and say what has changed since."""
         assert self.quantized is not None
-        recipe = recipe_of(self.settings, state)
-        if tuple(self._skips) != self.quantized.plan.suggestions or recipe != self.quantized.settings:
-            self.quantized.replan(recipe, self._skips)
         with torch.inference_mode(False):
-            differences = self.quantized.load_state_dict(state["quantized"])
+            differences = apply_state(self.quantized, state, self.settings, self._skips)
         differences += changed_settings(state["settings"], self.quantized.settings.to_dict())
         self._state = None
         for difference in differences:

@@ -17,6 +17,7 @@ ARCHITECTURE = ROOT.parent / "docs" / "architecture.md"
 LAYERS = [
     ["cli"],
     ["callback", "loading"],
+    ["handover", "outside_fit"],
     ["budgeted"],
     ["distillation", "early_check", "export_dir", "held_batches", "initial_evaluation"],
     ["batch_norms", "batches", "checkpoints", "monitoring", "strategies"],
