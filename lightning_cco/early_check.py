@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_debug
+from lightning_utilities.core.rank_zero import rank_zero_debug
 
 from lightning_cco.batches import ForwardFn, forward_through_model, model_context, overrides_forward
 from lightning_cco.errors import CCOError

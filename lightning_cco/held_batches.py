@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.rank_zero import rank_zero_debug
+from lightning_utilities.core.rank_zero import rank_zero_debug
 
 from lightning_cco.batches import ForwardFn, forward_arguments, forward_through_model, on_a_copy
 from lightning_cco.errors import CCOError, CCOWarning

@@ -126,7 +126,7 @@ def test_a_failed_export_puts_everything_back_and_says_what_is_safe(tmp_path: Pa
             next(model.parameters()).zero_()
         raise KeyError("callbacks")
 
-    monkeypatch.setattr(cco, "_load_best", load)
+    monkeypatch.setattr(Handover, "_load", load)
     with pytest.raises(CCOError, match="its checkpoints are saved"):
         make_trainer(tmp_path, cco, checkpoint).fit(model, batches(), batches(seed=5))
     assert all(torch.equal(value, before[0][name]) for name, value in model.state_dict().items())

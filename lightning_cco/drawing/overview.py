@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pydot
 
@@ -51,7 +52,7 @@ def draw_overview(graph: LayerGraph, plan: QuantizationPlan, qs: Mapping[str, fl
         label, tooltip = _box(graph, plan, box, measured, worst)
         dot.add_node(pydot.Node(str(number), label=label, tooltip=quoted(tooltip)))
     for source, destination in edges:
-        back = {} if source < destination else {"constraint": "false", "style": "dotted"}
+        back: dict[str, Any] = {} if source < destination else {"constraint": "false", "style": "dotted"}
         dot.add_edge(pydot.Edge(str(source), str(destination), **back))
     return dot
 
