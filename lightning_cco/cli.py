@@ -147,7 +147,8 @@ def _build(options: argparse.Namespace) -> Any:
             if required
             else ""
         )
-        trust = "" if options.trust else " If the checkpoint holds objects of classes of your own and you trust it, add --trust."
+        weights = isinstance(error, RuntimeError) and "size mismatch" in str(error)
+        trust = "" if options.trust or weights else " If the checkpoint holds objects of classes of your own and you trust it, add --trust."
         raise CCOError(
             f"--module {options.module} can't be built from {options.checkpoint}: {type(error).__name__}: {error}.{needs}{trust}"
         ) from error

@@ -74,7 +74,7 @@ class Handover:
         if not is_program(path):
             options.setdefault("int4", packs(self.settings))
         written = quantized.export(path, args, kwargs, **options)
-        if isinstance(written, ExportReport):
+        if isinstance(written, ExportReport) and "batches" in options:
             written.batches_from = source
         return written
 

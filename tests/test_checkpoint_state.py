@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_modules import Classifier, batches, make_trainer, quick
 
 from lightning_cco import CCOCallback, CCOError, CCOWarning
+from lightning_cco.handover import Handover
 
 
 def ranges(key: str, value: Any) -> Callable[[Any], None]:
@@ -120,7 +121,7 @@ def test_a_failed_export_puts_everything_back_and_says_what_is_safe(tmp_path: Pa
     model = Classifier()
     before: list[Any] = []
 
-    def load(path: str) -> None:
+    def load(handover: Handover, path: str) -> None:
         before.append({name: value.clone() for name, value in model.state_dict().items()})
         with torch.no_grad():
             next(model.parameters()).zero_()

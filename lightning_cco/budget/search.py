@@ -28,6 +28,7 @@ from lightning_cco.figures import figure
 from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.quantization.model import Forward, HookedModel
 from lightning_cco.quantization.plan import QuantizationPlan
+from lightning_cco.quantization.targets import TARGETS
 from lightning_cco.settings import LayerRule, Settings, load_settings
 
 Calibrate = Callable[[Iterable[str]], Any]
@@ -43,7 +44,7 @@ def packs(settings: Settings) -> bool:
         return said
     budget = settings.budget_settings
     counted = budget.size is not None or budget.average_bits is not None or budget.accuracy_drop is not None
-    return counted and settings.deployment_settings.target_framework != "tensorrt"
+    return counted and not TARGETS[settings.deployment_settings.target_framework].refuses_int4
 
 
 class BudgetSearch:

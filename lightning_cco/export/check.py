@@ -65,11 +65,14 @@ def check_file(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequ
     local = LocalRun(quantized, rounded)
     outputs: Outputs | None = None
     cases: list[Case] = []
+    misfits: list[dict[str, list[int]]] = []
     further = varied(quantized, calls)
     with quantized.evaluating():
         for number, (args, kwargs) in enumerate([*calls, *further]):
             feeds = _feeds(session, args, kwargs)
             if not _fits(session, feeds):
+                if number < len(calls):
+                    misfits.append({name: list(array.shape) for name, array in feeds.items()})
                 continue
             try:
                 expected = _arrays(emitter.model(*args, **kwargs))
@@ -90,6 +93,7 @@ def check_file(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequ
                 cases.append(Case(feeds, expected, lambda args=args, kwargs=kwargs: _arrays(emitter.model(*args, **kwargs))))  # type: ignore[misc]
             report.batches += number < len(calls)
             report.variations += number >= len(calls)
+    report.notes += _left_out(session, misfits, len(calls))
     report.faults = stored_faults(quantized, written, emitter, rounded, local.weights)
     _tell(report, local, outputs)
     try:
@@ -98,6 +102,17 @@ def check_file(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequ
         return  # wrong in ONNX Runtime already; whoever asked for the check says so
     with quantized.evaluating():
         check_in_target(path, path.with_name("inspected.onnx"), written, emitter, cases, rounded, report)
+
+
+def _left_out(session: Any, misfits: list[dict[str, list[int]]], count: int) -> list[str]:
+    """What is said of batches whose sizes the file does not take."""
+    if not misfits:
+        return []
+    fixed = ", ".join(f"{entry.name}: {list(entry.shape)}" for entry in session.get_inputs())
+    return [
+        f"{len(misfits)} of {count} batches have sizes that the file does not take ({fixed}), such as {misfits[0]}, and were left out of the check; "
+        "dynamic_shapes={argument: {axis: name}} lets an axis vary"
+    ]
 
 
 def _tell(report: ExportReport, local: LocalRun, outputs: Outputs | None) -> None:
@@ -135,7 +150,8 @@ def _feeds(session: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 def _fits(session: Any, feeds: dict[str, np.ndarray[Any, Any]]) -> bool:
     """Whether arrays have the sizes that the file fixes: held batches may be of other lengths than the example."""
     return all(
-        all(not isinstance(size, int) or size == given for size, given in zip(entry.shape, feeds[entry.name].shape, strict=True))
+        len(entry.shape) == feeds[entry.name].ndim
+        and all(not isinstance(size, int) or size == given for size, given in zip(entry.shape, feeds[entry.name].shape, strict=True))
         for entry in session.get_inputs()
         if entry.name in feeds
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_cco.compat.onnx_exporter import LOGGERS
 from lightning_cco.errors import CCOError, CCOWarning
@@ -89,7 +90,7 @@ def export_onnx(
     args, kwargs = tuple(example_args), dict(example_kwargs or {})
     if not args and not kwargs:
         raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
-    engine = ENGINES[quantized.settings.deployment_settings.target_framework]
+    engine = TARGETS[quantized.settings.deployment_settings.target_framework]
     if int4 and engine.refuses_int4:
         raise CCOError(f"export: int4=True with target_framework: {engine.name}, which {engine.refuses_int4}. Leave int4 out.")
     need_writable_names(name for layer in quantized.graph for name in (layer.path, *layer.parameters))
@@ -107,6 +108,7 @@ def export_onnx(
                 if check:
                     calls = [deployed.tensors(*call_of(batch)) for batch in batches]
                     fitting: list[Call] = [(tensors, {}) for tensors in calls if tensors is not None]
+                    report.notes += _not_checked_on(calls, deployed)
                     check_file(quantized, temporary, emitter, fitting or [(deployed.example, {})], report)
                     judge(report, min_sqnr_db, max_mean_steps)
                     _warn_of_floats(report)
@@ -114,6 +116,24 @@ def export_onnx(
         except OSError as error:
             raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
     return report
+
+
+def _not_checked_on(calls: Sequence[tuple[Tensor, ...] | None], deployed: Deployed) -> list[str]:
+    """What is said of batches that are not what the file takes.
+
+    Raises:
+        CCOError: None of them is.
+    """
+    others = sum(call is None for call in calls)
+    if not others:
+        return []
+    takes = ", ".join(f"{name}: {list(tensor.shape)}" for name, tensor in zip(deployed.names, deployed.example, strict=False))
+    if others == len(calls):
+        raise CCOError(
+            f"export: batches: none of the {others} is what the file takes ({takes}). Expected the arguments of one forward in each, such as "
+            "batches=[(x,), (x,)], with the example's keys and constants."
+        )
+    return [f"{others} of {len(calls)} batches are of another form than the example ({takes}) and were left out of the check"]
 
 
 def _warn_of_floats(report: ExportReport) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+from lightning_cco.budget.search import packs
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.monitoring.tables import parsed_layers, text_table
 from lightning_cco.names import printable
@@ -50,9 +51,22 @@ def in_int8(plan: QuantizationPlan) -> str:
     share = plan.share_of_multiplications
     part = "" if math.isnan(share) else f" ({100 * share:.0f} % of the multiplications)"
     target = plan.settings.deployment_settings.target_framework
-    count = sum(name in plan.quantized for name in weighted)
+    packed = _packed(plan)
+    count = sum(name in plan.quantized and name not in packed for name in weighted)
+    if packed:
+        work = sum(layer.multiplications for layer in plan.graph)
+        share -= sum(plan.graph[name].multiplications for name in packed) / max(1, work)
+        part = f" ({100 * share:.0f} % of the multiplications)"
+        part += f"; {len(packed)} have weights packed in 4 bits, and {target} computes them in float"
     only = f"; {len(plan.weight_only)} more have integer weights and compute in float" if plan.weight_only else ""
     return f"{count} of {len(weighted)} layers with weights run in INT8 in {target}{part}{only}"
+
+
+def _packed(plan: QuantizationPlan) -> list[str]:
+    """Layers whose weights the file packs in 4 bits, for which no engine here multiplies integers."""
+    if not packs(plan.settings):
+        return []
+    return [name for name in plan.quantized if (plan.decisions[name].weights_num_bits or 8) <= 4]
 
 
 def _bits(plan: QuantizationPlan) -> list[str]:

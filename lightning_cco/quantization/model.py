@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,10 +34,29 @@ _MOVING = threading.RLock()
 
 
 def call_with(model: nn.Module, batch: Any) -> Any:
-    """Call a model on a batch: a mapping gives keyword arguments, a tuple or list positional ones, anything else the one argument."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    """Call a model on a batch: a mapping gives keyword arguments, a tuple or list positional ones, anything else the one argument.
+
+    Raises:
+        CCOError: The model's ``forward`` does not take as many.
+    """
+    args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {})
+    _check_arguments(model, args, kwargs)
+    return model(*args, **kwargs)
+
+
+def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # nothing is known of it
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        came = f"the keys {list(kwargs)}" if kwargs else f"{len(args)} item{'s' if len(args) != 1 else ''}"
+        raise CCOError(
+            f"{type(model).__name__}.forward expects the arguments {signature}, but a batch has {came}: {error}. Give batches of these arguments alone, "
+            "such as [x] or [(x, mask)], or say how a batch goes through the model: forward=lambda model, batch: model(batch[0])."
+        ) from error
 
 
 class HookedModel:
@@ -148,6 +168,8 @@ class HookedModel:
         Raises:
             CCOError: No batch came, or a weight or an activation is NaN or infinite; the message names the layer.
         """
+        if isinstance(batches, Tensor):
+            raise CCOError(f"calibrate: expected batches, such as [x], got one tensor of shape {list(batches.shape)}.")
         check_weights(self.model, self.graph)
         forward = forward or call_with
         chosen: set[str] = set(self.activations) if only is None else set(only)

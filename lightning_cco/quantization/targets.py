@@ -38,6 +38,7 @@ class Target:
             thread: 8.2 ms against 9.0 in float with ONNX Runtime 1.32, 7.7 against 8.5 with OpenVINO 2026.4 (``benchmarks/engine_forms.py norms``).
         integer_left: Whether a product with a weight on its left, which is computed in float, may have integers for it.
         narrow_without_vnni: Whether weights that are multiplied have 7 bits for processors without VNNI, whose sums of two products would overflow.
+        refuses_int4: Why weights can't be stored in 4 bits for it; empty: they can.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Target:
     norms: bool = False
     integer_left: bool = True
     narrow_without_vnni: bool = False
+    refuses_int4: str = ""
 
     def computes_in_int8(self, layer: Layer) -> bool:
         """Whether a layer, all of whose floats are rounded, is computed in INT8."""
@@ -151,7 +153,9 @@ TARGETS: Mapping[str, Target] = {
         integer_left=False,  # 2026.4 refuses such a file, or is wrong by a tenth
         narrow_without_vnni=True,
     ),
-    "tensorrt": Target("tensorrt", True, _ALL - _RECURRENT, weight_only_kinds=_RECURRENT),
+    "tensorrt": Target(
+        "tensorrt", True, _ALL - _RECURRENT, weight_only_kinds=_RECURRENT, refuses_int4="takes 4-bit weights in blocks only"
+    ),
 }
 """The engines by name. Sources: ONNX Runtime's QDQ operator list and the graphs that it makes of each kind; OpenVINO's low-precision transformations guide,
 TensorRT's Q/DQ placement guide.

@@ -89,7 +89,6 @@ class Engine:
         wants: The forms that it wants.
         load: Loads a file as its users do; `None` where it can't be run here, or is ONNX Runtime, in which every file is checked.
         package: What must be installed for that.
-        refuses_int4: Why weights can't be stored in 4 bits for it; empty: they can.
         dynamic_batch: What it gets wrong where the size of a dynamic batch is computed with; empty: nothing.
         not_run: What to say of files that it was not run on; empty: it was.
     """
@@ -99,7 +98,6 @@ class Engine:
     wants: tuple[Want, ...]
     load: Load | None = None
     package: str = ""
-    refuses_int4: str = ""
     dynamic_batch: str = ""
     not_run: str = ""
 

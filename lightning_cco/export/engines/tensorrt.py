@@ -8,6 +8,5 @@ TENSORRT = Engine(
     "tensorrt",
     "TensorRT",
     (),  # float biases, symmetric pairs: what the file has without a want
-    refuses_int4="takes 4-bit weights in blocks only",
     not_run="the file is what TensorRT's documentation asks for (symmetric int8 Q/DQ pairs); it was run in ONNX Runtime only",
 )
