@@ -28,7 +28,9 @@ def warn_of_rules_without_effect(plan: QuantizationPlan) -> None:
             _warn(f"the rule '{rule.match}' sets weights_num_bits: {rule.weights_num_bits}, but {why}")
         elif rule.activations_num_bits is not None and (why := _no_activations(plan, layers)):
             _warn(f"the rule '{rule.match}' sets activations_num_bits: {rule.activations_num_bits}, but {why}")
-    if not plan.quantized and not plan.weight_only and any(rule.skip_quantization for rule in said):
+    others = (SkipReason.SUGGESTION, SkipReason.BUDGET)
+    chosen = any(decision.reason in others for decision in plan.decisions.values())
+    if not chosen and not plan.quantized and not plan.weight_only and any(rule.skip_quantization for rule in said):
         skipping = list_names([rule.match for rule in said if rule.skip_quantization])
         _warn(f"with the skips of {skipping} no layer is quantized: the model trains in float. Skip fewer layers")
 

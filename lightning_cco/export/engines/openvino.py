@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lightning_cco.export.engines import openvino_process
 from lightning_cco.export.engines.entry import Computed, Engine, Form, Want
 
 _PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
@@ -15,30 +20,59 @@ _CANARIES = "tests/export/test_engine_canaries.py"
 
 
 class Compiled:
-    """A file compiled for the CPU, with floats of 32 bits where it computes in float.
+    """A file compiled for the CPU, with floats of 32 bits where it computes in float, in a process of its own (`openvino_process`).
 
     Args:
         path: The file.
+
+    Raises:
+        RuntimeError: OpenVINO can't load it, or its process has ended; the message is its own.
     """
 
     def __init__(self, path: Path) -> None:
-        import openvino
-
-        self._model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", openvino_process.__file__, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        weakref.finalize(self, _end, self._process)
+        self._answer()
 
     def run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """The outputs, in the file's order."""
-        results = self._model(dict(feeds))
-        return [results[output] for output in self._model.outputs]
+        return self._ask(dict(feeds))  # type: ignore[no-any-return]
 
     def computed(self) -> list[Computed]:
         """What is executed, in order."""
-        found = []
-        for node in self._model.get_runtime_model().get_ordered_ops():
-            said = {name: node.get_rt_info()[name].astype(str) for name in ("layerType", "runtimePrecision", "originalLayersNames")}
-            names = (node.get_friendly_name(), *said["originalLayersNames"].split(","))
-            found.append(Computed(said["layerType"], said["runtimePrecision"], said["layerType"] in _PRODUCTS, names))
-        return found
+        return [Computed(kind, precision, kind in _PRODUCTS, names) for kind, precision, names in self._ask(None)]
+
+    def _ask(self, what: Any) -> Any:
+        assert self._process.stdin is not None
+        try:
+            pickle.dump(what, self._process.stdin)
+            self._process.stdin.flush()
+        except OSError as error:
+            raise RuntimeError(f"its process has ended with status {self._process.wait()}") from error
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        try:
+            result, error = pickle.load(self._process.stdout)
+        except EOFError:
+            raise RuntimeError(f"its process has ended with status {self._process.wait()}") from None
+        if error:
+            raise RuntimeError(error)
+        return result
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()
+    process.kill()
+    process.wait()
 
 
 OPENVINO = Engine(
