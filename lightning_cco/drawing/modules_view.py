@@ -125,7 +125,8 @@ class _View:
             path = self.box_of(layer.name, opened)
             if path is not None:
                 if path not in found:
-                    found[path] = Box(*self._label(path)[:1], repeats=self._label(path)[1])
+                    label, repeats = self._label(path)
+                    found[path] = Box(label, repeats=repeats)
                 current = found[path]
                 current.members += [*waiting, layer.name]
                 waiting = []

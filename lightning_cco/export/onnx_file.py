@@ -34,6 +34,7 @@ from lightning_cco.export.report import ExportReport
 from lightning_cco.export.signature import Deployed
 from lightning_cco.export.stored import StoredWeights
 from lightning_cco.files import temporary_folder
+from lightning_cco.graph.compiled import eager
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.targets import TARGETS
 from lightning_cco.version import __version__
@@ -183,7 +184,7 @@ def _write(
     stored = StoredWeights(quantized, int4)
     emitter = Emitter(quantized, stored, opset)
     emitter.model = deployed
-    with _quietly(), torch.compiler.set_stance("force_eager"):
+    with _quietly(), eager():
         traced, axes = _traced(deployed, emitter, ways_to_vary(deployed, dynamic_batch, options, inputs))
         conversion = {name: options[name] for name in ("verbose", "optimize", "custom_translation_table") if name in options}
         try:

@@ -16,6 +16,7 @@ from lightning_cco.export.failures import need_packages, need_writable_names, un
 from lightning_cco.export.network import Network
 from lightning_cco.export.signature import Deployed
 from lightning_cco.files import temporary_folder
+from lightning_cco.graph.compiled import eager
 from lightning_cco.quantization.model import HookedModel
 
 
@@ -58,7 +59,7 @@ def export_program(
         raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
     need_writable_names(name for layer in quantized.graph for name in (layer.path, *layer.parameters))
     target = export_target(path, ".pt2")
-    with quantized.evaluating(), torch.compiler.set_stance("force_eager"):
+    with quantized.evaluating(), eager():
         deployed = Deployed(quantized.model, args, kwargs, network=network)
         failure: Exception | None = None
         shapes: Any
