@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_cco import QuantizedModel
-from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
+from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 
 _SMALLEST_SCALE = 1e-12
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lightning_cco.graph.compiled import eager
-from lightning_cco.quantization.fake_quantize import quant_range
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.model import HookedModel
-from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
+from lightning_cco.quantization.qparams import quant_range
+from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 
 _MOST_VALUES = 65_536
 

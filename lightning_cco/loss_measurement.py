@@ -12,13 +12,15 @@ from torch import Tensor
 
 from lightning_cco.errors import CCOError
 from lightning_cco.loss_sensitivity import ACTIVATIONS_BITS, WEIGHTS_BITS, LossSensitivities, LossSensitivityReport, roundings_of
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.arguments import renormalized, replaced
-from lightning_cco.quantization.fake_quantize import affine_qparams, fake_quantize
+from lightning_cco.quantization.fake_quantize import fake_quantize
 from lightning_cco.quantization.model import Forward, HookedModel
 from lightning_cco.quantization.phases import Phase
-from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
+from lightning_cco.quantization.qparams import affine_qparams
 from lightning_cco.quantization.ranges import batch_range, best_clip_ratio, clip_errors, range_estimator, sample
 from lightning_cco.quantization.sites import SiteQuantizers
+from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 
 
 def measure_loss(

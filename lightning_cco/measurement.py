@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.model import Forward, HookedModel
 from lightning_cco.quantization.phases import Phase
-from lightning_cco.quantization.quantizer import ActivationQuantizer
 from lightning_cco.sensitivity import LayerSensitivities, SensitivityReport
 
 

@@ -21,9 +21,9 @@ from torchmetrics import Metric
 
 from lightning_cco.compat.metrics import syncs
 from lightning_cco.figures import badness
-from lightning_cco.quantization.fake_quantize import quant_range
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.native import kernels_for
-from lightning_cco.quantization.quantizer import ActivationQuantizer
+from lightning_cco.quantization.qparams import quant_range
 from lightning_cco.settings import SENSITIVITY_MODES
 
 _MOST_VALUES = 65_536

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_cco import QuantizedModel, quantize
 from lightning_cco.loss_sensitivity import Rounding
-from lightning_cco.quantization.quantizer import WeightQuantizer
+from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 
 WHOLE: dict[str, Any] = {"skip_tail_quantization": False}
 Batch = tuple[Tensor, Tensor]

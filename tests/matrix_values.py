@@ -14,7 +14,7 @@ from lightning_cco import QuantizedModel
 from lightning_cco.graph.attention import multi_head_attention
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.ops import operation
-from lightning_cco.quantization import quantizer as quantizer_module
+from lightning_cco.quantization import activation_quantizer, weight_quantizer
 
 
 def same_tensors(found: Iterable[Tensor], expected: Iterable[Tensor], exact: bool = True) -> bool:
@@ -74,8 +74,8 @@ def round_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             return x.clone()
         return x.clamp_(*clamp) if inplace else x.clamp(*clamp)
 
-    monkeypatch.setattr(quantizer_module, "fake_quantize", same)
-    monkeypatch.setattr(quantizer_module, "fake_quantize_weight", lambda weight, *_: weight.clone())
+    monkeypatch.setattr(activation_quantizer, "fake_quantize", same)
+    monkeypatch.setattr(weight_quantizer, "fake_quantize_weight", lambda weight, *_: weight.clone())
 
 
 def identities(quantized: QuantizedModel, monkeypatch: pytest.MonkeyPatch) -> Seen:
@@ -96,12 +96,12 @@ def identities(quantized: QuantizedModel, monkeypatch: pytest.MonkeyPatch) -> Se
         quantizer.register_forward_pre_hook(keep, with_kwargs=True)
         monkeypatch.setattr(quantizer, "observe", observe)
     for name, quantizers in quantized.weights.items():
-        for k, weight_quantizer in enumerate(quantizers):
+        for k, of_weight in enumerate(quantizers):
 
             def keep_weight(module: nn.Module, args: tuple[Tensor, ...], key: tuple[str, int] = (name, k)) -> None:
                 seen.weights.setdefault(key, []).append(args[0].detach().clone())
 
-            weight_quantizer.register_forward_pre_hook(keep_weight)
+            of_weight.register_forward_pre_hook(keep_weight)
     return seen
 
 

@@ -10,22 +10,23 @@ from typing import Any
 import pytest
 import torch
 from gradients import with_gradient
+from kernels_off import turn_kernels_off
 from models import ResidualCNN
 from torch import Tensor
 
 from lightning_cco import quantize
-from lightning_cco.quantization import fake_quantize as module
-from lightning_cco.quantization import quantizer, weight_recompute
-from lightning_cco.quantization.fake_quantize import affine_qparams, fake_quantize, fake_quantize_weight, quant_range, weight_scale
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
+from lightning_cco.quantization.fake_quantize import fake_quantize
+from lightning_cco.quantization.qparams import affine_qparams, quant_range, weight_scale
+from lightning_cco.quantization.weight_fake_quantize import fake_quantize_weight
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))
 
 
 @pytest.fixture(params=["cpu", CUDA])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    for user in (module, weight_recompute):
-        monkeypatch.setattr(user, "kernels_for", lambda tensor: None)
-    monkeypatch.setattr(quantizer.ActivationQuantizer, "numbers", lambda self, device="cpu": None)
+    turn_kernels_off(monkeypatch)
+    monkeypatch.setattr(ActivationQuantizer, "numbers", lambda self, device="cpu": None)
     return request.param
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_cco import CCOError, CCOWarning, QuantizedModel, quantize
 from lightning_cco.quantization import range_updates
-from lightning_cco.quantization.quantizer import ActivationQuantizer
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.range_updates import sync_calibration, update_ranges
 
 MIXED = {

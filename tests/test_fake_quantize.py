@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from gradients import with_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels_off import turn_kernels_off
 from torch import Tensor
 
-from lightning_cco.quantization import fake_quantize as fake_quantize_module
 from lightning_cco.quantization import native
-from lightning_cco.quantization.fake_quantize import affine_qparams, fake_quantize, fake_quantize_weight, quant_range, weight_scale
+from lightning_cco.quantization.fake_quantize import fake_quantize
+from lightning_cco.quantization.qparams import affine_qparams, quant_range, weight_scale
+from lightning_cco.quantization.weight_fake_quantize import fake_quantize_weight
 
 BITS = range(2, 9)
 
@@ -27,7 +29,7 @@ def numbers_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         if native.load() is None:
             pytest.skip("there is no C compiler")
     else:
-        monkeypatch.setattr(fake_quantize_module, "kernels_for", lambda x: None)
+        turn_kernels_off(monkeypatch)
     return lambda scale, zero_point: None if request.param == "tensors" else (float(scale), float(zero_point))
 
 

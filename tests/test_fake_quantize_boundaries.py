@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_cco.quantization.fake_quantize import fake_quantize, fake_quantize_weight, quant_range
+from lightning_cco.quantization.fake_quantize import fake_quantize
+from lightning_cco.quantization.qparams import quant_range
+from lightning_cco.quantization.weight_fake_quantize import fake_quantize_weight
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels_off import turn_kernels_off
 from torch import Tensor
 
-from lightning_cco.quantization import fake_quantize as fake_quantize_module
 from lightning_cco.quantization import kernel_library, native
-from lightning_cco.quantization.fake_quantize import affine_qparams, fake_quantize, fake_quantize_weight
+from lightning_cco.quantization.fake_quantize import fake_quantize
+from lightning_cco.quantization.qparams import affine_qparams
+from lightning_cco.quantization.weight_fake_quantize import fake_quantize_weight
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no C compiler")
 
@@ -26,7 +28,7 @@ def forward_and_backward(function: Any, x: Tensor, grad: Tensor, without_kernels
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         if without_kernels:
-            patch.setattr(fake_quantize_module, "kernels_for", lambda tensor: None)
+            turn_kernels_off(patch)
         y = function(x)
         y.backward(grad)
     return y.detach(), x.grad

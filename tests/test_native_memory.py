@@ -11,9 +11,9 @@ from torch import nn
 
 from lightning_cco import CCOError, quantize
 from lightning_cco.quantization import native
-from lightning_cco.quantization.fake_quantize import fake_quantize_weight
 from lightning_cco.quantization.native import kernels_for
 from lightning_cco.quantization.tracing import runs_plainly
+from lightning_cco.quantization.weight_fake_quantize import fake_quantize_weight
 from lightning_cco.quantization.weight_recompute import RecomputedWeight
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no C compiler")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lightning_cco.quantization import native, operations
-from lightning_cco.quantization.fake_quantize import fake_quantize_weight, weight_scale
+from lightning_cco.quantization.qparams import weight_scale
+from lightning_cco.quantization.weight_fake_quantize import fake_quantize_weight
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no C compiler")
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")

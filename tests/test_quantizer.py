@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from lightning_cco.quantization.fake_quantize import affine_qparams, fake_quantize_weight, quant_range
-from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
+from lightning_cco.quantization.qparams import affine_qparams, quant_range
 from lightning_cco.quantization.range_updates import sync_calibration, update_ranges
 from lightning_cco.quantization.ranges import batch_range, best_clip_ratio, clip_errors, percentile_range
+from lightning_cco.quantization.weight_fake_quantize import fake_quantize_weight
+from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 
 
 def calibrated(*batches: torch.Tensor, **options: object) -> ActivationQuantizer:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco import CCOError, CCOWarning, quantize
-from lightning_cco.quantization.quantizer import ActivationQuantizer
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.range_updates import update_ranges
 
 ESTIMATORS = ("moving_average", "min_max", "percentile", "mse")

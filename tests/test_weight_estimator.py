@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from kernels_off import turn_kernels_off
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lightning_cco import CCOError, quantize
-from lightning_cco.quantization import fake_quantize as fake_quantize_module
-from lightning_cco.quantization import native, quantizer
-from lightning_cco.quantization.fake_quantize import fake_quantize_weight, quant_range, weight_scale
-from lightning_cco.quantization.quantizer import WeightQuantizer
+from lightning_cco.quantization import native, operations, weight_quantizer
+from lightning_cco.quantization.qparams import quant_range, weight_scale
+from lightning_cco.quantization.weight_fake_quantize import fake_quantize_weight
+from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 from lightning_cco.quantization.weight_recompute import RecomputedWeight
 
 needs_kernels = pytest.mark.skipif(native.load() is None, reason="there is no C compiler")
@@ -24,7 +25,7 @@ INF, NAN = float("inf"), float("nan")
 
 def by_torch(weight: Tensor, num_bits: int, axis: int) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fake_quantize_module, "kernels_for", lambda tensor: None)
+        turn_kernels_off(patch)
         return fake_quantize_weight(weight, num_bits, axis, None, True)
 
 
@@ -81,7 +82,7 @@ def test_equal_ratios_of_equal_errors(shape: tuple[int, ...], axis: int) -> None
 @pytest.mark.parametrize("without_kernels", [False, True])
 def test_a_compiled_weight_is_an_eager_one(backend: str, without_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if without_kernels:
-        monkeypatch.setattr(fake_quantize_module.operations, "has_operations", lambda x: False)
+        monkeypatch.setattr(operations, "has_operations", lambda x: False)
     torch._dynamo.reset()
     weight = torch.randn(8, 3, 3, 3, requires_grad=True)
     compiled = torch.compile(lambda w: fake_quantize_weight(w, 3, 0, None, True), backend=backend, fullgraph=True)
@@ -134,7 +135,7 @@ def test_gradients_are_those_of_weights_that_are_kept(monkeypatch: pytest.Monkey
         one = copy.deepcopy(model)
         quantize(one, {"global_quantization_settings": {"weights_num_bits": 2}}, (x,)).calibrate([x])
         if keep:
-            monkeypatch.setattr(quantizer, "recomputed_weight", lambda weight, axis: None)
+            monkeypatch.setattr(weight_quantizer, "recomputed_weight", lambda weight, axis: None)
         one(x).square().sum().backward()
         found.append([parameter.grad for parameter in one.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))  # type: ignore[arg-type]

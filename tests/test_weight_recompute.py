@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_cco import quantize
 from lightning_cco.errors import CCOError
-from lightning_cco.quantization import native, quantizer, weight_recompute
-from lightning_cco.quantization.fake_quantize import fake_quantize_weight
+from lightning_cco.quantization import native, weight_quantizer, weight_recompute
 from lightning_cco.quantization.native import kernels_for
+from lightning_cco.quantization.weight_fake_quantize import fake_quantize_weight
 from lightning_cco.quantization.weight_recompute import RecomputedWeight
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no C compiler")
@@ -63,7 +63,7 @@ def test_gradients_are_the_same_to_the_last_bit(monkeypatch: pytest.MonkeyPatch)
         quantize(one, {"global_quantization_settings": {"skip_tail_quantization": False}}, (x,)).calibrate([(x,)])
     found = gradients(model, x)
     assert {model.conv.weight.numel(), model.up.weight.numel(), model.flat.weight.numel()} <= set(made)
-    monkeypatch.setattr(quantizer, "recomputed_weight", lambda weight, axis: None)
+    monkeypatch.setattr(weight_quantizer, "recomputed_weight", lambda weight, axis: None)
     made.clear()
     for got, expected in zip(found, gradients(plain, x), strict=True):
         assert torch.equal(got, expected)
@@ -73,14 +73,14 @@ def test_gradients_are_the_same_to_the_last_bit(monkeypatch: pytest.MonkeyPatch)
 def test_the_float_copies_take_the_same_memory_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else nothing is won: each is free once its layer has run."""
     addresses: list[int] = []
-    original = quantizer.fake_quantize_weight
+    original = weight_quantizer.fake_quantize_weight
 
     def watched(*args: Any) -> Tensor:
         result = original(*args)
         addresses.append(result.data_ptr())
         return result
 
-    monkeypatch.setattr(quantizer, "fake_quantize_weight", watched)
+    monkeypatch.setattr(weight_quantizer, "fake_quantize_weight", watched)
     model, x = nn.Sequential(nn.Linear(200, 300), nn.ReLU(), nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 2)), torch.randn(4, 200)
     quantize(model, None, (x,)).calibrate([(x,)])
     addresses.clear()

@@ -213,12 +213,12 @@ _OTHERS = (
     ("torch.onnx.ONNXProgram.pkg.torch.onnx.name_scopes", "onnx_exporter", "finds the module of a node", "the report names no module"),
 )
 _VERSION = (
-    "distillation/recorder.py, export/network.py, graph/trace.py, quantization/model.py, quantization/quantizer.py, quantization/range_updates.py, "
-    "quantization/weight_recompute.py"
+    "distillation/recorder.py, export/network.py, graph/trace.py, quantization/activation_quantizer.py, quantization/model.py, "
+    "quantization/range_updates.py, quantization/weight_quantizer.py, quantization/weight_recompute.py"
 )
-_BASE = "quantization/gradient_holders.py, quantization/quantizer.py, quantization/runtime.py"
+_BASE = "quantization/gradient_holders.py, quantization/runtime.py, quantization/weight_quantizer.py"
 _IN_PLACE = (
-    ("torch.nn.Module._buffers", "modules, quantization/quantizer.py", "reads a quantizer's buffers at once", _ATTRIBUTE),
+    ("torch.nn.Module._buffers", "modules, quantization/activation_quantizer.py", "reads a quantizer's buffers at once", _ATTRIBUTE),
     ("torch.Tensor._version", _VERSION, "tells values that were written to", _ATTRIBUTE),
     ("torch.Tensor._base", _BASE, "the tensor that a view is of", _ATTRIBUTE),
     ("torch.Tensor._is_view", "quantization/runtime.py", "tells a view", _ATTRIBUTE),
@@ -231,7 +231,7 @@ _IN_PLACE = (
     ),
     (
         "torch.autograd.forward_ad._current_level",
-        "quantization/fake_quantize.py, quantization/tracing.py",
+        "quantization/open_operations.py, quantization/tracing.py",
         "tells forward-mode AD",
         _ATTRIBUTE,
     ),

@@ -22,11 +22,11 @@ from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.graph.capture import CallSite
 from lightning_cco.graph.compiled import mode_stack, restore_modes
 from lightning_cco.graph.ops import Category, operation
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.arguments import replaced
 from lightning_cco.quantization.clamp_limits import LIMITS
-from lightning_cco.quantization.fake_quantize import level_bounds, quant_range
 from lightning_cco.quantization.model import HookedModel
-from lightning_cco.quantization.quantizer import ActivationQuantizer
+from lightning_cco.quantization.qparams import level_bounds, quant_range
 from lightning_cco.quantization.tensor_key import TensorKey
 
 

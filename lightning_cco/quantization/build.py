@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning_cco.graph.capture import Capture
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.plan import QuantizationPlan
-from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_cco.quantization.tensor_key import TensorKey
+from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 from lightning_cco.settings import Settings
 
 

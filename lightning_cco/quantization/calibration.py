@@ -11,8 +11,8 @@ from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import operation_of_kind
 from lightning_cco.names import list_names
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.plan import QuantizationPlan
-from lightning_cco.quantization.quantizer import ActivationQuantizer
 from lightning_cco.quantization.range_updates import sync_calibration
 from lightning_cco.quantization.tensor_key import TensorKey
 

@@ -16,15 +16,16 @@ from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import Capture, recording, switch_training
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.network import has_parameters
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.build import build_quantizers
 from lightning_cco.quantization.calibration import check_weights, finish_calibration, warn_of_zeros
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.planner import plan_quantization
-from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_cco.quantization.range_updates import forget_batches, update_ranges, warn_of_outliers, world_size
 from lightning_cco.quantization.runtime import Runtime
 from lightning_cco.quantization.state import check_fits, load_ranges, plan_differences, state_of
 from lightning_cco.quantization.tensor_key import TensorKey
+from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 from lightning_cco.settings import Settings, load_settings
 
 Forward = Callable[[nn.Module, Any], Any]

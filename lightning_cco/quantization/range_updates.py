@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_cco.compat.autograd import foreach_copy
 from lightning_cco.errors import CCOWarning
 from lightning_cco.names import list_names
-from lightning_cco.quantization.fake_quantize import affine_qparams
-from lightning_cco.quantization.quantizer import ActivationQuantizer
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
+from lightning_cco.quantization.qparams import affine_qparams
 from lightning_cco.quantization.ranges import says_something
 from lightning_cco.quantization.tensor_key import TensorKey
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_cco.quantization.fake_quantize import affine_qparams, quant_range
+from lightning_cco.quantization.qparams import affine_qparams, quant_range
 
 _MOST_SAMPLES = 65_536
 _CLIP_RATIOS = 40

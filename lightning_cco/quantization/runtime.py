@@ -19,14 +19,15 @@ from lightning_cco.graph.capture import Capture
 from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.frames import Frames
 from lightning_cco.graph.python_calls import calling_position
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.arguments import at, renormalized, replaced
 from lightning_cco.quantization.departures import COMPUTES, Departures
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.plan import QuantizationPlan
-from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_cco.quantization.sites import SiteQuantizers, fill_tables
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.tracing import runs_plainly
+from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 from lightning_cco.quantization.weight_recompute import RecomputedWeight, saving_recomputed
 
 Recorder = Callable[..., Any]

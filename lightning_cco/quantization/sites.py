@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from lightning_cco.graph.call import ArgPath
 from lightning_cco.graph.capture import CallSite, Capture
 from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation_of_kind
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.clamp_limits import LIMITS, Limits
 from lightning_cco.quantization.plan import QuantizationPlan
-from lightning_cco.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_cco.quantization.tensor_key import TensorKey
+from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 
 
 @dataclass(slots=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.plan import QuantizationPlan
-from lightning_cco.quantization.quantizer import ActivationQuantizer
 from lightning_cco.quantization.state_checks import STATE_VERSION, check_scale, check_state
 from lightning_cco.quantization.tensor_key import TensorKey
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_cco.errors import CCOError
-from lightning_cco.quantization.fake_quantize import affine_qparams
+from lightning_cco.quantization.qparams import affine_qparams
 
 STATE_VERSION = 1
 _NUMBERS = ("min_val", "max_val", "scale", "zero_point", "clip_ratio")

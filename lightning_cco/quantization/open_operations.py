@@ -1,0 +1,63 @@
+"""Fake-quantization by differentiable operations of PyTorch alone: for tracers, which record them, and for transforms (`vmap`, `jvp`, …), which know them.
+
+What is rounded has no gradient; the gradient comes by way of a zero, ``y - y.detach()`` with y = x where it passes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lightning_cco.compat.torch_modes import is_jit_tracing
+from lightning_cco.quantization.qparams import INF, Bound, Grid, quant_range, weight_scale
+
+
+def fake_quantize_openly(x: Tensor, scale: Bound, grid: Grid) -> Tensor:
+    """By differentiable operations of PyTorch alone, which tracers record and transforms (`vmap`, `jvp`, …) know, any number of times over.
+
+    What is rounded has no gradient; the gradient comes by way of a zero, ``y - y.detach()`` with y = x where it passes. Numbers instead of tensors where they
+    are known: a fake tensor goes together with numbers, but not with a tensor that isn't.
+    """
+    levels = _times(x.detach(), _inverse(scale)).round()
+    rounded = (_clamped(levels, grid.first, grid.last) * scale).to(x.dtype)
+    if not _wants_gradient():
+        return rounded
+    inside = (levels >= grid.low) & (levels <= grid.high)
+    for condition in where_clamp_passes(x.detach(), grid.limits):
+        inside = inside & condition
+    passing = torch.where(inside, x, torch.zeros_like(x))
+    return rounded + (passing - passing.detach())
+
+
+def _wants_gradient() -> bool:
+    if is_jit_tracing():  # the graph must be the same each time, and may be trained
+        return not torch.onnx.is_in_onnx_export()
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def _inverse(scale: Bound) -> Bound:
+    return scale.reciprocal() if isinstance(scale, Tensor) else float(np.float32(1.0) / np.float32(scale))
+
+
+def _times(x: Tensor, factor: Bound) -> Tensor:
+    return (x if x.dtype in (torch.float32, torch.float64) else x.float()) * factor
+
+
+def _clamped(levels: Tensor, first: Bound, last: Bound) -> Tensor:
+    return levels.clamp(first, last)  # type: ignore[arg-type]
+
+
+def fake_quantize_weight_openly(weight: Tensor, num_bits: int, axis: int | None, mse: bool) -> Tensor:
+    """By differentiable operations alone, as `fake_quantize_openly`."""
+    scale, limit = weight_scale(weight, num_bits, axis, mse), quant_range(num_bits, symmetric=True)[1]
+    levels = _times(weight.detach(), scale.reciprocal()).round()
+    rounded = ((levels.clamp(-limit, limit) if mse else levels) * scale).to(weight.dtype)
+    return rounded + (weight - weight.detach()) if _wants_gradient() else rounded
+
+
+def where_clamp_passes(x: Tensor, limits: tuple[float, float]) -> list[Tensor]:
+    """Where an activation's clamp has a gradient, one condition for each end that it has."""
+    below, above = limits
+    return [condition for condition, end in ((x > below, below), (x < above, above)) if abs(end) != INF]
