@@ -14,11 +14,12 @@ from torch import Tensor
 
 from lightning_cco.batches import ForwardFn, forward_through_step, model_context, on_a_copy, training_batches
 from lightning_cco.budget.plan import BudgetPlan, budget_rules, goal_of
-from lightning_cco.budget.search import BudgetSearch, packs
+from lightning_cco.budget.search import BudgetSearch
 from lightning_cco.budget.solver import need_scipy
 from lightning_cco.errors import CCOError
 from lightning_cco.held_batches import calls_of
 from lightning_cco.loss_sensitivity import LossSensitivityReport
+from lightning_cco.quantization.plan import packs_weights
 from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.settings import BudgetSettings, Settings, load_settings
 from lightning_cco.strategies import is_sharded
@@ -156,7 +157,7 @@ def plan_budget(
     def export_bytes() -> int:
         if not trainer.is_global_zero:
             return 0
-        return exported_bytes(quantized, held, forward, packs(settings))
+        return exported_bytes(quantized, held, forward, packs_weights(settings))
 
     count = max(settings.monitoring_settings.sensitivity_batches, min(settings.training_settings.stats_steps, _BATCHES))
     search = BudgetSearch(

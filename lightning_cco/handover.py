@@ -12,13 +12,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_cco.batches import ForwardFn
-from lightning_cco.budget.search import packs
 from lightning_cco.budgeted import recipe_of
 from lightning_cco.checkpoints import best_checkpoint, check_callback_state, read_checkpoint
 from lightning_cco.errors import CCOError
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export_dir import as_before
 from lightning_cco.held_batches import calibrate_on_held, calls_of, checks_of
+from lightning_cco.quantization.plan import packs_weights
 from lightning_cco.quantized_model import QuantizedModel, is_program
 from lightning_cco.settings import Settings
 from lightning_cco.strategies import is_sharded
@@ -72,7 +72,7 @@ class Handover:
                 checked, source = checks_of(quantized, calls, self.validation, self.forward)
                 options.setdefault("batches", checked)
         if not is_program(path):
-            options.setdefault("int4", packs(self.settings))
+            options.setdefault("int4", packs_weights(self.settings))
         written = quantized.export(path, args, kwargs, **options)
         if isinstance(written, ExportReport) and "batches" in options:
             written.batches_from = source

@@ -10,7 +10,8 @@ from models import GuideCNN
 from torch import Tensor, nn
 
 import lightning_cco as cc
-from lightning_cco.monitoring.plan_log import plan_lines
+from lightning_cco.drawing.overview import share_in_int8
+from lightning_cco.monitoring.plan_log import layers_text, plan_lines
 
 
 @pytest.fixture
@@ -76,5 +77,7 @@ def test_weights_packed_in_four_bits_do_not_count_as_int8() -> None:
     assert plan_lines(packed)[0].startswith(
         "0 of 4 layers with weights run in INT8 in ort (0 % of the multiplications); 3 have weights packed"
     )
+    assert packed.share_of_multiplications == share_in_int8(graph, packed, graph.names) == 0
+    assert layers_text(packed).count("Weights packed in 4 bits, computed in float") == 3
     stored = cc.plan_quantization(graph, {"global_quantization_settings": general})
     assert plan_lines(stored)[0].startswith("3 of 4 layers with weights run in INT8 in ort (98 %")

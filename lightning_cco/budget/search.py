@@ -27,24 +27,13 @@ from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.figures import figure
 from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.quantization.model import Forward, HookedModel
-from lightning_cco.quantization.plan import QuantizationPlan
-from lightning_cco.quantization.targets import TARGETS
+from lightning_cco.quantization.plan import QuantizationPlan, packs_weights
 from lightning_cco.settings import LayerRule, Settings, load_settings
 
 Calibrate = Callable[[Iterable[str]], Any]
 """Finds the ranges of the quantizers with these names."""
 _ROUNDS = 3
 _NODE_BYTES = 300.0
-
-
-def packs(settings: Settings) -> bool:
-    """Whether weights of at most 4 bits take half a byte in the file: as the recipe says, else if a budget counts on it."""
-    said = settings.deployment_settings.int4
-    if said is not None:
-        return said
-    budget = settings.budget_settings
-    counted = budget.size is not None or budget.average_bits is not None or budget.accuracy_drop is not None
-    return counted and not TARGETS[settings.deployment_settings.target_framework].refuses_int4
 
 
 class BudgetSearch:
@@ -95,11 +84,18 @@ class BudgetSearch:
         report = LossSensitivityReport.from_dict(report)
         facts = weight_facts(self.quantized, batch, self.forward)
         general = self.settings.global_quantization_settings
-        weights_bits = (2, 3, 4, 8) if self.by != "size" else (4, 8) if packs(self.settings) else (8,)
+        weights_bits = (2, 3, 4, 8) if self.by != "size" else (4, 8) if packs_weights(self.settings) else (8,)
         activations_bits = (4, 8) if self.goal == "bops" else (general.activations_num_bits,)
         base = self.quantized.plan
         made = choices(
-            base, self.settings, facts, report, float_bytes(self.quantized.model), weights_bits, activations_bits, packs(self.settings)
+            base,
+            self.settings,
+            facts,
+            report,
+            float_bytes(self.quantized.model),
+            weights_bits,
+            activations_bits,
+            packs_weights(self.settings),
         )
         if not made.groups:
             raise CCOError(

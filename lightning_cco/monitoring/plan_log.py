@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from lightning_cco.budget.search import packs
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.monitoring.tables import parsed_layers, text_table
 from lightning_cco.names import printable
@@ -51,22 +50,11 @@ def in_int8(plan: QuantizationPlan) -> str:
     share = plan.share_of_multiplications
     part = "" if math.isnan(share) else f" ({100 * share:.0f} % of the multiplications)"
     target = plan.settings.deployment_settings.target_framework
-    packed = _packed(plan)
-    count = sum(name in plan.quantized and name not in packed for name in weighted)
-    if packed:
-        work = sum(layer.multiplications for layer in plan.graph)
-        share -= sum(plan.graph[name].multiplications for name in packed) / max(1, work)
-        part = f" ({100 * share:.0f} % of the multiplications)"
-        part += f"; {len(packed)} have weights packed in 4 bits, and {target} computes them in float"
+    count = sum(name in plan.quantized - plan.packed for name in weighted)
+    if plan.packed:
+        part += f"; {len(plan.packed)} have weights packed in 4 bits, and {target} computes them in float"
     only = f"; {len(plan.weight_only)} more have integer weights and compute in float" if plan.weight_only else ""
     return f"{count} of {len(weighted)} layers with weights run in INT8 in {target}{part}{only}"
-
-
-def _packed(plan: QuantizationPlan) -> list[str]:
-    """Layers whose weights the file packs in 4 bits, for which no engine here multiplies integers."""
-    if not packs(plan.settings):
-        return []
-    return [name for name in plan.quantized if (plan.decisions[name].weights_num_bits or 8) <= 4]
 
 
 def _bits(plan: QuantizationPlan) -> list[str]:
@@ -77,6 +65,12 @@ def _bits(plan: QuantizationPlan) -> list[str]:
         f"Using {count} bits for Weight Quantization: {folded(plan.graph, [n for n, its in bits.items() if its == count], quoted=True)}"
         for count in sorted(set(bits.values()))
     ]
+
+
+def _runs(plan: QuantizationPlan, name: str) -> str:
+    if name in plan.packed:
+        return "Weights packed in 4 bits, computed in float"
+    return "INT8" if name in plan.quantized else _left(plan, name)
 
 
 def _left(plan: QuantizationPlan, name: str) -> str:
@@ -177,7 +171,7 @@ def layers_text(plan: QuantizationPlan) -> str:
             )
             or "-",
             f"{layer.multiplications:,}" if layer.multiplications else "-",
-            "INT8" if layer.name in plan.quantized else _left(plan, layer.name),
+            _runs(plan, layer.name),
         ]
         for layer in plan.graph
         if layer.kind != "output"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.quantization.skip_reasons import Skip, SkipReason
+from lightning_cco.quantization.targets import TARGETS
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.settings import LayerRule, Settings, load_settings
 
@@ -66,6 +67,16 @@ class TensorSpec:
         return TensorKey(self.layer, self.output)
 
 
+def packs_weights(settings: Settings) -> bool:
+    """Whether weights of at most 4 bits take half a byte in the file: as the recipe says, else if a budget counts on it."""
+    said = settings.deployment_settings.int4
+    if said is not None:
+        return said
+    budget = settings.budget_settings
+    counted = budget.size is not None or budget.average_bits is not None or budget.accuracy_drop is not None
+    return counted and not TARGETS[settings.deployment_settings.target_framework].refuses_int4
+
+
 @dataclass
 class QuantizationPlan:
     """Every layer's decision and every quantized tensor.
@@ -82,7 +93,8 @@ class QuantizationPlan:
         forced: Layers that run in INT8 only because a rule asks for it by name.
         reads: For each layer, by the number of its input, the name of the quantizer that rounds that input.
         at_readers: Names of the quantizers that stand there instead of behind the layer that makes the tensor, which somebody needs as it is.
-        quantized: Layers that run in INT8.
+        quantized: Layers whose weights and activations are quantized.
+        packed: Those of them whose weights the file holds in 4 bits, for which no engine has an INT8 product; the others run in INT8.
         weight_only: Layers in float with integer weights.
         skipped: Why the others do not run in INT8, those with integer weights included.
     """
@@ -99,11 +111,14 @@ class QuantizationPlan:
     reads: dict[str, dict[int, TensorKey]] = field(default_factory=dict)
     at_readers: frozenset[TensorKey] = frozenset()
     quantized: set[str] = field(init=False)
+    packed: set[str] = field(init=False)
     weight_only: set[str] = field(init=False)
     skipped: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.quantized = {name for name, decision in self.decisions.items() if decision.quantized}
+        packs = packs_weights(self.settings)
+        self.packed = {name for name in self.quantized if packs and (self.decisions[name].weights_num_bits or 8) <= 4}
         self.weight_only = {name for name, decision in self.decisions.items() if decision.weight_only}
         self.skipped = {
             name: str(Skip(decision.reason, decision.detail))
@@ -119,7 +134,7 @@ class QuantizationPlan:
     def share_of_multiplications(self) -> float:
         """The part of the model's multiplications that layers in INT8 compute, from 0 to 1; NaN if it has none."""
         total = sum(layer.multiplications for layer in self.graph)
-        return sum(self.graph[name].multiplications for name in self.quantized) / total if total else math.nan
+        return sum(self.graph[name].multiplications for name in self.quantized - self.packed) / total if total else math.nan
 
     def left_for(self, reason: SkipReason) -> list[str]:
         """The layers that are left in float for one kind of reason, in graph order."""
