@@ -86,8 +86,8 @@ def _see_weight(seen: list[tuple[float, int, Tensor]]) -> Callable[..., None]:
     def see(quantizer: WeightQuantizer, args: tuple[Any, ...]) -> None:
         with torch.no_grad():
             weight = args[0].detach()
-            integers, scale = quantizer.quantize(weight)
-            beyond = _some(weight.float().abs() > scale * (quant_range(quantizer.num_bits, symmetric=True)[1] + 0.5))
+            integers, _ = quantizer.quantize(weight)
+            beyond = _some(weight.float().abs() > quantizer.steps(weight) * (quant_range(quantizer.num_bits, symmetric=True)[1] + 0.5))
             seen.append((float(beyond.sum()), beyond.numel(), _some(integers).cpu()))
 
     return see

@@ -20,7 +20,6 @@ from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.qparams import affine_qparams
 from lightning_cco.quantization.ranges import batch_range, best_clip_ratio, clip_errors, range_estimator, sample
 from lightning_cco.quantization.sites import SiteQuantizers
-from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 
 
 def measure_loss(
@@ -226,7 +225,7 @@ class _Recorder:
         def call(bits: int) -> Any:
             other_args, other_kwargs = args, kwargs
             for slot, quantizer in site.weights:
-                same = quantizer if bits == quantizer.num_bits else WeightQuantizer(bits, quantizer.axis, self._estimator())
+                same = quantizer if bits == quantizer.num_bits else quantizer.of_bits(bits, self._estimator())
                 other_args, other_kwargs = replaced(other_args, other_kwargs, slot, lambda weight, same=same: same(weight.detach()))  # type: ignore[misc]
             return func(*other_args, **other_kwargs)
 

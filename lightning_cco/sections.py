@@ -20,11 +20,18 @@ DISTILLED = ("outputs", "layers")
 COMPARISONS = ("auto", "kl", "mse")
 _ALIASES = {"ov": "openvino", "trt": "tensorrt", "onnxruntime": "ort"}
 _LONGEST_MATCH, _MOST_STARS = 4096, 20
+GROUP_SIZES = (16, 32, 64, 128, 256)
+"""How many weights can have a scale together: what engines multiply."""
 
 # What a number may be, wherever it comes from: whether it is right, the words for it, and what to write instead.
 BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
     "weights_num_bits": (lambda bits: 2 <= bits <= 8, "2 to 8 bits were", "To leave a layer in float write skip_quantization: true."),
     "activations_num_bits": (lambda bits: 2 <= bits <= 8, "2 to 8 bits were", "To leave a layer in float write skip_quantization: true."),
+    "weights_group_size": (
+        lambda size: size in (0, *GROUP_SIZES),
+        "16, 32, 64, 128 or 256, or null, was",
+        "Write 32.",
+    ),
     "quantization_sensitivity_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
     "quantization_sensitivity_relative_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
     "loss_sensitivity_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
@@ -100,6 +107,8 @@ def problem_with_rule(rule: Mapping[str, Any]) -> str:
         return f"{named}: {reaching} says how far a skip goes, but skip_quantization is not true. Add skip_quantization: true."
     if rule.get("weight_only") and rule.get("skip_quantization") is not None:
         return f"{named}: weight_only says that the weights alone are quantized; skip_quantization says something else. Keep one of them."
+    if rule.get("weights_group_size") and rule.get("weight_only") is False:
+        return f"{named}: weights in groups (weights_group_size) are multiplied in float; weight_only: false says something else. Keep one of them."
     if until and downstream:
         return f"{named}: skip_quantization_until and skip_quantization_downstream contradict each other. Keep one of them."
     return ""
@@ -124,7 +133,9 @@ class LayerQuantizationSettings(_Checked):
         skip_quantization_downstream: With ``skip_quantization``: skip everything from this layer to the outputs.
         weights_num_bits: Bits of the weights, 2 to 8; None: the global value.
         activations_num_bits: Bits of the layer's output, 2 to 8; None: the global value.
-        weight_only: Quantize the weights alone: they are integers in the file, the layer is computed in float, and nothing is rounded for it.
+        weight_only: Quantize the weights alone: they are integers in the file, the layer is computed in float, and nothing is rounded for it. False: not, where
+            it holds globally.
+        weights_group_size: So many weights of an output share a scale, 16 to 256, as globally; 0: all of them; None: the global value.
     """
 
     skip_quantization: bool | None = None
@@ -133,6 +144,7 @@ class LayerQuantizationSettings(_Checked):
     weights_num_bits: int | None = None
     activations_num_bits: int | None = None
     weight_only: bool | None = None
+    weights_group_size: int | None = None
 
 
 @dataclass
@@ -158,6 +170,10 @@ class GlobalQuantizationSettings(_Checked):
     Attributes:
         weights_num_bits: Bits of the weights, 2 to 8.
         activations_num_bits: Bits of the activations, 2 to 8.
+        weight_only: Quantize the weights alone, of every layer: they are integers in the file, and everything is computed in float.
+        weights_group_size: So many weights that an output is made of share a scale: 16, 32, 64, 128 or 256, of linear layers, products with a matrix of
+            weights, and embeddings, whose weights alone are then quantized (as with ``weight_only``). It must divide the number of a layer's inputs. For
+            few bits: of 4, with 32 in a group, little is lost. None: all weights of an output.
         skip_tail_quantization: Skip the layers from each output up to the first weighted layer of every branch.
         automatic_skip_quantization: Skip the layers above the threshold from the next epoch on, instead of suggesting it.
         quantization_sensitivity_threshold: Quantization Sensitivity (L2 norm) above which a skip is suggested; None: no such threshold.
@@ -170,6 +186,8 @@ class GlobalQuantizationSettings(_Checked):
 
     weights_num_bits: int = 8
     activations_num_bits: int = 8
+    weight_only: bool = False
+    weights_group_size: int | None = None
     skip_tail_quantization: bool = True
     automatic_skip_quantization: bool = False
     quantization_sensitivity_threshold: float | None = 10000.0

@@ -22,6 +22,7 @@ class WeightFacts:
     Attributes:
         elements: How many numbers they are.
         channels: How many scales they have.
+        grouped: Whether these are of groups of weights, which files store in 4 bits where they fit.
         products: Multiplications with them on one batch.
         memory: Where they lie: layers that read the same weights read the same memory.
     """
@@ -30,6 +31,7 @@ class WeightFacts:
     channels: int
     products: int
     memory: tuple[int, ...]
+    grouped: bool = False
 
 
 def weight_facts(quantized: HookedModel, batch: Any, forward: Forward) -> dict[str, WeightFacts]:
@@ -43,7 +45,7 @@ def weight_facts(quantized: HookedModel, batch: Any, forward: Forward) -> dict[s
     found: dict[str, WeightFacts] = {}
 
     def look(site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors = [(at(args, kwargs, slot), quantizer.axis) for slot, quantizer in site.weights]
+        tensors = [(at(args, kwargs, slot), quantizer) for slot, quantizer in site.weights]
         read = next((value for value in args if isinstance(value, Tensor)), None)
         result = func(*args, **kwargs)
         if tensors:
@@ -51,8 +53,10 @@ def weight_facts(quantized: HookedModel, batch: Any, forward: Forward) -> dict[s
             before = found.get(site.layer)
             products = _products(kind, [tensor for tensor, _ in tensors], read, result) + (before.products if before else 0)
             elements = sum(tensor.numel() for tensor, _ in tensors)
-            channels = sum(1 if axis is None else tensor.shape[axis] for tensor, axis in tensors)
-            found[site.layer] = WeightFacts(elements, channels, products, tuple(t.untyped_storage().data_ptr() for t, _ in tensors))
+            channels = sum(quantizer.scales_of(tensor) for tensor, quantizer in tensors)
+            grouped = any(quantizer.group is not None for _, quantizer in tensors)
+            memory = tuple(tensor.untyped_storage().data_ptr() for tensor, _ in tensors)
+            found[site.layer] = WeightFacts(elements, channels, products, memory, grouped)
         return result
 
     with quantized.evaluating(), quantized.forked_random(), quantized.runtime.doing(Phase.HAND_OVER, look):

@@ -209,7 +209,8 @@ class _Maker:
         once = _once(names, self.facts)
         elements = sum(self.facts[name].elements for name in once)
         channels = sum(self.facts[name].channels for name in once)
-        per_element = 4.0 if form == FLOAT else 0.5 if self.packed and weights <= 4 else 1.0
+        packed = self.packed or any(self.facts[name].grouped for name in once)
+        per_element = 4.0 if form == FLOAT else 0.5 if packed and weights <= 4 else 1.0
         size = elements * per_element + (0 if form == FLOAT else 5.0 * channels)  # a scale and a zero point each
         products = sum(self.facts[name].products for name in names)
         both = weights * activations if form == INTEGER else FLOAT_BITS * FLOAT_BITS

@@ -58,12 +58,17 @@ def in_int8(plan: QuantizationPlan) -> str:
 
 
 def _bits(plan: QuantizationPlan) -> list[str]:
-    bits = {name: decision.weights_num_bits for name, decision in plan.decisions.items() if decision.weights_num_bits is not None}
-    if len(bits) <= _FEW:
-        return [f"'{name}': using {count} bits for Weight Quantization" for name, count in bits.items()]
+    forms = {
+        name: (decision.weights_num_bits, decision.weights_group_size or 0)
+        for name, decision in plan.decisions.items()
+        if decision.weights_num_bits is not None
+    }
+    said = {form: f"{form[0]} bits for Weight Quantization" + (f", in groups of {form[1]}" if form[1] else "") for form in forms.values()}
+    if len(forms) <= _FEW:
+        return [f"'{name}': using {said[form]}" for name, form in forms.items()]
     return [
-        f"Using {count} bits for Weight Quantization: {folded(plan.graph, [n for n, its in bits.items() if its == count], quoted=True)}"
-        for count in sorted(set(bits.values()))
+        f"Using {said[form]}: {folded(plan.graph, [name for name, its in forms.items() if its == form], quoted=True)}"
+        for form in sorted(said)
     ]
 
 

@@ -51,7 +51,8 @@ def build_quantizers(
         bits = decision.weights_num_bits
         if bits is None:  # a constant operand of an addition: an activation that never changes
             bits = decision.activations_num_bits or settings.global_quantization_settings.activations_num_bits
-        made = [WeightQuantizer(bits, weight.axis, training.weight_estimator) for weight in site.weights]
+        group = decision.weights_group_size
+        made = [WeightQuantizer(bits, weight.axis, training.weight_estimator, group) for weight in site.weights]
         before = known_weights.get(name)
         weights[name] = before if before is not None and before[0].kind == made[0].kind else made
     return activations, weights

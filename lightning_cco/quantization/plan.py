@@ -23,6 +23,7 @@ class LayerDecision:
         detail: The reason in a sentence.
         weights_num_bits: Bits of its weight, also where only that is quantized; `None` without a quantized weight.
         activations_num_bits: Bits of the quantizer on its output; `None` if it has none of its own.
+        weights_group_size: How many weights of an output share a scale; `None`: all of them.
     """
 
     quantized: bool
@@ -30,6 +31,7 @@ class LayerDecision:
     detail: str = ""
     weights_num_bits: int | None = None
     activations_num_bits: int | None = None
+    weights_group_size: int | None = None
 
     @property
     def weight_only(self) -> bool:
@@ -163,6 +165,8 @@ class QuantizationPlan:
         """Settings that name every layer with its decision; planning with them gives this plan again, with the reason ``setting`` for ``tail``."""
         settings = load_settings(self.settings)
         settings.global_quantization_settings.skip_tail_quantization = False
+        settings.global_quantization_settings.weight_only = False
+        settings.global_quantization_settings.weights_group_size = None
         settings.layer_settings = []
         bits = self.output_bits()
         for layer in self.graph:
@@ -176,6 +180,7 @@ class QuantizationPlan:
                 weight_only=weight_only,
                 weights_num_bits=decision.weights_num_bits,
                 activations_num_bits=bits.get(layer.name),
+                weights_group_size=decision.weights_group_size,
                 match=layer.name,
             )
             settings.layer_settings.append(rule)

@@ -18,6 +18,7 @@ from lightning_cco.quantization.skip_reasons import Skip, SkipReason
 from lightning_cco.quantization.skips import find_skips
 from lightning_cco.quantization.targets import TARGETS, Target
 from lightning_cco.quantization.tensor_key import TensorKey
+from lightning_cco.quantization.weight_groups import find_groups
 from lightning_cco.settings import Settings, load_settings
 
 
@@ -41,10 +42,11 @@ def plan_quantization(graph: LayerGraph, settings: Settings | None = None, sugge
         raise CCOError(
             f"suggestions: no layer is named {unknown}. Suggestions are layer names of this graph, such as {list(graph.names[:3])}."
         )
-    skips, forced = find_skips(graph, settings, said, suggestions, target)
-    plan = _Planner(graph, settings, target, said, skips, suggestions).plan()
+    groups = find_groups(graph, settings.global_quantization_settings, said, target)
+    skips, forced = find_skips(graph, settings, said, suggestions, target, groups)
+    plan = _Planner(graph, settings, target, said, skips, suggestions, groups).plan()
     plan.forced = forced
-    warn_of_rules_without_effect(plan)
+    warn_of_rules_without_effect(plan, said)
     return plan
 
 
@@ -59,7 +61,9 @@ class _Planner:
         said: dict[str, ResolvedRules],
         skips: dict[str, Skip],
         suggestions: tuple[str, ...],
+        weight_groups: dict[str, int],
     ) -> None:
+        self.weight_groups = weight_groups
         self.graph, self.settings, self.target, self.said, self.skips, self.suggestions = graph, settings, target, said, skips, suggestions
         self.connections = Connections(graph)
         self.groups = Groups(self.connections, target, skips)
@@ -213,7 +217,9 @@ class _Planner:
             weights = self.target.weight_bits(layer, weights, self.settings.deployment_settings.vnni)
         if name in self.skips:
             skip = self.skips[name]
-            return LayerDecision(False, skip.reason, skip.detail, weights if skip.reason is SkipReason.WEIGHT_ONLY else None, own)
+            if skip.reason is not SkipReason.WEIGHT_ONLY:
+                return LayerDecision(False, skip.reason, skip.detail, None, own)
+            return LayerDecision(False, skip.reason, skip.detail, weights, own, self.weight_groups.get(name))
         if layer.kind == "input" and TensorKey(name) not in made:
             return LayerDecision(False, SkipReason.RULE, "no INT8 layer reads it")
         if self.connections.passes(name) and name not in rounded:

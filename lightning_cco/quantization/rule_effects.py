@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.layer import Layer
@@ -11,15 +11,21 @@ from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.names import list_names
 from lightning_cco.quantization.plan import QuantizationPlan
+from lightning_cco.quantization.rules import ResolvedRules
 from lightning_cco.quantization.skip_reasons import SkipReason
+from lightning_cco.quantization.weight_groups import grouped_inputs, misfit, wanted_group
 
 _NO_OUTPUT = (Category.PRESERVE, Category.IDENTITY)
 
 
-def warn_of_rules_without_effect(plan: QuantizationPlan) -> None:
-    """Warn of each rule whose bits nothing has, with the reason, and of rules that leave the whole model in float.
+def warn_of_rules_without_effect(plan: QuantizationPlan, resolved: Mapping[str, ResolvedRules]) -> None:
+    """Warn of each rule whose bits, groups or weights alone nothing has, with the reason, and of rules that leave the whole model in float.
 
     Bits change nothing where a layer has no weights, passes values on, or stays in float: in the tail, by another rule, since the engine computes it so.
+
+    Args:
+        plan: The plan.
+        resolved: What the rules say of each layer.
     """
     said = [rule for rule in plan.settings.layer_settings if rule.by != "budget"]
     for rule in said:
@@ -28,6 +34,11 @@ def warn_of_rules_without_effect(plan: QuantizationPlan) -> None:
             _warn(f"the rule '{rule.match}' sets weights_num_bits: {rule.weights_num_bits}, but {why}")
         elif rule.activations_num_bits is not None and (why := _no_activations(plan, layers)):
             _warn(f"the rule '{rule.match}' sets activations_num_bits: {rule.activations_num_bits}, but {why}")
+        elif rule.weights_group_size and (why := _no_groups(plan, layers)):
+            _warn(f"the rule '{rule.match}' sets weights_group_size: {rule.weights_group_size}, but {why}")
+        elif rule.weight_only and (why := _not_alone(plan, layers)):
+            _warn(f"the rule '{rule.match}' sets weight_only: true, but {why}")
+    _warn_of_misfits(plan, resolved)
     others = (SkipReason.SUGGESTION, SkipReason.BUDGET)
     chosen = any(decision.reason in others for decision in plan.decisions.values())
     if not chosen and not plan.quantized and not plan.weight_only and any(rule.skip_quantization for rule in said):
@@ -58,6 +69,57 @@ def _no_activations(plan: QuantizationPlan, layers: Sequence[Layer]) -> str:
         return f"{_stay(plan, in_float)}, and no INT8 layer reads the result. {_WAY_OUT}"
     readers = [layer for layer in _readers(plan.graph, layers) if layer.kind != "output"]
     return f"no INT8 layer reads what {_names(layers)} make{'s' if len(layers) == 1 else ''}, so it is not rounded. Quantize what reads it: {_names(readers)}"
+
+
+def _no_groups(plan: QuantizationPlan, layers: Sequence[Layer]) -> str:
+    """Why a size of groups changes nothing; empty if it does, or if that is a matter of the size."""
+    weighted = [layer for layer in layers if layer.weighted]
+    able = [layer for layer in weighted if grouped_inputs(layer) is not None]
+    if not able:
+        ways = [layer for layer in plan.graph if grouped_inputs(layer) is not None]
+        return (
+            f"no linear layer, product with a matrix of weights or embedding is there. Name one: {_names(ways)}"
+            if ways
+            else misfit(layers[0])
+        )
+    if any(plan.decisions[layer.name].weights_num_bits is not None or _suggested(plan, layer) for layer in able):
+        return ""
+    return f"{_stay(plan, able)}. {_WAY_OUT}"
+
+
+def _not_alone(plan: QuantizationPlan, layers: Sequence[Layer]) -> str:
+    """Why layers do not have their weights alone quantized although a rule asks for it; empty if they do, or if another rule says otherwise."""
+    weighted = [layer for layer in layers if layer.weighted]
+    if not weighted:
+        return f"no layer there has weights. Name one that has: {_names([layer for layer in plan.graph if layer.weighted])}"
+    chosen = (SkipReason.SETTING, SkipReason.SUGGESTION, SkipReason.BUDGET)
+    floats = [layer for layer in weighted if layer.name in plan.skipped and plan.decisions[layer.name].weights_num_bits is None]
+    floats = [layer for layer in floats if plan.decisions[layer.name].reason not in chosen]
+    if floats:
+        return f"{_stay(plan, floats)}. Leave weight_only out for {'it' if len(floats) == 1 else 'them'}"
+    others = [layer for layer in layers if layer.name in plan.quantized and not layer.weighted]
+    others = [layer for layer in others if operation_of_kind(layer.kind).category not in _NO_OUTPUT and layer.kind != "input"]
+    if others:
+        have, run = ("has", "runs") if len(others) == 1 else ("have", "run")
+        return f"{_names(others)} {have} no weights and {run} in INT8. To leave them in float, too, write skip_quantization: true for them"
+    return ""
+
+
+def _warn_of_misfits(plan: QuantizationPlan, resolved: Mapping[str, ResolvedRules]) -> None:
+    """Warn of layers whose weights can't be in groups of the size that is wanted; those of other kinds, such as convolutions, never are."""
+    overall = plan.settings.global_quantization_settings
+    misfits = [
+        layer
+        for layer in plan.graph
+        if plan.decisions[layer.name].weights_num_bits is not None
+        and plan.decisions[layer.name].weights_group_size is None
+        and grouped_inputs(layer) is not None
+        and wanted_group(overall, resolved.get(layer.name, ResolvedRules())) is not None
+    ]
+    if misfits:
+        what = f"weights_group_size: {wanted_group(overall, resolved.get(misfits[0].name, ResolvedRules()))}, but {misfit(misfits[0])}"
+        others = f" (so have {_names(misfits[1:])})" if len(misfits) > 1 else ""
+        warnings.warn(f"{what}. Until then it has one scale for each channel{others}.", CCOWarning, stacklevel=4)
 
 
 def _suggested(plan: QuantizationPlan, layer: Layer) -> bool:

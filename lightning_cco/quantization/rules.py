@@ -32,6 +32,9 @@ class ResolvedRules:
     weight_only: bool | None = None
     weight_only_exactness: float = -1
     weight_only_by: str = ""
+    weights_group_size: int | None = None
+    groups_exactness: float = -1
+    groups_by: str = ""
 
     @property
     def asked_for(self) -> bool:
@@ -96,6 +99,8 @@ def _apply(graph: LayerGraph, rule: LayerRule, say: Callable[[str, str, object, 
             say(name, "activations_num_bits", rule.activations_num_bits, exactness, by)
         if rule.weight_only is not None:
             say(name, "weight_only", rule.weight_only, exactness, by)
+        if rule.weights_group_size is not None:
+            say(name, "weights_group_size", rule.weights_group_size, exactness, by)
 
 
 _EXACTNESS = {
@@ -103,8 +108,15 @@ _EXACTNESS = {
     "weights_num_bits": "weights_exactness",
     "activations_num_bits": "activations_exactness",
     "weight_only": "weight_only_exactness",
+    "weights_group_size": "groups_exactness",
 }
-_BY = {"skip": "skip_by", "weights_num_bits": "weights_by", "activations_num_bits": "activations_by", "weight_only": "weight_only_by"}
+_BY = {
+    "skip": "skip_by",
+    "weights_num_bits": "weights_by",
+    "activations_num_bits": "activations_by",
+    "weight_only": "weight_only_by",
+    "weights_group_size": "groups_by",
+}
 _WORDS = {part: "skip_quantization" if part == "skip" else part for part in _BY}
 
 

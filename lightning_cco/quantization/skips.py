@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer import Layer
@@ -82,7 +82,12 @@ def _intrinsic(layer: Layer, target: Target) -> Skip | None:
 
 
 def find_skips(
-    graph: LayerGraph, settings: Settings, said: dict[str, ResolvedRules], suggestions: Collection[str], target: Target
+    graph: LayerGraph,
+    settings: Settings,
+    said: dict[str, ResolvedRules],
+    suggestions: Collection[str],
+    target: Target,
+    groups: Mapping[str, int],
 ) -> tuple[dict[str, Skip], frozenset[str]]:
     """Find what is not to be quantized.
 
@@ -92,6 +97,7 @@ def find_skips(
         said: What its rules say of each layer.
         suggestions: Layers to skip because of their sensitivity.
         target: The engine.
+        groups: Layers whose weights are in groups, which no engine multiplies in INT8, and how many are in one.
 
     Returns:
         The reason of every layer that is left in float; and the layers that are not only because a rule asks for them by name.
@@ -99,21 +105,25 @@ def find_skips(
     Raises:
         CCOError: A rule asks for something impossible.
     """
-    tail = graph.tail() if settings.global_quantization_settings.skip_tail_quantization else set()
+    overall = settings.global_quantization_settings
+    tail = graph.tail() if overall.skip_tail_quantization else set()
     skips: dict[str, Skip] = {}
     forced = set()
     for layer in graph:
         entry, intrinsic = said.get(layer.name, ResolvedRules()), _intrinsic(layer, target)
         if entry.asked_for:
             _refuse_impossible(graph, layer, entry, intrinsic)
-            if _runs_if_asked(layer, intrinsic, target):
+            alone = layer.name in groups or (overall.weight_only and layer.weighted and entry.weight_only is not False)
+            if _runs_if_asked(layer, intrinsic, target) and not alone:
                 forced.add(layer.name)
                 continue
         if entry.weight_only and (skip := _weights_alone(layer, entry, intrinsic, target)) is not None:
             skips[layer.name] = skip
             continue
         skip = _chosen(layer, entry, intrinsic, layer.name in suggestions, layer.name in tail)
-        if skip is not None and skip.reason is SkipReason.SUGGESTION and settings.global_quantization_settings.automatic_skip_by == "loss":
+        if skip is None:
+            skip = _alone_by_settings(layer, entry, overall.weight_only, groups.get(layer.name), target)
+        if skip is not None and skip.reason is SkipReason.SUGGESTION and overall.automatic_skip_by == "loss":
             skip = Skip(SkipReason.SUGGESTION, "its expected rise of the loss was above the threshold")
         if skip is not None:
             skips[layer.name] = skip
@@ -150,6 +160,19 @@ def _weights_alone(layer: Layer, entry: ResolvedRules, intrinsic: Skip | None, t
             "weights as integers, or it has none. Name a layer with weights, such as a convolution or a linear layer."
         )
     return None
+
+
+def _alone_by_settings(layer: Layer, entry: ResolvedRules, overall: bool, group: int | None, target: Target) -> Skip | None:
+    """That a layer which could run in INT8 has its weights alone quantized, or stays in float, by what holds for all layers; `None`: it runs in INT8."""
+    if group is not None and target.stores_weights(layer):
+        return Skip(SkipReason.WEIGHT_ONLY, f"{target.name} multiplies weights in groups of {group} in float")
+    if not overall or entry.weight_only is False:
+        return None
+    if target.stores_weights(layer):
+        return Skip(SkipReason.WEIGHT_ONLY, "weight_only: true for all layers")
+    if _category(layer) is Category.PRESERVE or layer.kind == "input" or entry.skip is False:
+        return None
+    return Skip(SkipReason.RULE, "weight_only: true for all layers, and it has no weights")
 
 
 def _chosen(layer: Layer, entry: ResolvedRules, intrinsic: Skip | None, suggested: bool, in_tail: bool) -> Skip | None:

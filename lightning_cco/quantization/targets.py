@@ -39,6 +39,7 @@ class Target:
         integer_left: Whether a product with a weight on its left, which is computed in float, may have integers for it.
         narrow_without_vnni: Whether weights that are multiplied have 7 bits for processors without VNNI, whose sums of two products would overflow.
         refuses_int4: Why weights can't be stored in 4 bits for it; empty: they can.
+        refuses_groups: Why weights can't have a scale for each group of inputs for it, and what to write instead; empty: they can.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Target:
     integer_left: bool = True
     narrow_without_vnni: bool = False
     refuses_int4: str = ""
+    refuses_groups: str = ""
 
     def computes_in_int8(self, layer: Layer) -> bool:
         """Whether a layer, all of whose floats are rounded, is computed in INT8."""

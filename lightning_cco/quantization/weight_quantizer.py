@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_cco.errors import CCOError
 from lightning_cco.quantization.qparams import quant_range, weight_scale
 from lightning_cco.quantization.ranges import weight_estimator
 from lightning_cco.quantization.tracing import runs_plainly
@@ -28,20 +29,27 @@ class WeightQuantizer(nn.Module):
         axis: Axis of the output channels; `None`: one scale for the whole tensor.
         estimator: ``minmax``: scales of the largest magnitudes; ``mse``: those at which rounding and clipping together lose least; ``auto``: ``mse`` up to 4
             bits, ``minmax`` above.
+        group: How many weights of an output share a scale, for matrices of weights; `None`: all of them.
 
     Attributes:
         estimator: Which one it is; never ``auto``.
+        blocks: The axis along which the weights are cut into groups; `None`: there are none.
     """
 
-    def __init__(self, num_bits: int = 8, axis: int | None = 0, estimator: str = "minmax") -> None:
+    def __init__(self, num_bits: int = 8, axis: int | None = 0, estimator: str = "minmax", group: int | None = None) -> None:
         super().__init__()
         self.num_bits, self.axis, self.estimator = num_bits, axis, weight_estimator(estimator, num_bits)
+        self.group, self.blocks = group, None if group is None or axis is None else 1 - axis
         self._kept: tuple[tuple[Any, ...], Tensor, Tensor, Tensor] | None = None
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Bits and estimator."""
-        return self.num_bits, self.estimator
+        """Bits, estimator, and size of the groups."""
+        return self.num_bits, self.estimator, self.group
+
+    def of_bits(self, num_bits: int, estimator: str) -> WeightQuantizer:
+        """One of the same weight with another number of bits."""
+        return WeightQuantizer(num_bits, self.axis, estimator, self.group)
 
     def forward(self, weight: Tensor, recomputed: list[RecomputedWeight] | None = None) -> Tensor:
         """Fake-quantize; the gradient is that of the identity.
@@ -52,7 +60,12 @@ class WeightQuantizer(nn.Module):
         """
         if not torch.compiler.is_compiling() and not runs_plainly():  # first: traced weights have no numbers to compare
             return self._rounded(weight)
-        room = recomputed_weight(weight, self.axis) if recomputed is not None else None
+        room = None
+        if recomputed is not None:
+            if self.group is None:
+                room = recomputed_weight(weight, self.axis)
+            else:
+                room = recomputed_weight(weight, 0, (self._rows, torch.Size((weight.numel() // self.group, self.group))))
         if room is not None and recomputed is not None:
             self._kept = None
             recomputed.append(room)
@@ -73,26 +86,57 @@ class WeightQuantizer(nn.Module):
         return rounded
 
     def _rounded(self, weight: Tensor, recomputed: RecomputedWeight | None = None) -> Tensor:
-        return fake_quantize_weight(weight, self.num_bits, self.axis, recomputed, self.estimator == "mse")
+        mse = self.estimator == "mse"
+        if self.group is None:
+            return fake_quantize_weight(weight, self.num_bits, self.axis, recomputed, mse)
+        rounded = fake_quantize_weight(self._rows(weight), self.num_bits, 0, recomputed, mse)
+        return rounded.view(weight.shape) if self.blocks == 1 else rounded.view(weight.shape[::-1]).t()
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        """The groups of a matrix as rows, which are to the kernels what channels are: a view, where inputs lie beside each other."""
+        assert self.group is not None
+        if weight.dim() != 2 or weight.shape[self.blocks or 0] % self.group:
+            raise CCOError(
+                f"weights_group_size: a matrix whose axis {self.blocks} is a multiple of {self.group} was expected, one of shape {tuple(weight.shape)} came. "
+                "Weights have changed their shape since the layers were captured; capture anew, or write weights_group_size: 0 for the layer."
+            )
+        return (weight if self.blocks == 1 else weight.t()).reshape(-1, self.group).contiguous()
 
     def scale(self, weight: Tensor) -> Tensor:
-        """The scale of each channel, as `weight_scale` shapes it."""
-        return weight_scale(weight, self.num_bits, self.axis, self.estimator == "mse")
+        """The scale of each channel, as `weight_scale` shapes it; in groups of each of them, along the axes of the weight."""
+        mse = self.estimator == "mse"
+        if self.group is None:
+            return weight_scale(weight, self.num_bits, self.axis, mse)
+        scale = weight_scale(self._rows(weight.detach()), self.num_bits, 0, mse).reshape(weight.shape[1 - (self.blocks or 0)], -1)
+        return scale if self.blocks == 1 else scale.t()
+
+    def scales_of(self, weight: Tensor) -> int:
+        """How many scales a weight has."""
+        if self.group is not None:
+            return weight.numel() // self.group
+        return 1 if self.axis is None else weight.shape[self.axis]
+
+    def steps(self, weight: Tensor) -> Tensor:
+        """The scale of each weight, in a shape that goes together with the weight's."""
+        scale = self.scale(weight)
+        return scale if self.group is None else scale.repeat_interleave(self.group, self.blocks)
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The integers themselves.
 
         Returns:
-            int8 of the weight's shape, and the scale as `weight_scale` shapes it.
+            int8 of the weight's shape, and the scale as `scale` shapes it.
         """
         scale = self.scale(weight)
+        steps = scale if self.group is None else scale.repeat_interleave(self.group, self.blocks)
         low, high = quant_range(self.num_bits, symmetric=True)
-        return weight.detach().float().mul(scale.reciprocal()).round().clamp(low, high).to(torch.int8), scale
+        return weight.detach().float().mul(steps.reciprocal()).round().clamp(low, high).to(torch.int8), scale
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts with nothing kept."""
         return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
-        """Bits, axis and estimator."""
-        return f"num_bits={self.num_bits}, axis={self.axis}, {self.estimator}"
+        """Bits, axis, size of the groups and estimator."""
+        groups = "" if self.group is None else f", groups of {self.group}"
+        return f"num_bits={self.num_bits}, axis={self.axis}{groups}, {self.estimator}"

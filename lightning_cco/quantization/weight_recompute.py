@@ -14,6 +14,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.quantization.native import Kernels, kernels_for
 from lightning_cco.quantization.tracing import runs_plainly
 
+Arranged = tuple[Callable[[Tensor], Tensor], torch.Size]
 # Smaller weights are not worth the two Python calls.
 _SMALLEST = 1 << 14
 
@@ -40,23 +41,28 @@ class RecomputedWeight:
     """A rounded weight that can be made again to the last bit, as long as the weight itself does not change.
 
     Args:
-        weight: Of what it is, contiguous.
+        weight: Of what it is.
         axis: Axis of the output channels.
         kernels: What makes it.
+        arranged: What the kernels read of the weight, and the shape of that; `None`: the weight itself, contiguous.
 
     Attributes:
         scales: float32 with one value for each channel.
         limit: Largest level; both are written when the weight is made for the first time.
     """
 
-    def __init__(self, weight: Tensor, axis: int, kernels: Kernels) -> None:
+    def __init__(self, weight: Tensor, axis: int, kernels: Kernels, arranged: Arranged | None = None) -> None:
         self.weight, self.axis, self.kernels = weight.detach(), axis, kernels
-        self.scales = torch.empty(weight.shape[axis], dtype=torch.float32, device="cpu")  # by name: the defaults are the user's
+        self._arranged, self.shape = arranged or (None, weight.shape)
+        self.scales = torch.empty(self.shape[axis], dtype=torch.float32, device="cpu")  # by name: the defaults are the user's
         self.limit, self.address, self.version = 0, 0, weight._version
+
+    def _read(self) -> Tensor:
+        return self.weight if self._arranged is None else self._arranged(self.weight)
 
     def room(self) -> Tensor:
         """Memory for the rounded weight."""
-        rounded = _scratch.take(self.weight.shape, self.weight.dtype)
+        rounded = _scratch.take(self.shape, self.weight.dtype)
         self.address = rounded.data_ptr()
         return rounded
 
@@ -71,27 +77,33 @@ class RecomputedWeight:
                 f"a weight of shape {tuple(self.weight.shape)} was modified in place between the forward and its backward (an optimizer's step?), so its "
                 "gradient can't be computed, no more than in float. Run the backward before the weights change, or the forward again."
             )
+        weight = self._read()
         if not runs_plainly():  # the backward under a transform (vectorized autograd) or a mode
-            scales = self.scales.view([-1 if dim == self.axis else 1 for dim in range(self.weight.dim())])
-            levels = (self.weight.float() * scales.reciprocal()).round().clamp(-self.limit, self.limit)
-            return (levels * scales).to(self.weight.dtype)
+            scales = self.scales.view([-1 if dim == self.axis else 1 for dim in range(weight.dim())])
+            levels = (weight.float() * scales.reciprocal()).round().clamp(-self.limit, self.limit)
+            return (levels * scales).to(weight.dtype)
         rounded = self.room()
-        self.kernels.fake_quantize_weight(self.weight, rounded, self.axis, self.limit, 0.0, self.scales, known=True)
+        self.kernels.fake_quantize_weight(weight, rounded, self.axis, self.limit, 0.0, self.scales, known=True)
         return rounded
 
 
-def recomputed_weight(weight: Tensor, axis: int | None) -> RecomputedWeight | None:
+def recomputed_weight(weight: Tensor, axis: int | None, arranged: Arranged | None = None) -> RecomputedWeight | None:
     """What makes a rounded weight again in the backward.
+
+    Args:
+        weight: The weight.
+        axis: Axis of the output channels.
+        arranged: What the kernels read of it, as for `RecomputedWeight`.
 
     `None` where that is not wanted: outside of an eager training forward, for small weights, and where somebody else, such as a checkpoint, handles
     what is saved, or nobody may.
     """
     if axis is None or weight.numel() < _SMALLEST or not torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
         return None
-    kernels = kernels_for(weight) if weight.is_contiguous() else None
+    kernels = kernels_for(weight) if weight.is_contiguous() or arranged is not None else None
     if kernels is None or not saved_hooks_enabled() or saved_hooks_on_top(False) is not None:
         return None
-    return RecomputedWeight(weight, axis, kernels)
+    return RecomputedWeight(weight, axis, kernels, arranged)
 
 
 def saving_recomputed(func: Callable[..., Any], weights: Sequence[RecomputedWeight]) -> Callable[..., Any]:
