@@ -93,7 +93,9 @@ def export_onnx(
         raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
     grouped = [name for name, quantizers in quantized.weights.items() if quantizers[0].group is not None]
     if grouped:
-        raise CCOError(f"export: the weights of '{grouped[0]}' are in groups (weights_group_size), which files can't hold yet. Leave it out.")
+        raise CCOError(
+            f"export: the weights of '{grouped[0]}' are in groups (weights_group_size), which files can't hold yet. Leave it out."
+        )
     engine = TARGETS[quantized.settings.deployment_settings.target_framework]
     if int4 and engine.refuses_int4:
         raise CCOError(f"export: int4=True with target_framework: {engine.name}, which {engine.refuses_int4}. Leave int4 out.")
