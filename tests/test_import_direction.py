@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -59,9 +60,18 @@ def imported(node: ast.AST) -> list[str]:
     return [name for name in names if name.partition(".")[0] == ROOT.name]
 
 
+@functools.cache
+def statements(module: str) -> tuple[list[ast.AST], list[ast.AST]]:
+    """Imports of a module at its top, and those further in."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    top = {id(node) for node in tree.body}
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return [node for node in found if id(node) in top], [node for node in found if id(node) not in top]
+
+
 def imports(module: str) -> list[str]:
     """Our own modules that a module imports, anywhere in it: also for its annotations alone."""
-    return [name for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))) for name in imported(node)]
+    return [name for nodes in statements(module) for node in nodes for name in imported(node)]
 
 
 def unit(module: str) -> str:
@@ -93,9 +103,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_no_module_of_ours_is_imported_inside_a_function(module: str) -> None:
     """Heavy packages of others may be, on first use; ours only at the top, where they are seen."""
-    top = ast.parse(MODULES[module].read_text(encoding="utf-8"))
-    inside = {name for node in ast.walk(top) if node not in top.body for name in imported(node)}
-    assert inside == set()
+    assert [name for node in statements(module)[1] for name in imported(node)] == []
 
 
 def test_the_page_has_the_same_layers() -> None:
