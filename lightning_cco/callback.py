@@ -198,7 +198,7 @@ class CCOCallback(pl.Callback):
         if self._freezes_at(trainer.global_step):
             quantized.freeze_ranges()
         assert self._forward is not None
-        self.distiller.start(trainer, quantized, self._forward, self._held[0], monitor.folder)
+        self.distiller.start(trainer, quantized, self._forward, self._held[0], monitor.folder.path)
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         """Capture the layers and hook the quantizers on, unless they are."""

@@ -22,7 +22,7 @@ from models import GuideCNN
 
 from lightning_cco import CCOCallback, CCOError, CCOWarning, QuantizedModel, quantize
 from lightning_cco.files import remove_abandoned, temporary_folder, write_file
-from lightning_cco.monitoring import Monitor, monitor
+from lightning_cco.monitoring import Monitor, monitor, pictures
 from lightning_cco.monitoring.history import History
 
 
@@ -86,7 +86,7 @@ def test_an_error_in_drawing_ends_nothing(what: str, quantized: QuantizedModel, 
     def fail(*arguments: Any, **more: Any) -> None:
         raise KeyError("unforeseen")
 
-    monkeypatch.setattr(monitor, what, fail)
+    monkeypatch.setattr(pictures if what == "save_pictures" else monitor, what, fail)
     shower = Monitor(tmp_path, [TensorBoardLogger(tmp_path / "log")])
 
     def run() -> None:

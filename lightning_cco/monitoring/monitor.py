@@ -5,37 +5,32 @@ Nothing here ends a training: what can't be drawn, written or shown is one warni
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import math
 import os
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 from lightning_cco.budget.plan import BudgetPlan
-from lightning_cco.drawing.render import save_overview, save_pictures
-from lightning_cco.errors import CCOWarning
 from lightning_cco.export.report import ExportReport
-from lightning_cco.files import check_writable, remove_abandoned, write_file
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.level_use import LayerLevels
 from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.monitoring import tables
+from lightning_cco.monitoring.epoch_view import as_code, epoch_tables, epoch_texts, epoch_values
 from lightning_cco.monitoring.graph_def import graph_def
 from lightning_cco.monitoring.heat_map import heat_map
 from lightning_cco.monitoring.history import History, worth_showing
 from lightning_cco.monitoring.loggers import Payload, show
 from lightning_cco.monitoring.loss_view import LossSensitivityCsv, loss_header, loss_heat_map, loss_rows, loss_table
+from lightning_cco.monitoring.pictures import Pictures
 from lightning_cco.monitoring.plan_log import layers_text, plan_lines, start_lines
 from lightning_cco.monitoring.resolved import resolved_yaml
+from lightning_cco.monitoring.run_folder import RunFolder
 from lightning_cco.monitoring.sensitivity_csv import SensitivityCsv
 from lightning_cco.monitoring.trade_off import HEADER, budget_csv, budget_lines, layer_rows, trade_off
 from lightning_cco.names import printable
@@ -44,10 +39,8 @@ from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings
 from lightning_cco.suggestions import Suggestion, suggestions_yaml
 
+_FILES = ("suggested_skips.yaml", "sensitivity.csv", "heat_map.png", "resolved_recipe.yaml", "layers.txt")
 _FOLLOWED = 30  # layers with a curve of their own: as many as a page can show
-_Data = TypeVar("_Data", str, bytes)
-_FILE_URL = re.compile(r"^file:/+")
-_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 class Monitor:
@@ -66,58 +59,55 @@ class Monitor:
     """
 
     def __init__(self, folder: Path | str, loggers: Sequence[Any] = (), enabled: bool = True, draw: bool = True) -> None:
-        self.folder, self.loggers, self.enabled, self.draw = Path(_FILE_URL.sub("/", str(folder))), list(loggers), enabled, draw
+        self.folder, self.loggers, self.enabled, self.draw = RunFolder(folder), list(loggers), enabled, draw
         self.past = History()
         self.past_losses = History()
         self._rises: dict[str, float] = {}
-        self._files = True  # whether the folder is on a disk
-        self._csv = SensitivityCsv(self.folder / "sensitivity.csv")
-        self._loss_csv = LossSensitivityCsv(self.folder / "loss_sensitivity.csv")
-        self._warned: set[object] = set()
+        self._csv = SensitivityCsv(self.folder.path / "sensitivity.csv")
+        self._loss_csv = LossSensitivityCsv(self.folder.path / "loss_sensitivity.csv")
         self._step = 0
         self._not_shown: Payload | None = None
-        self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cco-draw")
-        self._pending: list[Future[None]] = []
+        self._pictures = Pictures(self.folder, self.loggers)
 
     def on_start(self, graph: LayerGraph, plan: QuantizationPlan) -> None:
         """Say what was captured and planned, draw it, write the resolved recipe."""
         if not self.enabled:
             return
-        self._open_folder()
-        with self._unharmed("the plan"):
+        self.folder.open()
+        with self.folder.unharmed("the plan"):
             _say("\n".join(start_lines(graph, plan)))
         self._write_plan(plan)
         if self.draw:
-            self._draw_init(graph)
-            self._draw_plan(plan, {}, step=0, when="before training", to_loggers=True)
-        _say(f"Pictures and recipes: {printable(self.folder)}")
+            self._pictures.draw_graph(graph)
+            self._pictures.draw_plan(plan, {}, {}, step=0, when="before training", to_loggers=True)
+        _say(f"Pictures and recipes: {printable(self.folder.path)}")
 
     def on_plan(self, plan: QuantizationPlan) -> None:
         """Say what a plan does, and write it as a recipe that can be fed back."""
         if not self.enabled:
             return
-        with self._unharmed("the plan"):
+        with self.folder.unharmed("the plan"):
             _say("\n".join(plan_lines(plan)))
         self._write_plan(plan)
 
     def _write_plan(self, plan: QuantizationPlan) -> None:
-        self._write("resolved_recipe.yaml", lambda: resolved_yaml(plan))
-        self._write("layers.txt", lambda: layers_text(plan))
+        self.folder.write("resolved_recipe.yaml", lambda: resolved_yaml(plan))
+        self.folder.write("layers.txt", lambda: layers_text(plan))
 
     def on_budget(self, budget: BudgetPlan, step: int) -> None:
         """Say what a budget has chosen; write the trade-off as ``trade_off.png``, the layers as ``budget.csv``, and all of it as ``budget.json``."""
         if not self.enabled:
             return
-        with self._unharmed("the budget"):
+        with self.folder.unharmed("the budget"):
             _say("\n".join(budget_lines(budget)))
-        self._write("budget.json", lambda: json.dumps(budget.to_dict(), indent=1))
-        self._write("budget.csv", lambda: budget_csv(budget))
-        picture = self._write("trade_off.png", lambda: _png(trade_off(budget)))
-        with self._unharmed("what goes to the loggers"):
+        self.folder.write("budget.json", lambda: json.dumps(budget.to_dict(), indent=1))
+        self.folder.write("budget.csv", lambda: budget_csv(budget))
+        picture = self.folder.write("trade_off.png", lambda: _png(trade_off(budget)))
+        with self.folder.unharmed("what goes to the loggers"):
             rows = layer_rows(budget)
             text = tables.markdown_table(HEADER, rows[: tables.MOST_ROWS], of=len(rows))
             images = {} if picture is None else {"cco/trade_off": picture}
-            files = [self.folder / name for name in ("budget.csv", "budget.json", "trade_off.png")]
+            files = [self.folder.path / name for name in ("budget.csv", "budget.json", "trade_off.png")]
             show(self.loggers, Payload(step, texts={"cco/budget": text}, images=images, files=files))
 
     def on_losses(self, epoch: int, step: int, plan: QuantizationPlan, losses: LossSensitivityReport, settings: Settings) -> None:
@@ -126,14 +116,14 @@ class Monitor:
             return
         rises = self._rises = losses.rises(plan)
         self.past_losses.add(epoch, rises, {})
-        with self._unharmed("the loss sensitivities"):
+        with self.folder.unharmed("the loss sensitivities"):
             _say(loss_table(losses, plan))
-        if self._files:
-            with self._unharmed(self._loss_csv.path):
+        if self.folder.on_disk:
+            with self.folder.unharmed(self._loss_csv.path):
                 self._loss_csv.write_losses(epoch, losses, plan)
         threshold = settings.global_quantization_settings.loss_sensitivity_threshold
-        picture = self._write("loss_heat_map.png", lambda: _png(loss_heat_map(self.past_losses, threshold, ())))
-        with self._unharmed("what goes to the loggers"):
+        picture = self.folder.write("loss_heat_map.png", lambda: _png(loss_heat_map(self.past_losses, threshold, ())))
+        with self.folder.unharmed("what goes to the loggers"):
             rows = loss_rows(losses, plan)
             light = {f"cco_loss/{printable(name)}": rise for name, rise in list(rises.items())[:_FOLLOWED]}
             if not worth_showing(self.past_losses.count):
@@ -141,7 +131,7 @@ class Monitor:
                 return
             text = tables.markdown_table(loss_header(losses), rows[: tables.MOST_ROWS], of=len(rows))
             images = {} if picture is None else {"cco/loss_heat_map": picture}
-            files = [self._loss_csv.path, self.folder / "loss_heat_map.png"]
+            files = [self._loss_csv.path, self.folder.path / "loss_heat_map.png"]
             show(self.loggers, Payload(step, texts={"cco/loss_sensitivity": text}, images=images, files=files, scalars=light))
 
     def on_epoch(
@@ -180,7 +170,7 @@ class Monitor:
         qs = {name: entry.qs for name, entry in report.main.items()}
         past.add(epoch, {name: qs[name] for name in plan.graph.names if name in qs}, metrics)
         said: list[str] = []
-        with self._unharmed("the epoch's summary"):
+        with self.folder.unharmed("the epoch's summary"):
             said = [f"Summary of epoch {epoch}"]
             if metrics:
                 said.append(tables.metrics_table(metrics, original, past.previous, past.extremes, directions or {}, calibrated or {}))
@@ -193,20 +183,20 @@ class Monitor:
             ]
             _say("\n".join(said))
         past.previous = dict(metrics)
-        suggested = self._write("suggested_skips.yaml", lambda: suggestions_yaml(suggestions, settings, plan.suggestions))
-        if self._files and not os.path.exists(self.folder / "resolved_recipe.yaml"):  # somebody removed it
-            self._write("resolved_recipe.yaml", lambda: resolved_yaml(plan))
-        if self._files:
-            with self._unharmed(self.folder / "sensitivity.csv"):
+        suggested = self.folder.write("suggested_skips.yaml", lambda: suggestions_yaml(suggestions, settings, plan.suggestions))
+        if self.folder.on_disk and not os.path.exists(self.folder.path / "resolved_recipe.yaml"):  # somebody removed it
+            self.folder.write("resolved_recipe.yaml", lambda: resolved_yaml(plan))
+        if self.folder.on_disk:
+            with self.folder.unharmed(self.folder.path / "sensitivity.csv"):
                 self._csv.write(epoch, report, plan)
-        picture = self._write("heat_map.png", lambda: self._heat_map(suggestions, settings))
+        picture = self.folder.write("heat_map.png", lambda: self._heat_map(suggestions, settings))
         if first:
             past.followed = [entry.name for entry in report.worst_first()[:_FOLLOWED]]
-        with self._unharmed("what goes to the loggers"):
+        with self.folder.unharmed("what goes to the loggers"):
             summary = [*said, "", *plan_lines(plan)]
             self._to_loggers(step, plan, report, levels or {}, summary, suggested, picture, first)
         if self.draw:
-            self._draw_plan(plan, qs, step, when=f"epoch {epoch}", to_loggers=self._not_shown is None)
+            self._pictures.draw_plan(plan, qs, self._rises, step, when=f"epoch {epoch}", to_loggers=self._not_shown is None)
 
     def _to_loggers(
         self,
@@ -221,43 +211,19 @@ class Monitor:
     ) -> None:
         if not self.loggers:
             return
-        qs = {name: entry.qs for name, entry in report.main.items()}
-        rows = tables.sensitivity_rows(report, plan)[: tables.MOST_ROWS]
-        texts = {"cco/summary": _as_code("\n".join(summary))}
-        texts["cco/sensitivity"] = tables.markdown_table(tables.SENSITIVITY_HEADER, rows, of=len(qs))
-        if suggested is not None:
-            texts["cco/suggestions"] = _as_code(suggested)
-        shown = {"cco/sensitivity": (tables.SENSITIVITY_HEADER, rows)}
-        if levels:
-            uses = tables.levels_rows(levels)[: tables.MOST_ROWS]
-            texts["cco/levels"] = tables.markdown_table(tables.LEVELS_HEADER, uses)
-            shown["cco/levels"] = tables.LEVELS_HEADER, uses
+        images = {} if picture is None else {"cco/heat_map": picture}
+        files = [self.folder.path / name for name in _FILES]
+        graph = graph_def(plan, {name: entry.qs for name, entry in report.main.items()}) if first else None
         heavy = Payload(
             step,
-            texts=texts,
-            tables=shown,
-            images={} if picture is None else {"cco/heat_map": picture},
-            files=[
-                self.folder / name
-                for name in ("suggested_skips.yaml", "sensitivity.csv", "heat_map.png", "resolved_recipe.yaml", "layers.txt")
-            ],
-            graph=graph_def(plan, qs) if first else None,
+            epoch_texts(plan, report, levels, summary, suggested),
+            epoch_tables(plan, report, levels),
+            images,
+            files=files,
+            graph=graph,
         )
         self._not_shown = None if worth_showing(self.past.count) else heavy
-        light = Payload(
-            step,
-            histograms={"cco/qs": list(qs.values())},
-            scalars={
-                **{f"cco_qs/{printable(name)}": qs[name] for name in self.past.followed if name in qs},
-                **{
-                    f"cco_{kind}/{printable(name)}": share
-                    for name in self.past.followed
-                    if name in levels
-                    for kind, share in vars(levels[name]).items()
-                    if not math.isnan(share)
-                },
-            },
-        )
+        light = epoch_values(step, report, levels, self.past.followed)
         show(self.loggers, light if self._not_shown is not None else heavy.with_values_of(light))
 
     def _heat_map(self, suggestions: Sequence[Suggestion], settings: Settings) -> bytes:
@@ -268,124 +234,30 @@ class Monitor:
         """Show what an export says of its file."""
         _say(str(report))
         path = Path(report.path).with_name("export_report.json")
-        with self._unharmed(path):
+        with self.folder.unharmed(path):
             report.save(path)
-        show(self.loggers, Payload(self._step, {"cco/export": _as_code(str(report))}, files=[path]))
-
-    def _draw_init(self, graph: LayerGraph) -> None:
-        def draw() -> None:
-            self._show_picture("cco/model_init", save_pictures(graph, self.folder / "model_init", title="model_init"), step=0)
-
-        self._in_background(draw)
-
-    def _show_picture(self, tag: str, written: Mapping[str, Path], step: int) -> None:
-        if self.loggers and "png" in written:
-            files = [written[ending] for ending in ("svg", "png") if ending in written]
-            show(self.loggers, Payload(step, images={tag: written["png"].read_bytes()}, files=files))
-
-    def _draw_plan(self, plan: QuantizationPlan, qs: Mapping[str, float], step: int, when: str, to_loggers: bool) -> None:
-        """Draw in the background: the layout of a large net takes seconds, the training need not wait for it."""
-        rises = self._rises
-
-        def draw() -> None:
-            overview = save_overview(plan.graph, self.folder / "overview", plan, qs, f"overview, {when}")
-            if to_loggers:
-                self._show_picture("cco/overview", overview, step)
-            stem = self.folder / "model_post_preprocessing"
-            written = save_pictures(plan.graph, stem, plan, qs, f"model_post_preprocessing, {when}", rises)
-            if to_loggers:
-                self._show_picture("cco/graph", written, step)
-
-        self._in_background(draw)
-
-    def _in_background(self, job: Callable[[], Any]) -> None:
-        def work() -> None:
-            with self._unharmed("the picture of the layer graph"):
-                job()
-
-        if not self._files:
-            return
-        # Pictures of an epoch that has passed are not worth a queue.
-        self._pending = [future for future in self._pending if not future.done() and not future.cancel()]
-        with self._unharmed("the picture of the layer graph"):
-            self._pending.append(self._drawing.submit(work))
+        show(self.loggers, Payload(self._step, {"cco/export": as_code(str(report))}, files=[path]))
 
     def finish(self) -> None:
         """Wait for the pictures, and show the loggers the last ones."""
-        for future in self._pending:
-            if not future.cancelled():
-                future.result()
-        self._pending.clear()
+        self._pictures.finish()
         if self._not_shown is not None:
             show(self.loggers, self._not_shown)
             self._not_shown = None
 
-    def _open_folder(self) -> None:
-        if _REMOTE.match(str(self.folder)):  # pathlib has made one slash of two
-            self._files = False
-            self._warn(
-                "remote", f"'{self.folder}' is not on a disk: pictures and recipes are not written. Set monitoring_settings.output_dir."
-            )
-            return
-        try:
-            check_writable(self.folder)
-        except OSError as error:
-            self._warn(
-                (type(error), error.errno),
-                f"The folder '{self.folder}' for pictures and recipes can't be written: {error}. The training goes on without them. "
-                "Set monitoring_settings.output_dir to one that can, or the Trainer's default_root_dir.",
-            )
-        remove_abandoned(self.folder)
-
-    def _write(self, name: str, make: Callable[[], _Data]) -> _Data | None:
-        """Make the content of a file and write it whole or not at all. Returns the content, also if it could not be written."""
-        made = None
-        with self._unharmed(self.folder / name):
-            made = make()
-            if self._files:
-                write_file(self.folder / name, made)
-        return made
-
-    @contextlib.contextmanager
-    def _unharmed(self, what: object) -> Iterator[None]:
-        """Make a warning of any error, one for each kind of it."""
-        try:
-            yield
-        except CCOWarning:  # turned into errors by the user
-            raise
-        except OSError as error:
-            self._warn(
-                (type(error), error.errno),
-                f"'{what}' can't be written: {error}. The training goes on; is monitoring_settings.output_dir right?",
-            )
-        except Exception as error:
-            self._warn(
-                (str(what), type(error)), f"'{what}' could not be made or shown: {type(error).__name__}: {error}. The training goes on."
-            )
-
-    def _warn(self, kind: object, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(f"lightning_cco: {message}", CCOWarning, stacklevel=3)
-
     def state_dict(self) -> dict[str, Any]:
         """The history as plain data, a few kilobytes."""
         losses = {"losses": self.past_losses.state_dict(), "loss_table": self._loss_csv.path.name} if self.past_losses.count else {}
-        return {**self.past.state_dict(), "folder": str(self.folder), "table": self._csv.path.name, **losses}
+        return {**self.past.state_dict(), "folder": str(self.folder.path), "table": self._csv.path.name, **losses}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a history."""
         self.past.load_state_dict(state)
-        earlier = Path(state.get("folder", self.folder)) / str(state.get("table", self._csv.path.name))
+        earlier = Path(state.get("folder", self.folder.path)) / str(state.get("table", self._csv.path.name))
         self._csv = SensitivityCsv(self._csv.path, earlier)
         if "losses" in state:
             self.past_losses.load_state_dict(state["losses"])
             self._loss_csv = LossSensitivityCsv(self._loss_csv.path, earlier.with_name(str(state["loss_table"])))
-
-
-def _as_code(text: str) -> str:
-    """A text as Markdown that is shown as it is."""
-    return "\n".join(f"    {printable(line)}" for line in text.splitlines())
 
 
 def _png(image: Image.Image) -> bytes:
