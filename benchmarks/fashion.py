@@ -40,6 +40,9 @@ TRAININGS: dict[str, dict[str, str]] = {
     "`mse` ranges that move, `auto` weights": {"range_estimator": "mse"},
     REESTIMATED: {},
     DISTILLED: {},
+    "`residual_stream: quantized`": {"residual_stream": "quantized"},
+    "`residual_stream: int8`": {"residual_stream": "int8"},
+    "`residual_stream: float`": {"residual_stream": "float"},
 }
 """The settings of each row beside the bits."""
 
@@ -116,9 +119,10 @@ def float_network(name: str, data: Images, keep: bool) -> nn.Module:
 def quantized_network(model: nn.Module, data: Images, bits: str, settings: dict[str, str], seed: int) -> QuantizedModel:
     """A float network with quantization hooked on and calibrated."""
     weights, activations = BITS[bits]
+    everywhere = {key: value for key, value in settings.items() if key == "residual_stream"}
     recipe = {
-        "global_quantization_settings": {"weights_num_bits": weights, "activations_num_bits": activations},
-        "training_settings": settings,
+        "global_quantization_settings": {"weights_num_bits": weights, "activations_num_bits": activations, **everywhere},
+        "training_settings": {key: value for key, value in settings.items() if key not in everywhere},
         "layer_settings": [{"match": "conv", "weights_num_bits": 8}, {"match": "input_0", "activations_num_bits": 8}],
     }
     quantized = quantize(model, recipe, (data.train[:BATCH],))

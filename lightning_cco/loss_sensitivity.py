@@ -52,6 +52,7 @@ class LossSensitivityReport:
         parts = (
             self.weights.get(name, {}).get(decision.weights_num_bits or 0),
             self.activations.get(name, {}).get(decision.activations_num_bits or 0),
+            self.activations.get(TensorKey(name, as_read=True), {}).get(decision.read_num_bits or 0),
         )
         known = [part for part in parts if part is not None]
         return sum(known) if known else None

@@ -14,6 +14,7 @@ from lightning_cco.names import nearest, printable, shown
 
 RANGE_ESTIMATORS = ("auto", "moving_average", "min_max", "percentile", "mse")
 WEIGHT_ESTIMATORS = ("auto", "minmax", "mse")
+RESIDUAL_STREAMS = ("auto", "quantized", "int8", "float")
 TARGET_FRAMEWORKS = ("ort", "openvino", "tensorrt")
 SENSITIVITY_MODES = ("local", "accumulated")
 DISTILLED = ("outputs", "layers")
@@ -53,6 +54,7 @@ BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
 CHOICES: Mapping[str, Sequence[str]] = {
     "range_estimator": RANGE_ESTIMATORS,
     "weight_estimator": WEIGHT_ESTIMATORS,
+    "residual_stream": RESIDUAL_STREAMS,
     "on": DISTILLED,
     "loss": COMPARISONS,
     "sensitivity_modes": SENSITIVITY_MODES,
@@ -174,6 +176,8 @@ class GlobalQuantizationSettings(_Checked):
         weights_group_size: So many weights that an output is made of share a scale: 16, 32, 64, 128 or 256, of linear layers, products with a matrix of
             weights, and embeddings, whose weights alone are then quantized (as with ``weight_only``). It must divide the number of a layer's inputs. For
             few bits: of 4, with 32 in a group, little is lost. None: all weights of an output.
+        residual_stream: What residual additions make and read: ``quantized``: of ``activations_num_bits``, like all else; ``int8``: of 8 bits; ``float``: not
+            rounded. Layers that multiply still read ``activations_num_bits``. ``auto``: ``int8`` up to 3 bits, ``quantized`` above (`benchmarks/fashion.py`).
         skip_tail_quantization: Skip the layers from each output up to the first weighted layer of every branch.
         automatic_skip_quantization: Skip the layers above the threshold from the next epoch on, instead of suggesting it.
         quantization_sensitivity_threshold: Quantization Sensitivity (L2 norm) above which a skip is suggested; None: no such threshold.
@@ -188,6 +192,7 @@ class GlobalQuantizationSettings(_Checked):
     activations_num_bits: int = 8
     weight_only: bool = False
     weights_group_size: int | None = None
+    residual_stream: str = "auto"
     skip_tail_quantization: bool = True
     automatic_skip_quantization: bool = False
     quantization_sensitivity_threshold: float | None = 10000.0

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 def trained(bits: int, seed: int, vnni: bool | None = None) -> tuple[cc.QuantizedModel, torch.Tensor]:
     torch.manual_seed(seed)
     model, x, labels = ResidualCNN(), torch.randn(16, 1, 16, 16), torch.randint(0, 10, (16,))
-    general = {"weights_num_bits": bits, "activations_num_bits": bits}
+    general = {"weights_num_bits": bits, "activations_num_bits": bits, "residual_stream": "quantized"}
     quantized = cc.quantize(model, {"global_quantization_settings": general, "deployment_settings": {"vnni": vnni}}, (x,))
     quantized.calibrate([x])
     model.train()

@@ -145,6 +145,8 @@ def choices(
     rises: dict[TensorKey, Mapping[int, float]] = {key: report.activations.get(str(key), {}) for key in plan.tensors}
     tensors = []
     for key in plan.tensors:
+        if plan.as_read(key) != key:
+            continue  # of the residual stream: it keeps 8 bits
         bits = said.get(key.layer, ResolvedRules()).activations_num_bits
         allowed = (bits,) if bits is not None else tuple(activations_bits)
         tensors.append(Rounded(key, {b: _usable(rises[key].get(b, 0.0)) for b in allowed}, key in of_integers))
@@ -229,12 +231,12 @@ class _Maker:
 
     def _reads(self, name: str) -> list[TensorKey]:
         origins = (self.plan.origins.get(TensorKey(edge.source, edge.source_output)) for edge in self.into.get(name, ()))
-        return [key for key in origins if key is not None and key in self.plan.tensors]
+        return [self.plan.as_read(key) for key in origins if key is not None and key in self.plan.tensors]
 
     def _makes(self, name: str) -> list[TensorKey]:
         while name in self.plan.groups:
             name = self.plan.groups[name]
-        return [key for key in self.plan.tensors if key.layer == name]
+        return [key for key in self.plan.tensors if key.layer == name and self.plan.as_read(key) == key]
 
 
 def _shared(

@@ -223,11 +223,8 @@ def _far_sources(view: View) -> dict[str, list[str]]:
 
 
 def _bits(decision: LayerDecision | None) -> str:
-    if decision is None:
-        return ""
     # What a float layer makes for an INT8 one is rounded, too, and so may be its weights.
-    parts = [("W", decision.weights_num_bits), ("A", decision.activations_num_bits)]
-    return " ".join(f"{letter}{bits}" for letter, bits in parts if bits is not None)
+    return "" if decision is None else decision.bits(" ")
 
 
 def quoted(text: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_cco.export.engine_patterns import adds_products_exactly, blocked_convolution, bound_of, has_matrix_units, shortened
 from lightning_cco.export.engines import ENGINES, Form
 from lightning_cco.export.fold_batch_norm import BatchNorm, IntegerWeight, integer_weight, norm_weight
-from lightning_cco.graph.capture import CallSite, Source
+from lightning_cco.graph.capture import CallSite
 from lightning_cco.graph.ops import Category, Op
 from lightning_cco.quantization.arguments import at
 from lightning_cco.quantization.model import HookedModel
@@ -126,10 +126,10 @@ class StoredWeights:
         weights = (weight for name, stored in self.weights.items() if self.quantized.graph[name].kind != "embedding" for weight in stored)
         return self.target.narrow_without_vnni and any(map(_overflows, weights))
 
-    def quantizer_of(self, source: Source) -> TensorKey | None:
-        """Name of the quantizer that a tensor went through, seen through layers that only move values."""
-        read = TensorKey(source.layer, source.output)
-        key = self.quantized.plan.origins.get(read, read)
+    def quantizer_of(self, site: CallSite) -> TensorKey | None:
+        """Name of the quantizer that a layer's first input went through last, seen through layers that only move values."""
+        read = TensorKey(site.sources[0].layer, site.sources[0].output)
+        key = self.quantized.plan.reads.get(site.layer, {}).get(0) or self.quantized.plan.origins.get(read, read)
         quantizer = self.quantized.activations.get(key)
         return key if quantizer is not None and not quantizer.empty else None
 
@@ -158,7 +158,7 @@ class StoredWeights:
 
         Those are channels of weights that are all but 0 beside their bias (a pruned one): by the input's scale times theirs a bias would be cut off.
         """
-        key = self.quantizer_of(site.sources[0])
+        key = self.quantizer_of(site)
         weight_only = site.layer in self.quantized.plan.weight_only
         if key is None or weight_only or (weight.scale.dim() and bias.numel() % weight.scale.numel()):
             return weight
@@ -179,7 +179,7 @@ class StoredWeights:
 
         In float if the input or the layer is, if the engine wants it so, or if it is added to a product of more than two dimensions that is not rounded.
         """
-        key = self.quantizer_of(site.sources[0])
+        key = self.quantizer_of(site)
         in_float = site.op.kind == "linear" and dimensions > 2 and not self.quantized.plan.rounds(site.layer)
         if key is None or in_float or site.layer in self.quantized.plan.weight_only or not self.engine.wanted(Form.INTEGER_BIAS):
             return bias, None

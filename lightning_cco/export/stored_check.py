@@ -179,8 +179,8 @@ class _Expected:
 
     def _slack(self, layer: str, stored: IntegerWeight, shape: list[int]) -> Array | float:
         """Half a step where a channel's grid is coarser to make room for its bias in 32 bits."""
-        source = next(iter(self.quantized.capture.sites[layer].sources), None)
-        key = self.stored.quantizer_of(source) if source is not None else None
+        site = self.quantized.capture.sites[layer]
+        key = self.stored.quantizer_of(site) if site.sources else None
         if key is None or stored.bias is None or stored.scale.shape not in (stored.bias.shape, ()):
             return 0.0
         needed = stored.bias.detach().double().abs() / (float(self.quantized.activations[key].scale) * 2.0**30)

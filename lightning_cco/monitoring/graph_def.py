@@ -27,11 +27,7 @@ def graph_def(plan: QuantizationPlan, qs: Mapping[str, float]) -> bytes:
     nodes = []
     for layer in plan.graph:
         decision = plan.decisions[layer.name]
-        said = (
-            f"W{decision.weights_num_bits or '-'} A{decision.activations_num_bits or '-'}"
-            if decision.quantized
-            else plan.skipped.get(layer.name, "")
-        )
+        said = decision.bits(" ") or "INT8" if decision.quantized else plan.skipped.get(layer.name, "")
         shapes = AttrValue.ListValue(
             shape=[TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in shape]) for shape in layer.output_shapes]
         )

@@ -62,10 +62,8 @@ def loss_rows(report: LossSensitivityReport, plan: QuantizationPlan) -> list[lis
     rows = []
     for name in sorted(rises, key=lambda name: -badness(rises[name])):
         decision, weights = plan.decisions[name], report.weights.get(name, {})
-        parts = (("W", decision.weights_num_bits), ("A", decision.activations_num_bits))
-        bits = "/".join(f"{letter}{count}" for letter, count in parts if count is not None)
         cells = [figure(weights[count], 3) if count in weights else "-" for count in columns]
-        rows.append([name, plan.graph[name].path or "-", bits or "-", figure(rises[name], 3), *cells])
+        rows.append([name, plan.graph[name].path or "-", decision.bits() or "-", figure(rises[name], 3), *cells])
     return rows
 
 

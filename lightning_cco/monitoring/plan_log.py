@@ -166,15 +166,7 @@ def layers_text(plan: QuantizationPlan) -> str:
             layer.path or (f"(argument {layer.attributes.get('argument', '')})" if layer.kind == "input" else "-"),
             layer.name,
             layer.kind,
-            "/".join(
-                f"{letter}{bits}"
-                for letter, bits in (
-                    ("W", plan.decisions[layer.name].weights_num_bits),
-                    ("A", plan.decisions[layer.name].activations_num_bits),
-                )
-                if bits is not None
-            )
-            or "-",
+            plan.decisions[layer.name].bits() or "-",
             f"{layer.multiplications:,}" if layer.multiplications else "-",
             _runs(plan, layer.name),
         ]

@@ -77,11 +77,6 @@ def sensitivity_rows(report: SensitivityReport, plan: QuantizationPlan) -> list[
     rows = []
     for entry in report.worst_first():
         decision, accumulated = plan.decisions[entry.name], report.accumulated.get(entry.name)
-        bits = "/".join(
-            f"{letter}{bits}"
-            for letter, bits in (("W", decision.weights_num_bits), ("A", decision.activations_num_bits))
-            if bits is not None
-        )
         rows.append(
             [
                 entry.name,
@@ -91,7 +86,7 @@ def sensitivity_rows(report: SensitivityReport, plan: QuantizationPlan) -> list[
                 f"{entry.sqnr_db:.1f}",
                 "-" if math.isnan(entry.varying_sqnr_db) else f"{entry.varying_sqnr_db:.1f}",
                 figure(accumulated.qs) if accumulated else "-",
-                bits or "-",
+                decision.bits() or "-",
             ]
         )
     return rows

@@ -116,13 +116,13 @@ class Placement:
         self._exact, self._int8 = exact, int8
         self.reads: dict[str, dict[int, TensorKey]] = {}
 
-    def place(self, key: TensorKey) -> bool:
-        """Round a tensor where INT8 layers read it; returns whether there are any.
+    def place(self, key: TensorKey, quantizer: TensorKey | None = None) -> bool:
+        """Round a tensor where INT8 layers read it, by a quantizer of its own name or another; returns whether there are any.
 
         At once if nobody else reads it. Else behind all that moves its values, so that a range is that of the part which is read: a table's column of
         identifiers has no say in that of its measurements.
         """
-        return self._place(key, key, self._leads_to_int8_alone(key))
+        return self._place(key, quantizer or key, quantizer is None and self._leads_to_int8_alone(key))
 
     def _place(self, key: TensorKey, quantizer: TensorKey, at_once: bool) -> bool:
         found = False

@@ -24,6 +24,7 @@ class LayerDecision:
         weights_num_bits: Bits of its weight, also where only that is quantized; `None` without a quantized weight.
         activations_num_bits: Bits of the quantizer on its output; `None` if it has none of its own.
         weights_group_size: How many weights of an output share a scale; `None`: all of them.
+        read_num_bits: Bits that layers read its output with, where those of the residual stream are more; `None` where they are the same.
     """
 
     quantized: bool
@@ -32,6 +33,17 @@ class LayerDecision:
     weights_num_bits: int | None = None
     activations_num_bits: int | None = None
     weights_group_size: int | None = None
+    read_num_bits: int | None = None
+
+    def bits(self, separator: str = "/") -> str:
+        """Bits of weight and output in short; empty if it has neither.
+
+        >>> LayerDecision(True, weights_num_bits=2, activations_num_bits=8, read_num_bits=2).bits()
+        'W2/A8→2'
+        """
+        weights = [] if self.weights_num_bits is None else [f"W{self.weights_num_bits}"]
+        read = "" if self.read_num_bits is None else f"→{self.read_num_bits}"
+        return separator.join([*weights, *([] if self.activations_num_bits is None else [f"A{self.activations_num_bits}{read}"])])
 
     @property
     def weight_only(self) -> bool:
@@ -62,11 +74,12 @@ class TensorSpec:
     output: int
     num_bits: int
     symmetric: bool
+    as_read: bool = False
 
     @property
     def key(self) -> TensorKey:
         """Name of its quantizer: the layer's, with the output's number after it from the second on."""
-        return TensorKey(self.layer, self.output)
+        return TensorKey(self.layer, self.output, self.as_read)
 
 
 def packs_weights(settings: Settings) -> bool:
@@ -128,6 +141,11 @@ class QuantizationPlan:
             if decision.reason is not None and decision.reason is not SkipReason.OUTPUT
         }
 
+    def as_read(self, key: TensorKey) -> TensorKey:
+        """The quantizer that layers other than residual additions read a tensor through."""
+        twin = TensorKey(key.layer, key.output, as_read=True)
+        return twin if twin in self.tensors else key
+
     def rounds(self, key: str) -> bool:
         """Whether a tensor, by the name of its quantizer, is rounded where it is made."""
         return key in self.tensors and key not in self.at_readers
@@ -187,5 +205,9 @@ class QuantizationPlan:
         return settings
 
     def output_bits(self) -> dict[str, int]:
-        """Bits of each layer's fake-quantized output, whether the layer itself runs in INT8 or only what reads it."""
-        return {spec.layer: spec.num_bits for spec in self.tensors.values()}
+        """Bits of each layer's fake-quantized output, whether the layer itself runs in INT8 or only what reads it.
+
+        Of a tensor of the residual stream with 8 bits those that INT8 layers read it with.
+        """
+        bits = {spec.layer: spec.num_bits for spec in self.tensors.values()}
+        return bits | {spec.layer: spec.num_bits for spec in self.tensors.values() if spec.as_read}

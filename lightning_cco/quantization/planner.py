@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer import Layer
@@ -12,6 +12,7 @@ from lightning_cco.quantization.connections import Connections
 from lightning_cco.quantization.exact import UNSEEN, ExactReaders, Placement
 from lightning_cco.quantization.groups import Groups, has_statistics
 from lightning_cco.quantization.plan import Boundary, LayerDecision, QuantizationPlan, TensorSpec
+from lightning_cco.quantization.residual import INT8_BITS, ResidualStream
 from lightning_cco.quantization.rule_effects import warn_of_rules_without_effect
 from lightning_cco.quantization.rules import ResolvedRules, apply_rules
 from lightning_cco.quantization.skip_reasons import Skip, SkipReason
@@ -68,17 +69,21 @@ class _Planner:
         self.connections = Connections(graph)
         self.groups = Groups(self.connections, target, skips)
         self.exact = ExactReaders(graph, {name for name, entry in said.items() if entry.asked_for})
+        self.stream = ResidualStream(self.connections, settings.global_quantization_settings.residual_stream, said)
 
     def plan(self) -> QuantizationPlan:
         """Work it out."""
-        self.int8 = self._int8_layers()
-        self.fused_into = self.groups.find(self.int8)
-        self.fused_from = {after: before for before, after in self.fused_into.items()}
+        self.skips.update({name: skip for name, skip in self.stream.skips().items() if name not in self.skips})
+        self._find_groups()
+        while self._leave_without_integer_outputs():
+            self._find_groups()
         wanted = self._wanted()
         keys = [key for layer in self.graph for key in self.connections.outputs(layer.name) if key in wanted and self._quantizable(key)]
         placement = Placement(self.exact, self.int8)
         at_readers = {key: placement.place(key) for key in keys if self._is_rounded_at_readers(key)}
         tensors = {key: self._spec(key) for key in keys if at_readers.get(key, True)}
+        tensors |= self._rounded_once_more(tensors, placement)
+        at_readers |= {key: True for key in tensors if key.as_read}
         rounded = self._rounded({key for key in tensors if key not in at_readers}, placement)
         decisions = {layer.name: self._decision(layer, tensors, rounded) for layer in self.graph}
         return QuantizationPlan(
@@ -94,12 +99,49 @@ class _Planner:
             at_readers=frozenset(at_readers),
         )
 
+    def _find_groups(self) -> None:
+        self.int8 = self._int8_layers()
+        self.fused_into = self.groups.find(self.int8)
+        self.fused_from = {after: before for before, after in self.fused_into.items()}
+
+    def _leave_without_integer_outputs(self) -> bool:
+        """Leave layers in float whose result is in float, if their engine computes them in INT8 only where it is rounded; returns whether there were any."""
+        found = False
+        for key in self.stream.tensors if self.stream.in_float else ():
+            name = key.layer
+            while name in self.fused_from:
+                name = self.fused_from[name]
+            if name not in self.int8 or self.graph[name].kind not in self.target.integer_outputs or self._asked_for(name):
+                continue
+            reason = SkipReason.WEIGHT_ONLY if self.target.stores_weights(self.graph[name]) else SkipReason.SETTING
+            self.skips[name] = Skip(reason, f"its result is in float (residual_stream: float), which {self.target.name} computes in float")
+            found = True
+        return found
+
     def _spec(self, key: TensorKey) -> TensorSpec:
-        return TensorSpec(key.layer, key.output, self._activation_bits(key.layer), self.target.symmetric_activations)
+        bits = self._activation_bits(key.layer)
+        bits = INT8_BITS if self.stream.keeps_8_bits(key, bits) else bits
+        return TensorSpec(key.layer, key.output, bits, self.target.symmetric_activations)
+
+    def _rounded_once_more(self, tensors: Collection[TensorKey], placement: Placement) -> dict[TensorKey, TensorSpec]:
+        """The residual stream's tensors of 8 bits, as layers other than the additions read them."""
+        found = {}
+        others = Placement(self.exact, self.int8 - self.stream.additions)
+        for key in tensors:
+            bits = self._activation_bits(key.layer)
+            spec = TensorSpec(key.layer, key.output, bits, self.target.symmetric_activations, as_read=True)
+            if self.stream.keeps_8_bits(key, bits) and others.place(key, spec.key):
+                found[spec.key] = spec
+        for name, reads in others.reads.items():
+            placement.reads.setdefault(name, {}).update(reads)
+        return found
+
+    def _asked_for(self, name: str) -> bool:
+        return self.said.get(name, ResolvedRules()).asked_for
 
     def _is_rounded_at_readers(self, key: TensorKey) -> bool:
         layer = self.graph[key.layer]
-        return layer.kind in UNSEEN or layer.outside or self.exact.reads(key)
+        return layer.kind in UNSEEN or layer.outside or self.exact.reads(key) or self.stream.keeps_float(key)
 
     def _rounded(self, made: set[TensorKey], placement: Placement) -> set[str]:
         """Layers that pass rounded values on."""
@@ -158,16 +200,20 @@ class _Planner:
         pending = [layer.name for layer in self.graph if layer.name in int8 and self._follows(layer.name)]
         while pending:
             name = pending.pop()
-            if name not in int8 or self.said.get(name, ResolvedRules()).asked_for or self._reads_int8(name, int8):
+            if name not in int8 or self._asked_for(name):
+                continue
+            in_float = self.stream.keeps_float(TensorKey(name)) and self.graph[name].kind in self.target.elementwise_kinds
+            if self._reads_int8(name, int8) and not in_float:
                 continue
             # A clamp is what the rounding of its result does; a norm is no reason to round what it reads.
             only_behind = self.connections.category[name] is Category.CLAMP or self.graph[name].kind == "batch_norm"
-            if not only_behind and any(reader in int8 for reader in self.connections.consumers(name)):
+            if not only_behind and not in_float and any(reader in int8 for reader in self.connections.consumers(name)):
                 continue
             if self.connections.category[name] is Category.CLAMP and self.groups.ends_at(name, int8):
                 continue
             int8.discard(name)
             detail = "a float layer is before it" if only_behind else "float layers are before and behind it"
+            detail = "its result is in float (residual_stream: float)" if in_float else detail
             self.skips.setdefault(name, Skip(SkipReason.RULE, detail))
             neighbours = {
                 *self.connections.consumers(name),
@@ -207,9 +253,11 @@ class _Planner:
             said = self.said.get(name, ResolvedRules()).activations_num_bits
         return said
 
-    def _decision(self, layer: Layer, made: Collection[TensorKey], rounded: set[str]) -> LayerDecision:
+    def _decision(self, layer: Layer, made: Mapping[TensorKey, TensorSpec], rounded: set[str]) -> LayerDecision:
         name = layer.name
-        own = self._activation_bits(name) if TensorKey(name) in made else None
+        own = made[TensorKey(name)].num_bits if TensorKey(name) in made else None
+        as_read = TensorKey(name, as_read=True)
+        read = made[as_read].num_bits if as_read in made else None
         weights = None
         if layer.weighted:
             said = self.said.get(name, ResolvedRules()).weights_num_bits
@@ -218,13 +266,13 @@ class _Planner:
         if name in self.skips:
             skip = self.skips[name]
             if skip.reason is not SkipReason.WEIGHT_ONLY:
-                return LayerDecision(False, skip.reason, skip.detail, None, own)
-            return LayerDecision(False, skip.reason, skip.detail, weights, own, self.weight_groups.get(name))
+                return LayerDecision(False, skip.reason, skip.detail, None, own, read_num_bits=read)
+            return LayerDecision(False, skip.reason, skip.detail, weights, own, self.weight_groups.get(name), read)
         if layer.kind == "input" and TensorKey(name) not in made:
             return LayerDecision(False, SkipReason.RULE, "no INT8 layer reads it")
         if self.connections.passes(name) and name not in rounded:
             return LayerDecision(False, SkipReason.RULE, "the tensor it passes on is in float on both sides")
-        return LayerDecision(True, None, "", weights, own)
+        return LayerDecision(True, None, "", weights, own, read_num_bits=read)
 
     def _boundaries(self, decisions: dict[str, LayerDecision]) -> list[Boundary]:
         found: dict[Boundary, None] = {}

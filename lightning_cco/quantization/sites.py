@@ -103,8 +103,9 @@ def site_quantizers(
         source, made_by = site.sources[number], plan.tensors[key].layer
         changed = site.in_place and source.slot == (0,)  # the caller's own tensor, which must be written to
         if source.quantizable and not changed:
-            # What a layer with weights makes is recorded where it is made.
-            found.reads.append((source.slot, made_by if made_by not in weights else "", activations[key]))
+            # What a layer with weights makes, or what is rounded there already, is recorded where it is made.
+            recorded_there = made_by in weights or plan.rounds(TensorKey(made_by, key.output))
+            found.reads.append((source.slot, "" if recorded_there else made_by, activations[key]))
     for output in range(len(plan.graph[site.layer].output_dtypes)):
         key = TensorKey(site.layer, output)
         if plan.rounds(key):

@@ -32,6 +32,7 @@ class Target:
         weight_only_kinds: Kinds with weights that it computes in float from integer weights: nothing is rounded for what they read.
         forms: For kinds of which it computes only some layers in INT8, which those are; a weighted layer that is not one of them is weight-only.
         float_outputs: Kinds among them whose result the engine hands over in float at no cost. It is rounded only where an INT8 layer reads it.
+        integer_outputs: Kinds that it computes in INT8 only where their result is rounded.
         elementwise_kinds: Kinds that multiply no weights. They run in INT8 if all that they read is INT8 anyway or something that reads them is; between float
             layers (a residual stream between layer norms) the conversions would cost more than they save.
         norms: Whether a batch norm that no layer takes in has an INT8 form: a convolution of each channel with one number. A dense block of six on one
@@ -48,6 +49,7 @@ class Target:
     weight_only_kinds: frozenset[str] = frozenset()
     forms: Mapping[str, Form] | None = None
     float_outputs: frozenset[str] = _WEIGHTED - {"conv", "conv_transpose"} | _MATMUL
+    integer_outputs: frozenset[str] = frozenset()
     elementwise_kinds: frozenset[str] = _ELEMENTWISE | _SHAPING | _SMOOTH
     norms: bool = False
     integer_left: bool = True
@@ -130,6 +132,7 @@ TARGETS: Mapping[str, Target] = {
             "avg_pool": _divides_by_count,
             "interpolate": _nearest,
         },
+        integer_outputs=frozenset({"conv", "batch_norm"}),
         norms=True,
     ),
     "openvino": Target(
