@@ -24,7 +24,7 @@ class LayerDecision:
         weights_num_bits: Bits of its weight, also where only that is quantized; `None` without a quantized weight.
         activations_num_bits: Bits of the quantizer on its output; `None` if it has none of its own.
         weights_group_size: How many weights of an output share a scale; `None`: all of them.
-        read_num_bits: Bits that layers read its output with, where those of the residual stream are more; `None` where they are the same.
+        read_num_bits: Bits that layers that multiply read its output with, where those of the residual stream are more; `None` where they are the same.
     """
 
     quantized: bool
@@ -142,7 +142,7 @@ class QuantizationPlan:
         }
 
     def as_read(self, key: TensorKey) -> TensorKey:
-        """The quantizer that layers other than residual additions read a tensor through."""
+        """The quantizer that layers that multiply read a tensor through."""
         twin = TensorKey(key.layer, key.output, as_read=True)
         return twin if twin in self.tensors else key
 
@@ -192,7 +192,8 @@ class QuantizationPlan:
                 continue
             decision = self.decisions[layer.name]
             skip = True if not (decision.quantized or decision.weight_only) else False if layer.name in self.forced else None
-            weight_only = True if decision.weight_only and decision.detail.startswith("weight_only: true") else None
+            chosen = decision.detail.startswith("weight_only: true") or "residual_stream" in decision.detail  # else the engine decides
+            weight_only = True if decision.weight_only and chosen else None
             rule = LayerRule(
                 skip,
                 weight_only=weight_only,

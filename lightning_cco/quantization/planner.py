@@ -124,9 +124,10 @@ class _Planner:
         return TensorSpec(key.layer, key.output, bits, self.target.symmetric_activations)
 
     def _rounded_once_more(self, tensors: Collection[TensorKey], placement: Placement) -> dict[TensorKey, TensorSpec]:
-        """The residual stream's tensors of 8 bits, as layers other than the additions read them."""
+        """The residual stream's tensors of 8 bits, as the layers that multiply read them."""
         found = {}
-        others = Placement(self.exact, self.int8 - self.stream.additions)
+        multiplying = (Category.WEIGHTED, Category.MATMUL)
+        others = Placement(self.exact, {name for name in self.int8 if self.connections.category[name] in multiplying})
         for key in tensors:
             bits = self._activation_bits(key.layer)
             spec = TensorSpec(key.layer, key.output, bits, self.target.symmetric_activations, as_read=True)

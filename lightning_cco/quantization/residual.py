@@ -57,7 +57,7 @@ class ResidualStream:
         return self.in_float and key in self.tensors
 
     def keeps_8_bits(self, key: TensorKey, num_bits: int) -> bool:
-        """Whether a tensor keeps 8 bits, to be rounded to its own, fewer ones where layers other than the additions read it."""
+        """Whether a tensor keeps 8 bits, to be rounded to its own, fewer ones where layers that multiply read it."""
         wide = self._setting == "int8" or (self._setting == "auto" and num_bits <= _UP_TO)
         return wide and num_bits < INT8_BITS and key in self.tensors
 
