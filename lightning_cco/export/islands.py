@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import UNPLANNED, ExportReport, FloatIsland
+from lightning_cco.export.value_types import float_nodes
 from lightning_cco.quantization.model import HookedModel
 
 _INT4 = 22
@@ -32,11 +33,15 @@ _HEAVY = {
     "Mul": {"mul"},
     "Div": {"div"},
     "Concat": {"concat", "stack"},
+    "Resize": {"interpolate"},
+    "ReduceMean": _AVERAGES,
+    "Sigmoid": {"sigmoid"},
+    "LeakyRelu": {"leaky_relu"},
     "LSTM": {"lstm"},
     "GRU": {"gru"},
     "RNN": {"rnn"},
 }
-"""Operators with weights or two inputs, and the kinds of layer that they come from."""
+"""Operators that an engine has an INT8 form of, or that most of the time goes to, and the kinds of layer that they come from."""
 
 
 def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Emitter, report: ExportReport) -> None:
@@ -54,6 +59,8 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
     known = {entry.name for entry in model.graph.initializer}
     sizes: set[str] = set()
     heavy, in_integers = [], set()
+    on_floats = {id(node): node for node in float_nodes(model)}
+    in_float: Counter[str] = Counter()
     for node in model.graph.node:
         varying = {name for name in node.input if name and name not in known}
         if node.op_type in ("Shape", "Size") or (varying and varying <= sizes):
@@ -63,8 +70,10 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
         layer = layers.of(node)
         if node.op_type.startswith(_INTEGER):
             in_integers.add(layer)
-        elif node.op_type in _HEAVY and varying:
-            heavy.append((node.op_type, layer))
+        elif id(node) in on_floats:
+            in_float[node.op_type] += 1
+            if node.op_type in _HEAVY:
+                heavy.append((node.op_type, layer))
     engine = emitter.stored.engine
     unexpected = f"{UNPLANNED} the engine computes it in float"
     if engine.load is not None or engine.not_run:
@@ -82,7 +91,7 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
             f"ONNX Runtime rounds to 8 bits what {', '.join(layers_of)} reads, although its weights alone are integers (MatMulNBits, seen in 1.32). To compute "
             'it in float: options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")'
         )
-    report.float_nodes = {kind: count for kind, count in kinds.items() if kind in _HEAVY}
+    report.float_nodes = dict(in_float)
     report.conversions = sum(count for kind, count in kinds.items() if kind in _CONVERSIONS)
 
 

@@ -11,6 +11,7 @@ from lightning_cco.files import write_file
 UNPLANNED = "planned in INT8, but"
 """How the reason begins of a layer that is planned in INT8 and that the engine computes in float."""
 LOW_SQNR_DB = 15.0
+_MOST_KINDS = 10
 """Below this the report says why outputs can differ while each layer is right."""
 
 
@@ -98,8 +99,8 @@ class ExportReport:
         faults: Layers of which the file stores something else than the model has, and what.
         uncompared: Quantized tensors that could not be compared, and why.
         integer_nodes: After the engine's optimization: how many nodes of each kind compute in INT8.
-        float_nodes: Nodes with weights or two inputs that compute in float.
-        float_islands: The layers behind them, and why.
+        float_nodes: How many nodes of each kind compute in float; what only moves values is left out.
+        float_islands: The layers behind those that it has an INT8 form of, and why.
         conversions: Quantize and dequantize nodes left between them.
         notes: What a reader should know, such as bits stored in wider formats.
         target: The engine that the file is for and its version, if it was run in another than ONNX Runtime.
@@ -224,4 +225,15 @@ class ExportReport:
 
 
 def _counts(nodes: dict[str, int]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(nodes.items())) or "nothing"
+    """The ten most frequent kinds.
+
+    >>> _counts({"Relu": 2, "Conv": 3})
+    '3 Conv, 2 Relu'
+    """
+    kinds = sorted(nodes, key=lambda kind: (-nodes[kind], kind))
+    more = (
+        f", {sum(nodes[kind] for kind in kinds[_MOST_KINDS:])} of {len(kinds) - _MOST_KINDS} other kinds"
+        if len(kinds) > _MOST_KINDS
+        else ""
+    )
+    return (", ".join(f"{nodes[kind]} {kind}" for kind in kinds[:_MOST_KINDS]) or "nothing") + more
