@@ -9,15 +9,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from torchmetrics import Metric
 
 from lightning_cco.compat.lightning_trainer import batch_to_device, configured_optimizers
-from lightning_cco.compat.metrics import restore_state, saved_state
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import Capture, capture
 from lightning_cco.graph.compiled import eager
+from lightning_cco.graph.put_back import Kept
 from lightning_cco.graph.reached import frozen_modules, is_within
 from lightning_cco.lookahead import copied, upcoming_batches
 from lightning_cco.spare_loader import isolated_random
@@ -29,7 +29,8 @@ ForwardFn = Callable[[Any, Any], Any]
 def forward_through_model(module: pl.LightningModule, batch: Any) -> Any:
     """Call ``module(...)`` on what a batch holds for it; see `forward_arguments`."""
     args, kwargs = forward_arguments(module, batch)
-    return module(*args, **kwargs)
+    with _unlogged(module):
+        return module(*args, **kwargs)
 
 
 def forward_arguments(module: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -74,6 +75,16 @@ def _mismatch(module: nn.Module, expected: str, came: str, missing: list[str]) -
         f"{type(module).__name__}.forward expects {expected}, but the batch is {came}: nothing for {missing}. "
         "Say how a batch goes through the model: CCOCallback(cfg, forward_fn=lambda module, batch: module(...))."
     )
+
+
+def rehearsed(forward_fn: ForwardFn) -> ForwardFn:
+    """The user's way of a batch through the model, without consequences: it may call a step."""
+
+    def way(module: pl.LightningModule, batch: Any) -> Any:
+        with _rehearsing(module):
+            return forward_fn(module, batch)
+
+    return way
 
 
 def on_a_copy(forward: ForwardFn) -> ForwardFn:
@@ -126,7 +137,8 @@ def capture_module(module: pl.LightningModule, batch: Any, forward_fn: ForwardFn
 
 def _captured(module: pl.LightningModule, batch: Any, forward_fn: ForwardFn | None) -> tuple[Capture, ForwardFn]:
     if forward_fn is not None:
-        return capture(module, lambda: forward_fn(module, copied(batch))), forward_fn
+        way = rehearsed(forward_fn)
+        return capture(module, lambda: way(module, copied(batch))), way
     found: Capture | None = None
     problem: CCOError | None = None
     if overrides_forward(module):
@@ -188,28 +200,53 @@ def _number_of_optimizers(module: pl.LightningModule) -> int:
 
 @contextmanager
 def _rehearsing(module: pl.LightningModule) -> Iterator[None]:
-    """Let a step run without consequences: no logging, no optimizer step, metric states put back."""
-
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
-
+    """Let a step run without consequences: no logging, no optimizer step, and whatever it writes to is put back, parameters too."""
     stand_ins = [_NoOptimizer() for _ in range(_number_of_optimizers(module))]
-    replaced: dict[str, Any] = dict.fromkeys(
-        ("log", "log_dict", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients"), nothing
-    )
+    replaced: dict[str, Any] = dict.fromkeys(("manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients"), _nothing)
     replaced["optimizers"] = lambda *args, **kwargs: stand_ins[0] if len(stand_ins) == 1 else stand_ins
     replaced["lr_schedulers"] = lambda *args, **kwargs: _NoOptimizer()
+    around = Kept.around(module)
+    if around is not None:
+        around.keep_parameters()
+    with nullcontext() if around is not None else Kept(module, parameters=True), _unlogged(module, replaced):
+        yield
+
+
+@contextmanager
+def _unlogged(module: pl.LightningModule, replaced: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Let code of the module run with nothing logged, by ``self.log`` or by the loggers themselves.
+
+    Args:
+        module: The module.
+        replaced: Further methods of it that are something else meanwhile.
+    """
+    replaced = {**dict.fromkeys(("log", "log_dict"), _nothing), **(replaced or {})}
     own = {name: module.__dict__[name] for name in replaced if name in module.__dict__}
-    metrics = [(metric, saved_state(metric)) for metric in module.modules() if isinstance(metric, Metric)]
+    trainer = _trainer_of(module)
+    loggers = [] if trainer is None else trainer.loggers
     module.__dict__.update(replaced)
+    if trainer is not None:
+        trainer.loggers = [DummyLogger() for _ in loggers]
     try:
         yield
     finally:
+        if trainer is not None:
+            trainer.loggers = loggers
         for name in replaced:
             module.__dict__.pop(name, None)
         module.__dict__.update(own)
-        for metric, saved in metrics:
-            restore_state(metric, saved)
+
+
+def _trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
+    try:
+        trainer = module.trainer
+    except RuntimeError:  # it has none yet
+        return None
+    return trainer if isinstance(trainer, pl.Trainer) else None  # Fabric has a stand-in
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_debug
 
-from lightning_cco.batches import ForwardFn, forward_through_model, model_context, overrides_forward
+from lightning_cco.batches import ForwardFn, forward_through_model, model_context, overrides_forward, rehearsed
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import capture
 from lightning_cco.lookahead import copied
@@ -31,7 +31,7 @@ def check_rules(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, for
     Raises:
         CCOError: A rule matches no layer, or contradicts another.
     """
-    forward = forward_fn or (forward_through_model if overrides_forward(module) else None)
+    forward = rehearsed(forward_fn) if forward_fn is not None else (forward_through_model if overrides_forward(module) else None)
     if not settings.layer_settings or forward is None:
         return
     with model_context(trainer):

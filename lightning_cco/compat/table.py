@@ -183,9 +183,6 @@ _LOADERS = (
     ),
 )
 _OTHERS = (
-    ("torchmetrics.Metric._defaults", "metrics", "a rehearsed step changes no metric", _START),
-    ("torchmetrics.Metric._update_count", "metrics", "a rehearsed step changes no metric", _START),
-    ("torchmetrics.Metric._computed", "metrics", "a rehearsed step changes no metric", _START),
     ("torchmetrics.Metric._to_sync", "metrics", "tells whether sensitivities are added up over processes", "always"),
     (
         "torch.distributed.checkpoint.default_planner._EmptyStateDictLoadPlanner",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.call import ArgPath, Weight
@@ -20,6 +20,7 @@ from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.matching import match_training, merge_repeats, overwritten_calls
 from lightning_cco.graph.ops import Op
+from lightning_cco.graph.put_back import Kept
 from lightning_cco.graph.reached import is_within, only_asked, out_of_sight
 from lightning_cco.graph.trace import Tracer
 
@@ -132,20 +133,59 @@ _WITHOUT_GRADIENTS = ("does not require grad", "appears to not have been used in
 
 
 def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> Capture:
-    root = CallNode("")
-    with undisturbed(model, gradients):
+    with Kept(model, parameters=True) as kept:
+        evaluation = _trace_evaluation(model, forward, gradients)
+        carried, appeared = kept.changed(), kept.appeared()
+        if carried or appeared:  # the first forward is not what all others are
+            evaluation = _trace_evaluation(model, forward, gradients, carried, evaluation)
+            # A run without us makes what is made once, too.
+            kept.stay = frozenset(place for place, value in kept.appeared().items() if appeared.get(place) is value)
+        _check(model, evaluation)
+        training = _trace_training(model, forward, evaluation.frames.root, carried)
+    teachers = only_asked(model, evaluation, training)
+    captured = _assemble(evaluation.frames.root, evaluation, training, teachers)
+    captured.called = tuple(path for path in evaluation.called if not is_within(path, teachers))
+    captured.needs_gradients = gradients
+    captured.left_out = evaluation.left_out
+    return captured
+
+
+def _trace_evaluation(
+    model: nn.Module, forward: Callable[[], Any], gradients: bool, carried: Collection[Tensor] = (), before: Tracer | None = None
+) -> Tracer:
+    """What a forward in evaluation mode calls.
+
+    Args:
+        model: The model.
+        forward: Runs the example through it.
+        gradients: Whether to record gradients.
+        carried: See `Sources`.
+        before: What the forward before has called; it is returned if this one fails.
+    """
+    tracer = Tracer(model, CallNode(""), carried)
+    with _as_now(model, gradients):
         switch_training(model, False)
-        evaluation = Tracer(model, root)
         try:
-            with evaluation.watching():
+            with tracer.watching():
                 forward()
-        except CCOError:
-            raise
         except Exception as error:
+            if before is not None:
+                return before
+            if isinstance(error, CCOError):
+                raise
             raise CCOError(
                 f"{type(model).__name__}: its forward failed on the example that the layer graph is captured from: {type(error).__name__}: {error}. "
                 "Give an example that its forward takes: set `example_input_array`, or pass `forward_fn=lambda module, batch: module(...)`."
             ) from error
+    return tracer
+
+
+def _check(model: nn.Module, evaluation: Tracer) -> None:
+    """Say what was not seen.
+
+    Raises:
+        CCOError: Nothing was.
+    """
     unseen = out_of_sight(model, evaluation)
     if not any(call.visible for call in evaluation.calls):
         inside = f" Out of sight: {', '.join(unseen)}." if unseen else ""
@@ -159,20 +199,13 @@ def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> C
             f"{type(model).__name__}: modules with parameters are not in the layer graph, so they stay in float: {'; '.join(unseen)}. "
             "Write them with torch functions in Python, unscripted, to have them quantized.",
             CCOWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    training = _trace_training(model, forward, root)
-    teachers = only_asked(model, evaluation, training)
-    captured = _assemble(root, evaluation, training, teachers)
-    captured.called = tuple(path for path in evaluation.called if not is_within(path, teachers))
-    captured.needs_gradients = gradients
-    captured.left_out = evaluation.left_out
-    return captured
 
 
-def _trace_training(model: nn.Module, forward: Callable[[], Any], root: CallNode) -> Tracer | None:
-    training = Tracer(model, root)
-    with undisturbed(model, gradients=True):  # as in training: what the user's code runs without gradients shows
+def _trace_training(model: nn.Module, forward: Callable[[], Any], root: CallNode, carried: Collection[Tensor]) -> Tracer | None:
+    training = Tracer(model, root, carried)
+    with _as_now(model, gradients=True):  # as in training: what the user's code runs without gradients shows
         switch_training(model, True)
         try:
             with training.watching():
@@ -202,9 +235,15 @@ def recording(model: nn.Module, gradients: bool) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module, gradients: bool) -> Iterator[None]:
-    """Put buffers, training flags, gradients and random state back afterwards."""
+    """Put back what a forward leaves behind, training flags, gradients and random state afterwards."""
+    with Kept(model), _as_now(model, gradients):
+        yield
+
+
+@contextmanager
+def _as_now(model: nn.Module, gradients: bool) -> Iterator[None]:
+    """Put training flags, gradients and random state back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = [buffer.device for buffer in model.parameters() if buffer.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices), recording(model, gradients):
         try:
@@ -212,9 +251,6 @@ def undisturbed(model: nn.Module, gradients: bool) -> Iterator[None]:
         finally:
             for module, flag in flags:
                 module.training = flag
-            for buffer, saved in buffers:
-                with torch.no_grad():
-                    buffer.copy_(saved)
 
 
 def switch_training(model: nn.Module, training: bool) -> None:

@@ -85,7 +85,10 @@ class Origins:
         self._time = 0
 
     def remember(self, tensor: Tensor, origin: Origin) -> None:
-        """Note where a tensor comes from, as it is now."""
+        """Note where a tensor comes from, as it is now. A parameter is that parameter still, whatever constants are written to it (moving averages)."""
+        if isinstance(tensor, nn.Parameter) and is_constant(origin):
+            known = self._entry(tensor)
+            origin = known.origin if known is not None and is_constant(known.origin) else origin
         while True:
             memory = _memory(tensor)
             known = _Known(weakref.ref(tensor), origin, self._time, memory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -28,12 +28,13 @@ class Sources:
         root: The tree of calls.
         calls: What was seen so far.
         between: The frame of what the step calls outside of any module.
+        carried: Tensors in the model that forwards write to, for the next one to go on from: values, though the model holds them.
 
     Attributes:
         origins: What is known of each tensor.
     """
 
-    def __init__(self, model: nn.Module, root: CallNode, calls: list[Call], between: ModuleCall) -> None:
+    def __init__(self, model: nn.Module, root: CallNode, calls: list[Call], between: ModuleCall, carried: Collection[Tensor] = ()) -> None:
         self.model, self.calls = model, calls
         self.origins = Origins()
         self._root, self._between = root, between
@@ -46,13 +47,14 @@ class Sources:
                 f"{type(model).__name__}: the parameters {lazy} of lazy modules have no shape yet. Run a forward on one batch before, at the end of "
                 "__init__ or in configure_model (their optimizer needs them, too)."
             )
+        values = set(map(id, carried))
         for name, tensor in [*self._parameters.items(), *model.named_buffers(remove_duplicate=False)]:
-            if self.origins.of(tensor) is None:
+            if self.origins.of(tensor) is None and id(tensor) not in values:
                 self.origins.remember(tensor, (name,) if isinstance(tensor, nn.Parameter) else ())
         self._attributes: dict[int, Tensor] = {}
         for module in self._modules.values():
             for _, tensor in tensors_in({k: v for k, v in vars(module).items() if k not in CONTENTS}):
-                if self.origins.of(tensor) is None:
+                if self.origins.of(tensor) is None and id(tensor) not in values:
                     self.origins.remember(tensor, ())
                     self._attributes[id(tensor)] = tensor
 
@@ -83,7 +85,7 @@ class Sources:
         elif writes:
             origin = self.add("written", tensor, frame.node, origins)
         self.origins.remember(tensor, origin)
-        return origin
+        return self.origins.of(tensor)
 
     def _find_unknown(self, tensor: Tensor, frame: ModuleCall) -> Origin:
         """A tensor that no call was seen to make is a value, unless it is a parameter, or shares the memory of what is known."""

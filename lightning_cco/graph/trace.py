@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -41,7 +41,7 @@ class Tracer:
         called: Paths of the modules that are called from outside of any other for the network.
     """
 
-    def __init__(self, model: nn.Module, root: CallNode) -> None:
+    def __init__(self, model: nn.Module, root: CallNode, carried: Collection[Tensor] = ()) -> None:
         self.model = model
         self.calls: list[Call] = []
         self.ran: set[str] = set()
@@ -59,7 +59,7 @@ class Tracer:
         self._outer: list[OuterCall] = []
         self._between = ModuleCall(CallNode(""), False)
         self._alive: list[Any] = []
-        self._sources = Sources(model, root, self.calls, self._between)
+        self._sources = Sources(model, root, self.calls, self._between, carried)
         self._origins = self._sources.origins
 
     @contextmanager

@@ -16,6 +16,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import Capture, recording, switch_training
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.network import has_parameters
+from lightning_cco.graph.put_back import Kept
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.build import build_quantizers
 from lightning_cco.quantization.calibration import check_weights, finish_calibration, warn_of_zeros
@@ -194,12 +195,12 @@ class HookedModel:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode inside the block, without gradients if the model's own forward needs none. Ranges are frozen."""
+        """Evaluation mode inside the block, without gradients if the model's own forward needs none. Ranges are frozen; what forwards leave is put back."""
         flags = [(module, module.training) for module in self.model.modules()]
         following, self.runtime.following = self.runtime.following, False
         switch_training(self.model, False)
         try:
-            with recording(self.model, self.capture.needs_gradients):
+            with Kept(self.model), recording(self.model, self.capture.needs_gradients):
                 yield
         finally:
             self.runtime.following = following
