@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import CodeType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,30 @@ BatchNormBase: type[nn.modules.batchnorm._BatchNorm] = or_else("torch.nn.modules
 
 CONTENTS = ("_parameters", "_buffers", "_modules")
 """Attributes of a module that hold its parameters, buffers and submodules. Under other names these would be looked at twice, nothing else."""
+
+
+OF_MODULES: frozenset[str] = frozenset(vars(nn.Module()))
+"""Attributes that each module has from the start: its contents, mode and hooks."""
+
+
+def buffers_of(module: nn.Module) -> dict[str, Any]:
+    """The dictionary of a module's own buffers.
+
+    Private API: ``nn.Module._buffers``. Without it: an empty one, so a buffer that a forward replaces stays replaced.
+    """
+    found = vars(module).get("_buffers")
+    return found if isinstance(found, dict) else {}
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """Everything that is registered on a module to be called around its forward and backward."""
+    found = [hooks for name, hooks in vars(module).items() if name in OF_MODULES and "hooks" in name and isinstance(hooks, dict)]
+    return [hook for hooks in found for hook in list(hooks.values())]
+
+
+def cells_of(function: FunctionType) -> tuple[CellType, ...]:
+    """What a function holds of the variables of the code around it."""
+    return function.__closure__ or ()
 
 
 def forward_pre_hooks(module: nn.Module) -> Iterable[Any]:

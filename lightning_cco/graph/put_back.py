@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_cco.compat.modules import OF_MODULES, buffers_of, cells_of, hooks_of
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.containers import tensors_in
 
@@ -29,7 +30,6 @@ _NOT_ENTERED = frozenset({"torch", "lightning", "pytorch_lightning", "lightning_
     sys.stdlib_module_names - {"collections"}
 )
 """Packages whose objects hold no state of the user's."""
-_OF_MODULES = frozenset(vars(nn.Module()))
 _MOST_ITEMS, _MOST_OBJECTS = 10_000, 50_000
 _LARGE = 1 << 28
 """Bytes of a tensor or an array beyond which it is not copied: then it is data rather than something that steps write to."""
@@ -177,12 +177,10 @@ class Kept:
             for buffer in module.buffers():
                 self._enter(buffer)
             return
-        self._keep_attributes(vars(module), _OF_MODULES, of_module=True)
-        self._keep_attributes(module._buffers, of_module=True)
-        for name, hooks in list(vars(module).items()):
-            if name in _OF_MODULES and "hooks" in name and isinstance(hooks, dict):
-                for hook in list(hooks.values()):
-                    self._enter(hook)
+        self._keep_attributes(vars(module), OF_MODULES, of_module=True)
+        self._keep_attributes(buffers_of(module), of_module=True)
+        for hook in hooks_of(module):
+            self._enter(hook)
         for child in module.children():
             self._enter(child)
 
@@ -210,7 +208,7 @@ class Kept:
             if not _of_a_library(function.__func__):
                 self._enter(function.__self__)
         elif not _of_a_library(function):
-            for cell in function.__closure__ or ():
+            for cell in cells_of(function):
                 self._keep_cell(cell)
 
     def _keep_cell(self, cell: CellType) -> None:

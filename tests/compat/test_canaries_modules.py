@@ -52,6 +52,8 @@ def test_modules() -> None:
 
     module.register_forward_pre_hook(hook)
     assert list(modules.forward_pre_hooks(module)) == [hook]
+    assert hook in modules.hooks_of(module)
+    assert "running_mean" in modules.buffers_of(module.norm)
     held = [vars(module.norm)[name] for name in modules.CONTENTS]
     assert list(held[0]) == ["weight", "bias"]
     assert "running_mean" in held[1]
