@@ -62,7 +62,15 @@ def _table(kind: type) -> str:
 def _type(field: dataclasses.Field[object]) -> str:
     if field.name in CHOICES:
         return ", ".join(f"`{choice}`" for choice in CHOICES[field.name])
-    named = {"bool": "true, false", "int": "integer", "float": "number", "str": "text", "list[str]": "list of names", "None": "null"}
+    named = {
+        "bool": "true, false",
+        "int": "integer",
+        "float": "number",
+        "str": "text",
+        "list[str]": "list of names",
+        "list[BitsStage]": "list of stages",
+        "None": "null",
+    }
     words = ", ".join(named[part] for part in str(field.type).split(" | "))
     if field.name in BOUNDS:
         bound = re.sub(r",? (was|were)$", "", BOUNDS[field.name][1])

@@ -10,6 +10,7 @@ from typing import Any
 from lightning_cco.errors import CCOError
 from lightning_cco.names import Interpolated, nearest, printable, shown
 from lightning_cco.sections import (
+    BitsStage,
     BudgetSettings,
     DeploymentSettings,
     DistillationSettings,
@@ -19,6 +20,8 @@ from lightning_cco.sections import (
     TrainingSettings,
     problem_with,
     problem_with_rule,
+    problem_with_stage,
+    problem_with_stages,
 )
 
 _SECTIONS: Mapping[str, type] = {
@@ -91,6 +94,9 @@ def _typed(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key, value in values.items():
         expected = kind.__dataclass_fields__[key].type  # type: ignore[attr-defined]
         try:
+            if expected == "list[BitsStage]":
+                result[key] = _stages(value, f"{where}.{key}")
+                continue
             result[key] = None if value is None and expected.endswith("| None") else _CONVERT[expected.removesuffix(" | None")](value)
         except (TypeError, ValueError, OverflowError) as error:
             words = _WORDS[expected.removesuffix(" | None")] + (" or null" if expected.endswith("| None") else "")
@@ -139,7 +145,37 @@ def _texts(value: Any) -> list[str]:
 
 
 _CONVERT: Mapping[str, Callable[[Any], Any]] = {"bool": _boolean, "int": _integer, "float": _float, "str": _text, "list[str]": _texts}
-_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "list[str]": "a list of names"}
+_WORDS = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "list[str]": "a list of names",
+    "list[BitsStage]": "a list of stages, such as [{at_step: 500, weights_num_bits: 4}],",
+}
+
+
+def _stages(values: Any, where: str) -> list[BitsStage]:
+    if values is None:
+        return []
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Sequence):
+        raise TypeError
+    found = []
+    for number, value in enumerate(values):
+        place = f"{where}[{number}]"
+        given = vars(value) if isinstance(value, BitsStage) else value
+        if not isinstance(given, Mapping):
+            raise CCOError(
+                f"{place}: a mapping was expected, {type(value).__name__} came: {shown(value)}. Write {{at_step: 500, weights_num_bits: 4}}."
+            )
+        _check_keys(given, list(BitsStage.__dataclass_fields__), place)
+        typed = _typed(BitsStage, given, place)
+        if problem := problem_with_stage(typed):
+            raise CCOError(f"{place}{problem}")
+        found.append(BitsStage(**typed))
+    if problem := problem_with_stages(found):
+        raise CCOError(f"{where}: {problem}")
+    return found
 
 
 def _check_keys(values: Mapping[str, Any], fields: Sequence[str], where: str) -> None:

@@ -261,12 +261,12 @@ def to_device(trainer: pl.Trainer, batch: Any) -> Any:
     return batch_to_device(trainer, trainer.precision_plugin.convert_input(batch))
 
 
-def training_batches(trainer: pl.Trainer, count: int) -> Iterator[Any]:
+def training_batches(trainer: pl.Trainer, count: int, begun: int | None = None) -> Iterator[Any]:
     """The batches that are trained on next, on the Trainer's device: copies, which the training still gets as they are; see `upcoming_batches`.
 
     Hooks on the way to the device may draw random numbers; those of the training stay as they are.
     """
-    batches = upcoming_batches(trainer, count)  # drawn here and now, not inside of whatever context the caller then opens
+    batches = upcoming_batches(trainer, count, begun)  # drawn here and now, not inside of whatever context the caller then opens
 
     def moved() -> Iterator[Any]:
         for number, batch in enumerate(batches):

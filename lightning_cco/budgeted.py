@@ -21,6 +21,7 @@ from lightning_cco.held_batches import calls_of
 from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.quantization.plan import packs_weights
 from lightning_cco.quantized_model import QuantizedModel
+from lightning_cco.schedule import staged, stages_in
 from lightning_cco.settings import BudgetSettings, Settings, load_settings
 from lightning_cco.strategies import is_sharded
 
@@ -50,12 +51,13 @@ def check_budget(settings: Settings, trainer: pl.Trainer) -> None:
 
 
 def recipe_of(settings: Settings, state: Mapping[str, Any] | None) -> Settings:
-    """A recipe with the plan of a budget that a checkpoint's state holds; as it is, if it has no budget or the state no plan.
+    """A recipe with the bits of the stages that had begun, and with the plan of a budget, that a checkpoint's state holds; as it is without.
 
     Args:
         settings: The recipe of the user.
         state: The callback's state; `None` if there is none.
     """
+    settings = staged(settings, stages_in(state))
     saved = budget_rules(load_settings(state["settings"])) if state is not None else []
     if goal_of(settings.budget_settings) is None or not saved:
         return settings

@@ -12,14 +12,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_cco.batch_norms import BatchNorms
 from lightning_cco.batches import (
     ForwardFn,
     capture_module,
     model_context,
     on_a_copy,
     training_batches,
-    with_progress,
 )
 from lightning_cco.budget.plan import BudgetPlan
 from lightning_cco.budgeted import (
@@ -53,6 +51,7 @@ from lightning_cco.monitoring.metrics import monitored_values, numbers
 from lightning_cco.monitoring.start import start_monitor
 from lightning_cco.outside_fit import OutsideFit
 from lightning_cco.quantized_model import QuantizedModel
+from lightning_cco.schedule import Schedule, calibrate, check_schedule, stages_in
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings, changed_settings, load_settings
 from lightning_cco.strategies import check_strategy
@@ -100,7 +99,7 @@ class CCOCallback(pl.Callback):
         self.losses: LossSensitivityReport | None = None
         self.distiller = Distiller(self.settings.distillation_settings)
         self._level_watch = LevelWatch()
-        self._batch_norms = BatchNorms()
+        self.schedule = Schedule(self.settings)
         self._forward: ForwardFn | None = None
         self._monitor: Monitor | None = None
         self._held: list[Any] = []
@@ -137,6 +136,7 @@ class CCOCallback(pl.Callback):
         if stage == "fit":
             check_export_dir(self.settings.deployment_settings.export_dir)
             check_budget(self.settings, trainer)
+            check_schedule(self.settings)
             if self.quantized is None:
                 self._release(pl_module)
 
@@ -147,6 +147,7 @@ class CCOCallback(pl.Callback):
             rank_zero_info("CCOCallback: another model than in the run before; it is captured and calibrated anew.")
             self._state, self._monitor, self.report, self.losses, self.budget = None, None, None, None, None
             self.distiller.forget()
+            self.schedule = Schedule(self.settings)
             self.before_training, self._level_watch = InitialEvaluation(), LevelWatch()
             self.suggestions, self._skips, self._pending_skips, self._held, self._validation = [], [], [], [], []
         else:
@@ -186,19 +187,24 @@ class CCOCallback(pl.Callback):
         assert self.quantized is not None
         quantized = self.quantized
         self._held = list(training_batches(trainer, self.settings.monitoring_settings.sensitivity_batches))
+        self.schedule.begin(trainer, quantized, self._skips, self.settings)
         monitor.on_start(quantized.graph, quantized.plan)
+        if not self.schedule.waits(trainer, quantized):
+            self._find_ranges(trainer, quantized)
+        assert self._forward is not None
+        self.distiller.start(trainer, quantized, self._forward, self._held[0], monitor.folder.path)
+
+    def _find_ranges(self, trainer: pl.Trainer, quantized: QuantizedModel) -> None:
+        """Before the first batch: calibrate, choose the plan of a budget, and validate what the calibration gives."""
         untrained = not quantized.calibrated and trainer.global_step == 0
         if not quantized.calibrated or quantized.uncalibrated:
-            self._calibrate(trainer, quantized)
+            calibrate(trainer, quantized, self.settings, self._forward)
         if needs_plan(self.settings, quantized.settings):
             self._plan_budget(trainer)
         if untrained:
             self.before_training.evaluate_calibrated(trainer, self.settings.training_settings, self._progress_has_begun(trainer))
         self._apply_pending_skips(trainer)
-        if self._freezes_at(trainer.global_step):
-            quantized.freeze_ranges()
-        assert self._forward is not None
-        self.distiller.start(trainer, quantized, self._forward, self._held[0], monitor.folder.path)
+        self.schedule.freeze_if_due(trainer, quantized)
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         """Capture the layers and hook the quantizers on, unless they are."""
@@ -230,8 +236,7 @@ class CCOCallback(pl.Callback):
 
         validate = lost if budget.accuracy_drop is not None else None
         self.budget = plan_budget(trainer, self.quantized, self.settings, self._forward, self._held, validate)
-        if self._freezes_at(trainer.global_step):
-            self.quantized.freeze_ranges()
+        self.schedule.freeze_if_due(trainer, self.quantized)
         if self._monitor is not None:
             self._monitor.on_plan(self.quantized.plan)
             self._monitor.on_budget(self.budget, trainer.global_step)
@@ -240,28 +245,15 @@ class CCOCallback(pl.Callback):
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         return trainer.progress_bar_callback in callbacks[: callbacks.index(self)]
 
-    def _calibrate(self, trainer: pl.Trainer, quantized: QuantizedModel) -> None:
-        steps = max(1, self.settings.training_settings.stats_steps)
-        only = quantized.uncalibrated if quantized.calibrated else None
-        total = int(min(steps, trainer.num_training_batches))
-        rank_zero_info(f"Collecting statistics from the model for at most {total} steps.")
-        batches = training_batches(trainer, steps)
-        with model_context(trainer):
-            count = quantized.calibrate(with_progress(trainer, batches, total), self._forward, only)
-        quantized.uncalibrated = []
-        fewer = f" (stats_steps is {steps}; the loader gave no more)" if count < steps else ""
-        rank_zero_info(f"Done collecting statistics: {count} batches{fewer}.")
-
     # Training
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Called before each training batch. Lets the ranges follow it, and keeps the statistics of batch norms from their step on."""
-        if self.quantized is not None:
-            self.quantized.follow_ranges(True)
-        freeze = self.settings.training_settings.freeze_batch_norm_at_step
-        if freeze is not None and trainer.global_step >= freeze and (count := self._batch_norms.freeze(pl_module)):
-            rank_zero_info(f"The statistics of {count} batch norms are frozen from step {trainer.global_step} on.")
+        """Called before each training batch. Lets the ranges follow it, and does what its step brings: fake-quantization starts, bits are lowered."""
+        assert self.quantized is not None
+        if self.schedule.before_batch(trainer, self.quantized, self._forward, batch, batch_idx, self._skips, self.settings):
+            assert self._monitor is not None
+            self._monitor.on_plan(self.quantized.plan)
         self.distiller.before_batch()
 
     @override
@@ -294,13 +286,7 @@ class CCOCallback(pl.Callback):
         assert self.quantized is not None
         self.distiller.after_batch(pl_module)
         self.quantized.update_ranges()
-        if not self.quantized.frozen and self._freezes_at(trainer.global_step):
-            self.quantized.freeze_ranges()
-            rank_zero_info(f"Activation ranges are frozen from step {trainer.global_step} on.")
-
-    def _freezes_at(self, step: int) -> bool:
-        freeze = self.settings.training_settings.freeze_ranges_at_step
-        return freeze is not None and step >= freeze
+        self.schedule.after_batch(trainer, self.quantized)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -310,6 +296,9 @@ class CCOCallback(pl.Callback):
         assert quantized is not None
         assert monitor is not None
         assert self._forward is not None
+        if not quantized.calibrated:
+            monitor.on_float_epoch(trainer.current_epoch, numbers(trainer.callback_metrics), self.original_metrics)
+            return
         forward = self._forward
         with model_context(trainer):
             self.report = quantized.sensitivity(self._held, on_a_copy(self._forward), self.settings.monitoring_settings.sensitivity_modes)
@@ -347,7 +336,7 @@ class CCOCallback(pl.Callback):
         self._pending_skips = []
         self.quantized.uncalibrated = self.quantized.replan(suggestions=self._skips)
         if self.quantized.uncalibrated:
-            self._calibrate(trainer, self.quantized)
+            calibrate(trainer, self.quantized, self.settings, self._forward)
         if self._monitor is not None:
             self._monitor.on_plan(self.quantized.plan)
 
@@ -355,7 +344,7 @@ class CCOCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called after the last batch. The teacher has nothing more to do, and the modes of batch norms are theirs again."""
         self.distiller.stop()
-        self._batch_norms.release()
+        self.schedule.release()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -372,6 +361,8 @@ class CCOCallback(pl.Callback):
                 stacklevel=2,
             )
             return
+        if self.schedule.warn_if_never_started(trainer, self.quantized):
+            return
         if folder is not None and trainer.is_global_zero:
             self._handover().export_best(trainer, local_folder(folder, "deployment_settings.export_dir"), self.export)
 
@@ -387,6 +378,11 @@ class CCOCallback(pl.Callback):
             self._outside_fit.warn_of_float(trainer)
             return
         self._attach(trainer, pl_module, batch)
+        assert self.quantized is not None
+        if not self.quantized.calibrated:
+            self._outside_fit.warn_of_float(
+                trainer, "the checkpoint is from before fake-quantization started (training_settings.start_at_step)"
+            )
         self._held = self._held or [copied(batch)]
         self._calibrate_for_other_weights(trainer)
 
@@ -429,7 +425,7 @@ class CCOCallback(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Called when a run is interrupted. Forgets the frames of the forward that did not end, and puts the model and the strategy back."""
         self.distiller.stop()
-        self._batch_norms.release()
+        self.schedule.release()
         if self.quantized is not None:
             self.quantized.runtime.frames.reset()
 
@@ -446,6 +442,7 @@ class CCOCallback(pl.Callback):
             "original_metrics": dict(self.original_metrics),
             "calibrated_metrics": dict(self.calibrated_metrics),
             "skips": list(self._skips),
+            "stages": self.schedule.stages,
             "pending_skips": list(self._pending_skips),
             "monitor": self._monitor.state_dict() if self._monitor is not None else {},
             "distillation": self.distiller.state_dict(),
@@ -462,6 +459,7 @@ class CCOCallback(pl.Callback):
         self.distiller.load_state_dict(state_dict.get("distillation", {}))
         self.before_training.load(state_dict["original_metrics"], state_dict.get("calibrated_metrics", {}))
         self._skips = list(state_dict["skips"])
+        self.schedule.stages = stages_in(state_dict)
         self._pending_skips = list(state_dict["pending_skips"])
         if self.quantized is not None:
             self._take_over(state_dict)

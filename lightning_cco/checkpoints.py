@@ -70,6 +70,8 @@ def check_callback_state(state: Any) -> None:
     for name, value in (entry(state, "distillation", Mapping) if "distillation" in state else {}).items():
         if not isinstance(value, str):
             refuse(f"distillation.{name}", "text", value)
+    if "stages" in state and entry(state, "stages", int) < 0:
+        refuse("stages", "a number of at least 0", state["stages"])
     known = state["quantized"]["kinds"]
     for key in ("skips", "pending_skips"):
         for name in names(state, key):

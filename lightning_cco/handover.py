@@ -134,6 +134,8 @@ class Handover:
         if state:
             check_callback_state(state)
             apply_state(quantized, state, self.settings, state["skips"])
+            if not quantized.calibrated:
+                calibrate_on_held(quantized, self.held, self.forward, f"{path} is from before fake-quantization started (start_at_step)")
             return
         if not self.held:
             raise CCOError(f"{path} holds no ranges (save_weights_only=True), and there are no held batches to calibrate on.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -31,6 +32,9 @@ from lightning_cco.spare_loader import draws_by_a_known_order, read_apart, spare
 
 _KEPT_BYTES = 1 << 30
 """How much memory the batches that were drawn early may take until they are trained on."""
+
+_quiet: weakref.WeakSet[CombinedLoader] = weakref.WeakSet()
+"""Loaders that have loaded a batch, and drew no random numbers in this process for it."""
 
 _Item = tuple[Any, int, int]
 """What a `CombinedLoader` gives: batch, its index, and that of its loader."""
@@ -154,13 +158,16 @@ class _Begun:
         return getattr(self._lookahead.combined, name)
 
 
-def look_ahead(trainer: pl.Trainer) -> tuple[Lookahead, float]:
-    """The lookahead of the training loop, made at the first call, and how many batches the epoch that begins still has.
+def look_ahead(trainer: pl.Trainer, begun: int | None = None) -> tuple[Lookahead, float]:
+    """The lookahead of the training loop, made at the first call, and how many batches the epoch that begins, or runs, still has.
 
-    To be called between ``on_train_start`` and the first batch of an epoch.
+    Args:
+        trainer: The Trainer.
+        begun: How many batches of the running epoch the loop has begun with; `None` between ``on_train_start`` and the first batch of an epoch.
     """
     loop = trainer.fit_loop
-    reload_if_due(trainer)
+    if begun is None:
+        reload_if_due(trainer)
     fetcher, combined = training_fetcher(trainer), training_loader(trainer)
     assert fetcher is not None
     assert combined is not None
@@ -169,12 +176,18 @@ def look_ahead(trainer: pl.Trainer) -> tuple[Lookahead, float]:
     trained = batches.processed if epoch_loop.restarting else 0
     left = trainer.num_training_batches - trained
     again = trainer.current_epoch > 0 and not getattr(loop, "is_resuming", False) and not epoch_loop.restarting
-    if left <= 0:  # the checkpoint is from the end of an epoch: the loop goes on with the next one
+    if begun is not None:
+        again, left = False, trainer.num_training_batches - begun
+    elif left <= 0 and getattr(epoch_loop, "restarted_on_train_batch_end", False):
+        left = (
+            trainer.num_training_batches
+        )  # saved after the last batch, before the epoch's end: the loop takes the iteration that it has begun
+    elif left <= 0:  # the checkpoint is from the end of an epoch: the loop goes on with the next one
         again, left, epoch = True, trainer.num_training_batches, epoch + 1
     current = fetcher.iterator if isinstance(fetcher.iterator, Lookahead) else getattr(loader_of(fetcher), "_lookahead", None)
     if isinstance(current, Lookahead) and current.in_front:
         return current, left
-    for loader in combined.flattened:
+    for loader in combined.flattened if begun is None else ():
         set_sampler_epoch(loader, epoch)
     return Lookahead(fetcher, again), left
 
@@ -192,20 +205,23 @@ def warn_of_left_over(trainer: pl.Trainer) -> None:
         )
 
 
-def upcoming_batches(trainer: pl.Trainer, count: int) -> Iterator[Any]:
+def upcoming_batches(trainer: pl.Trainer, count: int, begun: int | None = None) -> Iterator[Any]:
     """The batches that the training loop gets next, at most ``count``; copies, so that whatever is done to them, the training sees none of it.
+
+    In the midst of an epoch ``begun`` says how many of its batches the loop has begun with. There even one batch that draws random numbers would be drawn
+    before a step that draws some, so only loaders that were seen to draw none are read ahead.
 
     They are drawn from the training's own iterator and given back to it. That changes nothing where the order of random numbers doesn't matter: in worker
     processes, and for data without global random numbers. Else (a dataset that augments in this process; a sampler of one's own, which may heed what was
     trained), and where the batches would take too much memory, the further batches come from a copy of the loaders. Streams can't be copied: theirs are
     always drawn early, and fewer of them if they are large.
     """
-    lookahead, left = look_ahead(trainer)
+    lookahead, left = look_ahead(trainer, begun)
     spare = spare_loader(trainer, lookahead.combined)
     if spare is None and trainer.max_steps >= 0:  # what a stream gives and nobody trains on is lost
         left = min(left, max(1, (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches))
     count = int(min(count, left))
-    draws = spare is None or draws_by_a_known_order(lookahead.combined)
+    draws = spare is None or (draws_by_a_known_order(lookahead.combined) and (begun is None or lookahead.combined in _quiet))
     while draws and len(lookahead.upcoming) < count and lookahead.kept_bytes < _KEPT_BYTES:
         if spare is not None and lookahead.uses_random:
             break
@@ -213,6 +229,7 @@ def upcoming_batches(trainer: pl.Trainer, count: int) -> Iterator[Any]:
             if not lookahead.draw():
                 break
         lookahead.uses_random |= bool(used)
+        (_quiet.discard if lookahead.uses_random else _quiet.add)(lookahead.combined)
     early = [item[0] for item in lookahead.upcoming[:count]]
     more = spare is not None and not lookahead.exhausted and len(early) < count
     rest = islice(read_apart(spare), len(early), count) if spare is not None and more else iter(())

@@ -43,11 +43,14 @@ class OutsideFit:
             else "the model is another than the one trained"
         )
 
-    def warn_of_float(self, trainer: pl.Trainer) -> None:
-        """Say once that the model runs in float."""
+    def warn_of_float(self, trainer: pl.Trainer, why: str = "") -> None:
+        """Say once that the model runs in float, and why, if that is known."""
         if self._warned_of_float:
             return
         self._warned_of_float = True
+        if why:
+            warnings.warn(f"trainer.{getattr(trainer.state.fn, 'value', '')}: the model runs in float: {why}.", CCOWarning, stacklevel=3)
+            return
         warnings.warn(
             f"trainer.{getattr(trainer.state.fn, 'value', '')}: the model runs in float: CCOCallback has no ranges, since no checkpoint with its "
             "state was loaded (ModelCheckpoint(save_weights_only=True) and runs without the callback save none). For the compressed model "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from lightning_cco.errors import CCOError
@@ -42,6 +43,9 @@ BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
     "freeze_ranges_at_step": (lambda step: step >= 0, "a step of at least 0, or null, was", ""),
     "weight": (lambda share: 0 <= share <= 1, "a number from 0 (no distillation) to 1 (nothing else) was", "Write 0.7."),
     "temperature": (lambda value: 0 < value < float("inf"), "a number above 0 was", "Write 2."),
+    "start_at_step": (lambda step: step >= 0, "a step of at least 0, or null, was", ""),
+    "at_step": (lambda step: step >= 0, "a step of at least 0 was", ""),
+    "at_epoch": (lambda epoch: epoch >= 0, "an epoch of at least 0 was", ""),
     "freeze_batch_norm_at_step": (lambda step: step >= 0, "a step of at least 0, or null, was", ""),
     "size": (lambda part: 0 < part <= 1, "a part of the float file in (0, 1], or null, was", "Write 0.2."),
     "average_bits": (lambda bits: 2 <= bits <= 32, "2 to 32 bits per weight, or null, were", "Write 4."),
@@ -202,6 +206,47 @@ class GlobalQuantizationSettings(_Checked):
 
 
 @dataclass
+class BitsStage(_Checked):
+    """From when on all layers without bits of their own have how many.
+
+    Attributes:
+        at_step: Global step from which the stage holds; or
+        at_epoch: Epoch from which it does, counted from 0.
+        weights_num_bits: Bits of the weights, 2 to 8; None: as before.
+        activations_num_bits: Bits of the activations, 2 to 8; None: as before.
+    """
+
+    at_step: int | None = None
+    at_epoch: int | None = None
+    weights_num_bits: int | None = None
+    activations_num_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if problem := problem_with_stage(vars(self)):
+            raise CCOError(f"BitsStage{problem}")
+
+
+def problem_with_stage(values: Mapping[str, Any]) -> str:
+    """What is wrong with the values of a stage together, in words that go on from its place in the recipe; empty if nothing is."""
+    whens = [key for key in ("at_step", "at_epoch") if values.get(key) is not None]
+    if len(whens) != 1:
+        came = "both" if whens else "neither"
+        return f": at_step or at_epoch was expected, {came} came. Write {{at_step: 500, weights_num_bits: 4}}."
+    if values.get("weights_num_bits") is None and values.get("activations_num_bits") is None:
+        return f": a stage without bits changes nothing. Write {{{whens[0]}: {values[whens[0]]}, weights_num_bits: 4}}."
+    return ""
+
+
+def problem_with_stages(stages: Sequence[BitsStage]) -> str:
+    """What is wrong with the order of stages, in words; empty if nothing is."""
+    for key in ("at_step", "at_epoch"):
+        times = [time for stage in stages if (time := getattr(stage, key)) is not None]
+        if any(later <= earlier for earlier, later in pairwise(times)):
+            return f"stages in the order of their time were expected, {key}: {', '.join(map(str, times))} came."
+    return ""
+
+
+@dataclass
 class TrainingSettings(_Checked):
     """Calibration and ranges.
 
@@ -214,6 +259,9 @@ class TrainingSettings(_Checked):
         averaging_constant: Share of a training batch in the moving average, in (0, 1].
         percentile: Per cent of the values that the ``percentile`` estimator covers at each end, in (50, 100].
         freeze_ranges_at_step: Global step from which ranges are frozen; 0: right after the calibration; None: never.
+        start_at_step: Global step at which fake-quantization starts: before it the model is trained in float, at it ranges are calibrated; None: at once.
+        stages: Bits that change in the training: ``{at_step: 500, weights_num_bits: 4, activations_num_bits: 4}``, or ``at_epoch``; they take the place of
+            the global ones, bits of rules stay. Ranges of other bits are calibrated anew, on the batches that are trained on next.
         freeze_batch_norm_at_step: Global step from which batch norms keep their statistics: the network is then trained as it will be deployed; None: never.
         skip_initial_evaluation: Don't validate the float model before training.
         skip_calibrated_evaluation: Don't validate the model after its calibration, before training: what calibration alone gives, without training.
@@ -225,6 +273,8 @@ class TrainingSettings(_Checked):
     averaging_constant: float = 0.05
     percentile: float = 99.99
     freeze_ranges_at_step: int | None = None
+    start_at_step: int | None = None
+    stages: list[BitsStage] = field(default_factory=list)
     freeze_batch_norm_at_step: int | None = None
     skip_initial_evaluation: bool = False
     skip_calibrated_evaluation: bool = False

@@ -20,7 +20,7 @@ LAYERS = [
     ["callback", "loading"],
     ["handover", "outside_fit"],
     ["budgeted"],
-    ["distillation", "early_check", "export_dir", "held_batches", "initial_evaluation"],
+    ["distillation", "early_check", "export_dir", "held_batches", "initial_evaluation", "schedule"],
     ["batch_norms", "batches", "checkpoints", "monitoring", "strategies"],
     ["lookahead", "quantized_model"],
     ["budget", "drawing", "export", "level_use", "loss_measurement", "measurement", "spare_loader", "suggestions"],

@@ -243,11 +243,11 @@ def test_a_second_fit(tmp_path: Path) -> None:
     assert run(quick()) == run(None)
 
 
-def resumed(folder: Path, make: Callable[[], Any], cco: CCOCallback | None, fresh: CCOCallback | None) -> list[Any]:
+def resumed(folder: Path, make: Callable[[], Any], cco: CCOCallback | None, fresh: CCOCallback | None, steps: int = 2) -> list[Any]:
     pl.seed_everything(1, verbose=False)
-    checkpoint = ModelCheckpoint(folder, filename="at", every_n_train_steps=2, save_top_k=-1)
+    checkpoint = ModelCheckpoint(folder, filename="at", every_n_train_steps=steps, save_top_k=-1)
     first = Reading()
-    make_trainer(folder, checkpoint, *([cco] if cco else []), max_epochs=1, max_steps=2).fit(first, make())
+    make_trainer(folder, checkpoint, *([cco] if cco else []), max_epochs=1, max_steps=steps).fit(first, make())
     pl.seed_everything(2, verbose=False)
     second = Reading()
     make_trainer(folder, *([fresh] if fresh else []), max_epochs=2).fit(second, make(), ckpt_path=checkpoint.best_model_path)
@@ -262,3 +262,13 @@ def test_resume_in_the_middle_of_an_epoch(kind: str, known: bool, tmp_path: Path
     if kind == "stateful":
         assert [entry[1][0][0] for entry in expected] == [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6]
     assert resumed(tmp_path / "cco", make, quick() if known else None, quick()) == expected
+
+
+@pytest.mark.parametrize("kind", ["stateful", "shuffled"])
+@pytest.mark.parametrize("known", [True, False], ids=["with our state", "without"])
+def test_resume_after_the_last_batch_of_an_epoch(kind: str, known: bool, tmp_path: Path) -> None:
+    """Of a checkpoint that was saved after the epoch's last batch, but before its end."""
+    make = Stateful if kind == "stateful" else shuffled
+    expected = resumed(tmp_path / "float", make, None, None, steps=6)
+    assert len(expected) == 12
+    assert resumed(tmp_path / "cco", make, quick() if known else None, quick(), steps=6) == expected

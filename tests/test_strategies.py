@@ -109,6 +109,15 @@ def test_a_budget_on_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_stages_on_two_processes(tmp_path: Path) -> None:
+    """Fake-quantization starts, and a stage begins, in the midst of an epoch; each rank calibrates on batches of its own."""
+    found = ranks("ddp_stages", tmp_path)
+    assert set(found[0]["bits"].values()) == {4, 32}
+    assert all(torch.equal(found[0]["ranges"][key], found[1]["ranges"][key]) for key in found[0]["ranges"])
+    assert_tested(found)
+
+
+@pytest.mark.slow
 def test_spawned_processes(tmp_path: Path) -> None:
     """They leave nothing in the process that spawned them but the checkpoint, which gives the quantized model back."""
     done = run_on_two("ddp_spawn", tmp_path / "spawn")

@@ -77,6 +77,7 @@ CASES: dict[str, tuple[type[Classifier], Callable[[], Any], dict[str, Any]]] = {
     "ddp_distilled": (Classifier, ddp, {}),
     "ddp_distilled_unused": (Unused, lambda: ddp(find_unused_parameters=True), {}),
     "ddp_budget": (Classifier, ddp, {}),
+    "ddp_stages": (Classifier, ddp, {}),
     "ddp_static_graph": (Classifier, lambda: ddp(static_graph=True, gradient_as_bucket_view=True), {}),
 }
 
@@ -114,6 +115,9 @@ def main(folder: Path, case: str, export_dir: str | None = None) -> None:
     settings: dict[str, Any] = {"distillation_settings": {"weight": 0.7}} if "distilled" in case else {}
     if "budget" in case:
         settings = {"budget_settings": {"average_bits": 4.6, "revise_every_n_epochs": 1}}
+    if "stages" in case:
+        stages = [{"at_step": 3, "weights_num_bits": 4, "activations_num_bits": 3}]
+        settings = {"training_settings": {"stats_steps": 2, "start_at_step": 1, "stages": stages}}
     cco, losses, model = quick(deployment_settings={"export_dir": export_dir}, **settings), Losses(), make()
     keeper = ModelCheckpoint(folder, save_last=True)
     trainer = make_trainer(folder, cco, losses, keeper, max_epochs=2, devices=2, strategy=strategy(), num_sanity_val_steps=1, **options)
@@ -125,7 +129,7 @@ def main(folder: Path, case: str, export_dir: str | None = None) -> None:
 
     kept = {
         "logged": float(trainer.callback_metrics["val_loss"]),
-        "tested": tested(quick(**{key: value for key, value in settings.items() if key == "budget_settings"})),
+        "tested": tested(quick(**{key: value for key, value in settings.items() if key != "distillation_settings"})),
         "float": tested(),
         "losses": losses.values,
         "weights": {name: whole(tensor) for name, tensor in model.state_dict().items()},

@@ -134,6 +134,15 @@ class Monitor:
             files = [self._loss_csv.path, self.folder.path / "loss_heat_map.png"]
             show(self.loggers, Payload(step, texts={"cco/loss_sensitivity": text}, images=images, files=files, scalars=light))
 
+    def on_float_epoch(self, epoch: int, metrics: Mapping[str, float], original: Mapping[str, float]) -> None:
+        """Show the metrics of an epoch before fake-quantization has started; the best ones are those of the compressed model alone."""
+        if not self.enabled:
+            return
+        with self.folder.unharmed("the epoch's summary"):
+            before = {name: f" (original {original[name]:.4g})" for name in metrics if name in original}
+            said = [f"  {name}: {value:.4g}{before.get(name, '')}" for name, value in metrics.items()]
+            _say("\n".join([f"Summary of epoch {epoch}, trained in float", *said]))
+
     def on_epoch(
         self,
         epoch: int,
