@@ -19,6 +19,7 @@ from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.qparams import quant_range
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
+from lightning_cco.tensor_views import TensorViews
 
 _MOST_VALUES = 65_536
 
@@ -42,9 +43,13 @@ class LevelWatch:
     """Looks at the levels once an epoch, on the same batch; keeps those of the two epochs before.
 
     Of tensors with more than 65,536 values that many are looked at, the same ones each time.
+
+    Attributes:
+        views: What passed the quantizers when it looked last.
     """
 
     def __init__(self) -> None:
+        self.views = TensorViews()
         self._before: tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]] = {}, {}
 
     def measure(self, quantized: HookedModel, forward: Callable[[], Any]) -> dict[str, LayerLevels]:
@@ -57,15 +62,16 @@ class LevelWatch:
         Returns:
             What was seen by layer, or by tensor where it is not a layer's first output.
         """
+        views = self.views = TensorViews()
         weights: dict[str, list[tuple[float, int, Tensor]]] = {}
         activations: dict[str, list[tuple[float, int]]] = {}
         with ExitStack() as stack:
             for name, quantizers in quantized.weights.items():
                 for one in quantizers:
-                    handle = one.register_forward_pre_hook(_see_weight(weights.setdefault(name, [])))
+                    handle = one.register_forward_pre_hook(_see_weight(weights.setdefault(name, []), name, views))
                     stack.callback(handle.remove)
             for key, quantizer in quantized.activations.items():
-                handle = quantizer.register_forward_pre_hook(_see_activation(activations.setdefault(str(key), [])), with_kwargs=True)
+                handle = quantizer.register_forward_pre_hook(_see_activation(activations.setdefault(str(key), []), str(key), views), with_kwargs=True)
                 stack.callback(handle.remove)
             with quantized.evaluating(), quantized.forked_random(), eager():
                 forward()
@@ -82,18 +88,19 @@ class LevelWatch:
         return found
 
 
-def _see_weight(seen: list[tuple[float, int, Tensor]]) -> Callable[..., None]:
+def _see_weight(seen: list[tuple[float, int, Tensor]], name: str, views: TensorViews) -> Callable[..., None]:
     def see(quantizer: WeightQuantizer, args: tuple[Any, ...]) -> None:
         with torch.no_grad():
             weight = args[0].detach()
             integers, _ = quantizer.quantize(weight)
             beyond = _some(weight.float().abs() > quantizer.steps(weight) * (quant_range(quantizer.num_bits, symmetric=True)[1] + 0.5))
             seen.append((float(beyond.sum()), beyond.numel(), _some(integers).cpu()))
+            views.see_weight(name, quantizer, weight, scale)
 
     return see
 
 
-def _see_activation(seen: list[tuple[float, int]]) -> Callable[..., None]:
+def _see_activation(seen: list[tuple[float, int]], name: str, views: TensorViews) -> Callable[..., None]:
     def see(quantizer: ActivationQuantizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with torch.no_grad():
             values = _some(args[0].detach()).float()
@@ -104,6 +111,7 @@ def _see_activation(seen: list[tuple[float, int]]) -> Callable[..., None]:
                 values > (high - quantizer.zero_point + 0.5) * quantizer.scale
             )
             seen.append((float(beyond.sum()), beyond.numel()))
+            views.see_activation(name, quantizer, values)
 
     return see
 
