@@ -51,6 +51,7 @@ from lightning_cco.monitoring.metrics import monitored_values, numbers
 from lightning_cco.monitoring.start import start_monitor
 from lightning_cco.outside_fit import OutsideFit
 from lightning_cco.quantized_model import QuantizedModel
+from lightning_cco.report_page.facts import model_facts
 from lightning_cco.schedule import Schedule, calibrate, check_schedule, stages_in
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings, changed_settings, load_settings
@@ -188,7 +189,7 @@ class CCOCallback(pl.Callback):
         quantized = self.quantized
         self._held = list(training_batches(trainer, self.settings.monitoring_settings.sensitivity_batches))
         self.schedule.begin(trainer, quantized, self._skips, self.settings)
-        monitor.on_start(quantized.graph, quantized.plan)
+        monitor.on_start(quantized.graph, quantized.plan, model_facts(quantized))
         if not self.schedule.waits(trainer, quantized):
             self._find_ranges(trainer, quantized)
         assert self._forward is not None
@@ -326,6 +327,8 @@ class CCOCallback(pl.Callback):
             metric_directions(trainer, metrics),
             self.calibrated_metrics,
             self.levels,
+            self._level_watch.views,
+            model_facts(quantized),
         )
 
     def _apply_pending_skips(self, trainer: pl.Trainer) -> None:

@@ -71,7 +71,9 @@ class LevelWatch:
                     handle = one.register_forward_pre_hook(_see_weight(weights.setdefault(name, []), name, views))
                     stack.callback(handle.remove)
             for key, quantizer in quantized.activations.items():
-                handle = quantizer.register_forward_pre_hook(_see_activation(activations.setdefault(str(key), []), str(key), views), with_kwargs=True)
+                handle = quantizer.register_forward_pre_hook(
+                    _see_activation(activations.setdefault(str(key), []), str(key), views), with_kwargs=True
+                )
                 stack.callback(handle.remove)
             with quantized.evaluating(), quantized.forked_random(), eager():
                 forward()
@@ -93,9 +95,10 @@ def _see_weight(seen: list[tuple[float, int, Tensor]], name: str, views: TensorV
         with torch.no_grad():
             weight = args[0].detach()
             integers, _ = quantizer.quantize(weight)
-            beyond = _some(weight.float().abs() > quantizer.steps(weight) * (quant_range(quantizer.num_bits, symmetric=True)[1] + 0.5))
+            steps = quantizer.steps(weight)
+            beyond = _some(weight.float().abs() > steps * (quant_range(quantizer.num_bits, symmetric=True)[1] + 0.5))
             seen.append((float(beyond.sum()), beyond.numel(), _some(integers).cpu()))
-            views.see_weight(name, quantizer, weight, scale)
+            views.see_weight(name, quantizer, weight, steps)
 
     return see
 

@@ -95,30 +95,30 @@ class TensorViews:
     _seen: set[int] = field(default_factory=set)
 
     @torch.no_grad()
-    def see_weight(self, name: str, quantizer: WeightQuantizer, weight: Tensor, scale: Tensor) -> None:
+    def see_weight(self, name: str, quantizer: WeightQuantizer, weight: Tensor, steps: Tensor) -> None:
         """Look at a weight.
 
         Args:
             name: Its layer.
             quantizer: Its quantizer.
             weight: The weight.
-            scale: Its scales, as `weight_scale` shapes them.
+            steps: The scale of each weight, in a shape that goes together with the weight's.
         """
         weight = weight.detach()
         if not weight.numel() or id(quantizer) in self._seen:  # called once more in the same forward
             return
         self._seen.add(id(quantizer))
-        steps = _drawn(weight).float() / _drawn(scale.expand_as(weight)).float()
+        in_steps = _drawn(weight).float() / _drawn(steps.expand_as(weight)).float()
         low, high = weight.aminmax()
         found = WeightView(
             quantizer.num_bits,
             weight.numel(),
-            scale.numel(),
+            quantizer.scales_of(weight),
             float(low),
             float(high),
-            float(scale.amin()),
-            float(scale.amax()),
-            histogram(steps),
+            float(steps.amin()),
+            float(steps.amax()),
+            histogram(in_steps),
         )
         before = self.weights.get(name)
         self.weights[name] = found if before is None else _joined(before, found)
@@ -132,9 +132,7 @@ class TensorViews:
             quantizer: The quantizer.
             values: Behind the clamp that is folded into it.
         """
-        low, high, scale, zero_point = torch.stack(
-            [quantizer.min_val, quantizer.max_val, quantizer.scale, quantizer.zero_point]
-        ).tolist()
+        low, high, scale, zero_point = torch.stack([quantizer.min_val, quantizer.max_val, quantizer.scale, quantizer.zero_point]).tolist()
         self.activations[name] = ActivationView(
             quantizer.num_bits, quantizer.symmetric, low, high, scale, zero_point, histogram(_drawn(values).float())
         )

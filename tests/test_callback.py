@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_cco import CCOCallback, CCOError, CCOWarning, Settings
 from lightning_cco.settings import load_settings
 
+REPORT = {"report.html", "report.json", "model_explorer.json", "model_explorer_data.json"}
+
 
 def test_fit_quantizes_measures_and_writes(tmp_path: Path) -> None:
     cco, model = quick(), Classifier()
@@ -35,7 +37,7 @@ def test_fit_quantizes_measures_and_writes(tmp_path: Path) -> None:
     assert set(cco.report.local) >= {"conv", "relu", "linear"} - {"linear"}
     assert {"cco/qs_max", "cco/num_quantized_layers", "val_loss"} <= set(trainer.callback_metrics)
     files = {path.name for path in (tmp_path / "cco").iterdir()}
-    assert files == {"layers.txt", "resolved_recipe.yaml", "suggested_skips.yaml", "sensitivity.csv", "heat_map.png"}
+    assert files == {"layers.txt", "resolved_recipe.yaml", "suggested_skips.yaml", "sensitivity.csv", "heat_map.png"} | REPORT
     rows = (tmp_path / "cco" / "sensitivity.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * len(cco.report.local)
     load_settings(tmp_path / "cco" / "resolved_recipe.yaml")

@@ -201,6 +201,10 @@ def test_files(quantized: QuantizedModel, tmp_path: Path) -> None:
         "suggested_skips.yaml",
         "sensitivity.csv",
         "heat_map.png",
+        "report.html",
+        "report.json",
+        "model_explorer.json",
+        "model_explorer_data.json",
     }
     with Image.open(tmp_path / "cco" / "model_post_preprocessing.png") as picture:
         assert picture.width > 200
@@ -335,8 +339,15 @@ def as_lightnings(logger: type, method: str, *arguments: Any, **more: Any) -> di
 class WandbLogger:
     """Stands in for Lightning's, which needs wandb: it takes what that takes."""
 
+    id = "abc1"
+
     def __init__(self) -> None:
         self.shown: dict[str, Any] = {}
+        self.experiment = self
+        self.artifacts: list[Any] = []
+
+    def log_artifact(self, artifact: Any) -> None:
+        self.artifacts.append(artifact)
 
     def log_image(self, *arguments: Any, **more: Any) -> None:
         found = as_lightnings(lightning.pytorch.loggers.WandbLogger, "log_image", *arguments, **more)
@@ -369,12 +380,23 @@ class MLFlowLogger:
         self.kept.append(Path(local_path).name)
 
 
+class Artifact:
+    """As wandb's: a name, a kind, files."""
+
+    def __init__(self, name: str, type: str) -> None:
+        self.name, self.type, self.files = name, type, set()
+
+    def add_file(self, local_path: str) -> None:
+        assert Path(local_path).exists()
+        self.files.add(Path(local_path).name)
+
+
 class UsersWandbLogger(WandbLogger):
     """A logger derived from a known one."""
 
 
 def test_wandb_and_mlflow_get_what_they_can_show(quantized: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Histogram=lambda values: sorted(values)))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Histogram=sorted, Artifact=Artifact))
     wandb, mlflow = UsersWandbLogger(), MLFlowLogger()
     show_epochs(Monitor(tmp_path, [wandb, mlflow]), quantized, epochs=1)
     assert {"cco/graph", "cco/model_init", "cco/heat_map", "cco/sensitivity", "cco/suggestions", "cco/qs", "cco_qs/conv"} <= set(
@@ -383,6 +405,9 @@ def test_wandb_and_mlflow_get_what_they_can_show(quantized: QuantizedModel, tmp_
     assert {row[0] for row in wandb.shown["cco/sensitivity"]} == set(quantized.measured_layers())
     pictures = {f"{stem}.{ending}" for stem in ("model_init", "model_post_preprocessing") for ending in ("svg", "png")}
     assert {"sensitivity.csv", "suggested_skips.yaml", "resolved_recipe.yaml", "heat_map.png"} | pictures <= set(mlflow.kept)
+    report = {"report.html", "report.json", "model_explorer.json", "model_explorer_data.json"}
+    assert report <= set(mlflow.kept)
+    assert {(one.name, one.type, frozenset(one.files)) for one in wandb.artifacts} == {("cco-report-abc1", "cco-report", frozenset(report))}
 
 
 def test_a_large_net_gets_a_bounded_number_of_curves(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ class Payload:
         histograms: Values by tag.
         scalars: Single values by tag, for loggers that take many at once.
         files: Paths of files for loggers that take artifacts.
+        report: Those of the report page, which is one artifact also where the other files are not.
         graph: A serialized GraphDef for TensorBoard's Graphs page.
     """
 
@@ -39,6 +40,7 @@ class Payload:
     histograms: Mapping[str, Sequence[float]] = field(default_factory=dict)
     scalars: Mapping[str, float] = field(default_factory=dict)
     files: Sequence[Path] = ()
+    report: Sequence[Path] = ()
     graph: bytes | None = None
 
     def with_values_of(self, other: Payload) -> Payload:
@@ -47,7 +49,7 @@ class Payload:
 
 
 def show(loggers: Sequence[Any], payload: Payload) -> None:
-    """Give each logger what it can show. TensorBoard everything; WandB images, tables, histograms and curves; MLflow the files; others nothing here.
+    """Give each logger what it can show. TensorBoard everything; WandB images, tables, histograms, curves and the report; MLflow the files; others nothing here.
 
     Loggers derived from these are treated as these.
     """
@@ -101,10 +103,19 @@ def _wandb(logger: Any, payload: Payload) -> None:
         metrics |= {tag: wandb.Histogram(_finite(values)) for tag, values in payload.histograms.items()}
     if metrics:
         logger.log_metrics(metrics, step=payload.step)
+    written = [path for path in payload.report if path.exists()]
+    if written:
+        import wandb
+
+        run = logger.experiment
+        artifact = wandb.Artifact(f"cco-report-{run.id}", type="cco-report")
+        for path in written:
+            artifact.add_file(str(path))
+        run.log_artifact(artifact)
 
 
 def _mlflow(logger: Any, payload: Payload) -> None:
-    for path in payload.files:
+    for path in [*payload.files, *payload.report]:
         if path.exists():
             logger.experiment.log_artifact(logger.run_id, str(path), artifact_path="cco")
 

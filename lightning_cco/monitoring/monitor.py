@@ -29,15 +29,18 @@ from lightning_cco.monitoring.loggers import Payload, show
 from lightning_cco.monitoring.loss_view import LossSensitivityCsv, loss_header, loss_heat_map, loss_rows, loss_table
 from lightning_cco.monitoring.pictures import Pictures
 from lightning_cco.monitoring.plan_log import layers_text, plan_lines, start_lines
+from lightning_cco.monitoring.report_files import ReportFiles
 from lightning_cco.monitoring.resolved import resolved_yaml
 from lightning_cco.monitoring.run_folder import RunFolder
 from lightning_cco.monitoring.sensitivity_csv import SensitivityCsv
 from lightning_cco.monitoring.trade_off import HEADER, budget_csv, budget_lines, layer_rows, trade_off
 from lightning_cco.names import printable
 from lightning_cco.quantization.plan import QuantizationPlan
+from lightning_cco.report_page.facts import ModelFacts
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings
 from lightning_cco.suggestions import Suggestion, suggestions_yaml
+from lightning_cco.tensor_views import TensorViews
 
 _FILES = ("suggested_skips.yaml", "sensitivity.csv", "heat_map.png", "resolved_recipe.yaml", "layers.txt")
 _FOLLOWED = 30  # layers with a curve of their own: as many as a page can show
@@ -47,8 +50,8 @@ class Monitor:
     """Writes what a user sees of one run.
 
     Files in ``folder``: ``overview.{svg,png}``, ``model_post_preprocessing.{svg,png,dot}`` (both redrawn each
-    epoch), ``model_init.{svg,png,dot}``, ``layers.txt``, ``resolved_recipe.yaml``, ``suggested_skips.yaml``, ``sensitivity.csv``, ``heat_map.png``; with
-    a budget ``trade_off.png``, ``budget.csv``, ``budget.json``.
+    epoch), ``model_init.{svg,png,dot}``, ``layers.txt``, ``resolved_recipe.yaml``, ``suggested_skips.yaml``, ``sensitivity.csv``, ``heat_map.png``,
+    ``report.html`` (one page of all, with ``report.json`` and ``model_explorer*.json``); with a budget ``trade_off.png``, ``budget.csv``, ``budget.json``.
     Loggers get each of the first 20 epochs' pictures and tables, then ever fewer, and the last ones.
 
     Args:
@@ -62,20 +65,29 @@ class Monitor:
         self.folder, self.loggers, self.enabled, self.draw = RunFolder(folder), list(loggers), enabled, draw
         self.past = History()
         self.past_losses = History()
+        self.past_metrics = History()
         self._rises: dict[str, float] = {}
         self._csv = SensitivityCsv(self.folder.path / "sensitivity.csv")
         self._loss_csv = LossSensitivityCsv(self.folder.path / "loss_sensitivity.csv")
         self._step = 0
         self._not_shown: Payload | None = None
         self._pictures = Pictures(self.folder, self.loggers)
+        self._report = ReportFiles(self.folder)
 
-    def on_start(self, graph: LayerGraph, plan: QuantizationPlan) -> None:
-        """Say what was captured and planned, draw it, write the resolved recipe."""
+    def on_start(self, graph: LayerGraph, plan: QuantizationPlan, facts: ModelFacts | None = None) -> None:
+        """Say what was captured and planned, draw it, write the resolved recipe.
+
+        Args:
+            graph: The layers.
+            plan: What is quantized.
+            facts: The model, and how many weights it has.
+        """
         if not self.enabled:
             return
         self.folder.open()
         with self.folder.unharmed("the plan"):
             _say("\n".join(start_lines(graph, plan)))
+        self._report.state.facts = facts or ModelFacts()
         self._write_plan(plan)
         if self.draw:
             self._pictures.draw_graph(graph)
@@ -93,6 +105,7 @@ class Monitor:
     def _write_plan(self, plan: QuantizationPlan) -> None:
         self.folder.write("resolved_recipe.yaml", lambda: resolved_yaml(plan))
         self.folder.write("layers.txt", lambda: layers_text(plan))
+        self._report.update(plan=plan)
 
     def on_budget(self, budget: BudgetPlan, step: int) -> None:
         """Say what a budget has chosen; write the trade-off as ``trade_off.png``, the layers as ``budget.csv``, and all of it as ``budget.json``."""
@@ -103,6 +116,7 @@ class Monitor:
         self.folder.write("budget.json", lambda: json.dumps(budget.to_dict(), indent=1))
         self.folder.write("budget.csv", lambda: budget_csv(budget))
         picture = self.folder.write("trade_off.png", lambda: _png(trade_off(budget)))
+        self._report.update(budget=budget)
         with self.folder.unharmed("what goes to the loggers"):
             rows = layer_rows(budget)
             text = tables.markdown_table(HEADER, rows[: tables.MOST_ROWS], of=len(rows))
@@ -116,6 +130,7 @@ class Monitor:
             return
         rises = self._rises = losses.rises(plan)
         self.past_losses.add(epoch, rises, {})
+        self._report.state.losses = losses
         with self.folder.unharmed("the loss sensitivities"):
             _say(loss_table(losses, plan))
         if self.folder.on_disk:
@@ -156,6 +171,8 @@ class Monitor:
         directions: Mapping[str, str] | None = None,
         calibrated: Mapping[str, float] | None = None,
         levels: Mapping[str, LayerLevels] | None = None,
+        views: TensorViews | None = None,
+        facts: ModelFacts | None = None,
     ) -> None:
         """Show an epoch.
 
@@ -171,6 +188,8 @@ class Monitor:
             directions: ``min`` or ``max`` by metric, where it is known which is better.
             calibrated: Those after the calibration, before training.
             levels: How each layer uses its levels.
+            views: Ranges and histograms.
+            facts: The model, and how many weights it has.
         """
         if not self.enabled:
             return
@@ -201,6 +220,25 @@ class Monitor:
         picture = self.folder.write("heat_map.png", lambda: self._heat_map(suggestions, settings))
         if first:
             past.followed = [entry.name for entry in report.worst_first()[:_FOLLOWED]]
+        self.past_metrics.add(epoch, metrics, {})
+        self._report.update(
+            plan=plan,
+            epoch=epoch,
+            step=step,
+            metrics=dict(metrics),
+            original=original,
+            calibrated=calibrated or {},
+            directions=directions or {},
+            extremes=past.extremes,
+            metric_epochs=self.past_metrics.epochs,
+            qs_epochs=past.epochs,
+            loss_epochs=self.past_losses.epochs,
+            report=report,
+            levels=levels or {},
+            views=views or TensorViews(),
+            facts=facts or self._report.state.facts,
+            suggestions=suggestions,
+        )
         with self.folder.unharmed("what goes to the loggers"):
             summary = [*said, "", *plan_lines(plan)]
             self._to_loggers(step, plan, report, levels or {}, summary, suggested, picture, first)
@@ -229,6 +267,7 @@ class Monitor:
             epoch_tables(plan, report, levels),
             images,
             files=files,
+            report=self._report.paths,
             graph=graph,
         )
         self._not_shown = None if worth_showing(self.past.count) else heavy
@@ -245,11 +284,16 @@ class Monitor:
         path = Path(report.path).with_name("export_report.json")
         with self.folder.unharmed(path):
             report.save(path)
-        show(self.loggers, Payload(self._step, {"cco/export": as_code(str(report))}, files=[path]))
+        self._report.update(export=report)
+        show(self.loggers, Payload(self._step, {"cco/export": as_code(str(report))}, files=[path], report=self._report.paths))
 
     def finish(self) -> None:
         """Wait for the pictures, and show the loggers the last ones."""
         self._pictures.finish()
+        if self._report.state.epoch is not None:
+            self._report.update(finished=True)
+            if self._not_shown is None:
+                self._not_shown = Payload(self._step, report=self._report.paths)
         if self._not_shown is not None:
             show(self.loggers, self._not_shown)
             self._not_shown = None
@@ -257,13 +301,16 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """The history as plain data, a few kilobytes."""
         losses = {"losses": self.past_losses.state_dict(), "loss_table": self._loss_csv.path.name} if self.past_losses.count else {}
-        return {**self.past.state_dict(), "folder": str(self.folder.path), "table": self._csv.path.name, **losses}
+        metrics = {"metrics": self.past_metrics.state_dict()}
+        return {**self.past.state_dict(), "folder": str(self.folder.path), "table": self._csv.path.name, **metrics, **losses}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a history."""
         self.past.load_state_dict(state)
         earlier = Path(state.get("folder", self.folder.path)) / str(state.get("table", self._csv.path.name))
         self._csv = SensitivityCsv(self._csv.path, earlier)
+        if "metrics" in state:
+            self.past_metrics.load_state_dict(state["metrics"])
         if "losses" in state:
             self.past_losses.load_state_dict(state["losses"])
             self._loss_csv = LossSensitivityCsv(self._loss_csv.path, earlier.with_name(str(state["loss_table"])))

@@ -13,6 +13,7 @@ import yaml
 
 from lightning_cco.errors import CCOError
 from lightning_cco.figures import figure
+from lightning_cco.monitoring.report_files import PAGE
 from lightning_cco.monitoring.sensitivity_csv import HEADER
 from lightning_cco.monitoring.tables import text_table
 from lightning_cco.names import printable
@@ -42,6 +43,8 @@ def run_report(folder: str | Path, most: int = 10) -> str:
 
 def _lines(run: Path, most: int) -> Iterator[str]:
     yield f"Run: {printable(run)}"
+    if (run / PAGE).is_file():
+        yield f"Page: {printable((run / PAGE).absolute())} (open it in a browser; it needs no network)"
     if (run / "resolved_recipe.yaml").is_file():
         yield from _decisions(run / "resolved_recipe.yaml")
     if (run / "sensitivity.csv").is_file():

@@ -62,7 +62,9 @@ def _comes_back(plan: QuantizationPlan) -> set[str]:
     if not wanted:
         return set()
     settings = load_settings(plan.settings)
-    settings.layer_settings = [_without(rule, {"skip_quantization"}) if rule.match in set(wanted) else rule for rule in settings.layer_settings]
+    settings.layer_settings = [
+        _without(rule, {"skip_quantization"}) if rule.match in set(wanted) else rule for rule in settings.layer_settings
+    ]
     settings.layer_settings = [rule for rule in settings.layer_settings if _says(rule)]
     settings.layer_settings += [LayerRule(match=name, skip_quantization=False) for name in wanted]
     try:
@@ -106,6 +108,7 @@ def rules_now(plan: QuantizationPlan) -> list[dict[str, str]]:
         if rule.by == "budget":
             known = said.get(rule.match, ResolvedRules())
             names = {"skip_quantization": known.skip, "weights_num_bits": known.weights_num_bits}
+            names |= {"weights_group_size": known.weights_group_size}
             names |= {"activations_num_bits": known.activations_num_bits, "weight_only": known.weight_only}
             parts = {part: value for part, value in _parts(rule).items() if names.get(part) is None}
             found += [{"match": rule.match, **parts}] if parts else []
@@ -125,7 +128,7 @@ def sections_now(plan: QuantizationPlan) -> list[str]:
     if not set_ones:
         return []
     return [
-        f"budget_settings: {yaml_value({name: None for name in set_ones})}",
+        f"budget_settings: {yaml_value(dict.fromkeys(set_ones))}",
         "global_quantization_settings: {skip_tail_quantization: false}",
         f"deployment_settings: {yaml_value({'int4': packs_weights(plan.settings)})}",
     ]

@@ -35,7 +35,6 @@ class RunState:
 
     Attributes:
         plan: What is quantized; `None` before it is planned.
-        title: What the run is called.
         epoch: Number of the epoch that was measured last; `None` before the first.
         step: Global step then.
         finished: Whether the training has ended.
@@ -51,14 +50,13 @@ class RunState:
         losses: The loss sensitivities measured last.
         levels: How each layer uses its levels.
         views: Ranges and histograms.
-        facts: How many weights there are.
+        facts: The model, and how many weights there are.
         suggestions: What to skip.
         budget: What a budget has chosen.
         export: What the check of an exported file has found.
     """
 
     plan: QuantizationPlan | None = None
-    title: str = ""
     epoch: int | None = None
     step: int = 0
     finished: bool = False
@@ -95,7 +93,7 @@ def report_data(state: RunState) -> dict[str, Any]:
     data = {
         "version": VERSION,
         "made_by": f"lightning_cco {__version__}",
-        "title": state.title,
+        "title": state.facts.model,
         "epoch": state.epoch,
         "step": state.step,
         "finished": state.finished,
@@ -143,7 +141,7 @@ def _counts(plan: QuantizationPlan) -> dict[str, Any]:
 
 
 def _layers(state: RunState, plan: QuantizationPlan) -> list[dict[str, Any]]:
-    may, measured = choices(plan), state.report
+    may, measured, bits = choices(plan), state.report, plan.output_bits()
     found = []
     for layer in plan.graph:
         name, decision = layer.name, plan.decisions[layer.name]
@@ -160,7 +158,8 @@ def _layers(state: RunState, plan: QuantizationPlan) -> list[dict[str, Any]]:
             "parameters": list(layer.parameters),
             "multiplications": layer.multiplications,
             "weights_bits": decision.weights_num_bits,
-            "output_bits": _output_bits(plan, name),
+            "output_bits": bits.get(name),
+            "group_size": decision.weights_group_size,
             "weights": _weights(state, name),
             "output": _output(state, name),
             "choices": may.get(name),
@@ -182,11 +181,6 @@ def _runs(plan: QuantizationPlan, name: str) -> str:
     if name in plan.quantized:
         return "packed" if name in plan.packed else "int8"
     return "weight-only" if name in plan.weight_only else "float"
-
-
-def _output_bits(plan: QuantizationPlan, name: str) -> int | None:
-    spec = plan.tensors.get(TensorKey(name))
-    return None if spec is None else spec.num_bits
 
 
 def _weights(state: RunState, name: str) -> dict[str, Any] | None:
@@ -225,7 +219,8 @@ def _tensors(plan: QuantizationPlan) -> list[dict[str, Any]]:
                 if maker in plan.quantized and plan.graph[maker].kind not in ("input", "batch_norm"):
                     users[maker] = None
                 maker = before.get(maker)
-        found.append({"name": str(key), "layer": key.layer, "bits": spec.num_bits, "users": list(users)})
+        follows = key.as_read or (key.output == 0 and plan.as_read(key) == key)
+        found.append({"name": str(key), "layer": key.layer, "bits": spec.num_bits, "follows": follows, "users": list(users)})
     return found
 
 

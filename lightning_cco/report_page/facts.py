@@ -28,10 +28,12 @@ class ModelFacts:
     """A model's weights.
 
     Attributes:
+        model: Name of its class.
         float_bytes: Bytes of its parameters and buffers in float32.
         layers: By layer with weights.
     """
 
+    model: str = ""
     float_bytes: int = 0
     layers: dict[str, LayerFacts] = field(default_factory=dict)
 
@@ -48,9 +50,11 @@ def model_facts(quantized: HookedModel) -> ModelFacts:
         if not layer.weighted:
             continue
         own = [parameters[name] for name in layer.parameters if name in parameters]
-        read = [one for place, one in enumerate(own) if place == 0 or (one.dim() > 1 and layer.kind.split("_")[0] in ("lstm", "gru", "rnn"))]
+        read = [
+            one for place, one in enumerate(own) if place == 0 or (one.dim() > 1 and layer.kind.split("_")[0] in ("lstm", "gru", "rnn"))
+        ]
         if read:
             store = stores.setdefault(tuple(id(one) for one in read), len(stores))
             channels = sum(one.shape[0] if one.dim() > 1 else 1 for one in read)
             found[layer.name] = LayerFacts(sum(one.numel() for one in read), channels, store)
-    return ModelFacts(float_bytes(quantized.model), found)
+    return ModelFacts(type(quantized.model).__name__, float_bytes(quantized.model), found)

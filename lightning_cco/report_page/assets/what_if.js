@@ -34,7 +34,7 @@
       const { layer } = cco.byName.get(tensor.layer);
       const stays = !tensor.users.length || tensor.users.some((name) => formOf(cco.byName.get(name).layer) === "int8");
       if (!stays) continue;
-      const found = riseAt(report.loss.activations[tensor.name], tensor.name === tensor.layer ? outputsOf(layer) : tensor.bits);
+      const found = riseAt(report.loss.activations[tensor.name], tensor.follows ? outputsOf(layer) : tensor.bits);
       if (Number.isNaN(found)) unknown += 1; else sum += found;
     }
     return { sum, unknown };
@@ -62,7 +62,7 @@
       if (!weights || weights.store === undefined) continue;
       if (!stores.has(weights.store)) { stores.set(weights.store, new Map()); own += 4 * weights.elements; }
       const bits = weightsOf(layer), form = formOf(layer);
-      const each = form === "float" ? 4 : report.size.packed && bits <= 4 ? 0.5 : 1;
+      const each = form === "float" ? 4 : (report.size.packed || layer.group_size) && bits <= 4 ? 0.5 : 1;
       stores.get(weights.store).set(each, weights.elements * each + (form === "float" ? 0 : 5 * weights.channels));
     }
     let sum = Math.max(0, report.size.float_bytes - own);
