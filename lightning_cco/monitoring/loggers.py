@@ -49,7 +49,7 @@ class Payload:
 
 
 def show(loggers: Sequence[Any], payload: Payload) -> None:
-    """Give each logger what it can show. TensorBoard everything; WandB images, tables, histograms, curves and the report; MLflow the files; others nothing here.
+    """Give each logger what it can show. TensorBoard all; WandB images, tables, histograms, curves and the report; MLflow the files; others nothing here.
 
     Loggers derived from these are treated as these.
     """
