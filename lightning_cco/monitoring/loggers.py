@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -104,11 +105,9 @@ def _wandb(logger: Any, payload: Payload) -> None:
     if metrics:
         logger.log_metrics(metrics, step=payload.step)
     written = [path for path in payload.report if path.exists()]
-    if written:
-        import wandb
-
-        run = logger.experiment
-        artifact = wandb.Artifact(f"cco-report-{run.id}", type="cco-report")
+    run, kind = getattr(logger, "experiment", None), getattr(sys.modules.get("wandb"), "Artifact", None)
+    if written and run is not None and kind is not None:
+        artifact = kind(f"cco-report-{run.id}", type="cco-report")
         for path in written:
             artifact.add_file(str(path))
         run.log_artifact(artifact)
