@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,27 @@ class Rounded:
     zero_point: int
 
 
-def engine_session(model: Any, as_written: bool = False, **options: Any) -> Any:
-    """A session as a user makes it; or one that computes each operator as it stands in the file, in float between dequantize and quantize."""
+FLOAT_PRODUCTS = {"session.qdq_matmulnbits_accuracy_level": "1"}
+"""What keeps ONNX Runtime from rounding what products with weights alone in integers read."""
+
+
+def engine_session(model: Any, as_written: bool = False, entries: Mapping[str, str] | None = None, **options: Any) -> Any:
+    """A session as a user makes it; or one that computes each operator as it stands in the file, in float between dequantize and quantize.
+
+    Args:
+        model: Path of a file.
+        as_written: Whether it is the latter.
+        entries: Entries of the session's configuration.
+        **options: Attributes of its options.
+    """
     import onnxruntime as ort
 
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
     if as_written:
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for name, value in (entries or {}).items():
+        settings.add_session_config_entry(name, value)
     for name, value in options.items():
         setattr(settings, name, value)
     return ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
@@ -70,7 +83,7 @@ def _quantize_nodes(model: Any, known: Container[str]) -> dict[str, Any]:
 
 
 def inspected_session(path: Path, model: Any, tensors: Iterable[str], as_written: bool) -> Any:
-    """A session of a file that gives some of its integer tensors as further outputs."""
+    """A session of a file that gives some of its integer tensors as further outputs; what the plan does not round is not rounded in it."""
     import onnx
 
     types = {entry.name: entry.data_type for entry in model.graph.initializer}
@@ -79,6 +92,10 @@ def inspected_session(path: Path, model: Any, tensors: Iterable[str], as_written
     whole.CopyFrom(model)
     for name in tensors:
         whole.graph.output.append(onnx.helper.make_tensor_value_info(name, made[name], None))
+    for node in whole.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":  # of a product in the engine's own form
+                attribute.i = int(FLOAT_PRODUCTS["session.qdq_matmulnbits_accuracy_level"])
     inspected = path.with_name("inspected.onnx")
     onnx.save(whole, str(inspected), save_as_external_data=whole.ByteSize() > 1_900_000_000)
-    return engine_session(str(inspected), as_written)
+    return engine_session(str(inspected), as_written, FLOAT_PRODUCTS)

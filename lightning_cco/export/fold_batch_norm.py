@@ -23,11 +23,12 @@ class IntegerWeight:
 
     Attributes:
         integers: int8 (uint8 where an engine wants the type of its activations), the weight's shape.
-        scale: float32; 1-d along ``axis``, or 0-d.
-        axis: Axis of the channels; `None`: one scale.
+        scale: float32; 1-d along ``axis``, or 0-d; of weights in groups as many dimensions as the integers, the size of ``axis`` being that of the groups.
+        axis: Axis of the channels, or that which is cut into groups; `None`: one scale.
         bias: Bias of the layer after folding, float32, 1-d; `None`: none, or left as it is.
         folded: Name of the batch norm layer folded in, if any.
         zero_point: What stands for 0; `shifted` changes it.
+        group: How many weights along ``axis`` share a scale; `None`: those of a channel.
     """
 
     integers: Tensor
@@ -36,6 +37,7 @@ class IntegerWeight:
     bias: Tensor | None
     folded: str | None = None
     zero_point: int = 0
+    group: int | None = None
 
     def shifted(self, zero_point: int, dtype: torch.dtype) -> IntegerWeight:
         """The same values on a range with another zero point."""
@@ -65,6 +67,9 @@ def integer_weight(quantized: HookedModel, name: str, weight: Tensor, bias: Tens
     """
     quantizer = quantized.weights[name][number]
     integers, scale = quantizer.quantize(weight)
+    if quantizer.group is not None:  # computed in float: no batch norm goes into it
+        bias = bias.detach().float() if bias is not None else None
+        return IntegerWeight(integers, scale, quantizer.blocks, bias, group=quantizer.group)
     scale = scale.flatten() if quantizer.axis is not None else scale.reshape(())
     norm = batch_norm_after(quantized, name)
     bias = bias.detach().float() if bias is not None else None

@@ -9,12 +9,14 @@ from typing import Any
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import UNPLANNED, ExportReport, FloatIsland
 from lightning_cco.export.value_types import float_nodes
+from lightning_cco.export.weight_blocks import LOOKUP, PRODUCT
+from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
 
 _INT4 = 22
 """`onnx.TensorProto.INT4`."""
 _CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
-_INTEGER = ("QLinear", "QGemm", "QAttention", "ConvInteger", "MatMulInteger", "MatMulNBits", "QEmbed", "QOrdered")
+_INTEGER = ("QLinear", "QGemm", "QAttention", "ConvInteger", "MatMulInteger", PRODUCT, LOOKUP, "QEmbed", "QOrdered")
 _PRODUCTS = {"linear", "matmul", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
 _AVERAGES = {"avg_pool", "adaptive_avg_pool", "mean"}
 _HEAVY = {
@@ -78,18 +80,24 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
     unexpected = f"{UNPLANNED} the engine computes it in float"
     if engine.load is not None or engine.not_run:
         unexpected = f"planned in INT8 for {engine.name}; ONNX Runtime, in which the file is checked, computes it in float"
-    packed = _packed(written, emitter)
+    blocks = emitter.stored.blocks
+    packed = _packed(written, emitter) - set(blocks)
+    fused = {layers.of(node) for node in model.graph.node if node.op_type in (PRODUCT, LOOKUP)}
+    wanted = [name for name, block in blocks.items() if block.packed is not None or block.matrix is not None]
+    report.in_groups, report.as_floats = len(wanted), [name for name in wanted if name not in fused]
     for operator, layer in heavy:
         reason = "its weights are stored in 4 bits, for which the engine has no INT8 product" if layer in packed else unexpected
         island = _island(quantized, operator, layer, layer in in_integers, reason)
         if island is not None and island not in report.float_islands:
             report.float_islands.append(island)
     report.integer_nodes = {kind: count for kind, count in kinds.items() if kind.startswith(_INTEGER)}
-    if kinds["MatMulNBits"] and not packed:
-        layers_of = sorted({layers.of(node) for node in model.graph.node if node.op_type == "MatMulNBits"})
+    if kinds[PRODUCT] and not packed:
+        rounding = list(dict.fromkeys(layers.of(node) for node in model.graph.node if node.op_type == PRODUCT))
+        own = any(node.op_type == PRODUCT for node in written.graph.node)
         report.notes.append(
-            f"ONNX Runtime rounds to 8 bits what {', '.join(layers_of)} reads, although its weights alone are integers (MatMulNBits, seen in 1.32). To compute "
-            'it in float: options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")'
+            f"ONNX Runtime rounds to 8 bits what {list_names(rounding)} read{'s' if len(rounding) == 1 else ''}, although the weights alone are integers "
+            '(MatMulNBits, seen in 1.32). To compute it in float, which takes many times longer: options.add_session_config_entry("session.'
+            f'qdq_matmulnbits_accuracy_level", "1"){", and accuracy_level of the MatMulNBits in the file" if own else ""}'
         )
     report.float_nodes = dict(in_float)
     report.conversions = sum(count for kind, count in kinds.items() if kind in _CONVERSIONS)

@@ -33,8 +33,10 @@ from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.signature import Deployed
 from lightning_cco.export.stored import StoredWeights
+from lightning_cco.export.weight_blocks import share_packed
 from lightning_cco.files import temporary_folder
 from lightning_cco.graph.compiled import eager
+from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.targets import TARGETS
 from lightning_cco.version import __version__
@@ -83,7 +85,10 @@ def export_onnx(
             file is left.
     """
     need_packages()
-    taken = checked_options(options, int4, TARGETS[quantized.settings.deployment_settings.target_framework].symmetric_activations)
+    grouped = any(quantizers[0].group is not None for quantizers in quantized.weights.values())
+    taken = checked_options(
+        options, int4 or grouped, TARGETS[quantized.settings.deployment_settings.target_framework].symmetric_activations
+    )
     if not quantized.calibrated:
         raise CCOError(
             "export: the model was never calibrated, so its activations have no ranges. Run fit, or call calibrate(batches) first."
@@ -91,11 +96,6 @@ def export_onnx(
     args, kwargs = tuple(example_args), dict(example_kwargs or {})
     if not args and not kwargs:
         raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
-    grouped = [name for name, quantizers in quantized.weights.items() if quantizers[0].group is not None]
-    if grouped:
-        raise CCOError(
-            f"export: the weights of '{grouped[0]}' are in groups (weights_group_size), which files can't hold yet. Leave it out."
-        )
     engine = TARGETS[quantized.settings.deployment_settings.target_framework]
     if int4 and engine.refuses_int4:
         raise CCOError(f"export: int4=True with target_framework: {engine.name}, which {engine.refuses_int4}. Leave int4 out.")
@@ -118,6 +118,7 @@ def export_onnx(
                     check_file(quantized, temporary, emitter, fitting or [(deployed.example, {})], report)
                     judge(report, min_sqnr_db, max_mean_steps)
                     _warn_of_floats(report)
+                    _warn_of_groups(report)
                 move(temporary, target)
         except OSError as error:
             raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
@@ -155,6 +156,17 @@ def _warn_of_floats(report: ExportReport) -> None:
         )
 
 
+def _warn_of_groups(report: ExportReport) -> None:
+    """Weights in groups that become floats in every run cost more time than float ones."""
+    if report.as_floats:
+        warnings.warn(
+            f"export: {report.target or 'ONNX Runtime'} makes floats of the weights in groups of {list_names(report.as_floats)} in every run. The file is "
+            "right and small, but these layers are slower than in float. Write weights_group_size: 0 for them, or report this form of the model.",
+            CCOWarning,
+            stacklevel=3,
+        )
+
+
 def _said(deployed: Deployed, types: list[str], fixed: list[str]) -> list[str]:
     """Notes on what the file takes and gives."""
     notes = []
@@ -177,7 +189,8 @@ def _write(
     """Write the file; what wrote it, and which axes of inputs are fixed although they might have varied."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    opset = options.get("opset_version", INT4_OPSET if int4 else OPSET)
+    grouped = any(quantizers[0].group is not None for quantizers in quantized.weights.values())
+    opset = options.get("opset_version", INT4_OPSET if int4 or grouped else OPSET)
     inputs, outputs = list(options.get("input_names", [])), list(options.get("output_names", []))
     for given, names, what in ((inputs, deployed.names, "input"), (outputs, deployed.outputs, "output")):
         if len(given) > len(names):
@@ -217,8 +230,9 @@ def _write(
         onnx_passes.share_constants(graph)
         if stored.engine.wanted(Form.OWN_ZERO_POINTS):
             onnx_passes.own_zero_points(graph)
-        if int4:
-            onnx_passes.pack_int4(graph)
+        if int4 or grouped:
+            onnx_passes.pack_int4(graph, blocks_alone=not int4)
+        share_packed(graph)
         RemoveUnusedNodesPass()(program.model)  # what the passes before put something else in place of
         onnx_passes.name_nodes(graph)
         emitter.layers = layers_of_nodes(graph, program.exported_program)
@@ -300,7 +314,15 @@ def _notes(quantized: HookedModel, emitter: Emitter, int4: bool) -> list[str]:
             f"on x86 processors without VNNI{here} OpenVINO's sums of 8-bit products overflow: for them set deployment_settings.vnni: false, "
             "which gives weights 7 bits (calibrate again)"
         )
-    narrow = [name for name, quantizers in quantized.weights.items() if quantizers[0].num_bits < 8]
+    blocks = emitter.stored.blocks
+    few = [name for name, block in blocks.items() if block.bits == 4 and quantized.weights[name][0].num_bits < 4]
+    if few:
+        notes.append(f"weights in groups of fewer than 4 bits are stored in int4 with a narrower range: {list_names(few)}")
+    narrow = [
+        name
+        for name, quantizers in quantized.weights.items()
+        if quantizers[0].num_bits < 8 and (name not in blocks or blocks[name].bits == 8)
+    ]
     if narrow and int4:
         notes.append("weights of at most 4 bits are stored in int4; ONNX Runtime computes their layers in float")
     elif narrow:

@@ -85,10 +85,11 @@ def index_integers(graph: Any) -> None:
 def share_constants(graph: Any) -> None:
     """Store what a layer that is called many times has of constants once: weights, scales, biases."""
     kept: dict[tuple[Any, ...], Any] = {}
+    blocks = {value for node in graph if node.op_type == "DequantizeLinear" and "block_size" in node.attributes for value in node.inputs}
     for value in list(graph.initializers.values()):
         tensor = value.const_value
         parameter = value.name.startswith(f"{PREFIX}.") and "lifted_tensor" not in value.name  # under its name, and once already
-        if tensor is None or parameter or tensor.size < 2 or value.is_graph_input() or value.is_graph_output():
+        if tensor is None or parameter or value in blocks or tensor.size < 2 or value.is_graph_input() or value.is_graph_output():
             continue
         array = tensor.numpy()
         key = tensor.dtype, array.shape, hashlib.sha256(array.tobytes()).digest()
@@ -115,14 +116,21 @@ def own_zero_points(graph: Any) -> None:
                 node.replace_input_with(2, owned[key])
 
 
-def pack_int4(graph: Any) -> None:
-    """Store the integers of dequantized weights that fit into 4 bits so."""
+def pack_int4(graph: Any, blocks_alone: bool) -> None:
+    """Store the integers of dequantized weights that fit into 4 bits so.
+
+    Args:
+        graph: The exporter's graph.
+        blocks_alone: Whether only those in groups, with a scale each.
+    """
     import ml_dtypes
     import onnx_ir
 
     for node in graph:
         value = node.inputs[0] if node.op_type == "DequantizeLinear" else None
         if value is None or value.const_value is None or value.dtype != onnx_ir.DataType.INT8:
+            continue
+        if blocks_alone and "block_size" not in node.attributes:
             continue
         integers = value.const_value.numpy()
         if integers.min(initial=0) >= -8 and integers.max(initial=0) <= 7:

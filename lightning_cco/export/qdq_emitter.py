@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_cco.export import weight_blocks
 from lightning_cco.export.embedding_bags import bag_arguments, is_bag, reduced
 from lightning_cco.export.engine_patterns import attention, averages_images, divided, without_bound
 from lightning_cco.export.engines import Form
@@ -18,6 +19,7 @@ from lightning_cco.export.fold_batch_norm import IntegerWeight
 from lightning_cco.export.onnx_passes import NAME
 from lightning_cco.export.provenance import noting
 from lightning_cco.export.stored import StoredWeights
+from lightning_cco.export.weight_blocks import Block
 from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.graph.capture import CallSite
 from lightning_cco.graph.compiled import mode_stack, restore_modes
@@ -70,6 +72,7 @@ class Emitter:
     def emitting(self) -> Iterator[None]:
         """Inside the block a traced forward contains the operators."""
         self.order.clear()
+        self.stored.make_blocks()
         with self._handling(self._emit):
             yield
 
@@ -110,10 +113,13 @@ class Emitter:
             if site.op.kind == "batch_norm" and name in self.stored.weights:
                 return self._with_outputs(site, args, self._scale_channels(site, args[0] if args else kwargs["input"]))
             if site.op.kind == "embedding" and name in self.stored.weights:
-                result = self._embedding(self.stored.weights[name][0], args, kwargs)
+                result = self._embedding(self.stored.weights[name][0], args, kwargs, self.stored.blocks.get(name))
             elif site.op.kind == "embedding_bag" and is_bag(bag_arguments(args, kwargs)):
                 result = self._bags(site, bag_arguments(args, kwargs))
             else:
+                block = self.stored.blocks.get(name)
+                if block is not None and (product := self._block_product(site, block, args, kwargs)) is not None:
+                    return self._with_outputs(site, args, product)
                 args, kwargs = self._with_weights(site, args, kwargs)
                 if site.op.kind == "linear" and self.quantized.plan.rounds(name) and args and args[0].dim() > 2:
                     return self._linear(name, func, args, kwargs)
@@ -134,6 +140,21 @@ class Emitter:
         x = args[0]
         rows = self._round(func(x.reshape(-1, x.shape[-1]), *args[1:], **kwargs), TensorKey(name))
         return rows.reshape(-1, *x.shape[1:-1], rows.shape[-1])
+
+    def _block_product(self, site: CallSite, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """A product with weights in groups, in the form that engines multiply; `None`: the call itself is, with a matrix of weights."""
+        if site.op.kind == "linear":
+            call = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+            x, bias = call["input"], call.get("bias")
+        elif site.op.kind == "addmm" and block.packed is not None and len(args) == 3 and not kwargs:
+            bias, x = args[:2]
+        elif site.op.kind == "matmul" and block.packed is not None and len(args) == 2:
+            x, bias = args[0], None
+        else:
+            return None
+        result = weight_blocks.product(self._symbolic, x if x.dim() > 1 else x[None], block)
+        result = result if x.dim() > 1 else result[0]
+        return result if bias is None else result + bias
 
     def _average(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """The average of each channel, rounded as engines do it: before the shape changes."""
@@ -175,7 +196,8 @@ class Emitter:
 
     def _with_weights(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         for weight, integers in zip(site.weights, self.stored.weights.get(site.layer, ()), strict=False):
-            args, kwargs = replaced(args, kwargs, weight.slot, lambda _, w=integers: self._dequantize_weight(w))  # type: ignore[misc]
+            block = self.stored.blocks.get(site.layer)
+            args, kwargs = replaced(args, kwargs, weight.slot, lambda _, w=integers, b=block: self._dequantize_weight(w, b))  # type: ignore[misc]
             if site.layer in self.stored.biases:
                 args, kwargs = self._with_bias(site, args, kwargs)
         for weight, operand in zip(site.weights, self.stored.operands.get(site.layer, ()), strict=False):
@@ -262,23 +284,32 @@ class Emitter:
             levels = self._symbolic("Clip", (levels, *bounds), x.shape, zero_point.dtype)
         return self._symbolic("DequantizeLinear", (levels, scale, zero_point), x.shape, torch.float32)
 
-    def _dequantize_weight(self, weight: IntegerWeight) -> Tensor:
+    def _dequantize_weight(self, weight: IntegerWeight, block: Block | None = None) -> Tensor:
+        if block is not None:
+            matrix = weight_blocks.dequantized(self._symbolic, block)
+            return matrix if weight.axis == 0 else matrix.t()
         attributes = {} if weight.axis is None else {"axis": weight.axis}
         zero_point = torch.full(weight.scale.shape, weight.zero_point, dtype=weight.integers.dtype, device=weight.scale.device)
         return self._symbolic(
             "DequantizeLinear", (weight.integers, weight.scale, zero_point), weight.integers.shape, torch.float32, attributes
         )
 
-    def _embedding(self, weight: IntegerWeight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _embedding(self, weight: IntegerWeight, args: tuple[Any, ...], kwargs: dict[str, Any], block: Block | None) -> Tensor:
         """Look integers up, then scale: dequantizing the whole table first would cost its float size again."""
         indices = args[0] if args else kwargs["input"]
+        if block is not None:
+            return weight_blocks.rows(self._symbolic, block, indices)
         scale = weight.scale.reshape(-1, 1) if weight.scale.dim() else weight.scale.expand(weight.integers.shape[0], 1)
         return F.embedding(indices, weight.integers).to(torch.float32) * F.embedding(indices, scale)
 
     def _bags(self, site: CallSite, call: dict[str, Any]) -> Tensor:
         """Look the rows of all bags up, then reduce them."""
         stored = self.stored.weights.get(site.layer)
-        rows = self._embedding(stored[0], (call["input"],), {}) if stored else F.embedding(call["input"], call["weight"])
+        rows = (
+            self._embedding(stored[0], (call["input"],), {}, self.stored.blocks.get(site.layer))
+            if stored
+            else F.embedding(call["input"], call["weight"])
+        )
         return reduced(rows, call)
 
     def _symbolic(
@@ -292,7 +323,13 @@ class Emitter:
     ) -> Tensor:
         names = {NAME: name} if name else None
         result: Tensor = torch.onnx.ops.symbolic(
-            operator, inputs, dict(attributes or {}), dtype=dtype, shape=shape, version=self.opset, metadata_props=names
+            operator,
+            inputs,
+            dict(attributes or {}),
+            dtype=dtype,
+            shape=shape,
+            version=1 if "::" in operator else self.opset,
+            metadata_props=names,
         )
         return result
 

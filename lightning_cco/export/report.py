@@ -101,6 +101,8 @@ class ExportReport:
         integer_nodes: After the engine's optimization: how many nodes of each kind compute in INT8.
         float_nodes: How many nodes of each kind compute in float; what only moves values is left out.
         float_islands: The layers behind those that it has an INT8 form of, and why.
+        in_groups: How many layers have weights with a scale for each group of inputs that the engine can multiply, or look up, as they are.
+        as_floats: Those of them whose weights it makes floats of in every run.
         conversions: Quantize and dequantize nodes left between them.
         notes: What a reader should know, such as bits stored in wider formats.
         target: The engine that the file is for and its version, if it was run in another than ONNX Runtime.
@@ -126,6 +128,8 @@ class ExportReport:
     integer_nodes: dict[str, int] = field(default_factory=dict)
     float_nodes: dict[str, int] = field(default_factory=dict)
     float_islands: list[FloatIsland] = field(default_factory=list)
+    in_groups: int = 0
+    as_floats: list[str] = field(default_factory=list)
     conversions: int = 0
     notes: list[str] = field(default_factory=list)
     target: str = ""
@@ -172,6 +176,13 @@ class ExportReport:
                 *self._by_tensor(),
                 f"  runs in INT8        {_counts(self.integer_nodes)}",
                 f"  runs in float       {_counts(self.float_nodes)}; {self.conversions} conversions between them",
+                *(
+                    [
+                        f"  weights in groups   multiplied or looked up as they are in {self.in_groups - len(self.as_floats)} of {self.in_groups} layers"
+                    ]
+                    if self.in_groups
+                    else []
+                ),
                 *(
                     [f"  in {self.target:<16} SQNR {self.target_sqnr_db:.1f} dB, in INT8: {_counts(self.target_nodes)}"]
                     if self.target

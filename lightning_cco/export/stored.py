@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_cco.export.engine_patterns import adds_products_exactly, blocked_convolution, bound_of, has_matrix_units, shortened
 from lightning_cco.export.engines import ENGINES, Form
 from lightning_cco.export.fold_batch_norm import BatchNorm, IntegerWeight, integer_weight, norm_weight
+from lightning_cco.export.weight_blocks import Block, blocks_of
 from lightning_cco.graph.capture import CallSite
 from lightning_cco.graph.ops import Category, Op
 from lightning_cco.quantization.arguments import at
@@ -45,6 +46,7 @@ class StoredWeights:
         engine: What the engine wants of the file.
         int4: Whether weights of at most 4 bits are packed.
         weights: Integer weights by layer.
+        blocks: Weights in groups by layer, in the forms of files.
         biases: Bias by layer, and its scale if it is stored as integers.
         operands: Constants of layers without weights: integers, or the scale of what is computed from a parameter.
         blocked: Convolutions on blocks of pixels (`forms.blocked_convolution`): weight, and zeros around the image.
@@ -72,6 +74,7 @@ class StoredWeights:
         amx = has_matrix_units() if deployment.amx is None else deployment.amx
         self._for_matrix_units = self.engine.wanted(Form.MATRIX_UNITS) and amx and not int4
         exact = adds_products_exactly() if deployment.vnni is None else deployment.vnni
+        self.blocks: dict[str, Block] = {}
         self.unsigned = self.engine.wanted(Form.UNSIGNED_WITHOUT_VNNI) and not exact
 
     def collect(self, site: CallSite, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,7 +97,7 @@ class StoredWeights:
                     self.biases[site.layer] = self._bias(site, weights[0].bias, weights[0].scale, args[0].dim())
                 if site.op.kind == "conv":
                     weights[0] = self._convolution(site, weights[0], args, kwargs)
-                if self.unsigned and _is_multiplied(site.op):
+                if self.unsigned and _is_multiplied(site.op) and weights[0].group is None:
                     self._store_unsigned(site, weights)
             else:
                 self.operands[site.layer] = [self._operand(site.layer, tensor, i) for i, tensor in enumerate(found)]
@@ -120,10 +123,20 @@ class StoredWeights:
             weight, pads = self.blocked[site.layer]
             self.blocked[site.layer] = (weight.shifted(*UNSIGNED) if _overflows(weight) else weight), pads
 
+    def make_blocks(self) -> None:
+        """Make what files hold of weights in groups, once all are collected: while somebody traces, it would become a part of the file's computation."""
+        lookups = {name for name in self.weights if self.quantized.graph[name].kind == "embedding"}
+        self.blocks = blocks_of(self.weights, lookups, self.engine.wanted(Form.BLOCK_OPERATORS))
+
     @property
     def overflows_without_vnni(self) -> bool:
         """Whether the engine's sums could overflow on processors without VNNI."""
-        weights = (weight for name, stored in self.weights.items() if self.quantized.graph[name].kind != "embedding" for weight in stored)
+        products = (
+            stored
+            for name, stored in self.weights.items()
+            if self.quantized.graph[name].kind != "embedding" and name not in self.quantized.plan.weight_only
+        )
+        weights = (weight for stored in products for weight in stored)
         return self.target.narrow_without_vnni and any(map(_overflows, weights))
 
     def quantizer_of(self, site: CallSite) -> TensorKey | None:
@@ -149,7 +162,7 @@ class StoredWeights:
         """
         largest = int(weight.integers.abs().max()) if weight.integers.numel() else 0
         factor = (_MOST_IN_16_BITS // largest) if largest else 1
-        if factor < 2 or self.int4 or not self.engine.wanted(Form.INTEGER_BIAS):
+        if factor < 2 or self.int4 or weight.group is not None or not self.engine.wanted(Form.INTEGER_BIAS):
             return weight
         return replace(weight, integers=(weight.integers.to(torch.int16) * factor).to(torch.int8), scale=weight.scale / factor)
 

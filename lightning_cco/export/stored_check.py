@@ -14,6 +14,7 @@ from lightning_cco.export.engine import Rounded, constants
 from lightning_cco.export.engine_patterns import shortened
 from lightning_cco.export.fold_batch_norm import IntegerWeight
 from lightning_cco.export.qdq_emitter import Emitter
+from lightning_cco.export.weight_blocks import LOOKUP, PRODUCT, unpacked
 from lightning_cco.graph.ops import operation_of_kind
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.tensor_key import TensorKey
@@ -53,8 +54,14 @@ def stored_faults(
         layer = emitter.layers.get(node.name, "")
         if node.op_type == "DequantizeLinear" and node.input[0] in values:
             arrays = [values.get(name) for name in node.input]
-            axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 1)
-            what = expected.dequantized(layer, arrays, axis)
+            what = expected.dequantized(layer, arrays, _number(node, "axis", 1), _number(node, "block_size", 0))
+        elif node.op_type in (PRODUCT, LOOKUP):
+            integers, scale = (values.get(_constant_of(model, node.input[at])) for at in ((1, 2) if node.op_type == PRODUCT else (0, 2)))
+            if integers is None or scale is None:
+                what = "its weights are no constants of the file"
+            else:
+                arrays = [unpacked(integers, _number(node, "bits", 4)), scale.reshape(len(integers), -1)]
+                what = expected.dequantized(layer, arrays, 1, _number(node, "block_size", 0))
         elif node.op_type == "Gather" and node.input[0] in values:
             what = expected.table(layer, values[node.input[0]])
         else:
@@ -107,14 +114,25 @@ class _Expected:
                 got = quantized.weights[layer][number](given)
             self.weights.setdefault(layer, []).append((number, given, got))
 
-    def dequantized(self, layer: str, arrays: list[Array | None], axis: int) -> str:
-        """What is wrong with constants that are dequantized; empty: nothing, or they are in a form that is not known here."""
+    def dequantized(self, layer: str, arrays: list[Array | None], axis: int, block: int = 0) -> str:
+        """What is wrong with constants that are dequantized; empty: nothing, or they are in a form that is not known here.
+
+        Args:
+            layer: Whose they are.
+            arrays: Integers, scales, and zero points if there are any.
+            axis: The axis of the channels, or that which is cut into blocks.
+            block: How many integers share a scale; 0: those of a channel.
+        """
         integers, scale, *rest = arrays
         if integers is None or scale is None:
             return ""
         shape = [1] * integers.ndim
         if scale.size > 1:
             shape[axis] = -1
+        if block:
+            shape, scale = list(integers.shape), np.repeat(scale, block, axis)
+            if scale.shape != integers.shape:
+                return f"it has scales for {scale.shape} integers, which are {integers.shape}"
         step = np.broadcast_to(scale.astype(np.float64).reshape(shape), integers.shape)
         zero_point = (
             rest[0].astype(np.float64).reshape(shape if rest[0].size > 1 else [1] * integers.ndim) if rest and rest[0] is not None else 0.0
@@ -134,7 +152,7 @@ class _Expected:
         """What is wrong with a table of integers, or of their scales, that is looked up."""
         for number, given, _ in self.weights.get(layer, []):
             integers, scale = self.quantized.weights[layer][number].quantize(given)
-            rows = scale.reshape(-1, 1).expand(integers.shape[0], 1)
+            rows = scale if scale.dim() == 2 and scale.shape[1] > 1 else scale.reshape(-1, 1).expand(integers.shape[0], 1)
             for wanted in (integers, rows):
                 if tuple(wanted.shape) == array.shape and (array.dtype.kind == "i") == (wanted is integers):
                     off = _most(array, wanted.cpu().numpy())
@@ -187,6 +205,16 @@ class _Expected:
         needed = needed if stored.scale.dim() else needed.amax()
         coarse = torch.where(stored.scale.double() <= needed * (1 + _TOLERANCE), 0.5001 * needed, torch.zeros_like(needed))
         return coarse.reshape(shape if coarse.dim() else [1] * len(shape)).cpu().numpy()
+
+
+def _number(node: Any, name: str, otherwise: int) -> int:
+    """A whole number among the attributes of a node."""
+    return next((int(entry.i) for entry in node.attribute if entry.name == name), otherwise)
+
+
+def _constant_of(model: Any, name: str) -> str:
+    """The constant that a value is, seen through a Reshape."""
+    return next((str(node.input[0]) for node in model.graph.node if node.op_type == "Reshape" and name in node.output), name)
 
 
 def _steps_off(value: Array, step: Array, wanted: Array, allowed: Array | float, recurrent: bool) -> float | None:

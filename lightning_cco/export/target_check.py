@@ -26,6 +26,7 @@ from lightning_cco.export.report import UNPLANNED, ExportReport, FloatIsland, La
 from lightning_cco.graph.ops import Category, operation_of_kind
 
 _INTEGER = ("u8", "i8")
+_WEIGHTS = (*_INTEGER, "u4", "i4")
 _ALIKE_DB = 30.0
 """Below this, a file that gives other outputs once its rounded tensors are outputs as well is worth a warning."""
 
@@ -136,16 +137,23 @@ def _count(loaded: Loaded, written: Any, emitter: Emitter, report: ExportReport)
     integer: Counter[str] = Counter()
     floats: dict[str, str] = {}
     reached: set[str] = set()
+    as_they_are: set[str] = set()
     for node in loaded.computed():
         if not node.product:
             continue
         found = next((layers[name] for name in map(_plain, node.names) if name in layers), "")
-        if node.precision in _INTEGER:
+        if found in plan.weight_only:
+            if node.precision in _WEIGHTS:
+                integer[f"{node.operator} with weights in {node.precision}"] += 1
+                as_they_are.add(found)
+        elif node.precision in _INTEGER:
             integer[node.operator] += 1
             reached.add(found)
         elif found in plan.quantized and operation_of_kind(graph[found].kind).category in (Category.WEIGHTED, Category.MATMUL):
             floats[found] = node.operator
     report.target_nodes = dict(integer)
+    products = [name for name, block in emitter.stored.blocks.items() if block.matrix is not None]
+    report.in_groups, report.as_floats = len(products), [name for name in products if name not in as_they_are]
     report.float_islands = [entry for entry in report.float_islands if not entry.reason.startswith("planned in INT8 for")]
     for layer, operator in floats.items():
         if layer not in reached:

@@ -263,7 +263,8 @@ class _Planner:
         if layer.weighted:
             said = self.said.get(name, ResolvedRules()).weights_num_bits
             weights = said if said is not None else self.settings.global_quantization_settings.weights_num_bits
-            weights = self.target.weight_bits(layer, weights, self.settings.deployment_settings.vnni)
+            if name not in self.skips or self.skips[name].reason is not SkipReason.WEIGHT_ONLY:
+                weights = self.target.weight_bits(layer, weights, self.settings.deployment_settings.vnni)
         if name in self.skips:
             skip = self.skips[name]
             if skip.reason is not SkipReason.WEIGHT_ONLY:

@@ -159,7 +159,13 @@ TARGETS: Mapping[str, Target] = {
         narrow_without_vnni=True,
     ),
     "tensorrt": Target(
-        "tensorrt", True, _ALL - _RECURRENT, weight_only_kinds=_RECURRENT, refuses_int4="takes 4-bit weights in blocks only"
+        "tensorrt",
+        True,
+        _ALL - _RECURRENT,
+        weight_only_kinds=_RECURRENT,
+        refuses_int4="takes 4-bit weights in blocks only",
+        # It takes int4 in blocks of 64 or 128, and the file's opset of blocks goes together with no symmetric activations in ONNX Runtime (`Form.OPSET`).
+        refuses_groups="was not tried with weights in groups. Leave weights_group_size out, or choose target_framework: ort or openvino",
     ),
 }
 """The engines by name. Sources: ONNX Runtime's QDQ operator list and the graphs that it makes of each kind; OpenVINO's low-precision transformations guide,

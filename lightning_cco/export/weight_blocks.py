@@ -1,0 +1,148 @@
+"""Weights with a scale for each group of inputs, as files hold them: blocks of integers for a product, or for a table that rows are looked up in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_cco.export.fold_batch_norm import IntegerWeight
+from lightning_cco.export.onnx_passes import constant, initializer
+
+Write = Callable[..., Tensor]
+"""Writes an operator: its name, inputs, shape and type of the result, attributes."""
+DOMAIN = "com.microsoft"
+PRODUCT, LOOKUP = "MatMulNBits", "GatherBlockQuantized"
+_ROUNDING = 4
+"""Accuracy level of a `MatMulNBits`: what it reads is rounded to 8 bits, as ONNX Runtime does by itself where it makes one of a DequantizeLinear."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A matrix of weights in groups, in the forms that a file holds, made before anybody traces.
+
+    Attributes:
+        group: How many weights of an output share a scale.
+        bits: How many bits an integer takes in the file, 4 or 8.
+        integers: int8, (outputs, inputs), contiguous.
+        scale: float32, (outputs, groups).
+        packed: uint8, (outputs, bytes): integers above 0 by half of their range, two of 4 bits in a byte, the first one in its lower half. For ONNX Runtime's
+            own operators; `None`: it needs none.
+        matrix: Integers as (inputs, outputs) and scales as (groups, outputs), for a DequantizeLinear before a product; `None`: there is no such.
+    """
+
+    group: int
+    bits: int
+    integers: Tensor
+    scale: Tensor
+    packed: Tensor | None = None
+    matrix: tuple[Tensor, Tensor] | None = None
+
+
+def blocks_of(weights: Mapping[str, list[IntegerWeight]], lookups: Container[str], own_operators: bool) -> dict[str, Block]:
+    """The weights of all layers that have them in groups.
+
+    Args:
+        weights: The integer weights by layer.
+        lookups: Layers that look rows up.
+        own_operators: Whether the engine has operators of its own for lookups, and for products with what something else reads as well, such as a head
+            that is tied to an embedding, or a layer that is called twice.
+    """
+    found = {name: _plain_block(stored[0]) for name, stored in weights.items() if stored and stored[0].group is not None}
+    marks = {name: _mark(block) for name, block in found.items()}
+    counts = Counter(marks.values())
+    packed: dict[bytes, Tensor] = {}
+    for name, block in list(found.items()):
+        mark = marks[name]
+        if own_operators and (name in lookups or counts[mark] > 1):
+            if mark not in packed:
+                packed[mark] = _packed(block)
+            block = replace(block, packed=packed[mark])
+        if name not in lookups:
+            block = replace(block, matrix=(block.integers.t().contiguous(), block.scale.t().contiguous()))
+        found[name] = block
+    return found
+
+
+def _plain_block(weight: IntegerWeight) -> Block:
+    assert weight.group is not None
+    integers, scale = (weight.integers, weight.scale) if weight.axis == 1 else (weight.integers.t(), weight.scale.t())
+    few = not integers.numel() or int(integers.abs().max()) <= 7
+    return Block(weight.group, 4 if few else 8, integers.contiguous(), scale.contiguous())
+
+
+def _mark(block: Block) -> bytes:
+    found = hashlib.sha256(repr((block.group, tuple(block.integers.shape))).encode())
+    for tensor in (block.integers, block.scale):
+        found.update(tensor.cpu().numpy().tobytes())
+    return found.digest()
+
+
+def _packed(block: Block) -> Tensor:
+    if block.bits == 8:
+        return (block.integers.to(torch.int16) + 128).to(torch.uint8)
+    halves = (block.integers + 8).to(torch.uint8)
+    return halves[:, ::2] | (halves[:, 1::2] << 4)
+
+
+def unpacked(values: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
+    """The integers of packed ones, (outputs, inputs)."""
+    rows = values.reshape(len(values), -1)
+    if bits == 8:
+        return rows.astype(np.int16) - 128
+    return np.stack([rows & 15, rows >> 4], -1).reshape(len(rows), -1).astype(np.int16) - 8
+
+
+def dequantized(write: Write, block: Block) -> Tensor:
+    """A matrix as (inputs, outputs), made of blocks of integers: before a product, engines fuse both."""
+    assert block.matrix is not None
+    integers, scale = block.matrix
+    return write("DequantizeLinear", (integers, scale), integers.shape, torch.float32, {"axis": 0, "block_size": block.group})
+
+
+def product(write: Write, x: Tensor, block: Block) -> Tensor:
+    """A product with a matrix, (…, inputs) → (…, outputs)."""
+    if block.packed is None:
+        return x @ dequantized(write, block)
+    outputs, groups = block.scale.shape
+    integers = block.packed.view(outputs, groups, -1)
+    attributes = {"K": groups * block.group, "N": outputs, "bits": block.bits, "block_size": block.group, "accuracy_level": _ROUNDING}
+    return write(f"{DOMAIN}::{PRODUCT}", (x, integers, block.scale), (*x.shape[:-1], outputs), x.dtype, attributes)
+
+
+def rows(write: Write, block: Block, indices: Tensor) -> Tensor:
+    """Rows of a table, scaled group by group; (…) → (…, inputs). Where the engine has no operator for it, integers of 8 bits are looked up."""
+    if block.packed is None:
+        values = F.embedding(indices, block.integers).to(torch.float32).unflatten(-1, (block.scale.shape[1], block.group))
+        return (values * F.embedding(indices, block.scale).unsqueeze(-1)).flatten(-2)
+    attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": block.group, "bits": block.bits}
+    shape = (*indices.shape, block.integers.shape[1])
+    return write(f"{DOMAIN}::{LOOKUP}", (block.packed, indices, block.scale), shape, torch.float32, attributes)
+
+
+def share_packed(graph: Any) -> None:
+    """Store what products and lookups have of packed integers once: the product reads those of the table in another shape."""
+    import onnx_ir
+
+    tables = {}
+    for node in graph:
+        if node.op_type == LOOKUP and (array := constant(node.inputs[0])) is not None:
+            tables[hashlib.sha256(array.tobytes()).digest()] = node.inputs[0]
+    for node in list(graph):
+        array = constant(node.inputs[1]) if node.op_type == PRODUCT else None
+        table = tables.get(hashlib.sha256(array.tobytes()).digest()) if array is not None else None
+        if table is None or array is None:
+            continue
+        shape = initializer(graph, f"{node.outputs[0].name}_shape", np.array(array.shape, np.int64))
+        reshape = onnx_ir.node("Reshape", [table, shape], name=f"{node.outputs[0].name}_blocks")
+        reshape.metadata_props.update(node.metadata_props)
+        reshape.outputs[0].name, reshape.outputs[0].dtype = f"{node.outputs[0].name}_integers", table.dtype
+        graph.insert_before(node, reshape)
+        node.replace_input_with(1, reshape.outputs[0])
