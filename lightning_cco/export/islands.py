@@ -83,7 +83,7 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
     blocks = emitter.stored.blocks
     packed = _packed(written, emitter) - set(blocks)
     fused = {layers.of(node) for node in model.graph.node if node.op_type in (PRODUCT, LOOKUP)}
-    wanted = [name for name, block in blocks.items() if block.packed is not None or block.matrix is not None]
+    wanted = [name for name, block in blocks.items() if block.as_it_is]
     report.in_groups, report.as_floats = len(wanted), [name for name in wanted if name not in fused]
     for operator, layer in heavy:
         reason = "its weights are stored in 4 bits, for which the engine has no INT8 product" if layer in packed else unexpected
@@ -91,7 +91,7 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
         if island is not None and island not in report.float_islands:
             report.float_islands.append(island)
     report.integer_nodes = {kind: count for kind, count in kinds.items() if kind.startswith(_INTEGER)}
-    if kinds[PRODUCT] and not packed:
+    if kinds[PRODUCT] and not packed and engine.load is None and not engine.not_run:
         rounding = list(dict.fromkeys(layers.of(node) for node in model.graph.node if node.op_type == PRODUCT))
         own = any(node.op_type == PRODUCT for node in written.graph.node)
         report.notes.append(

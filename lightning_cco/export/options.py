@@ -54,7 +54,7 @@ def checked_options(options: Mapping[str, Any], int4: bool, symmetric: bool) -> 
 
     Args:
         options: What the user gave, by the names of `torch.onnx.export`.
-        int4: Whether weights are to be stored in 4 bits.
+        int4: Whether weights are to be stored in 4 bits, or in groups with a scale each.
         symmetric: Whether activations are symmetric.
 
     Raises:
@@ -77,10 +77,10 @@ def checked_options(options: Mapping[str, Any], int4: bool, symmetric: bool) -> 
     opset = taken.get("opset_version")
     possible = [number for number in OPSETS if (number >= 21 or not int4) and (number < 21 or not symmetric or int4)]
     if opset is not None and opset not in possible:
-        what = " with int4=True" if int4 else " with symmetric activations" if symmetric else ""
+        what = " with weights in 4 bits or in groups" if int4 else " with symmetric activations" if symmetric else ""
         raise CCOError(
             f"export: opset_version={_short(opset)} can't be written{what}. Expected one of {possible}: below 17 there is no layer normalization, from 21 on "
-            "there are 4-bit integers, but ONNX Runtime 1.32 refuses its own rewriting of symmetric int8 pairs."
+            "there are 4-bit integers and blocks of them, but ONNX Runtime 1.32 refuses its own rewriting of symmetric int8 pairs."
         )
     for name in ("input_names", "output_names"):
         names = taken.get(name)

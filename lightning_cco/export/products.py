@@ -47,7 +47,12 @@ def store_transposed(graph: Any) -> None:
 
     for transpose in list(graph):
         dequantize = transpose.inputs[0].producer() if transpose.op_type == "Transpose" else None
-        if dequantize is None or dequantize.op_type != "DequantizeLinear" or transpose.outputs[0].is_graph_output():
+        if (
+            dequantize is None
+            or dequantize.op_type != "DequantizeLinear"
+            or "block_size" in dequantize.attributes
+            or transpose.outputs[0].is_graph_output()
+        ):
             continue
         integers = constant(dequantize.inputs[0])
         readers = [reader for reader, _ in dequantize.inputs[0].uses()]

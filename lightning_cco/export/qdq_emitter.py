@@ -287,7 +287,7 @@ class Emitter:
     def _dequantize_weight(self, weight: IntegerWeight, block: Block | None = None) -> Tensor:
         if block is not None:
             matrix = weight_blocks.dequantized(self._symbolic, block)
-            return matrix if weight.axis == 0 else matrix.t()
+            return matrix if weight.axis == 0 or block.looked_up else matrix.t()
         attributes = {} if weight.axis is None else {"axis": weight.axis}
         zero_point = torch.full(weight.scale.shape, weight.zero_point, dtype=weight.integers.dtype, device=weight.scale.device)
         return self._symbolic(

@@ -125,8 +125,11 @@ class StoredWeights:
 
     def make_blocks(self) -> None:
         """Make what files hold of weights in groups, once all are collected: while somebody traces, it would become a part of the file's computation."""
-        lookups = {name for name in self.weights if self.quantized.graph[name].kind == "embedding"}
-        self.blocks = blocks_of(self.weights, lookups, self.engine.wanted(Form.BLOCK_OPERATORS))
+        graph, sites = self.quantized.graph, self.quantized.capture.sites
+        lookups = {name for name in self.weights if graph[name].kind in ("embedding", "embedding_bag")}
+        behind_rounding = {name for name in self.weights if sites[name].sources and self.quantizer_of(sites[name]) is not None}
+        own = lookups | behind_rounding if self.engine.wanted(Form.BLOCK_OPERATORS) else None
+        self.blocks = blocks_of(self.weights, lookups, own)
 
     @property
     def overflows_without_vnni(self) -> bool:

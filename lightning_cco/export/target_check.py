@@ -152,7 +152,7 @@ def _count(loaded: Loaded, written: Any, emitter: Emitter, report: ExportReport)
         elif found in plan.quantized and operation_of_kind(graph[found].kind).category in (Category.WEIGHTED, Category.MATMUL):
             floats[found] = node.operator
     report.target_nodes = dict(integer)
-    products = [name for name, block in emitter.stored.blocks.items() if block.matrix is not None]
+    products = [name for name, block in emitter.stored.blocks.items() if block.as_it_is]
     report.in_groups, report.as_floats = len(products), [name for name in products if name not in as_they_are]
     report.float_islands = [entry for entry in report.float_islands if not entry.reason.startswith("planned in INT8 for")]
     for layer, operator in floats.items():

@@ -35,47 +35,53 @@ class Block:
         scale: float32, (outputs, groups).
         packed: uint8, (outputs, bytes): integers above 0 by half of their range, two of 4 bits in a byte, the first one in its lower half. For ONNX Runtime's
             own operators; `None`: it needs none.
-        matrix: Integers as (inputs, outputs) and scales as (groups, outputs), for a DequantizeLinear before a product; `None`: there is no such.
+        matrix: Integers and scales for a DequantizeLinear: before a product as (inputs, outputs) and (groups, outputs), of a table as they are.
+        looked_up: Whether rows of it are looked up.
     """
 
     group: int
     bits: int
     integers: Tensor
     scale: Tensor
+    matrix: tuple[Tensor, Tensor]
+    looked_up: bool = False
     packed: Tensor | None = None
-    matrix: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def as_it_is(self) -> bool:
+        """Whether engines multiply it, or look rows up, without making floats of all of it before."""
+        return self.packed is not None or not self.looked_up
 
 
-def blocks_of(weights: Mapping[str, list[IntegerWeight]], lookups: Container[str], own_operators: bool) -> dict[str, Block]:
+def blocks_of(weights: Mapping[str, list[IntegerWeight]], lookups: Container[str], own: Container[str] | None) -> dict[str, Block]:
     """The weights of all layers that have them in groups.
 
     Args:
         weights: The integer weights by layer.
         lookups: Layers that look rows up.
-        own_operators: Whether the engine has operators of its own for lookups, and for products with what something else reads as well, such as a head
-            that is tied to an embedding, or a layer that is called twice.
+        own: Layers that are written as operators of the engine's own. So are products with what something else reads as well, such as a head that is tied to
+            an embedding, or a layer that is called twice. `None`: the engine has no such operators.
     """
-    found = {name: _plain_block(stored[0]) for name, stored in weights.items() if stored and stored[0].group is not None}
+    found = {name: _plain_block(stored[0], name in lookups) for name, stored in weights.items() if stored and stored[0].group is not None}
     marks = {name: _mark(block) for name, block in found.items()}
     counts = Counter(marks.values())
     packed: dict[bytes, Tensor] = {}
     for name, block in list(found.items()):
         mark = marks[name]
-        if own_operators and (name in lookups or counts[mark] > 1):
+        if own is not None and (name in own or counts[mark] > 1):
             if mark not in packed:
                 packed[mark] = _packed(block)
-            block = replace(block, packed=packed[mark])
-        if name not in lookups:
-            block = replace(block, matrix=(block.integers.t().contiguous(), block.scale.t().contiguous()))
-        found[name] = block
+            found[name] = replace(block, packed=packed[mark])
     return found
 
 
-def _plain_block(weight: IntegerWeight) -> Block:
+def _plain_block(weight: IntegerWeight, looked_up: bool) -> Block:
     assert weight.group is not None
     integers, scale = (weight.integers, weight.scale) if weight.axis == 1 else (weight.integers.t(), weight.scale.t())
     few = not integers.numel() or int(integers.abs().max()) <= 7
-    return Block(weight.group, 4 if few else 8, integers.contiguous(), scale.contiguous())
+    integers, scale = integers.contiguous(), scale.contiguous()
+    matrix = (integers, scale) if looked_up else (integers.t().contiguous(), scale.t().contiguous())
+    return Block(weight.group, 4 if few else 8, integers, scale, matrix, looked_up)
 
 
 def _mark(block: Block) -> bytes:
@@ -101,10 +107,10 @@ def unpacked(values: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
 
 
 def dequantized(write: Write, block: Block) -> Tensor:
-    """A matrix as (inputs, outputs), made of blocks of integers: before a product, engines fuse both."""
-    assert block.matrix is not None
+    """A matrix as (inputs, outputs), or a table as it is, made of blocks of integers: before a product, engines fuse both."""
     integers, scale = block.matrix
-    return write("DequantizeLinear", (integers, scale), integers.shape, torch.float32, {"axis": 0, "block_size": block.group})
+    axis = 1 if block.looked_up else 0
+    return write("DequantizeLinear", (integers, scale), integers.shape, torch.float32, {"axis": axis, "block_size": block.group})
 
 
 def product(write: Write, x: Tensor, block: Block) -> Tensor:

@@ -126,6 +126,19 @@ def test_ort_own_zero_points(own: bool, tmp_path: Path, without: Callable[[str, 
     assert loaded is own
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_ort_block_operators(shared: bool, tmp_path: Path) -> None:
+    file = File(21)
+    integers = [file.random.integers(-7, 8, (64, 96)).astype(np.int8)] * 2
+    scales = np.full((2, 96), 0.01, np.float32)
+    first = file.constant(integers[0])
+    blocks = [(name, file.constant(scales)) for name in (first, first if shared else file.constant(integers[1]))]
+    weights = [file.node("DequantizeLinear", *block, axis=0, block_size=32) for block in blocks]
+    products = [file.node("MatMul", x, weight) for x, weight in zip(("x", file.node("Tanh", "x")), weights, strict=True)]
+    found = optimized(file.save(tmp_path / "a.onnx", (2, 5, 64), file.node("Add", *products)))
+    assert found["MatMulNBits"] == (0 if shared else 2)
+
+
 @pytest.mark.parametrize("full", [True, False])
 def test_ort_full_biases(full: bool, tmp_path: Path) -> None:
     file = File()
