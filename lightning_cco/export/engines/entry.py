@@ -24,7 +24,9 @@ class Form(Enum):
     STORED_TRANSPOSED = "weights of products of more than two dimensions stored as the product reads them, without a Transpose"
     SPLIT_PRODUCTS = "products of their own for the parts that a linear layer's result is split into"
     UNSIGNED_WITHOUT_VNNI = "uint8 weights for x86 processors without VNNI"
-    BLOCK_OPERATORS = "as operators of its own: lookups in tables of weights in groups, products with such that something else reads, or that read a rounded tensor"
+    BLOCK_OPERATORS = (
+        "as operators of its own: lookups of weights in groups, and products with those that others read, or that read a rounded tensor"
+    )
     OPSET = "an opset of at most the amount where activations are symmetric"
 
 
