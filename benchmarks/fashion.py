@@ -29,8 +29,10 @@ from lightning_cco.distillation.terms import class_divergence
 OUTPUTS = Path("outputs/fashion")
 BATCH, CALIBRATION_BATCHES, FLOAT_EPOCHS = 64, 20, 4
 TEMPERATURE, WEIGHT = 2.0, 0.7
+SCALE_RATE = 0.01  # learning rate of learned scales
 BITS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4), "w3a3": (3, 3), "w2a2": (2, 2)}
 FLOAT, REESTIMATED = "float, continued", "ranges estimated again every 50 steps"
+LEARNED = "learned scales (LSQ+)"
 DISTILLED = "defaults and distillation (temperature 2, weight 0.7)"
 TRAININGS: dict[str, dict[str, str]] = {
     FLOAT: {},
@@ -40,6 +42,9 @@ TRAININGS: dict[str, dict[str, str]] = {
     "`mse` ranges that move, `auto` weights": {"range_estimator": "mse"},
     REESTIMATED: {},
     DISTILLED: {},
+    LEARNED: {"range_estimator": "learned", "weight_estimator": "learned"},
+    "learned weight scales, `auto` ranges": {"weight_estimator": "learned"},
+    "learned ranges, `auto` weights": {"range_estimator": "learned"},
     "`residual_stream: quantized`": {"residual_stream": "quantized"},
     "`residual_stream: int8`": {"residual_stream": "int8"},
     "`residual_stream: float`": {"residual_stream": "float"},
@@ -64,6 +69,7 @@ def train(
     start: float,
     each_step: Callable[[int], None] = lambda step: None,
     teacher: nn.Module | None = None,
+    quantized: QuantizedModel | None = None,
 ) -> None:
     """SGD with a cosine, after a rise from ``start * rate`` over a quarter of the steps unless ``start`` is 1.
 
@@ -91,6 +97,8 @@ def train(
             loss.backward()
             optimizer.step()
             schedule.step()
+            if quantized is not None:
+                quantized.scales.rate = SCALE_RATE * optimizer.param_groups[0]["lr"] / rate
             step += 1
 
 
@@ -135,6 +143,7 @@ def one(start: nn.Module, data: Images, training: str, bits: str, seed: int) -> 
     """Accuracy after one training."""
     model = copy.deepcopy(start)
     each_step: Callable[[int], None] = lambda step: None  # noqa: E731
+    quantized = None
     if training != FLOAT:
         quantized = quantized_network(model, data, bits, TRAININGS[training], seed)
         if training == REESTIMATED:
@@ -142,7 +151,7 @@ def one(start: nn.Module, data: Images, training: str, bits: str, seed: int) -> 
             each_step = lambda step: None if step == 0 or step % 50 else (quantized.calibrate(held), None)[1]  # noqa: E731
     torch.manual_seed(seed)
     teacher = copy.deepcopy(start).eval() if training == DISTILLED else None
-    train(model, data, 1, 0.01, 1, each_step, teacher)
+    train(model, data, 1, 0.01, 1, each_step, teacher, quantized)
     return accuracy(model, data)
 
 

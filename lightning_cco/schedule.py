@@ -18,6 +18,7 @@ from lightning_cco.batch_norms import BatchNorms
 from lightning_cco.batches import ForwardFn, model_context, training_batches, with_progress
 from lightning_cco.budget.plan import goal_of
 from lightning_cco.errors import CCOError, CCOWarning
+from lightning_cco.learned_training import check_learned_scales, follow_learning_rate
 from lightning_cco.lookahead import copied
 from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.settings import BitsStage, Settings, load_settings
@@ -113,6 +114,7 @@ class Schedule:
         Raises:
             CCOError: A callback monitors what is measured once fake-quantization has started, before that.
         """
+        check_learned_scales(self._settings, trainer)
         if self._due(trainer) > self.stages:
             self._enter(trainer, quantized, skips, recipe)
         if self.waits(trainer, quantized):
@@ -143,6 +145,7 @@ class Schedule:
             recipe: The recipe before any stage.
         """
         quantized.follow_ranges(True)
+        follow_learning_rate(self._settings, trainer, quantized)
         freeze = self._training.freeze_batch_norm_at_step
         if freeze is not None and trainer.global_step >= freeze and (count := self._batch_norms.freeze(quantized.model)):
             rank_zero_info(f"The statistics of {count} batch norms are frozen from step {trainer.global_step} on.")

@@ -13,8 +13,8 @@ from typing import Any
 from lightning_cco.errors import CCOError
 from lightning_cco.names import nearest, printable, shown
 
-RANGE_ESTIMATORS = ("auto", "moving_average", "min_max", "percentile", "mse")
-WEIGHT_ESTIMATORS = ("auto", "minmax", "mse")
+RANGE_ESTIMATORS = ("auto", "moving_average", "min_max", "percentile", "mse", "learned")
+WEIGHT_ESTIMATORS = ("auto", "minmax", "mse", "learned")
 RESIDUAL_STREAMS = ("auto", "quantized", "int8", "float")
 TARGET_FRAMEWORKS = ("ort", "openvino", "tensorrt")
 SENSITIVITY_MODES = ("local", "accumulated")
@@ -37,6 +37,7 @@ BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
     "quantization_sensitivity_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
     "quantization_sensitivity_relative_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
     "loss_sensitivity_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
+    "scale_learning_rate": (lambda rate: 0 < rate < float("inf"), "a number above 0 was", "Write 0.01."),
     "stats_steps": (lambda steps: 1 <= steps <= 10**6, "at least 1 calibration batch, and at most a million, was", "Write 20."),
     "averaging_constant": (lambda value: 0 < value <= 1, "a number in (0, 1] was", "Write 0.05."),
     "percentile": (lambda value: 50 < value <= 100, "per cent in (50, 100] was", "Write 99.99."),
@@ -253,9 +254,11 @@ class TrainingSettings(_Checked):
     Attributes:
         stats_steps: Batches of the training loader for the calibration before the first step.
         range_estimator: ``moving_average``, ``min_max``, ``percentile`` or ``mse``; ``auto``: what is best at a tensor's bits, which is ``mse`` with
-            ranges that are frozen after the calibration up to 4 bits, and ``moving_average`` above (`benchmarks/fashion.py`).
+            ranges that are frozen after the calibration up to 4 bits, and ``moving_average`` above (`benchmarks/fashion.py`). ``learned``: scale and
+            offset begin there and are trained (LSQ+).
         weight_estimator: ``minmax``: scales of the largest magnitudes; ``mse``: those at which rounding and clipping of a channel lose least, found anew at
-            each step; ``auto``: ``mse`` up to 4 bits, ``minmax`` above.
+            each step; ``auto``: ``mse`` up to 4 bits, ``minmax`` above; ``learned``: they begin at those of ``mse`` and are trained (LSQ).
+        scale_learning_rate: Learning rate of scales that are ``learned``, relative to each scale. In a Trainer it falls as that of the weights does.
         averaging_constant: Share of a training batch in the moving average, in (0, 1].
         percentile: Per cent of the values that the ``percentile`` estimator covers at each end, in (50, 100].
         freeze_ranges_at_step: Global step from which ranges are frozen; 0: right after the calibration; None: never.
@@ -270,6 +273,7 @@ class TrainingSettings(_Checked):
     stats_steps: int = 20
     range_estimator: str = "auto"
     weight_estimator: str = "auto"
+    scale_learning_rate: float = 0.01
     averaging_constant: float = 0.05
     percentile: float = 99.99
     freeze_ranges_at_step: int | None = None

@@ -118,6 +118,16 @@ def test_stages_on_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_learned_scales_on_two_processes(tmp_path: Path) -> None:
+    """Their gradients are averaged: the scales of both ranks stay the same, and move."""
+    found = ranks("ddp_learned", tmp_path)
+    for part in ("ranges", "scales"):
+        assert found[0][part]
+        assert all(torch.equal(found[0][part][key], found[1][part][key]) for key in found[0][part])
+    assert_tested(found)
+
+
+@pytest.mark.slow
 def test_spawned_processes(tmp_path: Path) -> None:
     """They leave nothing in the process that spawned them but the checkpoint, which gives the quantized model back."""
     done = run_on_two("ddp_spawn", tmp_path / "spawn")

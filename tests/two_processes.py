@@ -78,6 +78,7 @@ CASES: dict[str, tuple[type[Classifier], Callable[[], Any], dict[str, Any]]] = {
     "ddp_distilled_unused": (Unused, lambda: ddp(find_unused_parameters=True), {}),
     "ddp_budget": (Classifier, ddp, {}),
     "ddp_stages": (Classifier, ddp, {}),
+    "ddp_learned": (Classifier, ddp, {"accumulate_grad_batches": 2}),
     "ddp_static_graph": (Classifier, lambda: ddp(static_graph=True, gradient_as_bucket_view=True), {}),
 }
 
@@ -118,6 +119,8 @@ def main(folder: Path, case: str, export_dir: str | None = None) -> None:
     if "stages" in case:
         stages = [{"at_step": 3, "weights_num_bits": 4, "activations_num_bits": 3}]
         settings = {"training_settings": {"stats_steps": 2, "start_at_step": 1, "stages": stages}}
+    if "learned" in case:
+        settings = {"training_settings": {"stats_steps": 2, "range_estimator": "learned", "weight_estimator": "learned"}}
     cco, losses, model = quick(deployment_settings={"export_dir": export_dir}, **settings), Losses(), make()
     keeper = ModelCheckpoint(folder, save_last=True)
     trainer = make_trainer(folder, cco, losses, keeper, max_epochs=2, devices=2, strategy=strategy(), num_sanity_val_steps=1, **options)
@@ -134,6 +137,7 @@ def main(folder: Path, case: str, export_dir: str | None = None) -> None:
         "losses": losses.values,
         "weights": {name: whole(tensor) for name, tensor in model.state_dict().items()},
         "ranges": {key: torch.stack([q.min_val, q.max_val, q.scale, q.zero_point]) for key, q in cco.quantized.activations.items()},
+        "scales": {name: q.scales for name, (q, *_) in cco.quantized.weights.items() if getattr(q, "scales", None) is not None},
         "qs": {name: entry.qs for name, entry in cco.report.local.items()},
         "batches": cco.report.num_batches,
         "drift": cco.quantized.drift,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import Capture
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
-from lightning_cco.quantization.plan import QuantizationPlan
+from lightning_cco.quantization.learned_quantizers import LearnedActivationQuantizer, LearnedWeightQuantizer
+from lightning_cco.quantization.plan import QuantizationPlan, TensorSpec
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
-from lightning_cco.settings import Settings
+from lightning_cco.settings import Settings, TrainingSettings
 
 
 def build_quantizers(
@@ -34,16 +36,11 @@ def build_quantizers(
     training = settings.training_settings
     activations: dict[TensorKey, ActivationQuantizer] = {}
     for key, spec in plan.tensors.items():
-        new = ActivationQuantizer(
-            spec.num_bits,
-            symmetric=spec.symmetric,
-            estimator=training.range_estimator,
-            averaging_constant=training.averaging_constant,
-            percentile=training.percentile,
-        )
+        new = _activation_quantizer(spec, training)
         known = known_activations.get(key)
         activations[key] = known if known is not None and known.kind == new.kind else new
     weights: dict[str, list[WeightQuantizer]] = {}
+    learned: dict[tuple[str, int, int | None], list[WeightQuantizer]] = {}
     for name in plan.graph.names:
         site, decision = capture.sites[name], plan.decisions[name]
         if not (decision.quantized or decision.weight_only) or not site.weights:
@@ -51,8 +48,34 @@ def build_quantizers(
         bits = decision.weights_num_bits
         if bits is None:  # a constant operand of an addition: an activation that never changes
             bits = decision.activations_num_bits or settings.global_quantization_settings.activations_num_bits
-        group = decision.weights_group_size
-        made = [WeightQuantizer(bits, weight.axis, training.weight_estimator, group) for weight in site.weights]
+        made = [_weight_quantizer(name, bits, weight.axis, decision.weights_group_size, training) for weight in site.weights]
         before = known_weights.get(name)
         weights[name] = before if before is not None and before[0].kind == made[0].kind else made
+        # What several layers multiply by is learned once, and stored once.
+        parameters = plan.graph[name].parameters
+        if isinstance(made[0], LearnedWeightQuantizer) and len(made) == 1 and parameters:
+            weights[name] = learned.setdefault((parameters[0], bits, made[0].axis), weights[name])
     return activations, weights
+
+
+def _activation_quantizer(spec: TensorSpec, training: TrainingSettings) -> ActivationQuantizer:
+    if training.range_estimator == "learned":
+        return LearnedActivationQuantizer(spec.num_bits, spec.symmetric)
+    return ActivationQuantizer(
+        spec.num_bits,
+        symmetric=spec.symmetric,
+        estimator=training.range_estimator,
+        averaging_constant=training.averaging_constant,
+        percentile=training.percentile,
+    )
+
+
+def _weight_quantizer(layer: str, bits: int, axis: int | None, group: int | None, training: TrainingSettings) -> WeightQuantizer:
+    if training.weight_estimator != "learned":
+        return WeightQuantizer(bits, axis, training.weight_estimator, group)
+    if group is not None:
+        raise CCOError(
+            f"training_settings.weight_estimator: learned scales are those of channels, but the weights of layer '{layer}' have one for each group of {group} "
+            "(weights_group_size). Write weight_estimator: mse, or weights_group_size: 0 for the layer."
+        )
+    return LearnedWeightQuantizer(bits, axis)

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.planner import plan_quantization
 from lightning_cco.quantization.range_updates import forget_batches, update_ranges, warn_of_outliers, world_size
 from lightning_cco.quantization.runtime import Runtime
-from lightning_cco.quantization.state import check_fits, load_ranges, plan_differences, state_of
+from lightning_cco.quantization.scale_learner import ScaleLearner
+from lightning_cco.quantization.state import check_fits, load_ranges, load_weight_scales, plan_differences, state_of
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 from lightning_cco.settings import Settings, load_settings
@@ -76,6 +78,7 @@ class HookedModel:
         plan: What is quantized.
         settings: The recipe.
         weights: Quantizers of each layer's weights.
+        scales: What moves learned scales; its ``rate`` is theirs.
         calibrated: Whether the ranges are known; before that the model computes in float.
         frozen: Whether the ranges stay as they are.
         example: Positional and keyword arguments of one forward, for exports.
@@ -103,6 +106,7 @@ class HookedModel:
         self._outliers: Tensor | None = None
         self._mode = model.training
         self._activations, self.weights = build_quantizers(captured, self.plan, settings, {}, {})
+        self.scales = ScaleLearner(self._activations.values(), self.weights.values(), settings.training_settings.scale_learning_rate)
         self.runtime = Runtime(model, captured, self.plan, self._activations, self.weights)
         self.runtime.phase = Phase.PASS
         self.runtime.frames.started = self._forward_starts
@@ -151,6 +155,7 @@ class HookedModel:
         self.plan = plan_quantization(self.graph, self.settings, suggestions)
         before = dict(self.activations)
         self._activations, self.weights = build_quantizers(self.capture, self.plan, self.settings, self._activations, self.weights)
+        self.scales = ScaleLearner(self._activations.values(), self.weights.values(), self.settings.training_settings.scale_learning_rate)
         self.to(self.device)
         self.runtime.load(self.plan, self.activations, self.weights)
         torch.compiler.reset()
@@ -180,6 +185,8 @@ class HookedModel:
             raise CCOError(f"calibrate: names of quantizers were expected, such as {list(self._activations)[:3]}; {sorted(unknown)} came.")
         for quantizer in observed.values():
             quantizer.start_calibration()
+        for weight_quantizer in chain.from_iterable(self.weights.values() if only is None else ()):
+            weight_quantizer.forget()
         count = 0
         with self.evaluating(), self.forked_random(), self.runtime.doing(Phase.OBSERVE, only=observed.values()):
             for batch in batches:
@@ -229,6 +236,8 @@ class HookedModel:
         On a single process this happens by itself, before the first forward after the weights have changed, and before ranges are read. Under DDP call it
         after each step, on all ranks (the callback does).
         """
+        if self.scales and self.calibrated and self._moved_at != self._weights_version():
+            self.scales.move()
         self._moved_at = self._weights_version()
         if not self.frozen and self.calibrated:
             self._outliers = update_ranges(list(self._activations.values()), self._outliers)
@@ -252,7 +261,9 @@ class HookedModel:
 
     def _ranges_wait(self) -> bool:
         """Whether weights have changed since the ranges last moved. Under DDP all ranks move them together, when `update_ranges` is called."""
-        return self.calibrated and not self.frozen and world_size() == 1 and self._moved_at != self._weights_version()
+        return (
+            self.calibrated and (not self.frozen or bool(self.scales)) and world_size() == 1 and self._moved_at != self._weights_version()
+        )
 
     def _follow_device(self) -> None:
         """Keep the quantizers where the parameters are: Lightning moves the model to the CPU at the end of a run."""
@@ -285,7 +296,7 @@ class HookedModel:
             self.update_ranges()
         if self._outliers is not None and self._outliers.device.type != "cpu":
             warn_of_outliers(self._activations, self._outliers)  # each step would have to wait for the device
-        return state_of(self.plan, self.activations, calibrated=self.calibrated, frozen=self.frozen)
+        return state_of(self.plan, self.activations, self.weights, calibrated=self.calibrated, frozen=self.frozen)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Take ranges over from a state: all of it, or, on an error, nothing.
@@ -298,6 +309,7 @@ class HookedModel:
         """
         check_fits(state, self.graph, self.activations)
         different_bits, self.uncalibrated = load_ranges(state, self.activations)
+        load_weight_scales(state, self.weights)
         if state["frozen"]:
             self.freeze_ranges()
         self.calibrated = bool(state["calibrated"])

@@ -21,6 +21,8 @@ def range_estimator(setting: str, num_bits: int) -> str:
     >>> range_estimator("auto", 8), range_estimator("auto", 4), range_estimator("min_max", 4)
     ('moving_average', 'mse', 'min_max')
     """
+    if setting == "learned":  # which begins there
+        return "mse"
     return setting if setting != "auto" else "mse" if num_bits <= FEW_BITS else "moving_average"
 
 
@@ -30,6 +32,8 @@ def weight_estimator(setting: str, num_bits: int) -> str:
     >>> weight_estimator("auto", 8), weight_estimator("auto", 4), weight_estimator("minmax", 4)
     ('minmax', 'mse', 'minmax')
     """
+    if setting == "learned":
+        return "mse"
     return setting if setting != "auto" else "mse" if num_bits <= FEW_BITS else "minmax"
 
 

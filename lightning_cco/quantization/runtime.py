@@ -191,6 +191,8 @@ class Runtime:
         for slot, _, quantizer in site.reads:
             if only is None or id(quantizer) in only:
                 quantizer.observe(at(args, kwargs, slot), self.batch)
+        for slot, weight_quantizer in site.weights:
+            weight_quantizer.see(at(args, kwargs, slot))
         result = func(*args, **kwargs)
         for position, quantizer in site.outputs:
             if only is None or id(quantizer) in only:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
+from lightning_cco.quantization.learned_quantizers import LearnedWeightQuantizer
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.state_checks import STATE_VERSION, check_scale, check_state
 from lightning_cco.quantization.tensor_key import TensorKey
+from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 
 
 def state_of(
-    plan: QuantizationPlan, activations: Mapping[TensorKey, ActivationQuantizer], *, calibrated: bool, frozen: bool
+    plan: QuantizationPlan,
+    activations: Mapping[TensorKey, ActivationQuantizer],
+    weights: Mapping[str, Sequence[WeightQuantizer]],
+    *,
+    calibrated: bool,
+    frozen: bool,
 ) -> dict[str, Any]:
     """Plan and ranges as plain dicts, strings, numbers and tensors."""
+    learned = {name: [q.get_scales() for q in found if isinstance(q, LearnedWeightQuantizer)] for name, found in weights.items()}
+    learned = {name: found for name, found in learned.items() if any(found)}
     return {
         "version": STATE_VERSION,
         "layers": list(plan.graph.names),
@@ -31,6 +40,7 @@ def state_of(
         "calibrated": calibrated,
         "frozen": frozen,
         "ranges": {str(key): quantizer.get_ranges() for key, quantizer in activations.items()},
+        **({"weight_scales": learned} if learned else {}),
     }
 
 
@@ -83,3 +93,13 @@ def load_ranges(state: Mapping[str, Any], activations: Mapping[TensorKey, Activa
             differences.append(f"bits of '{key}': {ranges['num_bits']} → {quantizer.num_bits}")
         quantizer.set_ranges(ranges)
     return differences, unknown
+
+
+def load_weight_scales(state: Mapping[str, Any], weights: Mapping[str, Sequence[WeightQuantizer]]) -> None:
+    """Set learned scales from a state that was checked. Of weights that it says nothing of they begin anew."""
+    known = state.get("weight_scales", {})
+    for name, quantizers in weights.items():
+        saved = known.get(name, [])
+        for number, quantizer in enumerate(quantizers):
+            if isinstance(quantizer, LearnedWeightQuantizer):
+                quantizer.set_scales(saved[number] if number < len(saved) else {})

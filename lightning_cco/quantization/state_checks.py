@@ -78,6 +78,23 @@ def check_state(state: Any) -> None:
         if not isinstance(ranges, Mapping):
             refuse(path, "a mapping", ranges)
         _check_ranges(ranges, path + ".")
+    for name, scales in (entry(state, "weight_scales", Mapping, "quantized.") if "weight_scales" in state else {}).items():
+        _check_weight_scales(scales, f"quantized.weight_scales.{name}")
+
+
+def _check_weight_scales(scales: Any, path: str) -> None:
+    """Check the learned scales of a layer's weights."""
+    if not isinstance(scales, (list, tuple)):
+        refuse(path, "a list", scales)
+    for number, one in enumerate(scales):
+        if not isinstance(one, Mapping):
+            refuse(f"{path}[{number}]", "a mapping", one)
+        for key in ("scales", "velocity") if one else ():
+            tensor = entry(one, key, Tensor, f"{path}[{number}].")
+            if not tensor.is_floating_point() or not torch.isfinite(tensor).all() or tensor.shape != one["scales"].shape:
+                refuse(f"{path}[{number}].{key}", "finite numbers, one for each channel", f"{tensor.dtype} of shape {tuple(tensor.shape)}")
+            if key == "scales" and not (tensor > 0).all():
+                refuse(f"{path}[{number}].{key}", "numbers above 0", float(tensor.min()))
 
 
 def _check_inputs(inputs: Any) -> None:
@@ -111,6 +128,9 @@ def _check_ranges(ranges: Mapping[str, Any], path: str) -> None:
     for key in ("scale", "clip_ratio"):
         if value[key] <= 0:
             refuse(path + key, "a number above 0", value[key])
+    learned = ranges.get("learned", torch.zeros(3))
+    if not isinstance(learned, Tensor) or learned.shape != (3,) or not torch.isfinite(learned).all():
+        refuse(path + "learned", "three finite numbers", str(getattr(learned, "shape", learned)))
     low, high = -(2 ** (bits - 1)), 2**bits - 1
     if value["zero_point"] != round(value["zero_point"]) or not low <= value["zero_point"] <= high:
         refuse(path + "zero_point", f"a whole number from {low} to {high}", value["zero_point"])

@@ -85,6 +85,12 @@ class WeightQuantizer(nn.Module):
         self._kept = version, some, some.clone(), rounded  # at once: other threads use it as well
         return rounded
 
+    def see(self, weight: Tensor) -> None:
+        """A calibration comes by: for quantizers that begin to learn there."""
+
+    def forget(self) -> None:
+        """The weights are others than before: for quantizers that learn."""
+
     def _rounded(self, weight: Tensor, recomputed: RecomputedWeight | None = None) -> Tensor:
         mse = self.estimator == "mse"
         if self.group is None:

@@ -1,0 +1,102 @@
+"""The optimizer of learned scales: stochastic gradient descent with momentum, relative to each scale, so that none ever becomes 0 or negative."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
+from lightning_cco.quantization.learned_quantizers import LearnedActivationQuantizer, LearnedWeightQuantizer
+from lightning_cco.quantization.range_updates import world_size
+from lightning_cco.quantization.weight_quantizer import WeightQuantizer
+
+_MOMENTUM = 0.9
+_LARGEST_STEP = 0.25
+"""No step makes a scale larger or smaller by more than a quarter."""
+
+
+class ScaleLearner:
+    """Moves the learned scales of a model after each step of the weights.
+
+    A scale s becomes ``s * exp(-rate * v)``, where v is the momentum of ``gradient / s``: to first order the step of stochastic gradient descent.
+
+    Args:
+        activations: All quantizers of activations.
+        weights: All quantizers of weights.
+        rate: Learning rate.
+    """
+
+    def __init__(self, activations: Iterable[ActivationQuantizer], weights: Iterable[Sequence[WeightQuantizer]], rate: float) -> None:
+        self.rate = rate
+        self.activations = [quantizer for quantizer in activations if isinstance(quantizer, LearnedActivationQuantizer)]
+        every = [quantizer for quantizers in weights for quantizer in quantizers if isinstance(quantizer, LearnedWeightQuantizer)]
+        self.weights = list(dict.fromkeys(every))
+
+    def __bool__(self) -> bool:
+        return bool(self.activations or self.weights)
+
+    def forget_gradients(self) -> None:
+        """Drop the gradients that have come since the scales last moved."""
+        for quantizer in (*self.activations, *self.weights):
+            if quantizer.probe is not None:
+                quantizer.probe.grad = None
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """One step along the gradients that have come since the last; under DDP along their mean over all ranks. Those that are not finite move nothing."""
+        weights = [quantizer for quantizer in self.weights if quantizer.scales is not None]
+        owners = [*self.activations, *weights]
+        probes = [quantizer.probe for quantizer in owners]
+        if not owners or (world_size() == 1 and all(probe is None or probe.grad is None for probe in probes)):
+            return
+        device = owners[0].probe.device  # type: ignore[union-attr]
+        gradients = [_flat(probe, device) for probe in probes if probe is not None]
+        sizes = [len(gradient) for gradient in gradients]
+        came = torch.tensor([float(probe is not None and probe.grad is not None) for probe in probes], device=device)
+        gradient = torch.cat(gradients)
+        if world_size() > 1:
+            shared = torch.cat([gradient, came])
+            dist.all_reduce(shared)
+            gradient, came = shared[: len(gradient)] / world_size(), shared[len(gradient) :]
+        spread = torch.tensor(sizes, device=device)
+        moves = (came > 0).repeat_interleave(spread)
+        scale = torch.cat([*(q.scale.expand(2) for q in self.activations), *(_values(q.scales).to(device) for q in weights)])
+        velocity = torch.cat([*(q.velocity for q in self.activations), *(_values(q.velocity).to(device) for q in weights)])
+        relative = gradient / scale
+        moves &= relative.isfinite()
+        velocity = torch.where(moves, _MOMENTUM * velocity + relative.nan_to_num(), velocity)
+        step = torch.where(moves, (self.rate * velocity).clamp(-_LARGEST_STEP, _LARGEST_STEP), torch.zeros_like(velocity))
+        moved = scale * torch.exp(-step)
+        self._write(weights, sizes, velocity, step, moved)
+        self.forget_gradients()
+
+    def _write(
+        self, weights: Sequence[LearnedWeightQuantizer], sizes: Sequence[int], velocity: Tensor, step: Tensor, moved: Tensor
+    ) -> None:
+        parts = zip(
+            (*self.activations, *weights), velocity.split(list(sizes)), step.split(list(sizes)), moved.split(list(sizes)), strict=True
+        )
+        for quantizer, own_velocity, own_step, own_scale in parts:
+            assert quantizer.velocity is not None
+            quantizer.velocity.copy_(own_velocity.view_as(quantizer.velocity))
+            if isinstance(quantizer, LearnedActivationQuantizer):
+                if quantizer.has_offset:
+                    quantizer.offset.sub_(own_step[1] * quantizer.scale)
+                quantizer.scale.copy_(own_scale[0])
+            else:
+                assert quantizer.scales is not None
+                quantizer.scales.copy_(own_scale.view_as(quantizer.scales))
+            quantizer.learned()
+
+
+def _flat(probe: Tensor, device: torch.device) -> Tensor:
+    gradient = probe.grad if probe.grad is not None else torch.zeros_like(probe)
+    return gradient.detach().reshape(-1).to(device)
+
+
+def _values(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor.reshape(-1)
