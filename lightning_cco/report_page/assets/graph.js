@@ -14,7 +14,7 @@
     const paints = ["io", "int8", "float", "mixed"].map((paint) => ({
       selector: `node[paint = "${paint}"]`, style: { "background-color": cco.colour(paint), "border-color": cco.colour(`${paint}-line`) } }));
     return [
-      { selector: "node", style: { ...font, shape: "round-rectangle", label: "data(label)", "text-wrap": "wrap", "text-valign": "center", "font-size": 13,
+      { selector: "node", style: { ...font, shape: "round-rectangle", label: "data(label)", "text-wrap": "wrap", "text-valign": "center", "font-size": 13, "line-height": 1.2,
         width: "data(width)", height: "data(height)", "border-width": 1.5 } },
       ...paints,
       { selector: "node.module", style: { "border-width": 3, "border-style": "double" } },
@@ -24,6 +24,7 @@
       { selector: "node.changed", style: { "border-style": "dashed" } },
       { selector: "edge", style: { width: 1.5, "line-color": cco.colour("muted"), "target-arrow-color": cco.colour("muted"), "target-arrow-shape": "triangle",
         "arrow-scale": 0.9, "curve-style": "bezier", opacity: 0.75 } },
+      { selector: "edge.around", style: { "curve-style": "unbundled-bezier", "control-point-distances": "data(bend)", "control-point-weights": 0.5 } },
     ];
   };
 
@@ -71,10 +72,18 @@
     cy.add(elements());
     cy.endBatch();
     cy.layout({ name: "dagre", rankDir: "TB", nodeSep: 20, rankSep: 36, edgeSep: 8, animate: false, fit: false, nodeDimensionsIncludeLabels: false }).run();
+    bend();
     mark();
     const target = focus ? cy.getElementById(focus) : cy.collection();
     show(target.nonempty() ? target.union(target.children()) : cy.elements());
   };
+  /** A tensor that goes straight past other nodes is led around them. */
+  const bend = () => cy.edges().forEach((edge) => {
+    const from = edge.source().position(), to = edge.target().position(), down = Math.abs(to.y - from.y);
+    if (down < 130 || Math.abs(to.x - from.x) > 60) return;
+    edge.data("bend", -(60 + Math.min(120, down / 8)));
+    edge.addClass("around");
+  });
   const show = (what) => {
     if (!container.clientWidth) return;
     cy.fit(what, 24);

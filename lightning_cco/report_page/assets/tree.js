@@ -21,10 +21,14 @@
     return root;
   };
 
+  const firstOf = (node) => (node.layer !== undefined ? node.layer : Math.min(...node.children.map(firstOf)));
+  /** One module that is called again after others, such as the ReLU of a block: as a box of its own it would be before and behind them. */
+  const calledInBetween = ({ children }) => children && children.every((child) => child.layer !== undefined)
+    && children[children.length - 1].layer - children[0].layer >= children.length;
   /** A module of one layer is that layer; of one module, both in one. */
   const simplified = (node) => {
     if (node.layer !== undefined) return node;
-    node.children = node.children.map(simplified);
+    node.children = node.children.map(simplified).flatMap((child) => (calledInBetween(child) ? child.children : [child])).sort((a, b) => firstOf(a) - firstOf(b));
     if (node.id === "m:" || node.children.length !== 1) return node;
     const [only] = node.children;
     if (only.layer === undefined) only.label = `${node.label}.${only.label}`;
@@ -69,21 +73,16 @@
   cco.tree = counted(grouped(simplified(build())), null);
   cco.leaf = (index) => cco.nodes.get(`l:${index}`);
 
-  /** The modules to unfold at the start: from the outermost in, as long as no more than so many nodes are seen. */
+  /** The modules to unfold at the start: level by level, as long as no more than so many nodes are seen. */
   cco.startUnfolded = (most = 40) => {
     const unfolded = new Set([cco.tree.id]);
     let seen = cco.tree.children.length;
-    let level = cco.tree.children;
-    while (level.length) {
-      const folded = level.filter((node) => node.children).sort((a, b) => a.children.length - b.children.length);
-      const next = [];
-      for (const node of folded) {
-        if (seen - 1 + node.children.length > most) continue;
-        seen += node.children.length - 1;
-        unfolded.add(node.id);
-        next.push(...node.children);
-      }
-      level = next;
+    for (let level = cco.tree.children.filter((node) => node.children); level.length;) {
+      const inside = level.flatMap((node) => node.children);
+      seen += inside.length - level.length;
+      if (seen > most) break;
+      level.forEach((node) => unfolded.add(node.id));
+      level = inside.filter((node) => node.children);
     }
     return unfolded;
   };
