@@ -96,8 +96,10 @@ def test_the_graph_is_operated_by_keys(opened: OpenPage) -> None:
 
 
 def test_what_is_operated_has_a_name(opened: OpenPage) -> None:
-    nameless = opened.page.evaluate("""[...document.querySelectorAll("button, input, select, a, canvas[role], [role=region], [role=application]")].filter((one) =>
-        !(one.getAttribute("aria-label") || one.textContent.trim() || (one.labels && one.labels.length && one.labels[0].textContent))).map((one) => one.outerHTML)""")
+    nameless = opened.page.evaluate("""[...document.querySelectorAll(
+        "button, input, select, a, canvas[role], [role=region], [role=application]")].filter((one) =>
+        !(one.getAttribute("aria-label") || one.textContent.trim()
+          || (one.labels && one.labels.length && one.labels[0].textContent))).map((one) => one.outerHTML)""")
     assert nameless == []
     assert opened.page.evaluate("[...document.querySelectorAll('th')].every((one) => one.scope === 'col')")
     assert opened.page.evaluate("document.documentElement.lang") == "en"
@@ -135,7 +137,7 @@ def change(opened: OpenPage, layer: str, part: str, value: Any) -> None:
 
 def replanned(plan: QuantizationPlan, text: str) -> QuantizationPlan:
     """The plan of the run's recipe with a text merged over it."""
-    recipe = {section: values for section, values in plan.settings.to_dict().items()}
+    recipe = plan.settings.to_dict()
     for section, values in yaml.safe_load(text).items():
         recipe[section] = {**recipe[section], **values} if isinstance(values, dict) else values
     return plan_quantization(plan.graph, load_settings(recipe))
