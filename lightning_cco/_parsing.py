@@ -90,7 +90,7 @@ def _section(values: Any, kind: type, section: str) -> Any:
 
 def _typed(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The values of a section or a rule, of the right types. Not by OmegaConf: its conversion cuts 7.5 bits to 7, and takes 0.3 ms a value."""
-    result = {}
+    result: dict[str, Any] = {}
     for key, value in values.items():
         expected = kind.__dataclass_fields__[key].type  # type: ignore[attr-defined]
         try:

@@ -346,3 +346,10 @@ def test_damaged_scales_are_refused() -> None:
         broken["weight_scales"]["conv"][0]["scales"].fill_(change)
         with pytest.raises(CCOError, match=r"weight_scales.conv\[0\].scales"):
             quantized.load_state_dict(broken)
+
+
+def test_scales_of_another_width_are_refused() -> None:
+    made = LearnedWeightQuantizer(4)
+    made.see(torch.randn(6, 4))
+    with pytest.raises(CCOError, match="a weight of 6 channels was expected, one of 8 came"):
+        made(torch.randn(8, 4))

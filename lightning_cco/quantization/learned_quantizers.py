@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_cco.errors import CCOError
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.learned_scales import learned_activation, learned_weight, rounded_weight
 from lightning_cco.quantization.qparams import SMALLEST_SCALE, quant_range, weight_scale
@@ -160,6 +161,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
         compiling = torch.compiler.is_compiling()
         if not compiling and runs_plainly() and not torch.is_inference_mode_enabled():
             self.see(weight)
+            self._check(weight)
             if self.scales is not None and self.scales.device != weight.device:
                 self._take(self.scales.to(weight.device), self.velocity.to(weight.device) if self.velocity is not None else None)
         learns = torch.is_grad_enabled() and weight.requires_grad and self.scales is not None
@@ -168,6 +170,14 @@ class LearnedWeightQuantizer(WeightQuantizer):
             assert self.probe is not None
             return learned_weight(weight, self.probe, self.scales, self._limit)
         return super().forward(weight)
+
+    def _check(self, weight: Tensor) -> None:
+        channels = 1 if self.axis is None else weight.shape[self.axis]
+        if self.scales is not None and self.scales.numel() != channels:
+            raise CCOError(
+                f"weight_estimator: learned: a weight of {self.scales.numel()} channels was expected, one of {channels} came. The scales are those of another "
+                "model: build it as it was when they were saved, or calibrate anew."
+            )
 
     def _rounded(self, weight: Tensor, recomputed: RecomputedWeight | None = None) -> Tensor:
         rounded = rounded_weight(weight.detach(), self.scale(weight), self._limit)

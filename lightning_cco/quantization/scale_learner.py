@@ -48,14 +48,14 @@ class ScaleLearner:
     def move(self) -> None:
         """One step along the gradients that have come since the last; under DDP along their mean over all ranks. Those that are not finite move nothing."""
         weights = [quantizer for quantizer in self.weights if quantizer.scales is not None]
-        owners = [*self.activations, *weights]
-        probes = [quantizer.probe for quantizer in owners]
-        if not owners or (world_size() == 1 and all(probe is None or probe.grad is None for probe in probes)):
+        probes: list[Tensor] = [quantizer.probe for quantizer in self.activations]
+        probes += [quantizer.probe for quantizer in weights if quantizer.probe is not None]
+        if not probes or (world_size() == 1 and all(probe.grad is None for probe in probes)):
             return
-        device = owners[0].probe.device  # type: ignore[union-attr]
-        gradients = [_flat(probe, device) for probe in probes if probe is not None]
+        device = probes[0].device
+        gradients = [_flat(probe, device) for probe in probes]
         sizes = [len(gradient) for gradient in gradients]
-        came = torch.tensor([float(probe is not None and probe.grad is not None) for probe in probes], device=device)
+        came = torch.tensor([float(probe.grad is not None) for probe in probes], device=device)
         gradient = torch.cat(gradients)
         if world_size() > 1:
             shared = torch.cat([gradient, came])
@@ -76,20 +76,19 @@ class ScaleLearner:
     def _write(
         self, weights: Sequence[LearnedWeightQuantizer], sizes: Sequence[int], velocity: Tensor, step: Tensor, moved: Tensor
     ) -> None:
-        parts = zip(
-            (*self.activations, *weights), velocity.split(list(sizes)), step.split(list(sizes)), moved.split(list(sizes)), strict=True
-        )
-        for quantizer, own_velocity, own_step, own_scale in parts:
-            assert quantizer.velocity is not None
-            quantizer.velocity.copy_(own_velocity.view_as(quantizer.velocity))
-            if isinstance(quantizer, LearnedActivationQuantizer):
-                if quantizer.has_offset:
-                    quantizer.offset.sub_(own_step[1] * quantizer.scale)
-                quantizer.scale.copy_(own_scale[0])
-            else:
-                assert quantizer.scales is not None
-                quantizer.scales.copy_(own_scale.view_as(quantizer.scales))
-            quantizer.learned()
+        parts = list(zip(*(torch.split(values, list(sizes)) for values in (velocity, step, moved)), strict=True))
+        for activation, (own_velocity, own_step, own_scale) in zip(self.activations, parts, strict=False):
+            activation.velocity.copy_(own_velocity)
+            if activation.has_offset:
+                activation.offset.sub_(own_step[1] * activation.scale)
+            activation.scale.copy_(own_scale[0])
+            activation.learned()
+        for weight, (own_velocity, _, own_scale) in zip(weights, parts[len(self.activations) :], strict=True):
+            assert weight.scales is not None
+            assert weight.velocity is not None
+            weight.velocity.copy_(own_velocity.view_as(weight.velocity))
+            weight.scales.copy_(own_scale.view_as(weight.scales))
+            weight.learned()
 
 
 def _flat(probe: Tensor, device: torch.device) -> Tensor:
