@@ -313,7 +313,7 @@ class CCOCallback(pl.Callback):
             self._pending_skips = [suggestion.name for suggestion in self.suggestions]
         if not trainer.barebones:
             for name, value in monitored_values(self.report, quantized, self.suggestions).items():
-                pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
+                pl_module.log(name, value, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=True)
         metrics = numbers(trainer.callback_metrics)
         monitor.on_epoch(
             trainer.current_epoch,

@@ -269,3 +269,17 @@ def test_what_is_monitored_must_be_there(tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path, monitor="cco/qs_max")
     with pytest.raises(CCOError, match=r"start_at_step is 6, so 'cco/qs_max', which ModelCheckpoint monitors, is not there"):
         make_trainer(tmp_path, scheduled(start_at_step=6), saving, max_epochs=2).fit(Classifier(), batches())
+
+
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter`")
+def test_a_step_that_draws_its_batches_itself(tmp_path: Path) -> None:
+    class Drawing(Classifier):
+        def training_step(self, dataloader_iter: Iterator[Any]) -> torch.Tensor:
+            batch, _, _ = next(dataloader_iter)
+            return self._loss(batch)
+
+    cco = scheduled(2, start_at_step=2, stages=[{"at_step": 5, "weights_num_bits": 4}])
+    make_trainer(tmp_path, cco, max_epochs=2).fit(Drawing(), batches())
+    assert cco.quantized is not None
+    assert cco.quantized.calibrated
+    assert cco.schedule.stages == 1

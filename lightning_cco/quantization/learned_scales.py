@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_cco.quantization.fake_quantize import fake_quantize
-from lightning_cco.quantization.qparams import NO_LIMITS, quant_range
-
-_INF = float("inf")
+from lightning_cco.quantization.qparams import INF, NO_LIMITS, quant_range
 
 
 def learned_activation(
@@ -60,23 +58,21 @@ class _LearnedActivation(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, scale, zero_point = ctx.saved_tensors
         quant_min, quant_max = quant_range(ctx.num_bits, ctx.symmetric)
-        low, high = quant_min - zero_point, quant_max - zero_point
         below, above = ctx.limits
-        values = (x if x.dtype == torch.float64 else x.float()).clamp(below, above)
-        steps = values / scale
-        over, under = steps > high, steps < low
-        passes = ~(over | under)
-        for condition in ((x > below) if below != -_INF else None, (x < above) if above != _INF else None):
-            passes = passes if condition is None else passes & condition
+        values = x if x.dtype == torch.float64 else x.float()
+        steps = values.clamp(below, above).mul_(scale.reciprocal()) if ctx.limits != NO_LIMITS else values * scale.reciprocal()
+        clipped = steps.clamp(quant_min - zero_point, quant_max - zero_point)
+        outside = steps != clipped
+        # Inside round(u) - u; outside the level itself, counted from the offset.
+        inner = torch.where(outside, clipped + zero_point, clipped.round().sub_(clipped))
         wide = grad.to(steps.dtype)
-        # Of the offset's format the first level is the offset itself.
-        ends = (quant_min, quant_max) if ctx.symmetric else (0, quant_max)
-        inner = torch.where(over, float(ends[1]), torch.where(under, float(ends[0]), steps.round() - steps))
+        of_scale, of_offset = (wide * inner).sum(), (wide * outside).sum()
         factor = 1.0 / math.sqrt(max(1, x.numel()) * quant_max)
-        of_scale = (wide * inner).sum()
-        of_offset = (wide * (over | under)).sum()
         probe = torch.stack([of_scale, of_offset]).float() * factor
-        return torch.where(passes, grad, torch.zeros_like(grad)), probe, *(None,) * 6
+        passes = ~outside
+        for condition in ((x > below) if below != -INF else None, (x < above) if above != INF else None):
+            passes = passes if condition is None else passes.logical_and_(condition)
+        return grad * passes, probe, *(None,) * 6
 
 
 def learned_weight(weight: Tensor, probe: Tensor, scales: Tensor, limit: int) -> Tensor:

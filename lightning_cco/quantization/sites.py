@@ -10,6 +10,7 @@ from lightning_cco.graph.capture import CallSite, Capture
 from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation_of_kind
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.clamp_limits import LIMITS, Limits
+from lightning_cco.quantization.learned_quantizers import LearnedActivationQuantizer
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
@@ -110,6 +111,8 @@ def site_quantizers(
         key = TensorKey(site.layer, output)
         if plan.rounds(key):
             found.outputs.append((output, activations[key]))
+    if any(isinstance(quantizer, LearnedActivationQuantizer) for _, quantizer in found.outputs):
+        found.fresh = found.fresh_without_gradients = False  # its backward needs what would be overwritten
     if found.outputs and site.op.category is Category.CLAMP:
         found.limits = LIMITS.get(site.function)
     return found if found.weights or found.reads or found.outputs else None
