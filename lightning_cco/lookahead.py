@@ -48,19 +48,24 @@ class Lookahead:
     Args:
         fetcher: The fetcher of the training loop; its iterator has been begun.
         again: Whether the loop begins to iterate once more before its next batch. The iteration begun here is then the one that it gets.
+        before: An iteration that has nothing left, which the loop finds out before it begins this one.
 
     Attributes:
+        following: The iteration that the loop begins when this one, which has nothing left, is over.
         kept: What was drawn and not yet given to the training.
         exhausted: Whether nothing more comes.
         uses_random: Whether loading a batch draws from this process's global random state.
     """
 
-    def __init__(self, fetcher: Any, again: bool) -> None:
+    def __init__(self, fetcher: Any, again: bool, before: Lookahead | None = None) -> None:
         self.fetcher = fetcher
-        self.combined: CombinedLoader = fetcher.combined_loader
+        self.combined: CombinedLoader = fetcher.combined_loader if before is None else before.combined
         self.kept: deque[_Item] = deque()
         self.exhausted = self.uses_random = False
+        self.following: Lookahead | None = None
+        waiting = loader_of(fetcher)
         if again:
+            set_loader_of(fetcher, self.combined)
             iter(fetcher)
         assert fetcher.iterator is not None
         self.source: Iterator[_Item] = fetcher.iterator
@@ -73,6 +78,13 @@ class Lookahead:
                 self.kept.append(item)
                 self._remember_place()
             set_loader_of(fetcher, _Begun(self))
+            if before is not None:
+                before.following = self
+                fetcher.iterator = before
+                prefetched.clear()
+                if isinstance(waiting, _Begun):
+                    waiting.then = loader_of(fetcher)
+                    set_loader_of(fetcher, waiting)
         else:
             fetcher.iterator = self
         if self._stateful:
@@ -146,9 +158,10 @@ class _Begun:
 
     def __init__(self, lookahead: Lookahead) -> None:
         self._lookahead = lookahead
+        self.then: Any = lookahead.combined
 
     def __iter__(self) -> Lookahead:
-        set_loader_of(self._lookahead.fetcher, self._lookahead.combined)
+        set_loader_of(self._lookahead.fetcher, self.then)
         return self._lookahead
 
     def __len__(self) -> int:
@@ -174,22 +187,25 @@ def look_ahead(trainer: pl.Trainer, begun: int | None = None) -> tuple[Lookahead
     epoch_loop, epoch = loop.epoch_loop, trainer.current_epoch
     batches: Any = epoch_loop.batch_progress.current
     trained = batches.processed if epoch_loop.restarting else 0
+    if getattr(epoch_loop, "restarted_on_train_batch_end", False) and trained >= trainer.num_training_batches:
+        trained = 0  # the loop counts that epoch as done and goes on in the next one, with the iteration that is begun
     left = trainer.num_training_batches - trained
     again = trainer.current_epoch > 0 and not getattr(loop, "is_resuming", False) and not epoch_loop.restarting
+    ended = getattr(epoch_loop, "restarted_on_last", False) and epoch_loop.batch_progress.is_last_batch
     if begun is not None:
         again, left = False, trainer.num_training_batches - begun
-    elif left <= 0 and getattr(epoch_loop, "restarted_on_train_batch_end", False):
-        left = (
-            trainer.num_training_batches
-        )  # saved after the last batch, before the epoch's end: the loop takes the iteration that it has begun
-    elif left <= 0:  # the checkpoint is from the end of an epoch: the loop goes on with the next one
+    elif left <= 0 or ended:  # the checkpoint is from the end of an epoch: the loop goes on with the next one
         again, left, epoch = True, trainer.num_training_batches, epoch + 1
     current = fetcher.iterator if isinstance(fetcher.iterator, Lookahead) else getattr(loader_of(fetcher), "_lookahead", None)
     if isinstance(current, Lookahead) and current.in_front:
-        return current, left
+        return current.following or current, left
     for loader in combined.flattened if begun is None else ():
         set_sampler_epoch(loader, epoch)
-    return Lookahead(fetcher, again), left
+    lookahead = Lookahead(fetcher, again)
+    if epoch_loop.restarting and any(isinstance(loader, Stateful) for loader in combined.flattened) and not lookahead.draw():
+        # The place in a checkpoint was behind the last batch: an epoch without batches comes, then another iteration.
+        lookahead, left = Lookahead(fetcher, again=True, before=lookahead), trainer.num_training_batches
+    return lookahead, left
 
 
 def warn_of_left_over(trainer: pl.Trainer) -> None:
@@ -221,7 +237,9 @@ def upcoming_batches(trainer: pl.Trainer, count: int, begun: int | None = None) 
     if spare is None and trainer.max_steps >= 0:  # what a stream gives and nobody trains on is lost
         left = min(left, max(1, (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches))
     count = int(min(count, left))
-    draws = spare is None or (draws_by_a_known_order(lookahead.combined) and (begun is None or lookahead.combined in _quiet))
+    # In a restarted epoch the loop may begin a validation, which draws random numbers, before the next batch.
+    quiet = lookahead.combined in _quiet if begun is not None else not trainer.fit_loop.epoch_loop.restarting
+    draws = spare is None or (draws_by_a_known_order(lookahead.combined) and quiet)
     while draws and len(lookahead.upcoming) < count and lookahead.kept_bytes < _KEPT_BYTES:
         if spare is not None and lookahead.uses_random:
             break

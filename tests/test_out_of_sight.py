@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,61 @@ def test_a_module_that_runs_unseen_is_named(kind: str) -> None:
 def test_a_model_that_runs_unseen_as_a_whole_is_an_error_that_says_so() -> None:
     with pytest.raises(CCOError, match=r"no layer was captured.*TorchScript"):
         quantize(nn.Sequential(torch.jit.script(nn.Linear(4, 4))), None, (torch.randn(5, 4),))
+
+
+class Affine(torch.autograd.Function):
+    """The linear layer of PyTorch's tutorial on extending autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.mm(weight.t()) + bias
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        x, weight = ctx.saved_tensors
+        return grad.mm(weight), grad.t().mm(x), grad.sum(0)
+
+
+class Block(nn.Module):
+    """Has a weight of its own beside a child with another, and one that is never used."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.child, self.product = nn.LayerNorm(4), nn.Linear(4, 4), product
+        self.weight, self.bias, self.unused = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(self.norm(x), self.weight, self.bias) + self.product(x, self.child.weight, self.child.bias)
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "scripted function": lambda x, weight, bias: _affine(x, weight, bias),
+    "NumPy": lambda x, weight, bias: torch.from_numpy(x.detach().numpy() @ weight.detach().numpy().T) + bias,
+    "list": lambda x, weight, bias: x.new_tensor(
+        [[sum(a * b for a, b in zip(r, w, strict=True)) for w in weight.tolist()] for r in x.tolist()]
+    ),
+    "custom function": Affine.apply,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_weights_that_a_part_of_a_model_uses_unseen_are_named(kind: str) -> None:
+    model, x = (
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Block(PRODUCTS[kind]), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)),
+        torch.randn(5, 4),
+    )
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.warns(CCOWarning, match=r"(?s)stay in float: .*2\.weight.*2\.child\.weight") as caught:
+        quantize(model, None, (x,))
+    assert not any("unused" in str(warning.message) for warning in caught)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_weights_that_nobody_uses_are_not_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Block(F.linear), nn.ReLU(), nn.Linear(4, 2))
+    assert {"linear_1", "linear_2"} <= set(quantize(model, None, (torch.randn(5, 4),)).plan.quantized)
 
 
 class Sometimes(nn.Module):

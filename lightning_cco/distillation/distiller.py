@@ -20,8 +20,8 @@ from lightning_cco.distillation.lesson import Key, Lesson, layers_term, outputs_
 from lightning_cco.distillation.recorder import CallOfStudent, Recorder
 from lightning_cco.distillation.teacher import SETTING, copy_of, load_weights, save_weights
 from lightning_cco.errors import CCOError, CCOWarning
-from lightning_cco.graph.capture import switch_training, undisturbed
 from lightning_cco.graph.compiled import eager
+from lightning_cco.graph.modes import switch_training, undisturbed
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.sections import DistillationSettings
 from lightning_cco.strategies import is_sharded

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
 from lightning_cco.files import write_file
-from lightning_cco.graph.capture import switch_training
+from lightning_cco.graph.modes import switch_training
 from lightning_cco.names import printable
 
 SETTING = "distillation_settings.teacher"

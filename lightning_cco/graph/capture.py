@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError, CCOWarning
@@ -19,9 +17,10 @@ from lightning_cco.graph.containers import LOOKED_INTO
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.matching import match_training, merge_repeats, overwritten_calls
+from lightning_cco.graph.modes import as_now, switch_training
 from lightning_cco.graph.ops import Op
 from lightning_cco.graph.put_back import Kept
-from lightning_cco.graph.reached import is_within, only_asked, out_of_sight
+from lightning_cco.graph.reached import is_within, only_asked, out_of_sight, used_unseen
 from lightning_cco.graph.trace import Tracer
 
 
@@ -140,7 +139,10 @@ def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> C
             evaluation = _trace_evaluation(model, forward, gradients, carried, evaluation)
             # A run without us makes what is made once, too.
             kept.stay = frozenset(place for place, value in kept.appeared().items() if appeared.get(place) is value)
-        _check(model, evaluation)
+        with as_now(model, gradients):
+            switch_training(model, False)
+            hidden = used_unseen(model, evaluation, forward)
+        _check(model, evaluation, hidden)
         training = _trace_training(model, forward, evaluation.frames.root, carried)
     teachers = only_asked(model, evaluation, training)
     captured = _assemble(evaluation.frames.root, evaluation, training, teachers)
@@ -163,7 +165,7 @@ def _trace_evaluation(
         before: What the forward before has called; it is returned if this one fails.
     """
     tracer = Tracer(model, CallNode(""), carried)
-    with _as_now(model, gradients):
+    with as_now(model, gradients):
         switch_training(model, False)
         try:
             with tracer.watching():
@@ -180,13 +182,14 @@ def _trace_evaluation(
     return tracer
 
 
-def _check(model: nn.Module, evaluation: Tracer) -> None:
+def _check(model: nn.Module, evaluation: Tracer, hidden: Sequence[str]) -> None:
     """Say what was not seen.
 
     Raises:
         CCOError: Nothing was.
     """
     unseen = out_of_sight(model, evaluation)
+    unseen += [f"'{name}' (what is returned depends on it, but no torch function was seen to read it)" for name in hidden]
     if not any(call.visible for call in evaluation.calls):
         inside = f" Out of sight: {', '.join(unseen)}." if unseen else ""
         raise CCOError(
@@ -205,7 +208,7 @@ def _check(model: nn.Module, evaluation: Tracer) -> None:
 
 def _trace_training(model: nn.Module, forward: Callable[[], Any], root: CallNode, carried: Collection[Tensor]) -> Tracer | None:
     training = Tracer(model, root, carried)
-    with _as_now(model, gradients=True):  # as in training: what the user's code runs without gradients shows
+    with as_now(model, gradients=True):  # as in training: what the user's code runs without gradients shows
         switch_training(model, True)
         try:
             with training.watching():
@@ -217,49 +220,6 @@ def _trace_training(model: nn.Module, forward: Callable[[], Any], root: CallNode
             for node in root.walk():
                 node.seen[True].clear()
     return None
-
-
-@contextmanager
-def recording(model: nn.Module, gradients: bool) -> Iterator[None]:
-    """Record gradients inside the block, or not; those that parameters have already are theirs again afterwards."""
-    kept = [(parameter, parameter.grad) for parameter in model.parameters()] if gradients else []
-    for parameter, _ in kept:
-        parameter.grad = None
-    try:
-        with torch.set_grad_enabled(gradients):
-            yield
-    finally:
-        for parameter, gradient in kept:
-            parameter.grad = gradient
-
-
-@contextmanager
-def undisturbed(model: nn.Module, gradients: bool) -> Iterator[None]:
-    """Put back what a forward leaves behind, training flags, gradients and random state afterwards."""
-    with Kept(model), _as_now(model, gradients):
-        yield
-
-
-@contextmanager
-def _as_now(model: nn.Module, gradients: bool) -> Iterator[None]:
-    """Put training flags, gradients and random state back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    devices = [buffer.device for buffer in model.parameters() if buffer.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices=devices), recording(model, gradients):
-        try:
-            yield
-        finally:
-            for module, flag in flags:
-                module.training = flag
-
-
-def switch_training(model: nn.Module, training: bool) -> None:
-    """Do what ``model.train(training)`` does, also with programs of `torch.export` in it, which refuse that: they run in the mode they were exported in."""
-    try:
-        model.train(training)
-    except NotImplementedError:
-        for module in model.modules():
-            module.training = training
 
 
 def _assemble(root: CallNode, evaluation: Tracer, training: Tracer | None, frozen: list[str]) -> Capture:

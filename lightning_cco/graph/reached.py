@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_cco.graph.containers import tensors_held
+from lightning_cco.graph.network import is_metric
+from lightning_cco.graph.put_back import Kept
 from lightning_cco.graph.trace import Tracer
 
 
@@ -18,8 +22,7 @@ def out_of_sight(model: nn.Module, tracer: Tracer) -> list[str]:
         tracer: What was seen of a forward of it.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
-    reads = {name for call in tracer.calls for name in call.layer.parameters} | tracer.read
-    read = {id(named[name]) for name in reads if name in named}
+    read = _read(named, tracer)
     found: list[str] = []
     scripted = ""
     for path, module in model.named_modules():
@@ -37,7 +40,75 @@ def out_of_sight(model: nn.Module, tracer: Tracer) -> list[str]:
                 f"'{path or 'the model itself'}' ({type(module).__name__}: it ran, but no torch function was seen to read its parameters: "
                 "a scripted function, NumPy, an extension, or it does not use them)"
             )
+    for call in tracer.calls:
+        weights = [name for name in call.layer.parameters if name in named and named[name].dim() > 1]
+        if call.layer.kind == "custom_function" and weights:
+            found.append(f"'{call.layer.path or 'the model itself'}' ({call.layer.note}; it reads {', '.join(weights)})")
     return found
+
+
+def _read(named: Mapping[str, Tensor], tracer: Tracer) -> set[int]:
+    """Identities of the parameters that calls were seen to read."""
+    names = {name for call in tracer.calls for name in call.layer.parameters} | tracer.read
+    return {id(named[name]) for name in names if name in named}
+
+
+def used_unseen(model: nn.Module, tracer: Tracer, forward: Callable[[], Any]) -> list[str]:
+    """Names of the weights that no call was seen to read, though the output depends on them: found by changing them, in up to a few forwards.
+
+    Args:
+        model: The model, in the mode that was traced.
+        tracer: What was seen of a forward of it.
+        forward: Runs the example through it, with the same random numbers each time.
+    """
+    named = dict(model.named_parameters())
+    read = _read(dict(model.named_parameters(remove_duplicate=False)), tracer)
+    scripted = [path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    metrics = [path for path, module in model.named_modules() if is_metric(module)]
+    leaves = [path for path, module in model.named_modules() if next(module.children(), None) is None and path in tracer.ran]
+    unread = [
+        name
+        for name, p in named.items()
+        if id(p) not in read and p.dim() > 1 and p.is_floating_point() and type(p) is nn.Parameter and p.layout is torch.strided
+        if not is_within(name, [path for path in (*scripted, *metrics, *leaves) if path])  # these are named by themselves
+    ]
+    if not unread or "" in scripted:
+        return []
+
+    def output(changed: Sequence[str]) -> list[Tensor]:
+        before = [named[name].detach().clone() for name in changed]
+        try:
+            with torch.no_grad():
+                for name in changed:
+                    named[name].mul_(1.5).add_(0.25)
+            torch.manual_seed(0)
+            with Kept(model):
+                return [tensor.detach().clone() for _, tensor in tensors_held(forward())]
+        finally:
+            with torch.no_grad():
+                for name, value in zip(changed, before, strict=True):
+                    named[name].copy_(value)
+
+    try:
+        wanted = output([])
+
+        def matter(names: Sequence[str]) -> bool:
+            now = output(names)
+            return len(now) != len(wanted) or any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(now, wanted, strict=True))
+
+        return [] if matter([]) else _those_that(matter, unread)  # where results differ each time, nothing can be told
+    except Exception:  # a step that gives nothing to compare, or a forward that these weights make fail
+        return []
+
+
+def _those_that(matter: Callable[[Sequence[str]], bool], names: Sequence[str]) -> list[str]:
+    """The names of which some matter together, by halves."""
+    if not names or not matter(names):
+        return []
+    if len(names) == 1:
+        return list(names)
+    half = len(names) // 2
+    return _those_that(matter, names[:half]) + _those_that(matter, names[half:])
 
 
 def frozen_modules(model: nn.Module) -> list[str]:

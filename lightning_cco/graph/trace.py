@@ -162,7 +162,8 @@ class Tracer:
         # In-place calls overwrite what they read: look at the operands first.
         operands = self._operands(frame, name, args, kwargs)
         refuse_operands(f"module '{frame.node.path}': its '{op.kind}'", operands)
-        self.read.update(parameter for _, _, origin in operands if is_constant(origin) for parameter in origin)
+        if op.category is not Category.ALIAS and name not in READS_VALUES:  # which hand values on, to whoever then computes with them
+            self.read.update(parameter for _, _, origin in operands if is_constant(origin) for parameter in origin)
         mask_like = any(is_constant(origin) and not is_attention_mask(op, slot) and is_mask_like(t) for slot, t, origin in operands)
         versions = [_version(tensor) for _, tensor in operands_of(args, kwargs)]
         result = func(*args, **kwargs)

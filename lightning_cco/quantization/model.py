@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
-from lightning_cco.graph.capture import Capture, recording, switch_training
+from lightning_cco.graph.capture import Capture
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.graph.modes import recording, switch_training
 from lightning_cco.graph.network import has_parameters
 from lightning_cco.graph.put_back import Kept
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
