@@ -237,8 +237,7 @@ def upcoming_batches(trainer: pl.Trainer, count: int, begun: int | None = None) 
     if spare is None and trainer.max_steps >= 0:  # what a stream gives and nobody trains on is lost
         left = min(left, max(1, (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches))
     count = int(min(count, left))
-    # In a restarted epoch the loop may begin a validation, which draws random numbers, before the next batch.
-    quiet = lookahead.combined in _quiet if begun is not None else not trainer.fit_loop.epoch_loop.restarting
+    quiet = lookahead.combined in _quiet if begun is not None else not _validates_first(trainer)
     draws = spare is None or (draws_by_a_known_order(lookahead.combined) and quiet)
     while draws and len(lookahead.upcoming) < count and lookahead.kept_bytes < _KEPT_BYTES:
         if spare is not None and lookahead.uses_random:
@@ -252,6 +251,12 @@ def upcoming_batches(trainer: pl.Trainer, count: int, begun: int | None = None) 
     more = spare is not None and not lookahead.exhausted and len(early) < count
     rest = islice(read_apart(spare), len(early), count) if spare is not None and more else iter(())
     return (copied(batch) for batch in chain(early, rest))
+
+
+def _validates_first(trainer: pl.Trainer) -> bool:
+    """Whether the loop begins a validation, which draws random numbers, before its next batch: behind the last batch of an epoch."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    return bool(epoch_loop.restarting and epoch_loop.batch_progress.is_last_batch and trainer.enable_validation)
 
 
 def copied(batch: Any) -> Any:

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lightning_cco.compat.modules import OF_MODULES, buffers_of, cells_of, hooks_of
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.containers import tensors_in
+from lightning_cco.graph.given_back import Drawing, is_iterator
 
 _NOT_ENTERED = frozenset({"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_cco", "torchvision", "torchaudio"}) | (
     sys.stdlib_module_names - {"collections"}
@@ -187,8 +188,12 @@ class Kept:
     def _keep_attributes(self, attributes: dict[str, Any], ignored: frozenset[str] = frozenset(), of_module: bool = False) -> None:
         before = {name: value for name, value in attributes.items() if name not in ignored}
         self._attributes.append(_Attributes(attributes, before, ignored, of_module))
-        for value in before.values():
-            self._enter(value)
+        for name, value in before.items():
+            if is_iterator(value):
+                attributes[name] = drawing = Drawing(value)
+                self._undo.append(partial(_give_back, attributes, name, drawing))
+            else:
+                self._enter(value)
 
     def _enter_container(self, value: Any) -> None:
         if not isinstance(value, tuple):
@@ -224,6 +229,10 @@ class Kept:
             return
         with torch.inference_mode(tensor.is_inference()):
             self._tensors.append((tensor, tensor.detach().to(device or tensor.device, copy=True)))
+
+
+def _give_back(attributes: dict[str, Any], name: str, drawing: Drawing) -> None:
+    attributes[name] = drawing.rest()
 
 
 def _of_a_library(value: Any) -> bool:
