@@ -83,7 +83,7 @@ def test_onnx_runtime_multiplies_every_one(bits: int, group: int, tmp_path: Path
     assert not report.as_floats
     with torch.no_grad():
         assert np.allclose(in_float(tmp_path / "a.onnx", IDS), model(IDS).numpy(), rtol=1e-3, atol=1e-3)
-    assert "multiplied or looked up as they are in 5 of 5 layers" in str(report)
+    assert "weights in blocks   multiplied or looked up as they are in 5 of 5 layers" in str(report)
     assert "MatMulNBits" in " ".join(report.notes)
 
 
@@ -187,3 +187,13 @@ def test_weights_that_become_floats_in_every_run_are_said(tmp_path: Path, monkey
     with pytest.warns(CCOWarning, match=r"ONNX Runtime makes floats of the weights in groups of 'linear', 'addmm', 'matmul' in every run"):
         _, report = exported(Decoder(), IDS, tmp_path / "a.onnx")
     assert report.as_floats == ["linear", "addmm", "matmul"]
+
+
+def test_a_tied_table_with_a_scale_for_each_row_is_stored_once(tmp_path: Path) -> None:
+    settings = {"weight_only": True, "skip_tail_quantization": False}
+    model = Decoder()
+    _, report = exported(model, IDS, tmp_path / "a.onnx", {"global_quantization_settings": settings})
+    assert report.integer_nodes == {"MatMulNBits": 4, "GatherBlockQuantized": 1}
+    assert sum(integers(tmp_path / "a.onnx").values()) < 2 * 64 * 256 + 64 * 64 + 48 * 64 + 64 * 64 + 700  # and zero points
+    with torch.no_grad():
+        assert np.allclose(in_float(tmp_path / "a.onnx", IDS), model(IDS).numpy(), rtol=1e-3, atol=1e-3)

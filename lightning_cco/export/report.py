@@ -178,7 +178,7 @@ class ExportReport:
                 f"  runs in float       {_counts(self.float_nodes)}; {self.conversions} conversions between them",
                 *(
                     [
-                        f"  weights in groups   multiplied or looked up as they are in {self.in_groups - len(self.as_floats)} of {self.in_groups} layers"
+                        f"  weights in blocks   multiplied or looked up as they are in {self.in_groups - len(self.as_floats)} of {self.in_groups} layers"
                     ]
                     if self.in_groups
                     else []

@@ -19,6 +19,7 @@ from lightning_cco.quantization.arguments import at
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.targets import TARGETS
 from lightning_cco.quantization.tensor_key import TensorKey
+from lightning_cco.quantization.weight_groups import fitting_groups
 
 UNSIGNED = (128, torch.uint8)
 _MOST_IN_16_BITS = (2**15 - 1) // (2 * 255)
@@ -97,7 +98,7 @@ class StoredWeights:
                     self.biases[site.layer] = self._bias(site, weights[0].bias, weights[0].scale, args[0].dim())
                 if site.op.kind == "conv":
                     weights[0] = self._convolution(site, weights[0], args, kwargs)
-                if self.unsigned and _is_multiplied(site.op) and weights[0].group is None:
+                if self.unsigned and _is_multiplied(site.op) and not self._alone_on_floats(site):
                     self._store_unsigned(site, weights)
             else:
                 self.operands[site.layer] = [self._operand(site.layer, tensor, i) for i, tensor in enumerate(found)]
@@ -123,13 +124,21 @@ class StoredWeights:
             weight, pads = self.blocked[site.layer]
             self.blocked[site.layer] = (weight.shifted(*UNSIGNED) if _overflows(weight) else weight), pads
 
+    def _alone_on_floats(self, site: CallSite) -> bool:
+        """Whether a layer's weights alone are integers, and what it reads is not rounded: then no sum of products of integers overflows."""
+        return site.layer in self.quantized.plan.weight_only and (
+            self.weights[site.layer][0].group is not None or self.quantizer_of(site) is None
+        )
+
     def make_blocks(self) -> None:
         """Make what files hold of weights in groups, once all are collected: while somebody traces, it would become a part of the file's computation."""
         graph, sites = self.quantized.graph, self.quantized.capture.sites
         lookups = {name for name in self.weights if graph[name].kind in ("embedding", "embedding_bag")}
         behind_rounding = {name for name in self.weights if sites[name].sources and self.quantizer_of(sites[name]) is not None}
         own = lookups | behind_rounding if self.engine.wanted(Form.BLOCK_OPERATORS) else None
-        self.blocks = blocks_of(self.weights, lookups, own)
+        # One scale for each channel is the same for each of its groups, if something needs the form of groups.
+        sizes = {name: fitting_groups(graph[name])[-1:] for name in self.quantized.plan.weight_only if name in self.weights}
+        self.blocks = blocks_of(self.weights, lookups, own, {name: size[0] for name, size in sizes.items() if size})
 
     @property
     def overflows_without_vnni(self) -> bool:

@@ -53,18 +53,27 @@ class Block:
         return self.packed is not None or not self.looked_up
 
 
-def blocks_of(weights: Mapping[str, list[IntegerWeight]], lookups: Container[str], own: Container[str] | None) -> dict[str, Block]:
-    """The weights of all layers that have them in groups.
+def blocks_of(
+    weights: Mapping[str, list[IntegerWeight]], lookups: Container[str], own: Container[str] | None, sizes: Mapping[str, int]
+) -> dict[str, Block]:
+    """The weights of all layers that have them in groups, or whose channels are written as groups since several layers read them.
 
     Args:
         weights: The integer weights by layer.
         lookups: Layers that look rows up.
         own: Layers that are written as operators of the engine's own. So are products with what something else reads as well, such as a head that is tied to
             an embedding, or a layer that is called twice. `None`: the engine has no such operators.
+        sizes: Layers without groups whose weights alone are integers, and of which size groups could be.
     """
-    found = {name: _plain_block(stored[0], name in lookups) for name, stored in weights.items() if stored and stored[0].group is not None}
+    grouped = {name: stored[0] for name, stored in weights.items() if stored and stored[0].group is not None}
+    if own is not None:
+        grouped |= {name: _by_channel(weights[name][0], size) for name, size in sizes.items() if weights[name][0].group is None}
+    found = {name: _plain_block(weight, name in lookups) for name, weight in grouped.items()}
     marks = {name: _mark(block) for name, block in found.items()}
     counts = Counter(marks.values())
+    found = {
+        name: block for name, block in found.items() if counts[marks[name]] > 1 or name not in sizes or weights[name][0].group is not None
+    }
     packed: dict[bytes, Tensor] = {}
     for name, block in list(found.items()):
         mark = marks[name]
@@ -73,6 +82,16 @@ def blocks_of(weights: Mapping[str, list[IntegerWeight]], lookups: Container[str
                 packed[mark] = _packed(block)
             found[name] = replace(block, packed=packed[mark])
     return found
+
+
+def _by_channel(weight: IntegerWeight, size: int) -> IntegerWeight:
+    """A matrix with one scale for each channel, or for all, as one in groups with equal scales."""
+    blocks = 1 - (weight.axis or 0)
+    shape = [weight.integers.shape[0], weight.integers.shape[1]]
+    shape[blocks] //= size
+    scale = weight.scale.unsqueeze(blocks) if weight.scale.dim() else weight.scale
+    integers = (weight.integers.to(torch.int16) - weight.zero_point).to(torch.int8)
+    return replace(weight, integers=integers, scale=scale.expand(shape).contiguous(), axis=blocks, zero_point=0, group=size)
 
 
 def _plain_block(weight: IntegerWeight, looked_up: bool) -> Block:
