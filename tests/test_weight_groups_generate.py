@@ -27,10 +27,17 @@ def test_the_tokens_are_those_of_rounded_weights() -> None:
     expected = copy.deepcopy(model)
     with torch.no_grad():
         for name, weight in expected.named_parameters():
-            if weight.dim() > 1 and "wpe" not in name:  # GPT-2's own layers hold their weights as (inputs, outputs); its places are a constant table
+            if (
+                weight.dim() > 1 and "wpe" not in name
+            ):  # GPT-2's own layers hold their weights as (inputs, outputs); its places are a constant table
                 weight.copy_(by_pytorch(weight, 4, 32, 0 if "wte" in name else 1))
     recipe = {
-        "global_quantization_settings": {"weights_num_bits": 4, "weights_group_size": 32, "weight_only": True, "skip_tail_quantization": False},
+        "global_quantization_settings": {
+            "weights_num_bits": 4,
+            "weights_group_size": 32,
+            "weight_only": True,
+            "skip_tail_quantization": False,
+        },
         "training_settings": {"weight_estimator": "minmax"},
     }
     quantized = quantize(model, recipe, (), {"input_ids": ids})
