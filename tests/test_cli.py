@@ -151,6 +151,8 @@ def test_the_report_of_a_run(run, project: Path) -> None:
     assert "end of epoch 0" in said
     assert "Suggested skips: none" in said
     assert "less sensitive layers" in said
+    page = next(line for line in said.splitlines() if line.startswith("Page: "))
+    assert Path(page.removeprefix("Page: ").partition(" (")[0]).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     (project / "logs/cco/sensitivity.csv").write_bytes((project / "logs/cco/sensitivity.csv").read_bytes() + b"1,torn")
     assert "end of epoch 0" in run("report", "logs/cco")[1]
 

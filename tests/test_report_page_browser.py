@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from report_pages import HOSTILE, long_graph, quantized_net, state_of, write_pag
 
 from lightning_cco import load_settings
 from lightning_cco.budget.search import BudgetSearch
+from lightning_cco.export.report import ExportReport, FloatIsland
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.quantization.model import call_with
@@ -266,6 +268,19 @@ def test_what_is_expected_follows_the_changes(opened: OpenPage, state: RunState)
     opened.page.click("#yaml-details summary")
     opened.page.click("#reset")
     assert opened.page.evaluate("cco.whatIf.expected()") == planned
+
+
+def test_an_exported_file_is_told_and_counted_with(browser: Any, state: RunState, tmp_path: Path) -> None:
+    report = ExportReport("model_int8.onnx", 9000, 20000, sqnr_db=40.0, agreement=1.0, batches=2, integer_nodes={"QLinearConv": 5})
+    report.float_islands = [FloatIsland("Gemm", ("linear_1",), "tail: between an output and the last weighted layer before it")]
+    opened = OpenPage(browser, write_page(tmp_path, replace(state, export=report)))
+    said = opened.page.inner_text("#export")
+    for part in ("9 kB", "5 QLinearConv", "100 % the same arg-max", "Gemm", "linear_1"):
+        assert part in said, part
+    assert opened.page.evaluate("cco.whatIf.planned.size") == 9000
+    assert "the file takes: 9 kB" in opened.page.inner_text("#what-if")
+    opened.page.close()
+    assert opened.wrong == []
 
 
 def test_names_do_nothing(browser: Any, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ class Monitor:
         if self.draw:
             self._pictures.draw_graph(graph)
             self._pictures.draw_plan(plan, {}, {}, step=0, when="before training", to_loggers=True)
-        _say(f"Pictures and recipes: {printable(self.folder.path)}")
+        _say(f"Pictures, recipes and the report page (report.html): {printable(self.folder.path)}")
 
     def on_plan(self, plan: QuantizationPlan) -> None:
         """Say what a plan does, and write it as a recipe that can be fed back."""

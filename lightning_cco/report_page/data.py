@@ -76,6 +76,16 @@ class RunState:
     suggestions: Sequence[Suggestion] = ()
     budget: BudgetPlan | None = None
     export: ExportReport | None = None
+    _of_plan: tuple[QuantizationPlan, dict[str, Any]] | None = field(default=None, init=False, repr=False)
+
+    def of_plan(self) -> dict[str, Any]:
+        """What follows from the plan alone, worked out once for each plan."""
+        assert self.plan is not None
+        if self._of_plan is None or self._of_plan[0] is not self.plan:
+            plan = self.plan
+            told = {"choices": choices(plan), "tensors": _tensors(plan), "rules": rules_now(plan), "sections": sections_now(plan)}
+            self._of_plan = plan, told
+        return self._of_plan[1]
 
 
 def report_data(state: RunState) -> dict[str, Any]:
@@ -107,13 +117,13 @@ def report_data(state: RunState) -> dict[str, Any]:
         "counts": _counts(plan),
         "layers": _layers(state, plan),
         "edges": [[place[edge.source], place[edge.destination]] for edge in plan.graph.edges],
-        "tensors": _tensors(plan),
+        "tensors": state.of_plan()["tensors"],
         "metrics": _metrics(state),
         "qs": _by_epoch(state.qs_epochs),
         "loss": _losses(state),
         "size": {"float_bytes": state.facts.float_bytes, "packed": packs_weights(settings)},
-        "rules": rules_now(plan),
-        "sections": sections_now(plan),
+        "rules": state.of_plan()["rules"],
+        "sections": state.of_plan()["sections"],
         "suggestions": [asdict(suggestion) for suggestion in state.suggestions],
         "budget": None if state.budget is None else state.budget.to_dict(),
         "export": None if state.export is None else {**asdict(state.export), "size_ratio": state.export.size_ratio},
@@ -141,7 +151,7 @@ def _counts(plan: QuantizationPlan) -> dict[str, Any]:
 
 
 def _layers(state: RunState, plan: QuantizationPlan) -> list[dict[str, Any]]:
-    may, measured, bits = choices(plan), state.report, plan.output_bits()
+    may, measured, bits = state.of_plan()["choices"], state.report, plan.output_bits()
     found = []
     for layer in plan.graph:
         name, decision = layer.name, plan.decisions[layer.name]

@@ -54,7 +54,7 @@
     return { sum, unknown };
   };
 
-  const size = () => {
+  const weightBytes = () => {
     const stores = new Map();
     let own = 0;
     for (const layer of cco.layers) {
@@ -80,8 +80,12 @@
     return all ? integers / all : NaN;
   };
 
+  /** What a file holds beside the weights, where one was written: its bytes less those that are reckoned for the plan. */
+  const written = report.export ? report.export.size_bytes : report.budget && report.budget.measured ? report.budget.size_bytes : null;
+  const beside = written && report.size.float_bytes ? written - weightBytes() : 0;
+
   const expected = () => {
-    const found = { size: report.size.float_bytes ? size() : NaN, share: share() };
+    const found = { size: report.size.float_bytes ? weightBytes() + beside : NaN, share: share() };
     return report.loss ? { ...found, ...rise(), by: "loss" } : { ...found, ...noise(), by: "qs" };
   };
   const planned = expected();
@@ -141,7 +145,7 @@
     document.getElementById("what-if").replaceChildren(
       part("layers changed", String(changes.size)),
       part(what, cco.figure(now.sum), signed(now.sum - planned.sum)),
-      ...(size ? [part("weights take", cco.bytes(now.size), `${cco.percent(now.size / size)} of float; ${now.size === planned.size ? "no change" : `${now.size > planned.size ? "+" : "−"}${cco.bytes(Math.abs(now.size - planned.size))}`}`)] : []),
+      ...(size ? [part(written ? "the file takes" : "weights take", cco.bytes(now.size), `${cco.percent(now.size / size)} of float; ${now.size === planned.size ? "no change" : `${now.size > planned.size ? "+" : "−"}${cco.bytes(Math.abs(now.size - planned.size))}`}`)] : []),
       part("multiplications in INT8", cco.percent(now.share), ""),
       now.unknown > planned.unknown ? cco.el("span", { className: "bad" }, `${now.unknown - planned.unknown} of the changes were not measured`) : "");
     document.getElementById("yaml").textContent = yaml();
