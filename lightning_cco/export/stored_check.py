@@ -22,6 +22,10 @@ from lightning_cco.quantization.tensor_key import TensorKey
 Array = np.ndarray[Any, Any]
 _TOLERANCE = 1e-5
 """Of a scale: what is left of computing one in float32 in another order."""
+_ALMOST = 1e-3
+"""Of a step: what float32 leaves of a weight."""
+_ROWS = 2048
+"""So many rows of a matrix are compared at a time: the tables of language models are large."""
 _FLOAT32 = 1e-6
 """Of a bias: what float32 leaves of it in 32 bits."""
 
@@ -54,14 +58,19 @@ def stored_faults(
         layer = emitter.layers.get(node.name, "")
         if node.op_type == "DequantizeLinear" and node.input[0] in values:
             arrays = [values.get(name) for name in node.input]
-            what = expected.dequantized(layer, arrays, _number(node, "axis", 1), _number(node, "block_size", 0))
+            axis, block = _number(node, "axis", 1), _number(node, "block_size", 0)
+            if block and arrays[0] is not None and arrays[1] is not None:
+                integers, scale = (array if axis == 1 else array.T for array in arrays[:2] if array is not None)
+                what = expected.in_blocks(layer, integers, scale, block)
+            else:
+                what = expected.dequantized(layer, arrays, axis)
         elif node.op_type in (PRODUCT, LOOKUP):
-            integers, scale = (values.get(_constant_of(model, node.input[at])) for at in ((1, 2) if node.op_type == PRODUCT else (0, 2)))
-            if integers is None or scale is None:
+            packed, scales = (values.get(_constant_of(model, node.input[at])) for at in ((1, 2) if node.op_type == PRODUCT else (0, 2)))
+            if packed is None or scales is None:
                 what = "its weights are no constants of the file"
             else:
-                arrays = [unpacked(integers, _number(node, "bits", 4)), scale.reshape(len(integers), -1)]
-                what = expected.dequantized(layer, arrays, 1, _number(node, "block_size", 0))
+                integers, scale = unpacked(packed, _number(node, "bits", 4)), scales.reshape(len(packed), -1)
+                what = expected.in_blocks(layer, integers, scale, _number(node, "block_size", 0))
         elif node.op_type == "Gather" and node.input[0] in values:
             what = expected.table(layer, values[node.input[0]])
         else:
@@ -114,14 +123,32 @@ class _Expected:
                 got = quantized.weights[layer][number](given)
             self.weights.setdefault(layer, []).append((number, given, got))
 
-    def dequantized(self, layer: str, arrays: list[Array | None], axis: int, block: int = 0) -> str:
+    def in_blocks(self, layer: str, integers: Array, scale: Array, block: int) -> str:
+        """What is wrong with a matrix in blocks; empty: nothing.
+
+        Args:
+            layer: Whose it is.
+            integers: (outputs, inputs).
+            scale: (outputs, blocks).
+            block: How many integers share a scale.
+        """
+        if integers.shape != (scale.shape[0], scale.shape[1] * block):
+            return f"it has {scale.shape} scales of {block} integers each, which are {integers.shape}"
+        worst = np.inf
+        for _, _, got in self.weights.get(layer, []):
+            wanted = got.float().cpu().numpy()
+            for form in (wanted, wanted.T):
+                if form.shape == integers.shape:
+                    worst = min(worst, max(_off_in_blocks(integers, scale, block, form), default=0.0))
+        return "" if worst <= _ALMOST else f"what is stored of it is up to {worst:.3g} steps of its scale off"
+
+    def dequantized(self, layer: str, arrays: list[Array | None], axis: int) -> str:
         """What is wrong with constants that are dequantized; empty: nothing, or they are in a form that is not known here.
 
         Args:
             layer: Whose they are.
             arrays: Integers, scales, and zero points if there are any.
-            axis: The axis of the channels, or that which is cut into blocks.
-            block: How many integers share a scale; 0: those of a channel.
+            axis: The axis of the channels.
         """
         integers, scale, *rest = arrays
         if integers is None or scale is None:
@@ -129,10 +156,6 @@ class _Expected:
         shape = [1] * integers.ndim
         if scale.size > 1:
             shape[axis] = -1
-        if block:
-            shape, scale = list(integers.shape), np.repeat(scale, block, axis)
-            if scale.shape != integers.shape:
-                return f"it has scales for {scale.shape} integers, which are {integers.shape}"
         step = np.broadcast_to(scale.astype(np.float64).reshape(shape), integers.shape)
         zero_point = (
             rest[0].astype(np.float64).reshape(shape if rest[0].size > 1 else [1] * integers.ndim) if rest and rest[0] is not None else 0.0
@@ -143,7 +166,7 @@ class _Expected:
         for form, form_step in forms:
             for wanted, allowed in self._candidates(layer):
                 steps = _steps_off(form, form_step, wanted, allowed, operation_of_kind(self.quantized.graph[layer].kind).recurrent)
-                if steps is not None and steps <= 1e-3:
+                if steps is not None and steps <= _ALMOST:
                     return ""
                 worst = min((entry for entry in (worst, steps) if entry is not None), default=None)
         return "" if worst is None else f"what is stored of it is up to {worst:.3g} steps of its scale off"
@@ -205,6 +228,15 @@ class _Expected:
         needed = needed if stored.scale.dim() else needed.amax()
         coarse = torch.where(stored.scale.double() <= needed * (1 + _TOLERANCE), 0.5001 * needed, torch.zeros_like(needed))
         return coarse.reshape(shape if coarse.dim() else [1] * len(shape)).cpu().numpy()
+
+
+def _off_in_blocks(integers: Array, scale: Array, block: int, wanted: Array) -> Iterator[float]:
+    """How far a matrix is at most from the one expected, in steps of its scales, some rows after the other."""
+    for start in range(0, len(integers), _ROWS):
+        rows = slice(start, start + _ROWS)
+        step = np.repeat(scale[rows], block, 1)
+        off = np.abs(integers[rows].astype(np.float32) * step - wanted[rows]) / np.maximum(step, 1e-30)
+        yield float(off.max(initial=0.0))
 
 
 def _number(node: Any, name: str, otherwise: int) -> int:
