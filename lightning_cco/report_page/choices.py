@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 from lightning_cco.errors import CCOError
@@ -63,7 +62,7 @@ def _comes_back(plan: QuantizationPlan) -> set[str]:
         return set()
     settings = load_settings(plan.settings)
     settings.layer_settings = [
-        _without(rule, {"skip_quantization"}) if rule.match in set(wanted) else rule for rule in settings.layer_settings
+        dataclasses.replace(rule, skip_quantization=None) if rule.match in set(wanted) else rule for rule in settings.layer_settings
     ]
     settings.layer_settings = [rule for rule in settings.layer_settings if _says(rule)]
     settings.layer_settings += [LayerRule(match=name, skip_quantization=False) for name in wanted]
@@ -79,10 +78,6 @@ def _comes_back(plan: QuantizationPlan) -> set[str]:
 def _reaches(rule: LayerRule) -> bool:
     """Whether a rule skips other layers than those it names, which taking the skip back would change as well."""
     return bool(rule.skip_quantization and (rule.skip_quantization_until or rule.skip_quantization_downstream))
-
-
-def _without(rule: LayerRule, parts: Iterable[str]) -> LayerRule:
-    return dataclasses.replace(rule, **dict.fromkeys(parts))
 
 
 def _says(rule: LayerRule) -> bool:

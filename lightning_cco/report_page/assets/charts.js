@@ -7,7 +7,7 @@
 
   const axis = (title, options = {}) => ({
     title: { display: Boolean(title), text: title, color: cco.colour("muted") },
-    ticks: { color: cco.colour("muted"), maxTicksLimit: 8, callback: options.type === "logarithmic" ? (value) => cco.figure(value, 2) : undefined },
+    ticks: { color: cco.colour("muted"), maxTicksLimit: 8, callback: (value) => cco.figure(value, 3) },
     grid: { color: cco.colour("line") },
     ...options,
   });
@@ -74,7 +74,7 @@
       ctx.fillRect(at(first), chartArea.top, at(last) - at(first), chartArea.height);
       ctx.globalAlpha = 0.75;
       const count = Math.round((last - first) / step);
-      for (let level = 0; level <= count; level += apart >= 3 ? 1 : count) {
+      for (let level = 0; level <= count; level += apart >= 6 ? 1 : count) {
         const value = first + level * step;
         if (value < scales.x.min || value > scales.x.max) continue;
         ctx.fillRect(scales.x.getPixelForValue(value) - 0.5, chartArea.top, 1, chartArea.height);

@@ -59,15 +59,17 @@
       const { runs } = cco.layers[node.layer];
       node.count = 1;
       node.paint = runs === "input" || runs === "output" ? "io" : runs === "int8" || runs === "packed" ? "int8" : "float";
-      node.int8 = node.paint === "int8" ? 1 : 0;
+      node.int8 = runs === "int8" ? 1 : 0;
+      node.green = node.paint === "int8" ? 1 : 0;
       node.first = node.layer;
       return node;
     }
     node.children.forEach((child) => counted(child, node));
     node.count = node.children.reduce((sum, child) => sum + child.count, 0);
     node.int8 = node.children.reduce((sum, child) => sum + child.int8, 0);
+    node.green = node.children.reduce((sum, child) => sum + child.green, 0);
     node.first = Math.min(...node.children.map((child) => child.first));
-    node.paint = node.int8 === node.count ? "int8" : node.int8 === 0 ? "float" : "mixed";
+    node.paint = node.green === node.count ? "int8" : node.green === 0 ? "float" : "mixed";
     return node;
   };
   cco.tree = counted(grouped(simplified(build())), null);
