@@ -59,6 +59,7 @@ class OpenPage:
             node,
         )
         self.page.evaluate("scrollTo(0, 0)")
+        self.page.wait_for_timeout(60)
         self.page.mouse.click(*at)
 
     def until(self, holds: str) -> None:

@@ -81,6 +81,13 @@ def test_search_unfolds_what_it_finds(opened: OpenPage) -> None:
     assert "Nothing is named so" in opened.page.inner_text("#found")
 
 
+def test_what_opens_above_the_graph_moves_no_click(opened: OpenPage) -> None:
+    opened.page.click("#fold")
+    opened.page.fill("#search", "conv")
+    opened.click_node("m:blocks")
+    assert "m:blocks.0" in opened.seen()
+
+
 def test_the_graph_is_operated_by_keys(opened: OpenPage) -> None:
     opened.page.click("#fold")
     opened.page.focus("#canvas")

@@ -30,6 +30,7 @@
 
   const cy = cytoscape({ container, style: style(), minZoom: 0.02, maxZoom: 4, boxSelectionEnabled: false, autoungrabify: true });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => cy.style(style()));
+  new ResizeObserver(() => cy.resize()).observe(document.body);  // what opens above it moves it: Cytoscape keeps its place
 
   const short = (text, most = 42) => (text.length > most ? `${text.slice(0, most / 2)}…${text.slice(-most / 2 + 1)}` : text);
   const labelOf = (node) => {
