@@ -37,7 +37,7 @@ BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
     "quantization_sensitivity_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
     "quantization_sensitivity_relative_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
     "loss_sensitivity_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
-    "scale_learning_rate": (lambda rate: 0 < rate < float("inf"), "a number above 0 was", "Write 0.01."),
+    "scale_learning_rate": (lambda rate: 0 < rate < float("inf"), "a number above 0 was", "Write 0.001."),
     "stats_steps": (lambda steps: 1 <= steps <= 10**6, "at least 1 calibration batch, and at most a million, was", "Write 20."),
     "averaging_constant": (lambda value: 0 < value <= 1, "a number in (0, 1] was", "Write 0.05."),
     "percentile": (lambda value: 50 < value <= 100, "per cent in (50, 100] was", "Write 99.99."),
@@ -273,7 +273,7 @@ class TrainingSettings(_Checked):
     stats_steps: int = 20
     range_estimator: str = "auto"
     weight_estimator: str = "auto"
-    scale_learning_rate: float = 0.01
+    scale_learning_rate: float = 0.001
     averaging_constant: float = 0.05
     percentile: float = 99.99
     freeze_ranges_at_step: int | None = None

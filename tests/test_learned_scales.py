@@ -24,7 +24,7 @@ from lightning_cco.quantization.learned_quantizers import LearnedActivationQuant
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(does not have many workers|not resumable|max_epochs|LeafSpec).*")
 
-LEARNED: dict[str, Any] = {"range_estimator": "learned", "weight_estimator": "learned", "stats_steps": 1}
+LEARNED: dict[str, Any] = {"range_estimator": "learned", "weight_estimator": "learned", "scale_learning_rate": 0.01, "stats_steps": 1}
 BITS = {"weights_num_bits": 3, "activations_num_bits": 3}
 
 
