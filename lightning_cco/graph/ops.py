@@ -111,7 +111,7 @@ _ROWS = (
     Op("gru_cell", _W, ("gru_cell",), (2, "w_ih")),
     Op("rnn_cell", _W, ("rnn_tanh_cell", "rnn_relu_cell"), (2, "w_ih")),
     # Products of two tensors.
-    Op("matmul", _M, ("matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "__imatmul__"), fresh=True),
+    Op("matmul", _M, ("matmul", "linalg_matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "__imatmul__"), fresh=True),
     Op("addmm", _M, ("addmm", "addmm_"), adds_first=True, fresh=True),
     Op("baddbmm", _M, ("baddbmm", "baddbmm_", "addbmm", "addbmm_"), adds_first=True, fresh=True),
     Op("einsum", _M, ("einsum",)),

@@ -37,7 +37,7 @@ class Target:
             layers (a residual stream between layer norms) the conversions would cost more than they save.
         norms: Whether a batch norm that no layer takes in has an INT8 form: a convolution of each channel with one number. A dense block of six on one
             thread: 8.2 ms against 9.0 in float with ONNX Runtime 1.32, 7.7 against 8.5 with OpenVINO 2026.4 (``benchmarks/engine_forms.py norms``).
-        integer_left: Whether a product with a weight on its left, which is computed in float, may have integers for it.
+        integer_left: Which products with a weight on their left, which are computed in float, may have integers for it; `None`: all.
         narrow_without_vnni: Whether weights that are multiplied have 7 bits for processors without VNNI, whose sums of two products would overflow.
         refuses_int4: Why weights can't be stored in 4 bits for it; empty: they can.
         refuses_groups: Why weights can't have a scale for each group of inputs for it, and what to write instead; empty: they can.
@@ -52,7 +52,7 @@ class Target:
     integer_outputs: frozenset[str] = frozenset()
     elementwise_kinds: frozenset[str] = _ELEMENTWISE | _SHAPING | _SMOOTH
     norms: bool = False
-    integer_left: bool = True
+    integer_left: Form | None = None
     narrow_without_vnni: bool = False
     refuses_int4: str = ""
     refuses_groups: str = ""
@@ -69,7 +69,7 @@ class Target:
 
     def stores_weights(self, layer: Layer) -> bool:
         """Whether a layer that is computed in float has integer weights in the file."""
-        if not self.integer_left and not _weight_last(layer):
+        if self.integer_left is not None and not _weight_last(layer) and not self.integer_left(layer):
             return False
         return layer.weighted and (layer.kind in self.weight_only_kinds or layer.kind in self.int8_kinds)
 
@@ -134,6 +134,8 @@ TARGETS: Mapping[str, Target] = {
         },
         integer_outputs=frozenset({"conv", "batch_norm"}),
         norms=True,
+        # 1.32 multiplies such a weight by rows that are rounded in an operator that refuses a scale for each of its rows, when the file runs.
+        integer_left=lambda layer: len(layer.input_shapes[0]) > 2,
     ),
     "openvino": Target(
         "openvino",
@@ -155,7 +157,7 @@ TARGETS: Mapping[str, Target] = {
             "adaptive_avg_pool": _pools_evenly,
         },
         float_outputs=_WEIGHTED | _MATMUL | {"batch_norm"},
-        integer_left=False,  # 2026.4 refuses such a file, or is wrong by a tenth
+        integer_left=lambda layer: False,  # 2026.4 refuses such a file, or is wrong by a tenth
         narrow_without_vnni=True,
     ),
     "tensorrt": Target(
