@@ -53,7 +53,8 @@ class RecomputedWeight:
 
     def __init__(self, weight: Tensor, axis: int, kernels: Kernels, arranged: Arranged | None = None) -> None:
         self.weight, self.axis, self.kernels = weight.detach(), axis, kernels
-        self._arranged, self.shape = arranged or (None, weight.shape)
+        self._arranged: Callable[[Tensor], Tensor] | None = None if arranged is None else arranged[0]
+        self.shape = weight.shape if arranged is None else arranged[1]
         self.scales = torch.empty(self.shape[axis], dtype=torch.float32, device="cpu")  # by name: the defaults are the user's
         self.limit, self.address, self.version = 0, 0, weight._version
 
