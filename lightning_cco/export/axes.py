@@ -25,14 +25,22 @@ class Axes:
         tensors: The inputs to trace with; torch.export takes an axis of size 1 for a constant, so the example's may have been doubled.
         specifications: Of each input, the axes that vary.
         names: What an axis is called, by number of the input and axis.
+        sizes: What an axis behind the batch is called if it varies: one that may be a length or a size.
     """
 
     tensors: tuple[Tensor, ...]
     specifications: list[Specification]
     names: dict[tuple[int, int], str] = field(default_factory=dict)
+    sizes: dict[tuple[int, int], str] = field(default_factory=dict)
 
 
-def ways_to_vary(deployed: Deployed, dynamic_batch: bool, options: Mapping[str, Any], input_names: Sequence[str]) -> Iterator[Axes]:
+def ways_to_vary(
+    deployed: Deployed,
+    dynamic_batch: bool,
+    options: Mapping[str, Any],
+    input_names: Sequence[str],
+    sizes: Mapping[tuple[int, int], str] | None = None,
+) -> Iterator[Axes]:
     """Ways of tracing, the best first; the next is for when one fails.
 
     Args:
@@ -40,6 +48,7 @@ def ways_to_vary(deployed: Deployed, dynamic_batch: bool, options: Mapping[str, 
         dynamic_batch: Whether the first axis varies where the user says nothing.
         options: ``dynamic_shapes`` or ``dynamic_axes`` of the user.
         input_names: What the user calls the inputs.
+        sizes: Names of the further axes that vary, by number of the input and axis, where the model allows it; then there is this one way.
 
     Raises:
         CCOError: The user names an axis or an input that does not exist.
@@ -58,7 +67,15 @@ def ways_to_vary(deployed: Deployed, dynamic_batch: bool, options: Mapping[str, 
     auto, dynamic = torch.export.Dim.AUTO, torch.export.Dim.DYNAMIC
     tensors = _doubled_batch(deployed, tensors, first)
     batch = [{0: dynamic if number == first else auto} if tensor.dim() else {} for number, tensor in enumerate(tensors)]
-    yield Axes(tensors, batch, dict.fromkeys(_batch_axes(deployed, tensors, first), "batch"))
+    names = dict.fromkeys(_batch_axes(deployed, tensors, first), "batch")
+    if sizes:
+        free: list[Specification] = [
+            {**batch[number], **{axis: auto for axis in range(1, tensor.dim()) if (number, axis) in sizes and tensor.shape[axis] > 1}}
+            for number, tensor in enumerate(tensors)
+        ]
+        yield Axes(tensors, free, names, dict(sizes))
+        return
+    yield Axes(tensors, batch, names)
     # Sequence first: its length is that of a mask's other axes too.
     size = tensors[first].shape[0]
     together = [{axis: auto for axis, length in enumerate(tensor.shape) if length == size} for tensor in tensors]
@@ -182,7 +199,7 @@ def name_axes(graph: Any, axes: Axes) -> list[str]:
     """Call the sizes that vary what they are, everywhere in the graph.
 
     Returns:
-        First axes of the inputs after the first that are fixed although they might have varied, in words.
+        First axes of the inputs after the first, and sizes of images, that are fixed although they might have varied, in words.
     """
     called: dict[str, str] = {}
     fixed = []
@@ -192,12 +209,17 @@ def name_axes(graph: Any, axes: Axes) -> list[str]:
                 symbol = getattr(size, "value", size)
                 chosen = axes.names.get((number, axis))
                 if isinstance(symbol, str) and symbol not in called and (chosen is not None) is wanted:
-                    name = chosen or f"{value.name}_{axis}"
-                    called[symbol] = name if chosen or name not in called.values() else f"{name}_{len(called)}"
+                    called[symbol] = chosen or _free_name(axes.sizes.get((number, axis)), f"{value.name}_{axis}", called)
                 elif not wanted and isinstance(symbol, int) and axis in axes.specifications[number]:
                     fixed.append(f"axis {axis} of '{value.name}' is {symbol}")
     _rename(graph, called)
     return fixed
+
+
+def _free_name(size: str | None, plain: str, called: Mapping[str, str]) -> str:
+    if size is not None and size not in called.values():
+        return size
+    return plain if plain not in called.values() else f"{plain}_{len(called)}"
 
 
 def _rename(graph: Any, called: Mapping[str, str]) -> None:

@@ -18,6 +18,7 @@ from lightning_cco.export.local_check import LocalRun
 from lightning_cco.export.outputs import Outputs, class_axes
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport, LayerDifference
+from lightning_cco.export.sizes import SizesDoNotVary, other_sizes, takes
 from lightning_cco.export.stored_check import stored_faults
 from lightning_cco.export.target_check import Case, check_in_target
 from lightning_cco.export.variations import varied
@@ -38,7 +39,9 @@ def call_of(batch: Any) -> Call:
     return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
 
 
-def check_file(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequence[Call], report: ExportReport) -> None:
+def check_file(
+    quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequence[Call], report: ExportReport, sizes: bool = False
+) -> None:
     """Fill a report with what the file and runs of it show.
 
     Args:
@@ -47,8 +50,10 @@ def check_file(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequ
         emitter: What wrote it.
         calls: What to run both on.
         report: Filled in place.
+        sizes: Whether sizes vary in the file, so that it is run on others, too.
 
     Raises:
+        SizesDoNotVary: It can't be run on them.
         CCOError: The file's outputs are not those of the model: another number, or another shape; or the engine that it is for refuses it.
     """
     import onnx
@@ -68,7 +73,8 @@ def check_file(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequ
     misfits: list[dict[str, list[int]]] = []
     further = varied(quantized, calls)
     with quantized.evaluating():
-        for number, (args, kwargs) in enumerate([*calls, *further]):
+        resized = _of_other_sizes(quantized, session, emitter, calls[0]) if sizes else []
+        for number, (args, kwargs) in enumerate([*calls, *further, *resized]):
             feeds = _feeds(session, args, kwargs)
             if not _fits(session, feeds):
                 if number < len(calls):
@@ -78,9 +84,11 @@ def check_file(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequ
                 expected = _arrays(emitter.model(*args, **kwargs))
                 values = inspected.run(None, feeds)
                 results = values[: len(session.get_outputs())] if as_written else session.run(None, feeds)
-            except Exception:
+            except Exception as error:
                 if number < len(calls):
                     raise
+                if number >= len(calls) + len(further):
+                    raise SizesDoNotVary(f"export: the file does not run at other sizes: {error}. Leave dynamic_sizes out.") from error
                 continue  # the model does not take this variation
             arrays = dict(zip(names, values[len(results) :], strict=True))
             with local.going_on_from(arrays):
@@ -102,6 +110,15 @@ def check_file(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequ
         return  # wrong in ONNX Runtime already; whoever asked for the check says so
     with quantized.evaluating():
         check_in_target(path, path.with_name("inspected.onnx"), written, emitter, cases, rounded, report)
+
+
+def _of_other_sizes(quantized: HookedModel, session: Any, emitter: Emitter, call: Call) -> list[Call]:
+    """A batch of other sizes that the model takes; none if nothing but the batch varies in the file."""
+    ways = other_sizes(call[0], [entry.shape for entry in session.get_inputs()])
+    found = next((tensors for tensors in ways if takes(quantized, emitter.model, tensors)), None)
+    if ways and found is None:
+        raise SizesDoNotVary("export: the model took no other size that was tried. Leave dynamic_sizes out.")
+    return [] if found is None else [(found, {})]
 
 
 def _left_out(session: Any, misfits: list[dict[str, list[int]]], count: int) -> list[str]:

@@ -32,6 +32,7 @@ from lightning_cco.export.provenance import layers_of_nodes
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.signature import Deployed
+from lightning_cco.export.sizes import Sizes, SizesDoNotVary, fixed_since, limits_of, short_reason, sizes_to_vary
 from lightning_cco.export.stored import StoredWeights
 from lightning_cco.export.weight_blocks import share_packed
 from lightning_cco.files import temporary_folder
@@ -58,6 +59,7 @@ def export_onnx(
     max_mean_steps: float = MEAN_STEPS,
     int4: bool = False,
     network: Network | None = None,
+    dynamic_sizes: bool | None = None,
     **options: Any,
 ) -> ExportReport:
     """Write an INT8 ONNX file and compare it with the fake-quantized model.
@@ -78,6 +80,8 @@ def export_onnx(
             computed before it.
         int4: Store weights of at most 4 bits in 4 bits (opset 21): half the size, but ONNX Runtime then computes those layers in float.
         network: What the file holds in the place of the model's ``forward``, whose arguments the example then is: `network_of_the_step`.
+        dynamic_sizes: Let the length of sequences, and height and width of images vary, where the model allows it. `None`: where it costs nothing. Fixed
+            sizes let a first convolution of stride 2 read blocks of pixels.
         **options: Further arguments of `torch.onnx.export`, such as ``dynamic_shapes``.
 
     Raises:
@@ -105,24 +109,43 @@ def export_onnx(
     float_size = _float_size(quantized)
     with in_float32(quantized.model), quantized.evaluating():
         deployed = Deployed(quantized.model, args, kwargs, cast=bool(types), network=network)
+        calls = [deployed.tensors(*call_of(batch)) for batch in batches] if check else []
+        notes = _not_checked_on(calls, deployed)
+        fitting: list[Call] = [(tensors, {}) for tensors in calls if tensors is not None] or [(deployed.example, {})]
+        vary, why_fixed = sizes_to_vary(quantized, deployed, dynamic_batch and not _says_axes(taken), dynamic_sizes, check)
         try:
             with temporary_folder(target.parent) as folder:
                 temporary = folder / target.name
-                emitter, fixed = _write(quantized, deployed, temporary, dynamic_batch, int4, taken)
-                size = sum(part.stat().st_size for part in folder.iterdir())
-                report = ExportReport(str(path), size, float_size, notes=_notes(quantized, emitter, int4) + _said(deployed, types, fixed))
-                if check:
-                    calls = [deployed.tensors(*call_of(batch)) for batch in batches]
-                    fitting: list[Call] = [(tensors, {}) for tensors in calls if tensors is not None]
-                    report.notes += _not_checked_on(calls, deployed)
-                    check_file(quantized, temporary, emitter, fitting or [(deployed.example, {})], report)
-                    judge(report, min_sqnr_db, max_mean_steps)
-                    _warn_of_floats(report)
-                    _warn_of_groups(report)
+                for sizes in [vary, {}] if vary else [vary]:
+                    report = ExportReport(str(path), float_size_bytes=float_size)
+                    try:
+                        emitter, said = _write(
+                            quantized, deployed, temporary, dynamic_batch, int4, taken, sizes, bool(dynamic_sizes), report
+                        )
+                        report.size_bytes = sum(part.stat().st_size for part in folder.iterdir())
+                        report.notes += _notes(quantized, emitter, int4) + _said(deployed, types) + said + notes
+                        if check:
+                            check_file(quantized, temporary, emitter, fitting, report, bool(sizes))
+                            judge(report, min_sqnr_db, max_mean_steps)
+                        break
+                    except CCOError as error:
+                        if not sizes or dynamic_sizes:
+                            raise
+                        for part in folder.iterdir():
+                            part.unlink()
+                        why_fixed = fixed_since(short_reason(error))
+                if why_fixed:
+                    report.notes.append(why_fixed)
+                _warn_of_floats(report)
+                _warn_of_groups(report)
                 move(temporary, target)
         except OSError as error:
             raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
     return report
+
+
+def _says_axes(options: Mapping[str, Any]) -> bool:
+    return options.get("dynamic_shapes") is not None or options.get("dynamic_axes") is not None
 
 
 def _not_checked_on(calls: Sequence[tuple[Tensor, ...] | None], deployed: Deployed) -> list[str]:
@@ -167,7 +190,7 @@ def _warn_of_groups(report: ExportReport) -> None:
         )
 
 
-def _said(deployed: Deployed, types: list[str], fixed: list[str]) -> list[str]:
+def _said(deployed: Deployed, types: list[str]) -> list[str]:
     """Notes on what the file takes and gives."""
     notes = []
     if types:
@@ -178,15 +201,21 @@ def _said(deployed: Deployed, types: list[str], fixed: list[str]) -> list[str]:
         notes.append(f"outputs that are not in the file: {', '.join(deployed.lost)}")
     if deployed.fixed:
         notes.append(f"arguments fixed in the file as in the example: {', '.join(deployed.fixed)}")
-    if fixed:
-        notes.append(f"fixed, since the model ties them to fixed sizes: {'; '.join(fixed)}")
     return notes
 
 
 def _write(
-    quantized: HookedModel, deployed: Deployed, path: Path, dynamic_batch: bool, int4: bool, options: dict[str, Any]
+    quantized: HookedModel,
+    deployed: Deployed,
+    path: Path,
+    dynamic_batch: bool,
+    int4: bool,
+    options: dict[str, Any],
+    sizes: Sizes,
+    at_any_price: bool,
+    report: ExportReport,
 ) -> tuple[Emitter, list[str]]:
-    """Write the file; what wrote it, and which axes of inputs are fixed although they might have varied."""
+    """Write the file, with the report's inputs; what wrote it, and what is to be said of axes that do not vary freely."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     grouped = any(quantizers[0].group is not None for quantizers in quantized.weights.values())
@@ -203,7 +232,9 @@ def _write(
     emitter = Emitter(quantized, stored, opset)
     emitter.model = deployed
     with _quietly(), eager():
-        traced, axes = _traced(deployed, emitter, ways_to_vary(deployed, dynamic_batch, options, inputs))
+        traced, axes = _traced(
+            deployed, emitter, ways_to_vary(deployed, dynamic_batch, options, inputs, sizes), bool(sizes) and not at_any_price
+        )
         conversion = {name: options[name] for name in ("verbose", "optimize", "custom_translation_table") if name in options}
         try:
             program = torch.onnx.export(traced, dynamo=True, opset_version=opset, **{"verbose": False, **conversion})
@@ -254,15 +285,20 @@ def _write(
     )
     saving = {name: options[name] for name in ("external_data",) if name in options}
     program.save(str(path), **saving)
-    return emitter, fixed
+    report.inputs = {value.name: [getattr(size, "value", size) for size in value.shape or ()] for value in graph.inputs}
+    said = [f"fixed, since the model ties them to fixed sizes: {'; '.join(fixed)}"] if fixed else []
+    limits = limits_of(traced, inputs) if sizes else []
+    return emitter, said + ([f"sizes within which the file holds: {'; '.join(limits)}"] if limits else [])
 
 
-def _traced(deployed: Deployed, emitter: Emitter, ways: Iterator[Axes]) -> tuple[torch.export.ExportedProgram, Axes]:
-    """The first way of tracing that works."""
+def _traced(deployed: Deployed, emitter: Emitter, ways: Iterator[Axes], free: bool) -> tuple[torch.export.ExportedProgram, Axes]:
+    """The first way of tracing that works; ``free``: only if it costs nothing that sizes vary."""
     failure: Exception | None = None
     for axes in ways:
         with emitter.collecting():
             deployed(*axes.tensors)
+        if free and emitter.stored.blocked:
+            raise SizesDoNotVary("the first convolution then reads blocks of 2 x 2 pixels, which is faster")
         try:
             with emitter.emitting():
                 # By itself the ONNX exporter tries other ways of tracing when this one fails, which would lose the quantization.

@@ -86,6 +86,7 @@ class ExportReport:
     Attributes:
         path: The file.
         size_bytes: Its size.
+        inputs: Of each input the sizes of its axes; the name of one that varies.
         float_size_bytes: Size of the float parameters and buffers.
         sqnr_db: Signal-to-noise ratio of the outputs against the fake-quantized model's, from end to end.
         varying_sqnr_db: The same of the deviation from each batch's mean, so that a constant part hides nothing.
@@ -135,6 +136,7 @@ class ExportReport:
     target: str = ""
     target_sqnr_db: float = float("nan")
     target_nodes: dict[str, int] = field(default_factory=dict)
+    inputs: dict[str, list[int | str]] = field(default_factory=dict)
 
     @property
     def size_ratio(self) -> float:
@@ -166,6 +168,10 @@ class ExportReport:
             f"INT8 file: {self.path}",
             f"  size                {self.size_bytes:,} bytes, {self.size_ratio:.3f} of the float parameters",
         ]
+        if self.inputs:
+            lines.append(
+                "  takes               " + ", ".join(f"{name} [{', '.join(map(str, axes))}]" for name, axes in self.inputs.items())
+            )
         if self.batches:
             axis = self.outputs[0].class_axis if self.outputs else None
             agreement = f", same arg-max {100 * self.agreement:.1f} % over axis {axis}" if self.agreement == self.agreement else ""

@@ -93,6 +93,7 @@ class Engine:
         load: Loads a file as its users do; `None` where it can't be run here, or is ONNX Runtime, in which every file is checked.
         package: What must be installed for that.
         dynamic_batch: What it gets wrong where the size of a dynamic batch is computed with; empty: nothing.
+        fixed_sizes: Why sizes of images are fixed unless they are asked to vary; empty: they vary where the model lets them.
         not_run: What to say of files that it was not run on; empty: it was.
     """
 
@@ -102,6 +103,7 @@ class Engine:
     load: Load | None = None
     package: str = ""
     dynamic_batch: str = ""
+    fixed_sizes: str = ""
     not_run: str = ""
 
     def wanted(self, form: Form) -> bool:

@@ -90,4 +90,5 @@ OPENVINO = Engine(
     load=Compiled,
     package="openvino",
     dynamic_batch="OpenVINO 2026.4 can then leave out a convolution's bias",
+    fixed_sizes="where they vary, OpenVINO 2026.4 can leave out a convolution's bias",
 )

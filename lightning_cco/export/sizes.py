@@ -1,0 +1,166 @@
+"""Lengths of sequences and sizes of images that vary in a file: which, within which limits, and a batch of other sizes to check it on."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_cco.errors import CCOError
+from lightning_cco.export.engines import ENGINES
+from lightning_cco.export.signature import Deployed
+from lightning_cco.quantization.model import HookedModel
+
+_IMAGES: Mapping[int, tuple[str, ...]] = {4: ("height", "width"), 5: ("depth", "height", "width")}
+"""Names of the last axes of images and volumes, by the number of axes."""
+_SCALES = (0.5, 2.0, 1.5)
+_MOST_WAYS = 8
+
+Sizes = dict[tuple[int, int], str]
+"""Name of each axis that may vary, by the number of its input and the axis."""
+
+
+class SizesDoNotVary(CCOError):
+    """A file whose sizes were to vary can't be written, or is wrong at other sizes."""
+
+
+def sizes_that_vary(quantized: HookedModel, deployed: Deployed) -> Sizes:
+    """The axes behind the batch along which the model takes other sizes, with the same calls as at those of the example; empty if there are none.
+
+    Height and width of images, the length of ids. Of three axes the second or the third may be the length, of floats with two the second: what the model
+    says.
+    """
+    sure: Sizes = {}
+    lengths: list[list[tuple[int, int]]] = []
+    for number, tensor in enumerate(deployed.example):
+        if tensor.dim() in _IMAGES:
+            names = _IMAGES[tensor.dim()]
+            sure |= {(number, tensor.dim() - len(names) + place): name for place, name in enumerate(names)}
+        elif _has_sizes(tensor):
+            sure[number, 1] = "sequence"
+        elif tensor.dim() in (2, 3):
+            lengths.append([(number, axis) for axis in range(1, tensor.dim())])
+    ways = (
+        [sure | dict.fromkeys(chosen, "sequence") for chosen in itertools.islice(itertools.product(*lengths), _MOST_WAYS)]
+        if lengths
+        else []
+    )
+    for sizes in [*ways, *([sure] if sure else [])]:
+        shapes = [
+            [sizes.get((number, axis), length) for axis, length in enumerate(tensor.shape)]
+            for number, tensor in enumerate(deployed.example)
+        ]
+        if any(takes(quantized, deployed, tensors) for tensors in other_sizes(deployed.example, shapes)):
+            return sizes
+    return {}
+
+
+def takes(quantized: HookedModel, deployed: Deployed, tensors: Sequence[Tensor]) -> bool:
+    """Whether the model runs on a batch, with no other calls than those captured."""
+    departures = quantized.runtime.departures
+    before = dict(departures.found)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            deployed(*tensors)
+        return departures.found == before
+    except Exception:  # too short for it, or longer than its table of positions
+        return False
+    finally:
+        departures.found = before
+
+
+def sizes_to_vary(quantized: HookedModel, deployed: Deployed, batch: bool, wanted: bool | None, check: bool) -> tuple[Sizes, str]:
+    """Which sizes to let vary, and why none, where that is worth a word.
+
+    Args:
+        quantized: The model.
+        deployed: The forward.
+        batch: Whether the batch varies, and the user says nothing else of axes.
+        wanted: What the user says of sizes.
+        check: Whether the file is checked, so that it can be tried on others.
+    """
+    if not batch or wanted is False or not (wanted or check):
+        return {}, ""
+    engine = ENGINES[quantized.settings.deployment_settings.target_framework]
+    if engine.fixed_sizes and not wanted and any(layer.kind == "conv" for layer in quantized.graph):
+        return {}, fixed_since(engine.fixed_sizes)
+    sizes = sizes_that_vary(quantized, deployed)
+    if wanted and not sizes:
+        raise SizesDoNotVary(
+            f"export: dynamic_sizes=True, but {type(deployed.model).__name__} took no other sizes than the example's. Leave it out, or name what varies: "
+            "dynamic_shapes={argument: {axis: name}}."
+        )
+    return sizes, "" if sizes else _taken_by_none(deployed)
+
+
+def _taken_by_none(deployed: Deployed) -> str:
+    """What is said where images and ids have sizes of the example; of other inputs nobody knows which axis might be a size."""
+    named = [f"'{name}' {list(tensor.shape)}" for name, tensor in zip(deployed.names, deployed.example, strict=False) if _has_sizes(tensor)]
+    return f"fixed, since the model took no other sizes that were tried: {', '.join(named)}" if named else ""
+
+
+def _has_sizes(tensor: Tensor) -> bool:
+    return tensor.dim() in _IMAGES or (tensor.dim() == 2 and not tensor.is_floating_point())
+
+
+def fixed_since(why: str) -> str:
+    """What the report says of sizes that do not vary."""
+    return f"the sizes of the example are fixed in the file: {why}; dynamic_sizes=True lets them vary"
+
+
+def short_reason(error: Exception) -> str:
+    """The first sentence of an error."""
+    return str(error).removeprefix("export: ").partition(". ")[0].partition("\n")[0]
+
+
+def limits_of(program: torch.export.ExportedProgram, names: Sequence[str]) -> list[str]:
+    """What limits the sizes that vary, in words: a table of positions has an end, a convolution reads at least as much as its kernel.
+
+    Args:
+        program: What was traced.
+        names: Name of each input.
+    """
+    words: dict[str, str] = {}
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in program.graph_signature.user_inputs]
+    ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
+    for name, node in zip(names, placeholders, strict=False):
+        for axis, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
+            bounds = ranges.get(str(size))
+            if axis == 0 or bounds is None or str(size) in words:
+                continue
+            least = f" {int(bounds.lower)} at least" if bounds.lower > 2 else ""
+            most = f" {int(bounds.upper)} at most" if bounds.upper < 2**31 else ""
+            if least or most:
+                words[str(size)] = f"axis {axis} of '{name}'{least}{' and' if least and most else ''}{most}"
+    return list(words.values())
+
+
+def other_sizes(tensors: Sequence[Tensor], shapes: Sequence[Sequence[Any]]) -> list[tuple[Tensor, ...]]:
+    """A batch with other sizes along each axis behind the batch that varies, in some ways: half, twice, one and a half times as long.
+
+    Args:
+        tensors: A batch.
+        shapes: Of each of them, a number for an axis that is fixed, and a name for one that varies.
+    """
+    found = []
+    for scale in _SCALES:
+        changed = tuple(_resized(tensor, shape, scale) for tensor, shape in zip(tensors, shapes, strict=True))
+        if any(new.shape != old.shape for new, old in zip(changed, tensors, strict=True)):
+            found.append(changed)
+    return found
+
+
+def _resized(tensor: Tensor, shape: Sequence[Any], scale: float) -> Tensor:
+    for axis, size in enumerate(shape):
+        if axis and isinstance(size, str):
+            length = int(tensor.shape[axis] * scale)
+            if length >= 2:
+                repeats = [1] * tensor.dim()
+                repeats[axis] = -(-length // tensor.shape[axis])
+                tensor = tensor.repeat(repeats).narrow(axis, 0, length)
+    return tensor

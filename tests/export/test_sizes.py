@@ -1,0 +1,162 @@
+"""Lengths of sequences and sizes of images vary in a file where the model takes others, and the file then computes what the model computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from export_case import MODELS, calibrated
+from torch import Tensor, nn
+
+import lightning_cco as cc
+from lightning_cco import CCOError
+from lightning_cco.export.engine import engine_session
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
+
+
+def agrees(quantized: cc.QuantizedModel, path: Path, *tensors: Tensor) -> None:
+    session = engine_session(str(path), graph_optimization_level=ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    (found, *_) = session.run(None, {entry.name: tensor.numpy() for entry, tensor in zip(session.get_inputs(), tensors, strict=True)})
+    with torch.no_grad():
+        expected = quantized.model(*tensors).numpy()
+    assert found.shape == expected.shape
+    error = float(np.square(found - expected).sum())
+    assert 10 * np.log10(float(np.square(expected).sum()) / max(error, 1e-20)) > 25
+
+
+def test_images_of_any_size(tmp_path: Path) -> None:
+    make, example, _ = MODELS["unet"]
+    quantized, x = calibrated(make(), example)
+    report = quantized.export(tmp_path / "model.onnx", batches=[(x,)])
+    assert report.inputs == {"x": ["batch", 3, "height", "width"]}
+    for height, width in ((16, 16), (24, 40), (8, 16)):
+        agrees(quantized, tmp_path / "model.onnx", torch.rand(3, 3, height, width))
+
+
+def test_texts_of_any_length_up_to_the_table_of_positions(tmp_path: Path) -> None:
+    make, example, _ = MODELS["tokens"]
+    quantized, x = calibrated(make(), example)
+    report = quantized.export(tmp_path / "model.onnx", batches=[(x,)])
+    assert report.inputs == {"tokens": ["batch", "sequence"]}
+    assert any(note.endswith("axis 1 of 'tokens' 12 at most") for note in report.notes)
+    for length in (2, 5, 12):
+        agrees(quantized, tmp_path / "model.onnx", x[:, :length])
+
+
+class Heard(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gru, self.head = nn.Conv1d(4, 8, 3, padding=1), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, sound: Tensor) -> Tensor:
+        return self.head(self.gru(self.conv(sound).relu().transpose(1, 2))[0].mean(1))
+
+
+class Waves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(1, 8, 9, stride=4), nn.Linear(8, 5)
+
+    def forward(self, wave: Tensor) -> Tensor:
+        return self.head(self.conv(wave.unsqueeze(1)).relu().amax(-1))
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first, self.head = nn.Embedding(30, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.first(self.table(ids)).relu() * mask.unsqueeze(-1)
+        return self.head(hidden.sum(1) / mask.sum(1, keepdim=True))
+
+
+def test_the_length_is_the_axis_that_the_model_lets_vary(tmp_path: Path) -> None:
+    x = torch.randn(3, 4, 20)
+    quantized = cc.quantize(Heard().eval(), None, (x,))
+    quantized.calibrate([(x,)])
+    assert quantized.export(tmp_path / "model.onnx", batches=[(x,)]).inputs == {"sound": ["batch", 4, "sequence"]}
+    agrees(quantized, tmp_path / "model.onnx", torch.randn(2, 4, 33))
+    wave = torch.randn(3, 200)
+    quantized = cc.quantize(Waves().eval(), None, (wave,))
+    quantized.calibrate([(wave,)])
+    assert quantized.export(tmp_path / "model.onnx", batches=[(wave,)]).inputs == {"wave": ["batch", "sequence"]}
+    agrees(quantized, tmp_path / "model.onnx", torch.randn(2, 333))
+
+
+def test_inputs_that_go_together_share_a_length(tmp_path: Path) -> None:
+    ids, mask = torch.randint(30, (3, 10)), torch.ones(3, 10)
+    quantized = cc.quantize(Masked().eval(), None, (ids, mask))
+    quantized.calibrate([(ids, mask)])
+    report = quantized.export(tmp_path / "model.onnx", batches=[(ids, mask)])
+    assert report.inputs == {"ids": ["batch", "sequence"], "mask": ["batch", "sequence"]}
+    agrees(quantized, tmp_path / "model.onnx", torch.randint(30, (2, 17)), torch.ones(2, 17))
+
+
+class Downsampled(nn.Module):
+    """Another way from a size on: no file of one trace holds both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.more, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu()
+        if x.shape[-1] > 12:
+            x = nn.functional.max_pool2d(self.more(x), 2)
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_branch_on_a_size_is_said(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 24, 24)
+    quantized = cc.quantize(Downsampled().eval(), None, (x,))
+    quantized.calibrate([(x,)])
+    report = quantized.export(tmp_path / "model.onnx", batches=[(x,)])
+    assert report.inputs["x"][3] in ("width", 24)
+    if report.inputs["x"][3] == "width":
+        assert any("axis 3 of 'x' 15 at least" in note for note in report.notes)
+        agrees(quantized, tmp_path / "model.onnx", torch.randn(2, 3, 24, 30))
+    assert quantized.drift == []  # of trials nothing is left
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "said"),
+    [
+        ({}, {"dynamic_sizes": False}, ""),
+        ({}, {"dynamic_batch": False}, ""),
+        ({"deployment_settings": {"target_framework": "openvino"}}, {}, "OpenVINO"),
+        ({"deployment_settings": {"target_framework": "tensorrt"}}, {}, "TensorRT"),
+    ],
+    ids=["asked", "batch", "openvino", "tensorrt"],
+)
+def test_sizes_stay_fixed(settings: Any, options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    make, example, _ = MODELS["residual"]
+    quantized, x = calibrated(make(), example, settings)
+    report = quantized.export(tmp_path / "model.onnx", batches=[(x,)], **options)
+    assert report.inputs["x"][2:] == list(x.shape[2:])
+    assert any("the sizes of the example are fixed" in note and said in note for note in report.notes) is bool(said)
+
+
+def test_blocks_of_pixels_are_given_up_where_sizes_are_asked_to_vary(tmp_path: Path) -> None:
+    make, example, _ = MODELS["mobilenet"]
+    quantized, x = calibrated(make(), example)
+    fixed = quantized.export(tmp_path / "fixed.onnx", batches=[(x,)])
+    assert fixed.inputs["x"] == ["batch", *x.shape[1:]]
+    assert any("dynamic_sizes=True" in note for note in fixed.notes)
+    free = quantized.export(tmp_path / "model.onnx", batches=[(x,)], dynamic_sizes=True)
+    assert free.inputs["x"] == ["batch", 3, "height", "width"]
+    agrees(quantized, tmp_path / "model.onnx", torch.rand(2, 3, 48, 40))
+
+
+def test_sizes_that_the_model_ties_are_named(tmp_path: Path) -> None:
+    make, example, _ = MODELS["vit"]
+    quantized, x = calibrated(make(), example)
+    report = quantized.export(tmp_path / "model.onnx", batches=[(x,)])
+    assert any(note.startswith("fixed, since the model took no other sizes") and "'x'" in note for note in report.notes)
+    with pytest.raises(CCOError, match="took no other sizes"):
+        quantized.export(tmp_path / "model.onnx", dynamic_sizes=True)
