@@ -1,0 +1,97 @@
+"""What an export says beside its figures: how weights are stored, for which processors, and what is not as planned."""
+
+from __future__ import annotations
+
+import warnings
+
+from lightning_cco.errors import CCOWarning
+from lightning_cco.export.engine_patterns import adds_products_exactly
+from lightning_cco.export.engines import Form
+from lightning_cco.export.qdq_emitter import Emitter
+from lightning_cco.export.report import ExportReport
+from lightning_cco.export.signature import Deployed
+from lightning_cco.names import list_names
+from lightning_cco.quantization.model import HookedModel
+
+
+def notes_on_weights(quantized: HookedModel, emitter: Emitter, int4: bool) -> list[str]:
+    """Notes on how weights and activations are stored, and for which processors and engines."""
+    notes = []
+    if emitter.stored.for_matrix_units:
+        notes.append(
+            f"{len(emitter.stored.for_matrix_units)} convolutions are written for processors with AMX; "
+            "for others set deployment_settings.amx: false"
+        )
+    if emitter.stored.unsigned:
+        notes.append("weights are stored as uint8, for processors without VNNI; for others deployment_settings.vnni: true may be faster")
+    elif emitter.stored.engine.wanted(Form.UNSIGNED_WITHOUT_VNNI):
+        notes.append("int8 weights are exact on ARM and on x86 with VNNI; for other processors set deployment_settings.vnni: false")
+    elif emitter.stored.overflows_without_vnni:
+        here = "" if adds_products_exactly() else ", so on this one"
+        notes.append(
+            f"on x86 processors without VNNI{here} OpenVINO's sums of 8-bit products overflow: for them set deployment_settings.vnni: false, "
+            "which gives weights 7 bits (calibrate again)"
+        )
+    blocks = emitter.stored.blocks
+    few = [name for name, block in blocks.items() if block.bits == 4 and quantized.weights[name][0].num_bits < 4]
+    if few:
+        notes.append(f"weights in groups of fewer than 4 bits are stored in int4 with a narrower range: {list_names(few)}")
+    narrow = [
+        name
+        for name, quantizers in quantized.weights.items()
+        if quantizers[0].num_bits < 8 and (name not in blocks or blocks[name].bits == 8)
+    ]
+    if narrow and int4:
+        notes.append("weights of at most 4 bits are stored in int4; ONNX Runtime computes their layers in float")
+    elif narrow:
+        notes.append(f"weights of fewer than 8 bits are stored in int8 with a narrower range: {', '.join(narrow)}")
+    narrow = [key for key, quantizer in quantized.activations.items() if quantizer.num_bits < 8]
+    if narrow:
+        notes.append(f"activations of fewer than 8 bits are narrowed and stored in 8: {', '.join(narrow)}")
+    engine = emitter.stored.engine
+    if engine.dynamic_batch and emitter.reads_shapes and any(quantized.graph[layer].kind == "conv" for layer in emitter.stored.biases):
+        notes.append(
+            f"the size of the batch is computed with, and {engine.dynamic_batch}: "
+            "fix it with model.reshape(...) before compiling, or export with dynamic_batch=False"
+        )
+    if engine.not_run:
+        notes.append(engine.not_run)
+    return notes
+
+
+def notes_on_inputs(deployed: Deployed, types: list[str]) -> list[str]:
+    """Notes on what the file takes and gives."""
+    notes = []
+    if types:
+        notes.append(f"the model's {', '.join(types)} was exported as float32; so are the file's inputs")
+    if deployed.dropped:
+        notes.append(f"labels and what is computed from them are not in the file: {', '.join(deployed.dropped)}")
+    if deployed.lost:
+        notes.append(f"outputs that are not in the file: {', '.join(deployed.lost)}")
+    if deployed.fixed:
+        notes.append(f"arguments fixed in the file as in the example: {', '.join(deployed.fixed)}")
+    return notes
+
+
+def warn_of_floats(report: ExportReport) -> None:
+    """Products that are planned in INT8 and run in float cost what the file is for."""
+    layers = list(dict.fromkeys(layer for island in report.float_islands if island.unplanned for layer in island.layers))
+    if layers:
+        named = ", ".join(f"'{layer}'" for layer in layers[:8]) + (f" and {len(layers) - 8} more" if len(layers) > 8 else "")
+        warnings.warn(
+            f"export: planned in INT8, but {report.target or 'ONNX Runtime'} computes in float: {named}. The file is right, and slower than planned. "
+            "Skip these layers, or report this form of the model.",
+            CCOWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_groups(report: ExportReport) -> None:
+    """Weights in groups that become floats in every run cost more time than float ones."""
+    if report.as_floats:
+        warnings.warn(
+            f"export: {report.target or 'ONNX Runtime'} makes floats of the weights in groups of {list_names(report.as_floats)} in every run. The file is "
+            "right and small, but these layers are slower than in float. Write weights_group_size: 0 for them, or report this form of the model.",
+            CCOWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,159 @@
+"""Traces a model, converts what was traced, and rewrites the graph for the engine that the file is for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_cco.compat.onnx_exporter import LOGGERS
+from lightning_cco.errors import CCOError
+from lightning_cco.export import onnx_passes
+from lightning_cco.export.axes import Axes, check_axis_names, name_axes, ways_to_vary
+from lightning_cco.export.constants import arrange_integers
+from lightning_cco.export.engines import ENGINES, Form
+from lightning_cco.export.failures import failed, inexpressible, untraceable
+from lightning_cco.export.products import fill_biases, split_products, store_transposed
+from lightning_cco.export.provenance import layers_of_nodes
+from lightning_cco.export.qdq_emitter import Emitter
+from lightning_cco.export.report import ExportReport
+from lightning_cco.export.signature import Deployed
+from lightning_cco.export.sizes import Sizes, SizesDoNotVary, limits_of
+from lightning_cco.export.stored import StoredWeights
+from lightning_cco.export.weight_blocks import share_packed
+from lightning_cco.graph.compiled import eager
+from lightning_cco.quantization.model import HookedModel
+from lightning_cco.version import __version__
+
+INT4_OPSET = 21
+OPSET = ENGINES["ort"].amount(Form.OPSET, INT4_OPSET)
+"""Whatever the target: each file is run in ONNX Runtime."""
+
+
+def write_onnx(
+    quantized: HookedModel,
+    deployed: Deployed,
+    path: Path,
+    dynamic_batch: bool,
+    int4: bool,
+    options: dict[str, Any],
+    sizes: Sizes,
+    at_any_price: bool,
+    report: ExportReport,
+) -> tuple[Emitter, list[str]]:
+    """Write the file, with the report's inputs; what wrote it, and what is to be said of axes that do not vary freely."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    grouped = any(quantizers[0].group is not None for quantizers in quantized.weights.values())
+    opset = options.get("opset_version", INT4_OPSET if int4 or grouped else OPSET)
+    inputs, outputs = list(options.get("input_names", [])), list(options.get("output_names", []))
+    for given, names, what in ((inputs, deployed.names, "input"), (outputs, deployed.outputs, "output")):
+        if len(given) > len(names):
+            raise CCOError(f"export: {what}_names has {len(given)} names, but the file has {len(names)} {what}s: {names}.")
+    inputs += deployed.names[len(inputs) :]
+    outputs += deployed.outputs[len(outputs) :]
+    if options.get("dynamic_axes") is not None:
+        check_axis_names(options["dynamic_axes"], inputs + deployed.names, outputs + deployed.outputs)
+    stored = StoredWeights(quantized, int4)
+    emitter = Emitter(quantized, stored, opset)
+    emitter.model = deployed
+    with _quietly(), eager():
+        traced, axes = _traced(
+            deployed, emitter, ways_to_vary(deployed, dynamic_batch, options, inputs, sizes), bool(sizes) and not at_any_price
+        )
+        conversion = {name: options[name] for name in ("verbose", "optimize", "custom_translation_table") if name in options}
+        try:
+            program = torch.onnx.export(traced, dynamo=True, opset_version=opset, **{"verbose": False, **conversion})
+        except Exception as error:
+            raise CCOError(inexpressible(quantized.model, error)) from error
+    assert program is not None
+    graph = program.model.graph
+    written = graph.opset_imports.get("", opset)
+    if written != opset:  # the exporter leaves the opset that it works in where its converter fails
+        raise CCOError(
+            f"export: opset_version={opset} can't be written for this model: its operators need opset {written}. Leave opset_version out."
+        )
+    try:
+        onnx_passes.fix_shapes(graph)
+        arrange_integers(graph)
+        if stored.engine.wanted(Form.INTEGER_INDEXING):
+            onnx_passes.index_integers(graph)
+        if stored.engine.wanted(Form.SPLIT_PRODUCTS):
+            split_products(graph)
+        if stored.engine.wanted(Form.FULL_BIASES):
+            fill_biases(graph)
+        if stored.engine.wanted(Form.STORED_TRANSPOSED):
+            store_transposed(graph)
+        onnx_passes.share_constants(graph)
+        if stored.engine.wanted(Form.OWN_ZERO_POINTS):
+            onnx_passes.own_zero_points(graph)
+        if int4 or grouped:
+            onnx_passes.pack_int4(graph, blocks_alone=not int4)
+        share_packed(graph)
+        RemoveUnusedNodesPass()(program.model)  # what the passes before put something else in place of
+        onnx_passes.name_nodes(graph)
+        emitter.layers = layers_of_nodes(graph, program.exported_program)
+        emitter.modules = onnx_passes.take_modules(graph)
+        emitter.reads_shapes = any(node.op_type == "Shape" for node in graph)
+        onnx_passes.name_parameters(graph)
+        onnx_passes.name_inputs(graph, inputs)
+        onnx_passes.name_outputs(graph, outputs)
+        fixed = name_axes(graph, axes)
+    except Exception as error:
+        raise CCOError(failed("rewriting the exporter's graph", error)) from error
+    program.model.metadata_props.update(
+        {
+            "lightning_cco.version": __version__,
+            "lightning_cco.quantized_layers": json.dumps(sorted(quantized.plan.quantized)),
+            "lightning_cco.skipped_layers": json.dumps(quantized.plan.skipped),
+            "lightning_cco.recipe": json.dumps(quantized.settings.to_dict()),
+        }
+    )
+    saving = {name: options[name] for name in ("external_data",) if name in options}
+    program.save(str(path), **saving)
+    report.inputs = {value.name: [getattr(size, "value", size) for size in value.shape or ()] for value in graph.inputs}
+    said = [f"fixed, since the model ties them to fixed sizes: {'; '.join(fixed)}"] if fixed else []
+    limits = limits_of(traced, inputs) if sizes else []
+    return emitter, said + ([f"sizes within which the file holds: {'; '.join(limits)}"] if limits else [])
+
+
+def _traced(deployed: Deployed, emitter: Emitter, ways: Iterator[Axes], free: bool) -> tuple[torch.export.ExportedProgram, Axes]:
+    """The first way of tracing that works; ``free``: only if it costs nothing that sizes vary."""
+    failure: Exception | None = None
+    for axes in ways:
+        with emitter.collecting():
+            deployed(*axes.tensors)
+        if free and emitter.stored.blocked:
+            raise SizesDoNotVary("the first convolution then reads blocks of 2 x 2 pixels, which is faster")
+        try:
+            with emitter.emitting():
+                # By itself the ONNX exporter tries other ways of tracing when this one fails, which would lose the quantization.
+                return torch.export.export(deployed, axes.tensors, dynamic_shapes=(tuple(axes.specifications),), strict=False), axes
+        except Exception as error:
+            failure = failure or error
+    assert failure is not None
+    reached, quantized = emitter.reached, emitter.quantized
+    where = f" behind layer '{reached}' (module '{quantized.graph[reached].path}')" if reached else ""
+    raise CCOError(untraceable(quantized.model, where, failure)) from failure
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the exporter's own remarks from the user's terminal."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
