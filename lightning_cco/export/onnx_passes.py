@@ -14,7 +14,7 @@ NAME = "lightning_cco.quantizer"
 """Metadata of a QuantizeLinear: the name of its quantizer."""
 
 
-_PICKS = ("Gather", "Slice", "Split", "DepthToSpace", "Expand", "Tile")
+_PICKS = ("Gather", "GatherElements", "GatherND", "Slice", "Split", "DepthToSpace", "Expand", "Tile")
 """Operators that only say which values go where, and that engines also have for integers."""
 
 
@@ -56,14 +56,14 @@ def fix_shapes(graph: Any) -> None:
 def index_integers(graph: Any) -> None:
     """Pick from the integers of a rounded tensor and scale what was picked, not the other way round.
 
-    Engines move a DequantizeLinear past what only reshapes a tensor; past what picks from it or repeats it (``x[:, 0]``, reflected borders, pixel shuffle)
-    they may not, and compute the layer that reads it in float.
+    Engines move a DequantizeLinear past what only reshapes a tensor; past what picks from it or repeats it (``x[:, 0]``, reflected borders, pixel shuffle, an
+    interpolation to the nearest) they may not, and compute the layer that reads it in float.
     """
     import onnx_ir
 
     for node in list(graph):
-        picks = node.op_type in _PICKS or (node.op_type == "Pad" and node.attributes.get_string("mode", "constant") != "constant")
-        dequantize = node.inputs[0].producer() if picks and node.inputs else None
+        turns = node.op_type == "Transpose" and any(_picks(reader) for reader, _ in node.outputs[0].uses())  # to pick along the last axes
+        dequantize = node.inputs[0].producer() if node.inputs and (turns or _picks(node)) else None
         if dequantize is None or dequantize.op_type != "DequantizeLinear" or any(value.is_graph_output() for value in node.outputs):
             continue
         levels, *format_ = dequantize.inputs
@@ -80,6 +80,13 @@ def index_integers(graph: Any) -> None:
             graph.insert_after(node, after)
             for reader, position in uses:
                 reader.replace_input_with(position, after.outputs[0])
+
+
+def _picks(node: Any) -> bool:
+    """Whether a node picks values of its first input, or repeats them."""
+    if node.op_type == "Pad":
+        return bool(node.attributes.get_string("mode", "constant") != "constant")
+    return node.op_type in _PICKS or (node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") == "nearest")
 
 
 def share_constants(graph: Any) -> None:

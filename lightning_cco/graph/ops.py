@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from lightning_cco.graph.layer import Layer
+
 
 class Category(Enum):
     """How an operation treats the values it reads."""
@@ -93,6 +95,8 @@ def _arithmetic(stem: str, *more: str) -> tuple[str, ...]:
 _WEIGHT = (1, "weight")
 _W, _M, _C, _CLAMP, _P = Category.WEIGHTED, Category.MATMUL, Category.COMPUTE, Category.CLAMP, Category.PRESERVE
 _UPSAMPLE = ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d")
+_EXACT = ("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")
+_ANTI_ALIASED = ("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")
 _CONV = ("", "", "", "stride", "padding", "dilation", "groups")
 _CONV_TRANSPOSE = ("", "", "", "stride", "padding", "output_padding", "groups", "dilation")
 _AVG_POOL = ("", "kernel_size", "stride", "padding", "ceil_mode", "", "divisor_override")
@@ -141,7 +145,7 @@ _ROWS = (
     Op(
         "interpolate",
         _C,
-        ("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", *(f"upsample_{mode}" for mode in _UPSAMPLE)),
+        ("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", *(f"upsample_{mode}" for mode in _UPSAMPLE), *_EXACT, *_ANTI_ALIASED),
         fresh=True,
         arguments=("", "size", "scale_factor", "mode"),
     ),
@@ -240,6 +244,13 @@ def is_known_kind(kind: str) -> bool:
 def operation_of_kind(kind: str) -> Op:
     """Look an operation up by a layer's kind; an unknown one computes in float."""
     return _KINDS.get(kind) or Op(kind, Category.COMPUTE)
+
+
+def category_of(layer: Layer) -> Category:
+    """How a layer treats values: as its kind does, but an interpolation to the nearest picks those that there are."""
+    if layer.kind == "interpolate" and str(layer.attributes.get("mode", "nearest")).startswith("nearest"):
+        return Category.PRESERVE
+    return operation_of_kind(layer.kind).category
 
 
 def operation(function_name: str) -> Op:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -123,7 +124,7 @@ class Seen:
             output_shapes=tuple(tuple(t.shape) for t in self.outputs),
             output_dtypes=tuple(dtype_name(t) for t in self.outputs),
             quantizable_outputs=quantizable,
-            attributes={**attributes(self.op, module, self.args, self.kwargs, weight), **_steps(self.kwargs)},
+            attributes={**attributes(self.op, module, self.args, self.kwargs, weight), **_modes(self.function, self.kwargs)},
             parameters=parameters,
             weighted=self.op.category is Category.WEIGHTED
             or (call.layer.kind == "lookup" and bool(parameters))
@@ -166,7 +167,13 @@ def _before(slot: ArgPath, other: ArgPath) -> bool:
     return all(isinstance(part, int) for part in (*slot, *other)) and [int(part) for part in slot] < [int(part) for part in other]
 
 
-def _steps(kwargs: Mapping[str, Any]) -> dict[str, object]:
-    """The mode of a division that rounds its result."""
-    mode = kwargs.get("rounding_mode")
-    return {} if mode is None else {"rounding_mode": mode}
+def _modes(function: str, kwargs: Mapping[str, Any]) -> dict[str, object]:
+    """The mode of a division that rounds its result, and of an interpolation by the operator for one mode.
+
+    >>> _modes("upsample_bilinear2d", {}), _modes("_upsample_nearest_exact1d", {}), _modes("div", {"rounding_mode": "floor"})
+    ({'mode': 'bilinear'}, {'mode': 'nearest-exact'}, {'rounding_mode': 'floor'})
+    """
+    rounding = kwargs.get("rounding_mode")
+    found = re.fullmatch(r"_?upsample_([a-z_]+)\d?d?(_aa)?", function)
+    interpolation = {"mode": found[1].replace("_", "-")} if found else {}
+    return interpolation if rounding is None else {**interpolation, "rounding_mode": rounding}

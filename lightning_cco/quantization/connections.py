@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.ops import Category, operation_of_kind
+from lightning_cco.graph.ops import Category, category_of
 from lightning_cco.quantization.exact import FLOATS
 from lightning_cco.quantization.tensor_key import TensorKey
 
@@ -23,7 +23,7 @@ class Connections:
 
     def __init__(self, graph: LayerGraph) -> None:
         self.graph = graph
-        self.category = {layer.name: operation_of_kind(layer.kind).category for layer in graph}
+        self.category = {layer.name: category_of(layer) for layer in graph}
         self.reads: dict[str, list[TensorKey]] = {name: [] for name in graph.names}
         self.readers: dict[TensorKey, list[str]] = {}
         for edge in graph.edges:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.ops import Category, operation_of_kind
+from lightning_cco.graph.ops import Category, category_of
 from lightning_cco.quantization.tensor_key import TensorKey
 
 FLOATS = frozenset({"float32", "float16", "bfloat16", "float64"})
@@ -42,7 +42,7 @@ class ExactReaders:
         for edge in graph.edges:
             self.readers.setdefault(TensorKey(edge.source, edge.source_output), []).append((edge.destination, edge.destination_input))
             self._sources[edge.destination].append(TensorKey(edge.source, edge.source_output))
-        categories = {layer.name: operation_of_kind(layer.kind).category for layer in graph}
+        categories = {layer.name: category_of(layer) for layer in graph}
         self.passing = {name for name, category in categories.items() if category in (Category.PRESERVE, Category.IDENTITY)}
         multiplying = {name for name, category in categories.items() if category in (Category.WEIGHTED, Category.MATMUL)}
         of_inputs: set[str] = set()

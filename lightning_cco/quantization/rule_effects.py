@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.ops import Category, operation_of_kind
+from lightning_cco.graph.ops import Category, category_of
 from lightning_cco.names import list_names
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.rules import ResolvedRules
@@ -58,7 +58,7 @@ def _no_weights(plan: QuantizationPlan, layers: Sequence[Layer]) -> str:
 
 def _no_activations(plan: QuantizationPlan, layers: Sequence[Layer]) -> str:
     """Why bits of outputs change nothing; empty if they do."""
-    if all(operation_of_kind(layer.kind).category in _NO_OUTPUT for layer in layers):
+    if all(category_of(layer) in _NO_OUTPUT for layer in layers):
         before = sorted({name for layer in layers for name in plan.graph.predecessors(layer.name)})
         return f"what it names only passes values on. Name the layer that makes them: {list_names(before)}"
     rounded = plan.output_bits()
@@ -98,7 +98,7 @@ def _not_alone(plan: QuantizationPlan, layers: Sequence[Layer]) -> str:
     if floats:
         return f"{_stay(plan, floats)}. Leave weight_only out for {'it' if len(floats) == 1 else 'them'}"
     others = [layer for layer in layers if layer.name in plan.quantized and not layer.weighted]
-    others = [layer for layer in others if operation_of_kind(layer.kind).category not in _NO_OUTPUT and layer.kind != "input"]
+    others = [layer for layer in others if category_of(layer) not in _NO_OUTPUT and layer.kind != "input"]
     if others:
         have, run = ("has", "runs") if len(others) == 1 else ("have", "run")
         return f"{_names(others)} {have} no weights and {run} in INT8. To leave them in float, too, write skip_quantization: true for them"

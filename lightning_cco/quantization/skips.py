@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.ops import Category, is_known_kind, operation_of_kind
+from lightning_cco.graph.ops import Category, category_of, is_known_kind
 from lightning_cco.names import list_names
 from lightning_cco.quantization.rules import BY_BUDGET, BY_ITSELF, ResolvedRules
 from lightning_cco.quantization.skip_reasons import Skip, SkipReason
@@ -22,7 +22,7 @@ _UNSEEN = {
 
 
 def _category(layer: Layer) -> Category:
-    return operation_of_kind(layer.kind).category
+    return category_of(layer)
 
 
 # Why a layer can't run in INT8, whatever its engine; the first that holds.

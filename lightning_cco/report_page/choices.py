@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer import Layer
-from lightning_cco.graph.ops import Category, operation_of_kind
+from lightning_cco.graph.ops import Category, category_of
 from lightning_cco.names import yaml_value
 from lightning_cco.quantization.plan import QuantizationPlan, packs_weights
 from lightning_cco.quantization.planner import plan_quantization
@@ -36,7 +36,7 @@ def choices(plan: QuantizationPlan) -> dict[str, dict[str, Any]]:
     for layer in plan.graph:
         runs = layer.name in plan.quantized or layer.name in plan.weight_only
         entry: dict[str, Any] = {}
-        if runs and layer.kind != "input" and operation_of_kind(layer.kind).category not in (Category.PRESERVE, Category.IDENTITY):
+        if runs and layer.kind != "input" and category_of(layer) not in (Category.PRESERVE, Category.IDENTITY):
             entry["float"] = True
         if layer.name in comes_back:
             entry["int8"] = True
