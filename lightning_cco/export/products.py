@@ -123,7 +123,7 @@ def _at_reshape(graph: Any, reshape: Any) -> None:
     """``reshape(…, 3, heads, width).permute(2, …)`` whose first axis is then indexed or unbound."""
     import onnx_ir
 
-    linear, shape = _quantized_linear(reshape.inputs[0]), constant(reshape.inputs[1])
+    linear, shape = _quantized_linear(reshape.inputs[0]), _sizes(reshape.inputs[1])
     readers = [node for node, _ in reshape.outputs[0].uses()]
     if linear is None or shape is None or len(readers) != 1 or readers[0].op_type != "Transpose":
         return
@@ -133,20 +133,53 @@ def _at_reshape(graph: Any, reshape: Any) -> None:
     if not picks or any(pick is None for pick in picks) or reshape.outputs[0].is_graph_output() or transpose.outputs[0].is_graph_output():
         return
     axis = order[0]
-    count, inner = int(shape[axis]), [int(size) for size in shape[axis + 1 :]]
+    if not all(isinstance(size, int) for size in shape[axis:]):
+        return
     width = len(linear.constants[0])
+    if shape[axis:].count(-1) == 1:
+        shape[shape.index(-1, axis)] = width // -int(np.prod(shape[axis:]))
+    count, inner = shape[axis], shape[axis + 1 :]
     # The parts must be the outermost factor of the linear layer's features.
     if min([count, *inner]) < 1 or count * int(np.prod(inner)) != width:
         return
     parts = _parts(graph, reshape, linear, [width // count * (number + 1) for number in range(count)])
     kept = [size for position, size in enumerate(shape) if position != axis]
-    sizes = initializer(graph, f"{reshape.outputs[0].name}.part_shape", np.array(kept, np.int64))
+    sizes = _shape_of(graph, reshape, kept)
     perm = onnx_ir.AttrInt64s("perm", [position - (position > axis) for position in order if position != axis])
     for index, old in (pick for pick in picks if pick is not None):
         shaped = _like(graph, reshape, reshape, [parts[index], sizes], f".{old.name}")
         part = _like(graph, reshape, transpose, [shaped], f".{old.name}", {"perm": perm})
         part.shape = old.shape
         onnx_ir.convenience.replace_all_uses_with(old, part, replace_graph_outputs=True)
+
+
+def _sizes(value: Any) -> list[Any] | None:
+    """A shape by its sizes: numbers, and values of one number where they are computed."""
+    known = constant(value)
+    if known is not None:
+        return [int(size) for size in known.reshape(-1)]
+    maker = value.producer()
+    if maker is None or maker.op_type != "Concat":
+        return None
+    sizes: list[Any] = []
+    for part in maker.inputs:
+        known = constant(part)
+        if known is None and (part.shape is None or list(part.shape) != [1]):
+            return None
+        sizes += [part] if known is None else [int(size) for size in known.reshape(-1)]
+    return sizes
+
+
+def _shape_of(graph: Any, reshape: Any, sizes: list[Any]) -> Any:
+    """A shape of numbers and values, as a constant if there are numbers alone."""
+    name = f"{reshape.outputs[0].name}.part_shape"
+    if all(isinstance(size, int) for size in sizes):
+        return initializer(graph, name, np.array(sizes, np.int64))
+    parts = [
+        initializer(graph, f"{name}.{number}", np.array([size], np.int64)) if isinstance(size, int) else size
+        for number, size in enumerate(sizes)
+    ]
+    return _like(graph, reshape, reshape.inputs[1].producer(), parts, ".part_shape")
 
 
 def _pick(node: Any) -> tuple[int, Any] | None:
