@@ -64,7 +64,7 @@ def takes(quantized: HookedModel, deployed: Deployed, tensors: Sequence[Tensor])
     departures = quantized.runtime.departures
     before = dict(departures.found)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             deployed(*tensors)
         return departures.found == before

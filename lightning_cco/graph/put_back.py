@@ -227,7 +227,7 @@ class Kept:
     def _keep_tensor(self, tensor: Tensor, device: str | None = None) -> None:
         if tensor.is_meta or tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
             return
-        with torch.inference_mode(tensor.is_inference()):
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # the first turns gradients on again
             self._tensors.append((tensor, tensor.detach().to(device or tensor.device, copy=True)))
 
 
@@ -292,5 +292,5 @@ def _restore(tensor: Tensor, value: Tensor) -> None:
     if tensor.shape != value.shape or tensor.dtype != value.dtype:
         tensor.data = value.to(tensor.device)
     elif not _is_same(tensor, value):
-        with torch.inference_mode(tensor.is_inference()):
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # the first turns gradients on again
             tensor.copy_(value)
