@@ -9,6 +9,7 @@ import pygraphviz
 
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.quantization.plan import LayerDecision
 
 
 class Builder:
@@ -75,9 +76,9 @@ def plan_of(graph: LayerGraph, skipped: dict[str, str] | None = None, threshold:
     """A stand-in for a QuantizationPlan."""
     reasons = dict.fromkeys(graph.outputs, "output") | (skipped or {})
     decisions = {
-        layer.name: SimpleNamespace(
+        layer.name: LayerDecision(
             quantized=layer.name not in reasons,
-            reason=reasons.get(layer.name, ""),
+            reason=reasons.get(layer.name),  # type: ignore[arg-type]
             detail=f"why {layer.name}" if layer.name in reasons else "",
             weights_num_bits=4 if layer.weighted and layer.name not in reasons else None,
             activations_num_bits=8,

@@ -117,10 +117,15 @@ def write_onnx(
     )
     saving = {name: options[name] for name in ("external_data",) if name in options}
     program.save(str(path), **saving)
-    report.inputs = {value.name: [getattr(size, "value", size) for size in value.shape or ()] for value in graph.inputs}
+    report.inputs = {str(value.name): [_size(size) for size in value.shape or ()] for value in graph.inputs}
     said = [f"fixed, since the model ties them to fixed sizes: {'; '.join(fixed)}"] if fixed else []
     limits = limits_of(traced, inputs) if sizes else []
     return emitter, said + ([f"sizes within which the file holds: {'; '.join(limits)}"] if limits else [])
+
+
+def _size(size: Any) -> int | str:
+    """A number, or the name of an axis that varies."""
+    return size if isinstance(size, int) else str(size.value)
 
 
 def _traced(deployed: Deployed, emitter: Emitter, ways: Iterator[Axes], free: bool) -> tuple[torch.export.ExportedProgram, Axes]:

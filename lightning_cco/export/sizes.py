@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.engines import ENGINES
@@ -59,7 +59,7 @@ def sizes_that_vary(quantized: HookedModel, deployed: Deployed) -> Sizes:
     return {}
 
 
-def takes(quantized: HookedModel, deployed: Deployed, tensors: Sequence[Tensor]) -> bool:
+def takes(quantized: HookedModel, deployed: nn.Module, tensors: Sequence[Tensor]) -> bool:
     """Whether the model runs on a batch, with no other calls than those captured."""
     departures = quantized.runtime.departures
     before = dict(departures.found)

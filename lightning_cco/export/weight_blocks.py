@@ -145,8 +145,9 @@ def product(write: Write, x: Tensor, block: Block) -> Tensor:
 def rows(write: Write, block: Block, indices: Tensor) -> Tensor:
     """Rows of a table, scaled group by group; (…) → (…, inputs). Where the engine has no operator for it, integers of 8 bits are looked up."""
     if block.packed is None:
-        values = F.embedding(indices, block.integers).to(torch.float32).unflatten(-1, (block.scale.shape[1], block.group))
-        return (values * F.embedding(indices, block.scale).unsqueeze(-1)).flatten(-2)
+        values = F.embedding(indices, block.integers).to(torch.float32).view(*indices.shape, block.scale.shape[1], block.group)
+        result: Tensor = (values * F.embedding(indices, block.scale).unsqueeze(-1)).flatten(-2)
+        return result
     attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": block.group, "bits": block.bits}
     shape = (*indices.shape, block.integers.shape[1])
     return write(f"{DOMAIN}::{LOOKUP}", (block.packed, indices, block.scale), shape, torch.float32, attributes)

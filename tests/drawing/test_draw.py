@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -55,7 +56,9 @@ def test_a_node_tells_name_type_path_shapes_attributes_bits_reason_and_qs() -> N
 def test_what_the_engine_cannot_do_is_said_in_full() -> None:
     graph = cnn()
     plan = plan_of(graph, {"relu": "rule", "linear": "tail"})
-    plan.decisions["relu"].detail = "relu is computed in float by an engine whose name is so long that it takes two lines"
+    plan.decisions["relu"] = replace(
+        plan.decisions["relu"], detail="relu is computed in float by an engine whose name is so long that it takes two lines"
+    )
     drawn = labels(draw_graph(graph, plan))
     assert "not quantized: relu is computed in float by an" in drawn["relu"]
     assert "long that it takes two lines" in drawn["relu"]
