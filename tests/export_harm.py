@@ -27,8 +27,8 @@ class Written:
             patch.setattr("lightning_cco.export.onnx_file.check_file", self._keep)
             quantized.export(folder / "model.onnx")
 
-    def _keep(self, quantized: QuantizedModel, path: Path, emitter: Any, calls: Any, report: ExportReport) -> None:
-        self.model, self.emitter, self.calls = onnx.load(path), emitter, calls
+    def _keep(self, quantized: QuantizedModel, path: Path, emitter: Any, calls: Any, report: ExportReport, sizes: bool) -> None:
+        self.model, self.emitter, self.calls, self.sizes = onnx.load(path), emitter, calls, sizes
 
     def checked(self, harm: Harm | None = None) -> ExportReport:
         model, report = onnx.ModelProto(), ExportReport("")
@@ -36,7 +36,7 @@ class Written:
         if harm is not None:
             harm(model)
         onnx.save(model, self.folder / "changed.onnx")
-        check.check_file(self.quantized, self.folder / "changed.onnx", self.emitter, self.calls, report)
+        check.check_file(self.quantized, self.folder / "changed.onnx", self.emitter, self.calls, report, self.sizes)
         judge(report)
         return report
 

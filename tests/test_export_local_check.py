@@ -148,7 +148,7 @@ def test_a_layer_that_is_right_is_a_step_off_at_most(name: str, written: Callabl
     assert report.largest_steps <= 1
     assert report.mean_steps < 0.01
     assert report.local_difference < 1e-5
-    assert report.variations == 1
+    assert report.variations == 1 + file.sizes  # one of other sizes where they vary
     names = {layer.name for layer in file.quantized.graph}
     assert all(set(island.layers) <= names for island in report.float_islands)
 
