@@ -17,6 +17,10 @@ from lightning_cco.export.report import ExportReport
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+_VARYING = frozenset(
+    {"test_sizes.py", "test_export.py", "test_batches_said.py", "test_export_local_check.py", "test_interpolation.py", "test_readme.py"}
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of ``slow_tests.txt``."""
@@ -43,6 +47,19 @@ def _one_registry_of_operators() -> None:
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _sizes_of_the_example(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trying sizes that vary takes as long as the rest of an export: `make test` does it in the tests of them and of whole models, `make test-all` in all."""
+    fast = request.config.getoption("markexpr") == "not slow"
+    if fast and Path(request.node.path).name not in _VARYING:
+        original = onnx_file.sizes_to_vary
+        monkeypatch.setattr(
+            onnx_file,
+            "sizes_to_vary",
+            lambda quantized, deployed, batch, wanted, check: original(quantized, deployed, batch, wanted or False, check),
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -223,7 +223,7 @@ def test_weights_that_stay_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> 
     quantized.calibrate([call])
     with torch.no_grad():
         expected = model(**call)[0]
-        monkeypatch.setattr("lightning_cco.quantization.quantizer.fake_quantize_weight", lambda *_: pytest.fail("rounded again"))
+        monkeypatch.setattr("lightning_cco.quantization.weight_quantizer.fake_quantize_weight", lambda *_: pytest.fail("rounded again"))
         assert torch.equal(model(**call)[0], expected)
 
 

@@ -31,11 +31,13 @@ class Weight:
         slot: Where it stands in the call.
         parameters: Dotted names of the parameters it comes from; empty for a constant.
         axis: Axis that counts output channels; `None`: one scale for the whole tensor.
+        shape: Its shape.
     """
 
     slot: ArgPath
     parameters: tuple[str, ...]
     axis: int | None
+    shape: tuple[int, ...] = ()
 
 
 @dataclass

@@ -72,7 +72,7 @@ def weights_of(op: Op, constants: list[tuple[ArgPath, Tensor, tuple[str, ...]]],
         chosen = [(s, t, n) for s, t, n in floats if s[0] in (position, keyword) and t.dim() > 1]
         if op.kind.endswith("_cell"):
             chosen = [(s, t, n) for s, t, n in floats if t.dim() == 2 and s[0] not in (0, 1, "input", "hx")]
-        return [Weight(slot, names, 1 if _reads_features(names) else op.channel_axis) for slot, t, names in chosen]
+        return [Weight(slot, names, 1 if _reads_features(names) else op.channel_axis, tuple(t.shape)) for slot, t, names in chosen]
     if op.category is Category.MATMUL:
         found = []
         for slot, t, names in floats:
@@ -80,7 +80,7 @@ def weights_of(op: Op, constants: list[tuple[ArgPath, Tensor, tuple[str, ...]]],
                 continue  # an added operand is a bias: it is rounded with the accumulator, not with the weight
             left = slot[0] == (1 if op.adds_first else 0)
             axis = None if op.kind == "einsum" or t.dim() > 2 else (t.dim() - 2 if left else t.dim() - 1)
-            found.append(Weight(slot, names, axis))
+            found.append(Weight(slot, names, axis, tuple(t.shape)))
         return found
     if op.constants:
         return [Weight(slot, names, None) for slot, t, names in floats if t.numel() > 1]

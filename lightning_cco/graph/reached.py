@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -96,9 +97,23 @@ def used_unseen(model: nn.Module, tracer: Tracer, forward: Callable[[], Any]) ->
             now = output(names)
             return len(now) != len(wanted) or any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(now, wanted, strict=True))
 
-        return [] if matter([]) else _those_that(matter, unread)  # where results differ each time, nothing can be told
+        return (
+            [] if matter([]) else _not_copied(_those_that(matter, unread), named, tracer)
+        )  # where results differ each time, nothing can be told
     except Exception:  # a step that gives nothing to compare, or a forward that these weights make fail
         return []
+
+
+def _not_copied(names: Sequence[str], named: Mapping[str, Tensor], tracer: Tracer) -> list[str]:
+    """Those of which no copy was multiplied by: a weight without a name, of the same shape."""
+    copies = Counter(w.shape for call in tracer.calls if call.layer.weighted for w in call.weights if not w.parameters)
+    found = []
+    for name in names:
+        if copies[tuple(named[name].shape)]:
+            copies[tuple(named[name].shape)] -= 1
+        else:
+            found.append(name)
+    return found
 
 
 def _those_that(matter: Callable[[Sequence[str]], bool], names: Sequence[str]) -> list[str]:
