@@ -62,9 +62,9 @@ def share_in_int8(graph: LayerGraph, plan: QuantizationPlan, names: Sequence[str
     layers = [graph[name] for name in names if graph[name].kind != "output"]
     total = sum(layer.multiplications for layer in layers)
     if total:
-        return sum(layer.multiplications for layer in layers if layer.name in plan.quantized - plan.packed) / total
+        return sum(layer.multiplications for layer in layers if layer.name in plan.in_int8) / total
     counted = [layer.name for layer in layers if plan.counts(layer.name)]
-    return sum(name in plan.quantized - plan.packed for name in counted) / len(counted) if counted else math.nan
+    return sum(name in plan.in_int8 for name in counted) / len(counted) if counted else math.nan
 
 
 def _box(graph: LayerGraph, plan: QuantizationPlan, box: Box, qs: Mapping[str, float], worst: str | None) -> tuple[str, str]:

@@ -50,7 +50,7 @@ def in_int8(plan: QuantizationPlan) -> str:
     share = plan.share_of_multiplications
     part = "" if math.isnan(share) else f" ({100 * share:.0f} % of the multiplications)"
     target = plan.settings.deployment_settings.target_framework
-    count = sum(name in plan.quantized - plan.packed for name in weighted)
+    count = sum(name in plan.in_int8 for name in weighted)
     if plan.packed:
         part += f"; {len(plan.packed)} have weights packed in 4 bits, and {target} computes them in float"
     only = f"; {len(plan.weight_only)} more have integer weights and compute in float" if plan.weight_only else ""
@@ -75,7 +75,7 @@ def _bits(plan: QuantizationPlan) -> list[str]:
 def _runs(plan: QuantizationPlan, name: str) -> str:
     if name in plan.packed:
         return "Weights packed in 4 bits, computed in float"
-    return "INT8" if name in plan.quantized else _left(plan, name)
+    return "INT8" if name in plan.in_int8 else _left(plan, name)
 
 
 def _left(plan: QuantizationPlan, name: str) -> str:

@@ -109,7 +109,8 @@ class QuantizationPlan:
         reads: For each layer, by the number of its input, the name of the quantizer that rounds that input.
         at_readers: Names of the quantizers that stand there instead of behind the layer that makes the tensor, which somebody needs as it is.
         quantized: Layers whose weights and activations are quantized.
-        packed: Those of them whose weights the file holds in 4 bits, for which no engine has an INT8 product; the others run in INT8.
+        packed: Those of them whose weights the file holds in 4 bits, for which no engine has an INT8 product.
+        in_int8: The others, which run in INT8.
         weight_only: Layers in float with integer weights.
         skipped: Why the others do not run in INT8, those with integer weights included.
     """
@@ -127,6 +128,7 @@ class QuantizationPlan:
     at_readers: frozenset[TensorKey] = frozenset()
     quantized: set[str] = field(init=False)
     packed: set[str] = field(init=False)
+    in_int8: set[str] = field(init=False)
     weight_only: set[str] = field(init=False)
     skipped: dict[str, str] = field(init=False)
 
@@ -134,6 +136,7 @@ class QuantizationPlan:
         self.quantized = {name for name, decision in self.decisions.items() if decision.quantized}
         packs = packs_weights(self.settings)
         self.packed = {name for name in self.quantized if packs and (self.decisions[name].weights_num_bits or 8) <= 4}
+        self.in_int8 = self.quantized - self.packed
         self.weight_only = {name for name, decision in self.decisions.items() if decision.weight_only}
         self.skipped = {
             name: str(Skip(decision.reason, decision.detail))
@@ -154,7 +157,7 @@ class QuantizationPlan:
     def share_of_multiplications(self) -> float:
         """The part of the model's multiplications that layers in INT8 compute, from 0 to 1; NaN if it has none."""
         total = sum(layer.multiplications for layer in self.graph)
-        return sum(self.graph[name].multiplications for name in self.quantized - self.packed) / total if total else math.nan
+        return sum(self.graph[name].multiplications for name in self.in_int8) / total if total else math.nan
 
     def left_for(self, reason: SkipReason) -> list[str]:
         """The layers that are left in float for one kind of reason, in graph order."""

@@ -143,7 +143,7 @@ def _counts(plan: QuantizationPlan) -> dict[str, Any]:
         "layers": plan.counted,
         "quantized": len(plan.quantized),
         "weighted": len(weighted),
-        "weighted_in_int8": sum(name in plan.quantized - plan.packed for name in weighted),
+        "weighted_in_int8": sum(name in plan.in_int8 for name in weighted),
         "packed": len(plan.packed),
         "weight_only": len(plan.weight_only),
         "share_of_multiplications": plan.share_of_multiplications,
