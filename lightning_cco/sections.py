@@ -16,11 +16,11 @@ from lightning_cco.names import nearest, printable, shown
 RANGE_ESTIMATORS = ("auto", "moving_average", "min_max", "percentile", "mse", "learned")
 WEIGHT_ESTIMATORS = ("auto", "minmax", "mse", "learned")
 RESIDUAL_STREAMS = ("auto", "quantized", "int8", "float")
-TARGET_FRAMEWORKS = ("ort", "openvino", "tensorrt")
+TARGET_FRAMEWORKS = ("ort", "openvino", "tensorrt", "executorch")
 SENSITIVITY_MODES = ("local", "accumulated")
 DISTILLED = ("outputs", "layers")
 COMPARISONS = ("auto", "kl", "mse")
-_ALIASES = {"ov": "openvino", "trt": "tensorrt", "onnxruntime": "ort"}
+_ALIASES = {"ov": "openvino", "trt": "tensorrt", "onnxruntime": "ort", "et": "executorch", "xnnpack": "executorch"}
 _LONGEST_MATCH, _MOST_STARS = 4096, 20
 GROUP_SIZES = (16, 32, 64, 128, 256)
 """How many weights can have a scale together: what engines multiply."""
@@ -371,7 +371,7 @@ class DeploymentSettings(_Checked):
     """Where the model is going.
 
     Attributes:
-        target_framework: ``ort``, ``openvino`` (or ``ov``) or ``tensorrt`` (or ``trt``): decides which kinds of layer run in INT8.
+        target_framework: ``ort``, ``openvino`` (or ``ov``), ``tensorrt`` (or ``trt``) or ``executorch`` (or ``et``): decides which kinds of layer run in INT8.
         export_dir: Folder that the best checkpoint is exported to when ``fit`` ends; None: no export.
         int4: Whether files store weights of at most 4 bits in 4 bits, half the size, which ONNX Runtime then computes in float; None: if `budget_settings`
             counts on it (a size, average bits, or an accuracy drop).

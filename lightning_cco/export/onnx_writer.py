@@ -17,6 +17,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.export import onnx_passes
 from lightning_cco.export.axes import Axes, check_axis_names, name_axes, ways_to_vary
 from lightning_cco.export.constants import arrange_integers
+from lightning_cco.export.dialects import OnnxDialect
 from lightning_cco.export.engines import ENGINES, Form
 from lightning_cco.export.failures import failed, inexpressible, untraceable
 from lightning_cco.export.products import fill_biases, split_products, store_transposed
@@ -61,7 +62,7 @@ def write_onnx(
     if options.get("dynamic_axes") is not None:
         check_axis_names(options["dynamic_axes"], inputs + deployed.names, outputs + deployed.outputs)
     stored = StoredWeights(quantized, int4)
-    emitter = Emitter(quantized, stored, opset)
+    emitter = Emitter(quantized, stored, OnnxDialect(opset))
     emitter.model = deployed
     with _quietly(), eager():
         traced, axes = _traced(

@@ -1,19 +1,27 @@
-"""Writes the fake-quantized model as a `torch.export` program (``.pt2``)."""
+"""Writes a model as a `torch.export` program (``.pt2``): fake-quantized, or with quantized operators (PT2E)."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.axes import ways_to_vary
+from lightning_cco.export.axes import Axes, ways_to_vary
+from lightning_cco.export.check import call_of
 from lightning_cco.export.destination import export_target
+from lightning_cco.export.engines import PROGRAMS
 from lightning_cco.export.failures import need_packages, need_writable_names, untraceable
+from lightning_cco.export.limits import judge
 from lightning_cco.export.network import Network
+from lightning_cco.export.precision import in_float32, other_types
+from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, arrays_of
+from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
+from lightning_cco.export.report import ExportReport
 from lightning_cco.export.signature import Deployed
 from lightning_cco.files import temporary_folder
 from lightning_cco.graph.compiled import eager
@@ -28,9 +36,16 @@ def export_program(
     dynamic_batch: bool = True,
     dynamic_shapes: Any = None,
     network: Network | None = None,
+    pt2e: bool | None = None,
+    batches: Iterable[Any] = (),
+    check: bool = True,
     **options: Any,
 ) -> torch.export.ExportedProgram:
-    """Write a ``.pt2`` file that computes what the fake-quantized model computes; ``torch.export.load(path).module()`` runs it anywhere.
+    """Write a ``.pt2`` file; ``torch.export.load(path).module()`` runs it anywhere.
+
+    It computes what the fake-quantized model computes, in one of two forms. With fake-quantization, floats alone. Or with quantized operators
+    (PT2E: integer weights, ``quantized_decomposed.quantize_per_tensor`` and ``dequantize_per_tensor`` where the plan has them), which compilers and engines
+    make INT8 operators of; then ``import torch.ao.quantization.fx._decomposed`` comes before loading it.
 
     Args:
         quantized: The calibrated model.
@@ -40,49 +55,126 @@ def export_program(
         dynamic_batch: Let the first axis of every input vary.
         dynamic_shapes: What varies instead: axis → ``Dim`` or name, by argument.
         network: What the file holds in the place of the model's ``forward``, whose arguments the example then is: `network_of_the_step`.
+        pt2e: Whether it has quantized operators. `None`: if ``target_framework`` is an engine that reads such programs.
+        batches: What a program with quantized operators is checked on; by default the example.
+        check: Run it, and compare it layer by layer with the fake-quantized model.
         **options: There are no others; what only an ONNX file has is refused by name.
 
     Raises:
-        CCOError: An option is not one of these, the model was never calibrated, can't be traced, or the path can't be written.
+        CCOError: An option is not one of these, the model was never calibrated, can't be traced, the path can't be written, or the check fails.
     """
     need_packages(("torch",))
     if options:
         raise CCOError(
-            f"export: a .pt2 file takes the options dynamic_batch and dynamic_shapes; got {sorted(options)}. Leave them out, or export an .onnx file."
+            "export: a .pt2 file takes the options dynamic_batch, dynamic_shapes, pt2e, batches and check; "
+            f"got {sorted(options)}. Leave them out, or export an .onnx file."
         )
+    args, kwargs = example_of(quantized, example_args, example_kwargs)
+    need_writable_names(name for layer in quantized.graph for name in (layer.path, *layer.parameters))
+    target = export_target(path, ".pt2")
+    if pt2e is None:
+        pt2e = quantized.settings.deployment_settings.target_framework in PROGRAMS
+    if pt2e:
+        program = _with_operators(quantized, (args, kwargs), dynamic_batch, dynamic_shapes, network, batches, check, str(path))
+    else:
+        program = _fake_quantized(quantized, args, kwargs, dynamic_batch, dynamic_shapes, network)
+    with written(target) as temporary:
+        torch.export.save(program, temporary)
+    return program
+
+
+def example_of(quantized: HookedModel, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of one forward, for a model that can be exported.
+
+    Raises:
+        CCOError: It was never calibrated, or there are none.
+    """
     if not quantized.calibrated:
         raise CCOError(
             "export: the model was never calibrated, so its activations have no ranges. Run fit, or call calibrate(batches) first."
         )
-    args, kwargs = tuple(example_args), dict(example_kwargs or {})
-    if not args and not kwargs:
+    if not len(args) and not kwargs:
         raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
-    need_writable_names(name for layer in quantized.graph for name in (layer.path, *layer.parameters))
-    target = export_target(path, ".pt2")
+    return tuple(args), dict(kwargs or {})
+
+
+@contextmanager
+def written(target: Path) -> Iterator[Path]:
+    """Where to write a file that takes its place whole.
+
+    Raises:
+        CCOError: It can't be written.
+    """
+    try:
+        with temporary_folder(target.parent) as folder:
+            yield folder / target.name
+            os.replace(folder / target.name, target)
+    except (OSError, RuntimeError) as error:
+        raise CCOError(f"export: '{target}' can't be written: {error}. Give a path in a folder that can be.") from error
+
+
+def _fake_quantized(
+    quantized: HookedModel, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool, dynamic_shapes: Any, network: Network | None
+) -> torch.export.ExportedProgram:
     with quantized.evaluating(), eager():
         deployed = Deployed(quantized.model, args, kwargs, network=network)
         failure: Exception | None = None
-        shapes: Any
         for axes in ways_to_vary(deployed, dynamic_batch, {"dynamic_shapes": dynamic_shapes}, []):
             try:
-                if network is None:
-                    args, kwargs = deployed.call(axes.tensors)
-                    shapes = deployed.nested(axes.specifications)
-                    program = torch.export.export(quantized.model, args, kwargs, dynamic_shapes=shapes, strict=False)
-                else:
-                    shapes = (tuple(axes.specifications),)
-                    program = torch.export.export(deployed, axes.tensors, dynamic_shapes=shapes, strict=False)
-                break
+                return _traced(deployed, network, axes)
             except Exception as error:
                 quantized.runtime.frames.reset()
                 failure = failure or error
-        else:
-            assert failure is not None
-            raise CCOError(untraceable(quantized.model, "", failure)) from failure
-    try:
-        with temporary_folder(target.parent) as folder:
-            torch.export.save(program, folder / target.name)
-            os.replace(folder / target.name, target)
-    except (OSError, RuntimeError) as error:
-        raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
-    return program
+    assert failure is not None
+    raise CCOError(untraceable(quantized.model, "", failure)) from failure
+
+
+def _traced(deployed: Deployed, network: Network | None, axes: Axes) -> torch.export.ExportedProgram:
+    """The model's own forward, with its own arguments, where the program is of that."""
+    shapes: Any
+    if network is None:
+        args, kwargs = deployed.call(axes.tensors)
+        shapes = deployed.nested(axes.specifications)
+        return torch.export.export(deployed.model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    shapes = (tuple(axes.specifications),)
+    return torch.export.export(deployed, axes.tensors, dynamic_shapes=shapes, strict=False)
+
+
+def _with_operators(
+    quantized: HookedModel,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    dynamic_batch: bool,
+    dynamic_shapes: Any,
+    network: Network | None,
+    batches: Iterable[Any],
+    check: bool,
+    path: str,
+) -> torch.export.ExportedProgram:
+    with in_float32(quantized.model), quantized.evaluating(), eager():
+        deployed = Deployed(quantized.model, *call, cast=bool(other_types(quantized.model)), network=network)
+        ways = ways_to_vary(deployed, dynamic_batch, {"dynamic_shapes": dynamic_shapes}, [])
+        found = write_program(quantized, deployed, ways, lambda axes: _traced(deployed, network, axes))
+        if check:
+            calls = [tensors for batch in batches if (tensors := deployed.tensors(*call_of(batch))) is not None]
+            report = ExportReport(path)
+            _compare(quantized, deployed, found, network, calls or [deployed.example], report)
+            judge(report)
+    return found.program
+
+
+def _compare(
+    quantized: HookedModel,
+    deployed: Deployed,
+    found: WrittenProgram,
+    network: Network | None,
+    calls: Sequence[tuple[torch.Tensor, ...]],
+    report: ExportReport,
+) -> None:
+    program = RecordedProgram(found.program)
+    comparison = Comparison(quantized, found.emitter, program.rounded, deployed.outputs)
+    for tensors in calls:
+        args, kwargs = deployed.call(tensors) if network is None else (tensors, {})
+        given = program.run(args, kwargs)
+        results = arrays_of(deployed.kept(given) if network is None else given)
+        comparison.add(tensors, results, results, program.levels)
+    comparison.tell(report)

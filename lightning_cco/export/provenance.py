@@ -9,6 +9,8 @@ from typing import Any
 
 from lightning_cco.compat.onnx_exporter import HANDED_ON, graph_being_traced, traced_text
 
+PAIR = "lightning_cco.quantizer"
+"""Where it has, of a quantize operator, the name of its quantizer."""
 LAYER = "lightning_cco.layer"
 """Where a traced node's ``custom`` metadata, which PyTorch hands on from graph to graph, has its layer's name."""
 
@@ -16,6 +18,24 @@ LAYER = "lightning_cco.layer"
 @contextmanager
 def noting(layer: str) -> Iterator[None]:
     """Note the layer on every node that a running trace adds inside the block, unless it has one already."""
+    with _noting(LAYER, layer):
+        yield
+
+
+@contextmanager
+def noting_pair(name: str) -> Iterator[None]:
+    """Note the name of its quantizer on the quantize operator that a running trace adds inside the block."""
+    with _noting(PAIR, name):
+        yield
+
+
+def noted(node: Any, what: str) -> str:
+    """What was noted on a node: its `LAYER` or its `PAIR`; empty: nothing."""
+    return str(((node.meta.get(HANDED_ON) or {}) if node is not None else {}).get(what, ""))
+
+
+@contextmanager
+def _noting(what: str, name: str) -> Iterator[None]:
     graph = graph_being_traced()
     last = next(iter(reversed(graph.nodes)), None) if graph is not None else None
     yield
@@ -24,7 +44,7 @@ def noting(layer: str) -> Iterator[None]:
     for node in reversed(graph.nodes):
         if node is last:
             return
-        node.meta[HANDED_ON] = {LAYER: layer, **(node.meta.get(HANDED_ON) or {})}
+        node.meta[HANDED_ON] = {what: name, **(node.meta.get(HANDED_ON) or {})}
 
 
 def layers_of_nodes(graph: Any, exported: Any) -> dict[str, str]:
@@ -34,15 +54,11 @@ def layers_of_nodes(graph: Any, exported: Any) -> dict[str, str]:
         graph: The `onnx_ir.Graph`, its metadata still on it.
         exported: The `torch.export.ExportedProgram` that it was made of.
     """
-    traced = {node.name: _layer(node) for node in exported.graph.nodes}
+    traced = {node.name: noted(node, LAYER) for node in exported.graph.nodes}
     found = {}
     for node in graph:
         name = re.match(r"%?(\w+)", traced_text(node))
-        layer = _layer(node.meta.get("node")) or (traced.get(name.group(1), "") if name else "")
+        layer = noted(node.meta.get("node"), LAYER) or (traced.get(name.group(1), "") if name else "")
         if layer:
             found[node.name] = layer
     return found
-
-
-def _layer(node: Any) -> str:
-    return str(((node.meta.get(HANDED_ON) or {}) if node is not None else {}).get(LAYER, ""))

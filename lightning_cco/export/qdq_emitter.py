@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_cco.export import weight_blocks
+from lightning_cco.export.dialects import Dialect, Format
 from lightning_cco.export.embedding_bags import bag_arguments, is_bag, reduced
 from lightning_cco.export.engine_patterns import attention, averages_images, divided, without_bound
 from lightning_cco.export.engines import Form
 from lightning_cco.export.fold_batch_norm import IntegerWeight
-from lightning_cco.export.onnx_passes import NAME
 from lightning_cco.export.provenance import noting
 from lightning_cco.export.stored import StoredWeights
 from lightning_cco.export.weight_blocks import Block
@@ -24,7 +23,6 @@ from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.graph.capture import CallSite
 from lightning_cco.graph.compiled import mode_stack, restore_modes
 from lightning_cco.graph.ops import Category, operation
-from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.arguments import replaced
 from lightning_cco.quantization.clamp_limits import LIMITS
 from lightning_cco.quantization.model import HookedModel
@@ -38,10 +36,10 @@ class Emitter:
     Args:
         quantized: The calibrated model.
         stored: Its weights.
-        opset: ONNX opset of the operators.
+        dialect: The operators of the file.
 
     Attributes:
-        order: Quantizer name of each QuantizeLinear, in the order written.
+        order: Quantizer name of each quantize operator, in the order written.
         modules: Module path of each node of the file, by the node's name.
         layers: Layer of each node of the file that belongs to one, by the node's name.
         reached: The last layer that a forward came to.
@@ -49,15 +47,17 @@ class Emitter:
         reads_shapes: Whether the file computes with the sizes of tensors.
     """
 
-    def __init__(self, quantized: HookedModel, stored: StoredWeights, opset: int = 20) -> None:
-        self.quantized, self.stored, self.opset = quantized, stored, opset
+    def __init__(self, quantized: HookedModel, stored: StoredWeights, dialect: Dialect) -> None:
+        self.quantized, self.stored, self.dialect = quantized, stored, dialect
         self.order: list[str] = []
         self.reached = ""
         self.reads_shapes = False
         self.modules: dict[str, str] = {}
         self.layers: dict[str, str] = {}
         self.model: nn.Module = quantized.model
-        self._formats = {key: _format(quantizer) for key, quantizer in quantized.activations.items()}
+        self._formats = {key: Format.of(quantizer) for key, quantizer in quantized.activations.items()}
+        self._operands: dict[str, list[Format]] = {}
+        self._norms: dict[str, IntegerWeight] = {}
         self._sites: dict[tuple[int, str, int], CallSite] = {
             (id(site.node), site.op.kind, site.positions[False]): site for site in quantized.capture.sites.values() if site.visible
         }
@@ -73,8 +73,26 @@ class Emitter:
         """Inside the block a traced forward contains the operators."""
         self.order.clear()
         self.stored.make_blocks()
+        self._prepare()
         with self._handling(self._emit):
             yield
+
+    def _prepare(self) -> None:
+        """Make what is constant: while somebody traces, it would become a part of the file's computation."""
+        stored, graph = self.stored, self.quantized.graph
+        zero_point, dtype = stored.operand_format
+        self._operands = {
+            layer: [Format.made(scale, zero_point, dtype) for scale in operands if isinstance(scale, Tensor)]
+            for layer, operands in stored.operands.items()
+        }
+        self._norms = {
+            name: replace(weight, integers=weight.integers.reshape(*weight.integers.shape, *[1] * (len(graph[name].input_shapes[0]) - 2)))
+            for name, (weight, *_) in stored.weights.items()
+            if graph[name].kind == "batch_norm"
+        }
+        operands = (weight for entries in stored.operands.values() for weight in entries if isinstance(weight, IntegerWeight))
+        weights = (weight for entries in stored.weights.values() for weight in entries)
+        self.dialect.prepare([*weights, *operands, *self._norms.values(), *(weight for weight, _ in stored.blocked.values())])
 
     @contextmanager
     def _handling(self, handle: Callable[..., Any]) -> Iterator[None]:
@@ -121,7 +139,8 @@ class Emitter:
                 if block is not None and (product := self._block_product(site, block, args, kwargs)) is not None:
                     return self._with_outputs(site, args, product)
                 args, kwargs = self._with_weights(site, args, kwargs)
-                if site.op.kind == "linear" and self.quantized.plan.rounds(name) and args and args[0].dim() > 2:
+                on_rows = self.dialect.products_on_rows and site.op.kind == "linear" and self.quantized.plan.rounds(name)
+                if on_rows and args and args[0].dim() > 2:
                     return self._linear(name, func, args, kwargs)
                 limits = self._folded_clamp(site, args, kwargs)
                 if limits is not None:
@@ -152,13 +171,15 @@ class Emitter:
             x, bias = args[0], None
         else:
             return None
-        result = weight_blocks.product(self._symbolic, x if x.dim() > 1 else x[None], block)
+        result = self.dialect.product(x if x.dim() > 1 else x[None], block)
+        if result is None:
+            return None
         result = result if x.dim() > 1 else result[0]
         return result if bias is None else result + bias
 
     def _average(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """The average of each channel, rounded as engines do it: before the shape changes."""
-        pooled: Tensor = self._symbolic("GlobalAveragePool", (x,), (*x.shape[:2], 1, 1), x.dtype)
+        pooled = self.dialect.average(x)
         if self.quantized.plan.rounds(name):
             pooled = self._round(pooled, TensorKey(name))
         return pooled if result.dim() == 4 else pooled.flatten(1)
@@ -166,23 +187,14 @@ class Emitter:
     def _convolve_blocks(self, site: CallSite, x: Tensor) -> Tensor:
         """A first convolution on blocks of pixels."""
         weight, pads = self.stored.blocked[site.layer]
-        n, channels, height, width = x.shape
-        blocks = self._symbolic("SpaceToDepth", (x,), (n, 4 * channels, height // 2, width // 2), x.dtype, {"blocksize": 2})
-        tensors = [self._round(blocks, self.quantized.plan.reads[site.layer][0]), self._dequantize_weight(weight)]
-        if site.layer in self.stored.biases:
-            tensors.append(self._bias_value(site))
-        kernel = list(weight.integers.shape[2:])
-        sizes = (height // 2 + pads[0] + pads[2] - kernel[0] + 1, width // 2 + pads[1] + pads[3] - kernel[1] + 1)
-        attributes = {"pads": list(pads), "kernel_shape": kernel}
-        return self._symbolic("Conv", tuple(tensors), (n, weight.integers.shape[0], *sizes), x.dtype, attributes)
+        blocks = self._round(self.dialect.pixel_blocks(x), self.quantized.plan.reads[site.layer][0])
+        bias = self._bias_value(site) if site.layer in self.stored.biases else None
+        return self.dialect.convolution(blocks, self.dialect.weight(weight, None), bias, 1, pads)
 
     def _scale_channels(self, site: CallSite, x: Tensor) -> Tensor:
         """A batch norm that no layer takes in, as a convolution of each channel with one number."""
-        (weight,) = self.stored.weights[site.layer]
-        kernel = [1] * (x.dim() - 2)
-        weight = replace(weight, integers=weight.integers.reshape(*weight.integers.shape, *kernel))
-        tensors = (x, self._dequantize_weight(weight), self._bias_value(site))
-        return self._symbolic("Conv", tensors, x.shape, x.dtype, {"group": x.shape[1], "kernel_shape": kernel})
+        weight = self.dialect.weight(self._norms[site.layer], None)
+        return self.dialect.convolution(x, weight, self._bias_value(site), x.shape[1], None)
 
     def _with_inputs(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Quantize what is rounded at its readers: the model's inputs, tensors that an index is made of."""
@@ -197,14 +209,16 @@ class Emitter:
     def _with_weights(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         for weight, integers in zip(site.weights, self.stored.weights.get(site.layer, ()), strict=False):
             block = self.stored.blocks.get(site.layer)
-            args, kwargs = replaced(args, kwargs, weight.slot, lambda _, w=integers, b=block: self._dequantize_weight(w, b))  # type: ignore[misc]
+            args, kwargs = replaced(args, kwargs, weight.slot, lambda _, w=integers, b=block: self.dialect.weight(w, b))  # type: ignore[misc]
             if site.layer in self.stored.biases:
                 args, kwargs = self._with_bias(site, args, kwargs)
+        formats = iter(self._operands.get(site.layer, ()))
         for weight, operand in zip(site.weights, self.stored.operands.get(site.layer, ()), strict=False):
             if isinstance(operand, IntegerWeight):
-                args, kwargs = replaced(args, kwargs, weight.slot, lambda _, w=operand: self._dequantize_weight(w))  # type: ignore[misc]
+                args, kwargs = replaced(args, kwargs, weight.slot, lambda _, w=operand: self.dialect.weight(w, None))  # type: ignore[misc]
             else:
-                args, kwargs = replaced(args, kwargs, weight.slot, lambda x, s=operand: self._round_operand(x, s, site.layer))  # type: ignore[misc]
+                format = next(formats)
+                args, kwargs = replaced(args, kwargs, weight.slot, lambda x, f=format: self._pair(x, f, f"{site.layer}.operand"))  # type: ignore[misc]
         return args, kwargs
 
     def _with_table(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -220,10 +234,7 @@ class Emitter:
         return args, {**kwargs, "bias": value}
 
     def _bias_value(self, site: CallSite) -> Tensor:
-        value, scale = self.stored.biases[site.layer]
-        if scale is None:
-            return value
-        return self._symbolic("DequantizeLinear", (value, scale), value.shape, torch.float32, {"axis": 0} if scale.dim() else {})
+        return self.dialect.bias(*self.stored.biases[site.layer])
 
     def _folded_clamp(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
         """First and last level of a rounded tensor behind a clamp that rounding does; `None`: the clamp is written as it is."""
@@ -255,7 +266,7 @@ class Emitter:
         return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
 
     def _round(self, x: Tensor, key: TensorKey, limits: tuple[int, int] | None = None) -> Tensor:
-        """QuantizeLinear and DequantizeLinear; formats of fewer than 8 bits are stored in 8 with a narrower range.
+        """Quantize and dequantize; formats of fewer than 8 bits are stored in 8 with a narrower range.
 
         Args:
             x: What is rounded.
@@ -264,41 +275,21 @@ class Emitter:
         """
         if self.quantized.activations[key].empty:
             return x
-        scale, zero_point, levels = self._formats[key]
-        levels = limits or levels
+        format = self._formats[key]
+        levels = limits or format.levels
         if levels is None or self.stored.engine.wanted(Form.INTEGER_CLIPS):
-            return self._pair(x, scale, zero_point, key, levels)
-        low, high = ((level - int(zero_point)) * scale for level in levels)
-        return self._pair(x.clamp(float(low), float(high)), scale, zero_point, key)
+            return self._pair(x, format, key, levels)
+        return self._pair(x.clamp(*map(format.value, levels)), format, key)
 
-    def _round_operand(self, x: Tensor, scale: Tensor, layer: str) -> Tensor:
-        zero_point, dtype = self.stored.operand_format
-        return self._pair(x, scale, torch.tensor(zero_point, dtype=dtype, device=scale.device), f"{layer}.operand")
-
-    def _pair(self, x: Tensor, scale: Tensor, zero_point: Tensor, name: str, limits: tuple[int, int] | None = None) -> Tensor:
+    def _pair(self, x: Tensor, format: Format, name: str, limits: tuple[int, int] | None = None) -> Tensor:
         self.order.append(name)
-        levels = self._symbolic("QuantizeLinear", (x, scale, zero_point), x.shape, zero_point.dtype, name=name)
-        info = torch.iinfo(zero_point.dtype)
-        if limits is not None and (limits[0] > info.min or limits[1] < info.max):
-            bounds = (torch.tensor(level, dtype=zero_point.dtype, device=scale.device) for level in limits)
-            levels = self._symbolic("Clip", (levels, *bounds), x.shape, zero_point.dtype)
-        return self._symbolic("DequantizeLinear", (levels, scale, zero_point), x.shape, torch.float32)
-
-    def _dequantize_weight(self, weight: IntegerWeight, block: Block | None = None) -> Tensor:
-        if block is not None:
-            matrix = weight_blocks.dequantized(self._symbolic, block)
-            return matrix if weight.axis == 0 or block.looked_up else matrix.t()
-        attributes = {} if weight.axis is None else {"axis": weight.axis}
-        zero_point = torch.full(weight.scale.shape, weight.zero_point, dtype=weight.integers.dtype, device=weight.scale.device)
-        return self._symbolic(
-            "DequantizeLinear", (weight.integers, weight.scale, zero_point), weight.integers.shape, torch.float32, attributes
-        )
+        return self.dialect.pair(x, format, name, limits)
 
     def _embedding(self, weight: IntegerWeight, args: tuple[Any, ...], kwargs: dict[str, Any], block: Block | None) -> Tensor:
         """Look integers up, then scale: dequantizing the whole table first would cost its float size again."""
         indices = args[0] if args else kwargs["input"]
         if block is not None:
-            return weight_blocks.rows(self._symbolic, block, indices)
+            return self.dialect.rows(block, indices)
         scale = weight.scale.reshape(-1, 1) if weight.scale.dim() else weight.scale.expand(weight.integers.shape[0], 1)
         return F.embedding(indices, weight.integers).to(torch.float32) * F.embedding(indices, scale)
 
@@ -311,31 +302,3 @@ class Emitter:
             else F.embedding(call["input"], call["weight"])
         )
         return reduced(rows, call)
-
-    def _symbolic(
-        self,
-        operator: str,
-        inputs: tuple[Tensor, ...],
-        shape: Any,
-        dtype: torch.dtype,
-        attributes: dict[str, Any] | None = None,
-        name: str = "",
-    ) -> Tensor:
-        names = {NAME: name} if name else None
-        result: Tensor = torch.onnx.ops.symbolic(
-            operator,
-            inputs,
-            dict(attributes or {}),
-            dtype=dtype,
-            shape=shape,
-            version=1 if "::" in operator else self.opset,
-            metadata_props=names,
-        )
-        return result
-
-
-def _format(quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
-    """Scale, zero point in its storage type, and the first and last level of a format of fewer than 8 bits."""
-    levels = quant_range(quantizer.num_bits, quantizer.symmetric) if quantizer.num_bits < 8 else None
-    zero_point = quantizer.zero_point.detach().to(torch.int8 if quantizer.symmetric else torch.uint8)
-    return quantizer.scale.detach().clone(), zero_point, levels

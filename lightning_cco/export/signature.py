@@ -75,7 +75,15 @@ class Deployed(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call the model with the tensors in the places of the example's."""
         args, kwargs = self.call(tensors)
-        found = {slot: value for slot, value in leaves(self._run(*args, **kwargs)) if isinstance(value, Tensor)}
+        return self.kept(self._run(*args, **kwargs))
+
+    def kept(self, result: Any) -> tuple[Tensor, ...]:
+        """Of what the model gives, the tensors that are outputs.
+
+        Raises:
+            CCOError: One of the example's is missing.
+        """
+        found = {slot: value for slot, value in leaves(result) if isinstance(value, Tensor)}
         missing = [slot for slot in self._kept if slot not in found]
         if missing:
             raise CCOError(

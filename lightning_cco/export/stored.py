@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.export.engine_patterns import adds_products_exactly, blocked_convolution, bound_of, has_matrix_units, shortened
-from lightning_cco.export.engines import ENGINES, Form
+from lightning_cco.export.engines import ENGINES, Engine, Form
 from lightning_cco.export.fold_batch_norm import BatchNorm, IntegerWeight, integer_weight, norm_weight
 from lightning_cco.export.weight_blocks import Block, blocks_of
 from lightning_cco.graph.capture import CallSite
@@ -41,6 +41,7 @@ class StoredWeights:
     Args:
         quantized: The calibrated model.
         int4: Whether weights of at most 4 bits will be packed, which a zero point other than 0 or an unsigned type would hinder.
+        engine: What reads the file, if not the engine that decided the plan.
 
     Attributes:
         target: What decided the plan.
@@ -59,16 +60,17 @@ class StoredWeights:
         unsigned: Whether weights whose products with activations could overflow 16 bits are stored as uint8.
     """
 
-    def __init__(self, quantized: HookedModel, int4: bool = False) -> None:
+    def __init__(self, quantized: HookedModel, int4: bool = False, engine: Engine | None = None) -> None:
         deployment = quantized.settings.deployment_settings
         self.int4 = int4
-        self.quantized, self.target, self.engine = quantized, TARGETS[deployment.target_framework], ENGINES[deployment.target_framework]
+        self.quantized, self.target = quantized, TARGETS[deployment.target_framework]
+        self.engine = engine or ENGINES[deployment.target_framework]
         self.weights: dict[str, list[IntegerWeight]] = {}
         self.biases: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.operands: dict[str, list[IntegerWeight | Tensor]] = {}
         self.blocked: dict[str, tuple[IntegerWeight, tuple[int, int, int, int]]] = {}
         self.for_matrix_units: list[str] = []
-        self.operand_format = (0, torch.int8) if int4 or self.target.symmetric_activations else UNSIGNED
+        self.operand_format = (0, torch.int8) if int4 or self.target.symmetric_activations or self.engine.wanted(Form.SIGNED) else UNSIGNED
         self.folded: set[str] = set()
         self.bounds: dict[str, tuple[float, float]] = {}
         self.tables: dict[str, Tensor] = {}

@@ -227,9 +227,10 @@ class _Planner:
         return kind in self.target.elementwise_kinds or self.connections.category[name] is Category.CLAMP or kind == "batch_norm"
 
     def _reads_int8(self, name: str, int8: set[str]) -> bool:
-        """Whether every float that a layer reads comes out of an INT8 layer in INT8 anyway."""
+        """Whether every float that a layer reads comes out of an INT8 layer in INT8 anyway, and gains nothing by being read as a float."""
         sources = self.connections.sources(name)
-        return bool(sources) and all(source.layer in int8 and not self._float_output(source.layer) for source in sources)
+        loose = self.target.float_outputs | (self.target.followed_in_float if self.connections.category[name] is not Category.CLAMP else set())
+        return bool(sources) and all(source.layer in int8 and self.graph[source.layer].kind not in loose for source in sources)
 
     def _float_output(self, name: str) -> bool:
         """Whether the engine hands a layer's result over in float. Behind a product with a clamp it does not: the rounding is the clamp."""

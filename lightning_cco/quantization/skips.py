@@ -172,6 +172,8 @@ def _alone_by_settings(layer: Layer, entry: ResolvedRules, overall: bool, group:
         return Skip(SkipReason.WEIGHT_ONLY, "weight_only: true for all layers")
     if _category(layer) is Category.PRESERVE or layer.kind == "input" or entry.skip is False:
         return None
+    if layer.weighted:
+        return Skip(SkipReason.RULE, f"weight_only: true for all layers, and {target.name} multiplies no floats with integer weights")
     return Skip(SkipReason.RULE, "weight_only: true for all layers, and it has no weights")
 
 

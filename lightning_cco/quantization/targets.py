@@ -35,6 +35,9 @@ class Target:
         integer_outputs: Kinds that it computes in INT8 only where their result is rounded.
         elementwise_kinds: Kinds that multiply no weights. They run in INT8 if all that they read is INT8 anyway or something that reads them is; between float
             layers (a residual stream between layer norms) the conversions would cost more than they save.
+        followed_in_float: Kinds with rounded results that an addition may read as floats all the same: it runs in INT8 only if an INT8 layer reads it. So a
+            transformer's residual stream is not rounded where the engine wants the results of linear layers rounded.
+        float_products: Whether it multiplies floats with weights that are stored as integers; else a layer in float has weights in float.
         norms: Whether a batch norm that no layer takes in has an INT8 form: a convolution of each channel with one number. A dense block of six on one
             thread: 8.2 ms against 9.0 in float with ONNX Runtime 1.32, 7.7 against 8.5 with OpenVINO 2026.4 (``benchmarks/engine_forms.py norms``).
         integer_left: Which products with a weight on their left, which are computed in float, may have integers for it; `None`: all.
@@ -51,6 +54,8 @@ class Target:
     float_outputs: frozenset[str] = _WEIGHTED - {"conv", "conv_transpose"} | _MATMUL
     integer_outputs: frozenset[str] = frozenset()
     elementwise_kinds: frozenset[str] = _ELEMENTWISE | _SHAPING | _SMOOTH
+    followed_in_float: frozenset[str] = frozenset()
+    float_products: bool = True
     norms: bool = False
     integer_left: Form | None = None
     narrow_without_vnni: bool = False
@@ -71,7 +76,7 @@ class Target:
         """Whether a layer that is computed in float has integer weights in the file."""
         if self.integer_left is not None and not _weight_last(layer) and not self.integer_left(layer):
             return False
-        return layer.weighted and (layer.kind in self.weight_only_kinds or layer.kind in self.int8_kinds)
+        return layer.weighted and (layer.kind in self.weight_only_kinds or (self.float_products and layer.kind in self.int8_kinds))
 
 
 def _two_operands(layer: Layer) -> bool:
@@ -110,6 +115,47 @@ def _divides_by_count(layer: Layer) -> bool:
 
 def _nearest(layer: Layer) -> bool:
     return str(layer.attributes.get("mode", "nearest")).startswith("nearest")
+
+
+def _flat(layer: Layer) -> bool:
+    """A convolution of one or two dimensions."""
+    return bool(layer.input_shapes) and len(layer.input_shapes[0]) <= 4
+
+
+def _transposed_whole(layer: Layer) -> bool:
+    """A transposed convolution of images without groups, whose weights may have a scale for each channel."""
+    return bool(layer.input_shapes) and len(layer.input_shapes[0]) == 4 and layer.attributes.get("groups", 1) == 1
+
+
+def _averages_to_one(layer: Layer) -> bool:
+    """An adaptive pooling of images to one value a channel."""
+    return len(layer.output_shapes[0]) == 4 and tuple(layer.output_shapes[0][2:]) == (1, 1)
+
+
+def _program(name: str) -> Target:
+    """An engine that reads programs with quantized operators, and whose products in INT8 give rounded results alone (as XNNPACK's do)."""
+    return Target(
+        name,
+        False,
+        frozenset({"conv", "conv_transpose", "linear", "add", "sub", "mul", "mean", "adaptive_avg_pool"}) | _CLAMP,
+        weight_only_kinds=frozenset({"embedding", "embedding_bag"}),
+        forms={
+            "conv": _flat,
+            "conv_transpose": _transposed_whole,
+            "linear": _weight_last,
+            "add": _two_operands,
+            "sub": _two_operands,
+            "mul": _two_operands,
+            "mean": _averages_images,
+            "adaptive_avg_pool": _averages_to_one,
+        },
+        float_outputs=frozenset(),
+        integer_outputs=frozenset({"conv", "conv_transpose", "linear"}),
+        followed_in_float=frozenset({"linear", "matmul", "embedding"}),
+        float_products=False,
+        refuses_int4="stores weights in 8 bits alone",
+        refuses_groups="was not tried with weights in groups. Leave weights_group_size out, or choose target_framework: ort or openvino",
+    )
 
 
 _ALL = _WEIGHTED | _MATMUL | _CLAMP | _ELEMENTWISE | _SHAPING
@@ -169,6 +215,7 @@ TARGETS: Mapping[str, Target] = {
         # It takes int4 in blocks of 64 or 128, and the file's opset of blocks goes together with no symmetric activations in ONNX Runtime (`Form.OPSET`).
         refuses_groups="was not tried with weights in groups. Leave weights_group_size out, or choose target_framework: ort or openvino",
     ),
+    "executorch": _program("executorch"),
 }
 """The engines by name. Sources: ONNX Runtime's QDQ operator list and the graphs that it makes of each kind; OpenVINO's low-precision transformations guide,
 TensorRT's Q/DQ placement guide.

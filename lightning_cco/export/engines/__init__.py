@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning_cco.export.engines.entry import Computed, Engine, Form, Loaded, Want
+from lightning_cco.export.engines.executorch import EXECUTORCH
 from lightning_cco.export.engines.openvino import OPENVINO
 from lightning_cco.export.engines.ort import ORT
 from lightning_cco.export.engines.tensorrt import TENSORRT
 
-ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (ORT, OPENVINO, TENSORRT)}
+ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (ORT, OPENVINO, TENSORRT, EXECUTORCH)}
 """The entries by the name of the engine's `Target`."""
+PROGRAMS = ("executorch",)
+"""Those of engines that read programs with quantized operators (PT2E) instead of ONNX files."""
 
-__all__ = ["ENGINES", "Computed", "Engine", "Form", "Loaded", "Want"]
+__all__ = ["ENGINES", "PROGRAMS", "Computed", "Engine", "Form", "Loaded", "Want"]

@@ -27,6 +27,7 @@ class Form(Enum):
     BLOCK_OPERATORS = (
         "as operators of its own: lookups of weights in groups, and products with those that others read, or that read a rounded tensor"
     )
+    SIGNED = "int8 for what other engines take as uint8: rounded tensors, and constants that are added to them"
     OPSET = "an opset of at most the amount where activations are symmetric"
 
 

@@ -1,0 +1,108 @@
+"""Checks a program with quantized operators: what each layer computes in PyTorch, and in the engine that it is for, against fake-quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_cco.export.engine import Rounded
+from lightning_cco.export.local_check import LocalRun
+from lightning_cco.export.outputs import Arrays, Outputs, class_axes
+from lightning_cco.export.provenance import PAIR, noted
+from lightning_cco.export.qdq_emitter import Emitter
+from lightning_cco.export.report import ExportReport, LayerDifference
+from lightning_cco.graph.containers import tensors_in
+from lightning_cco.quantization.model import HookedModel
+Array = np.ndarray[Any, Any]
+
+
+class Comparison:
+    """Outputs and rounded tensors of a program, wherever it runs, beside those of the fake-quantized model.
+
+    Args:
+        quantized: The model.
+        emitter: What wrote the program.
+        rounded: Its rounded tensors by quantizer.
+        names: Names of the outputs.
+    """
+
+    def __init__(self, quantized: HookedModel, emitter: Emitter, rounded: Mapping[str, list[Rounded]], names: Sequence[str]) -> None:
+        self.quantized, self.emitter, self._names = quantized, emitter, list(names)
+        self.local = LocalRun(quantized, rounded)
+        self.outputs: Outputs | None = None
+
+    def add(self, tensors: tuple[Tensor, ...], results: Arrays, inspected: Arrays, levels: Mapping[str, Array]) -> None:
+        """Take one batch in.
+
+        Args:
+            tensors: Its inputs.
+            results: What the program gives.
+            inspected: What it gives where its rounded tensors are outputs, too.
+            levels: These, as integers, by the names of ``rounded``.
+
+        Raises:
+            CCOError: The outputs are others, or of other shapes.
+        """
+        expected = arrays_of(self.emitter.model(*tensors))
+        with self.local.going_on_from(levels):
+            going_on = arrays_of(self.emitter.model(*tensors))
+        if self.outputs is None:
+            self.outputs = Outputs(self._names, class_axes(self.quantized.graph, [array.shape for array in expected]))
+        self.outputs.add(expected, results, going_on, inspected)
+
+    def tell(self, report: ExportReport) -> None:
+        """Fill the comparison into a report."""
+        for key in [key for key in self.local.rounded if key in self.local.steps]:
+            steps = self.local.steps[key]
+            count = max(1, steps.count)
+            report.layers.append(LayerDifference(key, steps.largest, steps.total / count, steps.far / count, steps.count))
+        report.uncompared = self.local.uncompared()
+        if self.outputs is None:
+            return
+        report.outputs = self.outputs.differences()
+        report.sqnr_db, report.varying_sqnr_db = self.outputs.sqnr_db, self.outputs.varying_sqnr_db
+        report.largest_difference = max((entry.largest_difference for entry in report.outputs), default=float("nan"))
+        report.mean_difference = self.outputs.mean_difference
+        report.agreement = report.outputs[0].agreement if report.outputs else float("nan")
+
+
+class RecordedProgram:
+    """A program that runs in PyTorch and keeps the integers that it rounds to.
+
+    Attributes:
+        rounded: Its quantize operators by quantizer.
+        levels: The integers of the last run, by the names in ``rounded``.
+    """
+
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
+        self._module: Any = program.module()
+        self.rounded: dict[str, list[Rounded]] = {}
+        self.levels: dict[str, Array] = {}
+        levels = self.levels
+
+        def keep(name: str, value: Tensor) -> None:
+            levels[name] = value.numpy()
+
+        graph = self._module.graph
+        for node in list(graph.nodes):
+            quantizer = noted(node, PAIR)
+            if quantizer:
+                self.rounded.setdefault(quantizer, []).append(Rounded(node.name, node.args[1], node.args[2]))
+                with graph.inserting_after(node):
+                    graph.call_function(keep, (node.name, node))
+        self._module.recompile()
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the program gives."""
+        with torch.no_grad():
+            return self._module(*args, **kwargs)
+
+
+def arrays_of(outputs: Any) -> Arrays:
+    """The tensors of an output as arrays, floats in float32."""
+    found = (tensor.detach().cpu() for _, tensor in tensors_in(outputs))
+    return [tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy() for tensor in found]

@@ -1,0 +1,157 @@
+"""Rewrites a traced program with quantized operators into the form whose integer operators engines recognize: dequantize → operator → quantize, next to each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+from lightning_cco.compat.decomposed import operators
+
+_MOVES = {
+    f"aten::{name}"
+    for name in (
+        *("view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand"),
+        *("clone", "contiguous", "alias", "slice", "select", "max_pool1d", "max_pool2d", "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle"),
+    )
+}
+"""Operators whose results are values of their first argument, or 0: rounding them once more changes nothing."""
+_CLAMPS = {"aten::relu", "aten::relu_", "aten::relu6", "aten::hardtanh", "aten::hardtanh_", "aten::clamp", "aten::clamp_"}
+_INTEGERS = {
+    f"aten::{name}"
+    for name in (
+        *("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "linear", "addmm", "matmul", "mm", "bmm"),
+        *("add", "sub", "mul", "mean", "avg_pool2d", "adaptive_avg_pool2d", "cat", *(name.removeprefix("aten::") for name in _CLAMPS)),
+    )
+}
+"""Operators that some engine computes on integers, if what they read is dequantized right before them."""
+
+
+_HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+def operator_of(node: Any) -> str:
+    """``aten::conv2d`` of a call of ``torch.ops.aten.conv2d.default``; empty for what is no call of an operator."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return ""
+    name = getattr(node.target, "name", None)
+    return str(name()).partition(".")[0] if callable(name) else ""
+
+
+class Passes:
+    """The passes over one program, whose signature follows its graph.
+
+    Args:
+        program: The program; its graph is changed in place.
+    """
+
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
+        self.program, self.module, self.graph = program, program.graph_module, program.graph_module.graph
+        found = operators()
+        self._quantize, self._dequantize = found.quantize, found.dequantize
+
+    def run(self) -> None:
+        """All of them."""
+        self.drop_copies()
+        self.carry_pairs()
+        self.own_dequantize()
+        self.graph.eliminate_dead_code()
+        self.drop_unused()
+        self.graph.lint()
+        self.module.recompile()
+
+    def drop_copies(self) -> None:
+        """Take out what gives its argument: copies over a tensor of the same form (left by activations in place), clones, dropout in evaluation, checks of types."""
+        for node in list(self.graph.nodes):
+            name = operator_of(node)
+            if name == "aten::_assert_tensor_metadata":
+                self.graph.erase_node(node)
+            elif name == "aten::copy" and _alike(*node.args[:2]):
+                self._replace(node, node.args[1])
+            elif name == "aten::clone" and node.kwargs.get("memory_format") in (None, torch.preserve_format):
+                self._replace(node, node.args[0])
+            elif name in ("aten::dropout", "aten::feature_dropout", "aten::alpha_dropout") and node.args[2] is False:
+                self._replace(node, node.args[0])
+
+    def carry_pairs(self) -> None:
+        """Quantize and dequantize once more behind what only moves values, where integers are read."""
+        for node in list(self.graph.nodes):
+            if operator_of(node) not in _MOVES or not self._is_dequantized(node.args[0]) or not self._serves_integers(node):
+                continue
+            readers = list(node.users)
+            numbers = node.args[0].args[1:]
+            with self.graph.inserting_after(node):
+                levels = self._new(self._quantize, node, numbers)
+            with self.graph.inserting_after(levels):
+                values = self._new(self._dequantize, levels, numbers)
+            for reader in readers:
+                if reader.op != "output":
+                    reader.replace_input_with(node, values)
+
+    def own_dequantize(self) -> None:
+        """One dequantize for each reader, which takes it into its operator."""
+        for node in list(self.graph.nodes):
+            if node.target is not self._dequantize:
+                continue
+            for reader in list(node.users)[1:]:
+                with self.graph.inserting_before(reader):
+                    twin = self.graph.call_function(self._dequantize, node.args, node.kwargs)
+                twin.meta = dict(node.meta)
+                if reader.op == "output":
+                    continue  # its name is in the signature
+                reader.replace_input_with(node, twin)
+
+    def drop_unused(self) -> None:
+        """Take out parameters, buffers and constants that nothing reads: the floats that integers have taken the place of."""
+        signature, state = self.program.graph_signature, self.program.state_dict
+        unused = {node.name: node for node in self.graph.nodes if node.op == "placeholder" and not node.users}
+        kept, held = [], []
+        for spec in signature.input_specs:
+            if spec.arg.name in unused and spec.kind in _HELD:
+                held.append(spec.target)
+                self.graph.erase_node(unused[spec.arg.name])
+            else:
+                kept.append(spec)
+        signature.input_specs[:] = kept
+        needed = {spec.target for spec in kept}
+        for name in held:
+            if name not in needed:
+                for values in (state, self.program.constants):
+                    values.pop(name, None)
+
+    def _serves_integers(self, node: Node) -> bool:
+        """Whether something computes on integers with what a node gives."""
+        return any(
+            self._serves_integers(reader) if operator_of(reader) in _MOVES else operator_of(reader) in _INTEGERS and self._is_rounded(reader)
+            for reader in node.users
+        )
+
+    def _is_rounded(self, node: Node) -> bool:
+        """Whether all that reads a node rounds it, with a clamp between or without."""
+        return bool(node.users) and all(
+            reader.target is self._quantize or (operator_of(reader) in _CLAMPS and self._is_rounded(reader)) for reader in node.users
+        )
+
+    def _is_dequantized(self, node: Any) -> bool:
+        return isinstance(node, Node) and node.target is self._dequantize
+
+    def _new(self, operator: Any, node: Node, numbers: tuple[Any, ...]) -> Node:
+        made = self.graph.call_function(operator, (node, *numbers))
+        value = node.meta["val"]
+        with value.fake_mode:
+            made.meta["val"] = operator(value, *numbers)
+        made.meta |= {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
+        return made
+
+    def _replace(self, node: Node, other: Any) -> None:
+        node.replace_all_uses_with(other)
+        self.program.graph_signature.replace_all_uses(node.name, other.name)
+        self.graph.erase_node(node)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two nodes give tensors of one shape and type."""
+    values = [node.meta.get("val") if isinstance(node, Node) else None for node in (one, other)]
+    return all(value is not None for value in values) and values[0].shape == values[1].shape and values[0].dtype == values[1].dtype

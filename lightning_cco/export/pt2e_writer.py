@@ -1,0 +1,106 @@
+"""Traces a model into a program with quantized operators (PT2E)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cco.errors import CCOError
+from lightning_cco.export.axes import Axes
+from lightning_cco.export.dialects import Pt2eDialect
+from lightning_cco.export.engine import Rounded
+from lightning_cco.export.engines import ENGINES, PROGRAMS, Form
+from lightning_cco.export.failures import failed, untraceable
+from lightning_cco.export.pt2e_passes import Passes
+from lightning_cco.export.qdq_emitter import Emitter
+from lightning_cco.export.signature import Deployed
+from lightning_cco.export.stored import StoredWeights
+from lightning_cco.quantization.model import HookedModel
+
+Trace = Callable[[Axes], torch.export.ExportedProgram]
+
+
+@dataclass
+class WrittenProgram:
+    """A program, and what wrote it.
+
+    Attributes:
+        program: What the file holds.
+        emitter: What wrote its operators.
+        axes: Its inputs, and which axes of them vary.
+    """
+
+    program: torch.export.ExportedProgram
+    emitter: Emitter
+    axes: Axes
+
+    def inspected(self) -> tuple[torch.export.ExportedProgram, dict[str, list[Rounded]]]:
+        """The same with the rounded tensors as further outputs, as floats; and these by quantizer, each called after the number of its output."""
+        dialect = self.emitter.dialect
+        assert isinstance(dialect, Pt2eDialect)
+        with self.emitter.emitting():
+            program = traced(_Inspected(self.emitter.model, dialect), self.axes)
+        rounded: dict[str, list[Rounded]] = {}
+        for number, (name, scale) in enumerate(dialect.pairs):
+            rounded.setdefault(name, []).append(Rounded(str(number), scale, 0))
+        return _rewritten(program), rounded
+
+
+class _Inspected(nn.Module):
+    """A forward that gives the tensors that it rounds, too."""
+
+    def __init__(self, model: nn.Module, dialect: Pt2eDialect) -> None:
+        super().__init__()
+        self.model, self._dialect = model, dialect
+        self.training = model.training
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return (*self.model(*tensors), *self._dialect.rounded())
+
+
+def traced(model: nn.Module, axes: Axes) -> torch.export.ExportedProgram:
+    """A forward of tensors alone as a program."""
+    return torch.export.export(model, axes.tensors, dynamic_shapes=(tuple(axes.specifications),), strict=False)
+
+
+def write_program(quantized: HookedModel, deployed: Deployed, ways: Iterable[Axes], trace: Trace | None = None) -> WrittenProgram:
+    """The program of the first way of tracing that works.
+
+    Args:
+        quantized: The model, evaluating, in float32.
+        deployed: Its forward, tensors in and out.
+        ways: Ways of tracing, the best first.
+        trace: Traces what the program is to hold, if not that forward.
+
+    Raises:
+        CCOError: The model can't be traced.
+    """
+    engine = ENGINES[quantized.settings.deployment_settings.target_framework]
+    stored = StoredWeights(quantized, engine=engine if engine.name in PROGRAMS else ENGINES[PROGRAMS[0]])
+    emitter = Emitter(quantized, stored, Pt2eDialect(stored.engine.wanted(Form.SIGNED)))
+    emitter.model = deployed
+    failure: Exception | None = None
+    for axes in ways:
+        with emitter.collecting():
+            deployed(*axes.tensors)
+        try:
+            with emitter.emitting():
+                program = trace(axes) if trace is not None else traced(deployed, axes)
+            return WrittenProgram(_rewritten(program), emitter, axes)
+        except Exception as error:
+            failure = failure or error
+    assert failure is not None
+    where = f" behind layer '{emitter.reached}' (module '{quantized.graph[emitter.reached].path}')" if emitter.reached else ""
+    raise CCOError(untraceable(quantized.model, where, failure)) from failure
+
+
+def _rewritten(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    try:
+        program = program.run_decompositions({})  # without operators in place
+        Passes(program).run()
+    except Exception as error:
+        raise CCOError(failed("rewriting the traced program", error)) from error
+    return program
