@@ -1,37 +1,49 @@
-"""The operators of PyTorch's quantized programs (PT2E), whose home has moved from torch to torchao and is to move again."""
+"""The operators of PyTorch's programs with quantized operators (PT2E), whose home moves from torch to torchao."""
 
 from __future__ import annotations
 
-import importlib
-from types import SimpleNamespace
+import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-HOMES = (
-    "torch.ao.quantization.fx._decomposed",
-    "torchao.quantization.pt2e._decomposed",
-    "torchao.quantization.quantize_.common._decomposed",
-)
-"""Modules whose import registers ``torch.ops.quantized_decomposed``, the first one that is there. Without one: `ImportError` where a program is written."""
+from lightning_cco.compat.resolve import find, missing_message
+from lightning_cco.errors import CCOError
+
+HOME = "torch.ao.quantization.fx._decomposed"
+"""The module whose import registers them; nothing in it is called."""
 
 
-def operators() -> Any:
-    """``quantized_decomposed``: ``quantize``, ``dequantize``, ``dequantize_channels`` and ``dequantize_groups``, each one overload.
+@dataclass(frozen=True)
+class Operators:
+    """Overloads of ``torch.ops.quantized_decomposed``.
+
+    Attributes:
+        quantize: By one scale and zero point.
+        dequantize: By one scale and zero point.
+        dequantize_channels: By those of each channel.
+        dequantize_groups: By those of each group of inputs.
+    """
+
+    quantize: Any
+    dequantize: Any
+    dequantize_channels: Any
+    dequantize_groups: Any
+
+
+def operators() -> Operators:
+    """The operators, registered if need be: it takes a while, so it is not done at import.
+
+    Private API: ``torch.ao.quantization.fx._decomposed``. Without it: those that something else has registered, else an error.
 
     Raises:
-        ImportError: Neither the installed torch nor torchao has them.
+        CCOError: There are none.
     """
-    for home in HOMES:
-        try:
-            importlib.import_module(home)
-            found = torch.ops.quantized_decomposed
-            return SimpleNamespace(
-                quantize=found.quantize_per_tensor.default,
-                dequantize=found.dequantize_per_tensor.default,
-                dequantize_channels=found.dequantize_per_channel.default,
-                dequantize_groups=found.dequantize_per_channel_group.default,
-            )
-        except (ImportError, AttributeError):
-            continue
-    raise ImportError(f"no module of {', '.join(HOMES)} registers torch.ops.quantized_decomposed")
+    with contextlib.suppress(AttributeError):  # something else may have registered them
+        find(f"{HOME}.quantize_per_tensor")
+    names = ("quantize_per_tensor", "dequantize_per_tensor", "dequantize_per_channel", "dequantize_per_channel_group")
+    try:
+        return Operators(*(getattr(torch.ops.quantized_decomposed, name).default for name in names))
+    except AttributeError as error:
+        raise CCOError(f"export: {missing_message([HOME])}") from error

@@ -203,6 +203,12 @@ _OTHERS = (
         "one by one; a warning for the graph",
     ),
     ("omegaconf.Container._get_root", "omegaconf", "checks what interpolations refer to", "`AttributeError` while a recipe is read"),
+    (
+        "torch.ao.quantization.fx._decomposed",
+        "decomposed",
+        "the operators of PT2E programs",
+        "those that something else has registered, else an error at the export",
+    ),
     ("torch.fx.experimental.proxy_tensor.get_proxy_mode", "onnx_exporter", "notes the layer of traced nodes", "the report names no layer"),
     ("torch._export", "onnx_exporter", "quiets the exporter's logger", "its warnings are shown"),
     ("torch.fx.Node.meta.custom", "onnx_exporter", "notes the layer of traced nodes", "the report names no layer"),

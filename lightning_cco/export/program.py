@@ -14,12 +14,12 @@ from lightning_cco.errors import CCOError
 from lightning_cco.export.axes import Axes, ways_to_vary
 from lightning_cco.export.check import call_of
 from lightning_cco.export.destination import export_target
-from lightning_cco.export.engines import PROGRAMS
+from lightning_cco.export.engines import PROGRAMS, Form
 from lightning_cco.export.failures import need_packages, need_writable_names, untraceable
 from lightning_cco.export.limits import judge
 from lightning_cco.export.network import Network
 from lightning_cco.export.precision import in_float32, other_types
-from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, arrays_of
+from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, arrays_of, format_faults
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.signature import Deployed
@@ -178,3 +178,4 @@ def _compare(
         results = arrays_of(deployed.kept(given) if network is None else given)
         comparison.add(tensors, results, results, program.levels)
     comparison.tell(report)
+    report.faults = format_faults(quantized, program.rounded, found.emitter.stored.engine.wanted(Form.SIGNED))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_cco.export.dialects.pt2e_operators import SHIFT
 from lightning_cco.export.engine import Rounded
 from lightning_cco.export.local_check import LocalRun
 from lightning_cco.export.outputs import Arrays, Outputs, class_axes
@@ -17,7 +18,10 @@ from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport, LayerDifference
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.quantization.model import HookedModel
+
 Array = np.ndarray[Any, Any]
+_TOLERANCE = 1e-5
+"""Of a scale."""
 
 
 class Comparison:
@@ -100,6 +104,20 @@ class RecordedProgram:
         """What the program gives."""
         with torch.no_grad():
             return self._module(*args, **kwargs)
+
+
+def format_faults(quantized: HookedModel, rounded: Mapping[str, list[Rounded]], signed: bool) -> dict[str, str]:
+    """Layers whose tensors are rounded to another scale or zero point than the model's, in words; ``signed``: with zero points that are less by 128."""
+    faults: dict[str, str] = {}
+    for key, quantizer in quantized.activations.items():
+        scale = float(quantizer.scale)
+        zero = int(quantizer.zero_point) - (SHIFT if signed and not quantizer.symmetric else 0)
+        for entry in rounded.get(key, []):
+            if abs(entry.scale - scale) > _TOLERANCE * scale:
+                faults.setdefault(key.layer, f"its scale is {entry.scale:.6g} instead of {scale:.6g}")
+            if entry.zero_point != zero:
+                faults.setdefault(key.layer, f"its zero point is {entry.zero_point} instead of {zero}")
+    return faults
 
 
 def arrays_of(outputs: Any) -> Arrays:

@@ -1,4 +1,4 @@
-"""Rewrites a traced program with quantized operators into the form whose integer operators engines recognize: dequantize → operator → quantize, next to each other."""
+"""Rewrites a traced program into the form whose integer operators engines recognize: dequantize, operator and quantize next to each other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,18 @@ _MOVES = {
     f"aten::{name}"
     for name in (
         *("view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand"),
-        *("clone", "contiguous", "alias", "slice", "select", "max_pool1d", "max_pool2d", "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle"),
+        *(
+            "clone",
+            "contiguous",
+            "alias",
+            "slice",
+            "select",
+            "max_pool1d",
+            "max_pool2d",
+            "constant_pad_nd",
+            "pixel_shuffle",
+            "pixel_unshuffle",
+        ),
     )
 }
 """Operators whose results are values of their first argument, or 0: rounding them once more changes nothing."""
@@ -29,6 +40,7 @@ _INTEGERS = {
 """Operators that some engine computes on integers, if what they read is dequantized right before them."""
 
 
+_DROPOUTS = ("aten::dropout", "aten::feature_dropout", "aten::alpha_dropout")
 _HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -63,16 +75,16 @@ class Passes:
         self.module.recompile()
 
     def drop_copies(self) -> None:
-        """Take out what gives its argument: copies over a tensor of the same form (left by activations in place), clones, dropout in evaluation, checks of types."""
+        """Take out what gives its argument (copies left by activations in place, clones, dropout in evaluation) and checks of types."""
         for node in list(self.graph.nodes):
             name = operator_of(node)
             if name == "aten::_assert_tensor_metadata":
                 self.graph.erase_node(node)
             elif name == "aten::copy" and _alike(*node.args[:2]):
                 self._replace(node, node.args[1])
-            elif name == "aten::clone" and node.kwargs.get("memory_format") in (None, torch.preserve_format):
-                self._replace(node, node.args[0])
-            elif name in ("aten::dropout", "aten::feature_dropout", "aten::alpha_dropout") and node.args[2] is False:
+            elif (name in _DROPOUTS and node.args[2] is False) or (
+                name == "aten::clone" and node.kwargs.get("memory_format") in (None, torch.preserve_format)
+            ):
                 self._replace(node, node.args[0])
 
     def carry_pairs(self) -> None:
@@ -124,7 +136,9 @@ class Passes:
     def _serves_integers(self, node: Node) -> bool:
         """Whether something computes on integers with what a node gives."""
         return any(
-            self._serves_integers(reader) if operator_of(reader) in _MOVES else operator_of(reader) in _INTEGERS and self._is_rounded(reader)
+            self._serves_integers(reader)
+            if operator_of(reader) in _MOVES
+            else operator_of(reader) in _INTEGERS and self._is_rounded(reader)
             for reader in node.users
         )
 

@@ -229,7 +229,9 @@ class _Planner:
     def _reads_int8(self, name: str, int8: set[str]) -> bool:
         """Whether every float that a layer reads comes out of an INT8 layer in INT8 anyway, and gains nothing by being read as a float."""
         sources = self.connections.sources(name)
-        loose = self.target.float_outputs | (self.target.followed_in_float if self.connections.category[name] is not Category.CLAMP else set())
+        loose = self.target.float_outputs | (
+            self.target.followed_in_float if self.connections.category[name] is not Category.CLAMP else set()
+        )
         return bool(sources) and all(source.layer in int8 and self.graph[source.layer].kind not in loose for source in sources)
 
     def _float_output(self, name: str) -> bool:

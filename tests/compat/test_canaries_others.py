@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torchmetrics.aggregation import MeanMetric
 
 from lightning_cco.compat import (
+    decomposed,
     distributed_checkpoint,
     metrics,
     omegaconf,
@@ -105,6 +106,31 @@ def test_a_trace() -> None:
     found = [node.meta.get(onnx_exporter.HANDED_ON) for node in program.graph.nodes if node.op == "call_function"]
     assert found[0] == {"layer": "first"}
     assert any(name.startswith("torch._export") for name in onnx_exporter.LOGGERS)
+
+
+@tries("torch.ao.quantization.fx._decomposed")
+def test_the_operators_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = decomposed.operators()
+    levels = found.quantize(torch.tensor([-9.0, 0.26, 9.0]), 0.5, 3, -128, 127, torch.int8)
+    assert levels.tolist() == [-15, 4, 21]
+    assert found.dequantize(levels, 0.5, 3, -128, 127, torch.int8).tolist() == [-9.0, 0.5, 9.0]
+    scales, zeros = torch.tensor([1.0, 2.0]), torch.zeros(2, dtype=torch.int64)
+    rows = torch.ones(2, 2, dtype=torch.int8)
+    assert found.dequantize_channels(rows, scales, zeros, 0, -128, 127, torch.int8).tolist() == [[1.0, 1.0], [2.0, 2.0]]
+    groups = torch.tensor([[1.0], [3.0]])
+    assert found.dequantize_groups(rows, groups, groups.int() * 0, -128, 127, torch.int8, 2, torch.float32).tolist() == [
+        [1.0] * 2,
+        [3.0] * 2,
+    ]
+
+    def gone(name: str) -> Any:
+        raise AttributeError(name)
+
+    monkeypatch.setattr(decomposed, "find", gone)
+    assert decomposed.operators() == found
+    monkeypatch.setattr(torch.ops, "quantized_decomposed", None)
+    with pytest.raises(resolve.CCOError, match=r"expected torch\.ao\.quantization\.fx\._decomposed .the operators of PT2E programs"):
+        decomposed.operators()
 
 
 @tries("torch.onnx.ONNXProgram.pkg.torch.onnx.fx_node", "torch.onnx.ONNXProgram.pkg.torch.onnx.name_scopes")

@@ -16,7 +16,8 @@ from lightning_cco.export.provenance import noting_pair
 from lightning_cco.export.weight_blocks import Block
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_SHIFT = 128
+SHIFT = 128
+"""What zero points of int8 are less than those of uint8."""
 
 
 class Pt2eDialect:
@@ -38,7 +39,7 @@ class Pt2eDialect:
     def stored(self, format: Format) -> tuple[float, int, int, int, torch.dtype]:
         """Scale, zero point, first and last level, and type of the integers in the program."""
         dtype = format.zero_point.dtype
-        shift = _SHIFT if self.signed and dtype is torch.uint8 else 0
+        shift = SHIFT if self.signed and dtype is torch.uint8 else 0
         dtype = torch.int8 if shift else dtype
         info = torch.iinfo(dtype)
         return format.step, format.zero - shift, info.min, info.max, dtype
