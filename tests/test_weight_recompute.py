@@ -56,6 +56,8 @@ def test_gradients_are_the_same_to_the_last_bit(monkeypatch: pytest.MonkeyPatch)
     torch.manual_seed(0)
     x, model = torch.randn(2, 4, 16, 16), Layers()
     plain = copy.deepcopy(model)
+    for module in (weight_quantizer, weight_recompute):
+        monkeypatch.setattr(module, "LEAST_RECOMPUTED", 1 << 14)
     made: list[int] = []
     original = RecomputedWeight.make
     monkeypatch.setattr(RecomputedWeight, "make", lambda self: made.append(self.weight.numel()) or original(self))

@@ -224,7 +224,7 @@ _IN_PLACE = (
     ("torch.nn.Module._buffers", "modules, quantization/activation_quantizer.py", "reads a quantizer's buffers at once", _ATTRIBUTE),
     ("torch.Tensor._version", _VERSION, "tells values that were written to", _ATTRIBUTE),
     ("torch.Tensor._base", _BASE, "the tensor that a view is of", _ATTRIBUTE),
-    ("torch.Tensor._is_view", "quantization/runtime.py", "tells a view", _ATTRIBUTE),
+    ("torch.Tensor._is_view", "quantization/runtime.py, quantization/small_tensors.py", "tells a view", _ATTRIBUTE),
     ("torch.Tensor._is_zerotensor", "quantization/tracing.py", "tells tensors without memory", _ATTRIBUTE),
     (
         "torch.UntypedStorage._cdata",

@@ -19,11 +19,11 @@ from types import BuiltinFunctionType, FrameType, FunctionType, MethodDescriptor
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 from torch.fx import GraphModule
 
-from lightning_cco.compat.autograd import graph_task
+from lightning_cco.compat.autograd import graph_task, saved_hooks_on_top
 from lightning_cco.compat.modules import MODULE_CALL
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.attention import multi_head_attention
@@ -33,12 +33,14 @@ from lightning_cco.graph.foreign import Origin, origin_of_call
 from lightning_cco.graph.hooks import Hooks
 from lightning_cco.graph.hooks import inert as _inert  # noqa: F401, models pickled by earlier versions name it here
 from lightning_cco.graph.python_calls import module_call
-from lightning_cco.graph.recompute import COMPILED_CHECKPOINTS, InContext, Resumed, UnderMode, may_be_checkpoint, running_checkpoint
+from lightning_cco.graph.recompute import COMPILED_CHECKPOINTS, InContext, Resumed, UnderMode, running_checkpoint
 from lightning_cco.graph.spelling import as_function, is_operator, name_of_operator
 
 _FUNCTIONS = frozenset((BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType))
 """Types of torch functions whose name says what they do; operators have names of another form."""
 
+_getframe = sys._getframe
+_MODEL = Origin.MODEL
 _OTHERWISE = frozenset(("unflatten", "multi_head_attention_forward"))
 
 Handler = Callable[["ModuleCall", str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -59,30 +61,27 @@ class _FrameMode(HiddenMode):
         stack = frames._main if get_ident() == frames._thread else frames.stack()
         if not stack:
             return func(*args, **kwargs)
-        name, watched = getattr(func, "__name__", ""), frames.watched
-        if watched is not None and name not in watched and name not in stack[-1].table and type(func) in _FUNCTIONS:
+        name, watched, frame = getattr(func, "__name__", ""), frames.watched, stack[-1]
+        if watched is not None and name not in watched and name not in frame.table and type(func) in _FUNCTIONS:
             return func(*args, **kwargs)  # most calls: they move values, or ask for a shape
         if is_operator(func):
             name = name_of_operator(func)
             func, args, kwargs = as_function(name, func, args, kwargs)
-            if watched is not None and name not in watched and name not in stack[-1].table:
+            if watched is not None and name not in watched and name not in frame.table:
                 return func(*args, **kwargs)
-        return self._seen(stack, name, func, args, kwargs)
-
-    def _seen(self, stack: list[ModuleCall], name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call that may be a layer's."""
-        frames = self.frames
-        origin = origin_of_call(frames.graphs, stack[-1].python)
-        if origin is not Origin.MODEL:
+        # A call that may be a layer's.
+        origin = origin_of_call(frames.graphs, frame.python)
+        if origin is not _MODEL:
             if origin is Origin.ENDED:
                 frames.drop_ended(stack)
             if origin is Origin.FOREIGN or not stack:
                 return func(*args, **kwargs)
-        if stack[0].records and may_be_checkpoint():
+            frame = stack[-1]
+        if frame.records and (saved_hooks_on_top(False) is not None or not is_grad_enabled()):
             frames.note_checkpoint(stack, entering=False)
         if name in _OTHERWISE:
             return self._otherwise(stack, name, func, args, kwargs)
-        return frames.handle(stack[-1], name, func, args, kwargs)
+        return frames.handle(frame, name, func, args, kwargs)
 
     def _compiled(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that a compiler traces."""
@@ -273,33 +272,53 @@ class Frames(Hooks):
             self._enter_compiled(path, module, args, kwargs)
             return None
         stack = self._main if get_ident() == self._thread else self.stack()
-        own: FrameType | None = sys._getframe(3)  # hooks are called by a function inside of it
+        own: FrameType | None = _getframe(3)  # hooks are called by a function inside of it
         if own is None or own.f_code is not MODULE_CALL:
-            own = module_call(sys._getframe(2))
-        if own is not None and stack and stack[-1].python:
+            own = module_call(_getframe(2))
+        if not stack:
+            return self._enter_first(path, module, args, kwargs, own)
+        above = stack[-1]
+        if own is not None and above.python:
             around = own.f_back
             while around is not None and around.f_code is not MODULE_CALL:
                 around = around.f_back
-            if around is None or id(around) != stack[-1].python:
+            if around is None or id(around) != above.python:
                 self.drop_ended(stack)
-        records = stack[0].records if stack else torch.is_grad_enabled()
-        if (records or not stack) and may_be_checkpoint():
+                if not stack:
+                    return self._enter_first(path, module, args, kwargs, own)
+                above = stack[-1]
+        records = above.records
+        if records and (saved_hooks_on_top(False) is not None or not is_grad_enabled()):
             self.note_checkpoint(stack, entering=True)
-        if stack:
-            node = self._node_within(stack[-1], path)
-        else:
-            if self.started is not None:
-                self.started()
-            self._leave_mode()  # an interrupt may have left it
-            self._mode.__enter__()  # type: ignore[no-untyped-call]
-            node = self._node_for_entry(path)
+        index = above.calls.get(path, 0)
+        above.calls[path] = index + 1
+        node = above.node.children.get((path, index)) or above.node.child(path, index, self.growing)
         frame = ModuleCall(node, module.training, records)
+        if own is not None:
+            frame.python = id(own)
+        stack.append(frame)
+        if self.entered is not None:
+            self.entered(frame, args, kwargs)
+        return None
+
+    def _enter_first(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], own: FrameType | None
+    ) -> dict[str, Any] | None:
+        """Push a thread's first frame."""
+        stack = self.stack()
+        records = is_grad_enabled()
+        if saved_hooks_on_top(False) is not None or not records:
+            self.note_checkpoint(stack, entering=True)
+        if self.started is not None:
+            self.started()
+        self._leave_mode()  # an interrupt may have left it
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        frame = ModuleCall(self._node_for_entry(path), module.training, records)
         replaced = None
         if own is not None:
             frame.python = id(own)
-            if not stack:
-                replaced = Arguments(kwargs)
-                frame.token = weakref.ref(replaced, partial(_end_of_call, weakref.ref(self), get_ident()))
+            replaced = Arguments(kwargs)
+            frame.token = weakref.ref(replaced, partial(_end_of_call, weakref.ref(self), get_ident()))
         stack.append(frame)
         if self.entered is not None:
             self.entered(frame, args, kwargs)
@@ -308,7 +327,7 @@ class Frames(Hooks):
     def _enter_compiled(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The same while a compiler traces, where there are no Python frames to be seen."""
         stack = self._main
-        records = torch.is_grad_enabled()
+        records = is_grad_enabled()
         if stack:
             node = self._node_within(stack[-1], path)
         else:
@@ -332,13 +351,12 @@ class Frames(Hooks):
         # A user's pre-hook may have raised before ours ran, and a redirected call pushed nothing.
         if not stack:
             return
-        python = 0 if compiling else stack[-1].python
-        if not python:
-            if stack[-1].node.path != path:
+        frame = stack[-1]
+        if compiling or not frame.python:
+            if frame.node.path != path:
                 return
-        else:
-            if id(sys._getframe(3)) != python and not self._drop_interrupted(stack, path, sys._getframe(2)):
-                return
+        elif id(_getframe(3)) != frame.python and not self._drop_interrupted(stack, path, _getframe(2)):
+            return
         if self.left is not None:
             self.left(stack[-1], output)
         stack.pop()

@@ -114,9 +114,10 @@ class _Enter:
         self.hooks, self.path = hooks, path
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.path == "" and not is_compiling() and _is_redirected(module):
+        path = self.path
+        if not path and not is_compiling() and _is_redirected(module):
             return None
-        kept = self.hooks.enter(self.path, module, args, kwargs)
+        kept = self.hooks.enter(path, module, args, kwargs)
         return None if kept is None else (args, kept)
 
     def __getattr__(self, name: str) -> Any:

@@ -26,13 +26,11 @@ COMPILED_CHECKPOINTS = ("checkpoint", "tag_activation_checkpoint")
 """Names under which a mode is shown a checkpoint that is being compiled."""
 
 
-def may_be_checkpoint() -> bool:
-    """Whether to look for one: under recorded gradients a checkpoint's forward has hooks for saved tensors on, without them it may be a reentrant one's."""
-    return not torch.is_grad_enabled() or saved_hooks_on_top(False) is not None
-
-
 def running_checkpoint(entering: bool) -> tuple[Any, str] | None:
     """The checkpoint whose forward is running now, directly in the module that makes the call.
+
+    Not worth asking where gradients are recorded and nobody handles saved tensors: under recorded gradients a checkpoint's forward has hooks for saved tensors
+    on, without them it may be a reentrant one's.
 
     Args:
         entering: Whether this is asked from the pre-hook of a module, whose own call is then not the one that counts.

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_cco.quantization.fake_quantize import fake_quantize, widen
-from lightning_cco.quantization.qparams import affine_qparams
+from lightning_cco.quantization.fake_quantize import fake_quantize, fake_quantize_small, widen
+from lightning_cco.quantization.native import Kernels, ReadyGrid
+from lightning_cco.quantization.qparams import NO_LIMITS, affine_qparams, grid_of
 from lightning_cco.quantization.ranges import (
     FEW_BITS,
     batch_range,
@@ -24,6 +25,7 @@ from lightning_cco.quantization.ranges import (
     sample,
     says_something,
 )
+from lightning_cco.quantization.small_tensors import has_small_gradient
 from lightning_cco.quantization.tracing import behind_transforms, runs_plainly
 
 _RANGE_BUFFERS = ("min_val", "max_val", "scale", "zero_point", "clip_ratio")
@@ -99,6 +101,8 @@ class ActivationQuantizer(nn.Module):
         # Versions of scale and zero point, and both as Python numbers; one attribute, since threads share it: operations with tensors of one
         # number are up to four times slower on a CPU.
         self._numbers: tuple[tuple[int, int], tuple[float, float]] = ((-1, -1), (1.0, 0.0))
+        # The grid for small tensors, and what it was made of.
+        self._ready: tuple[tuple[float, float], tuple[float, float] | None, torch.dtype, ReadyGrid] | None = None
         # Type and device by name: under bf16-true the Trainer makes another type the default, and so may the user.
         starts: dict[str, Any] = {**dict.fromkeys(_RANGE_BUFFERS, 0.0), "scale": 1.0, "clip_ratio": 1.0, "extrema": [_INF, -_INF]}
         for name, start in starts.items():
@@ -236,7 +240,20 @@ class ActivationQuantizer(nn.Module):
         numbers = None
         if not torch.compiler.is_compiling() and (x.is_cpu or x.is_meta) and scale.is_cpu:
             numbers = self._read(scale, zero_point)
+            if has_small_gradient(x):
+                rounded = fake_quantize_small(x, self._grid, clamp, inplace, extrema)
+                if rounded is not None:
+                    return rounded
         return fake_quantize(x, scale, zero_point, self.num_bits, self.symmetric, clamp, inplace, numbers, extrema)
+
+    def _grid(self, kernels: Kernels, clamp: tuple[float, float] | None, dtype: torch.dtype) -> ReadyGrid:
+        numbers, known = self._numbers[1], self._ready
+        if known is not None and known[0] is numbers and known[1] == clamp and known[2] is dtype:
+            return known[3]
+        grid = grid_of(*numbers, self.num_bits, self.symmetric, NO_LIMITS if clamp is None else clamp)
+        ready = kernels.ready(numbers[0], (grid.first, grid.last), (grid.low, grid.high), grid.limits, dtype)  # type: ignore[arg-type]
+        self._ready = numbers, clamp, dtype, ready  # at once: other threads use it as well
+        return ready
 
     def numbers(self) -> tuple[float, float] | None:
         """Scale and zero point as Python numbers, where reading them makes neither a compiler nor a device stop: eagerly and on the CPU."""

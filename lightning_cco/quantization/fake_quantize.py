@@ -9,6 +9,7 @@ a few in-place operations on one fresh buffer elsewhere; both with the same resu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 from lightning_cco.compat.autograd import plain_apply
 from lightning_cco.quantization import operations
 from lightning_cco.quantization.gradient_holders import fewest_holders, holders
-from lightning_cco.quantization.native import Kernels, kernels_for
+from lightning_cco.quantization.native import Kernels, ReadyGrid, kernels_for
 from lightning_cco.quantization.open_operations import fake_quantize_openly, where_clamp_passes
 from lightning_cco.quantization.qparams import NO_LIMITS, Grid, grid_of, grid_of_numbers
+from lightning_cco.quantization.small_tensors import round_small
 from lightning_cco.quantization.tracing import behind_transforms, runs_plainly
 
 
@@ -76,6 +78,18 @@ def fake_quantize(
     else:
         result = _FakeQuantize.apply(x, scale, grid, inplace)  # type: ignore[no-untyped-call]
     return result
+
+
+def fake_quantize_small(
+    x: Tensor,
+    grid: Callable[[Kernels, tuple[float, float] | None, torch.dtype], ReadyGrid],
+    clamp: tuple[float, float] | None,
+    inplace: bool,
+    extrema: Tensor | None,
+) -> Tensor | None:
+    """The same for a small tensor in eager training, in the fewest steps; `None` where there is no such way. ``grid``: gives the grid."""
+    kernels = kernels_for(x)
+    return None if kernels is None else round_small(x, kernels, grid(kernels, clamp, x.dtype), inplace, extrema)
 
 
 def widen(extrema: Tensor, x: Tensor, clamp: tuple[float, float] | None = None) -> None:

@@ -90,7 +90,7 @@ static void widen_to(float smallest, float largest, int broken, float below, flo
  * mask:    null, or (n + 7) / 8 bytes for one bit per value that has a gradient: its level, before it is clamped, is one of low ... high, and the
  *          value itself lies between below and above, the ends excluded.
  * extrema: null, or two numbers that widen to the smallest and the largest value of x, limited by below and above; NaN if there is one.
- * Returns how many values have no gradient; 0 without a mask.
+ * Returns how many values have no gradient; without a mask, how many are NaN.
  */
 int64_t fake_quantize(const void *x, void *y, int64_t n, int half, float scale, float first, float last, float low, float high, float below,
                       float above, uint8_t *mask, float *extrema, int threads) {
@@ -119,7 +119,11 @@ int64_t fake_quantize(const void *x, void *y, int64_t n, int half, float scale, 
                 outside |= !((level >= low) & (level <= high));
             }
             store(result, at, count, half, y);
-            if (!mask) continue;
+            if (!mask) {
+                if (outside)
+                    for (int i = 0; i < count; i++) blocked += value[i] != value[i];
+                continue;
+            }
             if (!outside && !bounded) {
                 memset(mask + at / 8, 0xff, (size_t)(count + 7) / 8);
                 continue;
@@ -136,6 +140,44 @@ int64_t fake_quantize(const void *x, void *y, int64_t n, int half, float scale, 
     }
     if (extrema) widen_to(smallest, largest, broken, below, above, extrema);
     return blocked;
+}
+
+/* The same for what a quantizer keeps ready: scale, first, last, low, high, below, above. */
+int64_t round_to_grid(const void *x, void *y, int64_t n, int half, const float *grid, float *extrema, int threads) {
+    return fake_quantize(x, y, n, half, grid[0], grid[1], grid[2], grid[3], grid[4], grid[5], grid[6], 0, extrema, threads);
+}
+
+/* The number at a place in the order of all numbers of a type, 0 at place 0. */
+static float at_place(int32_t place, int half) {
+    uint32_t bits = place < 0 ? (uint32_t)-place : (uint32_t)place;
+    float value;
+    if (half) bits <<= 16;
+    if (place < 0) bits |= 0x80000000u;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* Values that have a gradient (see `fake_quantize`) lie between two numbers of their type, since rounding is monotone: the largest below all of them, and
+ * the smallest above. */
+void gradient_ends(const float *grid, int half, float *ends) {
+    const float inverse = 1.0f / grid[0], low = grid[3], high = grid[4], below = grid[5], above = grid[6];
+    const int32_t most = half ? 0x7f80 : 0x7f800000; /* infinity */
+    int32_t under = -most, over = most;
+    while (over - (int64_t)under > 1) { /* `under` has no gradient, and nothing below it */
+        const int32_t middle = (int32_t)(((int64_t)under + over) >> 1);
+        const float value = at_place(middle, half);
+        if (rintf(value * inverse) >= low && value > below) over = middle;
+        else under = middle;
+    }
+    ends[0] = at_place(under, half);
+    under = -most, over = most;
+    while (over - (int64_t)under > 1) { /* `over` has none, and nothing above it */
+        const int32_t middle = (int32_t)(((int64_t)under + over) >> 1);
+        const float value = at_place(middle, half);
+        if (rintf(value * inverse) <= high && value < above) under = middle;
+        else over = middle;
+    }
+    ends[1] = at_place(over, half);
 }
 
 /* Widen two numbers to the smallest and the largest value of x, limited by below and above; NaN if there is one. */

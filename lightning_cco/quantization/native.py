@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +22,23 @@ from lightning_cco.quantization.tracing import is_plain, runs_plainly
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 _INF = float("inf")
+_GRAIN = 1 << 15  # values that are not worth a second thread, as in C
 
 _float, _int, _long, _pointer = ctypes.c_float, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+
+
+class ReadyGrid(NamedTuple):
+    """A grid as C reads it.
+
+    Attributes:
+        numbers: Scale, first and last level, ends of the format, limits of the activation; seven float32.
+        low: The largest value below all that have a gradient.
+        high: The smallest above them.
+    """
+
+    numbers: bytes
+    low: float
+    high: float
 
 
 class Kernels:
@@ -34,9 +51,16 @@ class Kernels:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
+        self._around: dict[tuple[torch.Size, int], tuple[int, int, int]] = {}
         self._fake_quantize = library.fake_quantize
         self._fake_quantize.argtypes = [_pointer, _pointer, _long, _int, *[_float] * 7, _pointer, _pointer, _int]
         self._fake_quantize.restype = _long
+        self._round_to_grid = library.round_to_grid
+        self._round_to_grid.argtypes = [_pointer, _pointer, _long, _int, ctypes.c_char_p, _pointer, _int]
+        self._round_to_grid.restype = _long
+        self._gradient_ends = library.gradient_ends
+        self._gradient_ends.argtypes = [ctypes.c_char_p, _int, _pointer]
+        self._gradient_ends.restype = None
         self._widen = library.widen
         self._widen.argtypes = [_pointer, _long, _int, _float, _float, _pointer, _int]
         self._widen.restype = None
@@ -77,7 +101,7 @@ class Kernels:
             extrema: float32 of 2, widened to the smallest and the largest value.
 
         Returns:
-            How many values have no gradient; 0 without a mask.
+            How many values have no gradient; without a mask, how many are NaN.
         """
         count, dtype = x.numel(), x.dtype
         address = _address(x, dtype, count)
@@ -95,6 +119,42 @@ class Kernels:
             torch.get_num_threads(),
         )
         return blocked
+
+    def ready(
+        self, scale: float, levels: tuple[float, float], ends: tuple[float, float], limits: tuple[float, float], dtype: torch.dtype
+    ) -> ReadyGrid:
+        """A grid, described as for `fake_quantize`, for `round_made`."""
+        numbers, found = struct.pack("7f", scale, *levels, *ends, *limits), (_float * 2)()
+        self._gradient_ends(numbers, FORMATS[dtype], found)
+        return ReadyGrid(numbers, found[0], found[1])
+
+    def round_made(self, x: Tensor, made: Tensor, grid: ReadyGrid, extrema: Tensor | None) -> bool:
+        """Round into what an operation of PyTorch has just made of ``x``, value by value.
+
+        It has read all of ``x``, and nobody has seen its result yet, so there are no addresses to be checked.
+
+        Args:
+            x: What to round, dense.
+            made: Where to.
+            grid: The grid.
+            extrema: As for `fake_quantize`.
+
+        Returns:
+            Whether all went well: not if there is a NaN, or the result lies otherwise in memory.
+        """
+        count = x.numel()
+        if not x.is_contiguous() and made.stride() != x.stride():
+            return False
+        broken: int = self._round_to_grid(
+            x.data_ptr(),
+            made.data_ptr(),
+            count,
+            FORMATS[x.dtype],
+            grid.numbers,
+            None if extrema is None else _address(extrema, torch.float32, 2),
+            torch.get_num_threads() if count > _GRAIN else 1,
+        )
+        return not broken
 
     def widen(self, x: Tensor, limits: tuple[float, float], extrema: Tensor) -> None:
         """Widen ``extrema``, float32 of 2, to the smallest and the largest value of ``x`` after a clamp to the limits."""
@@ -143,6 +203,20 @@ class Kernels:
             None if scales is None else _address(scales, torch.float32, weight.shape[axis]),
             known,
             torch.get_num_threads(),
+        )
+
+    def round_made_weight(self, made: Tensor, axis: int, limit: int, smallest_scale: float, mse: bool) -> None:
+        """As `fake_quantize_weight`, in place, for a contiguous copy of a weight that PyTorch has just made, whose address need not be checked."""
+        shape = made.shape
+        around = self._around.get((shape, axis))
+        if around is None:
+            around = self._around[shape, axis] = _around(made, axis)
+        outer, channels, inner = around
+        address, count = made.data_ptr(), outer * channels * inner
+        threads = torch.get_num_threads() if count > _GRAIN else 1
+        form = FORMATS[made.dtype]
+        self._fake_quantize_weight(
+            address, address, outer, channels, inner, form, _within_int8(limit), smallest_scale, mse, None, False, threads
         )
 
     def weight_scale(self, weight: Tensor, axis: int, limit: int, smallest_scale: float, scales: Tensor, mse: bool = False) -> None:
@@ -194,6 +268,11 @@ class Kernels:
         self._mask_gradient(x.ctypes.data, y.ctypes.data, mask.ctypes.data, x.size, 0, 1)
         if not np.array_equal(y, np.where(inside, x, np.float32(0.0))):
             return "mask_gradient"
+        grid, found = struct.pack("7f", scale, *levels_and_limits), (_float * 2)()
+        self._round_to_grid(x.ctypes.data, y.ctypes.data, x.size, 0, grid, None, 1)
+        self._gradient_ends(grid, 0, found)
+        if not (np.array_equal(y, expected) and np.array_equal(inside, (x > found[0]) & (x < found[1]))):
+            return "round_to_grid"
         half, rounded = (x.view(np.uint32) >> 16).astype(np.uint16), np.empty(x.size, np.uint16)
         self._fake_quantize(half.ctypes.data, rounded.ctypes.data, x.size, 1, scale, *levels_and_limits, None, None, 1)
         bits = np.clip(np.rint((half.astype(np.uint32) << 16).view(np.float32) * (np.float32(1.0) / scale)), -90, 80) * scale
@@ -270,7 +349,8 @@ def kernels_for(tensor: Tensor) -> Kernels | None:
     """The kernels, if they may work on a tensor now: an ordinary one, dense, on the CPU, of a type that they know, while nobody traces or transforms."""
     if tensor.dtype not in FORMATS or not tensor.is_cpu or not runs_plainly() or not is_plain(tensor):
         return None
-    return load() if tensor.is_contiguous() or is_dense(tensor) else None
+    dense = tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)) or is_dense(tensor)
+    return load() if dense else None
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -25,6 +25,7 @@ from lightning_cco.quantization.departures import COMPUTES, Departures
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.sites import SiteQuantizers, fill_tables
+from lightning_cco.quantization.small_tensors import has_small_gradient
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.tracing import runs_plainly
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
@@ -97,8 +98,9 @@ class Runtime:
             if name in COMPUTES:
                 self.departures.unseen(frame, name, args, kwargs)
             return func(*args, **kwargs)
-        index = frame.counts.get(entry.kind, 0)
-        frame.counts[entry.kind] = index + 1
+        counts, kind = frame.counts, entry.kind
+        index = counts.get(kind, 0)
+        counts[kind] = index + 1
         site = entry.sites.get(index)
         if site is None:
             if index >= entry.count:
@@ -107,8 +109,7 @@ class Runtime:
         if site.code_position >= 0 and not is_compiling() and calling_position() != site.code_position:
             self.departures.moved(frame, name, site)
             return func(*args, **kwargs)
-        run = self._run if not self._blocks else self.run
-        return run(frame, site, func, args, kwargs)
+        return (self.run if self._blocks else self._run)(frame, site, func, args, kwargs)
 
     @property
     def phase(self) -> Phase:
@@ -150,20 +151,14 @@ class Runtime:
         track = frame.records and self.following and (is_compiling() or graph_task() == -1)
         if site.renormalizes:
             args, kwargs = renormalized(args, kwargs)
-        if site.weights:
-            recomputed: list[RecomputedWeight] = []
-            for slot, weight_quantizer in site.weights:
-                args, kwargs = replaced(args, kwargs, slot, partial(weight_quantizer, recomputed=recomputed))
-            if recomputed:
-                func = saving_recomputed(func, recomputed)
-        for slot, _, quantizer in site.reads:
-            args, kwargs = replaced(args, kwargs, slot, partial(quantizer, track=track))
+        if site.weights or site.reads:
+            func, args, kwargs = _with_inputs(site, func, args, kwargs, track)
         if not site.outputs:
             return func(*args, **kwargs)
         if site.limits is not None:
             clamp = site.limits(args, kwargs)
             if clamp is not None:
-                return site.outputs[0][1](args[0] if args else kwargs["input"], clamp=clamp, inplace=site.in_place, track=track)
+                return site.outputs[0][1](args[0] if args else kwargs["input"], clamp, site.in_place, track)
         if site.in_place:
             # The caller may drop the result and go on with the argument: both must be the quantized tensor. The operation runs on a copy because
             # autograd may keep its result, which must then not change.
@@ -174,13 +169,13 @@ class Runtime:
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             fresh = site.fresh or (site.fresh_without_gradients and not torch.is_grad_enabled())
-            if not fresh or is_compiling() or not runs_plainly():
-                return site.outputs[0][1](result, track=track)
+            if not fresh or is_compiling() or has_small_gradient(result) or not runs_plainly():
+                return site.outputs[0][1](result, None, False, track)
             # Nobody but us holds a fresh result, and new memory would cost more than the rounding. A linear layer's is a view of its rows.
             base = result._base if result._is_view() else result
             if base is None or base.numel() != result.numel():
-                return site.outputs[0][1](result, track=track)
-            rounded = site.outputs[0][1](base, inplace=True, track=track)
+                return site.outputs[0][1](result, None, False, track)
+            rounded = site.outputs[0][1](base, None, True, track)
             return rounded if base is result else rounded.view(result.shape)
         return _with_outputs(result, site.outputs, track)
 
@@ -304,6 +299,26 @@ class Runtime:
         """A recomputation does what its forward did, whenever and in whatever thread it runs."""
         block = self._blocks.get(get_ident()) if self._blocks else None
         return nullcontext if block is None else partial(self._in_block, block)
+
+
+def _with_inputs(
+    site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], track: bool
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """A call whose weights and activations are rounded."""
+    recomputed: list[RecomputedWeight] = []
+    if site.plain_slots:  # nearly always
+        items = list(args)
+        for (position, *_), weight_quantizer in site.weights:
+            items[position] = weight_quantizer(items[position], recomputed)  # type: ignore[call-overload]
+        for (position, *_), _, quantizer in site.reads:
+            items[position] = quantizer(items[position], None, False, track)  # type: ignore[call-overload]
+        args = tuple(items)
+    else:
+        for slot, weight_quantizer in site.weights:
+            args, kwargs = replaced(args, kwargs, slot, partial(weight_quantizer, recomputed=recomputed))
+        for slot, _, quantizer in site.reads:
+            args, kwargs = replaced(args, kwargs, slot, partial(quantizer, track=track))
+    return saving_recomputed(func, recomputed) if recomputed else func, args, kwargs
 
 
 def _flat(result: Any, args: tuple[Any, ...]) -> list[Any]:

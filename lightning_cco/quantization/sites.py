@@ -18,7 +18,11 @@ from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 
 @dataclass(slots=True)
 class SiteQuantizers:
-    """The quantizers of one layer, and where in the call they stand."""
+    """The quantizers of one layer, and where in the call they stand.
+
+    Attributes:
+        plain_slots: Whether all that is rounded before the call are positional arguments by themselves.
+    """
 
     layer: str
     weights: list[tuple[ArgPath, WeightQuantizer]] = field(default_factory=list)
@@ -30,6 +34,7 @@ class SiteQuantizers:
     fresh_without_gradients: bool = False
     renormalizes: bool = False
     code_position: int = -1
+    plain_slots: bool = False
 
 
 @dataclass(slots=True)
@@ -115,4 +120,6 @@ def site_quantizers(
         found.fresh = found.fresh_without_gradients = False  # its backward needs what would be overwritten
     if found.outputs and site.op.category is Category.CLAMP:
         found.limits = LIMITS.get(site.function)
+    slots = [slot for slot, _ in found.weights] + [slot for slot, _, _ in found.reads]
+    found.plain_slots = all(len(slot) == 1 and isinstance(slot[0], int) for slot in slots)
     return found if found.weights or found.reads or found.outputs else None

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from lightning_cco.compat.autograd import plain_apply
 from lightning_cco.quantization.native import Kernels, kernels_for
 from lightning_cco.quantization.open_operations import fake_quantize_weight_openly
 from lightning_cco.quantization.qparams import SMALLEST_SCALE, quant_range, weight_scale
+from lightning_cco.quantization.small_tensors import round_small_weight
 from lightning_cco.quantization.tracing import runs_plainly
 from lightning_cco.quantization.weight_recompute import RecomputedWeight
 
@@ -38,11 +39,19 @@ def fake_quantize_weight(
     result: Tensor
     if kernels is None:
         result = _FakeQuantizeWeight.apply(weight, num_bits, limit, axis, mse)  # type: ignore[no-untyped-call]
-    elif weight.requires_grad and torch.is_grad_enabled():
+    elif weight.requires_grad and is_grad_enabled():
         result = _with_identity_gradient(weight, kernels, limit, axis, recomputed, mse)
     else:
         result = _weight_by_kernel(weight, kernels, limit, axis, recomputed, mse)
     return result
+
+
+def fake_quantize_small_weight(weight: Tensor, num_bits: int, axis: int | None, mse: bool) -> Tensor | None:
+    """The same for a small weight that has a gradient, in eager training, in the fewest steps; `None` where there is no such way."""
+    if axis is None or not is_grad_enabled() or not weight.is_contiguous():
+        return None
+    kernels = kernels_for(weight)
+    return None if kernels is None else round_small_weight(weight, kernels, axis, 2 ** (num_bits - 1) - 1, SMALLEST_SCALE, mse)
 
 
 def _weight_by_kernel(

@@ -11,8 +11,8 @@ from lightning_cco.errors import CCOError
 from lightning_cco.quantization.qparams import quant_range, weight_scale
 from lightning_cco.quantization.ranges import weight_estimator
 from lightning_cco.quantization.tracing import runs_plainly
-from lightning_cco.quantization.weight_fake_quantize import fake_quantize_weight
-from lightning_cco.quantization.weight_recompute import RecomputedWeight, recomputed_weight
+from lightning_cco.quantization.weight_fake_quantize import fake_quantize_small_weight, fake_quantize_weight
+from lightning_cco.quantization.weight_recompute import LEAST_RECOMPUTED, RecomputedWeight, recomputed_weight
 
 # How many values of a weight along each axis are compared to notice a change that its version does not show.
 _FINGERPRINT = 8
@@ -58,8 +58,15 @@ class WeightQuantizer(nn.Module):
             weight: The weight.
             recomputed: Takes what makes the result again in the backward, if that is possible and worth it.
         """
-        if not torch.compiler.is_compiling() and not runs_plainly():  # first: traced weights have no numbers to compare
-            return self._rounded(weight)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            if not runs_plainly():  # first: traced weights have no numbers to compare
+                return self._rounded(weight)
+            if self.group is None and weight.requires_grad and weight.numel() < LEAST_RECOMPUTED:
+                rounded = fake_quantize_small_weight(weight, self.num_bits, self.axis, self.estimator == "mse")
+                if rounded is not None:
+                    self._kept = None
+                    return rounded
         room = None
         if recomputed is not None:
             if self.group is None:
@@ -72,7 +79,7 @@ class WeightQuantizer(nn.Module):
             return self._rounded(weight, room)
         # What is computed from parameters (a parametrization) is a new tensor each time, often at the address of the last one: nothing to keep.
         owner = weight._base if weight._base is not None else weight
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(owner, nn.Parameter) or weight.is_inference():
+        if torch.is_grad_enabled() or compiling or not isinstance(owner, nn.Parameter) or weight.is_inference():
             self._kept = None
             return self._rounded(weight)
         version = weight.data_ptr(), weight._version, weight.shape

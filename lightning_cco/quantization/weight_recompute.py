@@ -15,8 +15,8 @@ from lightning_cco.quantization.native import Kernels, kernels_for
 from lightning_cco.quantization.tracing import runs_plainly
 
 Arranged = tuple[Callable[[Tensor], Tensor], torch.Size]
-# Smaller weights are not worth the two Python calls.
-_SMALLEST = 1 << 14
+LEAST_RECOMPUTED = (3 << 14) + 1
+"""Values of a weight from which on its memory is worth the Python calls and the second rounding."""
 
 
 class _Scratch(threading.local):
@@ -99,7 +99,13 @@ def recomputed_weight(weight: Tensor, axis: int | None, arranged: Arranged | Non
     `None` where that is not wanted: outside of an eager training forward, for small weights, and where somebody else, such as a checkpoint, handles
     what is saved, or nobody may.
     """
-    if axis is None or weight.numel() < _SMALLEST or not torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
+    if (
+        axis is None
+        or weight.numel() < LEAST_RECOMPUTED
+        or not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or weight.is_inference()
+    ):
         return None
     kernels = kernels_for(weight) if weight.is_contiguous() or arranged is not None else None
     if kernels is None or not saved_hooks_enabled() or saved_hooks_on_top(False) is not None:
