@@ -135,7 +135,7 @@ class CCOCallback(pl.Callback):
         if self.quantized is not None and (self.quantized.model is not pl_module or not self.quantized.attached):
             self._leave(pl_module, stage)
         if stage == "fit":
-            check_export_dir(self.settings.deployment_settings.export_dir)
+            check_export_dir(self.settings.deployment_settings.export_dir, self.settings.deployment_settings.target_framework)
             check_budget(self.settings, trainer)
             check_schedule(self.settings)
             if self.quantized is None:
@@ -470,7 +470,7 @@ class CCOCallback(pl.Callback):
     def export(
         self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> Any:
-        """Write the compressed model as an INT8 ONNX file and check it in ONNX Runtime; or, if ``path`` ends in ``.pt2``, as a `torch.export` program.
+        """Write the compressed model as an INT8 file and check it in its engine: ``.onnx``, or ``.pte`` for ExecuTorch; or as a program, ``.pt2``.
 
         The report goes to the log, to ``export_report.json`` beside the file, and to TensorBoard.
 

@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lightning-cco {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    export = commands.add_parser("export", help="write a checkpoint as an INT8 ONNX file, or as a .pt2 program, and check it")
+    export = commands.add_parser("export", help="write a checkpoint as an INT8 file (.onnx, .pte) or as a .pt2 program, and check it")
     export.set_defaults(run=_export)
     export.add_argument("checkpoint", help="saved by a training with CCOCallback")
     export.add_argument(
@@ -65,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PKG.CLASS",
         help="the LightningModule's class: pkg.module.Class, pkg.module:Class or file.py:Class",
     )
-    export.add_argument("--out", default="model.onnx", metavar="FILE", help="what to write: .onnx or .pt2 (default: model.onnx)")
+    export.add_argument(
+        "--out", default="model.onnx", metavar="FILE", help="what to write: .onnx, .pt2, or .pte for ExecuTorch (default: model.onnx)"
+    )
     export.add_argument(
         "--arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of the module's constructor, as YAML; may be repeated"
     )
@@ -113,7 +115,7 @@ def _export(options: argparse.Namespace) -> None:
             f"{options.module} has no forward of its own: its step is run on a batch. Give --data PKG.CLASS, a data module or a function."
         )
     quantized = load_quantized(module, options.checkpoint, weights_only=not options.trust, **arguments)
-    more: dict[str, Any] = {} if str(options.out).endswith(".pt2") or options.dynamic_batch else {"dynamic_batch": False}
+    more: dict[str, Any] = {} if not str(options.out).endswith(".onnx") or options.dynamic_batch else {"dynamic_batch": False}
     if len(batches) > 1 and quantized.network is None and overrides_forward(module) and not str(options.out).endswith(".pt2"):
         calls = [forward_arguments(module, batch) for batch in batches]
         more["batches"] = [kwargs or args for args, kwargs in calls]

@@ -7,12 +7,18 @@ from contextlib import contextmanager
 
 from lightning_cco.checkpoints import local_folder
 from lightning_cco.errors import CCOError
+from lightning_cco.export.engine_file import need_engine
+from lightning_cco.export.engines import ENGINES, PROGRAMS
 from lightning_cco.export.failures import need_packages
 from lightning_cco.quantized_model import QuantizedModel
 
 
-def check_export_dir(folder: str | None) -> None:
+def check_export_dir(folder: str | None, target: str) -> None:
     """Say before the training what would keep its result from being exported.
+
+    Args:
+        folder: Where to; `None`: it is not.
+        target: The engine that it is for.
 
     Raises:
         CCOError: The folder is elsewhere, or a package is missing.
@@ -21,7 +27,10 @@ def check_export_dir(folder: str | None) -> None:
         return
     local_folder(folder, "deployment_settings.export_dir")
     try:
-        need_packages()
+        if target in PROGRAMS:
+            need_engine(ENGINES[target])
+        else:
+            need_packages()
     except CCOError as error:
         raise CCOError(
             f"deployment_settings.export_dir is set, but after the training there could be no {error} Or leave export_dir out."

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
+from lightning_cco.export.engine_file import export_engine_file
+from lightning_cco.export.engines import BY_ENDING
 from lightning_cco.export.network import Network
 from lightning_cco.export.onnx_file import export_onnx
 from lightning_cco.export.program import export_program
@@ -117,19 +119,22 @@ class QuantizedModel(HookedModel):
     def export(
         self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> ExportReport | torch.export.ExportedProgram:
-        """Write an INT8 ONNX file and check it in ONNX Runtime; or, if ``path`` ends in ``.pt2``, a `torch.export` program.
+        """Write an INT8 file and check it in its engine: ``.onnx``, or ``.pte`` for ExecuTorch; or a `torch.export` program, ``.pt2``.
 
         Args:
-            path: Where to write.
+            path: Where to write; the ending says what.
             example_args: Positional arguments of one forward; by default those of `quantize`.
             example_kwargs: Keyword arguments of it.
-            **options: Those of `export_onnx` or of `export_program`.
+            **options: Those of `export_onnx`, `export_program` or `export_engine_file`.
 
         Returns:
             The report of the check; the program for a ``.pt2`` file.
         """
-        write = self.export_program if is_program(path) else self.export_onnx
-        return write(path, example_args, example_kwargs, **options)
+        if is_program(path):
+            return self.export_program(path, example_args, example_kwargs, **options)
+        if is_engine_file(path):
+            return export_engine_file(self, path, *self._example_or(example_args, example_kwargs, options), **options)
+        return self.export_onnx(path, example_args, example_kwargs, **options)
 
     def export_onnx(
         self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any
@@ -167,6 +172,11 @@ class QuantizedModel(HookedModel):
         if self.network is not None:
             options.setdefault("network", self.network)
         return self.example
+
+
+def is_engine_file(path: str | Path) -> bool:
+    """Whether `QuantizedModel.export` writes the file of an engine that reads programs, by its ending."""
+    return Path(path).suffix.lower() in BY_ENDING
 
 
 def is_program(path: str | Path) -> bool:

@@ -25,9 +25,10 @@ def export_target(path: str | Path, ending: str) -> Path:
             f"export: '{path}' is not on a disk of this machine; a local path was expected. Write the file there, and upload it."
         )
     if Path(path).suffix.lower() != ending:
+        instead = Path(path).with_suffix(ending) if Path(path).name else f"model{ending}"
         raise CCOError(
-            f"export: a path that ends in .onnx (a file for ONNX Runtime, OpenVINO and TensorRT, which build theirs from it) or in .pt2 "
-            f"(a torch.export program) was expected, '{path}' came. Write '{Path(path).with_suffix(ending) if Path(path).name else 'model' + ending}'."
+            "export: a path that ends in .onnx (a file for ONNX Runtime, OpenVINO and TensorRT, which build theirs from it), in .pt2 (a torch.export "
+            f"program) or in .pte (for ExecuTorch) was expected, '{path}' came. Write '{instead}'."
         )
     try:
         return real_file(path)

@@ -17,7 +17,7 @@ from lightning_cco.export.network import Network
 from lightning_cco.export.onnx_notes import notes_on_inputs, notes_on_weights, warn_of_floats, warn_of_groups
 from lightning_cco.export.onnx_writer import write_onnx
 from lightning_cco.export.options import checked_options
-from lightning_cco.export.precision import in_float32, other_types
+from lightning_cco.export.precision import float_bytes, in_float32, other_types
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.signature import Deployed
 from lightning_cco.export.sizes import fixed_since, short_reason, sizes_to_vary
@@ -85,7 +85,7 @@ def export_onnx(
     need_writable_names(name for layer in quantized.graph for name in (layer.path, *layer.parameters))
     target = export_target(path, ".onnx")
     types = other_types(quantized.model)
-    float_size = _float_size(quantized)
+    float_size = float_bytes(quantized.model)
     with in_float32(quantized.model), quantized.evaluating():
         deployed = Deployed(quantized.model, args, kwargs, cast=bool(types), network=network)
         calls = [deployed.tensors(*call_of(batch)) for batch in batches] if check else []
@@ -143,9 +143,3 @@ def _not_checked_on(calls: Sequence[tuple[Tensor, ...] | None], deployed: Deploy
             "batches=[(x,), (x,)], with the example's keys and constants."
         )
     return [f"{others} of {len(calls)} batches are of another form than the example ({takes}) and were left out of the check"]
-
-
-def _float_size(quantized: HookedModel) -> int:
-    """Bytes of the parameters and floating-point buffers, each tensor once."""
-    tensors = {id(t): t for _, t in [*quantized.model.named_parameters(), *quantized.model.named_buffers()] if t.is_floating_point()}
-    return sum(4 * tensor.numel() for tensor in tensors.values())

@@ -59,6 +59,14 @@ def notes_on_weights(quantized: HookedModel, emitter: Emitter, int4: bool) -> li
     return notes
 
 
+def notes_on_bits(quantized: HookedModel) -> list[str]:
+    """Notes on formats of fewer than 8 bits in a file that has 8 for all."""
+    weights = [name for name, quantizers in quantized.weights.items() if quantizers[0].num_bits < 8]
+    activations = [key for key, quantizer in quantized.activations.items() if quantizer.num_bits < 8]
+    notes = [f"weights of fewer than 8 bits are stored in int8 with a narrower range: {list_names(weights)}"] if weights else []
+    return notes + ([f"activations of fewer than 8 bits are narrowed and stored in 8: {list_names(activations)}"] if activations else [])
+
+
 def notes_on_inputs(deployed: Deployed, types: list[str]) -> list[str]:
     """Notes on what the file takes and gives."""
     notes = []

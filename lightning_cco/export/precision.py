@@ -29,6 +29,11 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             tensor.grad = grad
 
 
+def float_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and floating-point buffers in float32, each tensor once."""
+    return sum(4 * tensor.numel() for tensor in _tensors(model))
+
+
 def _tensors(model: nn.Module) -> list[Tensor]:
     """Each once: tied parameters are one."""
     return list({id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.is_floating_point()}.values())

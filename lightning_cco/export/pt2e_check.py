@@ -106,6 +106,16 @@ class RecordedProgram:
             return self._module(*args, **kwargs)
 
 
+def levels_of(values: Arrays, scales: Mapping[str, float]) -> dict[str, Array]:
+    """Rounded tensors as multiples of their scales, by their numbers.
+
+    Args:
+        values: The tensors.
+        scales: Their scales by number.
+    """
+    return {str(number): np.rint(array / np.float32(scales[str(number)])) for number, array in enumerate(values)}
+
+
 def format_faults(quantized: HookedModel, rounded: Mapping[str, list[Rounded]], signed: bool) -> dict[str, str]:
     """Layers whose tensors are rounded to another scale or zero point than the model's, in words; ``signed``: with zero points that are less by 128."""
     faults: dict[str, str] = {}

@@ -68,6 +68,7 @@ class Passes:
         """All of them."""
         self.drop_copies()
         self.carry_pairs()
+        self.join_formats()
         self.own_dequantize()
         self.graph.eliminate_dead_code()
         self.drop_unused()
@@ -101,6 +102,20 @@ class Passes:
             for reader in readers:
                 if reader.op != "output":
                     reader.replace_input_with(node, values)
+
+    def join_formats(self) -> None:
+        """Round what is concatenated as the result is: engines join integers of one scale alone, and rounding before is the same as behind."""
+        for node in list(self.graph.nodes):
+            if operator_of(node) != "aten::cat" or not node.users or any(user.target is not self._quantize for user in node.users):
+                continue
+            (numbers, *others) = {user.args[1:] for user in node.users}
+            if others:
+                continue
+            parts = []
+            for part in node.args[0]:
+                with self.graph.inserting_before(node):
+                    parts.append(self._new(self._dequantize, self._new(self._quantize, part, numbers), numbers))
+            node.args = (parts, *node.args[1:])
 
     def own_dequantize(self) -> None:
         """One dequantize for each reader, which takes it into its operator."""

@@ -137,7 +137,7 @@ def _program(name: str) -> Target:
     return Target(
         name,
         False,
-        frozenset({"conv", "conv_transpose", "linear", "add", "sub", "mul", "mean", "adaptive_avg_pool"}) | _CLAMP,
+        frozenset({"conv", "conv_transpose", "linear", "add", "sub", "mul", "concat", "mean", "adaptive_avg_pool"}) | _CLAMP,
         weight_only_kinds=frozenset({"embedding", "embedding_bag"}),
         forms={
             "conv": _flat,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lightning_cco.export.engines.entry import Computed, Engine, Form, Loaded, Want
+from lightning_cco.export.engines.entry import Computed, Converted, Engine, Form, Loaded, Reader, Want
 from lightning_cco.export.engines.executorch import EXECUTORCH
 from lightning_cco.export.engines.openvino import OPENVINO
 from lightning_cco.export.engines.ort import ORT
@@ -14,5 +14,7 @@ ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (ORT, OPENVIN
 """The entries by the name of the engine's `Target`."""
 PROGRAMS = ("executorch",)
 """Those of engines that read programs with quantized operators (PT2E) instead of ONNX files."""
+BY_ENDING: Mapping[str, Engine] = {ENGINES[name].ending: ENGINES[name] for name in PROGRAMS}
+"""The engines that read programs, by the ending of their own files."""
 
-__all__ = ["ENGINES", "PROGRAMS", "Computed", "Engine", "Form", "Loaded", "Want"]
+__all__ = ["BY_ENDING", "ENGINES", "PROGRAMS", "Computed", "Converted", "Engine", "Form", "Loaded", "Reader", "Want"]

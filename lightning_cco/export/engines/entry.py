@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -84,6 +84,37 @@ Load = Callable[[Path], Loaded]
 
 
 @dataclass(frozen=True)
+class Converted:
+    """What an engine made of a program.
+
+    Attributes:
+        integer: How many operators of each kind compute on integers.
+        floats: How many of each kind compute on floats.
+        layers: Of each product, its operator, its layer (empty: not known) and whether it computes on integers.
+        conversions: How many operators quantize or dequantize between others.
+        notes: What else is to be said.
+    """
+
+    integer: Mapping[str, int]
+    floats: Mapping[str, int]
+    layers: tuple[tuple[str, str, bool], ...]
+    conversions: int
+    notes: tuple[str, ...] = ()
+
+
+class Reader(Protocol):
+    """An engine that reads programs, running."""
+
+    def convert(self, program: Path, target: Path) -> Converted:
+        """Write the engine's own file."""
+        ...
+
+    def run(self, path: Path, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """The outputs of a file."""
+        ...
+
+
+@dataclass(frozen=True)
 class Engine:
     """What an engine wants of a file.
 
@@ -93,6 +124,10 @@ class Engine:
         wants: The forms that it wants.
         load: Loads a file as its users do; `None` where it can't be run here, or is ONNX Runtime, in which every file is checked.
         package: What must be installed for that.
+        ending: How the names of the files that it runs end.
+        extra: The optional dependencies of lightning-cco that have the package.
+        start: Starts it, where its files are made of programs (PT2E) instead of being ONNX files.
+        plans: Targets whose plans it can compute, if not its own alone.
         dynamic_batch: What it gets wrong where the size of a dynamic batch is computed with; empty: nothing.
         fixed_sizes: Why sizes of images are fixed unless they are asked to vary; empty: they vary where the model lets them.
         not_run: What to say of files that it was not run on; empty: it was.
@@ -103,6 +138,10 @@ class Engine:
     wants: tuple[Want, ...]
     load: Load | None = None
     package: str = ""
+    ending: str = ".onnx"
+    extra: str = "export"
+    start: Callable[[], Reader] | None = None
+    plans: tuple[str, ...] = ()
     dynamic_batch: str = ""
     fixed_sizes: str = ""
     not_run: str = ""

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import subprocess
-import sys
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ import numpy as np
 
 from lightning_cco.export.engines import openvino_process
 from lightning_cco.export.engines.entry import Computed, Engine, Form, Want
+from lightning_cco.export.engines.worker import Worker
 
 _PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
 _CANARIES = "tests/export/test_engine_canaries.py"
@@ -30,49 +27,15 @@ class Compiled:
     """
 
     def __init__(self, path: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", openvino_process.__file__, str(path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        weakref.finalize(self, _end, self._process)
-        self._answer()
+        self._worker = Worker(openvino_process.__file__, str(path))
 
     def run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """The outputs, in the file's order."""
-        return self._ask(dict(feeds))  # type: ignore[no-any-return]
+        return self._worker.ask(dict(feeds))  # type: ignore[no-any-return]
 
     def computed(self) -> list[Computed]:
         """What is executed, in order."""
-        return [Computed(kind, precision, kind in _PRODUCTS, names) for kind, precision, names in self._ask(None)]
-
-    def _ask(self, what: Any) -> Any:
-        assert self._process.stdin is not None
-        try:
-            pickle.dump(what, self._process.stdin)
-            self._process.stdin.flush()
-        except OSError as error:
-            raise RuntimeError(f"its process has ended with status {self._process.wait()}") from error
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        try:
-            result, error = pickle.load(self._process.stdout)
-        except EOFError:
-            raise RuntimeError(f"its process has ended with status {self._process.wait()}") from None
-        if error:
-            raise RuntimeError(error)
-        return result
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            stream.close()
-    process.kill()
-    process.wait()
+        return [Computed(kind, precision, kind in _PRODUCTS, names) for kind, precision, names in self._worker.ask(None)]
 
 
 OPENVINO = Engine(

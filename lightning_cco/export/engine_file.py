@@ -1,0 +1,224 @@
+"""Writes a model as the file of an engine that reads programs (``.pte``, …), and checks it in that engine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_cco.errors import CCOError
+from lightning_cco.export.axes import Axes
+from lightning_cco.export.check import call_of
+from lightning_cco.export.destination import export_target, move
+from lightning_cco.export.engines import BY_ENDING, Converted, Engine, Reader
+from lightning_cco.export.failures import first_paragraph, need_writable_names
+from lightning_cco.export.limits import MEAN_STEPS, judge
+from lightning_cco.export.network import Network
+from lightning_cco.export.onnx_notes import notes_on_bits
+from lightning_cco.export.precision import float_bytes, in_float32, other_types
+from lightning_cco.export.program import example_of
+from lightning_cco.export.pt2e_check import Comparison, arrays_of, levels_of
+from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
+from lightning_cco.export.report import ExportReport, FloatIsland
+from lightning_cco.export.samples import Samples
+from lightning_cco.export.signature import Deployed
+from lightning_cco.export.variations import varied
+from lightning_cco.files import temporary_folder
+from lightning_cco.graph.compiled import eager
+from lightning_cco.graph.ops import Category, operation_of_kind
+from lightning_cco.quantization.model import HookedModel
+
+_MOST_SAMPLES = 16
+"""So many samples are run in an engine at most: those for phones are slow on other processors."""
+
+
+def need_engine(engine: Engine) -> None:
+    """Check that an engine that reads programs is there.
+
+    Raises:
+        CCOError: With what to install.
+    """
+    if importlib.util.find_spec(engine.package) is None:
+        raise CCOError(
+            f"export: {engine.package}, which writes and runs {engine.ending} files, is not installed. Write: pip install 'lightning-cco[{engine.extra}]'."
+        )
+
+
+def export_engine_file(
+    quantized: HookedModel,
+    path: str | Path,
+    example_args: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    batches: Iterable[Any] = (),
+    batch_size: int = 1,
+    check: bool = True,
+    min_sqnr_db: float | None = None,
+    max_mean_steps: float = MEAN_STEPS,
+    network: Network | None = None,
+    **options: Any,
+) -> ExportReport:
+    """Write the INT8 file of an engine that reads programs, run it there, and compare it with the fake-quantized model layer by layer.
+
+    Sizes are fixed: those of the example, with ``batch_size`` samples.
+
+    Args:
+        quantized: The calibrated model, planned for the engine (``target_framework``).
+        path: Where to write; its ending tells the engine.
+        example_args: Positional arguments of one forward.
+        example_kwargs: Keyword arguments of it.
+        batches: What the file is checked on, as in `QuantizedModel.calibrate`, in pieces of its size; by default the example.
+        batch_size: How many samples the file takes at once.
+        check: Run the file.
+        min_sqnr_db: The check fails below this signal-to-noise ratio of the outputs from end to end; `None`: the layers decide by themselves.
+        max_mean_steps: The check fails if a quantized tensor is further off than this on average, in steps of its scale.
+        network: What the file holds in the place of the model's ``forward``, whose arguments the example then is: `network_of_the_step`.
+        **options: There are no others; what only an ONNX file has is refused by name.
+
+    Raises:
+        CCOError: The engine is missing, the model was planned for another or never calibrated, can't be traced or converted, a layer is wrong in the file or
+            is computed in float though it is planned in INT8, or the path can't be written; then no file is left.
+    """
+    engine = BY_ENDING[Path(path).suffix.lower()]
+    if options:
+        raise CCOError(
+            f"export: a {engine.ending} file takes the options batches, batch_size, check, min_sqnr_db and max_mean_steps; got {sorted(options)}. "
+            "Leave them out, or export an .onnx file."
+        )
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise CCOError(f"export: batch_size: a number of samples of at least 1 was expected, got {batch_size!r}. Write batch_size=1.")
+    _need_plan(quantized, engine)
+    need_engine(engine)
+    args, kwargs = example_of(quantized, example_args, example_kwargs)
+    need_writable_names(name for layer in quantized.graph for name in (layer.path, *layer.parameters))
+    target = export_target(path, engine.ending)
+    report = ExportReport(str(path), float_size_bytes=float_bytes(quantized.model))
+    with in_float32(quantized.model), quantized.evaluating(), eager():
+        deployed = Deployed(quantized.model, args, kwargs, cast=bool(other_types(quantized.model)), network=network)
+        samples = Samples(deployed, batch_size)
+        report.notes += samples.notes + notes_on_bits(quantized)
+        report.inputs = {name: list(tensor.shape) for name, tensor in zip(deployed.names, samples.example, strict=True)}
+        written = write_program(quantized, deployed, [Axes(samples.example, [{} for _ in samples.example])])
+        calls = [tensors for batch in batches if (tensors := deployed.tensors(*call_of(batch))) is not None] or [deployed.example]
+        try:
+            with temporary_folder(target.parent) as folder:
+                temporary = folder / target.name
+                reader = _started(engine)
+                made = _converted(reader, engine, written.program, folder / "program.pt2", temporary)
+                report.size_bytes = temporary.stat().st_size
+                _count(quantized, engine, made, report)
+                if check:
+                    _check(quantized, engine, reader, written, temporary, samples, calls, report)
+                    judge(report, min_sqnr_db, max_mean_steps)
+                    _refuse_floats(engine, report)
+                move(temporary, target)
+        except OSError as error:
+            raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
+    return report
+
+
+def _need_plan(quantized: HookedModel, engine: Engine) -> None:
+    planned = quantized.settings.deployment_settings.target_framework
+    if planned not in (engine.name, *engine.plans):
+        raise CCOError(
+            f"export: {engine.ending} files are {engine.title}'s, but the model is planned for target_framework: {planned}, whose layers {engine.title} "
+            f"computes otherwise. Write deployment_settings: {{target_framework: {engine.name}}} in the recipe before training, or export an .onnx file."
+        )
+
+
+def _started(engine: Engine) -> Reader:
+    assert engine.start is not None
+    try:
+        return engine.start()
+    except RuntimeError as error:
+        raise CCOError(f"export: {engine.title} can't be loaded: {first_paragraph(error)}. {_reinstall(engine)}") from error
+
+
+def _reinstall(engine: Engine) -> str:
+    return f"Its versions go together with certain ones of torch: pip install 'lightning-cco[{engine.extra}]' in an environment of its own."
+
+
+def _converted(reader: Reader, engine: Engine, program: torch.export.ExportedProgram, between: Path, target: Path) -> Converted:
+    torch.export.save(program, between)
+    try:
+        return reader.convert(between, target)
+    except RuntimeError as error:
+        raise CCOError(
+            f"export: {engine.title} {_version(engine)} can't convert the model: {first_paragraph(error)}. No file was written. Replace that operation by one "
+            "that the engine has, leave it out of the exported module, or choose another target_framework. A .pt2 file can hold any operation."
+        ) from error
+
+
+def _version(engine: Engine) -> str:
+    try:
+        return importlib.metadata.version(engine.package.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _count(quantized: HookedModel, engine: Engine, made: Converted, report: ExportReport) -> None:
+    """What runs in INT8, what in float, and which layers that are planned in INT8 do not."""
+    report.target = f"{engine.title} {_version(engine)}".strip()
+    report.integer_nodes, report.float_nodes, report.conversions = dict(made.integer), dict(made.floats), made.conversions
+    report.notes += made.notes
+    plan, graph = quantized.plan, quantized.graph
+    reached = {layer for _, layer, on_integers in made.layers if on_integers}
+    report.target_nodes = dict(made.integer)
+    for operator, layer, on_integers in made.layers:
+        if on_integers or layer not in graph or layer in reached:
+            continue
+        planned = layer in plan.quantized and operation_of_kind(graph[layer].kind).category in (Category.WEIGHTED, Category.MATMUL)
+        reason = f"planned in INT8, but {report.target} computes it in float" if planned else plan.skipped.get(layer, "")
+        if reason:
+            report.float_islands.append(FloatIsland(operator, (layer,), reason))
+
+
+def _refuse_floats(engine: Engine, report: ExportReport) -> None:
+    floats = [island for island in report.float_islands if island.unplanned]
+    if floats:
+        layers = ", ".join(f"'{island.layers[0]}' ({island.operator})" for island in floats[:4]) + (", …" if len(floats) > 4 else "")
+        raise CCOError(
+            f"export: {report.target} computes in float what is planned in INT8: {layers}, {len(floats)} in all. No file was written. Skip these layers "
+            f"(layer_settings: {{match: {floats[0].layers[0]}, skip_quantization: true}}), or write the file unchecked with check=False."
+        )
+
+
+def _check(
+    quantized: HookedModel,
+    engine: Engine,
+    reader: Reader,
+    written: WrittenProgram,
+    path: Path,
+    samples: Samples,
+    calls: Sequence[tuple[Tensor, ...]],
+    report: ExportReport,
+) -> None:
+    program, rounded = written.inspected()
+    inspected = path.with_name(f"inspected{engine.ending}")
+    _converted(reader, engine, program, path.with_name("inspected.pt2"), inspected)
+    comparison = Comparison(quantized, written.emitter, rounded, samples.deployed.outputs)
+    scales = {entry.tensor: entry.scale for entries in rounded.values() for entry in entries}
+    pieces, left_out = samples.pieces(calls, _MOST_SAMPLES)
+    further = [piece for args, _ in varied(quantized, [(tensors, {}) for tensors in pieces[:1]]) for piece in [args]]
+    for number, tensors in enumerate([*pieces, *further]):
+        arrays = arrays_of(tensors)
+        try:
+            results, values = reader.run(path, arrays), reader.run(inspected, arrays)
+        except RuntimeError as error:
+            raise CCOError(
+                f"export: {report.target} can't run the file: {first_paragraph(error)}. No file was written. Choose another target_framework, or leave the "
+                "operation that it names out of the exported module. check=False writes the file unchecked."
+            ) from error
+        comparison.add(tensors, results, values[: len(results)], levels_of(values[len(results) :], scales))
+        report.batches += number < len(pieces)
+        report.variations += number >= len(pieces)
+    if left_out:
+        report.notes.append(f"{left_out} batches are of other sizes than the file takes and were left out of the check")
+    comparison.tell(report)
+    report.target_sqnr_db = report.sqnr_db
+    if samples.size == 1:
+        report.varying_sqnr_db = float("nan")  # nothing varies within one sample

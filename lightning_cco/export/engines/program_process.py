@@ -1,0 +1,53 @@
+"""Engines that read programs, in a process of its own.
+
+Run as a script, with the path of the engine's module and the name of a node's metadata that holds its layer; it imports nothing of lightning_cco. Messages are
+pickles of ``(function, arguments)``, each answered by ``(result, error)``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import sys
+from typing import Any
+
+
+def serve(module: str) -> None:
+    """Answer until standard input ends."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what the engine prints is no answer
+    try:
+        spec = importlib.util.spec_from_file_location("engine", module)
+        assert spec is not None
+        assert spec.loader is not None
+        engine: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(engine)
+        answer(answers, None, "")
+    except Exception as error:
+        answer(answers, None, _said(error))
+        return
+    while True:
+        try:
+            function, arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer(answers, getattr(engine, function)(*arguments), "")
+        except Exception as error:
+            answer(answers, None, _said(error))
+
+
+def answer(stream: Any, result: Any, error: str) -> None:
+    """Send one answer."""
+    pickle.dump((result, error), stream)
+    stream.flush()
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    del sys.path[0]  # this folder, in which modules have the names of engines
+    serve(sys.argv[1])

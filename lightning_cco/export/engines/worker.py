@@ -1,0 +1,78 @@
+"""An engine in a process of its own: what it loads there disturbs nobody, and where it crashes, the training does not."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import tempfile
+import weakref
+from typing import Any
+
+
+class Worker:
+    """A script that answers questions until it is dropped.
+
+    Messages are pickles, each answered by ``(result, error)``; the first answer comes unasked.
+
+    Args:
+        script: Path of the script.
+        *arguments: Of its command line.
+
+    Raises:
+        RuntimeError: It can't start; the message is its own.
+    """
+
+    def __init__(self, script: str, *arguments: str) -> None:
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", script, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+        )
+        weakref.finalize(self, _end, self._process, self._said)
+        self._answer()
+
+    def ask(self, what: Any) -> Any:
+        """The answer to a question.
+
+        Raises:
+            RuntimeError: It failed, or the process has ended.
+        """
+        assert self._process.stdin is not None
+        try:
+            pickle.dump(what, self._process.stdin)
+            self._process.stdin.flush()
+        except OSError as error:
+            raise RuntimeError(self._ended()) from error
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        try:
+            result, error = pickle.load(self._process.stdout)
+        except EOFError:
+            raise RuntimeError(self._ended()) from None
+        if error:
+            said = self._last_line()
+            raise RuntimeError(f"{error} ({said})" if said and said not in error else error)
+        return result
+
+    def _ended(self) -> str:
+        status, said = self._process.wait(), self._last_line()
+        return f"its process has ended with status {status}{f': {said}' if said else ''}"
+
+    def _last_line(self) -> str:
+        """The end of what the process has printed."""
+        self._said.seek(0)
+        said = self._said.read().decode(errors="replace").strip().splitlines()
+        return said[-1][:300] if said else ""
+
+
+def _end(process: subprocess.Popen[bytes], said: Any) -> None:
+    for stream in (process.stdin, process.stdout, said):
+        if stream is not None:
+            stream.close()
+    process.kill()
+    process.wait()
