@@ -73,7 +73,7 @@ def test_additions_of_transformers_stay_in_float(model: nn.Module, example: Tens
 
 def test_what_has_no_integer_form_is_in_float_with_float_weights() -> None:
     plan = planned(UNet(), randn(1, 3, 16, 16))
-    assert kinds(plan, "concat") == {"concat": False, "concat_1": False}
+    assert kinds(plan, "concat") == {"concat": True, "concat_1": True}
     assert kinds(plan, "conv_transpose") == {"conv_transpose": True}
     plan = planned(GroupedUp(), randn(1, 2, 8, 8), skip_tail_quantization=False)
     assert not plan.decisions["conv_transpose"].weight_only

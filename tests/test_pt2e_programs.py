@@ -102,11 +102,14 @@ def test_it_is_the_fake_quantized_model_in_integers(
     assert all(node.kwargs["memory_format"] is torch.contiguous_format for node in calls(program, "aten::clone"))
 
 
-def test_arguments_and_outputs_are_those_of_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
+def test_arguments_and_outputs_are_those_of_the_model(bits: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = UpAndDown().eval()
     example = {"image": torch.randn(2, 2, 8, 8), "scale": torch.rand(2, 4, 1, 1)}
-    quantized = quantize(model, {"deployment_settings": {"target_framework": "xnnpack"}, **WHOLE}, example_kwargs=example)
+    overall = {"skip_tail_quantization": False, "activations_num_bits": bits}
+    settings = {"deployment_settings": {"target_framework": "xnnpack"}, "global_quantization_settings": overall}
+    quantized = quantize(model, settings, example_kwargs=example)
     quantized.calibrate([example])
     quantized.export(tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2")
@@ -118,7 +121,11 @@ def test_arguments_and_outputs_are_those_of_the_model(tmp_path: Path) -> None:
     assert [integer(program, node) for node in calls(program, *PRODUCTS)] == [True] * 4, (
         "a view or a concatenation is between a pair and its reader"
     )
-    assert quantized.plan.skipped["concat"] == "rule: concat is computed in float by executorch"
+    (concat,) = calls(program, "aten::cat")
+    formats = {node.args[1:] for node in (*concat.args[0], *concat.users)}
+    assert len(formats) == 1, "engines join integers of one scale alone"
+    assert rounded(concat)
+    assert not calls(program, "aten::clamp")
 
 
 @pytest.mark.parametrize(("target", "zero"), [pytest.param("ort", False, marks=pytest.mark.slow), ("tensorrt", True)])

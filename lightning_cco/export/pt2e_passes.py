@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class Passes:
     def run(self) -> None:
         """All of them."""
         self.drop_copies()
+        self.merge_clamps()
         self.carry_pairs()
         self.join_formats()
         self.own_dequantize()
@@ -88,6 +90,24 @@ class Passes:
             ):
                 self._replace(node, node.args[0])
 
+    def merge_clamps(self) -> None:
+        """One clamp in the place of two, as ``hardtanh``: engines take one, of that name, into the operator before it."""
+        for node in list(self.graph.nodes):
+            inner, outer = _interval(node.args[0]) if node.args else None, _interval(node)
+            if outer is None or math.isinf(outer[1]):
+                continue
+            before = node.args[0]
+            if inner is None or len(before.users) > 1:
+                inner, read = (-math.inf, math.inf), before
+            else:
+                read = before.args[0]
+            low, high = (min(max(bound, outer[0]), outer[1]) for bound in inner)
+            if math.isinf(low):
+                continue
+            node.target, node.args, node.kwargs = torch.ops.aten.hardtanh.default, (read, low, high), {}
+            if read is not before:
+                self.graph.erase_node(before)
+
     def carry_pairs(self) -> None:
         """Quantize and dequantize once more behind what only moves values, where integers are read."""
         for node in list(self.graph.nodes):
@@ -106,16 +126,25 @@ class Passes:
     def join_formats(self) -> None:
         """Round what is concatenated as the result is: engines join integers of one scale alone, and rounding before is the same as behind."""
         for node in list(self.graph.nodes):
-            if operator_of(node) != "aten::cat" or not node.users or any(user.target is not self._quantize for user in node.users):
+            if operator_of(node) != "aten::cat" or not node.users:
                 continue
-            (numbers, *others) = {user.args[1:] for user in node.users}
-            if others:
+            clamp = next(iter(node.users))
+            between = clamp if operator_of(clamp) == "aten::hardtanh" and len(node.users) == 1 else None
+            readers = list(clamp.users) if between is not None else list(node.users)
+            if (
+                not readers
+                or any(reader.target is not self._quantize for reader in readers)
+                or len({reader.args[1:] for reader in readers}) > 1
+            ):
                 continue
-            parts = []
+            numbers, parts = readers[0].args[1:], []
             for part in node.args[0]:
                 with self.graph.inserting_before(node):
-                    parts.append(self._new(self._dequantize, self._new(self._quantize, part, numbers), numbers))
+                    limited = part if between is None else self._new(between.target, part, between.args[1:])
+                    parts.append(self._new(self._dequantize, self._new(self._quantize, limited, numbers), numbers))
             node.args = (parts, *node.args[1:])
+            if between is not None:
+                self._replace(between, node)
 
     def own_dequantize(self) -> None:
         """One dequantize for each reader, which takes it into its operator."""
@@ -167,7 +196,7 @@ class Passes:
         return isinstance(node, Node) and node.target is self._dequantize
 
     def _new(self, operator: Any, node: Node, numbers: tuple[Any, ...]) -> Node:
-        made = self.graph.call_function(operator, (node, *numbers))
+        made: Node = self.graph.call_function(operator, (node, *numbers))
         value = node.meta["val"]
         with value.fake_mode:
             made.meta["val"] = operator(value, *numbers)
@@ -180,7 +209,26 @@ class Passes:
         self.graph.erase_node(node)
 
 
+def _interval(node: Any) -> tuple[float, float] | None:
+    """What a clamp by numbers clamps to."""
+    name = operator_of(node)
+    if name == "aten::relu":
+        return 0.0, math.inf
+    if name == "aten::relu6":
+        return 0.0, 6.0
+    if name not in ("aten::hardtanh", "aten::clamp"):
+        return None
+    bounds = list(node.args[1:3])
+    if name == "aten::hardtanh":
+        bounds = [*bounds, *(-1.0, 1.0)[len(bounds) :]]
+    bounds = [*bounds, *[None] * (2 - len(bounds))]
+    if node.kwargs or any(isinstance(bound, Node) for bound in bounds):
+        return None
+    low, high = bounds
+    return -math.inf if low is None else float(low), math.inf if high is None else float(high)
+
+
 def _alike(one: Any, other: Any) -> bool:
     """Whether two nodes give tensors of one shape and type."""
-    values = [node.meta.get("val") if isinstance(node, Node) else None for node in (one, other)]
+    values: list[Any] = [node.meta.get("val") if isinstance(node, Node) else None for node in (one, other)]
     return all(value is not None for value in values) and values[0].shape == values[1].shape and values[0].dtype == values[1].dtype

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_cco.export.engines import executorch_process, program_process
+from lightning_cco.compat.decomposed import HOME
+from lightning_cco.export.engines import program_process
 from lightning_cco.export.engines.entry import Converted, Engine, Form, Want
 from lightning_cco.export.engines.worker import Worker
 from lightning_cco.export.provenance import LAYER
@@ -23,7 +24,7 @@ class ExecuTorch:
     """
 
     def __init__(self) -> None:
-        self._worker = Worker(program_process.__file__, executorch_process.__file__)
+        self._worker = Worker(program_process.__file__, str(Path(__file__).with_name("executorch_process.py")), HOME)
 
     def convert(self, program: Path, target: Path) -> Converted:
         """Lower a program to XNNPACK, and what it has no operator for to ExecuTorch's own."""

@@ -5,10 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers the operators of programs
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import to_edge_transform_and_lower
-from executorch.exir.lowered_backend_module import LoweredBackendModule
 
 _QUANTIZE, _DEQUANTIZE = "quantize_per_tensor", "dequantize_per_tensor"
 _CLAMPS = ("relu", "hardtanh", "clamp")
@@ -39,6 +35,10 @@ def convert(source: str, target: str, layer_key: str) -> dict[str, Any]:
         ``nodes``: operator, whether XNNPACK has it, whether it computes on integers, whether it is a product, and its layer, of each that computes;
         ``parts``: how many parts XNNPACK has; ``conversions``: how many operators quantize or dequantize between others.
     """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir.lowered_backend_module import LoweredBackendModule
+
     edge = to_edge_transform_and_lower(torch.export.load(source), partitioner=[XnnpackPartitioner()])
     whole = edge.exported_program().graph_module
     nodes, conversions = _nodes(whole.graph, False, layer_key)

@@ -1,11 +1,11 @@
 """Engines that read programs, in a process of its own.
 
-Run as a script, with the path of the engine's module and the name of a node's metadata that holds its layer; it imports nothing of lightning_cco. Messages are
-pickles of ``(function, arguments)``, each answered by ``(result, error)``.
+Run as a script; it imports nothing of lightning_cco. Messages are pickles of ``(function, arguments)``, each answered by ``(result, error)``.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import pickle
@@ -13,11 +13,17 @@ import sys
 from typing import Any
 
 
-def serve(module: str) -> None:
-    """Answer until standard input ends."""
+def serve(module: str, operators: str) -> None:
+    """Answer until standard input ends.
+
+    Args:
+        module: Path of what answers.
+        operators: Module that registers the operators of programs.
+    """
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the engine prints is no answer
     try:
+        importlib.import_module(operators)
         spec = importlib.util.spec_from_file_location("engine", module)
         assert spec is not None
         assert spec.loader is not None
@@ -50,4 +56,4 @@ def _said(error: Exception) -> str:
 
 if __name__ == "__main__":
     del sys.path[0]  # this folder, in which modules have the names of engines
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])

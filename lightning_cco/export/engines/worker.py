@@ -56,7 +56,7 @@ class Worker:
             raise RuntimeError(self._ended()) from None
         if error:
             said = self._last_line()
-            raise RuntimeError(f"{error} ({said})" if said and said not in error else error)
+            raise RuntimeError(f"{error} ({said})" if said.startswith("[") and said not in error else error)
         return result
 
     def _ended(self) -> str:
@@ -64,10 +64,11 @@ class Worker:
         return f"its process has ended with status {status}{f': {said}' if said else ''}"
 
     def _last_line(self) -> str:
-        """The end of what the process has printed."""
+        """The end of what an engine has printed: ``[file:line] message``; of other lines the last one, where there is none."""
         self._said.seek(0)
-        said = self._said.read().decode(errors="replace").strip().splitlines()
-        return said[-1][:300] if said else ""
+        said = [line for line in self._said.read().decode(errors="replace").splitlines() if line.strip()]
+        own = [line for line in said if line.startswith("[") and "]" in line]
+        return (own or said or [""])[-1].strip()[:300]
 
 
 def _end(process: subprocess.Popen[bytes], said: Any) -> None:
