@@ -25,6 +25,7 @@ from torch.fx import GraphModule
 
 from lightning_cco.compat.autograd import graph_task, saved_hooks_on_top
 from lightning_cco.compat.modules import MODULE_CALL
+from lightning_cco.compat.torch_modes import function_mode_at, function_mode_count, pop_function_mode, push_function_mode
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.attention import multi_head_attention
 from lightning_cco.graph.call_node import Arguments, CallNode, ModuleCall
@@ -114,6 +115,7 @@ class Frames(Hooks):
 
     Attributes:
         watched: Names of functions that the handler must see even where the frame's table does not have them; `None`: it sees all.
+        quiet: Paths of modules in which no call need be seen: the mode is off meanwhile, which is cheaper than to look at each.
         growing: Whether new calls belong to the capture; what turns up later is marked as never captured.
         entered: Called with each frame pushed, and the arguments of its module.
         left: Called with each frame about to be popped, and its module's output.
@@ -130,6 +132,7 @@ class Frames(Hooks):
         self.watched: frozenset[str] | None = None
         self.entered: Callable[[ModuleCall, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.left: Callable[[ModuleCall, Any], None] | None = None
+        self.quiet: frozenset[str] = frozenset()
         self.growing = False
         self.started: Callable[[], None] | None = None
         self.carried: Callable[[], Callable[[], AbstractContextManager[None]]] | None = None
@@ -272,6 +275,13 @@ class Frames(Hooks):
             self._enter_compiled(path, module, args, kwargs)
             return None
         stack = self._main if get_ident() == self._thread else self.stack()
+        if stack:
+            if stack[-1].quiet:  # something has interrupted a quiet module
+                self._end_quiet(stack[-1])
+            if path in self.quiet and self.watched is not None and function_mode_at(function_mode_count() - 1) is self._mode:
+                stack[-1].quiet = True
+                pop_function_mode()
+                return None
         own: FrameType | None = _getframe(3)  # hooks are called by a function inside of it
         if own is None or own.f_code is not MODULE_CALL:
             own = module_call(_getframe(2))
@@ -279,10 +289,10 @@ class Frames(Hooks):
             return self._enter_first(path, module, args, kwargs, own)
         above = stack[-1]
         if own is not None and above.python:
-            around = own.f_back
-            while around is not None and around.f_code is not MODULE_CALL:
+            around, running = own.f_back, above.python
+            while around is not None and id(around) != running:
                 around = around.f_back
-            if around is None or id(around) != above.python:
+            if around is None:
                 self.drop_ended(stack)
                 if not stack:
                     return self._enter_first(path, module, args, kwargs, own)
@@ -352,6 +362,10 @@ class Frames(Hooks):
         if not stack:
             return
         frame = stack[-1]
+        if frame.quiet:
+            self._end_quiet(frame)
+            if path in self.quiet:
+                return
         if compiling or not frame.python:
             if frame.node.path != path:
                 return
@@ -362,6 +376,10 @@ class Frames(Hooks):
         stack.pop()
         if not stack:
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def _end_quiet(self, frame: ModuleCall) -> None:
+        frame.quiet = False
+        push_function_mode(self._mode)
 
     def _drop_interrupted(self, stack: list[ModuleCall], path: str, caller: FrameType) -> bool:
         """Whether a call that ends has a frame, and is then the innermost: calls inside of it may have been interrupted, and somebody caught that."""

@@ -85,6 +85,20 @@ static void widen_to(float smallest, float largest, int broken, float below, flo
     }
 }
 
+/* Round floats to a grid, y = x allowed; returns whether a level lies outside of low ... high, or is NaN. */
+static inline int round_floats(const float *x, float *y, int count, float inverse, float scale, float first, float last, float low, float high) {
+    int outside = 0;
+#pragma omp simd reduction(| : outside)
+    for (int i = 0; i < count; i++) {
+        const float level = rintf(x[i] * inverse);
+        float clamped = level < first ? first : level;
+        clamped = clamped > last ? last : clamped;
+        y[i] = clamped * scale;
+        outside |= !((level >= low) & (level <= high));
+    }
+    return outside;
+}
+
 /* Round x to its grid, from the level `first` to the level `last`.
  *
  * mask:    null, or (n + 7) / 8 bytes for one bit per value that has a gradient: its level, before it is clamped, is one of low ... high, and the
@@ -108,20 +122,20 @@ int64_t fake_quantize(const void *x, void *y, int64_t n, int half, float scale, 
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t at = block * BLOCK;
             const int count = n - at < BLOCK ? (int)(n - at) : BLOCK;
+            if (!half && !mask) { /* without a copy */
+                const float *from = (const float *)x + at;
+                float *to = (float *)y + at;
+                if (extrema) broken |= range_of(from, count, &smallest, &largest);
+                if (round_floats(from, to, count, inverse, scale, first, last, low, high))
+                    for (int i = 0; i < count; i++) blocked += to[i] != to[i];
+                continue;
+            }
             load(x, at, count, half, value);
             if (extrema) broken |= range_of(value, count, &smallest, &largest);
-            int outside = 0;
-            for (int i = 0; i < count; i++) {
-                const float level = rintf(value[i] * inverse);
-                float clamped = level < first ? first : level;
-                clamped = clamped > last ? last : clamped;
-                result[i] = clamped * scale;
-                outside |= !((level >= low) & (level <= high));
-            }
+            const int outside = round_floats(value, result, count, inverse, scale, first, last, low, high);
             store(result, at, count, half, y);
             if (!mask) {
-                if (outside)
-                    for (int i = 0; i < count; i++) blocked += value[i] != value[i];
+                for (int i = 0; outside && i < count; i++) blocked += value[i] != value[i];
                 continue;
             }
             if (!outside && !bounded) {
@@ -284,12 +298,14 @@ static float clip_ratio(const void *weight, int64_t outer, int64_t channels, int
  * `smallest`. */
 static float scale_of(const void *weight, int64_t outer, int64_t channels, int64_t inner, int half, int64_t channel, float limit, float smallest,
                       int mse) {
-    float value[BLOCK], largest = 0.0f;
+    float buffer[BLOCK], largest = 0.0f;
     int broken = 0;
     for (int64_t row = 0; row < outer; row++)
         for (int64_t i = 0; i < inner; i += BLOCK) {
             const int count = inner - i < BLOCK ? (int)(inner - i) : BLOCK;
-            load(weight, (row * channels + channel) * inner + i, count, half, value);
+            const int64_t at = (row * channels + channel) * inner + i;
+            const float *value = half ? buffer : (const float *)weight + at;
+            if (half) load(weight, at, count, half, buffer);
 #pragma omp simd reduction(max : largest) reduction(| : broken)
             for (int j = 0; j < count; j++) {
                 const float magnitude = fabsf(value[j]);
@@ -322,21 +338,20 @@ void fake_quantize_weight(const void *weight, void *result, int64_t outer, int64
                           int mse, float *scales, int known, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads_for(outer * channels * inner, threads))
     for (int64_t channel = 0; channel < channels; channel++) {
-        float value[BLOCK];
         const float scale = known ? scales[channel] : scale_of(weight, outer, channels, inner, half, channel, limit, smallest, mse);
         const float inverse = 1.0f / scale;
         for (int64_t row = 0; row < outer; row++)
             for (int64_t i = 0; i < inner; i += BLOCK) {
                 const int count = inner - i < BLOCK ? (int)(inner - i) : BLOCK;
                 const int64_t at = (row * channels + channel) * inner + i;
-                load(weight, at, count, half, value);
-                for (int j = 0; j < count; j++) {
-                    const float level = rintf(value[j] * inverse);
-                    float clamped = level < -limit ? -limit : level;
-                    clamped = clamped > limit ? limit : clamped;
-                    value[j] = clamped * scale;
+                if (half) {
+                    float value[BLOCK];
+                    load(weight, at, count, half, value);
+                    round_floats(value, value, count, inverse, scale, -limit, limit, -limit, limit);
+                    store(value, at, count, half, result);
+                } else {
+                    round_floats((const float *)weight + at, (float *)result + at, count, inverse, scale, -limit, limit, -limit, limit);
                 }
-                store(value, at, count, half, result);
             }
         if (scales && !known) scales[channel] = scale;
     }

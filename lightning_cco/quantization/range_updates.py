@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_cco.compat.autograd import foreach_copy
+from lightning_cco.compat.modules import buffers_of
 from lightning_cco.errors import CCOWarning
 from lightning_cco.names import list_names
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
@@ -42,12 +43,13 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], outliers_before: Te
         return None
     widens = moving[0].estimator == "min_max"
     low, high, seen = _batch_of_all_ranks(moving, widens)
-    min_val, max_val = torch.stack([q.min_val for q in moving]), torch.stack([q.max_val for q in moving])
+    buffers = [buffers_of(quantizer) for quantizer in moving]  # read directly: a module's attributes take a microsecond each
+    min_val, max_val = torch.stack([held["min_val"] for held in buffers]), torch.stack([held["max_val"] for held in buffers])
     if widens:
         new_min, new_max = torch.minimum(min_val, low), torch.maximum(max_val, high)
         empty = (min_val == 0) & (max_val == 0)
     else:
-        ratio, constant = torch.stack([q.clip_ratio for q in moving]), moving[0].averaging_constant
+        ratio, constant = torch.stack([held["clip_ratio"] for held in buffers]), moving[0].averaging_constant
         new_min, new_max = torch.lerp(min_val, low * ratio, constant), torch.lerp(max_val, high * ratio, constant)
         # What was all zeros so far (an adapter that begins at 0) has no range yet to move from.
         empty = (min_val == 0) & (max_val == 0)
@@ -60,15 +62,17 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], outliers_before: Te
     for position, quantizer in enumerate(moving):
         formats.setdefault((quantizer.num_bits, quantizer.symmetric), []).append(position)
     for (num_bits, symmetric), positions in formats.items():
-        chosen = [moving[position] for position in positions]
-        index = torch.tensor(positions, dtype=torch.int64, device=min_val.device)
-        ends = min_val[index], max_val[index]
+        ends = min_val, max_val
+        if len(formats) > 1:
+            index = torch.tensor(positions, dtype=torch.int64, device=min_val.device)
+            ends = min_val[index], max_val[index]
         qparams = affine_qparams(*ends, num_bits, symmetric)
         for name, values in zip(("min_val", "max_val", "scale", "zero_point"), (*ends, *qparams), strict=True):
-            foreach_copy([getattr(quantizer, name) for quantizer in chosen], list(values.unbind()))
+            foreach_copy([buffers[position][name] for position in positions], list(values.unbind()))
         if min_val.device.type == "cpu":
-            for quantizer, scale, zero_point in zip(chosen, *(values.tolist() for values in qparams), strict=True):
-                quantizer._numbers = (quantizer.scale._version, quantizer.zero_point._version), (scale, zero_point)
+            for position, scale, zero_point in zip(positions, *(values.tolist() for values in qparams), strict=True):
+                versions = buffers[position]["scale"]._version, buffers[position]["zero_point"]._version
+                moving[position]._numbers = versions, (scale, zero_point)
     for quantizer in moving:
         if quantizer.empty:
             quantizer.notice()
@@ -99,13 +103,14 @@ def _width(low: Tensor, high: Tensor) -> Tensor:
 def forget_batches(quantizers: Sequence[ActivationQuantizer]) -> None:
     """Drop what passed since the ranges last moved."""
     if quantizers:
-        nothing = torch.tensor([_INF, -_INF], dtype=torch.float32, device=quantizers[0].extrema.device)
-        foreach_copy([quantizer.extrema for quantizer in quantizers], [nothing] * len(quantizers))
+        extrema = [buffers_of(quantizer)["extrema"] for quantizer in quantizers]
+        nothing = torch.tensor([_INF, -_INF], dtype=torch.float32, device=extrema[0].device)
+        foreach_copy(extrema, [nothing] * len(extrema))
 
 
 def _batch_of_all_ranks(quantizers: Sequence[ActivationQuantizer], widens: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Lower ends, upper ends, and which of them are known; one of each per quantizer."""
-    low, high = torch.stack([q.extrema for q in quantizers]).unbind(1)
+    low, high = torch.stack([buffers_of(quantizer)["extrema"] for quantizer in quantizers]).unbind(1)
     seen = says_something(low, high)
     if world_size() == 1:
         return low, high, seen

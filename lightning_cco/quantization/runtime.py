@@ -24,7 +24,7 @@ from lightning_cco.quantization.arguments import at, renormalized, replaced
 from lightning_cco.quantization.departures import COMPUTES, Departures
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.plan import QuantizationPlan
-from lightning_cco.quantization.sites import SiteQuantizers, fill_tables
+from lightning_cco.quantization.sites import SiteQuantizers, fill_tables, quiet_modules
 from lightning_cco.quantization.small_tensors import has_small_gradient
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.tracing import runs_plainly
@@ -91,6 +91,7 @@ class Runtime:
     ) -> None:
         """Fill the tables of every call node from a plan. Code compiled for another plan must be dropped by the caller."""
         fill_tables(self.capture, plan, activations, weights)
+        self.frames.quiet = quiet_modules(self.capture)
 
     def _handle(self, frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = frame.table.get(name)

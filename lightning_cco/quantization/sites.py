@@ -71,6 +71,16 @@ def fill_tables(
             node.tables[training] = {name: entry for name, entry in table.items() if entry.sites or not only_moves(entry.kind)}
 
 
+def quiet_modules(capture: Capture) -> frozenset[str]:
+    """Paths of captured modules that call no others, and in none of whose calls anything is rounded, once the tables are filled: most batch norms, poolings."""
+    known, heard = set(), {""}
+    for node in capture.root.walk():
+        known.add(node.path)
+        if not node.captured or node.children or any(entry.sites for table in node.tables.values() for entry in table.values()):
+            heard.add(node.path)
+    return frozenset(known - heard)
+
+
 def only_moves(kind: str) -> bool:
     """Whether an operation computes nothing, so that nobody minds how often it is called."""
     return operation_of_kind(kind).category in (Category.PRESERVE, Category.ALIAS, Category.IDENTITY)
