@@ -470,7 +470,7 @@ class CCOCallback(pl.Callback):
     def export(
         self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> Any:
-        """Write the compressed model as an INT8 file and check it in its engine: ``.onnx``, or ``.pte`` for ExecuTorch; or as a program, ``.pt2``.
+        """Write the compressed model as an INT8 file and check it in its engine: ``.onnx``, ``.pte`` (ExecuTorch), ``.tflite`` (LiteRT); or a ``.pt2`` program.
 
         The report goes to the log, to ``export_report.json`` beside the file, and to TensorBoard.
 

@@ -56,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lightning-cco {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    export = commands.add_parser("export", help="write a checkpoint as an INT8 file (.onnx, .pte) or as a .pt2 program, and check it")
+    export = commands.add_parser(
+        "export", help="write a checkpoint as an INT8 file (.onnx, .pte, .tflite) or as a .pt2 program, and check it"
+    )
     export.set_defaults(run=_export)
     export.add_argument("checkpoint", help="saved by a training with CCOCallback")
     export.add_argument(
@@ -66,7 +68,10 @@ def _parser() -> argparse.ArgumentParser:
         help="the LightningModule's class: pkg.module.Class, pkg.module:Class or file.py:Class",
     )
     export.add_argument(
-        "--out", default="model.onnx", metavar="FILE", help="what to write: .onnx, .pt2, or .pte for ExecuTorch (default: model.onnx)"
+        "--out",
+        default="model.onnx",
+        metavar="FILE",
+        help="what to write: .onnx, .pt2, .pte for ExecuTorch, .tflite for LiteRT (default: model.onnx)",
     )
     export.add_argument(
         "--arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of the module's constructor, as YAML; may be repeated"

@@ -16,11 +16,11 @@ from lightning_cco.names import nearest, printable, shown
 RANGE_ESTIMATORS = ("auto", "moving_average", "min_max", "percentile", "mse", "learned")
 WEIGHT_ESTIMATORS = ("auto", "minmax", "mse", "learned")
 RESIDUAL_STREAMS = ("auto", "quantized", "int8", "float")
-TARGET_FRAMEWORKS = ("ort", "openvino", "tensorrt", "executorch")
+TARGET_FRAMEWORKS = ("ort", "openvino", "tensorrt", "executorch", "litert")
 SENSITIVITY_MODES = ("local", "accumulated")
 DISTILLED = ("outputs", "layers")
 COMPARISONS = ("auto", "kl", "mse")
-_ALIASES = {"ov": "openvino", "trt": "tensorrt", "onnxruntime": "ort", "et": "executorch", "xnnpack": "executorch"}
+_ALIASES = {"ov": "openvino", "trt": "tensorrt", "onnxruntime": "ort", "et": "executorch", "xnnpack": "executorch", "tflite": "litert"}
 _LONGEST_MATCH, _MOST_STARS = 4096, 20
 GROUP_SIZES = (16, 32, 64, 128, 256)
 """How many weights can have a scale together: what engines multiply."""
@@ -371,7 +371,8 @@ class DeploymentSettings(_Checked):
     """Where the model is going.
 
     Attributes:
-        target_framework: ``ort``, ``openvino`` (or ``ov``), ``tensorrt`` (or ``trt``) or ``executorch`` (or ``et``): decides which kinds of layer run in INT8.
+        target_framework: ``ort``, ``openvino`` (or ``ov``), ``tensorrt`` (or ``trt``), ``executorch`` (or ``et``) or ``litert`` (or
+            ``tflite``): decides which kinds of layer run in INT8, and what `export_dir` gets.
         export_dir: Folder that the best checkpoint is exported to when ``fit`` ends; None: no export.
         int4: Whether files store weights of at most 4 bits in 4 bits, half the size, which ONNX Runtime then computes in float; None: if `budget_settings`
             counts on it (a size, average bits, or an accuracy drop).

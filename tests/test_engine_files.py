@@ -79,6 +79,19 @@ def test_more_samples_than_the_example_has_are_said(cnn: QuantizedModel, tmp_pat
     assert "the file takes 2 samples at once, not 9: the example has fewer" in report.notes
 
 
+@pytest.mark.slow
+def test_lite_rt_has_a_limit_of_its_own_and_takes_what_executorch_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_torch(monkeypatch, ".tflite", factor=(1, 1.002))
+    in_torch(monkeypatch, ".pte", factor=(1, 1.002))
+    quantized, _ = calibrated(GuideCNN(), GuideCNN.example, {"deployment_settings": {"target_framework": "tflite"}})
+    report = quantized.export(tmp_path / "model.tflite")
+    assert isinstance(report, ExportReport)
+    assert 0.1 < max(entry.mean_steps for entry in report.layers) < 0.25
+    with pytest.raises(CCOError, match=r"'relu' is \S+ steps off on average \(at most 0\.1, max_mean_steps"):
+        quantized.export(tmp_path / "model.pte")
+    assert quantized.export(tmp_path / "model.pte", max_mean_steps=0.3)
+
+
 def test_a_plan_for_another_engine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_torch(monkeypatch)
     quantized, _ = calibrated(ResidualCNN(), ResidualCNN.example)

@@ -27,8 +27,8 @@ def export_target(path: str | Path, ending: str) -> Path:
     if Path(path).suffix.lower() != ending:
         instead = Path(path).with_suffix(ending) if Path(path).name else f"model{ending}"
         raise CCOError(
-            "export: a path that ends in .onnx (a file for ONNX Runtime, OpenVINO and TensorRT, which build theirs from it), in .pt2 (a torch.export "
-            f"program) or in .pte (for ExecuTorch) was expected, '{path}' came. Write '{instead}'."
+            "export: a path that ends in .onnx (a file for ONNX Runtime, OpenVINO and TensorRT, which build theirs from it), .pt2 (a torch.export "
+            f"program), .pte (for ExecuTorch) or .tflite (for LiteRT) was expected, '{path}' came. Write '{instead}'."
         )
     try:
         return real_file(path)

@@ -58,7 +58,7 @@ def export_engine_file(
     batch_size: int = 1,
     check: bool = True,
     min_sqnr_db: float | None = None,
-    max_mean_steps: float = MEAN_STEPS,
+    max_mean_steps: float | None = None,
     network: Network | None = None,
     **options: Any,
 ) -> ExportReport:
@@ -75,7 +75,7 @@ def export_engine_file(
         batch_size: How many samples the file takes at once.
         check: Run the file.
         min_sqnr_db: The check fails below this signal-to-noise ratio of the outputs from end to end; `None`: the layers decide by themselves.
-        max_mean_steps: The check fails if a quantized tensor is further off than this on average, in steps of its scale.
+        max_mean_steps: The check fails if a quantized tensor is further off than this on average, in steps of its scale; `None`: the engine's limit.
         network: What the file holds in the place of the model's ``forward``, whose arguments the example then is: `network_of_the_step`.
         **options: There are no others; what only an ONNX file has is refused by name.
 
@@ -102,7 +102,7 @@ def export_engine_file(
         samples = Samples(deployed, batch_size)
         report.notes += samples.notes + notes_on_bits(quantized)
         report.inputs = {name: list(tensor.shape) for name, tensor in zip(deployed.names, samples.example, strict=True)}
-        written = write_program(quantized, deployed, [Axes(samples.example, [{} for _ in samples.example])])
+        written = write_program(quantized, deployed, [Axes(samples.example, [{} for _ in samples.example])], engine=engine)
         calls = [tensors for batch in batches if (tensors := deployed.tensors(*call_of(batch))) is not None] or [deployed.example]
         try:
             with temporary_folder(target.parent) as folder:
@@ -113,7 +113,7 @@ def export_engine_file(
                 _count(quantized, engine, made, report)
                 if check:
                     _check(quantized, engine, reader, written, temporary, samples, calls, report)
-                    judge(report, min_sqnr_db, max_mean_steps)
+                    judge(report, min_sqnr_db, (engine.mean_steps or MEAN_STEPS) if max_mean_steps is None else max_mean_steps)
                     _refuse_floats(engine, report)
                 move(temporary, target)
         except OSError as error:

@@ -58,9 +58,11 @@ class Passes:
 
     Args:
         program: The program; its graph is changed in place.
+        joined: Whether what is concatenated is rounded as the result is.
     """
 
-    def __init__(self, program: torch.export.ExportedProgram) -> None:
+    def __init__(self, program: torch.export.ExportedProgram, joined: bool = True) -> None:
+        self._joined = joined
         self.program, self.module, self.graph = program, program.graph_module, program.graph_module.graph
         found = operators()
         self._quantize, self._dequantize = found.quantize, found.dequantize
@@ -70,7 +72,8 @@ class Passes:
         self.drop_copies()
         self.merge_clamps()
         self.carry_pairs()
-        self.join_formats()
+        if self._joined:
+            self.join_formats()
         self.own_dequantize()
         self.graph.eliminate_dead_code()
         self.drop_unused()

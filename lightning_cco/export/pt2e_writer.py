@@ -12,7 +12,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.export.axes import Axes
 from lightning_cco.export.dialects import Pt2eDialect
 from lightning_cco.export.engine import Rounded
-from lightning_cco.export.engines import ENGINES, PROGRAMS, Form
+from lightning_cco.export.engines import ENGINES, PROGRAMS, Engine, Form
 from lightning_cco.export.failures import failed, untraceable
 from lightning_cco.export.pt2e_passes import Passes
 from lightning_cco.export.qdq_emitter import Emitter
@@ -42,23 +42,28 @@ class WrittenProgram:
         dialect = self.emitter.dialect
         assert isinstance(dialect, Pt2eDialect)
         with self.emitter.emitting():
-            program = traced(_Inspected(self.emitter.model, dialect), self.axes)
+            program = traced(_Inspected(self.emitter.model, dialect, self._is_compared), self.axes)
         rounded: dict[str, list[Rounded]] = {}
-        for number, (name, scale) in enumerate(dialect.pairs):
+        for number, (name, scale) in enumerate(pair for pair in dialect.pairs if self._is_compared(pair[0])):
             rounded.setdefault(name, []).append(Rounded(str(number), scale, 0))
-        return _rewritten(program), rounded
+        return _rewritten(program, self.emitter), rounded
+
+    def _is_compared(self, name: str) -> bool:
+        """Not what a parameter is rounded to before it is concatenated: converters round it once, as the result is, which is compared."""
+        layer, _, operand = name.rpartition(".")
+        return operand != "operand" or self.emitter.quantized.graph[layer].kind != "concat"
 
 
 class _Inspected(nn.Module):
     """A forward that gives the tensors that it rounds, too."""
 
-    def __init__(self, model: nn.Module, dialect: Pt2eDialect) -> None:
+    def __init__(self, model: nn.Module, dialect: Pt2eDialect, wanted: Callable[[str], bool]) -> None:
         super().__init__()
-        self.model, self._dialect = model, dialect
+        self.model, self._dialect, self._wanted = model, dialect, wanted
         self.training = model.training
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return (*self.model(*tensors), *self._dialect.rounded())
+        return (*self.model(*tensors), *self._dialect.rounded(self._wanted))
 
 
 def traced(model: nn.Module, axes: Axes) -> torch.export.ExportedProgram:
@@ -66,7 +71,9 @@ def traced(model: nn.Module, axes: Axes) -> torch.export.ExportedProgram:
     return torch.export.export(model, axes.tensors, dynamic_shapes=(tuple(axes.specifications),), strict=False)
 
 
-def write_program(quantized: HookedModel, deployed: Deployed, ways: Iterable[Axes], trace: Trace | None = None) -> WrittenProgram:
+def write_program(
+    quantized: HookedModel, deployed: Deployed, ways: Iterable[Axes], trace: Trace | None = None, engine: Engine | None = None
+) -> WrittenProgram:
     """The program of the first way of tracing that works.
 
     Args:
@@ -74,11 +81,12 @@ def write_program(quantized: HookedModel, deployed: Deployed, ways: Iterable[Axe
         deployed: Its forward, tensors in and out.
         ways: Ways of tracing, the best first.
         trace: Traces what the program is to hold, if not that forward.
+        engine: What reads it, if not the engine that it was planned for.
 
     Raises:
         CCOError: The model can't be traced.
     """
-    engine = ENGINES[quantized.settings.deployment_settings.target_framework]
+    engine = engine or ENGINES[quantized.settings.deployment_settings.target_framework]
     stored = StoredWeights(quantized, engine=engine if engine.name in PROGRAMS else ENGINES[PROGRAMS[0]])
     emitter = Emitter(quantized, stored, Pt2eDialect(stored.engine.wanted(Form.SIGNED)))
     emitter.model = deployed
@@ -89,7 +97,7 @@ def write_program(quantized: HookedModel, deployed: Deployed, ways: Iterable[Axe
         try:
             with emitter.emitting():
                 program = trace(axes) if trace is not None else traced(deployed, axes)
-            return WrittenProgram(_rewritten(program), emitter, axes)
+            return WrittenProgram(_rewritten(program, emitter), emitter, axes)
         except Exception as error:
             failure = failure or error
     assert failure is not None
@@ -97,10 +105,10 @@ def write_program(quantized: HookedModel, deployed: Deployed, ways: Iterable[Axe
     raise CCOError(untraceable(quantized.model, where, failure)) from failure
 
 
-def _rewritten(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+def _rewritten(program: torch.export.ExportedProgram, emitter: Emitter) -> torch.export.ExportedProgram:
     try:
         program = program.run_decompositions({})  # without operators in place
-        Passes(program).run()
+        Passes(program, emitter.stored.engine.wanted(Form.JOINED)).run()
     except Exception as error:
         raise CCOError(failed("rewriting the traced program", error)) from error
     return program

@@ -132,12 +132,12 @@ def _averages_to_one(layer: Layer) -> bool:
     return len(layer.output_shapes[0]) == 4 and tuple(layer.output_shapes[0][2:]) == (1, 1)
 
 
-def _program(name: str) -> Target:
+def _program(name: str, *more: str) -> Target:
     """An engine that reads programs with quantized operators, and whose products in INT8 give rounded results alone (as XNNPACK's do)."""
     return Target(
         name,
         False,
-        frozenset({"conv", "conv_transpose", "linear", "add", "sub", "mul", "concat", "mean", "adaptive_avg_pool"}) | _CLAMP,
+        frozenset({*more, "conv", "linear", "add", "sub", "mul", "concat", "mean", "adaptive_avg_pool"}) | _CLAMP,
         weight_only_kinds=frozenset({"embedding", "embedding_bag"}),
         forms={
             "conv": _flat,
@@ -215,7 +215,8 @@ TARGETS: Mapping[str, Target] = {
         # It takes int4 in blocks of 64 or 128, and the file's opset of blocks goes together with no symmetric activations in ONNX Runtime (`Form.OPSET`).
         refuses_groups="was not tried with weights in groups. Leave weights_group_size out, or choose target_framework: ort or openvino",
     ),
-    "executorch": _program("executorch"),
+    "executorch": _program("executorch", "conv_transpose"),
+    "litert": _program("litert"),
 }
 """The engines by name. Sources: ONNX Runtime's QDQ operator list and the graphs that it makes of each kind; OpenVINO's low-precision transformations guide,
 TensorRT's Q/DQ placement guide.

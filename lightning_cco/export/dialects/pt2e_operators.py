@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -84,9 +84,9 @@ class Pt2eDialect:
         """Of each pair that was written, in order, quantizer and scale."""
         return [(name, numbers[0]) for name, _, numbers in self._written]
 
-    def rounded(self) -> list[Tensor]:
-        """The values of these pairs, each a tensor of its own, which nothing in the model writes to."""
-        return [self._operators.dequantize(levels, *numbers) for _, levels, numbers in self._written]
+    def rounded(self, wanted: Callable[[str], bool]) -> list[Tensor]:
+        """The values of those of these pairs that are wanted, each a tensor of its own, which nothing in the model writes to."""
+        return [self._operators.dequantize(levels, *numbers) for name, levels, numbers in self._written if wanted(name)]
 
     def bias(self, value: Tensor, scale: Tensor | None) -> Tensor:
         """In float: engines round it by themselves, to the grid of their accumulator."""

@@ -28,6 +28,7 @@ class Form(Enum):
         "as operators of its own: lookups of weights in groups, and products with those that others read, or that read a rounded tensor"
     )
     SIGNED = "int8 for what other engines take as uint8: rounded tensors, and constants that are added to them"
+    JOINED = "what is concatenated rounded as the result is"
     OPSET = "an opset of at most the amount where activations are symmetric"
 
 
@@ -130,6 +131,7 @@ class Engine:
         plans: Targets whose plans it can compute, if not its own alone.
         dynamic_batch: What it gets wrong where the size of a dynamic batch is computed with; empty: nothing.
         fixed_sizes: Why sizes of images are fixed unless they are asked to vary; empty: they vary where the model lets them.
+        mean_steps: Most that a right tensor is off on average, in steps of its scale; `None`: what the check allows.
         not_run: What to say of files that it was not run on; empty: it was.
     """
 
@@ -144,6 +146,7 @@ class Engine:
     plans: tuple[str, ...] = ()
     dynamic_batch: str = ""
     fixed_sizes: str = ""
+    mean_steps: float | None = None
     not_run: str = ""
 
     def wanted(self, form: Form) -> bool:

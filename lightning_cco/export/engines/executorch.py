@@ -52,11 +52,15 @@ class ExecuTorch:
 EXECUTORCH = Engine(
     "executorch",
     "ExecuTorch",
-    (Want(Form.SIGNED, "1.5", "XNNPACK has no kernels for uint8: its partitioner leaves such operators to float", ""),),
+    (
+        Want(Form.SIGNED, "1.5", "XNNPACK has no kernels for uint8: its partitioner leaves such operators to float", ""),
+        Want(Form.JOINED, "1.5", "XNNPACK joins integers of one scale alone; with others a file is written that does not load", ""),
+    ),
     package="executorch",
     ending=".pte",
     extra="executorch",
     start=ExecuTorch,
+    plans=("litert",),
     fixed_sizes="its memory is planned for sizes that are known",
     not_run="the file is for ONNX Runtime, planned as ExecuTorch computes; ExecuTorch reads .pte files",
 )
