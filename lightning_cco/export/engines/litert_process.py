@@ -126,7 +126,7 @@ def _constants_as_floats(module: Any) -> Any:
     for number, node in enumerate(list(module.graph.nodes)):
         if node.op != "call_function" or node.target not in dequantize or node.args[0].op != "get_attr":
             continue
-        values = [_attribute(module, value.target) if isinstance(value, torch.fx.Node) else value for value in node.args]
+        values = [_attribute(module, str(value.target)) if isinstance(value, torch.fx.Node) else value for value in node.args]
         name = f"floats_{number}"
         module.register_buffer(name, node.target(*values).detach())
         with module.graph.inserting_before(node):
@@ -144,16 +144,20 @@ def _attribute(module: Any, path: str) -> Any:
 
 
 def _computed(path: str, layers: dict[str, list[str]]) -> dict[str, Any]:
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+    from ai_edge_litert import schema_py_generated as schema
 
-    plain = Interpreter(model_path=path, experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES)
-    types = {entry["index"]: entry["dtype"] for entry in plain.get_tensor_details()}
+    with open(path, "rb") as file:
+        model = schema.ModelT.InitFromPackedBuf(file.read(), 0)
+    kinds = {code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)}
+    graph = model.subgraphs[0]
     integer: Counter[str] = Counter()
     floats: Counter[str] = Counter()
     products: list[tuple[str, bool]] = []
     conversions = 0
-    for node in plain._get_ops_details():
-        name, on_integers = node["op_name"], all(types.get(index) is np.int8 for index in node["outputs"])
+    for node in graph.operators:
+        code = model.operatorCodes[node.opcodeIndex]
+        name = kinds.get(max(code.builtinCode, code.deprecatedBuiltinCode), "CUSTOM")
+        on_integers = all(graph.tensors[index].type == schema.TensorType.INT8 for index in node.outputs)
         conversions += name in _CONVERSIONS
         if name in _CONVERSIONS or name in _MOVES:
             continue
