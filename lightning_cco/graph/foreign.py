@@ -25,7 +25,7 @@ class Origin(Enum):
 
 
 def origin_of_call(graphs: Collection[int] = (), running: int = 0) -> Origin:
-    """Whose the torch call is that the caller's caller was shown, told from the Python frames around it.
+    """Whose the torch call is that the caller, a function mode, was shown, told from the Python frames around it.
 
     A module compiled inside an eager one, and every ``torch.compile(model)`` (whose own hooks run eagerly), runs its graph while our mode is active.
     What is in the graph is quantized already: it must be neither quantized again nor counted. A graph of `torch.fx` that is a part of the model is the
@@ -35,7 +35,7 @@ def origin_of_call(graphs: Collection[int] = (), running: int = 0) -> Origin:
         graphs: Identities of the model's modules that are such graphs.
         running: Identity of the Python frame of the module's call, which is looked for as well; 0 if unknown.
     """
-    frame: FrameType | None = sys._getframe(3)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         foreign = _origins.get(frame.f_code, _NEW)
         if foreign is None:
