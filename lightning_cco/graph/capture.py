@@ -17,7 +17,7 @@ from lightning_cco.graph.containers import LOOKED_INTO
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.matching import match_training, merge_repeats, overwritten_calls
-from lightning_cco.graph.modes import as_now, switch_training
+from lightning_cco.graph.modes import as_now, switch_training, uncollected
 from lightning_cco.graph.ops import Op
 from lightning_cco.graph.put_back import Kept
 from lightning_cco.graph.reached import is_within, only_asked, out_of_sight, used_unseen
@@ -114,7 +114,7 @@ def capture(model: nn.Module, forward: Callable[[], Any]) -> Capture:
     Raises:
         CCOError: If the forward fails, or makes no layer.
     """
-    with eager():  # compiled code would be traced with the capture in it
+    with eager(), uncollected():  # compiled code would be traced with the capture in it
         try:
             return _capture(model, forward, gradients=False)
         except CCOError as error:

@@ -1,7 +1,8 @@
-"""Modes in which a model is looked at: training or evaluation, with gradients or without, with everything as before in the end."""
+"""Modes in which a model is looked at: training or evaluation, with gradients or without, with everything as before in the end; without the collector."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -52,3 +53,15 @@ def switch_training(model: nn.Module, training: bool) -> None:
     except NotImplementedError:
         for module in model.modules():
             module.training = training
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Python's collector of cycles rests inside the block, where objects are made that stay: it would look at all of them again and again."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

@@ -38,7 +38,7 @@ def is_mask_like(tensor: Tensor) -> bool:
         return False
     low, high = torch.aminmax(tensor.detach())
     limit = 0.1 * torch.finfo(tensor.dtype).max
-    return bool((low < -limit) | (high > limit))
+    return low.item() < -limit or high.item() > limit
 
 
 def is_quantizable(tensor: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import Capture
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.modes import recording, switch_training
+from lightning_cco.graph.modes import recording, switch_training, uncollected
 from lightning_cco.graph.network import has_parameters
 from lightning_cco.graph.put_back import Kept
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
@@ -86,6 +86,7 @@ class HookedModel:
         uncalibrated: Quantizers that have no range after a state was loaded or the plan changed.
     """
 
+    @uncollected()
     def __init__(self, model: nn.Module, captured: Capture, settings: Settings, suggestions: Iterable[str] = ()) -> None:
         if not has_parameters(model):
             raise CCOError(
