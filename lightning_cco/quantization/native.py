@@ -268,10 +268,10 @@ class Kernels:
         self._mask_gradient(x.ctypes.data, y.ctypes.data, mask.ctypes.data, x.size, 0, 1)
         if not np.array_equal(y, np.where(inside, x, np.float32(0.0))):
             return "mask_gradient"
-        grid, found = struct.pack("7f", scale, *levels_and_limits), (_float * 2)()
+        grid, passing = struct.pack("7f", scale, *levels_and_limits), (_float * 2)()
         self._round_to_grid(x.ctypes.data, y.ctypes.data, x.size, 0, grid, None, 1)
-        self._gradient_ends(grid, 0, found)
-        if not (np.array_equal(y, expected) and np.array_equal(inside, (x > found[0]) & (x < found[1]))):
+        self._gradient_ends(grid, 0, passing)
+        if not (np.array_equal(y, expected) and np.array_equal(inside, (x > passing[0]) & (x < passing[1]))):
             return "round_to_grid"
         half, rounded = (x.view(np.uint32) >> 16).astype(np.uint16), np.empty(x.size, np.uint16)
         self._fake_quantize(half.ctypes.data, rounded.ctypes.data, x.size, 1, scale, *levels_and_limits, None, None, 1)

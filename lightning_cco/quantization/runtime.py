@@ -310,9 +310,9 @@ def _with_inputs(
     if site.plain_slots:  # nearly always
         items = list(args)
         for (position, *_), weight_quantizer in site.weights:
-            items[position] = weight_quantizer(items[position], recomputed)  # type: ignore[call-overload]
+            items[position] = weight_quantizer(items[position], recomputed)
         for (position, *_), _, quantizer in site.reads:
-            items[position] = quantizer(items[position], None, False, track)  # type: ignore[call-overload]
+            items[position] = quantizer(items[position], None, False, track)
         args = tuple(items)
     else:
         for slot, weight_quantizer in site.weights:
