@@ -169,7 +169,7 @@ def rules_for(draw: st.DrawFn, names: tuple[str, ...]) -> list[dict[str, object]
     return rules
 
 
-@pytest.mark.filterwarnings("ignore:layer_settings. the rule:lightning_cco.CCOWarning")
+@pytest.mark.filterwarnings("ignore:layer_settings:lightning_cco.CCOWarning")
 @pytest.mark.parametrize("model", GRAPHS)
 @hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

@@ -68,6 +68,16 @@ def attention(
     return torch.matmul(torch.softmax(scores, -1), value)
 
 
+def added_apart(addend: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """`torch.addmm` as a product of three dimensions and an addition: engines have an INT8 form for a constant addend with factor 1 only.
+
+    Of two dimensions they would put product and addition together again.
+    """
+    product = (left[None] @ right)[0]
+    product = product if alpha == 1 else product * alpha
+    return product + (addend if beta == 1 else addend * beta)
+
+
 def divided(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``avg_pool2d`` or ``avg_pool3d`` whose ``divisor_override``, which ONNX lacks, is a factor behind it."""
 

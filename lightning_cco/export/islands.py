@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from lightning_cco.export.qdq_emitter import Emitter
-from lightning_cco.export.report import UNPLANNED, ExportReport, FloatIsland
+from lightning_cco.export.report import UNASKED, UNPLANNED, ExportReport, FloatIsland
 from lightning_cco.export.value_types import float_nodes
 from lightning_cco.export.weight_blocks import LOOKUP, PRODUCT
 from lightning_cco.names import list_names
@@ -90,6 +90,9 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
         island = _island(quantized, operator, layer, layer in in_integers, reason)
         if island is not None and island not in report.float_islands:
             report.float_islands.append(island)
+    unasked = sorted(name for name in in_integers if name in quantized.graph and _left_in_float(quantized, emitter, name))
+    if unasked and engine.load is None and not engine.not_run:
+        report.notes.append(f"{UNASKED} {list_names(unasked)} in INT8, which {'is' if len(unasked) == 1 else 'are'} to stay in float")
     report.integer_nodes = {kind: count for kind, count in kinds.items() if kind.startswith(_INTEGER)}
     if kinds[PRODUCT] and not packed and engine.load is None and not engine.not_run:
         rounding = list(dict.fromkeys(layers.of(node) for node in model.graph.node if node.op_type == PRODUCT))
@@ -101,6 +104,11 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
         )
     report.float_nodes = dict(in_float)
     report.conversions = sum(count for kind, count in kinds.items() if kind in _CONVERSIONS)
+
+
+def _left_in_float(quantized: HookedModel, emitter: Emitter, name: str) -> bool:
+    """Whether a layer with weights has float ones in the file."""
+    return name in quantized.plan.skipped and quantized.graph[name].weighted and name not in emitter.stored.weights
 
 
 def _packed(written: Any, emitter: Emitter) -> set[str]:

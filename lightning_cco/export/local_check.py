@@ -1,8 +1,8 @@
 """Compares each rounded tensor of a file with the fake-quantized model's, layer by layer: each is computed from what the engine's layer read.
 
 Compared from end to end, harmless roundings that fall the other way add up from layer to layer. So at each quantizer its levels are compared with the
-engine's integers, and the forward goes on from the engine's: a layer that is right is then a step off where a value lies between two levels, and one that
-is wrong stands out alone.
+engine's integers, and the forward goes on from the engine's: a layer that is right is then a step off where a value lies almost in the middle between two
+levels, and one that is wrong stands out alone. Values right in the middle may go either way.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from lightning_cco.export.engine import Rounded
 from lightning_cco.quantization.model import HookedModel
 
+_MIDDLE = 1e-3
+"""How near to the middle between two levels, in steps, a value may go either way: sums of tensors whose scales are half of the result's lie there."""
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
 
@@ -57,6 +59,7 @@ class LocalRun:
         self.steps: dict[str, Steps] = {}
         self.weights: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._unlike: dict[str, str] = {}
+        self._ties: Tensor | None = None
 
     @contextmanager
     def going_on_from(self, arrays: Arrays) -> Iterator[None]:
@@ -68,6 +71,7 @@ class LocalRun:
         handles = []
         try:
             for key, quantizer in self.quantized.activations.items():
+                handles.append(quantizer.register_forward_pre_hook(self._find_ties))
                 handles.append(quantizer.register_forward_hook(self._activation_hook(key, arrays)))
             for layer, quantizers in self.quantized.weights.items():
                 for number, weight_quantizer in enumerate(quantizers):
@@ -89,6 +93,12 @@ class LocalRun:
                 missing[key] = "no batch of the check reached it"
         return missing
 
+    def _find_ties(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note which values lie in the middle between two levels; before they are rounded, which may be done in place."""
+        assert isinstance(module.scale, Tensor)
+        levels = args[0].detach().float().cpu() / float(module.scale)
+        self._ties = levels.sub_(levels.floor()).sub_(0.5).abs_() < _MIDDLE
+
     def _activation_hook(self, key: str, arrays: Arrays) -> Any:
         calls = 0
         rounded = self.rounded.get(key, [])
@@ -109,7 +119,7 @@ class LocalRun:
                 return
             levels = levels.to(torch.float32).sub_(entry.zero_point)
             assert isinstance(module.scale, Tensor)
-            self._compare(key, output.detach().float().cpu() / float(module.scale), levels)
+            self._compare(key, output.detach().float().cpu() / float(module.scale), levels, self._ties)
             # In place: whoever overwrites its argument goes on with the argument.
             output.copy_(levels.mul_(entry.scale))
 
@@ -129,8 +139,10 @@ class LocalRun:
 
         return hook
 
-    def _compare(self, key: str, ours: Tensor, levels: Tensor) -> None:
+    def _compare(self, key: str, ours: Tensor, levels: Tensor, ties: Tensor | None = None) -> None:
         steps = ours.round_().sub_(levels).abs_()
+        if ties is not None and ties.shape == steps.shape:
+            steps.masked_fill_(ties & (steps <= 1), 0.0)
         if not torch.isfinite(steps).all():
             steps = steps.nan_to_num_(nan=0.0, posinf=torch.inf)  # what is not a number has no level
         self.steps.setdefault(key, Steps()).add(steps)

@@ -14,7 +14,7 @@ from lightning_cco.export.destination import export_target, move
 from lightning_cco.export.failures import need_packages, need_writable_names
 from lightning_cco.export.limits import MEAN_STEPS, judge
 from lightning_cco.export.network import Network
-from lightning_cco.export.onnx_notes import notes_on_inputs, notes_on_weights, warn_of_floats, warn_of_groups
+from lightning_cco.export.onnx_notes import notes_on_inputs, notes_on_weights, warn_of_floats, warn_of_groups, warn_of_integers
 from lightning_cco.export.onnx_writer import write_onnx
 from lightning_cco.export.options import checked_options
 from lightning_cco.export.precision import float_bytes, in_float32, other_types
@@ -116,6 +116,7 @@ def export_onnx(
                 if why_fixed:
                     report.notes.append(why_fixed)
                 warn_of_floats(report)
+                warn_of_integers(report)
                 warn_of_groups(report)
                 move(temporary, target)
         except OSError as error:

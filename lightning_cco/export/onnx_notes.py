@@ -8,7 +8,7 @@ from lightning_cco.errors import CCOWarning
 from lightning_cco.export.engine_patterns import adds_products_exactly
 from lightning_cco.export.engines import Form
 from lightning_cco.export.qdq_emitter import Emitter
-from lightning_cco.export.report import ExportReport
+from lightning_cco.export.report import UNASKED, ExportReport
 from lightning_cco.export.signature import Deployed
 from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
@@ -92,6 +92,13 @@ def warn_of_floats(report: ExportReport) -> None:
             CCOWarning,
             stacklevel=3,
         )
+
+
+def warn_of_integers(report: ExportReport) -> None:
+    """A layer that was skipped because rounding hurts it, and is rounded after all."""
+    for note in report.notes:
+        if note.startswith(UNASKED):
+            warnings.warn(f"export: {note}. Report this form of the model.", CCOWarning, stacklevel=3)
 
 
 def warn_of_groups(report: ExportReport) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ NAME = "lightning_cco.quantizer"
 
 _PICKS = ("Gather", "GatherElements", "GatherND", "Slice", "Split", "DepthToSpace", "Expand", "Tile")
 """Operators that only say which values go where, and that engines also have for integers."""
+_RESHAPES = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten")
+"""Operators past which engines move a conversion by themselves."""
 
 
 def constant(value: Any) -> np.ndarray[Any, Any] | None:
@@ -59,11 +62,8 @@ def index_integers(graph: Any) -> None:
     Engines move a DequantizeLinear past what only reshapes a tensor; past what picks from it or repeats it (``x[:, 0]``, reflected borders, pixel shuffle, an
     interpolation to the nearest) they may not, and compute the layer that reads it in float.
     """
-    import onnx_ir
-
     for node in list(graph):
-        turns = node.op_type == "Transpose" and any(_picks(reader) for reader, _ in node.outputs[0].uses())  # to pick along the last axes
-        dequantize = node.inputs[0].producer() if node.inputs and (turns or _picks(node)) else None
+        dequantize = node.inputs[0].producer() if node.inputs and (_picks(node) or _leads_to_a_pick(node)) else None
         if dequantize is None or dequantize.op_type != "DequantizeLinear" or any(value.is_graph_output() for value in node.outputs):
             continue
         levels, *format_ = dequantize.inputs
@@ -71,22 +71,69 @@ def index_integers(graph: Any) -> None:
         if levels.producer() is None or scale is None or scale.ndim:
             continue
         node.replace_input_with(0, levels)
-        for number, output in enumerate(node.outputs):
-            uses = tuple(output.uses())
-            after = onnx_ir.node("DequantizeLinear", [output, *format_], name=f"{node.name}.{number}_dequantize")
-            after.metadata_props.update({key: value for key, value in node.metadata_props.items() if key != NAME})
-            after.outputs[0].name, after.outputs[0].dtype, after.outputs[0].shape = f"{output.name}_dequantized", output.dtype, output.shape
-            output.dtype = levels.dtype
-            graph.insert_after(node, after)
-            for reader, position in uses:
-                reader.replace_input_with(position, after.outputs[0])
+        if node.op_type == "Pad" and not _mirrors(node):
+            border = initializer(graph, f"{node.outputs[0].name}_border", np.asarray(constant(format_[1])).reshape(()))
+            node.resize_inputs(max(3, len(node.inputs)))
+            node.replace_input_with(2, border)
+        _dequantize_after(graph, node, levels.dtype, format_)
+    for node in list(graph):
+        if node.op_type == "Concat" and (of_one := _of_one_scale(node)) is not None:
+            for number, dequantize in enumerate(of_one):
+                node.replace_input_with(number, dequantize.inputs[0])
+            _dequantize_after(graph, node, of_one[0].inputs[0].dtype, of_one[0].inputs[1:])
+
+
+def _dequantize_after(graph: Any, node: Any, dtype: Any, format_: Sequence[Any]) -> None:
+    """Scale what a node makes of integers, for all of its readers."""
+    import onnx_ir
+
+    for number, output in enumerate(node.outputs):
+        uses = tuple(output.uses())
+        after = onnx_ir.node("DequantizeLinear", [output, *format_], name=f"{node.name}.{number}_dequantize")
+        after.metadata_props.update({key: value for key, value in node.metadata_props.items() if key != NAME})
+        after.outputs[0].name, after.outputs[0].dtype, after.outputs[0].shape = f"{output.name}_dequantized", output.dtype, output.shape
+        output.dtype = dtype
+        graph.insert_after(node, after)
+        for reader, position in uses:
+            reader.replace_input_with(position, after.outputs[0])
+
+
+def _of_one_scale(concat: Any) -> list[Any] | None:
+    """What a node puts together, if it is all of one rounded tensor, such as the two parts of one that is rolled, and not rounded again."""
+    makers = [value.producer() for value in concat.inputs]
+    if any(maker is None or maker.op_type != "DequantizeLinear" or maker.inputs[0].producer() is None for maker in makers):
+        return None
+    readers = [reader for reader, _ in concat.outputs[0].uses()]
+    if concat.outputs[0].is_graph_output() or any(reader.op_type == "QuantizeLinear" for reader in readers):
+        return None  # engines have a form of their own for it
+    formats = {tuple(value.name for value in maker.inputs[1:]) for maker in makers}
+    scale = constant(makers[0].inputs[1])
+    return makers if len(formats) == 1 and scale is not None and not scale.ndim else None
+
+
+def _leads_to_a_pick(node: Any) -> bool:
+    """Whether a node only reshapes what an operator then picks from: to pick along the last axes, or to repeat along a new one."""
+    if node.op_type not in _RESHAPES:
+        return False
+    return any(_picks(reader) or _leads_to_a_pick(reader) for reader, position in node.outputs[0].uses() if position == 0)
 
 
 def _picks(node: Any) -> bool:
     """Whether a node picks values of its first input, or repeats them."""
     if node.op_type == "Pad":
-        return bool(node.attributes.get_string("mode", "constant") != "constant")
+        return _mirrors(node) or _adds_zeros(node)
     return node.op_type in _PICKS or (node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") == "nearest")
+
+
+def _mirrors(pad: Any) -> bool:
+    return bool(pad.attributes.get_string("mode", "constant") != "constant")
+
+
+def _adds_zeros(pad: Any) -> bool:
+    """Whether a border is of zeros, and read by what engines do not take it into."""
+    border = constant(pad.inputs[2]) if len(pad.inputs) > 2 and pad.inputs[2] is not None else np.zeros(())
+    readers = {reader.op_type for reader, _ in pad.outputs[0].uses()}
+    return border is not None and not np.any(border) and not readers & {"Conv", "MaxPool", "AveragePool"}
 
 
 def share_constants(graph: Any) -> None:

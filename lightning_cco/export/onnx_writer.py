@@ -24,6 +24,7 @@ from lightning_cco.export.products import fill_biases, split_products, store_tra
 from lightning_cco.export.provenance import layers_of_nodes
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
+from lightning_cco.export.separated import keep_float_weights, separate_roundings
 from lightning_cco.export.signature import Deployed
 from lightning_cco.export.sizes import Sizes, SizesDoNotVary, limits_of
 from lightning_cco.export.stored import StoredWeights
@@ -91,6 +92,10 @@ def write_onnx(
             fill_biases(graph)
         if stored.engine.wanted(Form.STORED_TRANSPOSED):
             store_transposed(graph)
+        if stored.engine.wanted(Form.FLOAT_WEIGHTS):
+            keep_float_weights(graph)
+        if stored.engine.wanted(Form.SEPARATE_ROUNDINGS):
+            separate_roundings(graph)
         onnx_passes.share_constants(graph)
         if stored.engine.wanted(Form.OWN_ZERO_POINTS):
             onnx_passes.own_zero_points(graph)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_cco.export.dialects import Dialect, Format
 from lightning_cco.export.embedding_bags import bag_arguments, is_bag, reduced
-from lightning_cco.export.engine_patterns import attention, averages_images, divided, without_bound
+from lightning_cco.export.engine_patterns import added_apart, attention, averages_images, divided, without_bound
 from lightning_cco.export.engines import Form
 from lightning_cco.export.fold_batch_norm import IntegerWeight
 from lightning_cco.export.provenance import noting
@@ -147,6 +147,8 @@ class Emitter:
                     return self._with_outputs(site, args, args[0] if args else kwargs["input"], limits)
                 if site.op.kind == "scaled_dot_product_attention":
                     func = attention
+                if site.op.kind == "addmm" and not site.in_place and (len(site.sources) > 1 or kwargs.get("beta", 1) != 1):
+                    func = added_apart
                 if site.op.kind == "avg_pool":
                     func = divided(func)
                 result = func(*args, **kwargs)

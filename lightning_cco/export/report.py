@@ -10,6 +10,8 @@ from lightning_cco.files import write_file
 
 UNPLANNED = "planned in INT8, but"
 """How the reason begins of a layer that is planned in INT8 and that the engine computes in float."""
+UNASKED = "the engine computes"
+"""How the note begins on layers that the plan leaves in float and that the engine computes in INT8."""
 LOW_SQNR_DB = 15.0
 _MOST_KINDS = 10
 """Below this the report says why outputs can differ while each layer is right."""

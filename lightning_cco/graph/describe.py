@@ -12,7 +12,7 @@ from lightning_cco.graph.ops import Op
 _OF_MODULES = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "in_features", "out_features", "num_embeddings",
     "embedding_dim", "num_features", "normalized_shape", "eps", "output_size", "scale_factor", "mode", "p", "negative_slope", "input_size",
-    "divisor_override", "ceil_mode", "hidden_size", "num_layers", "bidirectional", "num_heads", "embed_dim", "num_groups",
+    "divisor_override", "ceil_mode", "hidden_size", "num_layers", "bidirectional", "num_heads", "embed_dim", "num_groups", "value",
 )  # fmt: skip
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 Shape = tuple[int, ...]
 
+FLOATS = frozenset({"float32", "float16", "bfloat16", "float64"})
+"""Data types of real floats, as layers spell them."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -28,6 +31,7 @@ class Layer:
         frozen: Path of the frozen module around it that only training asks, such as a teacher; empty for layers of the deployed model.
         read_out: Numbers of the outputs whose values Python reads (`item`, `tolist`, `bool`), or that are cast to integers.
         outside: Whether the step computes it between its networks, where no module runs; what reads it quantizes it.
+        input_dtypes: Data type of each tensor of ``input_shapes``, written as in ``output_dtypes``; empty: not known.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Layer:
     frozen: str = ""
     read_out: tuple[int, ...] = ()
     outside: bool = False
+    input_dtypes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,8 @@ _ROWS = (
     Op("einsum", _M, ("einsum",)),
     Op("scaled_dot_product_attention", _M, ("scaled_dot_product_attention",), mask=(3, "attn_mask"), masks=True, read_by_gradient=True),
     # Sums, and what puts tensors together.
-    Op("add", _C, _arithmetic("add"), constants=True, masks=True, fresh=True),
-    Op("sub", _C, _arithmetic("sub", "rsub", "subtract", "subtract_"), constants=True, masks=True, fresh=True),
+    Op("add", _C, _arithmetic("add"), constants=True, masks=True, fresh=True, arguments=("", "", "alpha")),
+    Op("sub", _C, _arithmetic("sub", "rsub", "subtract", "subtract_"), constants=True, masks=True, fresh=True, arguments=("", "", "alpha")),
     Op("mul", _C, _arithmetic("mul", "multiply", "multiply_"), constants=True, masks=True, fresh=True),
     Op(
         "div",
@@ -189,9 +189,10 @@ _ROWS = (
         Op(kind, _P, (kind,))
         for kind in (
             "unbind", "tensor_split", "narrow", "select", "index_select", "gather", "flip", "roll", "pixel_shuffle", "pixel_unshuffle",
-            "channel_shuffle", "unfold", "repeat_interleave", "take_along_dim", "pad",
+            "channel_shuffle", "unfold", "repeat_interleave", "take_along_dim",
         )
     ),
+    Op("pad", _P, ("pad",), arguments=("", "pad", "mode", "value")),
     # What is no layer of a deployed model.
     Op(
         "alias",
@@ -246,8 +247,15 @@ def operation_of_kind(kind: str) -> Op:
     return _KINDS.get(kind) or Op(kind, Category.COMPUTE)
 
 
+_HUGE = 1e4
+"""From which on the number of a border is there to be passed over, by a maximum."""
+
+
 def category_of(layer: Layer) -> Category:
-    """How a layer treats values: as its kind does, but an interpolation to the nearest picks those that there are."""
+    """How a layer treats values: as its kind does, but an interpolation to the nearest picks values, and a border of a number may add one."""
+    border = layer.attributes.get("value")
+    if layer.kind == "pad" and isinstance(border, (int, float)) and 0 < abs(border) < _HUGE:
+        return Category.COMPUTE
     if layer.kind == "interpolate" and str(layer.attributes.get("mode", "nearest")).startswith("nearest"):
         return Category.PRESERVE
     return operation_of_kind(layer.kind).category

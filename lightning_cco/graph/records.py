@@ -121,6 +121,7 @@ class Seen:
             call.layer,
             multiplications=multiplications(self.op, self.args, self.outputs, chosen),
             input_shapes=tuple(tuple(t.shape) for t in read),
+            input_dtypes=tuple(dtype_name(t) for t in read),
             output_shapes=tuple(tuple(t.shape) for t in self.outputs),
             output_dtypes=tuple(dtype_name(t) for t in self.outputs),
             quantizable_outputs=quantizable,

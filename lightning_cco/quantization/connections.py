@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from lightning_cco.graph.layer import FLOATS
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, category_of
-from lightning_cco.quantization.exact import FLOATS
 from lightning_cco.quantization.tensor_key import TensorKey
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from lightning_cco.graph.layer import FLOATS
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, category_of
 from lightning_cco.quantization.tensor_key import TensorKey
 
-FLOATS = frozenset({"float32", "float16", "bfloat16", "float64"})
 UNSEEN = frozenset({"input", "cast", "written", "unseen", "custom_function"})
 """Kinds of what no function mode sees being made at run time."""
 _STEPS = frozenset({
@@ -53,6 +53,10 @@ class ExactReaders:
             ):
                 of_inputs.add(layer.name)
         self.layers = {name for name in graph.names if self._steps(name)}
+        self._deployed = {layer.name for layer in graph if layer.kind == "output"}
+        for name in reversed(graph.names):
+            if name in self._deployed:
+                self._deployed.update(source.layer for source in self._sources[name])
         self._exact: dict[TensorKey, bool] = {}
         self._other: dict[TensorKey, bool] = {}
         for name in reversed(graph.names):
@@ -66,6 +70,17 @@ class ExactReaders:
     def reads(self, key: TensorKey) -> bool:
         """Whether somebody needs a tensor as it is, seen through what only passes values on."""
         return self._exact.get(key, False)
+
+    def reads_for_output(self, key: TensorKey) -> bool:
+        """Whether somebody needs a tensor as it is for an output of the model; what is kept beside it, for a log, is not in a file."""
+        pending = [key]
+        while pending:
+            for reader, _ in self.readers.get(pending.pop(), ()):
+                if reader in self.passing:
+                    pending += _outputs(reader, len(self.graph[reader].output_dtypes))
+                elif reader in self.layers and reader in self._deployed:
+                    return True
+        return False
 
     def _steps(self, name: str) -> bool:
         layer = self.graph[name]

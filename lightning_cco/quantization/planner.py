@@ -107,14 +107,17 @@ class _Planner:
     def _leave_without_integer_outputs(self) -> bool:
         """Leave layers in float whose result is in float, if their engine computes them in INT8 only where it is rounded; returns whether there were any."""
         found = False
-        for key in self.stream.tensors if self.stream.in_float else ():
-            name = key.layer
-            while name in self.fused_from:
-                name = self.fused_from[name]
-            if name not in self.int8 or self.graph[name].kind not in self.target.integer_outputs or self._asked_for(name):
+        for name in [name for name in self.int8 if self.graph[name].kind in self.target.integer_outputs and not self._asked_for(name)]:
+            key = TensorKey(name)
+            while key.layer in self.fused_into:
+                key = TensorKey(self.fused_into[key.layer])
+            by_setting = self.stream.keeps_float(key)
+            if not by_setting and not self.exact.reads_for_output(key):
                 continue
-            reason = SkipReason.WEIGHT_ONLY if self.target.stores_weights(self.graph[name]) else SkipReason.SETTING
-            self.skips[name] = Skip(reason, f"its result is in float (residual_stream: float), which {self.target.name} computes in float")
+            reason = SkipReason.SETTING if by_setting else SkipReason.RULE
+            reason = SkipReason.WEIGHT_ONLY if self.target.stores_weights(self.graph[name]) else reason
+            why = "is in float (residual_stream: float)" if by_setting else "is needed as it is, by an index, a mask, a step or a gradient"
+            self.skips[name] = Skip(reason, f"its result {why}, which {self.target.name} computes in float")
             found = True
         return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.layer import FLOATS, Layer
 
 _CELLS = frozenset({"lstm_cell", "gru_cell", "rnn_cell"})
 _RECURRENT = frozenset({"lstm", "gru", "rnn"}) | _CELLS
@@ -80,8 +80,14 @@ class Target:
 
 
 def _two_operands(layer: Layer) -> bool:
-    """Two tensors, or one and a parameter: a number beside it makes no INT8 operator."""
-    return len(layer.input_shapes) > 1 or "operand_shape" in layer.attributes
+    """Two tensors of floats, or one and a parameter: a number, a mask or integers beside it make no INT8 operator, nor does a factor of the second."""
+    two = len(layer.input_shapes) > 1 or "operand_shape" in layer.attributes
+    return two and _floats_alone(layer) and layer.attributes.get("alpha", 1) == 1
+
+
+def _floats_alone(layer: Layer) -> bool:
+    """No mask and no integers, which PyTorch makes floats of, among the tensors that it reads."""
+    return all(dtype in FLOATS for dtype in layer.input_dtypes)
 
 
 def _weight_last(layer: Layer) -> bool:
@@ -171,6 +177,8 @@ TARGETS: Mapping[str, Target] = {
         forms={
             "add": _two_operands,
             "mul": _two_operands,
+            "concat": _floats_alone,
+            "stack": _floats_alone,
             "matmul": _weight_last,
             "einsum": _weight_last,
             "mean": _averages_images,
@@ -178,7 +186,7 @@ TARGETS: Mapping[str, Target] = {
             "avg_pool": _divides_by_count,
             "interpolate": _nearest,
         },
-        integer_outputs=frozenset({"conv", "batch_norm"}),
+        integer_outputs=_ELEMENTWISE | _SHAPING | _SMOOTH | {"conv", "batch_norm"},
         norms=True,
         # 1.32 multiplies such a weight by rows that are rounded in an operator that refuses a scale for each of its rows, when the file runs.
         integer_left=lambda layer: len(layer.input_shapes[0]) > 2,

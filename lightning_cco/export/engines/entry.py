@@ -29,6 +29,8 @@ class Form(Enum):
     )
     SIGNED = "int8 for what other engines take as uint8: rounded tensors, and constants that are added to them"
     JOINED = "what is concatenated rounded as the result is"
+    FLOAT_WEIGHTS = "an operator that changes nothing between a layer in float and the rounding of its result"
+    SEPARATE_ROUNDINGS = "an operator that changes nothing between a product and the rounding of its result, where others read it in float"
     OPSET = "an opset of at most the amount where activations are symmetric"
 
 

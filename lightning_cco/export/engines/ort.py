@@ -83,6 +83,18 @@ ORT = Engine(
             f"{_CANARIES}::test_ort_block_operators",
         ),
         Want(
+            Form.FLOAT_WEIGHTS,
+            "not 1.20, 1.32",
+            "it rounds the float weights of convolutions and products between roundings, with one scale for all: skipped layers ran in INT8",
+            f"{_CANARIES}::test_ort_float_weights",
+        ),
+        Want(
+            Form.SEPARATE_ROUNDINGS,
+            "1.20 to 1.32",
+            "it computes a product of rows in float whose result is rounded for some of its readers",
+            f"{_CANARIES}::test_ort_separate_roundings",
+        ),
+        Want(
             Form.OPSET,
             "1.32",
             "from opset 21 on it refuses its own rewriting of symmetric int8 pairs (output_dtype does not match y_zero_point)",

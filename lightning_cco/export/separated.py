@@ -1,0 +1,94 @@
+"""An operator that changes no value, between a layer and the rounding of its result, where an engine must not see the two side by side.
+
+ONNX Runtime makes integers of float weights of its own accord, with one scale for all of them, where a convolution or a `Gemm` reads a rounded tensor and
+its result is rounded: a layer that was skipped because rounding hurts it would run in INT8 after all. And it computes a `Gemm` on integers in float where
+its result is rounded for some readers and not for others. A LeakyRelu with slope 1 between layer and rounding prevents both; it is computed together with
+the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning_cco.export.onnx_passes import NAME, constant
+
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_MOVES = frozenset({
+    "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "MaxPool", "Slice", "Gather", "DepthToSpace", "SpaceToDepth", "Expand", "Pad",
+    "Dropout", "Cast",
+})  # fmt: skip
+"""Operators past which the engine moves the conversions."""
+_FOLDED = frozenset({"BatchNormalization", "Add", "Sub", "Mul", "Div"})
+"""Operators that it takes into the weights, or into the bias, where all else that they read is constant."""
+_CLAMPS = frozenset({"Relu", "Clip"})
+"""Operators that it takes out before a rounding."""
+
+
+def keep_float_weights(graph: Any) -> None:
+    """Put an operator that changes nothing between each layer with float weights and the rounding of its result, if it reads a rounded tensor."""
+    for node in list(graph):
+        if node.op_type not in _LAYERS or constant(node.inputs[1]) is None or not _reads_rounded(node.inputs[0]):
+            continue
+        last = node
+        while (after := _only_reader(last)) is not None and after.op_type in _FOLDED and _else_constant(after, last):
+            last = after
+        if (node.op_type == "MatMul" and last is node) or not _is_rounded(last):
+            continue
+        _separate(graph, last, tuple(last.outputs[0].uses()))
+
+
+def separate_roundings(graph: Any) -> None:
+    """Put an operator that changes nothing between a product on integers and the rounding of its result for some of its readers, if others read it in float."""
+    for node in list(graph):
+        if node.op_type != "Gemm" or constant(node.inputs[1]) is not None:
+            continue
+        uses = tuple(node.outputs[0].uses())
+        roundings = tuple((reader, position) for reader, position in uses if reader.op_type == "QuantizeLinear")
+        if roundings and (len(roundings) < len(uses) or node.outputs[0].is_graph_output()):
+            _separate(graph, node, roundings)
+
+
+def _separate(graph: Any, node: Any, uses: Iterable[tuple[Any, int]]) -> None:
+    """Let some readers of a node's result read it through an operator that changes nothing."""
+    import onnx_ir
+
+    output = node.outputs[0]
+    same = onnx_ir.node("LeakyRelu", [output], attributes={"alpha": 1.0}, name=f"{node.name}_same")
+    same.metadata_props.update({key: value for key, value in node.metadata_props.items() if key != NAME})
+    same.outputs[0].name, same.outputs[0].dtype, same.outputs[0].shape = f"{output.name}_same", output.dtype, output.shape
+    graph.insert_after(node, same)
+    for reader, position in uses:
+        reader.replace_input_with(position, same.outputs[0])
+
+
+def _reads_rounded(value: Any) -> bool:
+    """Whether a value comes out of a DequantizeLinear, past what only moves values."""
+    maker = value.producer()
+    while maker is not None and maker.op_type in _MOVES:
+        maker = maker.inputs[0].producer()
+    return maker is not None and maker.op_type == "DequantizeLinear"
+
+
+def _is_rounded(node: Any) -> bool:
+    """Whether a node's result goes to roundings alone, past clamps and what only moves values."""
+    pending = [node]
+    while pending:
+        output = pending.pop().outputs[0]
+        readers = [reader for reader, _ in output.uses()]
+        if output.is_graph_output() or not readers:
+            return False
+        pending += [reader for reader in readers if reader.op_type in _MOVES | _CLAMPS]
+        if any(reader.op_type not in _MOVES | _CLAMPS | {"QuantizeLinear"} for reader in readers):
+            return False
+    return True
+
+
+def _only_reader(node: Any) -> Any | None:
+    output = node.outputs[0]
+    readers = [reader for reader, _ in output.uses()]
+    return readers[0] if len(readers) == 1 and not output.is_graph_output() else None
+
+
+def _else_constant(node: Any, before: Any) -> bool:
+    return all(value is None or value is before.outputs[0] or constant(value) is not None for value in node.inputs)
