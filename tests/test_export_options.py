@@ -98,7 +98,7 @@ def test_what_can_not_be_honoured_is_refused_by_name(quantized: QuantizedModel, 
 
 def test_what_changes_nothing_is_taken(quantized: QuantizedModel, tmp_path: Path) -> None:
     same = {"dynamo": True, "export_params": True, "do_constant_folding": True, "training": torch.onnx.TrainingMode.EVAL}
-    quantized.export(tmp_path / "model.onnx", check=False, verbose=False, optimize=False, external_data=True, **same)
+    quantized.export(tmp_path / "model.onnx", verbose=False, optimize=False, external_data=True, **same)
     assert (tmp_path / "model.onnx").exists()
 
 

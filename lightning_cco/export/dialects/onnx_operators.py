@@ -26,9 +26,11 @@ class OnnxDialect:
 
     def __init__(self, opset: int = 20) -> None:
         self.opset = opset
+        self._zero_points: dict[int, tuple[IntegerWeight, Tensor]] = {}
 
     def prepare(self, weights: Iterable[IntegerWeight]) -> None:
-        """Nothing: constants that a trace makes are found again by the exporter."""
+        """Zero points as tensors: those that a trace makes are constants only in a graph that the exporter optimizes."""
+        self._zero_points = {id(weight): (weight, _zero_points(weight)) for weight in weights}
 
     def pair(self, x: Tensor, format: Format, name: str, limits: tuple[int, int] | None = None) -> Tensor:
         """QuantizeLinear and DequantizeLinear, with a Clip of integers between them where the type has more levels."""
@@ -46,7 +48,7 @@ class OnnxDialect:
             matrix = weight_blocks.dequantized(self.write, block)
             return matrix if weight.axis == 0 or block.looked_up else matrix.t()
         attributes = {} if weight.axis is None else {"axis": weight.axis}
-        zero_point = torch.full(weight.scale.shape, weight.zero_point, dtype=weight.integers.dtype, device=weight.scale.device)
+        _, zero_point = self._zero_points[id(weight)]
         return self.write("DequantizeLinear", (weight.integers, weight.scale, zero_point), weight.integers.shape, torch.float32, attributes)
 
     def bias(self, value: Tensor, scale: Tensor | None) -> Tensor:
@@ -112,3 +114,8 @@ class OnnxDialect:
             metadata_props={NAME: name} if name else None,
         )
         return result
+
+
+def _zero_points(weight: IntegerWeight) -> Tensor:
+    """As many as there are scales."""
+    return torch.full(weight.scale.shape, weight.zero_point, dtype=weight.integers.dtype, device=weight.scale.device)
