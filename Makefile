@@ -8,7 +8,7 @@ LOWEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= python3.13
 DOCS := .venv-docs
 
-.PHONY: demo test test-all test-floors test-sanitize coverage compatibility benchmark benchmark-accuracy benchmark-peers docs lint clean
+.PHONY: demo test test-all test-engines test-floors test-sanitize coverage compatibility benchmark benchmark-accuracy benchmark-peers docs lint clean
 
 demo: $(STAMP)
 	$(RUN) recipes/digits_cnn.py
@@ -38,6 +38,16 @@ test-floors: $(STAMP)
 	test -x .venv-newest/bin/python || .venv-uv/bin/uv venv --quiet --python $(NEWEST_PYTHON) .venv-newest
 	.venv-uv/bin/uv pip install --quiet --python .venv-newest/bin/python -e '.[export,hydra,recipes]' $(FLOORS) -c constraints.txt
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -p no:anyio -n 2 -m "not slow"
+
+# A table of networks on each engine, written into docs/engines.md; 20 minutes, and 2 GB for each environment: the engines' pins exclude each other's.
+ENGINES := executorch litert
+test-engines: $(STAMP)
+	for engine in ort openvino; do OMP_NUM_THREADS=1 $(RUN) tests/engine_table.py $$engine || exit 1; done
+	for engine in $(ENGINES); do \
+	test -x .venv-$$engine/bin/python || $(PYTHON) -m venv .venv-$$engine; \
+	.venv-$$engine/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$$engine]" && \
+	OMP_NUM_THREADS=1 .venv-$$engine/bin/python tests/engine_table.py $$engine || exit 1; done
+	$(RUN) tests/engine_table.py --write
 
 # The fast tests with coverage of lines and branches; also of the processes that they start.
 coverage: $(STAMP)
@@ -86,4 +96,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) .venv-uv .venv-lowest .venv-newest $(DOCS) outputs site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) .venv-uv .venv-lowest .venv-newest $(ENGINES:%=.venv-%) $(DOCS) outputs site .mypy_cache .ruff_cache .pytest_cache .hypothesis
