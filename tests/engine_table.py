@@ -75,11 +75,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[st
 """Model, example, and settings beside those of INT8."""
 
 
-def run(engine: str, runs: int, keep: Callable[[dict[str, Any]], None]) -> None:
+def run(engine: str, runs: int, keep: Callable[[dict[str, Any]], None], order: list[str] | None = None) -> None:
     """What the engine makes of each network; ``keep`` is given all results after each."""
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
-    for name, (make, example, settings) in NETWORKS.items():
+    for name in order or NETWORKS:
+        make, example, settings = NETWORKS[name]
         torch.manual_seed(0)
         with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
@@ -162,6 +163,7 @@ def main() -> None:
     """Run one engine, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("engine", nargs="?", choices=list(PACKAGES))
+    parser.add_argument("--networks", nargs="*", choices=list(NETWORKS), help="some of them alone; the results of others are kept")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
@@ -170,10 +172,13 @@ def main() -> None:
         machine = f"Python {platform.python_version()}, {platform.machine()}, 1 thread"
 
         def keep(found: dict[str, Any]) -> None:
-            result = {"versions": versions(options.engine), "machine": machine, "networks": found}
+            path = OUT / f"{options.engine}.json"
+            before = json.loads(path.read_text(encoding="utf-8"))["networks"] if options.networks and path.exists() else {}
+            rows = {name: row for name in NETWORKS if (row := found.get(name, before.get(name))) is not None}
+            result = {"versions": versions(options.engine), "machine": machine, "networks": rows}
             (OUT / f"{options.engine}.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
 
-        run(options.engine, options.runs, keep)
+        run(options.engine, options.runs, keep, options.networks)
     if options.write:
         results = {
             name: json.loads((OUT / f"{name}.json").read_text(encoding="utf-8")) for name in PACKAGES if (OUT / f"{name}.json").exists()
