@@ -60,26 +60,26 @@ def convert(source: str, target: str, layer_key: str) -> dict[str, Any]:
 
 
 def run(path: str, arrays: list[Any]) -> list[Any]:
-    """The outputs of a file, as floats where they are integers with a scale; so are inputs given."""
-    interpreter = _loaded(path)
-    for entry, array in zip(_in_order(interpreter.get_input_details()), arrays, strict=True):
+    """The outputs of a file, as floats where they are integers with a scale; so are inputs given. By the names of its signature: tensors can be shared."""
+    runner = _loaded(path).get_signature_runner()
+    given = {}
+    for (name, entry), array in zip(_in_order(runner.get_input_details()), arrays, strict=True):
         scale, zero = entry["quantization"]
         if array.dtype.kind == "f" and entry["dtype"] is np.int8:
             array = np.clip(np.rint(array / np.float32(scale)) + zero, -128, 127)
-        interpreter.set_tensor(entry["index"], np.ascontiguousarray(array.astype(entry["dtype"])))
-    interpreter.invoke()
-    outputs = []
-    for entry in _in_order(interpreter.get_output_details()):
-        value, (scale, zero) = interpreter.get_tensor(entry["index"]).copy(), entry["quantization"]
+        given[name] = np.ascontiguousarray(array.astype(entry["dtype"]))
+    found, outputs = runner(**given), []
+    for name, entry in _in_order(runner.get_output_details()):
+        value, (scale, zero) = np.array(found[name]), entry["quantization"]
         outputs.append((value.astype(np.float32) - zero) * np.float32(scale) if entry["dtype"] is np.int8 and scale else value)
     return outputs
 
 
 def formats(path: str) -> dict[str, Any]:
     """Inputs and outputs that are integers with a scale: name, scale, zero point."""
-    interpreter = _loaded(path)
-    found = [*_in_order(interpreter.get_input_details()), *_in_order(interpreter.get_output_details())]
-    return {entry["name"]: entry["quantization"] for entry in found if entry["dtype"] is np.int8}
+    runner = _loaded(path).get_signature_runner()
+    found = [*_in_order(runner.get_input_details()), *_in_order(runner.get_output_details())]
+    return {name: entry["quantization"] for name, entry in found if entry["dtype"] is np.int8}
 
 
 def time(path: str, arrays: list[Any], count: int) -> list[float]:
@@ -102,8 +102,8 @@ def _loaded(path: str) -> Any:
     return _interpreters[path]
 
 
-def _in_order(details: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(details, key=lambda entry: [int(number) for number in re.findall(r"\d+", entry["name"])])
+def _in_order(details: dict[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(details.items(), key=lambda entry: [int(number) for number in re.findall(r"\d+", entry[0])])
 
 
 def _layers(program: Any, layer_key: str) -> dict[str, list[str]]:
