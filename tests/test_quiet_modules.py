@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_cco import QuantizedModel, quantize
+from lightning_cco import CCOWarning, QuantizedModel, quantize
 from lightning_cco.compat.torch_modes import function_mode_count
 
 
@@ -24,6 +24,9 @@ class Scale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.act()
         return torch.special.erf(torch.sin(x))
+
+
+Scale.__module__ = "torch.nn.modules.activation"  # as if it were PyTorch's own: other modules may call something else the next time
 
 
 class Net(nn.Module):
@@ -131,3 +134,25 @@ def test_a_mode_of_the_user_stays_where_it_is() -> None:
     with torch.device("cpu"):
         model(x)
     assert other(x)[0].shape == model(x)[0].shape
+
+
+class Turning(nn.Module):
+    """Calls something else after the capture, in the place of what it called then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2.0 if self.turned else torch.sin(x)
+
+
+def test_what_a_module_of_the_users_own_calls_unseen_is_reported() -> None:
+    turning = Turning()
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), turning, nn.Linear(8, 2)), torch.randn(16, 4)
+    quantized = quantize(model, None, (x,))
+    quantized.calibrate([(x,)])
+    turning.turned = True
+    with pytest.warns(CCOWarning, match="div"):
+        model(x)
+    assert quantized.drift

@@ -91,7 +91,7 @@ class Runtime:
     ) -> None:
         """Fill the tables of every call node from a plan. Code compiled for another plan must be dropped by the caller."""
         fill_tables(self.capture, plan, activations, weights)
-        self.frames.quiet = quiet_modules(self.capture)
+        self.frames.quiet = quiet_modules(self.capture, self.frames.model)
 
     def _handle(self, frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = frame.table.get(name)

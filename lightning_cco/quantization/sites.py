@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from lightning_cco.graph.call import ArgPath
 from lightning_cco.graph.capture import CallSite, Capture
 from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation_of_kind
@@ -71,14 +73,18 @@ def fill_tables(
             node.tables[training] = {name: entry for name, entry in table.items() if entry.sites or not only_moves(entry.kind)}
 
 
-def quiet_modules(capture: Capture) -> frozenset[str]:
-    """Paths of captured modules that call no others, and in none of whose calls anything is rounded, once the tables are filled: most batch norms, poolings."""
+def quiet_modules(capture: Capture, model: nn.Module) -> frozenset[str]:
+    """Paths of PyTorch's own modules in none of whose calls anything is rounded, once the tables are filled: most batch norms, poolings.
+
+    What a module of the user's own calls may change from call to call: those are looked at, so that what the capture did not see is reported.
+    """
+    own = {path for path, module in model.named_modules() if type(module).__module__.startswith("torch.nn.")}
     known, heard = set(), {""}
     for node in capture.root.walk():
         known.add(node.path)
         if not node.captured or node.children or any(entry.sites for table in node.tables.values() for entry in table.values()):
             heard.add(node.path)
-    return frozenset(known - heard)
+    return frozenset((known & own) - heard)
 
 
 def only_moves(kind: str) -> bool:
