@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from lightning_cco.compat.decomposed import HOME
-from lightning_cco.export.engines import program_process
 from lightning_cco.export.engines.entry import Converted, Engine, Form, Want
-from lightning_cco.export.engines.worker import Worker
+from lightning_cco.export.engines.program_reader import ProgramReader
 from lightning_cco.export.provenance import LAYER
 
 
-class ExecuTorch:
-    """ExecuTorch's lowering and its runtime, in a process of their own.
-
-    Raises:
-        RuntimeError: They can't be loaded; the message is theirs.
-    """
+class ExecuTorch(ProgramReader):
+    """ExecuTorch's lowering and its runtime, in a process of their own."""
 
     def __init__(self) -> None:
-        self._worker = Worker(program_process.__file__, str(Path(__file__).with_name("executorch_process.py")), HOME)
+        super().__init__("executorch_process")
 
     def convert(self, program: Path, target: Path) -> Converted:
         """Lower a program to XNNPACK, and what it has no operator for to ExecuTorch's own."""
-        said = self._worker.ask(("convert", (str(program), str(target), LAYER)))
+        said = self.worker.ask(("convert", (str(program), str(target), LAYER)))
         integer = Counter(operator for operator, _, on_integers, _, _ in said["nodes"] if on_integers)
         floats = Counter(operator for operator, _, on_integers, _, _ in said["nodes"] if not on_integers)
         alone = Counter(operator for operator, delegated, *_ in said["nodes"] if not delegated)
@@ -39,14 +29,6 @@ class ExecuTorch:
                 f"; ExecuTorch's own kernels compute {', '.join(f'{count} {operator}' for operator, count in sorted(alone.items()))}"
             )
         return Converted(integer, floats, products, said["conversions"], tuple(notes))
-
-    def run(self, path: Path, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """The outputs of a file."""
-        return self._worker.ask(("run", (str(path), list(arrays))))  # type: ignore[no-any-return]
-
-    def time(self, path: Path, arrays: Sequence[np.ndarray[Any, Any]], count: int) -> list[float]:
-        """Seconds of single runs."""
-        return self._worker.ask(("time", (str(path), list(arrays), count)))  # type: ignore[no-any-return]
 
 
 EXECUTORCH = Engine(
