@@ -75,7 +75,9 @@ def round_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return x.clamp_(*clamp) if inplace else x.clamp(*clamp)
 
     monkeypatch.setattr(activation_quantizer, "fake_quantize", same)
+    monkeypatch.setattr(activation_quantizer, "has_small_gradient", lambda x: False)
     monkeypatch.setattr(weight_quantizer, "fake_quantize_weight", lambda weight, *_: weight.clone())
+    monkeypatch.setattr(weight_quantizer, "fake_quantize_small_weight", lambda *_: None)
 
 
 def identities(quantized: QuantizedModel, monkeypatch: pytest.MonkeyPatch) -> Seen:

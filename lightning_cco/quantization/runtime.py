@@ -159,7 +159,7 @@ class Runtime:
         if site.limits is not None:
             clamp = site.limits(args, kwargs)
             if clamp is not None:
-                return site.outputs[0][1](args[0] if args else kwargs["input"], clamp, site.in_place, track)
+                return site.outputs[0][1](args[0] if args else kwargs["input"], clamp=clamp, inplace=site.in_place, track=track)
         if site.in_place:
             # The caller may drop the result and go on with the argument: both must be the quantized tensor. The operation runs on a copy because
             # autograd may keep its result, which must then not change.
@@ -171,12 +171,12 @@ class Runtime:
         if isinstance(result, Tensor):
             fresh = site.fresh or (site.fresh_without_gradients and not torch.is_grad_enabled())
             if not fresh or is_compiling() or has_small_gradient(result) or not runs_plainly():
-                return site.outputs[0][1](result, None, False, track)
+                return site.outputs[0][1](result, track=track)
             # Nobody but us holds a fresh result, and new memory would cost more than the rounding. A linear layer's is a view of its rows.
             base = result._base if result._is_view() else result
             if base is None or base.numel() != result.numel():
-                return site.outputs[0][1](result, None, False, track)
-            rounded = site.outputs[0][1](base, None, True, track)
+                return site.outputs[0][1](result, track=track)
+            rounded = site.outputs[0][1](base, inplace=True, track=track)
             return rounded if base is result else rounded.view(result.shape)
         return _with_outputs(result, site.outputs, track)
 
@@ -305,14 +305,14 @@ class Runtime:
 def _with_inputs(
     site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], track: bool
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """A call whose weights and activations are rounded."""
+    """A call whose weights and activations are rounded; by keywords, which hooks on quantizers read."""
     recomputed: list[RecomputedWeight] = []
     if site.plain_slots:  # nearly always
         items = list(args)
         for (position, *_), weight_quantizer in site.weights:
-            items[position] = weight_quantizer(items[position], recomputed)
+            items[position] = weight_quantizer(items[position], recomputed=recomputed)
         for (position, *_), _, quantizer in site.reads:
-            items[position] = quantizer(items[position], None, False, track)
+            items[position] = quantizer(items[position], track=track)
         args = tuple(items)
     else:
         for slot, weight_quantizer in site.weights:
