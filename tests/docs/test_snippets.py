@@ -79,8 +79,9 @@ def names_of(page: str) -> dict[str, Any]:
 def test_the_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.startswith("engines/") or page == "export.md":
         pytest.importorskip("onnxruntime")
-    if page == "engines/openvino.md":
-        pytest.importorskip("openvino")
+    needed = {"engines/openvino.md": "openvino", "engines/executorch.md": "executorch", "engines/litert.md": "litert_torch"}
+    if page in needed:
+        pytest.importorskip(needed[page])
     monkeypatch.chdir(tmp_path)
     found = names_of(page)
     with pytest.MonkeyPatch.context() as patch:
