@@ -15,9 +15,9 @@ from lightning_cco.export.engines import Form
 from lightning_cco.export.islands import read_optimized
 from lightning_cco.export.limits import judge
 from lightning_cco.export.local_check import LocalRun
-from lightning_cco.export.outputs import Outputs, class_axes
+from lightning_cco.export.outputs import Outputs, arrays_of, class_axes, tell
 from lightning_cco.export.qdq_emitter import Emitter
-from lightning_cco.export.report import ExportReport, LayerDifference
+from lightning_cco.export.report import ExportReport
 from lightning_cco.export.sizes import SizesDoNotVary, other_sizes, takes
 from lightning_cco.export.stored_check import stored_faults
 from lightning_cco.export.target_check import Case, check_in_target
@@ -81,7 +81,7 @@ def check_file(
                     misfits.append({name: list(array.shape) for name, array in feeds.items()})
                 continue
             try:
-                expected = _arrays(emitter.model(*args, **kwargs))
+                expected = arrays_of(emitter.model(*args, **kwargs))
                 values = inspected.run(None, feeds)
                 results = values[: len(session.get_outputs())] if as_written else session.run(None, feeds)
             except Exception as error:
@@ -92,18 +92,18 @@ def check_file(
                 continue  # the model does not take this variation
             arrays = dict(zip(names, values[len(results) :], strict=True))
             with local.going_on_from(arrays):
-                going_on = _arrays(emitter.model(*args, **kwargs))
+                going_on = arrays_of(emitter.model(*args, **kwargs))
             if outputs is None:
                 shapes = [array.shape for array in expected]
                 outputs = Outputs([entry.name for entry in session.get_outputs()], class_axes(quantized.graph, shapes))
             outputs.add(expected, results, going_on, values[: len(results)])
             if len(cases) < _CASES:
-                cases.append(Case(feeds, expected, lambda args=args, kwargs=kwargs: _arrays(emitter.model(*args, **kwargs))))  # type: ignore[misc]
+                cases.append(Case(feeds, expected, lambda args=args, kwargs=kwargs: arrays_of(emitter.model(*args, **kwargs))))  # type: ignore[misc]
             report.batches += number < len(calls)
             report.variations += number >= len(calls)
     report.notes += _left_out(session, misfits, len(calls))
     report.faults = stored_faults(quantized, written, emitter, rounded, local.weights)
-    _tell(report, local, outputs)
+    tell(report, local, outputs)
     try:
         judge(report)
     except CCOError:
@@ -129,29 +129,6 @@ def _left_out(session: Any, misfits: list[dict[str, list[int]]], count: int) -> 
     return [
         f"{len(misfits)} of {count} batches have sizes that the file does not take ({fixed}), such as {misfits[0]}, and were left out of the check; "
         "dynamic_shapes={argument: {axis: name}} lets an axis vary"
-    ]
-
-
-def _tell(report: ExportReport, local: LocalRun, outputs: Outputs | None) -> None:
-    order = [key for key in local.rounded if key in local.steps]
-    for key in order:
-        steps = local.steps[key]
-        count = max(1, steps.count)
-        report.layers.append(LayerDifference(key, steps.largest, steps.total / count, steps.far / count, steps.count))
-    if outputs is None:
-        return
-    report.uncompared = local.uncompared()
-    report.outputs = outputs.differences()
-    report.sqnr_db, report.varying_sqnr_db = outputs.sqnr_db, outputs.varying_sqnr_db
-    report.largest_difference = max((entry.largest_difference for entry in report.outputs), default=float("nan"))
-    report.mean_difference = outputs.mean_difference
-    report.agreement = report.outputs[0].agreement if report.outputs else float("nan")
-
-
-def _arrays(outputs: Any) -> list[np.ndarray[Any, Any]]:
-    return [
-        tensor.detach().cpu().float().numpy() if tensor.is_floating_point() else tensor.detach().cpu().numpy()
-        for _, tensor in tensors_in(outputs)
     ]
 
 

@@ -20,9 +20,10 @@ from lightning_cco.export.failures import first_paragraph, need_writable_names
 from lightning_cco.export.limits import MEAN_STEPS, judge
 from lightning_cco.export.network import Network
 from lightning_cco.export.onnx_notes import notes_on_bits
+from lightning_cco.export.outputs import arrays_of
 from lightning_cco.export.precision import float_bytes, in_float32, other_types
 from lightning_cco.export.program import example_of
-from lightning_cco.export.pt2e_check import Comparison, arrays_of, levels_of
+from lightning_cco.export.pt2e_check import Comparison, levels_of
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import ExportReport, FloatIsland
 from lightning_cco.export.samples import Samples

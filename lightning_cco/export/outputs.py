@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.report import OutputDifference
+from lightning_cco.export.local_check import LocalRun
+from lightning_cco.export.report import ExportReport, LayerDifference, OutputDifference
+from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, operation_of_kind
@@ -162,3 +164,25 @@ def _maker(graph: LayerGraph, name: str) -> Layer | None:
             return layer
         pending += graph.predecessors(layer.name)
     return None
+
+
+def arrays_of(outputs: Any) -> list[np.ndarray[Any, Any]]:
+    """The tensors of an output as arrays, floats in float32."""
+    found = (tensor.detach().cpu() for _, tensor in tensors_in(outputs))
+    return [tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy() for tensor in found]
+
+
+def tell(report: ExportReport, local: LocalRun, outputs: Outputs | None) -> None:
+    """Fill into a report what a comparison layer by layer and of the outputs found; ``outputs``: `None` where nothing ran."""
+    for key in [key for key in local.rounded if key in local.steps]:
+        steps = local.steps[key]
+        count = max(1, steps.count)
+        report.layers.append(LayerDifference(key, steps.largest, steps.total / count, steps.far / count, steps.count))
+    if outputs is None:
+        return
+    report.uncompared = local.uncompared()
+    report.outputs = outputs.differences()
+    report.sqnr_db, report.varying_sqnr_db = outputs.sqnr_db, outputs.varying_sqnr_db
+    report.largest_difference = max((entry.largest_difference for entry in report.outputs), default=float("nan"))
+    report.mean_difference = outputs.mean_difference
+    report.agreement = report.outputs[0].agreement if report.outputs else float("nan")

@@ -18,8 +18,9 @@ from lightning_cco.export.engines import PROGRAMS, Form
 from lightning_cco.export.failures import need_packages, need_writable_names, untraceable
 from lightning_cco.export.limits import judge
 from lightning_cco.export.network import Network
+from lightning_cco.export.outputs import arrays_of
 from lightning_cco.export.precision import in_float32, other_types
-from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, arrays_of, format_faults
+from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, format_faults
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.signature import Deployed

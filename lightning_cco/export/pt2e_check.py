@@ -12,11 +12,10 @@ from torch import Tensor
 from lightning_cco.export.dialects.pt2e_operators import SHIFT
 from lightning_cco.export.engine import Rounded
 from lightning_cco.export.local_check import LocalRun
-from lightning_cco.export.outputs import Arrays, Outputs, class_axes
+from lightning_cco.export.outputs import Arrays, Outputs, arrays_of, class_axes, tell
 from lightning_cco.export.provenance import PAIR, noted
 from lightning_cco.export.qdq_emitter import Emitter
-from lightning_cco.export.report import ExportReport, LayerDifference
-from lightning_cco.graph.containers import tensors_in
+from lightning_cco.export.report import ExportReport
 from lightning_cco.quantization.model import HookedModel
 
 Array = np.ndarray[Any, Any]
@@ -60,18 +59,7 @@ class Comparison:
 
     def tell(self, report: ExportReport) -> None:
         """Fill the comparison into a report."""
-        for key in [key for key in self.local.rounded if key in self.local.steps]:
-            steps = self.local.steps[key]
-            count = max(1, steps.count)
-            report.layers.append(LayerDifference(key, steps.largest, steps.total / count, steps.far / count, steps.count))
-        report.uncompared = self.local.uncompared()
-        if self.outputs is None:
-            return
-        report.outputs = self.outputs.differences()
-        report.sqnr_db, report.varying_sqnr_db = self.outputs.sqnr_db, self.outputs.varying_sqnr_db
-        report.largest_difference = max((entry.largest_difference for entry in report.outputs), default=float("nan"))
-        report.mean_difference = self.outputs.mean_difference
-        report.agreement = report.outputs[0].agreement if report.outputs else float("nan")
+        tell(report, self.local, self.outputs)
 
 
 class RecordedProgram:
@@ -128,9 +116,3 @@ def format_faults(quantized: HookedModel, rounded: Mapping[str, list[Rounded]], 
             if entry.zero_point != zero:
                 faults.setdefault(key.layer, f"its zero point is {entry.zero_point} instead of {zero}")
     return faults
-
-
-def arrays_of(outputs: Any) -> Arrays:
-    """The tensors of an output as arrays, floats in float32."""
-    found = (tensor.detach().cpu() for _, tensor in tensors_in(outputs))
-    return [tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy() for tensor in found]
