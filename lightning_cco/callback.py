@@ -14,33 +14,25 @@ from typing_extensions import override
 
 from lightning_cco.batches import (
     ForwardFn,
-    capture_module,
-    model_context,
-    on_a_copy,
     training_batches,
 )
 from lightning_cco.budget.plan import BudgetPlan
 from lightning_cco.budgeted import (
     check_budget,
     is_due,
-    loss_of_step,
     lost_of,
-    measure_loss_sensitivity,
-    measures_loss,
     needs_plan,
     plan_budget,
-    recipe_of,
-    weight_counts,
 )
 from lightning_cco.checkpoints import check_callback_state, local_folder
+from lightning_cco.compression import Compression
 from lightning_cco.distillation.distiller import Distiller
 from lightning_cco.early_check import check_rules
+from lightning_cco.epoch_measurement import measure_epoch
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export_dir import check_export_dir
-from lightning_cco.graph.hooks import release
-from lightning_cco.handover import Handover, apply_state
-from lightning_cco.held_batches import calibrate_on_held
+from lightning_cco.handover import Handover
 from lightning_cco.initial_evaluation import InitialEvaluation
 from lightning_cco.level_use import LayerLevels, LevelWatch
 from lightning_cco.lookahead import copied, warn_of_left_over
@@ -52,11 +44,11 @@ from lightning_cco.monitoring.start import start_monitor
 from lightning_cco.outside_fit import OutsideFit
 from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.report_page.facts import model_facts
-from lightning_cco.schedule import Schedule, calibrate, check_schedule, stages_in
+from lightning_cco.schedule import Schedule, check_schedule, stages_in
 from lightning_cco.sensitivity import SensitivityReport
-from lightning_cco.settings import Settings, changed_settings, load_settings
+from lightning_cco.settings import Settings, load_settings
 from lightning_cco.strategies import check_strategy
-from lightning_cco.suggestions import Suggestion, suggest_skips
+from lightning_cco.suggestions import Suggestion
 
 
 class CCOCallback(pl.Callback):
@@ -90,8 +82,6 @@ class CCOCallback(pl.Callback):
 
     def __init__(self, cfg: Settings | Mapping[str, Any] | str | Path | None = None, forward_fn: ForwardFn | None = None) -> None:
         self.settings = load_settings(cfg)
-        self.forward_fn = forward_fn
-        self.quantized: QuantizedModel | None = None
         self.report: SensitivityReport | None = None
         self.levels: dict[str, LayerLevels] = {}
         self.suggestions: list[Suggestion] = []
@@ -101,14 +91,14 @@ class CCOCallback(pl.Callback):
         self.distiller = Distiller(self.settings.distillation_settings)
         self._level_watch = LevelWatch()
         self.schedule = Schedule(self.settings)
-        self._forward: ForwardFn | None = None
+        self._compression = Compression(self.settings, forward_fn)
         self._monitor: Monitor | None = None
-        self._held: list[Any] = []
-        self._validation: list[Any] = []
-        self._state: dict[str, Any] | None = None
-        self._skips: list[str] = []
-        self._pending_skips: list[str] = []
         self._outside_fit = OutsideFit()
+
+    @property
+    def quantized(self) -> QuantizedModel | None:
+        """The module with its quantizers; `None` before its first batch."""
+        return self._compression.quantized
 
     @property
     def original_metrics(self) -> dict[str, float]:
@@ -132,29 +122,28 @@ class CCOCallback(pl.Callback):
             )
         check_strategy(trainer)
         self._outside_fit.begin(stage, None if self.quantized is None else self.quantized.model, pl_module)
-        if self.quantized is not None and (self.quantized.model is not pl_module or not self.quantized.attached):
+        if self._compression.is_of_another(pl_module):
             self._leave(pl_module, stage)
         if stage == "fit":
             check_export_dir(self.settings.deployment_settings.export_dir, self.settings.deployment_settings.target_framework)
             check_budget(self.settings, trainer)
             check_schedule(self.settings)
             if self.quantized is None:
-                self._release(pl_module)
+                self._compression.release(pl_module)
 
     def _leave(self, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the hooks off the model of an earlier run. Another model is trained from scratch: ranges, skips and metrics of the first say nothing of it."""
         assert self.quantized is not None
         if stage == "fit" and self.quantized.model is not pl_module:
             rank_zero_info("CCOCallback: another model than in the run before; it is captured and calibrated anew.")
-            self._state, self._monitor, self.report, self.losses, self.budget = None, None, None, None, None
+            self._compression.leave(None)
+            self._compression = Compression(self.settings, self._compression.forward_fn)
+            self._monitor, self.report, self.losses, self.budget, self.suggestions = None, None, None, None, []
             self.distiller.forget()
             self.schedule = Schedule(self.settings)
             self.before_training, self._level_watch = InitialEvaluation(), LevelWatch()
-            self.suggestions, self._skips, self._pending_skips, self._held, self._validation = [], [], [], [], []
         else:
-            self._state = self._state or self.state_dict()
-        self.quantized.remove()
-        self.quantized = None
+            self._compression.leave(self._compression.state or self.state_dict())
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -182,24 +171,22 @@ class CCOCallback(pl.Callback):
             raise CCOError(
                 "CCOCallback: the training loader is empty; expected at least one batch to capture the layers and to calibrate on."
             )
-        history = self._monitor.state_dict() if self._monitor is not None else (self._state or {}).get("monitor")
+        compression = self._compression
+        history = self._monitor.state_dict() if self._monitor is not None else (compression.state or {}).get("monitor")
         monitor = self._monitor = start_monitor(trainer, self.settings.monitoring_settings, history)
-        self._attach(trainer, pl_module, first)
-        assert self.quantized is not None
-        quantized = self.quantized
-        self._held = list(training_batches(trainer, self.settings.monitoring_settings.sensitivity_batches))
-        self.schedule.begin(trainer, quantized, self._skips, self.settings)
+        quantized = compression.attach(trainer, pl_module, first)
+        compression.held = list(training_batches(trainer, self.settings.monitoring_settings.sensitivity_batches))
+        self.schedule.begin(trainer, quantized, compression.skips.applied, self.settings)
         monitor.on_start(quantized.graph, quantized.plan, model_facts(quantized))
         if not self.schedule.waits(trainer, quantized):
             self._find_ranges(trainer, quantized)
-        assert self._forward is not None
-        self.distiller.start(trainer, quantized, self._forward, self._held[0], monitor.folder.path)
+        assert compression.forward is not None
+        self.distiller.start(trainer, quantized, compression.forward, compression.held[0], monitor.folder.path)
 
     def _find_ranges(self, trainer: pl.Trainer, quantized: QuantizedModel) -> None:
         """Before the first batch: calibrate, choose the plan of a budget, and validate what the calibration gives."""
         untrained = not quantized.calibrated and trainer.global_step == 0
-        if not quantized.calibrated or quantized.uncalibrated:
-            calibrate(trainer, quantized, self.settings, self._forward)
+        self._compression.calibrate(trainer)
         if needs_plan(self.settings, quantized.settings):
             self._plan_budget(trainer)
         if untrained:
@@ -207,28 +194,10 @@ class CCOCallback(pl.Callback):
         self._apply_pending_skips(trainer)
         self.schedule.freeze_if_due(trainer, quantized)
 
-    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        """Capture the layers and hook the quantizers on, unless they are."""
-        if self.quantized is not None:
-            if self._state is not None:
-                self._take_over(self._state)
-            return
-        self._release(pl_module)
-        with model_context(trainer):
-            captured, self._forward = capture_module(pl_module, batch, self.forward_fn)
-            self.quantized = QuantizedModel(pl_module, captured, recipe_of(self.settings, self._state), self._suggestions_in(self._state))
-        if self._state is not None:
-            self._take_over(self._state)
-
-    def _release(self, pl_module: pl.LightningModule) -> None:
-        if release(pl_module):
-            rank_zero_info(
-                "lightning_cco: the model was quantized already, by another callback or quantize(); this callback's recipe takes its place."
-            )
-
     def _plan_budget(self, trainer: pl.Trainer) -> None:
-        assert self.quantized is not None
-        assert self._forward is not None
+        quantized, forward, held = self.quantized, self._compression.forward, self._compression.held
+        assert quantized is not None
+        assert forward is not None
         budget = self.settings.budget_settings
 
         def lost() -> float:
@@ -236,10 +205,10 @@ class CCOCallback(pl.Callback):
             return lost_of(str(budget.metric), self.original_metrics, now, metric_directions(trainer, now))
 
         validate = lost if budget.accuracy_drop is not None else None
-        self.budget = plan_budget(trainer, self.quantized, self.settings, self._forward, self._held, validate)
-        self.schedule.freeze_if_due(trainer, self.quantized)
+        self.budget = plan_budget(trainer, quantized, self.settings, forward, held, validate)
+        self.schedule.freeze_if_due(trainer, quantized)
         if self._monitor is not None:
-            self._monitor.on_plan(self.quantized.plan)
+            self._monitor.on_plan(quantized.plan)
             self._monitor.on_budget(self.budget, trainer.global_step)
 
     def _progress_has_begun(self, trainer: pl.Trainer) -> bool:
@@ -252,7 +221,10 @@ class CCOCallback(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before each training batch. Lets the ranges follow it, and does what its step brings: fake-quantization starts, bits are lowered."""
         assert self.quantized is not None
-        if self.schedule.before_batch(trainer, self.quantized, self._forward, batch, batch_idx, self._skips, self.settings):
+        compression = self._compression
+        if self.schedule.before_batch(
+            trainer, self.quantized, compression.forward, batch, batch_idx, compression.skips.applied, self.settings
+        ):
             assert self._monitor is not None
             self._monitor.on_plan(self.quantized.plan)
         self.distiller.before_batch()
@@ -296,21 +268,18 @@ class CCOCallback(pl.Callback):
         quantized, monitor = self.quantized, self._monitor
         assert quantized is not None
         assert monitor is not None
-        assert self._forward is not None
+        compression = self._compression
+        assert compression.forward is not None
         if not quantized.calibrated:
             monitor.on_float_epoch(trainer.current_epoch, numbers(trainer.callback_metrics), self.original_metrics)
             return
-        forward = self._forward
-        with model_context(trainer):
-            self.report = quantized.sensitivity(self._held, on_a_copy(self._forward), self.settings.monitoring_settings.sensitivity_modes)
-            self.levels = self._level_watch.measure(quantized, lambda: on_a_copy(forward)(quantized.model, self._held[0]))
-        if measures_loss(self.settings):
-            loss = loss_of_step(trainer, quantized, self._held[0])
-            self.losses = measure_loss_sensitivity(trainer, quantized, self._forward, self._held, loss)
+        measured = measure_epoch(trainer, quantized, compression.forward, compression.held, self.settings, self._level_watch)
+        self.report, self.levels, self.suggestions = measured.report, measured.levels, measured.suggestions
+        if measured.losses is not None:
+            self.losses = measured.losses
             monitor.on_losses(trainer.current_epoch, trainer.global_step, quantized.plan, self.losses, self.settings)
-        self.suggestions = suggest_skips(self.report, quantized.plan, self.settings, self.losses, weight_counts(quantized))
         if self.settings.global_quantization_settings.automatic_skip_quantization:
-            self._pending_skips = [suggestion.name for suggestion in self.suggestions]
+            compression.skips.propose([suggestion.name for suggestion in self.suggestions])
         if not trainer.barebones:
             for name, value in monitored_values(self.report, quantized, self.suggestions).items():
                 pl_module.log(name, value, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=True)
@@ -332,14 +301,10 @@ class CCOCallback(pl.Callback):
         )
 
     def _apply_pending_skips(self, trainer: pl.Trainer) -> None:
-        if not self._pending_skips or self.quantized is None:
+        if not self._compression.skips.apply(self.quantized):
             return
-        self._skips += [name for name in self._pending_skips if name not in self._skips]
-        rank_zero_info(f"Automatic Quantization: skipping quantization from now on for: {', '.join(self._pending_skips)}.")
-        self._pending_skips = []
-        self.quantized.uncalibrated = self.quantized.replan(suggestions=self._skips)
-        if self.quantized.uncalibrated:
-            calibrate(trainer, self.quantized, self.settings, self._forward)
+        self._compression.calibrate(trainer)
+        assert self.quantized is not None
         if self._monitor is not None:
             self._monitor.on_plan(self.quantized.plan)
 
@@ -374,40 +339,29 @@ class CCOCallback(pl.Callback):
     def _before_evaluation_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         if trainer.sanity_checking or trainer.training or trainer.state.fn == "fit":
             return
-        if self.quantized is not None and self._state is None:
-            self._calibrate_for_other_weights(trainer)
+        compression, outside = self._compression, self._outside_fit
+        if compression.state is None:
+            if self.quantized is None:
+                outside.warn_of_float(trainer)
+            else:
+                compression.calibrate_for(trainer, outside)
             return
-        if self._state is None:
-            self._outside_fit.warn_of_float(trainer)
-            return
-        self._attach(trainer, pl_module, batch)
-        assert self.quantized is not None
-        if not self.quantized.calibrated:
-            self._outside_fit.warn_of_float(
-                trainer, "the checkpoint is from before fake-quantization started (training_settings.start_at_step)"
-            )
-        self._held = self._held or [copied(batch)]
-        self._calibrate_for_other_weights(trainer)
-
-    def _calibrate_for_other_weights(self, trainer: pl.Trainer) -> None:
-        """Find ranges for weights that came without: of a checkpoint that has no others, or of another model than the one trained."""
-        where = self._outside_fit.without_ranges(trainer)
-        if not where:
-            return
-        assert self.quantized is not None
-        with model_context(trainer):
-            calibrate_on_held(self.quantized, self._held, self._forward, where)
+        if not compression.attach(trainer, pl_module, batch).calibrated:
+            outside.warn_of_float(trainer, "the checkpoint is from before fake-quantization started (training_settings.start_at_step)")
+        compression.held = compression.held or [copied(batch)]
+        compression.calibrate_for(trainer, outside)
 
     @override
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Called before each validation batch. Outside fit: hooks the checkpoint's quantizers on before the first. Keeps the first ones to check files on."""
-        if dataloader_idx == 0 and batch_idx == len(self._validation) < self.settings.monitoring_settings.sensitivity_batches:
+        compression = self._compression
+        if dataloader_idx == 0 and batch_idx == len(compression.validation) < self.settings.monitoring_settings.sensitivity_batches:
             with torch.inference_mode(False):
-                self._validation.append(copied(batch))
-        if trainer.sanity_checking and batch_idx == dataloader_idx == 0 and self.quantized is None and self._state is None:
-            check_rules(trainer, pl_module, batch, self.forward_fn, self.settings)
+                compression.validation.append(copied(batch))
+        if trainer.sanity_checking and batch_idx == dataloader_idx == 0 and self.quantized is None and compression.state is None:
+            check_rules(trainer, pl_module, batch, compression.forward_fn, self.settings)
         self._before_evaluation_batch(trainer, pl_module, batch)
 
     @override
@@ -438,15 +392,14 @@ class CCOCallback(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Plan, ranges, original metrics and history as plain data, which a default resume loads with ``weights_only=True``."""
         if self.quantized is None:
-            return dict(self._state or {})
+            return dict(self._compression.state or {})
         return {
             "quantized": self.quantized.state_dict(),
             "settings": self.quantized.settings.to_dict(),
             "original_metrics": dict(self.original_metrics),
             "calibrated_metrics": dict(self.calibrated_metrics),
-            "skips": list(self._skips),
             "stages": self.schedule.stages,
-            "pending_skips": list(self._pending_skips),
+            **self._compression.skips.state_dict(),
             "monitor": self._monitor.state_dict() if self._monitor is not None else {},
             "distillation": self.distiller.state_dict(),
         }
@@ -458,14 +411,13 @@ class CCOCallback(pl.Callback):
             return
         check_callback_state(state_dict)
         self._outside_fit.loaded()
-        self._state = state_dict
+        self._compression.state = state_dict
         self.distiller.load_state_dict(state_dict.get("distillation", {}))
         self.before_training.load(state_dict["original_metrics"], state_dict.get("calibrated_metrics", {}))
-        self._skips = list(state_dict["skips"])
         self.schedule.stages = stages_in(state_dict)
-        self._pending_skips = list(state_dict["pending_skips"])
+        self._compression.skips.load_state_dict(state_dict)
         if self.quantized is not None:
-            self._take_over(state_dict)
+            self._compression.take_over(state_dict)
 
     def export(
         self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any
@@ -493,19 +445,5 @@ class CCOCallback(pl.Callback):
         return written
 
     def _handover(self) -> Handover:
-        return Handover(self.quantized, self.settings, self._held, self._validation, self._forward, self.state_key)
-
-    def _suggestions_in(self, state: Mapping[str, Any] | None) -> list[str]:
-        return list(state["skips"]) if state else []
-
-    def _take_over(self, state: Mapping[str, Any]) -> None:
-        """Put a checkpoint's ranges in and say what has changed since."""
-        assert self.quantized is not None
-        with torch.inference_mode(False):
-            differences = apply_state(self.quantized, state, self.settings, self._skips)
-        differences += changed_settings(state["settings"], self.quantized.settings.to_dict())
-        self._state = None
-        for difference in differences:
-            rank_zero_info(f"Resuming with other settings than the checkpoint's: {difference}.")
-        if self.quantized.uncalibrated:
-            rank_zero_info(f"Without ranges in the checkpoint, to be calibrated: {', '.join(self.quantized.uncalibrated)}.")
+        compression = self._compression
+        return Handover(self.quantized, self.settings, compression.held, compression.validation, compression.forward, self.state_key)

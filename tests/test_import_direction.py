@@ -18,10 +18,11 @@ ARCHITECTURE = ROOT.parent / "docs" / "architecture.md"
 LAYERS = [
     ["cli"],
     ["callback", "loading"],
+    ["compression", "epoch_measurement"],
     ["handover", "outside_fit"],
     ["budgeted"],
     ["distillation", "early_check", "export_dir", "held_batches", "initial_evaluation", "schedule"],
-    ["batch_norms", "batches", "checkpoints", "learned_training", "monitoring"],
+    ["automatic_skips", "batch_norms", "batches", "checkpoints", "learned_training", "monitoring"],
     ["lookahead", "quantized_model", "report_page", "strategies"],
     ["budget", "drawing", "export", "level_use", "loss_measurement", "measurement", "spare_loader", "suggestions"],
     ["loss_sensitivity", "sensitivity", "tensor_views"],

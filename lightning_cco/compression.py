@@ -1,0 +1,111 @@
+"""The module of a run, compressed: captured, with quantizers hooked on, and with the ranges of a checkpoint if there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_cco.automatic_skips import AutomaticSkips
+from lightning_cco.batches import ForwardFn, capture_module, model_context
+from lightning_cco.budgeted import recipe_of
+from lightning_cco.graph.hooks import release
+from lightning_cco.handover import apply_state
+from lightning_cco.held_batches import calibrate_on_held
+from lightning_cco.outside_fit import OutsideFit
+from lightning_cco.quantized_model import QuantizedModel
+from lightning_cco.schedule import calibrate
+from lightning_cco.settings import Settings, changed_settings
+
+
+class Compression:
+    """What is known of the compressed module of a run, from its capture on.
+
+    Args:
+        settings: The recipe.
+        forward_fn: The user's way of a batch through the model; `None`: found by the capture.
+
+    Attributes:
+        quantized: The module with quantizers; `None` before the capture.
+        forward: How a batch goes through it.
+        held: Batches held for measuring, copies.
+        validation: The first batches of the validation, copies, to check files on.
+        state: The callback's state of a checkpoint that waits for the capture.
+        skips: Layers that the run skips by itself.
+    """
+
+    def __init__(self, settings: Settings, forward_fn: ForwardFn | None) -> None:
+        self.settings = settings
+        self.forward_fn = forward_fn
+        self.quantized: QuantizedModel | None = None
+        self.forward: ForwardFn | None = None
+        self.held: list[Any] = []
+        self.validation: list[Any] = []
+        self.state: dict[str, Any] | None = None
+        self.skips = AutomaticSkips()
+
+    def is_of_another(self, module: pl.LightningModule) -> bool:
+        """Whether what is hooked is not this module, or no longer."""
+        return self.quantized is not None and (self.quantized.model is not module or not self.quantized.attached)
+
+    def leave(self, state: dict[str, Any] | None) -> None:
+        """Take the hooks off, and keep a state for the next capture."""
+        assert self.quantized is not None
+        self.quantized.remove()
+        self.quantized, self.state = None, state
+
+    def release(self, module: pl.LightningModule) -> None:
+        """Take somebody else's quantizers off a module."""
+        if release(module):
+            rank_zero_info(
+                "lightning_cco: the model was quantized already, by another callback or quantize(); this callback's recipe takes its place."
+            )
+
+    def attach(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> QuantizedModel:
+        """Capture the layers from a batch and hook the quantizers on, unless they are; then take over the state that waits.
+
+        Raises:
+            CCOError: The module can't be captured, a rule matches no layer, or the state is of another architecture.
+        """
+        if self.quantized is None:
+            self.release(module)
+            with model_context(trainer):
+                captured, self.forward = capture_module(module, batch, self.forward_fn)
+                suggested = list(self.state["skips"]) if self.state else []
+                self.quantized = QuantizedModel(module, captured, recipe_of(self.settings, self.state), suggested)
+        if self.state is not None:
+            self.take_over(self.state)
+        return self.quantized
+
+    def take_over(self, state: Mapping[str, Any]) -> None:
+        """Put a checkpoint's ranges in, and say what has changed since.
+
+        Raises:
+            CCOError: The state is of another architecture.
+        """
+        assert self.quantized is not None
+        with torch.inference_mode(False):
+            differences = apply_state(self.quantized, state, self.settings, self.skips.applied)
+        differences += changed_settings(state["settings"], self.quantized.settings.to_dict())
+        self.state = None
+        for difference in differences:
+            rank_zero_info(f"Resuming with other settings than the checkpoint's: {difference}.")
+        if self.quantized.uncalibrated:
+            rank_zero_info(f"Without ranges in the checkpoint, to be calibrated: {', '.join(self.quantized.uncalibrated)}.")
+
+    def calibrate(self, trainer: pl.Trainer) -> None:
+        """Find the ranges that are not known, on the batches that are trained on next."""
+        assert self.quantized is not None
+        if not self.quantized.calibrated or self.quantized.uncalibrated:
+            calibrate(trainer, self.quantized, self.settings, self.forward)
+
+    def calibrate_for(self, trainer: pl.Trainer, outside: OutsideFit) -> None:
+        """Outside of a training: find ranges for weights that came without, of a checkpoint that has no others or of another model than the one trained."""
+        where = outside.without_ranges(trainer)
+        if where:
+            assert self.quantized is not None
+            with model_context(trainer):
+                calibrate_on_held(self.quantized, self.held, self.forward, where)
