@@ -15,7 +15,8 @@ from lightning_cco.loss_sensitivity import ACTIVATIONS_BITS, WEIGHTS_BITS, LossS
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.arguments import renormalized, replaced
 from lightning_cco.quantization.fake_quantize import fake_quantize
-from lightning_cco.quantization.model import Forward, HookedModel
+from lightning_cco.quantization.forward_call import Forward
+from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.qparams import affine_qparams
 from lightning_cco.quantization.ranges import batch_range, best_clip_ratio, clip_errors, range_estimator, sample

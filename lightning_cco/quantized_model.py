@@ -21,7 +21,8 @@ from lightning_cco.graph.hooks import refuse_hooked
 from lightning_cco.loss_measurement import measure_loss
 from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.measurement import measure
-from lightning_cco.quantization.model import Forward, HookedModel, call_with
+from lightning_cco.quantization.forward_call import Forward, call_with
+from lightning_cco.quantization.model import HookedModel
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings, load_settings
 

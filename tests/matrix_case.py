@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_cco.quantization.model import call_with
+from lightning_cco.quantization.forward_call import call_with
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lightning_cco.budget.search import BudgetSearch
 from lightning_cco.export.report import ExportReport, FloatIsland
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.quantization.model import call_with
+from lightning_cco.quantization.forward_call import call_with
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.planner import plan_quantization
 from lightning_cco.report_page.data import RunState

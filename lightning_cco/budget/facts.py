@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_cco.quantization.arguments import at
-from lightning_cco.quantization.model import Forward, HookedModel
+from lightning_cco.quantization.forward_call import Forward
+from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.sites import SiteQuantizers
 

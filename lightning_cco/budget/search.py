@@ -26,7 +26,8 @@ from lightning_cco.budget.solver import Choice, need_scipy, taken_of
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.figures import figure
 from lightning_cco.loss_sensitivity import LossSensitivityReport
-from lightning_cco.quantization.model import Forward, HookedModel
+from lightning_cco.quantization.forward_call import Forward
+from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.plan import QuantizationPlan, packs_weights
 from lightning_cco.settings import LayerRule, Settings, load_settings
 

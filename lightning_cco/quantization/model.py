@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any
@@ -22,6 +21,7 @@ from lightning_cco.graph.put_back import Kept
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.build import build_quantizers
 from lightning_cco.quantization.calibration import check_weights, finish_calibration, warn_of_zeros
+from lightning_cco.quantization.forward_call import Forward, call_with
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.planner import plan_quantization
 from lightning_cco.quantization.range_updates import forget_batches, update_ranges, warn_of_outliers, world_size
@@ -32,36 +32,7 @@ from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 from lightning_cco.settings import Settings, load_settings
 
-Forward = Callable[[nn.Module, Any], Any]
-"""How one batch goes through the model."""
-
 _MOVING = threading.RLock()
-
-
-def call_with(model: nn.Module, batch: Any) -> Any:
-    """Call a model on a batch: a mapping gives keyword arguments, a tuple or list positional ones, anything else the one argument.
-
-    Raises:
-        CCOError: The model's ``forward`` does not take as many.
-    """
-    args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {})
-    _check_arguments(model, args, kwargs)
-    return model(*args, **kwargs)
-
-
-def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    try:
-        signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):  # nothing is known of it
-        return
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        came = f"the keys {list(kwargs)}" if kwargs else f"{len(args)} item{'s' if len(args) != 1 else ''}"
-        raise CCOError(
-            f"{type(model).__name__}.forward expects the arguments {signature}, but a batch has {came}: {error}. Give batches of these arguments alone, "
-            "such as [x] or [(x, mask)], or say how a batch goes through the model: forward=lambda model, batch: model(batch[0])."
-        ) from error
 
 
 class HookedModel:

@@ -24,12 +24,12 @@ from lightning_cco.quantization.arguments import at, renormalized, replaced
 from lightning_cco.quantization.departures import COMPUTES, Departures
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.plan import QuantizationPlan
+from lightning_cco.quantization.rounded_calls import results_of, with_inputs, with_outputs
 from lightning_cco.quantization.sites import SiteQuantizers, fill_tables, quiet_modules
 from lightning_cco.quantization.small_tensors import has_small_gradient
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.tracing import runs_plainly
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
-from lightning_cco.quantization.weight_recompute import RecomputedWeight, saving_recomputed
 
 Recorder = Callable[..., Any]
 """Called with a layer's name, its quantized output (or the quantizer that would make it of the float one), and its float output; in `Phase.HAND_OVER` with
@@ -153,7 +153,7 @@ class Runtime:
         if site.renormalizes:
             args, kwargs = renormalized(args, kwargs)
         if site.weights or site.reads:
-            func, args, kwargs = _with_inputs(site, func, args, kwargs, track)
+            func, args, kwargs = with_inputs(site, func, args, kwargs, track)
         if not site.outputs:
             return func(*args, **kwargs)
         if site.limits is not None:
@@ -178,7 +178,7 @@ class Runtime:
                 return site.outputs[0][1](result, track=track)
             rounded = site.outputs[0][1](base, inplace=True, track=track)
             return rounded if base is result else rounded.view(result.shape)
-        return _with_outputs(result, site.outputs, track)
+        return with_outputs(result, site.outputs, track)
 
     def _observe(
         self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -192,7 +192,7 @@ class Runtime:
         result = func(*args, **kwargs)
         for position, quantizer in site.outputs:
             if only is None or id(quantizer) in only:
-                quantizer.observe(_flat(result, args)[position], self.batch)
+                quantizer.observe(results_of(result, args)[position], self.batch)
         return result
 
     def _measure_local(
@@ -206,7 +206,7 @@ class Runtime:
                 self._record(source, quantizer, at(args, kwargs, slot))
         if not site.weights and [position for position, _ in site.outputs] == [0]:
             result = func(*args, **kwargs)
-            self._record(site.layer, site.outputs[0][1], _flat(result, args)[0])
+            self._record(site.layer, site.outputs[0][1], results_of(result, args)[0])
             return result
         quantized = None
         if site.weights:
@@ -215,9 +215,9 @@ class Runtime:
                 weighted_args, weighted_kwargs = replaced(weighted_args, weighted_kwargs, slot, weight_quantizer)
             if site.in_place:
                 weighted_args = (weighted_args[0].clone(), *weighted_args[1:])
-            quantized = _flat(func(*weighted_args, **weighted_kwargs), weighted_args)
+            quantized = results_of(func(*weighted_args, **weighted_kwargs), weighted_args)
         result = func(*args, **kwargs)
-        reference = _flat(result, args)
+        reference = results_of(result, args)
         quantized = quantized if quantized is not None else list(reference)
         for position, quantizer in site.outputs:
             quantized[position] = quantizer(quantized[position])
@@ -233,7 +233,7 @@ class Runtime:
                 value = at(args, kwargs, slot)
                 self._record(source, value, value)
         result = func(*args, **kwargs)
-        output = _flat(result, args)[0]
+        output = results_of(result, args)[0]
         self._record(site.layer, output, output)
         return result
 
@@ -246,7 +246,7 @@ class Runtime:
                 value = at(args, kwargs, slot)
                 self._record(source, quantizer(value), value)
         result = self._quantize(frame, site, func, args, kwargs)
-        output = _flat(result, args)[0]
+        output = results_of(result, args)[0]
         self._record(site.layer, output, output)
         return result
 
@@ -300,37 +300,3 @@ class Runtime:
         """A recomputation does what its forward did, whenever and in whatever thread it runs."""
         block = self._blocks.get(get_ident()) if self._blocks else None
         return nullcontext if block is None else partial(self._in_block, block)
-
-
-def _with_inputs(
-    site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], track: bool
-) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """A call whose weights and activations are rounded; by keywords, which hooks on quantizers read."""
-    recomputed: list[RecomputedWeight] = []
-    if site.plain_slots:  # nearly always
-        items = list(args)
-        for (position, *_), weight_quantizer in site.weights:
-            items[position] = weight_quantizer(items[position], recomputed=recomputed)
-        for (position, *_), _, quantizer in site.reads:
-            items[position] = quantizer(items[position], track=track)
-        args = tuple(items)
-    else:
-        for slot, weight_quantizer in site.weights:
-            args, kwargs = replaced(args, kwargs, slot, partial(weight_quantizer, recomputed=recomputed))
-        for slot, _, quantizer in site.reads:
-            args, kwargs = replaced(args, kwargs, slot, partial(quantizer, track=track))
-    return saving_recomputed(func, recomputed) if recomputed else func, args, kwargs
-
-
-def _flat(result: Any, args: tuple[Any, ...]) -> list[Any]:
-    """What a call returned, as a list; an assignment returns nothing and changes its first argument."""
-    if result is None:
-        return [args[0]]
-    return [result] if isinstance(result, Tensor) else list(result)
-
-
-def _with_outputs(result: Any, outputs: list[tuple[int, ActivationQuantizer]], track: bool) -> Any:
-    items = list(result)
-    for position, quantizer in outputs:
-        items[position] = quantizer(items[position], track=track)
-    return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
