@@ -424,7 +424,7 @@ class CCOCallback(pl.Callback):
     ) -> Any:
         """Write the compressed model as an INT8 file and check it in its engine: ``.onnx``, ``.pte`` (ExecuTorch), ``.tflite`` (LiteRT); or a ``.pt2`` program.
 
-        The report goes to the log, to ``export_report.json`` beside the file, and to TensorBoard.
+        The report goes to the log, to ``FILE.export_report.json`` beside the file, and to TensorBoard.
 
         Args:
             path: Where to write.

@@ -125,6 +125,8 @@ def _export(options: argparse.Namespace) -> None:
         calls = [forward_arguments(module, batch) for batch in batches]
         more["batches"] = [kwargs or args for args, kwargs in calls]
     written = quantized.export(options.out, **more)
+    if isinstance(written, ExportReport):
+        written.save(written.beside)
     print(written if isinstance(written, ExportReport) else f"Wrote {options.out}.")
 
 

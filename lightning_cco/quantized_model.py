@@ -44,14 +44,39 @@ def quantize(
         example_kwargs: Keyword arguments of it.
 
     Raises:
-        CCOError: The forward fails on the example, a setting matches nothing, or nothing can be quantized.
+        CCOError: An argument is of another kind than expected, the forward fails on the example, a setting matches nothing, or nothing can be quantized.
     """
+    _check_kinds(model, settings, example_args, example_kwargs)
     refuse_hooked(model)
+    recipe = load_settings(settings)
     example_args = (example_args,) if isinstance(example_args, Tensor) else tuple(example_args)
     captured = capture(model, lambda: model(*example_args, **(example_kwargs or {})))
-    quantized = QuantizedModel(model, captured, load_settings(settings))
+    quantized = QuantizedModel(model, captured, recipe)
     quantized.example = (example_args, example_kwargs)
     return quantized
+
+
+def _check_kinds(model: Any, settings: Any, example_args: Any, example_kwargs: Any) -> None:
+    """Refuse arguments in another order, and examples that would be taken apart: a string into letters, a mapping into its keys."""
+    if not isinstance(model, nn.Module):
+        raise CCOError(f"quantize: expected a torch.nn.Module as model, got {type(model).__name__}.")
+    if isinstance(settings, Tensor) or (isinstance(settings, (tuple, list)) and any(isinstance(entry, Tensor) for entry in settings)):
+        raise CCOError(
+            "quantize: expected a recipe as the second argument (settings, a mapping, a path or a name, or None), got tensors. "
+            "The order is quantize(model, settings, example_args)."
+        )
+    if isinstance(example_args, (str, bytes, Settings)) or not isinstance(example_args, (Tensor, Iterable)):
+        raise CCOError(
+            f"quantize: expected the positional arguments of one forward as example_args, such as (x,), got {type(example_args).__name__}. "
+            "The order is quantize(model, settings, example_args)."
+        )
+    if isinstance(example_args, Mapping):
+        raise CCOError(
+            f"quantize: expected positional arguments as example_args, got a mapping with the keys {list(example_args)[:8]}. If forward takes "
+            "them by name, write example_kwargs=batch; if it takes the mapping as its one argument, example_args=(batch,)."
+        )
+    if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
+        raise CCOError(f"quantize: expected a mapping of keyword arguments as example_kwargs, got {type(example_kwargs).__name__}.")
 
 
 class QuantizedModel(HookedModel):

@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> CCOCallback:
     rows = [["float", f"{before:.4f}"], ["INT8 (fake-quantized)", f"{after:.4f}"]]
     print("\n3. Result")
     print(text_table(["model", "validation loss (nats per character)"], rows, right=[1]))
-    print(f"\n{len(plan.quantized)} of {plan.counted} layers are quantized. Left in float:")
+    print(f"\n{plan.summary}. Left in float:")
     print(float_layers(plan))
     return cco
 

@@ -98,7 +98,7 @@ def report(cco: CCOCallback, before: float, after: float, output: Path) -> None:
         ["difference", f"{100 * (after - before):+.2f}"],
     ]
     print(text_table(["model", "test accuracy"], rows, right=[1]))
-    print(f"\n{len(plan.quantized)} of {plan.counted} layers are quantized. Left in float:")
+    print(f"\n{plan.summary}. Left in float:")
     print(float_layers(plan))
     print(f"\n{sensitivity_table(cco.report, plan, most=8)}")
     print("\n".join(suggestion_lines(cco.suggestions, cco.settings)))

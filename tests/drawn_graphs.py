@@ -86,7 +86,8 @@ def plan_of(graph: LayerGraph, skipped: dict[str, str] | None = None, threshold:
         for layer in graph
     }
     settings = SimpleNamespace(global_quantization_settings=SimpleNamespace(quantization_sensitivity_threshold=threshold))
-    return SimpleNamespace(decisions=decisions, settings=settings, boundaries=[], counted=len(graph) - len(graph.outputs))
+    summary = "1 of 2 layers with weights run in INT8 in ort"
+    return SimpleNamespace(decisions=decisions, settings=settings, boundaries=[], summary=summary)
 
 
 def labels(dot: Any) -> dict[str, str]:

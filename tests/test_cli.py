@@ -150,6 +150,7 @@ def test_the_report_of_a_run(run, project: Path) -> None:
     assert status == 0
     assert "end of epoch 0" in said
     assert "Suggested skips: none" in said
+    assert f"Layers: {(project / 'logs/cco/layers.txt').read_text().splitlines()[0]}" in said
     assert "less sensitive layers" in said
     page = next(line for line in said.splitlines() if line.startswith("Page: "))
     assert Path(page.removeprefix("Page: ").partition(" (")[0]).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")

@@ -117,8 +117,8 @@ def test_a_training_ends_with_the_file_of_its_engine(tmp_path: Path, monkeypatch
     monkeypatch.setattr("lightning_cco.export_dir.need_engine", lambda engine: None)
     cco = quick(deployment_settings={"target_framework": "executorch", "export_dir": str(tmp_path / "out")})
     make_trainer(tmp_path, cco).fit(Classifier(), batches(), batches(seed=5))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Classifier_int8.pte", "export_report.json"]
-    report = json.loads((tmp_path / "out" / "export_report.json").read_text())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Classifier_int8.pte", "Classifier_int8.pte.export_report.json"]
+    report = json.loads((tmp_path / "out" / "Classifier_int8.pte.export_report.json").read_text())
     assert report["batches"] > 1
     assert report["target"].startswith("ExecuTorch")
 

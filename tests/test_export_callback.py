@@ -31,7 +31,10 @@ def test_the_callback_exports_after_fit(tmp_path: Path) -> None:
     make_trainer(tmp_path, cco).fit(model, batches())
     report = cco.export(tmp_path / "model.onnx")
     assert report.sqnr_db > 20
-    assert json.loads((tmp_path / "export_report.json").read_text())["integer_nodes"]["QLinearConv"] == 5
+    assert json.loads((tmp_path / "model.onnx.export_report.json").read_text())["integer_nodes"]["QLinearConv"] == 5
+    cco.export(tmp_path / "again.onnx", dynamic_batch=False)
+    assert json.loads((tmp_path / "model.onnx.export_report.json").read_text())["path"] == str(tmp_path / "model.onnx")
+    assert json.loads((tmp_path / "again.onnx.export_report.json").read_text())["path"] == str(tmp_path / "again.onnx")
     x = next(iter(batches()))[0]
     model.eval()
     with torch.no_grad():
@@ -59,7 +62,7 @@ def test_export_dir_hands_over_the_best_checkpoint(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, cco, checkpoint, max_epochs=3)
     trainer.fit(model, batches(), val)
     after_fit = {name: value.clone() for name, value in model.state_dict().items()}
-    written = json.loads((tmp_path / "int8" / "export_report.json").read_text())
+    written = json.loads((tmp_path / "int8" / "Classifier_int8.onnx.export_report.json").read_text())
     assert written["sqnr_db"] > 20
     x = next(iter(val))[0]
     got = run(tmp_path / "int8" / "Classifier_int8.onnx", x)
@@ -103,6 +106,9 @@ def test_export_dir_on_two_processes_is_written_once(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", str(tests / "two_processes.py"), str(tmp_path), "ddp", str(tmp_path / "int8")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
     subprocess.run(command, check=True, timeout=240, env=environment, cwd=tmp_path)
-    assert sorted(path.name for path in (tmp_path / "int8").iterdir()) == ["Classifier_int8.onnx", "export_report.json"]
-    assert json.loads((tmp_path / "int8" / "export_report.json").read_text())["sqnr_db"] > 20
+    assert sorted(path.name for path in (tmp_path / "int8").iterdir()) == [
+        "Classifier_int8.onnx",
+        "Classifier_int8.onnx.export_report.json",
+    ]
+    assert json.loads((tmp_path / "int8" / "Classifier_int8.onnx.export_report.json").read_text())["sqnr_db"] > 20
     assert (tmp_path / "rank1.pt").exists()

@@ -191,8 +191,7 @@ class _Drawing:
         lines = []
         if self.plan is not None:
             entries = [(html.BLUE, "input or output"), (html.GREEN, "quantized"), (html.YELLOW, "not quantized")]
-            quantized = sum(decision.quantized for decision in self.plan.decisions.values())
-            lines.append(f"{quantized} of {self.plan.counted} layers quantized · W8 A8: bits of weights and of the output")
+            lines += [self.plan.summary, "W8 A8: bits of weights and of the output"]
             if self.crossing:
                 lines.append("dashed arrow: between float and integer")
         if self.qs:

@@ -25,7 +25,9 @@ def export_target(path: str | Path, ending: str) -> Path:
             f"export: '{path}' is not on a disk of this machine; a local path was expected. Write the file there, and upload it."
         )
     if Path(path).suffix.lower() != ending:
-        instead = Path(path).with_suffix(ending) if Path(path).name else f"model{ending}"
+        given = Path(path)
+        is_folder = str(path).endswith(("/", os.sep)) or given.is_dir()
+        instead = given / f"model{ending}" if is_folder or not given.name else _other_ending(given, ending)
         raise CCOError(
             "export: a path that ends in .onnx (a file for ONNX Runtime, OpenVINO and TensorRT, which build theirs from it), .pt2 (a torch.export "
             f"program), .pte (for ExecuTorch) or .tflite (for LiteRT) was expected, '{path}' came. Write '{instead}'."
@@ -34,6 +36,11 @@ def export_target(path: str | Path, ending: str) -> Path:
         return real_file(path)
     except OSError as error:
         raise CCOError(f"export: '{path}' can't be written: {error}. Give the path of a file in a folder that can be.") from error
+
+
+def _other_ending(path: Path, ending: str) -> Path:
+    """``m.engine`` as ``m.onnx``, and ``m.onnx.gz`` too."""
+    return path.with_suffix("") if path.with_suffix("").suffix.lower() == ending else path.with_suffix(ending)
 
 
 def move(made: Path, target: Path) -> None:

@@ -160,6 +160,12 @@ class ExportReport:
         """Largest difference of an output from what the model makes of the engine's own rounded tensors, beside its largest value."""
         return max((entry.local_difference for entry in self.outputs), default=float("nan"))
 
+    @property
+    def beside(self) -> Path:
+        """Where the report of a file belongs: ``model.onnx.export_report.json`` beside ``model.onnx``, so that several files in one folder keep theirs."""
+        path = Path(self.path)
+        return path.with_name(f"{path.name}.export_report.json")
+
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
         ratios = {"size_ratio": self.size_ratio, "largest_steps": self.largest_steps, "mean_steps": self.mean_steps}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_cco.errors import CCOError
 from lightning_cco.export.nested import ArgPath, follow, items_of, leaves, mapped, name_of
 from lightning_cco.export.network import Network
+from lightning_cco.graph.failing import failing_module
 
 PREFIX = "model"
 """Name of the model in `Deployed`, and so the beginning of all paths that the exporter sees."""
@@ -59,7 +60,7 @@ class Deployed(nn.Module):
         self.fixed = [
             f"{self._input_name(slot)}={value!r}" for slot, value in found if isinstance(value, (int, float, str)) and self._matters(slot)
         ]
-        result = self._call(self._example)
+        result = self._called_on_example()
         kept = [(slot, value) for slot, value in leaves(result) if isinstance(value, Tensor)]
         losses = [slot for slot, value in kept if slot and slot[-1] == "loss" and value.dim() == 0]
         self._kept = [slot for slot, _ in kept if slot not in losses or len(kept) == len(losses)]
@@ -201,6 +202,20 @@ class Deployed(nn.Module):
             )
 
         return {name: of(value, (name,)) for name, value in self._example.items()}
+
+    def _called_on_example(self) -> Any:
+        try:
+            return self._call(self._example)
+        except CCOError:
+            raise
+        except Exception as error:
+            given = ", ".join(
+                f"{self._input_name(slot)} {list(value.shape)}" for slot, value in leaves(self._example) if isinstance(value, Tensor)
+            )
+            raise CCOError(
+                f"export: the forward of {type(self.model).__name__} failed on the example ({given or 'no tensor'}){failing_module(self.model, error)}: "
+                f"{type(error).__name__}: {error}. Give an example that it takes: example_args=(tensor, ...) or example_kwargs={{...}}."
+            ) from error
 
     def _call(self, arguments: dict[str, Any]) -> Any:
         args, kwargs = self._arguments(arguments)

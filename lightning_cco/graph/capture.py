@@ -14,6 +14,7 @@ from lightning_cco.graph.call import ArgPath, Weight
 from lightning_cco.graph.call_node import CallNode
 from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.containers import LOOKED_INTO
+from lightning_cco.graph.failing import failing_module
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.matching import match_training, merge_repeats, overwritten_calls
@@ -176,7 +177,8 @@ def _trace_evaluation(
             if isinstance(error, CCOError):
                 raise
             raise CCOError(
-                f"{type(model).__name__}: its forward failed on the example that the layer graph is captured from: {type(error).__name__}: {error}. "
+                f"{type(model).__name__}: its forward failed{failing_module(model, error)} on the example that the layer graph is captured from: "
+                f"{type(error).__name__}: {error}. "
                 "Give an example that its forward takes: set `example_input_array`, or pass `forward_fn=lambda module, batch: module(...)`."
             ) from error
     return tracer

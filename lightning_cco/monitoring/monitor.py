@@ -281,7 +281,7 @@ class Monitor:
     def on_export(self, report: ExportReport) -> None:
         """Show what an export says of its file."""
         _say(str(report))
-        path = Path(report.path).with_name("export_report.json")
+        path = report.beside
         with self.folder.unharmed(path):
             report.save(path)
         self._report.update(export=report)

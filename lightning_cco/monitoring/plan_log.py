@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -30,7 +29,7 @@ def start_lines(graph: LayerGraph, plan: QuantizationPlan) -> list[str]:
 def plan_lines(plan: QuantizationPlan) -> list[str]:
     """The weighted layers in INT8, the automatic skips, the counts, the bits, the layers left in float with reasons, the boundaries."""
     tail = plan.left_for(SkipReason.TAIL)
-    lines = [in_int8(plan)]
+    lines = [plan.summary]
     if tail:
         lines.append(f"Skipped Quantization automatically for the Tail of the model: {folded(plan.graph, tail, quoted=True)}")
     lines += [f"# of all Layers      : {plan.counted}", f"# of Quantized Layers: {len(plan.quantized)}"]
@@ -42,19 +41,6 @@ def plan_lines(plan: QuantizationPlan) -> list[str]:
     lines += _few([f"{said}: {folded(plan.graph, names)}" for said, names in by_reason.items()], 2 * _FEW, "reasons")
     lines += _boundaries(plan)
     return [printable(line) for line in lines]
-
-
-def in_int8(plan: QuantizationPlan) -> str:
-    """How many of the layers with weights run in INT8, and how much of the multiplications."""
-    weighted = [layer.name for layer in plan.graph if layer.weighted]
-    share = plan.share_of_multiplications
-    part = "" if math.isnan(share) else f" ({100 * share:.0f} % of the multiplications)"
-    target = plan.settings.deployment_settings.target_framework
-    count = sum(name in plan.in_int8 for name in weighted)
-    if plan.packed:
-        part += f"; {len(plan.packed)} have weights packed in 4 bits, and {target} computes them in float"
-    only = f"; {len(plan.weight_only)} more have integer weights and compute in float" if plan.weight_only else ""
-    return f"{count} of {len(weighted)} layers with weights run in INT8 in {target}{part}{only}"
 
 
 def _bits(plan: QuantizationPlan) -> list[str]:
@@ -173,4 +159,4 @@ def layers_text(plan: QuantizationPlan) -> str:
         for layer in plan.graph
         if layer.kind != "output"
     )
-    return f"{in_int8(plan)}\n\n{text_table(['module', 'layer', 'kind', 'bits', 'multiplications', 'runs'], rows, right=[4])}\n"
+    return f"{plan.summary}\n\n{text_table(['module', 'layer', 'kind', 'bits', 'multiplications', 'runs'], rows, right=[4])}\n"

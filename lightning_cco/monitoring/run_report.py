@@ -45,6 +45,8 @@ def _lines(run: Path, most: int) -> Iterator[str]:
     yield f"Run: {printable(run)}"
     if (run / PAGE).is_file():
         yield f"Page: {printable((run / PAGE).absolute())} (open it in a browser; it needs no network)"
+    if (run / "layers.txt").is_file():
+        yield f"Layers: {printable(_first_line(run / 'layers.txt'))}"
     if (run / "resolved_recipe.yaml").is_file():
         yield from _decisions(run / "resolved_recipe.yaml")
     if (run / "sensitivity.csv").is_file():
@@ -52,7 +54,7 @@ def _lines(run: Path, most: int) -> Iterator[str]:
     if (run / "suggested_skips.yaml").is_file():
         rules = _yaml_of(run / "suggested_skips.yaml").get("layer_settings") or []
         yield f"Suggested skips: {', '.join(printable(rule.get('match', '')) for rule in rules) or 'none'}"
-    for path in sorted(run.parent.rglob("export_report.json")):
+    for path in sorted(run.parent.rglob("*export_report.json")):
         yield from _file(path)
 
 
@@ -64,13 +66,18 @@ def _yaml_of(path: Path) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
+def _first_line(path: Path) -> str:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline(1000).strip()
+
+
 def _decisions(path: Path) -> Iterator[str]:
-    """How many layers have which bits; the reason of each stands in the recipe itself."""
+    """How many layers have weights of which bits; the reason of each stands in the recipe itself."""
     rules = _yaml_of(path).get("layer_settings") or []
     skipped = [rule for rule in rules if rule.get("skip_quantization") is True]
     bits = Counter(f"W{rule['weights_num_bits']}" for rule in rules if rule not in skipped and rule.get("weights_num_bits"))
     weights = ", ".join(f"{count} {name}" for name, count in sorted(bits.items())) or "none"
-    yield f"Layers: {len(rules)}, {len(skipped)} of them in float; with integer weights: {weights}"
+    yield f"Integer weights: {weights}"
 
 
 def _sensitivities(path: Path, most: int) -> Iterator[str]:

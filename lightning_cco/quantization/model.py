@@ -301,4 +301,4 @@ class HookedModel:
 
     def __repr__(self) -> str:
         state = "frozen" if self.frozen else "calibrated" if self.calibrated else "not calibrated"
-        return f"{type(self).__name__}({type(self.model).__name__}, {len(self.plan.quantized)} of {self.plan.counted} layers quantized, {state})"
+        return f"{type(self).__name__}({type(self.model).__name__}, {self.plan.summary}; {state})"

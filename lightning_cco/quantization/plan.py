@@ -159,6 +159,19 @@ class QuantizationPlan:
         total = sum(layer.multiplications for layer in self.graph)
         return sum(self.graph[name].multiplications for name in self.in_int8) / total if total else math.nan
 
+    @property
+    def summary(self) -> str:
+        """How many of the layers with weights run in INT8, and how much of the multiplications: a sentence, the same wherever the plan is shown."""
+        weighted = [layer.name for layer in self.graph if layer.weighted]
+        share, target = self.share_of_multiplications, self.settings.deployment_settings.target_framework
+        percent = "over 99" if 0.995 <= share < 1 else f"{100 * share:.0f}"
+        part = "" if math.isnan(share) else f" ({percent} % of the multiplications)"
+        count = sum(name in self.in_int8 for name in weighted)
+        if self.packed:
+            part += f"; {len(self.packed)} have weights packed in 4 bits, and {target} computes them in float"
+        only = f"; {len(self.weight_only)} more have integer weights and compute in float" if self.weight_only else ""
+        return f"{count} of {len(weighted)} layers with weights run in INT8 in {target}{part}{only}"
+
     def left_for(self, reason: SkipReason) -> list[str]:
         """The layers that are left in float for one kind of reason, in graph order."""
         return [name for name, decision in self.decisions.items() if decision.reason is reason]

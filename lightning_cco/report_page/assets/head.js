@@ -11,7 +11,6 @@
   document.getElementById("figures").append(
     figure("layers with weights in INT8", `${counts.weighted_in_int8} of ${counts.weighted}`),
     figure("of the multiplications in INT8", cco.percent(counts.share_of_multiplications)),
-    figure("layers in all, quantized", `${counts.quantized} of ${counts.layers}`),
     ...(report.export ? [figure("exported file", `${cco.bytes(report.export.size_bytes)}`)]
       : report.size.float_bytes ? [figure(`weights, of ${cco.bytes(report.size.float_bytes)} in float`, cco.bytes(planned.size))] : []),
     figure("engine", report.target),
