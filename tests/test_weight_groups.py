@@ -54,7 +54,7 @@ def by_pytorch(weight: Tensor, bits: int, group: int, axis: int) -> Tensor:
 @pytest.mark.parametrize(("bits", "group"), [(2, 16), (3, 32), (4, 32), (4, 128), (8, 64), (8, 256)])
 def test_rounding_and_gradient_are_pytorchs(bits: int, group: int, axis: int, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not kernels:
-        monkeypatch.setattr(weight_fake_quantize, "kernels_for", lambda tensor: None)
+        monkeypatch.setattr(weight_fake_quantize, "fitting_kernels", lambda tensor: None)
     weight = torch.randn(96 if axis == 0 else 256, 256 if axis == 0 else 96, requires_grad=True)
     quantizer, factor = WeightQuantizer(bits, axis, group=group), torch.randn(weight.shape)
     rounded = quantizer(weight)

@@ -20,9 +20,12 @@ from lightning_cco.quantization import operations
 from lightning_cco.quantization.gradient_holders import fewest_holders, holders
 from lightning_cco.quantization.native import Kernels, ReadyGrid, kernels_for
 from lightning_cco.quantization.open_operations import fake_quantize_openly, where_clamp_passes
-from lightning_cco.quantization.qparams import NO_LIMITS, Grid, grid_of, grid_of_numbers
+from lightning_cco.quantization.qparams import NO_LIMITS, Grid, grid_of, grid_of_numbers, quant_range
 from lightning_cco.quantization.small_tensors import round_small
 from lightning_cco.quantization.tracing import behind_transforms, runs_plainly
+from lightning_cco.quantization.triton_calls import TritonKernels, device_kernels_for, fitting_kernels
+
+AnyKernels = Kernels | TritonKernels
 
 
 def fake_quantize(
@@ -54,6 +57,9 @@ def fake_quantize(
     """
     limits = clamp if clamp is not None else NO_LIMITS
     if numbers is None:
+        on_device = None if torch.compiler.is_compiling() else device_kernels_for(x)
+        if on_device is not None and scale.device == x.device:
+            return _by_kernels(x, on_device, (scale, zero_point, quant_range(num_bits, symmetric), limits), inplace, extrema)
         grid, kernels = grid_of(scale, zero_point, num_bits, symmetric, limits), None
     else:
         grid, kernels = grid_of_numbers(*numbers, num_bits, symmetric, limits), kernels_for(x)
@@ -63,14 +69,12 @@ def fake_quantize(
     if openly:
         rounded = fake_quantize_openly(x, scale if numbers is None else numbers[0], grid)
         return x.copy_(rounded) if inplace else rounded
+    if kernels is not None and numbers is not None:
+        return _by_kernels(x, kernels, (numbers[0], (grid.first, grid.last), (grid.low, grid.high), limits), inplace, extrema)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        if kernels is not None and numbers is not None:
-            return _run(kernels, x, numbers[0], grid, inplace, None, extrema)
         return _scaled(x, _levels(x, scale, inplace).clamp_(grid.first, grid.last), scale, inplace)  # type: ignore[arg-type]
     result: Tensor
-    if kernels is not None and numbers is not None:
-        result = _by_kernel(x, kernels, numbers[0], grid, inplace, extrema)
-    elif torch.compiler.is_compiling() and isinstance(grid.low, Tensor) and isinstance(grid.high, Tensor):
+    if torch.compiler.is_compiling() and isinstance(grid.low, Tensor) and isinstance(grid.high, Tensor):
         result = _FakeQuantizeTraced.apply(x.clone() if inplace else x, scale, grid.low, grid.high, grid)  # type: ignore[no-untyped-call]
         if inplace:
             x.copy_(result)
@@ -179,11 +183,11 @@ class _FakeQuantizeByKernel(torch.autograd.Function):
     """In one pass, with the mask in one bit per value."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernels: Kernels, scale: float, grid: Grid, inplace: bool, extrema: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kernels: AnyKernels, described: tuple[Any, ...], inplace: bool, extrema: Tensor | None) -> Tensor:
         mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device)
-        result = _run(kernels, x, scale, grid, inplace, mask, extrema)
+        result = _run(kernels, x, described, inplace, mask, extrema)
         ctx.kernels, ctx.strides = kernels, x.stride()
-        fewest_holders()
+        fewest_holders(x.device.type)
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(mask)
@@ -192,20 +196,29 @@ class _FakeQuantizeByKernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (mask,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or kernels_for(grad) is None or grad.stride() != ctx.strides:
-            return grad * _unpacked(mask, grad.shape, ctx.strides), *(None,) * 5
-        own = fewest_holders()
+        if torch.is_grad_enabled() or fitting_kernels(grad) is None or grad.stride() != ctx.strides:
+            return torch.where(_unpacked(mask, grad.shape, ctx.strides), grad, 0.0), *(None,) * 4
+        own = fewest_holders(grad.device.type)
         out = grad if own and holders(grad) in own else torch.empty_like(grad)
         ctx.kernels.mask_gradient(grad, out, mask)
-        return out, *(None,) * 5
+        return out, *(None,) * 4
 
 
-_by_kernel = plain_apply(_FakeQuantizeByKernel)  # kernels are only there where operations run plainly
+_with_gradient = plain_apply(_FakeQuantizeByKernel)  # kernels are only there where operations run plainly
 
 
-def _run(kernels: Kernels, x: Tensor, scale: float, grid: Grid, inplace: bool, mask: Tensor | None, extrema: Tensor | None) -> Tensor:
+def _by_kernels(x: Tensor, kernels: AnyKernels, described: tuple[Any, ...], inplace: bool, extrema: Tensor | None) -> Tensor:
+    """``described``: the grid, as the kernels take it."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        result: Tensor = _with_gradient(x, kernels, described, inplace, extrema)
+        return result
+    return _run(kernels, x, described, inplace, None, extrema)
+
+
+def _run(kernels: AnyKernels, x: Tensor, described: tuple[Any, ...], inplace: bool, mask: Tensor | None, extrema: Tensor | None) -> Tensor:
     out = x if inplace else torch.empty_like(x)
-    kernels.fake_quantize(x, out, scale, (grid.first, grid.last), (grid.low, grid.high), grid.limits, mask, extrema)  # type: ignore[arg-type]
+    run: Callable[..., Any] = kernels.fake_quantize
+    run(x, out, *described, mask, extrema)
     if inplace:
         torch.autograd.graph.increment_version(x)
     return out

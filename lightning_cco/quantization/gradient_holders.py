@@ -35,8 +35,10 @@ class _Probe(torch.autograd.Function):
 
 
 @functools.cache
-def fewest_holders() -> tuple[tuple[int, ...], ...]:
+def fewest_holders(device: str = "cpu") -> tuple[tuple[int, ...], ...]:
     """The counts of `holders` for gradients that may be overwritten, as autograd itself does: one of its own memory, one that is a view.
+
+    ``device``: the type of device; a backward on a GPU runs in a thread of its own.
 
     They depend on the versions of Python and PyTorch. Where PyTorch does not tell them, no gradient is ever taken for one's own.
     """
@@ -44,7 +46,7 @@ def fewest_holders() -> tuple[tuple[int, ...], ...]:
     try:
         for shape in ((2,), (2, 1)):
             with torch.enable_grad():
-                ones = torch.ones(2, dtype=torch.float32, device="cpu")
+                ones = torch.ones(2, dtype=torch.float32, device=device)
                 y = _Probe.apply(ones.clone().requires_grad_())  # type: ignore[no-untyped-call]
                 ((y if shape == (2,) else y.view(shape)) * ones.clone().view(shape)).sum().backward()
             found.append(_Probe.counts)

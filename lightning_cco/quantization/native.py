@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from lightning_cco.errors import CCOError
+from lightning_cco.quantization.kernel_check import best_scales, some_values
 from lightning_cco.quantization.kernel_library import log, open_library
+from lightning_cco.quantization.layouts import around, is_dense
 from lightning_cco.quantization.tracing import is_plain, runs_plainly
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
@@ -51,7 +53,7 @@ class Kernels:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._around: dict[tuple[torch.Size, int], tuple[int, int, int]] = {}
+        self._around: dict[tuple[torch.Size, tuple[int, ...], int], tuple[int, int, int]] = {}
         self._fake_quantize = library.fake_quantize
         self._fake_quantize.argtypes = [_pointer, _pointer, _long, _int, *[_float] * 7, _pointer, _pointer, _int]
         self._fake_quantize.restype = _long
@@ -180,11 +182,11 @@ class Kernels:
         known: bool = False,
         mse: bool = False,
     ) -> None:
-        """Round a contiguous weight to the symmetric grid of each channel.
+        """Round a dense weight to the symmetric grid of each channel.
 
         Args:
             weight: Any shape.
-            out: The same shape and type.
+            out: The same shape, type and strides.
             axis: Axis of the channels.
             limit: Largest level, at most 127.
             smallest_scale: Least scale.
@@ -195,7 +197,7 @@ class Kernels:
         self._fake_quantize_weight(
             _address(weight, weight.dtype, weight.numel()),
             _address_like(out, weight),
-            *_around(weight, axis),
+            *around(weight, axis),
             FORMATS[weight.dtype],
             _within_int8(limit),
             smallest_scale,
@@ -206,12 +208,12 @@ class Kernels:
         )
 
     def round_made_weight(self, made: Tensor, axis: int, limit: int, smallest_scale: float, mse: bool) -> None:
-        """As `fake_quantize_weight`, in place, for a contiguous copy of a weight that PyTorch has just made, whose address need not be checked."""
-        shape = made.shape
-        around = self._around.get((shape, axis))
-        if around is None:
-            around = self._around[shape, axis] = _around(made, axis)
-        outer, channels, inner = around
+        """As `fake_quantize_weight`, in place, for a copy of a weight that PyTorch has just made, whose address need not be checked."""
+        key = made.shape, made.stride(), axis
+        counts = self._around.get(key)
+        if counts is None:
+            counts = self._around[key] = around(made, axis)
+        outer, channels, inner = counts
         address, count = made.data_ptr(), outer * channels * inner
         threads = torch.get_num_threads() if count > _GRAIN else 1
         form = FORMATS[made.dtype]
@@ -223,7 +225,7 @@ class Kernels:
         """The scales that `fake_quantize_weight` takes, float32 with one value for each channel."""
         self._weight_scale(
             _address(weight, weight.dtype, weight.numel()),
-            *_around(weight, axis),
+            *around(weight, axis),
             FORMATS[weight.dtype],
             _within_int8(limit),
             smallest_scale,
@@ -250,7 +252,7 @@ class Kernels:
 
     def wrong(self) -> str | None:
         """Name of a function that computes something else than NumPy, which no mode or default of PyTorch disturbs; `None`: all are right."""
-        x, scale = np.linspace(-1.5, 1.5, 1031, dtype=np.float32) ** 3, np.float32(0.02)
+        x, scale = some_values(), np.float32(0.02)
         levels = np.rint(x * (np.float32(1.0) / scale))
         inside = (levels >= -100) & (levels <= 90) & (x > -1.5) & (x < 1.7)
         y, mask, ends = np.empty_like(x), np.zeros((x.size + 7) // 8, np.uint8), np.array([0.0, 0.0], np.float32)
@@ -286,25 +288,13 @@ class Kernels:
         wide = scales.reshape(1, 12, 1)
         if not (np.array_equal(found, scales) and np.array_equal(result, np.rint(weight * (np.float32(1.0) / wide)) * wide)):
             return "fake_quantize_weight"
-        # For 2 bits a magnitude counts in 48 * 7 whole numbers; the error of each ratio directly.
-        largest = np.abs(weight).max(axis=(0, 2), keepdims=True)
-        whole = np.rint(np.abs(weight) * (np.float32(1.0) / largest * np.float32(336)))
-        steps = 7.0 * np.arange(48, 0, -1).reshape(-1, 1, 1, 1)
-        best = np.square(whole - steps * np.clip(np.rint(whole / steps), 0, 1)).sum(axis=(1, 3)).argmin(axis=0)
-        scales = largest.ravel() * (np.arange(48, 0, -1).astype(np.float32) / np.float32(48))[best]
         self._weight_scale(weight.ctypes.data, 4, 12, 20, 0, 1.0, 1e-12, True, found.ctypes.data, 1)
-        if not np.array_equal(found, scales):
+        if not np.array_equal(found, best_scales(weight)):
             return "weight_scale"
         sums = (ctypes.c_double * 2)()
         self._energies(x.ctypes.data, None, x.size, 0, scale, -90.0, 80.0, sums, 1)
         error, signal = float(((expected - x).astype(np.float64) ** 2).sum()), float((x.astype(np.float64) ** 2).sum())
         return None if np.allclose(list(sums), [error, signal], rtol=1e-5) else "energies"
-
-
-def _around(weight: Tensor, axis: int) -> tuple[int, int, int]:
-    """How many values there are before an axis, along it, and behind it."""
-    shape = weight.shape
-    return shape[:axis].numel(), shape[axis], shape[axis + 1 :].numel()
 
 
 def _within_int8(limit: int) -> int:
@@ -349,19 +339,7 @@ def kernels_for(tensor: Tensor) -> Kernels | None:
     """The kernels, if they may work on a tensor now: an ordinary one, dense, on the CPU, of a type that they know, while nobody traces or transforms."""
     if tensor.dtype not in FORMATS or not tensor.is_cpu or not runs_plainly() or not is_plain(tensor):
         return None
-    dense = tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)) or is_dense(tensor)
-    return load() if dense else None
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the values fill their memory without gaps or overlaps, in whatever order: channels last, or heads swapped with positions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+    return load() if is_dense(tensor) else None
 
 
 @functools.cache

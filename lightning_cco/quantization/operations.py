@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_cco.quantization.native import FORMATS, Kernels, is_dense, load
+from lightning_cco.quantization.layouts import is_dense
+from lightning_cco.quantization.native import FORMATS, Kernels, load
 
 _library = torch.library.Library("lightning_cco", "DEF")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)  # any layout will do: nothing has to be copied before

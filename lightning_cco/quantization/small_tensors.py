@@ -12,6 +12,7 @@ from torch import Tensor, is_grad_enabled
 
 from lightning_cco.quantization.native import Kernels, ReadyGrid
 from lightning_cco.quantization.tracing import runs_plainly
+from lightning_cco.quantization.triton_calls import TritonKernels
 
 SMALL = 1 << 16
 """Values of a tensor up to which the memory of its float values until the backward is worth the time."""
@@ -50,8 +51,8 @@ def round_small(x: Tensor, kernels: Kernels, grid: ReadyGrid, inplace: bool, ext
     return x.detach_().copy_(rounded)  # detached, since what was overwritten has no gradient, not even one of zeros
 
 
-def round_small_weight(weight: Tensor, kernels: Kernels, axis: int, limit: int, smallest_scale: float, mse: bool) -> Tensor:
-    """Round a contiguous weight; the gradient is that of the identity."""
+def round_small_weight(weight: Tensor, kernels: Kernels | TritonKernels, axis: int, limit: int, smallest_scale: float, mse: bool) -> Tensor:
+    """Round a dense weight; the gradient is that of the identity."""
     rounded = weight.clone()
     kernels.round_made_weight(rounded, axis, limit, smallest_scale, mse)
     return rounded

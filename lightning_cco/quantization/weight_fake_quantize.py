@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, is_grad_enabled
 
 from lightning_cco.compat.autograd import plain_apply
-from lightning_cco.quantization.native import Kernels, kernels_for
+from lightning_cco.quantization.native import Kernels
 from lightning_cco.quantization.open_operations import fake_quantize_weight_openly
 from lightning_cco.quantization.qparams import SMALLEST_SCALE, quant_range, weight_scale
 from lightning_cco.quantization.small_tensors import round_small_weight
 from lightning_cco.quantization.tracing import runs_plainly
+from lightning_cco.quantization.triton_calls import TritonKernels, fitting_kernels
 from lightning_cco.quantization.weight_recompute import RecomputedWeight
 
 
@@ -32,7 +33,7 @@ def fake_quantize_weight(
     if recomputed is not None:
         kernels = recomputed.kernels
     elif not torch.compiler.is_compiling():
-        kernels = kernels_for(weight) if axis is not None and weight.is_contiguous() else None
+        kernels = None if axis is None else fitting_kernels(weight)
         if kernels is None and not runs_plainly():
             return fake_quantize_weight_openly(weight, num_bits, axis, mse)
     limit = quant_range(num_bits, symmetric=True)[1]
@@ -48,14 +49,14 @@ def fake_quantize_weight(
 
 def fake_quantize_small_weight(weight: Tensor, num_bits: int, axis: int | None, mse: bool) -> Tensor | None:
     """The same for a small weight that has a gradient, in eager training, in the fewest steps; `None` where there is no such way."""
-    if axis is None or not is_grad_enabled() or not weight.is_contiguous():
+    if axis is None or not is_grad_enabled():
         return None
-    kernels = kernels_for(weight)
+    kernels = fitting_kernels(weight)
     return None if kernels is None else round_small_weight(weight, kernels, axis, 2 ** (num_bits - 1) - 1, SMALLEST_SCALE, mse)
 
 
 def _weight_by_kernel(
-    weight: Tensor, kernels: Kernels, limit: int, axis: int | None, recomputed: RecomputedWeight | None, mse: bool
+    weight: Tensor, kernels: Kernels | TritonKernels, limit: int, axis: int | None, recomputed: RecomputedWeight | None, mse: bool
 ) -> Tensor:
     assert axis is not None
     scales = None

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_cco.compat.autograd import saved_hooks_enabled, saved_hooks_on_top, storage_holders
 from lightning_cco.errors import CCOError
-from lightning_cco.quantization.native import Kernels, kernels_for
+from lightning_cco.quantization.native import Kernels
 from lightning_cco.quantization.tracing import runs_plainly
+from lightning_cco.quantization.triton_calls import TritonKernels, fitting_kernels
 
 Arranged = tuple[Callable[[Tensor], Tensor], torch.Size]
 LEAST_RECOMPUTED = (3 << 14) + 1
@@ -25,13 +26,13 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.storage = torch.UntypedStorage(0, device="cpu")  # type: ignore[no-untyped-call]
 
-    def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """An uninitialized tensor: in the memory kept here unless another tensor is still in it, or it is too small."""
+    def take(self, shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialized dense tensor: in the memory kept here unless another tensor is still in it, or it is too small."""
         size = shape.numel() * dtype.itemsize
         free = storage_holders(self.storage._cdata) == 1
         if not free or self.storage.nbytes() < size:
             self.storage = torch.UntypedStorage(size, device="cpu")  # type: ignore[no-untyped-call]
-        return torch.empty(0, dtype=dtype, device="cpu").set_(self.storage, 0, shape)  # type: ignore[call-overload, no-any-return]
+        return torch.empty(0, dtype=dtype, device="cpu").set_(self.storage, 0, shape, strides)
 
 
 _scratch = _Scratch()
@@ -44,18 +45,19 @@ class RecomputedWeight:
         weight: Of what it is.
         axis: Axis of the output channels.
         kernels: What makes it.
-        arranged: What the kernels read of the weight, and the shape of that; `None`: the weight itself, contiguous.
+        arranged: What the kernels read of the weight, and the shape of that; `None`: the weight itself.
 
     Attributes:
         scales: float32 with one value for each channel.
         limit: Largest level; both are written when the weight is made for the first time.
     """
 
-    def __init__(self, weight: Tensor, axis: int, kernels: Kernels, arranged: Arranged | None = None) -> None:
+    def __init__(self, weight: Tensor, axis: int, kernels: Kernels | TritonKernels, arranged: Arranged | None = None) -> None:
         self.weight, self.axis, self.kernels = weight.detach(), axis, kernels
         self._arranged: Callable[[Tensor], Tensor] | None = None if arranged is None else arranged[0]
         self.shape = weight.shape if arranged is None else arranged[1]
-        self.scales = torch.empty(self.shape[axis], dtype=torch.float32, device="cpu")  # by name: the defaults are the user's
+        self._strides = weight.stride() if arranged is None else (self.shape[1], 1)
+        self.scales = torch.empty(self.shape[axis], dtype=torch.float32, device=weight.device)  # by name: the defaults are the user's
         self.limit, self.address, self.version = 0, 0, weight._version
 
     def _read(self) -> Tensor:
@@ -63,7 +65,10 @@ class RecomputedWeight:
 
     def room(self) -> Tensor:
         """Memory for the rounded weight."""
-        rounded = _scratch.take(self.shape, self.weight.dtype)
+        if self.weight.is_cpu:
+            rounded = _scratch.take(self.shape, self._strides, self.weight.dtype)
+        else:  # from the allocator, which knows which streams still read what was freed
+            rounded = torch.empty_strided(self.shape, self._strides, dtype=self.weight.dtype, device=self.weight.device)
         self.address = rounded.data_ptr()
         return rounded
 
@@ -107,7 +112,7 @@ def recomputed_weight(weight: Tensor, axis: int | None, arranged: Arranged | Non
         or weight.is_inference()
     ):
         return None
-    kernels = kernels_for(weight) if weight.is_contiguous() or arranged is not None else None
+    kernels = fitting_kernels(weight)
     if kernels is None or not saved_hooks_enabled() or saved_hooks_on_top(False) is not None:
         return None
     return RecomputedWeight(weight, axis, kernels, arranged)
