@@ -25,6 +25,7 @@ from lightning_cco.budgeted import (
     plan_budget,
 )
 from lightning_cco.checkpoints import check_callback_state, local_folder
+from lightning_cco.compat.lightning_trainer import logged_step
 from lightning_cco.compression import Compression
 from lightning_cco.distillation.distiller import Distiller
 from lightning_cco.early_check import check_rules
@@ -209,7 +210,7 @@ class CCOCallback(pl.Callback):
         self.schedule.freeze_if_due(trainer, quantized)
         if self._monitor is not None:
             self._monitor.on_plan(quantized.plan)
-            self._monitor.on_budget(self.budget, trainer.global_step)
+            self._monitor.on_budget(self.budget, logged_step(trainer))
 
     def _progress_has_begun(self, trainer: pl.Trainer) -> bool:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -277,7 +278,7 @@ class CCOCallback(pl.Callback):
         self.report, self.levels, self.suggestions = measured.report, measured.levels, measured.suggestions
         if measured.losses is not None:
             self.losses = measured.losses
-            monitor.on_losses(trainer.current_epoch, trainer.global_step, quantized.plan, self.losses, self.settings)
+            monitor.on_losses(trainer.current_epoch, logged_step(trainer), quantized.plan, self.losses, self.settings)
         if self.settings.global_quantization_settings.automatic_skip_quantization:
             compression.skips.propose([suggestion.name for suggestion in self.suggestions])
         if not trainer.barebones:
@@ -286,7 +287,7 @@ class CCOCallback(pl.Callback):
         metrics = numbers(trainer.callback_metrics)
         monitor.on_epoch(
             trainer.current_epoch,
-            trainer.global_step,
+            logged_step(trainer),
             quantized.plan,
             self.report,
             self.suggestions,

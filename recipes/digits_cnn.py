@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> CCOCallback:
     model.hparams["lr"] = FLOAT_RATE / 10
     cco = CCOCallback(options.recipe)
     checkpoint = ModelCheckpoint(options.output / "checkpoints", monitor="val_loss")
-    logger = TensorBoardLogger(options.output, name="tensorboard", version="")
+    logger = TensorBoardLogger(options.output, name="tensorboard", version="digits")
     trainer = pl.Trainer(
         **arguments(options.output, max(1, options.epochs // 2)) | {"callbacks": [cco, checkpoint], "logger": logger} | limits,
     )
@@ -90,7 +90,9 @@ def report(cco: CCOCallback, before: float, after: float, output: Path) -> None:
     assert cco.quantized is not None
     assert cco.report is not None
     plan = cco.quantized.plan
-    files = sorted(path for path in (output / "tensorboard" / "cco").iterdir() if path.suffix in (".png", ".svg", ".yaml", ".csv"))
+    files = sorted(
+        path for path in (output / "tensorboard" / "digits" / "cco").iterdir() if path.suffix in (".png", ".svg", ".yaml", ".csv")
+    )
     print("\n3. Result")
     rows = [
         ["float", f"{100 * before:.2f} %"],

@@ -28,6 +28,7 @@ from models import GuideCNN
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.graph_pb2 import GraphDef
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import Tensor, nn
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy
@@ -269,18 +270,29 @@ def run_with_tensorboard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tensorboard_events(run_with_tensorboard: Path) -> None:
     events = EventAccumulator(str(run_with_tensorboard), {"images": 0, "tensors": 0, "scalars": 0, "histograms": 0}).Reload()
     tags = events.Tags()
-    assert set(tags["images"]) == {"cco/graph", "cco/heat_map", "cco/model_init", "cco/overview"}
+    assert set(tags["images"]) == {"cco_details/graph", "cco_details/heat_map", "cco_details/model_init", "cco/overview"}
     curves = [tag for tag in tags["scalars"] if tag.startswith("cco_qs/")]
     assert len(curves) == 14  # one for each measured layer
-    assert [event.step for event in events.Scalars("cco_qs/batch_norm_2")] == [4, 8]
+    steps = [event.step for event in events.Scalars("val_loss")]
+    assert [event.step for event in events.Scalars("cco_qs/batch_norm_2")] == steps == [3, 7]
+    assert [event.step for event in events.Images("cco_details/heat_map")] == steps
+    beside = EventAccumulator(str(run_with_tensorboard / "float")).Reload()
+    assert {(event.step, event.value) for event in beside.Scalars("val_loss")} == {
+        (step, beside.Scalars("val_loss")[0].value) for step in (0, 3, 7)
+    }
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    known = {*tags["scalars"], "cco_oscillating_weights/conv"}  # which a third epoch brings
+    for category in layout.category:
+        for chart in category.chart:
+            assert any(re.search(pattern, tag) for pattern in chart.multiline.tag for tag in known), chart.title
     assert {"cco/qs_max", "cco/qs_mean", "cco/sqnr_min", "cco/num_quantized_layers", "cco/num_suggested_skips"} <= set(tags["scalars"])
-    assert {"cco/sensitivity/text_summary", "cco/suggestions/text_summary"} <= set(tags["tensors"])
-    assert tags["histograms"] == ["cco/qs"]
-    picture = Image.open(io.BytesIO(events.Images("cco/graph")[-1].encoded_image_string))
+    assert {"cco_details/sensitivity/text_summary", "cco/suggestions/text_summary"} <= set(tags["tensors"])
+    assert tags["histograms"] == ["cco_details/qs"]
+    picture = Image.open(io.BytesIO(events.Images("cco_details/graph")[-1].encoded_image_string))
     # Green, yellow and blue: quantized, not, input or output.
     colours = {"#{:02X}{:02X}{:02X}".format(*pixel) for pixel in np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)}
     assert {BLUE.fill, GREEN.fill, YELLOW.fill} <= colours
-    text = events.Tensors("cco/sensitivity/text_summary")[-1].tensor_proto.string_val[0].decode()
+    text = events.Tensors("cco_details/sensitivity/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "| adaptive_avg_pool | net.pool |" in text
     graph = GraphDef.FromString(events.Graph().SerializeToString())
     nodes = {node.name: node for node in graph.node}
@@ -309,9 +321,14 @@ def test_tensorboard_server(run_with_tensorboard: Path) -> None:
             except OSError:
                 pass
             time.sleep(0.5)
-        assert set(json.loads(ask("plugin/images/tags"))["."]) == {"cco/graph", "cco/heat_map", "cco/model_init", "cco/overview"}
+        assert set(json.loads(ask("plugin/images/tags"))["."]) == {
+            "cco_details/graph",
+            "cco_details/heat_map",
+            "cco_details/model_init",
+            "cco/overview",
+        }
         assert "cco/qs_max" in json.loads(ask("plugin/scalars/tags"))["."]
-        listed = json.loads(ask("plugin/images/images?run=.&tag=cco/graph&sample=0"))
+        listed = json.loads(ask("plugin/images/images?run=.&tag=cco_details/graph&sample=0"))
         picture = ask(f"plugin/images/individualImage?{listed[-1]['query']}")
         assert Image.open(io.BytesIO(picture)).format == "PNG"
         assert b"net/blocks/0/add" in ask(
@@ -399,10 +416,16 @@ def test_wandb_and_mlflow_get_what_they_can_show(quantized: QuantizedModel, tmp_
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Histogram=sorted, Artifact=Artifact))
     wandb, mlflow = UsersWandbLogger(), MLFlowLogger()
     show_epochs(Monitor(tmp_path, [wandb, mlflow]), quantized, epochs=1)
-    assert {"cco/graph", "cco/model_init", "cco/heat_map", "cco/sensitivity", "cco/suggestions", "cco/qs", "cco_qs/conv"} <= set(
-        wandb.shown
-    )
-    assert {row[0] for row in wandb.shown["cco/sensitivity"]} == set(quantized.measured_layers())
+    assert {
+        "cco_details/graph",
+        "cco_details/model_init",
+        "cco_details/heat_map",
+        "cco_details/sensitivity",
+        "cco/suggestions",
+        "cco_details/qs",
+        "cco_qs/conv",
+    } <= set(wandb.shown)
+    assert {row[0] for row in wandb.shown["cco_details/sensitivity"]} == set(quantized.measured_layers())
     pictures = {f"{stem}.{ending}" for stem in ("model_init", "model_post_preprocessing") for ending in ("svg", "png")}
     assert {"sensitivity.csv", "suggested_skips.yaml", "resolved_recipe.yaml", "heat_map.png"} | pictures <= set(mlflow.kept)
     report = {"report.html", "report.json", "model_explorer.json", "model_explorer_data.json"}

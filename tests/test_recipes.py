@@ -38,7 +38,7 @@ def test_demo(tmp_path: Path) -> None:
         "tensorboard --logdir",
     ):
         assert part in printed
-    written = {path.name for path in (tmp_path / "out" / "tensorboard" / "cco").iterdir()}
+    written = {path.name for path in (tmp_path / "out" / "tensorboard" / "digits" / "cco").iterdir()}
     assert {"model_init.svg", "model_post_preprocessing.png", "heat_map.png", "suggested_skips.yaml", "resolved_recipe.yaml"} <= written
 
 

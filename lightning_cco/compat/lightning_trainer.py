@@ -35,6 +35,16 @@ def configured_optimizers(module: pl.LightningModule) -> list[Any]:
     return list(_init_optimizers(module)[0])
 
 
+def logged_step(trainer: pl.Trainer) -> int:
+    """The step at which Lightning gives the metrics of an epoch to loggers: the number of its last batch, counted from 0 over all epochs.
+
+    Private API: ``_TrainingEpochLoop._batches_that_stepped``. Without it: ``Trainer.global_step``, which counts the steps of each optimizer, so with several
+    of them pictures and metrics stand at different steps.
+    """
+    stepped = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
+    return max(0, int(stepped) - 1)
+
+
 def running_results(trainer: pl.Trainer) -> Any:
     """What is logged by the loop that runs now; has ``metrics(on_step)`` and ``dataloader_idx``. `None` outside of a loop.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import CellType, CodeType, FunctionType
+from types import CellType, CodeType, FrameType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,16 @@ from lightning_cco.compat.resolve import needed, or_else
 
 MODULE_CALL: CodeType = needed("torch.nn.Module._call_impl.__code__")
 """The code that runs each call of a module, found on the call stack. Needed."""
+
+
+def called_module(frame: FrameType) -> nn.Module | None:
+    """The module whose call a Python frame runs; `None` if it runs something else.
+
+    Private API: the name ``self`` in ``nn.Module._call_impl``. Without it: `None`.
+    """
+    found = frame.f_locals.get("self") if frame.f_code is MODULE_CALL else None
+    return found if isinstance(found, nn.Module) else None
+
 
 _FOUR: Any = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

@@ -91,6 +91,7 @@ _AUTOGRAD = (
 )
 _MODULES = (
     ("torch.nn.Module._call_impl.__code__", "finds the call of a module on the call stack", _ERROR),
+    ("torch.nn.Module._call_impl.f_locals", "names the module that an error came out of", "it is not named"),
     ("torch.nn.Module._forward_pre_hooks", "finds the hooks of another quantized model", "a second `quantize` is not refused"),
     ("torch.nn.Module._parameters", "looks at other attributes alone", "what is there is looked at twice"),
     ("torch.nn.Module._modules", "looks at other attributes alone", "what is there is looked at twice"),
@@ -150,6 +151,11 @@ _TRAINER = (
         "a rehearsed step sees one",
     ),
     ("lightning.pytorch.Trainer._results", "the sanity check's metrics with several loaders", "they are not shown"),
+    (
+        "lightning.pytorch.loops._TrainingEpochLoop._batches_that_stepped",
+        "pictures stand at the step of the metrics",
+        "with several optimizers they stand at other steps",
+    ),
     ("lightning.pytorch.Trainer._run_sanity_check", "validates the calibrated model before training", "it is not validated"),
     ("lightning.pytorch.loops._EvaluationLoop._combined_loader", "validates it on a copy of the loader", "it is not validated"),
     ("lightning.pytorch.loops._EvaluationLoop._data_fetcher", "forgets that copy", "the end of a run may fail on it"),

@@ -6,6 +6,7 @@ from types import TracebackType
 
 from torch import nn
 
+from lightning_cco.compat.modules import called_module
 from lightning_cco.names import quote
 
 
@@ -29,8 +30,8 @@ def failing_module(model: nn.Module, error: BaseException) -> str:
     found: nn.Module | None = None
     step: TracebackType | None = error.__traceback__
     while step is not None:
-        here = step.tb_frame.f_locals.get("self")
-        if isinstance(here, nn.Module) and id(here) in paths:
+        here = called_module(step.tb_frame)
+        if here is not None and id(here) in paths:
             found = here
         step = step.tb_next
     return "" if found is None else f" in module {quote(paths[id(found)])} ({type(found).__name__})"

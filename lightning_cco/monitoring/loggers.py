@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 from PIL import Image
@@ -32,6 +33,8 @@ class Payload:
         files: Paths of files for loggers that take artifacts.
         report: Those of the report page, which is one artifact also where the other files are not.
         graph: A serialized GraphDef for TensorBoard's Graphs page.
+        original: Metrics of the float model, to stand beside those of the compressed one.
+        charts: Which curves belong into one chart, by chart and by group.
     """
 
     step: int
@@ -43,10 +46,12 @@ class Payload:
     files: Sequence[Path] = ()
     report: Sequence[Path] = ()
     graph: bytes | None = None
+    original: Mapping[str, float] = field(default_factory=dict)
+    charts: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
 
     def with_values_of(self, other: Payload) -> Payload:
-        """This one with another's histograms and scalars."""
-        return replace(self, histograms=other.histograms, scalars=other.scalars)
+        """This one with another's histograms, scalars and metrics of the float model."""
+        return replace(self, histograms=other.histograms, scalars=other.scalars, original=other.original)
 
 
 def show(loggers: Sequence[Any], payload: Payload) -> None:
@@ -86,7 +91,22 @@ def _tensorboard(logger: Any, payload: Payload) -> None:
         write_scalars(writer, payload.scalars, payload.step)
     if payload.graph is not None:
         write_graph(writer, payload.graph)
+    if payload.charts and logger not in _CHARTED:
+        writer.add_custom_scalars(payload.charts)
+        _CHARTED.add(logger)
+    if payload.original:
+        _beside(logger, writer, payload)
     writer.flush()
+
+
+def _beside(logger: Any, writer: Any, payload: Payload) -> None:
+    """Draw the metrics of the float model as level lines, of a run of their own: TensorBoard shows curves of one name in one chart."""
+    lines = _ORIGINALS.get(logger)
+    if lines is None:
+        lines = _ORIGINALS[logger] = type(writer)(log_dir=os.path.join(logger.log_dir, "float"))
+        write_scalars(lines, payload.original, 0)
+    write_scalars(lines, payload.original, payload.step)
+    lines.flush()
 
 
 def _wandb(logger: Any, payload: Payload) -> None:
@@ -97,7 +117,7 @@ def _wandb(logger: Any, payload: Payload) -> None:
     for tag, text in payload.texts.items():
         if tag not in payload.tables:
             logger.log_text(key=tag, columns=["text"], data=[[text]], step=payload.step)
-    metrics: dict[str, Any] = dict(payload.scalars)
+    metrics: dict[str, Any] = {**payload.scalars, **{f"float/{name}": value for name, value in payload.original.items()}}
     if payload.histograms:
         import wandb
 
@@ -125,6 +145,10 @@ def _finite(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 _WARNED: WeakKeyDictionary[Any, set[tuple[str, str]]] = WeakKeyDictionary()  # by logger, of which kinds of error it is known
+
+_ORIGINALS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by logger, what writes the curves of the float model
+
+_CHARTED: WeakSet[Any] = WeakSet()  # loggers that know which curves belong into one chart
 
 _GIVERS: dict[str, Callable[[Any, Payload], None]] = {
     "TensorBoardLogger": _tensorboard,

@@ -21,7 +21,7 @@ from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.level_use import LayerLevels
 from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.monitoring import tables
-from lightning_cco.monitoring.epoch_view import as_code, epoch_tables, epoch_texts, epoch_values
+from lightning_cco.monitoring.epoch_view import as_code, charts, epoch_tables, epoch_texts, epoch_values
 from lightning_cco.monitoring.graph_def import graph_def
 from lightning_cco.monitoring.heat_map import heat_map
 from lightning_cco.monitoring.history import History, worth_showing
@@ -145,9 +145,9 @@ class Monitor:
                 show(self.loggers, Payload(step, scalars=light))
                 return
             text = tables.markdown_table(loss_header(losses), rows[: tables.MOST_ROWS], of=len(rows))
-            images = {} if picture is None else {"cco/loss_heat_map": picture}
+            images = {} if picture is None else {"cco_details/loss_heat_map": picture}
             files = [self._loss_csv.path, self.folder.path / "loss_heat_map.png"]
-            show(self.loggers, Payload(step, texts={"cco/loss_sensitivity": text}, images=images, files=files, scalars=light))
+            show(self.loggers, Payload(step, texts={"cco_details/loss_sensitivity": text}, images=images, files=files, scalars=light))
 
     def on_float_epoch(self, epoch: int, metrics: Mapping[str, float], original: Mapping[str, float]) -> None:
         """Show the metrics of an epoch before fake-quantization has started; the best ones are those of the compressed model alone."""
@@ -241,7 +241,8 @@ class Monitor:
         )
         with self.folder.unharmed("what goes to the loggers"):
             summary = [*said, "", *plan_lines(plan)]
-            self._to_loggers(step, plan, report, levels or {}, summary, suggested, picture, first)
+            both = {name: value for name, value in original.items() if name in metrics}
+            self._to_loggers(step, plan, report, levels or {}, summary, suggested, picture, first, both)
         if self.draw:
             self._pictures.draw_plan(plan, qs, self._rises, step, when=f"epoch {epoch}", to_loggers=self._not_shown is None)
 
@@ -255,10 +256,11 @@ class Monitor:
         suggested: str | None,
         picture: bytes | None,
         first: bool,
+        original: Mapping[str, float],
     ) -> None:
         if not self.loggers:
             return
-        images = {} if picture is None else {"cco/heat_map": picture}
+        images = {} if picture is None else {"cco_details/heat_map": picture}
         files = [self.folder.path / name for name in _FILES]
         graph = graph_def(plan, {name: entry.qs for name, entry in report.main.items()}) if first else None
         heavy = Payload(
@@ -269,9 +271,10 @@ class Monitor:
             files=files,
             report=self._report.paths,
             graph=graph,
+            charts=charts(list(original)),
         )
         self._not_shown = None if worth_showing(self.past.count) else heavy
-        light = epoch_values(step, report, levels, self.past.followed)
+        light = epoch_values(step, report, levels, self.past.followed, original)
         show(self.loggers, light if self._not_shown is not None else heavy.with_values_of(light))
 
     def _heat_map(self, suggestions: Sequence[Suggestion], settings: Settings) -> bytes:

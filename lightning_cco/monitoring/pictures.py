@@ -31,7 +31,7 @@ class Pictures:
         """``model_init``: the layers as captured."""
 
         def draw() -> None:
-            self._show("cco/model_init", save_pictures(graph, self.folder.path / "model_init", title="model_init"), 0)
+            self._show("cco_details/model_init", save_pictures(graph, self.folder.path / "model_init", title="model_init"), 0)
 
         self._in_background(draw)
 
@@ -56,7 +56,7 @@ class Pictures:
             stem = self.folder.path / "model_post_preprocessing"
             written = save_pictures(plan.graph, stem, plan, qs, f"model_post_preprocessing, {when}", rises)
             if to_loggers:
-                self._show("cco/graph", written, step)
+                self._show("cco_details/graph", written, step)
 
         self._in_background(draw)
 

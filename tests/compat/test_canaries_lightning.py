@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from canary import tries
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies.strategy import _ForwardRedirection
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
@@ -84,6 +86,9 @@ class Looks(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seen["due"] = trainer.fit_loop._should_reload_train_dl
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seen["step"] = lightning_trainer.logged_step(trainer)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seen["logged"] = {result.meta.name for result in lightning_trainer.logged_results(trainer)}
 
@@ -93,6 +98,7 @@ class Looks(pl.Callback):
     "lightning.pytorch.trainer.call._call_strategy_hook",
     "lightning.pytorch.Trainer._results",
     "lightning.pytorch.Trainer._run_sanity_check",
+    "lightning.pytorch.loops._TrainingEpochLoop._batches_that_stepped",
     "lightning.pytorch.loops._EvaluationLoop._combined_loader",
     "lightning.pytorch.loops._EvaluationLoop._data_fetcher",
     "lightning.pytorch.loops._FitLoop._results",
@@ -106,11 +112,13 @@ class Looks(pl.Callback):
 )
 def test_a_fit(tmp_path: Path) -> None:
     looks, module = Looks(), Small()
+    logger = CSVLogger(tmp_path, name="", version="")
     trainer = pl.Trainer(
         default_root_dir=tmp_path,
         accelerator="cpu",
         max_epochs=2,
-        logger=False,
+        logger=logger,
+        log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -126,6 +134,8 @@ def test_a_fit(tmp_path: Path) -> None:
     assert looks.seen["batch"] == ([1.0, 1.0], 1)
     assert looks.seen["running"] == {"score/dataloader_idx_1"}
     assert looks.seen["logged"] >= {"loss", "score"}
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        assert looks.seen["step"] == max(int(row["step"]) for row in csv.DictReader(file) if row["score/dataloader_idx_1"])
     assert looks.seen["due"] is False  # it was, before this epoch
     assert module.loaders == 2
 

@@ -35,6 +35,7 @@ class Seeing(nn.Module):
 
 @tries(
     "torch.nn.Module._call_impl.__code__",
+    "torch.nn.Module._call_impl.f_locals",
     "torch.nn.Module._forward_pre_hooks",
     "torch.nn.Module._parameters",
     "torch.nn.Module._buffers",
@@ -45,7 +46,7 @@ def test_modules() -> None:
     module = Seeing()
     module(torch.randn(3, 2))
     assert module.frame is not None
-    assert module.frame.f_locals["self"] is module
+    assert modules.called_module(module.frame) is module
 
     def hook(module: nn.Module, args: Any) -> None:
         return None

@@ -118,7 +118,7 @@ def test_what_is_needed_and_missing_is_said_before_a_model_is_hooked(monkeypatch
     model = GuideCNN()
     before = {name: len(module._forward_hooks) for name, module in model.named_modules()}
     with pytest.raises(CCOError, match=r"torch\._C\._gone"):
-        quantize(model, [GuideCNN.example()])
+        quantize(model, None, [GuideCNN.example()])
     assert before == {name: len(module._forward_hooks) for name, module in model.named_modules()}
 
 
