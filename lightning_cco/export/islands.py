@@ -30,6 +30,7 @@ _HEAVY = {
     "FusedMatMul": _PRODUCTS,
     "GlobalAveragePool": _AVERAGES,
     "AveragePool": _AVERAGES,
+    "Einsum": _PRODUCTS,
     "Add": {"add"},
     "Sub": {"sub"},
     "Mul": {"mul"},

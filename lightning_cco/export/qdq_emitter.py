@@ -22,6 +22,7 @@ from lightning_cco.export.weight_blocks import Block
 from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.graph.capture import CallSite
 from lightning_cco.graph.compiled import mode_stack, restore_modes
+from lightning_cco.graph.equations import einsum_by_matmul
 from lightning_cco.graph.ops import Category, operation
 from lightning_cco.quantization.arguments import replaced
 from lightning_cco.quantization.clamp_limits import LIMITS
@@ -147,6 +148,8 @@ class Emitter:
                     return self._with_outputs(site, args, args[0] if args else kwargs["input"], limits)
                 if site.op.kind == "scaled_dot_product_attention":
                     func = attention
+                if site.op.kind == "einsum":
+                    func = einsum_by_matmul
                 if site.op.kind == "addmm" and not site.in_place and (len(site.sources) > 1 or kwargs.get("beta", 1) != 1):
                     func = added_apart
                 if site.op.kind == "avg_pool":

@@ -118,7 +118,7 @@ _ROWS = (
     Op("matmul", _M, ("matmul", "linalg_matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "__imatmul__"), fresh=True),
     Op("addmm", _M, ("addmm", "addmm_"), adds_first=True, fresh=True),
     Op("baddbmm", _M, ("baddbmm", "baddbmm_", "addbmm", "addbmm_"), adds_first=True, fresh=True),
-    Op("einsum", _M, ("einsum",)),
+    Op("einsum", _M, ("einsum",), arguments=("equation",)),
     Op("scaled_dot_product_attention", _M, ("scaled_dot_product_attention",), mask=(3, "attn_mask"), masks=True, read_by_gradient=True),
     # Sums, and what puts tensors together.
     Op("add", _C, _arithmetic("add"), constants=True, masks=True, fresh=True, arguments=("", "", "alpha")),

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
+from opcode import opmap
 from types import FrameType
 
 from lightning_cco.compat.modules import MODULE_CALL
+
+_PRECALL = opmap.get("PRECALL")
+"""Python 3.11 has two instructions for a call, and does all of it in the first one where it has learned that a function of C is called (``sum(branches)``)."""
+_PRECALL_SIZE = 4
 
 
 def module_call(frame: FrameType | None) -> FrameType | None:
@@ -15,14 +20,20 @@ def module_call(frame: FrameType | None) -> FrameType | None:
     return frame
 
 
-def calling_position() -> int:
+def calling_position(settled: bool = True) -> int:
     """Where in the user's code the torch call now running stands: an offset into the code of the innermost function that isn't PyTorch's or ours.
 
     -1 if the module that runs now has no such code: one of PyTorch's, or a subclass that inherits its ``forward``. Who calls the module tells nothing.
+
+    Args:
+        settled: Whether it is the same however often the code has run before; without, which is cheaper, it may be that of the instruction before.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "lightning_cco.")):
         if frame.f_code is MODULE_CALL:
             return -1
         frame = frame.f_back
-    return frame.f_lasti
+    position = frame.f_lasti
+    if settled and _PRECALL is not None and frame.f_code.co_code[position] == _PRECALL:
+        return position + _PRECALL_SIZE
+    return position

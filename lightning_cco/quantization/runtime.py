@@ -107,7 +107,8 @@ class Runtime:
             if index >= entry.count:
                 self.departures.unseen(frame, name, args, kwargs)
             return func(*args, **kwargs)
-        if site.code_position >= 0 and not is_compiling() and calling_position() != site.code_position:
+        here = site.code_position
+        if here >= 0 and not is_compiling() and calling_position(settled=False) != here and calling_position() != here:
             self.departures.moved(frame, name, site)
             return func(*args, **kwargs)
         return (self.run if self._blocks else self._run)(frame, site, func, args, kwargs)

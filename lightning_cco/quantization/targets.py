@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from lightning_cco.graph.equations import matrix_product
 from lightning_cco.graph.layer import FLOATS, Layer
 
 _CELLS = frozenset({"lstm_cell", "gru_cell", "rnn_cell"})
@@ -99,6 +100,14 @@ def _weight_second(layer: Layer) -> bool:
     return layer.weighted and _weight_last(layer)
 
 
+def _by_a_matrix(layer: Layer) -> bool:
+    """An einsum that is a product with a matrix of weights on its right."""
+    shape = layer.attributes.get("operand_shape")
+    if not layer.weighted or not _weight_last(layer) or not isinstance(shape, tuple):
+        return False
+    return matrix_product(layer.attributes.get("equation"), len(layer.input_shapes[0]), len(shape)) is not None
+
+
 def _averages_images(layer: Layer) -> bool:
     """The mean of each whole channel of a batch of images."""
     axes, shape = layer.attributes.get("dim"), layer.input_shapes[0] if layer.input_shapes else ()
@@ -180,7 +189,7 @@ TARGETS: Mapping[str, Target] = {
             "concat": _floats_alone,
             "stack": _floats_alone,
             "matmul": _weight_last,
-            "einsum": _weight_last,
+            "einsum": _by_a_matrix,
             "mean": _averages_images,
             "adaptive_avg_pool": _pools_evenly,
             "avg_pool": _divides_by_count,
