@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_cco.errors import CCOError
 from lightning_cco.export.engine import engine_session, inspected_session, rounded_tensors
 from lightning_cco.export.engines import Form
+from lightning_cco.export.failures import does_not_run
 from lightning_cco.export.islands import read_optimized
 from lightning_cco.export.limits import judge
 from lightning_cco.export.local_check import LocalRun
@@ -86,6 +87,8 @@ def check_file(
                 results = values[: len(session.get_outputs())] if as_written else session.run(None, feeds)
             except Exception as error:
                 if number < len(calls):
+                    if type(error).__module__.startswith("onnxruntime"):
+                        raise CCOError(does_not_run(emitter.layers, error)) from error
                     raise
                 if number >= len(calls) + len(further):
                     raise SizesDoNotVary(f"export: the file does not run at other sizes: {error}. Leave dynamic_sizes out.") from error

@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import keyword
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -19,8 +19,9 @@ _EVIDENCE = (
     ("GuardOnDataDependent", "data-dependent", "Could not guard on", ".item()", "aten._local_scalar_dense"),
     ("Constraints violated", "ConstraintViolation", "constraints violated", "marked as dynamic", "not all values of", "specialized"),
     ("differentiated Tensor", "does not require grad", "autograd.grad", "derivative for"),
+    ("vmap", "Batching rule", "functorch", "GradTrackingTensor", "BatchedTensor"),
 )
-"""Words of torch.export's errors that show that the model computes with values, that a size is fixed in its code, and that it takes gradients."""
+"""Words of errors that show that the model computes with values, that a size is fixed in its code, that it takes gradients or is transformed."""
 
 
 def need_packages(names: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnxruntime")) -> None:
@@ -72,8 +73,13 @@ def untraceable(model: torch.nn.Module, where: str, error: Exception) -> str:
         error: What torch.export raised.
     """
     said = f"{type(error).__name__}: {error}"
-    branches, fixed, gradients = (any(word in said for word in words) for words in _EVIDENCE)
-    if gradients:
+    branches, fixed, gradients, transformed = (any(word in said for word in words) for words in _EVIDENCE)
+    if transformed:
+        advice = (
+            "Its forward transforms functions (torch.vmap, torch.func), which a file can't hold around quantized layers. Write the batched computation itself "
+            "(a product of more dimensions instead of a vmap over weights), or export the submodule that is transformed."
+        )
+    elif gradients:
         advice = (
             "Its forward takes gradients (torch.autograd.grad, as for forces out of an energy), and the rounding in a file has none. Export the submodule that "
             "computes what is differentiated, and take the gradients outside of the file."
@@ -107,6 +113,22 @@ def inexpressible(model: torch.nn.Module, error: Exception) -> str:
     return (
         f"export: the conversion of {name} to ONNX failed{where}: {first_paragraph(error)}. Nothing shows that the model is at fault: it may be a limit of "
         f"these versions ({versions()}), or of lightning_cco; please report it. A .pt2 file can hold any operation."
+    )
+
+
+def does_not_run(layers: Mapping[str, str], error: Exception) -> str:
+    """A message for a file that the engine refuses to run.
+
+    Args:
+        layers: The layer that each node of the file comes from.
+        error: What the engine raised.
+    """
+    node = re.search(r"[Nn]ode\. Name:'([^']*)'", str(error))
+    layer = layers.get(node[1], "") if node else ""
+    where = f" at layer '{layer}'" if layer else ""
+    return (
+        f"export: the file does not run in ONNX Runtime{where}: {first_paragraph(error)}. These versions ({versions()}) make of "
+        "this layer what they can't run. Compute it otherwise, or export a .pt2 file. No file was written."
     )
 
 

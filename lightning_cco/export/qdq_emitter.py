@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_cco.errors import CCOError
 from lightning_cco.export.dialects import Dialect, Format
 from lightning_cco.export.embedding_bags import bag_arguments, is_bag, reduced
 from lightning_cco.export.engine_patterns import added_apart, attention, averages_images, divided, without_bound
 from lightning_cco.export.engines import Form
+from lightning_cco.export.failures import untraceable
 from lightning_cco.export.fold_batch_norm import IntegerWeight
 from lightning_cco.export.provenance import noting
 from lightning_cco.export.stored import StoredWeights
@@ -67,7 +69,14 @@ class Emitter:
     def collecting(self) -> Iterator[None]:
         """Inside the block an ordinary forward gives the weights as the layers see them."""
         with self._handling(self.stored.collect):
-            yield
+            try:
+                yield
+            except CCOError:
+                raise
+            except Exception as error:
+                if not self.reached:
+                    raise  # of the model's own
+                raise CCOError(untraceable(self.quantized.model, f" at the weights of layer '{self.reached}'", error)) from error
 
     @contextmanager
     def emitting(self) -> Iterator[None]:

@@ -42,8 +42,8 @@ def is_mask_like(tensor: Tensor) -> bool:
 
 
 def is_quantizable(tensor: Tensor) -> bool:
-    """Whether it holds floats of ordinary size."""
-    return tensor.is_floating_point() and not is_mask_like(tensor)
+    """Whether it holds floats of ordinary size, in memory of their own each (a sparse tensor leaves zeros out)."""
+    return tensor.is_floating_point() and tensor.layout is torch.strided and not is_mask_like(tensor)
 
 
 def is_attention_mask(op: Op, slot: ArgPath) -> bool:
@@ -57,6 +57,8 @@ def note_of(quantizable: tuple[bool, ...], mask_like: bool, inputs: list[Tensor]
         return "complex numbers have no INT8 form"
     if mask_like or any(not ok and t.is_floating_point() for ok, t in zip(quantizable, outputs, strict=True)):
         return MASK_NOTE
+    if any(t.layout is not torch.strided for t in [*inputs, *outputs]):
+        return "sparse tensors have no INT8 form"
     if not any(t.is_floating_point() for t in outputs):
         return "integer"
     return ""
