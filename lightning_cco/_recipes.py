@@ -22,6 +22,10 @@ def shipped_configs_dir() -> Path:
 
     Raises:
         CCOError: Neither is there.
+
+    Example:
+        >>> (shipped_configs_dir() / "cco" / "w8a8.yaml").is_file()
+        True
     """
     here = Path(__file__).resolve().parent
     for folder in (here / "configs", here.parent / "configs"):

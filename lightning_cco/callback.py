@@ -79,6 +79,25 @@ class CCOCallback(pl.Callback):
 
     Raises:
         CCOError: The recipe is not valid.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader
+        >>> class Module(pl.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        ...     def forward(self, x):
+        ...         return self.net(x)
+        ...     def training_step(self, batch, batch_idx):
+        ...         return self(batch).square().mean()
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), 0.01)
+        >>> cco = CCOCallback("w8a8")
+        >>> trainer = pl.Trainer(callbacks=[cco], fast_dev_run=2, enable_model_summary=False, enable_progress_bar=False, accelerator="cpu")
+        >>> trainer.fit(Module(), DataLoader(torch.randn(32, 4), batch_size=8))
+        >>> cco.quantized
+        QuantizedModel(Module, 2 of 3 layers with weights run in INT8 in ort (92 % of the multiplications); calibrated)
     """
 
     def __init__(self, cfg: Settings | Mapping[str, Any] | str | Path | None = None, forward_fn: ForwardFn | None = None) -> None:

@@ -8,6 +8,14 @@ class CCOError(Exception):
 
     A message names the layer (or key, or file), what was expected, what came, and what to write instead. What does not print in it is escaped: names of modules
     may hold anything.
+
+    Example:
+        >>> from lightning_cco import CCOError, load_settings
+        >>> try:
+        ...     load_settings({"global_quantization_settings": {"weights_num_bits": 1}})
+        ... except CCOError as error:
+        ...     print("refused")
+        refused
     """
 
     def __init__(self, message: object = "") -> None:
@@ -15,7 +23,15 @@ class CCOError(Exception):
 
 
 class CCOWarning(UserWarning):
-    """Category of every warning this package emits, so that users can filter them in one line."""
+    """Category of every warning this package emits, so that users can filter them in one line.
+
+    Example:
+        >>> import warnings
+        >>> from lightning_cco import CCOWarning
+        >>> with warnings.catch_warnings():
+        ...     warnings.filterwarnings("ignore", category=CCOWarning)
+        ...     warnings.warn("not shown", CCOWarning)
+    """
 
     def __init__(self, message: object = "") -> None:
         super().__init__(_lines(message))

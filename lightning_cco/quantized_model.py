@@ -45,6 +45,18 @@ def quantize(
 
     Raises:
         CCOError: An argument is of another kind than expected, the forward fails on the example, a setting matches nothing, or nothing can be quantized.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> x = torch.randn(16, 4)
+        >>> quantized = quantize(model, "w8a8", (x,))
+        >>> quantized.calibrate([x])
+        1
+        >>> quantized
+        QuantizedModel(Sequential, 2 of 3 layers with weights run in INT8 in ort (86 % of the multiplications); calibrated)
+        >>> model(x).shape  # fake-quantized from now on
+        torch.Size([16, 2])
     """
     _check_kinds(model, settings, example_args, example_kwargs)
     refuse_hooked(model)
@@ -115,6 +127,16 @@ class QuantizedModel(HookedModel):
 
         Raises:
             CCOError: The model was never calibrated.
+
+        Example:
+            >>> import torch
+            >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
+            >>> quantized = quantize(model, None, (x,))
+            >>> quantized.calibrate([x])
+            1
+            >>> report = quantized.sensitivity([x])
+            >>> sorted(report.main)
+            ['input_0', 'linear', 'linear_1', 'relu', 'relu_1']
         """
         if not self.calibrated:
             raise CCOError(
@@ -135,6 +157,16 @@ class QuantizedModel(HookedModel):
 
         Raises:
             CCOError: The model was never calibrated, or the loss does not depend on its layers.
+
+        Example:
+            >>> import torch
+            >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
+            >>> quantized = quantize(model, None, (x,))
+            >>> quantized.calibrate([x])
+            1
+            >>> losses = quantized.loss_sensitivity([x], loss=lambda model, batch: model(batch).square().mean())
+            >>> sorted(losses.rises(quantized.plan))
+            ['input_0', 'linear', 'linear_1', 'relu', 'relu_1']
         """
         if not self.calibrated:
             raise CCOError(
@@ -155,6 +187,18 @@ class QuantizedModel(HookedModel):
 
         Returns:
             The report of the check; the program for a ``.pt2`` file.
+
+        Example:
+            >>> import torch
+            >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
+            >>> quantized = quantize(model, None, (x,))
+            >>> quantized.calibrate([x])
+            1
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     report = quantized.export(f"{folder}/model.onnx")
+            >>> report.sqnr_db > 30
+            True
         """
         if is_program(path):
             return self.export_program(path, example_args, example_kwargs, **options)
@@ -172,6 +216,18 @@ class QuantizedModel(HookedModel):
             example_args: Positional arguments of one forward; by default those of `quantize`.
             example_kwargs: Keyword arguments of it.
             **options: See `lightning_cco.export.export_onnx`.
+
+        Example:
+            >>> import tempfile
+            >>> import torch
+            >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
+            >>> quantized = quantize(model, None, (x,))
+            >>> quantized.calibrate([x])
+            1
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     report = quantized.export_onnx(f"{folder}/model.onnx", dynamic_batch=False)
+            >>> sum(report.integer_nodes.values())  # two linear layers in INT8
+            2
         """
         args, kwargs = self._example_or(example_args, example_kwargs, options)
         return export_onnx(self, path, args, kwargs, **options)
@@ -186,6 +242,18 @@ class QuantizedModel(HookedModel):
             example_args: Positional arguments of one forward; by default those of `quantize`.
             example_kwargs: Keyword arguments of it.
             **options: See `lightning_cco.export.export_program`.
+
+        Example:
+            >>> import tempfile
+            >>> import torch
+            >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
+            >>> quantized = quantize(model, None, (x,))
+            >>> quantized.calibrate([x])
+            1
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     program = quantized.export_program(f"{folder}/model.pt2")
+            >>> program.module()(x).shape
+            torch.Size([16, 2])
         """
         args, kwargs = self._example_or(example_args, example_kwargs, options)
         return export_program(self, path, args, kwargs, **options)

@@ -143,6 +143,14 @@ class LayerQuantizationSettings(_Checked):
         weight_only: Quantize the weights alone: they are integers in the file, the layer is computed in float, and nothing is rounded for it. False: not, where
             it holds globally.
         weights_group_size: So many weights of an output share a scale, 16 to 256, as globally; 0: all of them; None: the global value.
+
+    Example:
+        >>> LayerQuantizationSettings(skip_quantization=True, skip_quantization_until=["add"]).skip_quantization_until
+        ['add']
+        >>> LayerQuantizationSettings(weights_num_bits=9)
+        Traceback (most recent call last):
+            ...
+        lightning_cco.errors.CCOError: ...weights_num_bits...
     """
 
     skip_quantization: bool | None = None

@@ -87,6 +87,12 @@ class Settings:
 
         Raises:
             CCOError: The arguments are of other types, or the settings make no sense.
+
+        Example:
+            >>> settings = Settings()
+            >>> settings.set_quantization_settings_for_layer("conv_1", LayerQuantizationSettings(skip_quantization=True))
+            >>> settings.to_dict()["layer_settings"]
+            [{'match': 'conv_1', 'skip_quantization': True}]
         """
         if not isinstance(name, str) or not isinstance(settings, LayerQuantizationSettings):
             raise CCOError(
@@ -113,7 +119,12 @@ class Settings:
         return load_settings(Path(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain dicts, lists, strings and numbers. Rules carry only what they say."""
+        """The recipe as plain dicts, lists, strings and numbers. Rules carry only what they say.
+
+        Example:
+            >>> Settings().to_dict()["deployment_settings"]["target_framework"]
+            'ort'
+        """
         plain = dataclasses.asdict(self)
         fields = dataclasses.fields(LayerRule)
         unsaid = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
@@ -130,6 +141,13 @@ class Settings:
 
         Raises:
             CCOError: It can't be written.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     Settings().save(f"{folder}/recipe.yaml")
+            ...     load_settings(f"{folder}/recipe.yaml") == Settings()
+            True
         """
         try:
             write_file(path, yaml.safe_dump(literal(self.to_dict()), sort_keys=False, allow_unicode=True))
@@ -138,7 +156,13 @@ class Settings:
 
 
 def generate_default_settings() -> Settings:
-    """The default recipe: 8-bit weights and activations, the tail skipped."""
+    """The default recipe: 8-bit weights and activations, the tail skipped.
+
+    Example:
+        >>> settings = generate_default_settings()
+        >>> settings.global_quantization_settings.weights_num_bits
+        8
+    """
     return Settings()
 
 
@@ -151,6 +175,15 @@ def load_settings(cfg: Config = None) -> Settings:
 
     Raises:
         CCOError: A key is unknown, a value of the wrong type or out of its bounds, a file missing; the message says what to write.
+
+    Example:
+        >>> settings = load_settings({"global_quantization_settings": {"weights_num_bits": 4}, "layer_settings": [{"match": "conv", "weights_num_bits": 8}]})
+        >>> settings.global_quantization_settings.weights_num_bits, settings.layer_settings[0].weights_num_bits
+        (4, 8)
+        >>> load_settings({"global_quantization_settings": {"weight_num_bits": 4}})
+        Traceback (most recent call last):
+            ...
+        lightning_cco.errors.CCOError: ...weights_num_bits...
     """
     return Settings(**parse(copy.deepcopy(vars(cfg)) if isinstance(cfg, Settings) else read(cfg)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -56,3 +57,15 @@ def test_the_changelog_knows_the_version() -> None:
 @pytest.mark.parametrize("name", [".pre-commit-config.yaml", ".github/ISSUE_TEMPLATE/bug.yml", ".github/ISSUE_TEMPLATE/feature.yml"])
 def test_the_forms_are_yaml(name: str) -> None:
     assert yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_every_public_docstring_has_an_example() -> None:
+    public = {name: getattr(lightning_cco, name) for name in lightning_cco.__all__}
+    described = {name: value for name, value in public.items() if inspect.isclass(value) or inspect.isfunction(value)}
+    described |= {
+        f"QuantizedModel.{name}": value
+        for name, value in vars(lightning_cco.QuantizedModel).items()
+        if inspect.isfunction(value) and name[0] != "_"
+    }
+    assert len(described) > 15
+    assert [name for name, value in described.items() if ">>>" not in (inspect.getdoc(value) or "")] == []

@@ -101,6 +101,12 @@ def capture_graph(model: nn.Module, /, *args: Any, **kwargs: Any) -> LayerGraph:
 
     Raises:
         CCOError: If the forward fails, or makes no layer.
+
+    Example:
+        >>> import torch
+        >>> graph = capture_graph(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.ones(1, 4))
+        >>> graph.names
+        ('input_0', 'linear', 'relu', 'linear_1', 'output_0')
     """
     return capture(model, lambda: model(*args, **kwargs)).graph
 

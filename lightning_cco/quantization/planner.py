@@ -33,6 +33,16 @@ def plan_quantization(graph: LayerGraph, settings: Settings | None = None, sugge
 
     Raises:
         CCOError: A rule matches nothing, asks for something impossible, or contradicts another.
+
+    Example:
+        >>> import torch
+        >>> from lightning_cco import capture_graph
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 8, 3), torch.nn.Flatten(), torch.nn.Linear(32, 2))
+        >>> plan = plan_quantization(capture_graph(net, torch.ones(1, 1, 6, 6)))
+        >>> sorted(plan.quantized)
+        ['conv', 'conv_1', 'flatten', 'input_0', 'relu']
+        >>> plan.skipped["linear"]
+        'tail: between an output and the last weighted layer before it'
     """
     settings = load_settings(settings)
     target = TARGETS[settings.deployment_settings.target_framework]
