@@ -59,7 +59,28 @@ def load_quantized(
             that ``weights_only`` refuses; or no example is known.
 
     Example:
-        ``quantized = cc.load_quantized(LitModel(), "best.ckpt", (torch.zeros(8, 3, 32, 32),)); quantized.export("model.onnx")``
+        >>> import tempfile
+        >>> import torch
+        >>> from torch.utils.data import DataLoader
+        >>> from lightning_cco import CCOCallback
+        >>> class Module(pl.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+        ...     def forward(self, x):
+        ...         return self.net(x)
+        ...     def training_step(self, batch, batch_idx):
+        ...         return self(batch).square().mean()
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), 0.01)
+        >>> silent = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer = pl.Trainer(callbacks=[CCOCallback()], max_steps=2, default_root_dir=folder, **silent)
+        ...     trainer.fit(Module(), DataLoader(torch.randn(32, 4), batch_size=8))
+        ...     trainer.save_checkpoint(f"{folder}/last.ckpt")
+        ...     quantized = load_quantized(Module(), f"{folder}/last.ckpt", (torch.randn(8, 4),))
+        >>> quantized.calibrated
+        True
     """
     if batch is not None and (len(example_args) or example_kwargs):
         raise CCOError("load_quantized: expected example_args and example_kwargs, or batch; got both. Leave one out.")

@@ -111,6 +111,18 @@ class QuantizedModel(HookedModel):
         example: Positional and keyword arguments of one forward, for exports.
         network: What the example is given to where that is not the model's ``forward``: the part of a step that a file holds.
         uncalibrated: Quantizers that have no range after a state was loaded or the plan changed.
+
+    Example:
+        >>> import torch
+        >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
+        >>> quantized = quantize(model, None, (x,))
+        >>> quantized.calibrate([x])
+        1
+        >>> with quantized.disabled():
+        ...     in_float = model(x)
+        >>> quantized.remove()
+        >>> torch.equal(model(x), in_float)
+        True
     """
 
     network: Network | None = None
