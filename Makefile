@@ -62,6 +62,7 @@ benchmark: $(STAMP)
 	$(RUN) benchmarks/scaling.py --write
 	$(RUN) benchmarks/set_up.py --write
 	$(RUN) benchmarks/accuracy.py --write
+	$(RUN) benchmarks/ptq.py --write
 	$(RUN) benchmarks/profile_step.py --write
 
 # Accuracy at few bits; hours. Data: apt-get install dataset-fashion-mnist, or: make benchmark-accuracy DATA=FOLDER

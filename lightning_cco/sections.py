@@ -267,6 +267,9 @@ class TrainingSettings(_Checked):
         weight_estimator: ``minmax``: scales of the largest magnitudes; ``mse``: those at which rounding and clipping of a channel lose least, found anew at
             each step; ``auto``: ``mse`` up to 4 bits, ``minmax`` above; ``learned``: they begin at those of ``mse`` and are trained (LSQ).
         scale_learning_rate: Learning rate of scales that are ``learned``, relative to each scale. In a Trainer it falls as that of the weights does.
+        bias_correction: Measure in the calibration what rounding shifts the mean of each output channel by, and take it off the bias of convolutions and
+            linear layers: for models that are calibrated only, above all with depthwise convolutions (`benchmarks/ptq.py`). The module's own biases stay as
+            they are. A training that follows goes on with the corrections, which stay as they are. Keeps the calibration's batches, and takes thrice as long.
         averaging_constant: Share of a training batch in the moving average, in (0, 1].
         percentile: Per cent of the values that the ``percentile`` estimator covers at each end, in (50, 100].
         freeze_ranges_at_step: Global step from which ranges are frozen; 0: right after the calibration; None: never.
@@ -282,6 +285,7 @@ class TrainingSettings(_Checked):
     range_estimator: str = "auto"
     weight_estimator: str = "auto"
     scale_learning_rate: float = 0.001
+    bias_correction: bool = False
     averaging_constant: float = 0.05
     percentile: float = 99.99
     freeze_ranges_at_step: int | None = None

@@ -185,6 +185,8 @@ class Emitter:
             x, bias = args[0], None
         else:
             return None
+        if site.layer in self.quantized.corrections:
+            bias = self._bias_value(site)
         result = self.dialect.product(x if x.dim() > 1 else x[None], block)
         if result is None:
             return None

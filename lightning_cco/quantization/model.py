@@ -19,6 +19,7 @@ from lightning_cco.graph.modes import recording, switch_training, uncollected
 from lightning_cco.graph.network import has_parameters
 from lightning_cco.graph.put_back import Kept
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
+from lightning_cco.quantization.bias_correction import BiasCorrection, Shifts, corrected_channels
 from lightning_cco.quantization.build import build_quantizers
 from lightning_cco.quantization.calibration import check_weights, finish_calibration, warn_of_zeros
 from lightning_cco.quantization.forward_call import Forward, call_with
@@ -27,7 +28,7 @@ from lightning_cco.quantization.planner import plan_quantization
 from lightning_cco.quantization.range_updates import forget_batches, update_ranges, warn_of_outliers, world_size
 from lightning_cco.quantization.runtime import Runtime
 from lightning_cco.quantization.scale_learner import ScaleLearner
-from lightning_cco.quantization.state import check_fits, load_ranges, load_weight_scales, plan_differences, state_of
+from lightning_cco.quantization.state import check_fits, load_corrections, load_ranges, load_weight_scales, plan_differences, state_of
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 from lightning_cco.settings import Settings, load_settings
@@ -50,6 +51,7 @@ class HookedModel:
         plan: What is quantized.
         settings: The recipe.
         weights: Quantizers of each layer's weights.
+        corrections: What is added to the bias of each corrected layer; empty without ``bias_correction``.
         scales: What moves learned scales; its ``rate`` is theirs.
         calibrated: Whether the ranges are known; before that the model computes in float.
         frozen: Whether the ranges stay as they are.
@@ -70,6 +72,7 @@ class HookedModel:
         self.plan = plan_quantization(captured.graph, settings, suggestions)
         self._activations: dict[TensorKey, ActivationQuantizer]
         self.weights: dict[str, list[WeightQuantizer]]
+        self.corrections: dict[str, BiasCorrection] = {}
         self.calibrated = False
         self.frozen = False
         self.uncalibrated: list[str] = []
@@ -111,7 +114,7 @@ class HookedModel:
 
     def to(self, device: torch.device) -> None:
         """Move the quantizers to the model's device."""
-        for quantizer in self._activations.values():
+        for quantizer in chain(self._activations.values(), self.corrections.values()):
             quantizer.to(device)
 
     def replan(self, settings: Settings | None = None, suggestions: Iterable[str] = ()) -> list[str]:
@@ -130,7 +133,7 @@ class HookedModel:
         self._activations, self.weights = build_quantizers(self.capture, self.plan, self.settings, self._activations, self.weights)
         self.scales = ScaleLearner(self._activations.values(), self.weights.values(), self.settings.training_settings.scale_learning_rate)
         self.to(self.device)
-        self.runtime.load(self.plan, self.activations, self.weights)
+        self._set_corrections({name: correction for name, correction in self.corrections.items() if name in self.weights})
         torch.compiler.reset()
         return [key for key, quantizer in self.activations.items() if before.get(key) is not quantizer]
 
@@ -160,6 +163,10 @@ class HookedModel:
             quantizer.start_calibration()
         for weight_quantizer in chain.from_iterable(self.weights.values() if only is None else ()):
             weight_quantizer.forget()
+        corrects = self.settings.training_settings.bias_correction
+        if corrects:
+            batches = list(batches)  # they are gone through twice
+            self._set_corrections({})
         count = 0
         with self.evaluating(), self.forked_random(), self.runtime.doing(Phase.OBSERVE, only=observed.values()):
             for batch in batches:
@@ -170,8 +177,26 @@ class HookedModel:
         warn_of_zeros(self.plan, observed)
         self.calibrated = True
         self.runtime.phase = Phase.QUANTIZE
+        if corrects:
+            self._correct_biases(batches, forward)
         torch.compiler.reset()
         return count
+
+    def _correct_biases(self, batches: Iterable[Any], forward: Forward) -> None:
+        """Measure what rounding shifts the mean of each layer by, and take it off from now on."""
+        shifts = Shifts(self.capture, corrected_channels(self.capture, self.weights))
+        with self.evaluating(), self.forked_random():
+            for batch in batches:
+                with self.forked_random(), self.runtime.doing(Phase.RECORD_FLOAT, shifts.note):
+                    forward(self.model, batch)
+                with self.runtime.doing(Phase.CORRECT, shifts.corrected):
+                    forward(self.model, batch)
+                shifts.end_batch()
+        self._set_corrections(shifts.corrections(self.device))
+
+    def _set_corrections(self, corrections: dict[str, BiasCorrection]) -> None:
+        self.corrections = corrections
+        self.runtime.load(self.plan, self.activations, self.weights, corrections)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -247,6 +272,8 @@ class HookedModel:
             if quantizer.scale.device == device:
                 return
             quantizer.to(device)
+        for correction in self.corrections.values():
+            correction.to(device)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -269,7 +296,7 @@ class HookedModel:
             self.update_ranges()
         if self._outliers is not None and self._outliers.device.type != "cpu":
             warn_of_outliers(self._activations, self._outliers)  # each step would have to wait for the device
-        return state_of(self.plan, self.activations, self.weights, calibrated=self.calibrated, frozen=self.frozen)
+        return state_of(self.plan, self.activations, self.weights, self.corrections, calibrated=self.calibrated, frozen=self.frozen)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Take ranges over from a state: all of it, or, on an error, nothing.
@@ -281,8 +308,11 @@ class HookedModel:
             CCOError: The state belongs to another architecture, is of a newer version or damaged; the message names the key.
         """
         check_fits(state, self.graph, self.activations)
+        corrections = load_corrections(state, corrected_channels(self.capture, self.weights))
         different_bits, self.uncalibrated = load_ranges(state, self.activations)
         load_weight_scales(state, self.weights)
+        if corrections or self.corrections:
+            self._set_corrections({name: correction.to(self.device) for name, correction in corrections.items()})
         if state["frozen"]:
             self.freeze_ranges()
         self.calibrated = bool(state["calibrated"])

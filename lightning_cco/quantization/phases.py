@@ -17,5 +17,7 @@ class Phase(Enum):
     """Float, and each layer once more quantized on the same input."""
     RECORD_FLOAT = "record_float"
     RECORD_QUANTIZED = "record_quantized"
+    CORRECT = "correct"
+    """As in QUANTIZE, with functions that the recorder puts in the place of a layer's, for bias correction."""
     HAND_OVER = "hand_over"
     """The recorder makes the call."""

@@ -31,6 +31,8 @@ def with_inputs(
             args, kwargs = replaced(args, kwargs, slot, partial(weight_quantizer, recomputed=recomputed))
         for slot, _, quantizer in site.reads:
             args, kwargs = replaced(args, kwargs, slot, partial(quantizer, track=track))
+    if site.correction is not None:
+        args, kwargs = site.correction.applied(args, kwargs)
     return saving_recomputed(func, recomputed) if recomputed else func, args, kwargs
 
 

@@ -21,6 +21,7 @@ from lightning_cco.graph.frames import Frames
 from lightning_cco.graph.python_calls import calling_position
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.arguments import at, renormalized, replaced
+from lightning_cco.quantization.bias_correction import BiasCorrection
 from lightning_cco.quantization.departures import COMPUTES, Departures
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.plan import QuantizationPlan
@@ -84,13 +85,17 @@ class Runtime:
         # Whether ranges follow forwards that record gradients, and the number of the calibration batch.
         self.following = True
         self.batch = 0
-        self.load(plan, activations, weights)
+        self.load(plan, activations, weights, {})
 
     def load(
-        self, plan: QuantizationPlan, activations: Mapping[TensorKey, ActivationQuantizer], weights: Mapping[str, list[WeightQuantizer]]
+        self,
+        plan: QuantizationPlan,
+        activations: Mapping[TensorKey, ActivationQuantizer],
+        weights: Mapping[str, list[WeightQuantizer]],
+        corrections: Mapping[str, BiasCorrection],
     ) -> None:
         """Fill the tables of every call node from a plan. Code compiled for another plan must be dropped by the caller."""
-        fill_tables(self.capture, plan, activations, weights)
+        fill_tables(self.capture, plan, activations, weights, corrections)
         self.frames.quiet = quiet_modules(self.capture, self.frames.model)
 
     def _handle(self, frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -136,6 +141,7 @@ class Runtime:
             Phase.MEASURE_LOCAL: self._measure_local,
             Phase.RECORD_FLOAT: self._record_float,
             Phase.RECORD_QUANTIZED: self._record_quantized,
+            Phase.CORRECT: self._correct,
             Phase.HAND_OVER: self._hand_over,
         }[phase]
 
@@ -216,6 +222,8 @@ class Runtime:
                 weighted_args, weighted_kwargs = replaced(weighted_args, weighted_kwargs, slot, weight_quantizer)
             if site.in_place:
                 weighted_args = (weighted_args[0].clone(), *weighted_args[1:])
+            if site.correction is not None:
+                weighted_args, weighted_kwargs = site.correction.applied(weighted_args, weighted_kwargs)
             quantized = results_of(func(*weighted_args, **weighted_kwargs), weighted_args)
         result = func(*args, **kwargs)
         reference = results_of(result, args)
@@ -250,6 +258,14 @@ class Runtime:
         output = results_of(result, args)[0]
         self._record(site.layer, output, output)
         return result
+
+    def _correct(
+        self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Quantized forward, in which the recorder moves the result of a layer before it is rounded."""
+        recorder = self._blocks[get_ident()].recorder
+        assert recorder is not None
+        return self._quantize(frame, site, recorder(site.layer, func), args, kwargs)
 
     def _hand_over(
         self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -11,6 +11,7 @@ from lightning_cco.graph.call import ArgPath
 from lightning_cco.graph.capture import CallSite, Capture
 from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation_of_kind
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
+from lightning_cco.quantization.bias_correction import BiasCorrection
 from lightning_cco.quantization.clamp_limits import LIMITS, Limits
 from lightning_cco.quantization.learned_quantizers import LearnedActivationQuantizer
 from lightning_cco.quantization.plan import QuantizationPlan
@@ -23,6 +24,7 @@ class SiteQuantizers:
     """The quantizers of one layer, and where in the call they stand.
 
     Attributes:
+        correction: What is added to the bias; `None`: nothing.
         plain_slots: Whether all that is rounded before the call are positional arguments by themselves.
     """
 
@@ -30,6 +32,7 @@ class SiteQuantizers:
     weights: list[tuple[ArgPath, WeightQuantizer]] = field(default_factory=list)
     reads: list[tuple[ArgPath, str, ActivationQuantizer]] = field(default_factory=list)
     outputs: list[tuple[int, ActivationQuantizer]] = field(default_factory=list)
+    correction: BiasCorrection | None = None
     limits: Limits | None = None
     in_place: bool = False
     fresh: bool = False
@@ -53,6 +56,7 @@ def fill_tables(
     plan: QuantizationPlan,
     activations: Mapping[TensorKey, ActivationQuantizer],
     weights: Mapping[str, list[WeightQuantizer]],
+    corrections: Mapping[str, BiasCorrection],
 ) -> None:
     """Fill the tables of every call node from a plan."""
     for node in capture.root.walk():
@@ -63,6 +67,7 @@ def fill_tables(
         quantizers = site_quantizers(site, capture, plan, activations, weights)
         if quantizers is None:
             continue
+        quantizers.correction = corrections.get(site.layer)
         for training, position in site.positions.items():
             entry = site.node.tables[training].get(site.function)
             if entry is not None:

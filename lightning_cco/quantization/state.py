@@ -8,9 +8,10 @@ from typing import Any
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
+from lightning_cco.quantization.bias_correction import BiasCorrection
 from lightning_cco.quantization.learned_quantizers import LearnedWeightQuantizer
 from lightning_cco.quantization.plan import QuantizationPlan
-from lightning_cco.quantization.state_checks import STATE_VERSION, check_scale, check_state
+from lightning_cco.quantization.state_checks import STATE_VERSION, check_scale, check_state, refuse
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 
@@ -19,6 +20,7 @@ def state_of(
     plan: QuantizationPlan,
     activations: Mapping[TensorKey, ActivationQuantizer],
     weights: Mapping[str, Sequence[WeightQuantizer]],
+    corrections: Mapping[str, BiasCorrection],
     *,
     calibrated: bool,
     frozen: bool,
@@ -41,6 +43,7 @@ def state_of(
         "frozen": frozen,
         "ranges": {str(key): quantizer.get_ranges() for key, quantizer in activations.items()},
         **({"weight_scales": learned} if learned else {}),
+        **({"bias_corrections": {name: c.value.detach().clone().cpu() for name, c in corrections.items()}} if corrections else {}),
     }
 
 
@@ -93,6 +96,26 @@ def load_ranges(state: Mapping[str, Any], activations: Mapping[TensorKey, Activa
             differences.append(f"bits of '{key}': {ranges['num_bits']} → {quantizer.num_bits}")
         quantizer.set_ranges(ranges)
     return differences, unknown
+
+
+def load_corrections(state: Mapping[str, Any], channels: Mapping[str, int]) -> dict[str, BiasCorrection]:
+    """The bias corrections of a state that was checked.
+
+    Args:
+        state: The state.
+        channels: The layers that can be corrected, with their number of output channels.
+
+    Raises:
+        CCOError: One is of another number of channels; the message names the layer.
+    """
+    found = {}
+    for name, value in state.get("bias_corrections", {}).items():
+        if name not in channels:
+            continue  # it is in float now
+        if value.shape != (channels[name],):
+            refuse(f"quantized.bias_corrections.{name}", f"{channels[name]} numbers, one for each channel", str(tuple(value.shape)))
+        found[name] = BiasCorrection(value)
+    return found
 
 
 def load_weight_scales(state: Mapping[str, Any], weights: Mapping[str, Sequence[WeightQuantizer]]) -> None:

@@ -80,6 +80,15 @@ def check_state(state: Any) -> None:
         _check_ranges(ranges, path + ".")
     for name, scales in (entry(state, "weight_scales", Mapping, "quantized.") if "weight_scales" in state else {}).items():
         _check_weight_scales(scales, f"quantized.weight_scales.{name}")
+    if "bias_corrections" in state:
+        _check_corrections(entry(state, "bias_corrections", Mapping, "quantized."), "quantized.bias_corrections")
+
+
+def _check_corrections(corrections: Mapping[str, Any], path: str) -> None:
+    """Check what is added to the bias of each layer."""
+    for name, value in corrections.items():
+        if not isinstance(value, Tensor) or value.dim() != 1 or not value.is_floating_point() or not torch.isfinite(value).all():
+            refuse(f"{path}.{name}", "finite numbers, one for each channel", str(getattr(value, "shape", value)))
 
 
 def _check_weight_scales(scales: Any, path: str) -> None:
