@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from gradients import with_gradient
@@ -26,13 +25,6 @@ pytestmark = needs_triton
 INF, NAN = math.inf, math.nan
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-
-
-@pytest.fixture(autouse=True)
-def _quiet_interpreter() -> Iterator[None]:
-    """It computes with NumPy, which warns of infinities."""
-    with np.errstate(all="ignore"):
-        yield
 
 
 def equal_bits(got: Tensor, expected: Tensor) -> bool:

@@ -38,7 +38,7 @@ def _interpreted() -> None:
 def triton_kernels() -> triton_calls.TritonKernels:
     if DEVICE == "cpu":
         _interpreted()
-    found = triton_calls.load(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE))
+    found = triton_calls.device_kernels_for(torch.ones(1, device=DEVICE), DEVICE)
     assert found is not None
     return found
 

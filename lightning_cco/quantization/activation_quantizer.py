@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_cco.quantization.fake_quantize import fake_quantize, fake_quantize_small, widen
+from lightning_cco.quantization.late_reads import LateRead
 from lightning_cco.quantization.native import Kernels, ReadyGrid
 from lightning_cco.quantization.qparams import NO_LIMITS, affine_qparams, grid_of
 from lightning_cco.quantization.ranges import (
@@ -26,7 +27,7 @@ from lightning_cco.quantization.ranges import (
     says_something,
 )
 from lightning_cco.quantization.small_tensors import has_small_gradient
-from lightning_cco.quantization.tracing import behind_transforms, runs_plainly
+from lightning_cco.quantization.tracing import behind_transforms, reads_at_once, runs_plainly
 
 _RANGE_BUFFERS = ("min_val", "max_val", "scale", "zero_point", "clip_ratio")
 _INF = float("inf")
@@ -101,6 +102,7 @@ class ActivationQuantizer(nn.Module):
         # Versions of scale and zero point, and both as Python numbers; one attribute, since threads share it: operations with tensors of one
         # number are up to four times slower on a CPU.
         self._numbers: tuple[tuple[int, int], tuple[float, float]] = ((-1, -1), (1.0, 0.0))
+        self._asked: LateRead | None = None  # whether the range said something in the last step
         # The grid for small tensors, and what it was made of.
         self._ready: tuple[tuple[float, float], tuple[float, float] | None, torch.dtype, ReadyGrid] | None = None
         # Type and device by name: under bf16-true the Trainer makes another type the default, and so may the user.
@@ -206,7 +208,17 @@ class ActivationQuantizer(nn.Module):
 
     def notice(self) -> None:
         """Look whether the range says something now."""
+        self._asked = None
         self.empty = not bool(says_something(self.min_val, self.max_val))
+
+    def notice_in_training(self) -> None:
+        """The same without waiting for a device: there, what the last look has shown."""
+        if reads_at_once(self.min_val.device):
+            self.notice()
+            return
+        if self._asked is not None:
+            self.empty = not bool(self._asked.value())
+        self._asked = LateRead(says_something(self.min_val, self.max_val)) if self.empty else None
 
     @torch.no_grad()
     def _watch(self, x: Tensor, clamp: tuple[float, float] | None) -> None:
@@ -280,7 +292,8 @@ class ActivationQuantizer(nn.Module):
 
     def forget_batch(self) -> None:
         """Drop what passed since the range last moved."""
-        self.extrema[0], self.extrema[1] = _INF, -_INF
+        self.extrema[0].fill_(_INF)
+        self.extrema[1].fill_(-_INF)
 
     def unfreeze(self) -> None:
         """Let the range follow the activations again, also one that had settled."""

@@ -30,6 +30,7 @@ from lightning_cco.quantization.runtime import Runtime
 from lightning_cco.quantization.scale_learner import ScaleLearner
 from lightning_cco.quantization.state import check_fits, load_corrections, load_ranges, load_weight_scales, plan_differences, state_of
 from lightning_cco.quantization.tensor_key import TensorKey
+from lightning_cco.quantization.tracing import reads_at_once
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 from lightning_cco.settings import Settings, load_settings
 
@@ -239,7 +240,7 @@ class HookedModel:
         self._moved_at = self._weights_version()
         if not self.frozen and self.calibrated:
             self._outliers = update_ranges(list(self._activations.values()), self._outliers)
-            if self._outliers is not None and self._outliers.device.type == "cpu":
+            if self._outliers is not None and reads_at_once(self._outliers.device):
                 warn_of_outliers(self._activations, self._outliers)
 
     def _weights_version(self) -> int:
@@ -294,7 +295,7 @@ class HookedModel:
         """Plan and ranges as plain dicts, strings, numbers and tensors."""
         if world_size() == 1 and self._mode:
             self.update_ranges()
-        if self._outliers is not None and self._outliers.device.type != "cpu":
+        if self._outliers is not None and not reads_at_once(self._outliers.device):
             warn_of_outliers(self._activations, self._outliers)  # each step would have to wait for the device
         return state_of(self.plan, self.activations, self.weights, self.corrections, calibrated=self.calibrated, frozen=self.frozen)
 

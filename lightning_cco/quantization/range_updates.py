@@ -17,6 +17,7 @@ from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.qparams import affine_qparams
 from lightning_cco.quantization.ranges import says_something
 from lightning_cco.quantization.tensor_key import TensorKey
+from lightning_cco.quantization.tracing import reads_at_once
 
 # How many times as wide as its range a batch's values must be to be no part of what the range follows, unless the next batch's are too.
 _OUTLIER = 1000.0
@@ -64,18 +65,18 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], outliers_before: Te
     for (num_bits, symmetric), positions in formats.items():
         ends = min_val, max_val
         if len(formats) > 1:
-            index = torch.tensor(positions, dtype=torch.int64, device=min_val.device)
-            ends = min_val[index], max_val[index]
+            lows, highs = min_val.unbind(), max_val.unbind()  # an index would have to be sent to the device
+            ends = torch.stack([lows[position] for position in positions]), torch.stack([highs[position] for position in positions])
         qparams = affine_qparams(*ends, num_bits, symmetric)
         for name, values in zip(("min_val", "max_val", "scale", "zero_point"), (*ends, *qparams), strict=True):
             foreach_copy([buffers[position][name] for position in positions], list(values.unbind()))
-        if min_val.device.type == "cpu":
+        if reads_at_once(min_val.device):
             for position, scale, zero_point in zip(positions, *(values.tolist() for values in qparams), strict=True):
                 versions = buffers[position]["scale"]._version, buffers[position]["zero_point"]._version
                 moving[position]._numbers = versions, (scale, zero_point)
     for quantizer in moving:
         if quantizer.empty:
-            quantizer.notice()
+            quantizer.notice_in_training()
     forget_batches(moving)
     return first
 
@@ -104,7 +105,8 @@ def forget_batches(quantizers: Sequence[ActivationQuantizer]) -> None:
     """Drop what passed since the ranges last moved."""
     if quantizers:
         extrema = [buffers_of(quantizer)["extrema"] for quantizer in quantizers]
-        nothing = torch.tensor([_INF, -_INF], dtype=torch.float32, device=extrema[0].device)
+        nothing = torch.full((2,), _INF, dtype=torch.float32, device=extrema[0].device)  # made there: sending it would wait for the device
+        nothing[1:].neg_()
         foreach_copy(extrema, [nothing] * len(extrema))
 
 

@@ -61,7 +61,8 @@ def percentile_range(x: Tensor, percentile: float, clamp: tuple[float, float] | 
         return batch_range(x)
     if clamp is not None:
         values = values.clamp(*clamp)
-    ends = torch.tensor([1.0 - percentile / 100.0, percentile / 100.0], device=values.device, dtype=values.dtype)
+    # Made on the device: sending it there would wait for it.
+    ends = torch.linspace(1.0 - percentile / 100.0, percentile / 100.0, 2, device=values.device, dtype=values.dtype)
     low, high = torch.quantile(values, ends)
     # Where hardly any value is not 0, the interval without the rarest values would be that of 0 alone.
     lowest, highest = torch.aminmax(values)

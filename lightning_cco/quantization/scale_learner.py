@@ -55,14 +55,16 @@ class ScaleLearner:
         device = probes[0].device
         gradients = [_flat(probe, device) for probe in probes]
         sizes = [len(gradient) for gradient in gradients]
-        came = torch.tensor([float(probe.grad is not None) for probe in probes], device=device)
+        came = torch.ones(len(probes), device=device)  # made on the device: sending it there would wait for it
+        for number, probe in enumerate(probes):
+            if probe.grad is None:
+                came[number].zero_()
         gradient = torch.cat(gradients)
         if world_size() > 1:
             shared = torch.cat([gradient, came])
             dist.all_reduce(shared)
             gradient, came = shared[: len(gradient)] / world_size(), shared[len(gradient) :]
-        spread = torch.tensor(sizes, device=device)
-        moves = (came > 0).repeat_interleave(spread)
+        moves = torch.cat([flag.expand(size) for flag, size in zip((came > 0).split(1), sizes, strict=True)])
         scale = torch.cat([*(q.scale.expand(2) for q in self.activations), *(_values(q.scales).to(device) for q in weights)])
         velocity = torch.cat([*(q.velocity for q in self.activations), *(_values(q.velocity).to(device) for q in weights)])
         relative = gradient / scale

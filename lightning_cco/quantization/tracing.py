@@ -47,6 +47,11 @@ def runs_plainly() -> bool:
     )
 
 
+def reads_at_once(device: torch.device) -> bool:
+    """Whether Python can read a value there without waiting for what a device has yet to compute."""
+    return device.type == "cpu"
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is nothing but strided memory: no subclass, and none of the tensors that PyTorch computes only when they are read."""
     return (
