@@ -13,11 +13,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_cco.batches import ForwardFn, forward_through_step, model_context, on_a_copy, training_batches
+from lightning_cco.budget.layer_times import LayerTimes, load_layer_times
 from lightning_cco.budget.plan import BudgetPlan, budget_rules, goal_of
 from lightning_cco.budget.search import BudgetSearch
 from lightning_cco.budget.solver import need_scipy
 from lightning_cco.errors import CCOError
 from lightning_cco.held_batches import calls_of
+from lightning_cco.layer_timing import FileTimer, check_timing, engine_name
 from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.quantization.plan import packs_weights
 from lightning_cco.quantized_model import QuantizedModel
@@ -39,6 +41,8 @@ def check_budget(settings: Settings, trainer: pl.Trainer) -> None:
     if goal_of(budget) is None:
         return
     need_scipy()
+    if needs_times(budget) or budget.layer_times is not None:
+        check_timing(settings)
     if budget.accuracy_drop is not None and (trainer.fast_dev_run or trainer.barebones):  # type: ignore[attr-defined]
         raise CCOError(
             "budget_settings.accuracy_drop needs validations before the training, which fast_dev_run and barebones leave out. Write size instead."
@@ -48,6 +52,26 @@ def check_budget(settings: Settings, trainer: pl.Trainer) -> None:
             "budget_settings.accuracy_drop is against the float model's metric, but training_settings.skip_initial_evaluation: true leaves it unknown. "
             "Remove skip_initial_evaluation, or write another goal, such as size."
         )
+
+
+def needs_times(budget: BudgetSettings) -> bool:
+    """Whether a plan is chosen by a speed."""
+    return budget.speed is not None or (budget.accuracy_drop is not None and budget.accuracy_drop_by == "speed")
+
+
+def known_times(settings: Settings, kept: LayerTimes | None) -> LayerTimes | None:
+    """The table of layer times that a plan is to be chosen by: the recipe's, or that of an earlier plan of this run; `None`: none yet.
+
+    Raises:
+        CCOError: The recipe's can't be read.
+    """
+    budget = settings.budget_settings
+    if budget.layer_times is None:
+        return kept
+    table = load_layer_times(budget.layer_times)
+    if settings.deployment_settings.target_framework == "ort":
+        table.compare(engine_name(), budget.threads)
+    return table
 
 
 def recipe_of(settings: Settings, state: Mapping[str, Any] | None) -> Settings:
@@ -134,6 +158,7 @@ def plan_budget(
     forward: ForwardFn,
     held: Sequence[Any],
     validate: Callable[[], float] | None = None,
+    times: LayerTimes | None = None,
 ) -> BudgetPlan:
     """Choose the plan of a budget, and plan the model so.
 
@@ -144,10 +169,13 @@ def plan_budget(
         forward: How a batch goes through the model.
         held: The held batches.
         validate: For ``accuracy_drop``: how much of the metric is lost as the model is planned then.
+        times: The table of layer times of an earlier plan of this run.
 
     Raises:
         CCOError: No plan is within the budget.
     """
+    budget = settings.budget_settings
+    times = trainer.strategy.broadcast(known_times(settings, times) if trainer.is_global_zero else None)
     loss = loss_of_step(trainer, quantized, held[0])
 
     def calibrate(names: Any) -> None:
@@ -162,6 +190,11 @@ def plan_budget(
         return exported_bytes(quantized, held, forward, packs_weights(settings))
 
     count = max(settings.monitoring_settings.sensitivity_batches, min(settings.training_settings.stats_steps, _BATCHES))
+    timer = None
+    if needs_times(budget) and times is None:
+        calls, network = calls_of(quantized, held, forward)
+        enabled = trainer.is_global_zero
+        timer = FileTimer(quantized, *calls[0], network, packs_weights(settings), budget.threads, budget.batch_size, enabled)
     search = BudgetSearch(
         quantized,
         settings,
@@ -170,12 +203,19 @@ def plan_budget(
         lambda model, batch: on_a_copy(forward)(model, batch),
         export_bytes,
         trainer.strategy.broadcast,
+        timer,
+        times,
     )
     with model_context(trainer):
         plan = search.find(held[0], None if validate is None else lambda _: validate())
+    faster = (
+        f" Predicted speed: {plan.chosen.speed:.3g} times that in float ({1e3 * plan.seconds:.3g} ms instead of {1e3 * plan.float_seconds:.3g} ms)."
+        if plan.times is not None
+        else ""
+    )
     rank_zero_info(
         f"Budget ({plan.goal}: {plan.limit:g}): {plan.size_bytes:,.0f} of {plan.float_bytes:,.0f} bytes in float, "
-        f"{plan.chosen.average_bits:.3g} bits per weight, expected rise of the {plan.loss} {plan.chosen.rise:.3g}."
+        f"{plan.chosen.average_bits:.3g} bits per weight, expected rise of the {plan.loss} {plan.chosen.rise:.3g}.{faster}"
     )
     return plan
 

@@ -16,6 +16,7 @@ from lightning_cco.batches import (
     ForwardFn,
     training_batches,
 )
+from lightning_cco.budget.layer_times import LayerTimes, from_plain
 from lightning_cco.budget.plan import BudgetPlan
 from lightning_cco.budgeted import (
     check_budget,
@@ -107,6 +108,7 @@ class CCOCallback(pl.Callback):
         self.suggestions: list[Suggestion] = []
         self.before_training = InitialEvaluation()
         self.budget: BudgetPlan | None = None
+        self._times: LayerTimes | None = None
         self.losses: LossSensitivityReport | None = None
         self.distiller = Distiller(self.settings.distillation_settings)
         self._level_watch = LevelWatch()
@@ -158,7 +160,7 @@ class CCOCallback(pl.Callback):
             rank_zero_info("CCOCallback: another model than in the run before; it is captured and calibrated anew.")
             self._compression.leave(None)
             self._compression = Compression(self.settings, self._compression.forward_fn)
-            self._monitor, self.report, self.losses, self.budget, self.suggestions = None, None, None, None, []
+            self._monitor, self.report, self.losses, self.budget, self._times, self.suggestions = None, None, None, None, None, []
             self.distiller.forget()
             self.schedule = Schedule(self.settings)
             self.before_training, self._level_watch = InitialEvaluation(), LevelWatch()
@@ -225,7 +227,8 @@ class CCOCallback(pl.Callback):
             return lost_of(str(budget.metric), self.original_metrics, now, metric_directions(trainer, now))
 
         validate = lost if budget.accuracy_drop is not None else None
-        self.budget = plan_budget(trainer, quantized, self.settings, forward, held, validate)
+        self.budget = plan_budget(trainer, quantized, self.settings, forward, held, validate, self._times)
+        self._times = self.budget.times
         self.schedule.freeze_if_due(trainer, quantized)
         if self._monitor is not None:
             self._monitor.on_plan(quantized.plan)
@@ -422,6 +425,7 @@ class CCOCallback(pl.Callback):
             **self._compression.skips.state_dict(),
             "monitor": self._monitor.state_dict() if self._monitor is not None else {},
             "distillation": self.distiller.state_dict(),
+            **({"layer_times": self._times.to_plain()} if self._times is not None else {}),
         }
 
     @override
@@ -433,6 +437,7 @@ class CCOCallback(pl.Callback):
         self._outside_fit.loaded()
         self._compression.state = state_dict
         self.distiller.load_state_dict(state_dict.get("distillation", {}))
+        self._times = from_plain(state_dict["layer_times"], "of the checkpoint") if "layer_times" in state_dict else self._times
         self.before_training.load(state_dict["original_metrics"], state_dict.get("calibrated_metrics", {}))
         self.schedule.stages = stages_in(state_dict)
         self._compression.skips.load_state_dict(state_dict)

@@ -51,6 +51,9 @@ BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
     "size": (lambda part: 0 < part <= 1, "a part of the float file in (0, 1], or null, was", "Write 0.2."),
     "average_bits": (lambda bits: 2 <= bits <= 32, "2 to 32 bits per weight, or null, were", "Write 4."),
     "bops": (lambda part: 0 < part <= 1, "a part of the float model's operations in (0, 1], or null, was", "Write 0.1."),
+    "speed": (lambda times: 0 < times <= 1000, "a multiple of the float model's speed in (0, 1000], or null, was", "Write 2."),
+    "threads": (lambda count: 1 <= count <= 1024, "1 to 1024 threads were", "Write 1."),
+    "batch_size": (lambda count: 1 <= count <= 10**6, "1 to a million samples were", "Write 1."),
     "accuracy_drop": (lambda drop: 0 <= drop < float("inf"), "a number of at least 0, or null, was", "Write 0.005."),
     "revise_every_n_epochs": (lambda count: 1 <= count <= 10**6, "at least 1, or null, was", "Write 5."),
     "sensitivity_batches": (lambda count: 1 <= count <= 10**6, "at least 1, and at most a million, was", "Write 2."),
@@ -65,6 +68,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "sensitivity_modes": SENSITIVITY_MODES,
     "target_framework": TARGET_FRAMEWORKS,
     "by": ("", "budget"),
+    "accuracy_drop_by": ("size", "speed"),
     "automatic_skip_by": ("qs", "loss"),
 }
 """The words that a setting may be, or a list of."""
@@ -81,8 +85,8 @@ def problem_with(key: str, value: object) -> str:
         if not value:
             return f"at least one of {list(CHOICES[key])} was expected, none came."
         return next((problem for word in value if isinstance(word, str) and (problem := _not_one_of(CHOICES[key], word, word))), "")
-    if key in ("output_dir", "export_dir", "teacher") and isinstance(value, str) and "\0" in value:
-        return f"the path of a {'file' if key == 'teacher' else 'folder'} was expected, {shown(value)} came."
+    if key in ("output_dir", "export_dir", "teacher", "layer_times") and isinstance(value, str) and "\0" in value:
+        return f"the path of a {'folder' if key.endswith('_dir') else 'file'} was expected, {shown(value)} came."
     return ""
 
 
@@ -349,6 +353,13 @@ class BudgetSettings(_Checked):
         bops: Bit operations (multiplications by the bits of both operands) of the layers with weights, as a part of the float model's.
         accuracy_drop: How much of ``metric`` may be lost before the training; the smallest plan that loses no more is taken.
         metric: What is validated for ``accuracy_drop``, as it is logged: ``val_acc``.
+        accuracy_drop_by: Which plan within ``accuracy_drop`` is taken: the smallest by ``size``, the fastest by ``speed``.
+        speed: How many times as fast as the model in float it must be, as predicted from the times of its layers; alone, or beside a ``size`` or an
+            ``accuracy_drop``.
+        layer_times: File with times of the layers that was written before (`layer_times.json`), here or where the model will run; None: they are measured
+            here, before the first step.
+        threads: Threads of the engine when times are measured.
+        batch_size: Samples of a batch then.
         revise_every_n_epochs: Choose anew at the start of every so many epochs, by the sensitivities of the weights as they are then; None: never.
     """
 
@@ -357,6 +368,11 @@ class BudgetSettings(_Checked):
     bops: float | None = None
     accuracy_drop: float | None = None
     metric: str | None = None
+    accuracy_drop_by: str = "size"
+    speed: float | None = None
+    layer_times: str | None = None
+    threads: int = 1
+    batch_size: int = 1
     revise_every_n_epochs: int | None = None
 
     def __post_init__(self) -> None:
@@ -369,12 +385,24 @@ def problem_with_budget(values: Mapping[str, Any]) -> str:
     goals = [goal for goal in ("size", "average_bits", "bops", "accuracy_drop") if values.get(goal) is not None]
     if len(goals) > 1:
         return f"one goal at a time was expected, {' and '.join(goals)} came. Keep one of them."
+    speed = values.get("speed") is not None
+    if speed and goals and goals[0] not in ("size", "accuracy_drop"):
+        return f"speed goes alone, or together with size or accuracy_drop; {goals[0]} came. Keep one of them."
+    goals += ["speed"] if speed else []
     if "accuracy_drop" in goals and not values.get("metric"):
         return "accuracy_drop is of a metric, which is missing. Write metric: val_acc, or what validation_step logs."
     if values.get("metric") and "accuracy_drop" not in goals:
         return f"metric: {shown(values['metric'])} is what accuracy_drop is of, which is missing. Write accuracy_drop: 0.005, or leave metric out."
-    if values.get("revise_every_n_epochs") is not None and not goals:
-        return "revise_every_n_epochs says how often a budget is revised, but there is no goal. Write one of size, average_bits, bops or accuracy_drop."
+    if values.get("accuracy_drop_by", "size") != "size" and "accuracy_drop" not in goals:
+        return (
+            "accuracy_drop_by says which plan within accuracy_drop is taken, which is missing. Write accuracy_drop: 0.005, or leave it out."
+        )
+    for key, what in (
+        ("revise_every_n_epochs", "says how often a budget is revised"),
+        ("layer_times", "is what a speed is predicted from"),
+    ):
+        if values.get(key) is not None and not goals:
+            return f"{key} {what}, but there is no goal. Write one of size, average_bits, bops, accuracy_drop or speed."
     return ""
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lightning_cco.budget.facts import WeightFacts
+from lightning_cco.budget.option import FLOAT, FLOAT_BITS, INTEGER, WEIGHT_ONLY, Option
+from lightning_cco.budget.speed import SpeedModel
 from lightning_cco.graph.layer import Edge
 from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.quantization.plan import QuantizationPlan
@@ -15,33 +17,8 @@ from lightning_cco.quantization.targets import TARGETS
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.settings import LayerRule, Settings
 
-FLOAT_BITS = 32
-FLOAT, WEIGHT_ONLY, INTEGER = "float", "weight-only", "INT8"
 UNIFORM: Mapping[str, tuple[int, int]] = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
 """Bits of weights and activations of the plans that a budget is compared with."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """One way in which a group of layers can run.
-
-    Attributes:
-        form: In float, with integer weights alone, or in integers.
-        weights: Bits of the weights; 32 in float.
-        activations: Bits of what it reads; 32 where that is not rounded.
-        rise: Expected rise of the loss by its weights.
-        bytes: What its weights take in the file.
-        bits: Bits of all weights together.
-        operations: Bits of both operands, multiplied, of all multiplications.
-    """
-
-    form: str
-    weights: int
-    activations: int
-    rise: float
-    bytes: float
-    bits: float
-    operations: float
 
 
 @dataclass(frozen=True)
@@ -92,6 +69,7 @@ class Choices:
         elements: Number of all weights that can be quantized.
         float_operations: Bit operations of the float model.
         every_rise: All rises of tensors by bits, for plans of equal bits.
+        speed: What each choice takes of time, where that was measured.
     """
 
     groups: list[Group]
@@ -101,6 +79,7 @@ class Choices:
     elements: float
     float_operations: float
     every_rise: dict[TensorKey, Mapping[int, float]] = field(default_factory=dict)
+    speed: SpeedModel | None = None
 
 
 def tail_rules(plan: QuantizationPlan, settings: Settings) -> list[LayerRule]:

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from lightning_cco.budget.options import FLOAT, INTEGER, Choices, Option
+from lightning_cco.budget.option import FLOAT, INTEGER, Option
+from lightning_cco.budget.options import Choices
+from lightning_cco.budget.speed import SpeedModel
 from lightning_cco.errors import CCOError
 from lightning_cco.quantization.tensor_key import TensorKey
 
-Measure = Callable[[Option], float]
-"""What an option takes of the budget."""
+Measure = Callable[[Option], float] | SpeedModel
+"""What an option takes of the budget; of seconds, what a choice takes as a whole, since conversions between layers do not belong to one of them."""
+Limit = tuple[Measure, float]
 _SECONDS = 60.0
 _WORTH = 0.01
 """A layer stays in float where that saves more than this part of what 8 bits everywhere lose: float is slower."""
@@ -43,7 +46,7 @@ def need_scipy() -> None:
         ) from error
 
 
-def solve(made: Choices, measure: Measure, limit: float | None) -> Choice | None:
+def solve(made: Choices, measure: Measure, limit: float | None, also: Sequence[Limit] = ()) -> Choice | None:
     """The choice with the least expected rise of the loss within a limit.
 
     One binary variable stands for each option of each group, one for each number of bits of each tensor. A group that runs in integers needs what it reads
@@ -53,6 +56,7 @@ def solve(made: Choices, measure: Measure, limit: float | None) -> Choice | None
         made: What can be chosen.
         measure: What each option takes.
         limit: How much there is in all; `None`: the choice that takes least, whatever the loss.
+        also: Further limits, which hold as well.
 
     Returns:
         The choice; `None` if nothing is within the limit.
@@ -84,22 +88,45 @@ def solve(made: Choices, measure: Measure, limit: float | None) -> Choice | None
             needed = [option.activations] if exact else list(by_key[key].rises)
             rows.append(({i: 1.0, **{column[key, bits]: -1.0 for bits in needed}}, -math.inf, 0.0))
     rises = np.array([option.rise for _, option in options] + [tensor.rises[bits] for tensor, bits in tensors])
-    taken = np.array([measure(option) for _, option in options] + [0.0] * len(tensors))
+    columns = {number: [(i, options[i][1]) for i in its] for number, its in of_group.items()}
+    whole = [1] * size
+    seconds: dict[int, tuple[dict[int, float], float]] = {}
+    for other in (measure, *(entry for entry, _ in also)):
+        if isinstance(other, SpeedModel) and id(other) not in seconds:
+            further, costs, fixed, kinds = other.rows(columns, len(whole))
+            rows += further
+            whole += kinds
+            seconds[id(other)] = costs, fixed
+
+    def takes(of: Measure) -> tuple[Any, float]:
+        """What each column takes, and what is taken whatever is chosen."""
+        found = np.zeros(len(whole))
+        if isinstance(of, SpeedModel):
+            for place, value in seconds[id(of)][0].items():
+                found[place] = value
+            return found, seconds[id(of)][1]
+        found[: len(options)] = [of(option) for _, option in options]
+        return found, 0.0
+
+    taken, fixed = takes(measure)
+    rises = np.concatenate([rises, np.zeros(len(whole) - size)])
     least = _WORTH * rise_of(made, uniform(made, "W8A8", 8))
     rises[: len(options)] += [least if option.form == FLOAT and math.isfinite(least) else 0.0 for _, option in options]
     largest = max(1e-300, float(np.max(rises[np.isfinite(rises)], initial=0.0)))
     rises = np.where(np.isfinite(rises), rises / largest, 1e6)
-    unit = max(1.0, float(taken.sum()))
-    if limit is not None:
-        rows.append((dict(enumerate(taken / unit)), -math.inf, limit / unit))
+    unit = max(1e-12, float(np.abs(taken).sum()))
+    for other, most in [*([(measure, limit)] if limit is not None else []), *also]:
+        parts, anyway = takes(other)
+        scale = max(1e-12, float(np.abs(parts).sum()))
+        rows.append(({place: value / scale for place, value in enumerate(parts) if value}, -math.inf, (most - anyway) / scale))
     data = [(value, r, c) for r, (entries, _, _) in enumerate(rows) for c, value in entries.items()]
     values, r, c = (np.array(part) for part in zip(*data, strict=True))
-    matrix = coo_array((values.astype(float), (r.astype(int), c.astype(int))), shape=(len(rows), size)).tocsr()
+    matrix = coo_array((values.astype(float), (r.astype(int), c.astype(int))), shape=(len(rows), len(whole))).tocsr()
     # Of equal rises the smaller one, and of the smallest the one with least rise.
     objective = rises + 1e-9 * taken / unit if limit is not None else taken / unit * 1e3 + rises * 1e-9
     found: Any = milp(
         objective * 1e3,
-        integrality=np.ones(size),
+        integrality=np.array(whole),
         bounds=Bounds(0, 1),
         constraints=LinearConstraint(matrix, [low for _, low, _ in rows], [high for _, _, high in rows]),
         options={"time_limit": _SECONDS, "mip_rel_gap": 1e-6},
@@ -130,6 +157,8 @@ def rise_of(made: Choices, choice: Choice) -> float:
 
 def taken_of(choice: Choice, measure: Measure) -> float:
     """What a choice takes."""
+    if isinstance(measure, SpeedModel):
+        return measure.seconds(choice.options)
     return sum(measure(option) for option in choice.options)
 
 

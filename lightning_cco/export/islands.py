@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from typing import Any
 
+from lightning_cco.export.provenance import NodeLayers
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import UNASKED, UNPLANNED, ExportReport, FloatIsland
 from lightning_cco.export.value_types import float_nodes
@@ -57,7 +57,7 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
         emitter: What wrote that.
         report: Filled in place.
     """
-    layers = _Layers(written, emitter)
+    layers = NodeLayers(written, emitter.layers)
     kinds: Counter[str] = Counter()
     known = {entry.name for entry in model.graph.initializer}
     sizes: set[str] = set()
@@ -122,29 +122,6 @@ def _packed(written: Any, emitter: Emitter) -> set[str]:
             if node.op_type in ("DequantizeLinear", "Transpose", "Reshape"):
                 packed.update(node.output)
     return layers
-
-
-class _Layers:
-    """Finds the layer of a node of the optimized graph: fused nodes keep the name of one of their nodes, or of what the last one makes."""
-
-    def __init__(self, written: Any, emitter: Emitter) -> None:
-        self._by_name = dict(emitter.layers)
-        self._by_value = {value: emitter.layers[n.name] for n in written.graph.node if n.name in emitter.layers for value in n.output}
-        self._seen: dict[str, str] = {}
-
-    def of(self, node: Any) -> str:
-        """The layer; of a node that belongs to none, that of what it reads; empty if nothing is known of that either. Nodes come in order."""
-        names = [form for name in (*node.output, node.name, node.name.partition("/")[0]) for form in _plain(name)]
-        found = next((known[name] for name in names for known in (self._by_value, self._by_name) if name in known), "")
-        found = found or next((self._seen[value] for value in node.input if value in self._seen), "")
-        if found:
-            self._seen.update(dict.fromkeys(node.output, found))
-        return found
-
-
-def _plain(name: str) -> tuple[str, ...]:
-    """The name of a value or a node, and without what the engine puts behind it."""
-    return name, re.sub(r"(_q_to_dq|_dq_to_q|/duplicated|_nchwc|_token_\d+)+$", "", name)
 
 
 def _island(quantized: HookedModel, operator: str, layer: str, partly_integer: bool, unexpected: str) -> FloatIsland | None:

@@ -14,6 +14,7 @@ from lightning_cco.export.destination import export_target, move
 from lightning_cco.export.failures import need_packages, need_writable_names
 from lightning_cco.export.limits import MEAN_STEPS, judge
 from lightning_cco.export.network import Network
+from lightning_cco.export.node_times import Written
 from lightning_cco.export.onnx_notes import notes_on_inputs, notes_on_weights, warn_of_floats, warn_of_groups, warn_of_integers
 from lightning_cco.export.onnx_writer import write_onnx
 from lightning_cco.export.options import checked_options
@@ -39,6 +40,7 @@ def export_onnx(
     int4: bool = False,
     network: Network | None = None,
     dynamic_sizes: bool | None = None,
+    written: Written | None = None,
     **options: Any,
 ) -> ExportReport:
     """Write an INT8 ONNX file and compare it with the fake-quantized model.
@@ -61,6 +63,7 @@ def export_onnx(
         network: What the file holds in the place of the model's ``forward``, whose arguments the example then is: `network_of_the_step`.
         dynamic_sizes: Let the length of sequences, and height and width of images vary, where the model allows it. `None`: where it costs nothing. Fixed
             sizes let a first convolution of stride 2 read blocks of pixels.
+        written: Filled with what the file was written of.
         **options: Further arguments of `torch.onnx.export`, such as ``dynamic_shapes``.
 
     Raises:
@@ -101,6 +104,8 @@ def export_onnx(
                         emitter, said = write_onnx(
                             quantized, deployed, temporary, dynamic_batch, int4, taken, sizes, bool(dynamic_sizes), report
                         )
+                        if written is not None:
+                            written.layers, written.example = dict(emitter.layers), [t.detach().cpu().numpy() for t in deployed.example]
                         report.size_bytes = sum(part.stat().st_size for part in folder.iterdir())
                         report.notes += notes_on_weights(quantized, emitter, int4) + notes_on_inputs(deployed, types) + said + notes
                         if check:

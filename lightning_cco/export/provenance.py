@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,3 +62,31 @@ def layers_of_nodes(graph: Any, exported: Any) -> dict[str, str]:
         if layer:
             found[node.name] = layer
     return found
+
+
+class NodeLayers:
+    """Finds the layer of a node of an engine's optimized graph: fused nodes keep the name of one of their nodes, or of what the last one makes.
+
+    Args:
+        written: The file that the graph was made of.
+        layers: Layer of each of its nodes, by name.
+    """
+
+    def __init__(self, written: Any, layers: Mapping[str, str]) -> None:
+        self._by_name = dict(layers)
+        self._by_value = {value: layers[n.name] for n in written.graph.node if n.name in layers for value in n.output}
+        self._seen: dict[str, str] = {}
+
+    def of(self, node: Any) -> str:
+        """The layer; of a node that belongs to none, that of what it reads; empty if nothing is known of that either. Nodes come in order."""
+        names = [form for name in (*node.output, node.name, node.name.partition("/")[0]) for form in _plain(name)]
+        found = next((known[name] for name in names for known in (self._by_value, self._by_name) if name in known), "")
+        found = found or next((self._seen[value] for value in node.input if value in self._seen), "")
+        if found:
+            self._seen.update(dict.fromkeys(node.output, found))
+        return found
+
+
+def _plain(name: str) -> tuple[str, ...]:
+    """The name of a value or a node, and without what the engine puts behind it."""
+    return name, re.sub(r"(_q_to_dq|_dq_to_q|/duplicated|_nchwc|_token_\d+)+$", "", name)

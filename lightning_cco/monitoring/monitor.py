@@ -51,7 +51,8 @@ class Monitor:
 
     Files in ``folder``: ``overview.{svg,png}``, ``model_post_preprocessing.{svg,png,dot}`` (both redrawn each
     epoch), ``model_init.{svg,png,dot}``, ``layers.txt``, ``resolved_recipe.yaml``, ``suggested_skips.yaml``, ``sensitivity.csv``, ``heat_map.png``,
-    ``report.html`` (one page of all, with ``report.json`` and ``model_explorer*.json``); with a budget ``trade_off.png``, ``budget.csv``, ``budget.json``.
+    ``report.html`` (one page of all, with ``report.json`` and ``model_explorer*.json``); with a budget ``trade_off.png``, ``budget.csv``,
+    ``budget.json``; with a speed ``layer_times.json``.
     Loggers get each of the first 20 epochs' pictures and tables, then ever fewer, and the last ones.
 
     Args:
@@ -102,8 +103,8 @@ class Monitor:
             _say("\n".join(plan_lines(plan)))
         self._write_plan(plan)
 
-    def _write_plan(self, plan: QuantizationPlan) -> None:
-        self.folder.write("resolved_recipe.yaml", lambda: resolved_yaml(plan))
+    def _write_plan(self, plan: QuantizationPlan, budget: BudgetPlan | None = None) -> None:
+        self.folder.write("resolved_recipe.yaml", lambda: resolved_yaml(plan, budget))
         self.folder.write("layers.txt", lambda: layers_text(plan))
         self._report.update(plan=plan)
 
@@ -115,13 +116,19 @@ class Monitor:
             _say("\n".join(budget_lines(budget)))
         self.folder.write("budget.json", lambda: json.dumps(budget.to_dict(), indent=1))
         self.folder.write("budget.csv", lambda: budget_csv(budget))
+        names = ["budget.csv", "budget.json", "trade_off.png"]
+        if (times := budget.times) is not None:
+            self.folder.write("layer_times.json", times.to_json)
+            names.append("layer_times.json")
         picture = self.folder.write("trade_off.png", lambda: _png(trade_off(budget)))
+        if self._report.state.plan is not None:
+            self._write_plan(self._report.state.plan, budget)
         self._report.update(budget=budget)
         with self.folder.unharmed("what goes to the loggers"):
             rows = layer_rows(budget)
             text = tables.markdown_table(HEADER, rows[: tables.MOST_ROWS], of=len(rows))
             images = {} if picture is None else {"cco/trade_off": picture}
-            files = [self.folder.path / name for name in ("budget.csv", "budget.json", "trade_off.png")]
+            files = [self.folder.path / name for name in names]
             show(self.loggers, Payload(step, texts={"cco/budget": text}, images=images, files=files))
 
     def on_losses(self, epoch: int, step: int, plan: QuantizationPlan, losses: LossSensitivityReport, settings: Settings) -> None:

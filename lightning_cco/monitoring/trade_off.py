@@ -12,15 +12,17 @@ from PIL import Image, ImageDraw, ImageFont
 from lightning_cco.budget.plan import TITLES, BudgetPlan, Point
 from lightning_cco.figures import figure, short_figure
 from lightning_cco.monitoring.tables import text_table
-from lightning_cco.names import csv_cell
+from lightning_cco.names import csv_cell, printable
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 440, 90, 30, 44, 56
 _LINE, _CHOSEN, _UNIFORM, _GRID = (24, 66, 122), (198, 40, 40), (35, 147, 74), (222, 226, 230)
-HEADER = ["layer", "form", "weights", "reads", "bytes", "loss rise", "reason"]
+HEADER = ["layer", "form", "weights", "reads", "bytes", "µs", "loss rise", "reason"]
 
 
 def trade_off(plan: BudgetPlan) -> Image.Image:
     """Draw the expected rise of the loss (logarithmic) against what the goal counts: the best plans as a line, the others as points.
+
+    Where times of layers are known, that against the size stands beside that against the speed.
 
     Args:
         plan: The budget's plan.
@@ -28,10 +30,22 @@ def trade_off(plan: BudgetPlan) -> Image.Image:
     Returns:
         An RGB image.
     """
-    by = plan.goal if plan.goal in TITLES else "size"
+    by = plan.goal if plan.goal in TITLES and plan.goal != "speed" else "size"
+    curve = plan.size_curve if plan.by == "speed" else plan.curve
+    if not plan.speed_curve:
+        return _trade_off(plan, by, curve)
+    parts = [_trade_off(plan, by, curve), _trade_off(plan, "speed", plan.speed_curve)]
+    image = Image.new("RGB", (sum(part.width for part in parts), _HEIGHT), "white")
+    for number, part in enumerate(parts):
+        image.paste(part, (number * _WIDTH, 0))
+    return image
+
+
+def _trade_off(plan: BudgetPlan, by: str, curve: Sequence[Point]) -> Image.Image:
     image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    points = [*plan.curve, *plan.uniform, plan.chosen]
+    uniform = [point for point in plan.uniform if math.isfinite(getattr(point, by))]
+    points = [*curve, *uniform, plan.chosen]
     xs = [getattr(point, by) for point in points]
     ys = [point.rise for point in points if 0 < point.rise < math.inf]
     floor = min(ys, default=1e-6)
@@ -53,12 +67,12 @@ def trade_off(plan: BudgetPlan) -> Image.Image:
         )
         draw.text((_LEFT - 8, y), short_figure(math.exp(low_y + part / 4 * (high_y - low_y))), fill="black", font=font, anchor="rm")
     draw.text(((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 14), TITLES[by], fill="black", font=font, anchor="mb")
-    line = [at(point) for point in sorted(plan.curve, key=lambda point: float(getattr(point, by)))]
+    line = [at(point) for point in sorted(curve, key=lambda point: float(getattr(point, by)))]
     if len(line) > 1:
         draw.line(line, fill=_LINE, width=2)
     for x, y in line:
         draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=_LINE)
-    for point in plan.uniform:
+    for point in uniform:
         x, y = at(point)
         draw.rectangle((x - 5, y - 5, x + 5, y + 5), fill=_UNIFORM)
         above = 14 if point.name == "W4A4" else 0  # as large as W4A8
@@ -86,6 +100,7 @@ def layer_rows(plan: BudgetPlan) -> list[list[str]]:
             f"{entry.weights}",
             "-" if entry.activations == 32 else f"{entry.activations}",
             figure(entry.bytes),
+            _or_dash(1e6 * entry.seconds),
             figure(entry.rise, 3),
             entry.reason,
         ]
@@ -98,23 +113,39 @@ def budget_lines(plan: BudgetPlan, most: int = 40) -> list[str]:
     rows: Sequence[Sequence[str]] = layer_rows(plan)
     points = [["chosen", plan.chosen], *([point.name, point] for point in plan.uniform)]
     compared = [
-        [str(name), figure(point.size, 3), figure(point.average_bits, 3), figure(point.bops, 3), figure(point.rise, 3)]
+        [
+            str(name),
+            figure(point.size, 3),
+            figure(point.average_bits, 3),
+            figure(point.bops, 3),
+            _or_dash(point.speed),
+            figure(point.rise, 3),
+        ]
         for name, point in points
         if isinstance(point, Point)
     ]
-    header = ["plan", "size", "bits per weight", "bit operations", f"expected rise of the {plan.loss}"]
+    header = ["plan", "size", "bits per weight", "bit operations", "speed", f"expected rise of the {plan.loss}"]
     how = "as exported" if plan.measured else "as reckoned"
     lines = [f"Budget, {plan.goal}: {plan.limit:g}. The file takes {plan.size_bytes:,.0f} bytes {how}, {plan.float_bytes:,.0f} in float."]
-    lines += [text_table(header, compared, right=[1, 2, 3, 4]), text_table(HEADER, rows[:most], right=[2, 3, 4, 5])]
-    lines += [f"validated at size {size}: {lost:.4g} of the metric lost" for size, lost in plan.metric.items()]
+    lines += [text_table(header, compared, right=[1, 2, 3, 4, 5]), text_table(HEADER, rows[:most], right=[2, 3, 4, 5, 6])]
+    if plan.times is not None:
+        lines[0] += (
+            f" One run of it takes {1e3 * plan.seconds:.3g} ms, {1e3 * plan.float_seconds:.3g} ms in float, as predicted for {plan.times.engine} "
+        )
+        lines[0] += f"on {printable(plan.times.processor)} with {plan.times.threads} thread{'s' if plan.times.threads > 1 else ''}."
+    lines += [f"validated at {plan.by} {at}: {lost:.4g} of the metric lost" for at, lost in plan.metric.items()]
     return lines if len(rows) <= most else [*lines, f"… and {len(rows) - most} more (all are in budget.csv)"]
+
+
+def _or_dash(value: float) -> str:
+    return figure(value, 3) if math.isfinite(value) else "-"
 
 
 def budget_csv(plan: BudgetPlan) -> str:
     """``budget.csv``: the table of layers, figures unrounded."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(["layer", "form", "weights_num_bits", "reads_num_bits", "bytes", "loss_rise", "reason"])
+    writer.writerow(["layer", "form", "weights_num_bits", "reads_num_bits", "bytes", "seconds", "loss_rise", "reason"])
     for entry in plan.layers:
         writer.writerow(
             [
@@ -123,6 +154,7 @@ def budget_csv(plan: BudgetPlan) -> str:
                 entry.weights,
                 entry.activations,
                 f"{entry.bytes:g}",
+                "" if math.isnan(entry.seconds) else f"{entry.seconds:.6g}",
                 f"{entry.rise:.9g}",
                 csv_cell(entry.reason),
             ]

@@ -122,6 +122,7 @@ def report_data(state: RunState) -> dict[str, Any]:
         "qs": _by_epoch(state.qs_epochs),
         "loss": _losses(state),
         "size": {"float_bytes": state.facts.float_bytes, "packed": packs_weights(settings)},
+        "speed": None if state.budget is None or state.budget.model is None else state.budget.model.to_plain(),
         "rules": state.of_plan()["rules"],
         "sections": state.of_plan()["sections"],
         "suggestions": [asdict(suggestion) for suggestion in state.suggestions],

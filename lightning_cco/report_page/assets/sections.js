@@ -41,18 +41,24 @@
     const plan = report.budget;
     if (!plan) return;
     reveal("budget");
-    const titles = { size: "size of the file, as a part of that in float", average_bits: "bits per weight, on average", bops: "bit operations, as a part of those in float" };
-    const by = plan.goal in titles ? plan.goal : "size";
-    const point = (one) => ({ name: one.name, x: cco.number(one[by]), y: cco.number(one.rise) });
+    const titles = { size: "size of the file, as a part of that in float", average_bits: "bits per weight, on average", bops: "bit operations, as a part of those in float", speed: "predicted speed, as a multiple of that in float" };
     const points = [...plan.uniform, { ...plan.chosen, name: "chosen" }];
+    const chart = (by, curve) => {
+      const point = (one) => ({ name: one.name, x: cco.number(one[by]), y: cco.number(one.rise) });
+      return cco.tradeOff(`Expected rise of the ${plan.loss} against ${titles[by]}`, titles[by], curve.map(point), points.map(point));
+    };
+    const timed = Number.isFinite(cco.number(plan.seconds));
+    const by = plan.goal in titles && plan.goal !== "speed" ? plan.goal : "size";
+    const charts = [chart(by, plan.size_curve.length ? plan.size_curve : plan.curve), ...(timed ? [chart("speed", plan.speed_curve)] : [])];
     section("budget").append(
-      cco.el("p", {}, `Goal: ${plan.goal} ${value(plan.limit)}. The file takes ${cco.bytes(plan.size_bytes)} ${plan.measured ? "as exported" : "as reckoned"}, ${cco.bytes(plan.float_bytes)} in float.`),
-      cco.el("div", { className: "charts" }, cco.tradeOff(`Expected rise of the ${plan.loss} against ${titles[by]}`, titles[by], plan.curve.map(point), points.map(point))),
-      cco.grid(["plan", "size", "bits per weight", "bit operations", `expected rise of the ${plan.loss}`],
-        points.map((one) => [one.name, value(one.size), value(one.average_bits), value(one.bops), value(one.rise)]), [1, 2, 3, 4]),
+      cco.el("p", {}, `Goal: ${plan.goal} ${value(plan.limit)}. The file takes ${cco.bytes(plan.size_bytes)} ${plan.measured ? "as exported" : "as reckoned"}, ${cco.bytes(plan.float_bytes)} in float.`,
+        timed ? ` One run of it is predicted to take ${cco.figure(1e3 * plan.seconds, 3)} ms, ${cco.figure(1e3 * plan.float_seconds, 3)} ms in float.` : ""),
+      cco.el("div", { className: "charts" }, ...charts),
+      cco.grid(["plan", "size", "bits per weight", "bit operations", "speed", `expected rise of the ${plan.loss}`],
+        points.map((one) => [one.name, value(one.size), value(one.average_bits), value(one.bops), value(one.speed), value(one.rise)]), [1, 2, 3, 4, 5]),
       cco.el("details", {}, cco.el("summary", {}, `What was chosen for ${plan.layers.length} layers, and why`),
-        cco.grid(["layer", "form", "weights", "reads", "bytes", "loss rise", "why"], plan.layers.slice(0, 1000).map((one) => [one.layer, one.form, String(one.weights),
-          one.activations === 32 ? "–" : String(one.activations), value(one.bytes), value(one.rise), one.reason]), [2, 3, 4, 5])));
+        cco.grid(["layer", "form", "weights", "reads", "bytes", "µs", "loss rise", "why"], plan.layers.slice(0, 1000).map((one) => [one.layer, one.form, String(one.weights),
+          one.activations === 32 ? "–" : String(one.activations), value(one.bytes), value(1e6 * cco.number(one.seconds)), value(one.rise), one.reason]), [2, 3, 4, 5, 6])));
   };
 
   const exported = () => {

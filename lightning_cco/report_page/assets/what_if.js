@@ -84,8 +84,46 @@
   const written = report.export ? report.export.size_bytes : report.budget && report.budget.measured ? report.budget.size_bytes : null;
   const beside = written && report.size.float_bytes ? written - weightBytes() : 0;
 
+  /** What one run takes with the changes, by the table of layer times: as `SpeedModel` of the budget reckons; NaN where a form was not measured. */
+  const seconds = () => {
+    const model = report.speed;
+    if (!model) return NaN;
+    const own = (unit) => cco.byName.get(unit.layer);
+    const form = (unit) => formOf(own(unit).layer);
+    const planned = model.units.map((unit) => (unit.chosen ? form(unit) === "int8" : unit.integer));
+    const readers = model.units.map(() => []);
+    model.tensors.forEach((tensor) => readers[tensor.maker].push(...tensor.readers.filter((one) => one !== null)));
+    for (let moved = true; moved;) {
+      moved = false;
+      model.units.forEach((unit, i) => {
+        if (!unit.follows || planned[i] || (changes.get(unit.layer) || {}).form === "float") return;
+        const behind = unit.sources.length && unit.sources.every((one) => one !== null && planned[one]);
+        if (behind || (!unit.only_behind && readers[i].some((one) => planned[one]))) { planned[i] = true; moved = true; }
+      });
+    }
+    const forms = model.units.map((unit, i) => {
+      if (!unit.chosen) return planned[i] ? "INT8" : "float";
+      const is = form(unit);
+      return is === "float" ? "float" : report.size.packed && weightsOf(own(unit).layer) <= 4 ? "4 bits" : is === "int8" ? "INT8" : "weight-only";
+    });
+    const integer = forms.map((one) => one === "INT8");
+    let sum = 0;
+    model.units.forEach((unit, i) => {
+      const known = unit.times[forms[i]];
+      sum += known !== undefined ? known : unit.chosen ? NaN : Object.values(unit.times)[0] || 0;
+    });
+    for (const tensor of model.tensors) {
+      const reading = tensor.readers.filter((one) => one !== null);
+      if (!reading.some((one) => planned[one]) && !(planned[tensor.maker] && !tensor.float_output)) continue;
+      if (!integer[tensor.maker]) sum += tensor.entering;
+      const inFloat = tensor.readers.some((one) => one === null || !integer[one]);
+      if (reading.some((one) => planned[one] && !integer[one]) || (inFloat && !tensor.at_readers)) sum += tensor.leaving;
+    }
+    return sum;
+  };
+
   const expected = () => {
-    const found = { size: report.size.float_bytes ? weightBytes() + beside : NaN, share: share() };
+    const found = { size: report.size.float_bytes ? weightBytes() + beside : NaN, share: share(), seconds: seconds() };
     return report.loss ? { ...found, ...rise(), by: "loss" } : { ...found, ...noise(), by: "qs" };
   };
   const planned = expected();
@@ -146,6 +184,8 @@
       part("layers changed", String(changes.size)),
       part(what, cco.figure(now.sum), signed(now.sum - planned.sum)),
       ...(size ? [part(written ? "the file takes" : "weights take", cco.bytes(now.size), `${cco.percent(now.size / size)} of float; ${now.size === planned.size ? "no change" : `${now.size > planned.size ? "+" : "−"}${cco.bytes(Math.abs(now.size - planned.size))}`}`)] : []),
+      ...(report.speed ? [part("predicted speed", Number.isFinite(now.seconds) ? `${cco.figure(report.speed.float_seconds / now.seconds, 3)} × float` : "not measured in this form",
+        Number.isFinite(now.seconds) ? `${cco.figure(1e3 * now.seconds, 3)} ms; ${signed(1e3 * (now.seconds - planned.seconds))}` : "")] : []),
       part("multiplications in INT8", cco.percent(now.share), ""),
       now.unknown > planned.unknown ? cco.el("span", { className: "bad" }, `${now.unknown - planned.unknown} of the changes were not measured`) : "");
     document.getElementById("yaml").textContent = yaml();
