@@ -351,7 +351,7 @@ class BudgetSettings(_Checked):
         size: Size of the exported file, as a part of that of the same model with nothing quantized.
         average_bits: Bits per weight, on average over all that can be quantized; 32 where they stay in float.
         bops: Bit operations (multiplications by the bits of both operands) of the layers with weights, as a part of the float model's.
-        accuracy_drop: How much of ``metric`` may be lost before the training; the smallest plan that loses no more is taken.
+        accuracy_drop: How much of ``metric`` may be lost before the training; the smallest plan that loses no more is taken, or the fastest.
         metric: What is validated for ``accuracy_drop``, as it is logged: ``val_acc``.
         accuracy_drop_by: Which plan within ``accuracy_drop`` is taken: the smallest by ``size``, the fastest by ``speed``.
         speed: How many times as fast as the model in float it must be, as predicted from the times of its layers; alone, or beside a ``size`` or an

@@ -12,9 +12,11 @@ import torch
 import yaml
 from browsers import OpenPage, chromium
 from report_pages import HOSTILE, long_graph, quantized_net, state_of, write_page
+from test_budget_speed import table_for
 
 from lightning_cco import load_settings
 from lightning_cco.budget.search import BudgetSearch
+from lightning_cco.budget.units import seconds_of_plan
 from lightning_cco.export.report import ExportReport, FloatIsland
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
@@ -250,6 +252,38 @@ def test_the_plan_of_a_budget_is_written_out(browser: Any, tmp_path: Path) -> No
     then = replanned(quantized.plan, text)
     assert then.settings.budget_settings.average_bits is None
     assert_changed(quantized.plan, then, changes)
+
+
+@pytest.mark.slow
+def test_the_speed_follows_the_changes(browser: Any, tmp_path: Path) -> None:
+    """As the budget's own reckoning has it for the plan that the copied recipe makes."""
+    pytest.importorskip("scipy")
+    recipe = {"budget_settings": {"speed": 1.2, "threads": 2}}
+    quantized = quantized_net({})
+    x = torch.randn(4, 1, 8, 8)
+    search = BudgetSearch(
+        quantized,
+        load_settings(recipe),
+        lambda names: quantized.calibrate([x], only=names),
+        lambda: quantized.loss_sensitivity([x]),
+        call_with,
+        times=table_for(quantized.graph.names, 3),
+    )
+    state = state_of(quantized)
+    state.budget, state.plan = search.find(x), quantized.plan
+    model = state.budget.model
+    assert model is not None
+    opened = OpenPage(browser, write_page(tmp_path, state))
+    assert "One run of it is predicted to take" in opened.page.inner_text("#budget")
+    assert opened.page.evaluate("cco.whatIf.planned.seconds") == pytest.approx(state.budget.seconds, rel=1e-3)
+    runs = next(name for name in ("conv_1", "conv_2", "conv_3", "conv_4") if name in quantized.plan.quantized)
+    change(opened, runs, "form", "float")
+    assert "predicted speed" in opened.page.inner_text("#what-if")
+    then = replanned(quantized.plan, opened.yaml())
+    assert then.settings.budget_settings.speed is None
+    assert opened.page.evaluate("cco.whatIf.expected().seconds") == pytest.approx(seconds_of_plan(model, then), rel=1e-3)
+    opened.page.close()
+    assert opened.wrong == []
 
 
 def test_what_is_expected_follows_the_changes(opened: OpenPage, state: RunState) -> None:

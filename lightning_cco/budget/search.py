@@ -13,6 +13,7 @@ from lightning_cco.budget.option import FLOAT, INTEGER, WEIGHT_ONLY, Option
 from lightning_cco.budget.options import Choices, choices, tail_rules
 from lightning_cco.budget.plan import (
     BudgetPlan,
+    Point,
     as_planned,
     budget_rules,
     choose,
@@ -28,7 +29,7 @@ from lightning_cco.budget.plan import (
     uniform_points,
 )
 from lightning_cco.budget.solver import Choice, Limit, need_scipy, taken_of
-from lightning_cco.budget.units import Probe, Times, layer_times, seconds_of_plan, speed_model
+from lightning_cco.budget.units import Probe, Times, layer_times, seconds_of_plan, speed_model, timed
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.figures import figure
 from lightning_cco.loss_sensitivity import LossSensitivityReport
@@ -98,6 +99,7 @@ class BudgetSearch:
             raise CCOError(
                 "budget_settings: a goal was expected, none came. Write one of size, average_bits, bops, accuracy_drop or speed."
             )
+        self._known_curves: tuple[float, tuple[list[Point], list[Point], list[Point]]] | None = None
         self.timer, self.times, self.speed = timer, times, settings.budget_settings.speed
         self.quantized, self.settings, self.calibrate, self.forward = quantized, settings, calibrate, forward
         self.measure_loss, self.export_bytes, self.agree = measure_loss, export_bytes, agree
@@ -118,12 +120,15 @@ class BudgetSearch:
         Raises:
             CCOError: No plan is within the budget.
         """
+        self._known_curves = None
         float_file = self._float_file()
         made, base, report = self._choices(batch)
         if self.times is None and self.timer is not None and (self.speed is not None or self.by == "speed"):
             self.times = self._measured(made, base)
         if self.times is not None:
             made.speed = speed_model(made, base, self.times)
+            if self.speed is not None or self.by == "speed":
+                made = timed(made)
         overhead = _NODE_BYTES * len(base.graph)
         made.float_bytes = float(float_file) if float_file is not None else made.float_bytes + overhead
         taken = self._exported() if self.by == "size" else None
@@ -328,11 +333,19 @@ class BudgetSearch:
         plan.chosen = point_of(made, choice, overhead, "chosen")
         if made.speed is not None:
             plan.chosen = replace(plan.chosen, speed=plan.float_seconds / max(1e-12, plan.seconds))
-            plan.speed_curve = [point for _, point in trade_off(made, "speed", overhead)]
-            plan.size_curve = [] if self.by == "size" else [point for _, point in trade_off(made, "size", overhead)]
-        plan.curve = plan.speed_curve if self.by == "speed" else [point for _, point in trade_off(made, self.by, overhead)]
+        plan.curve, plan.speed_curve, plan.size_curve = self._curves(made, overhead)
         plan.uniform = uniform_points(made, overhead)
         return plan
+
+    def _curves(self, made: Choices, overhead: float) -> tuple[list[Point], list[Point], list[Point]]:
+        """The best plans at other limits of what is counted, at other speeds, and at other sizes where speeds are counted; the same for all choices."""
+        known = self._known_curves
+        if known is None or known[0] != overhead:
+            timed_alone = [] if made.speed is None else [point for _, point in trade_off(timed(made), "speed", overhead)]
+            others = [] if self.by == "speed" else [point for _, point in trade_off(made, self.by, overhead)]
+            sizes = [point for _, point in trade_off(made, "size", overhead)] if self.by == "speed" else []
+            known = self._known_curves = overhead, (timed_alone if self.by == "speed" else others, timed_alone, sizes)
+        return known[1]
 
     def _exported(self) -> int | None:
         """Bytes of the file of the model as it is planned now."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_cco.budget.option import FLOAT, INTEGER, Option
 from lightning_cco.budget.options import Choices
-from lightning_cco.budget.speed import SpeedModel
+from lightning_cco.budget.speed import SpeedModel, SpeedRows
 from lightning_cco.errors import CCOError
 from lightning_cco.quantization.tensor_key import TensorKey
 
@@ -90,25 +90,24 @@ def solve(made: Choices, measure: Measure, limit: float | None, also: Sequence[L
     rises = np.array([option.rise for _, option in options] + [tensor.rises[bits] for tensor, bits in tensors])
     columns = {number: [(i, options[i][1]) for i in its] for number, its in of_group.items()}
     whole = [1] * size
-    seconds: dict[int, tuple[dict[int, float], float]] = {}
+    speeds: dict[int, SpeedRows] = {}
     for other in (measure, *(entry for entry, _ in also)):
-        if isinstance(other, SpeedModel) and id(other) not in seconds:
-            further, costs, fixed, kinds = other.rows(columns, len(whole))
-            rows += further
-            whole += kinds
-            seconds[id(other)] = costs, fixed
+        if isinstance(other, SpeedModel) and id(other) not in speeds:
+            further = speeds[id(other)] = other.rows(columns, len(whole))
+            rows += further.rows
+            whole += further.whole
 
     def takes(of: Measure) -> tuple[Any, float]:
         """What each column takes, and what is taken whatever is chosen."""
         found = np.zeros(len(whole))
         if isinstance(of, SpeedModel):
-            for place, value in seconds[id(of)][0].items():
+            for place, value in speeds[id(of)].seconds.items():
                 found[place] = value
-            return found, seconds[id(of)][1]
+            return found, speeds[id(of)].fixed
         found[: len(options)] = [of(option) for _, option in options]
         return found, 0.0
 
-    taken, fixed = takes(measure)
+    taken, _ = takes(measure)
     rises = np.concatenate([rises, np.zeros(len(whole) - size)])
     least = _WORTH * rise_of(made, uniform(made, "W8A8", 8))
     rises[: len(options)] += [least if option.form == FLOAT and math.isfinite(least) else 0.0 for _, option in options]
@@ -119,26 +118,31 @@ def solve(made: Choices, measure: Measure, limit: float | None, also: Sequence[L
         parts, anyway = takes(other)
         scale = max(1e-12, float(np.abs(parts).sum()))
         rows.append(({place: value / scale for place, value in enumerate(parts) if value}, -math.inf, (most - anyway) / scale))
-    data = [(value, r, c) for r, (entries, _, _) in enumerate(rows) for c, value in entries.items()]
-    values, r, c = (np.array(part) for part in zip(*data, strict=True))
-    matrix = coo_array((values.astype(float), (r.astype(int), c.astype(int))), shape=(len(rows), len(whole))).tocsr()
     # Of equal rises the smaller one, and of the smallest the one with least rise.
     objective = rises + 1e-9 * taken / unit if limit is not None else taken / unit * 1e3 + rises * 1e-9
-    found: Any = milp(
-        objective * 1e3,
-        integrality=np.array(whole),
-        bounds=Bounds(0, 1),
-        constraints=LinearConstraint(matrix, [low for _, low, _ in rows], [high for _, _, high in rows]),
-        options={"time_limit": _SECONDS, "mip_rel_gap": 1e-6},
-    )
-    if found.x is None:
-        return None
-    picked = found.x > 0.5
-    chosen = {number: option for i, (number, option) in enumerate(options) if picked[i]}
-    return Choice(
-        tuple(chosen[number] for number in range(len(made.groups))),
-        {tensor.key: bits for i, (tensor, bits) in enumerate(tensors) if picked[len(options) + i]},
-    )
+    while True:
+        data = [(value, r, c) for r, (entries, _, _) in enumerate(rows) for c, value in entries.items()]
+        values, r, c = (np.array(part) for part in zip(*data, strict=True))
+        matrix = coo_array((values.astype(float), (r.astype(int), c.astype(int))), shape=(len(rows), len(whole))).tocsr()
+        found: Any = milp(
+            objective * 1e3,
+            integrality=np.array(whole),
+            bounds=Bounds(0, 1),
+            constraints=LinearConstraint(matrix, [low for _, low, _ in rows], [high for _, _, high in rows]),
+            options={"time_limit": _SECONDS, "mip_rel_gap": 1e-6},
+        )
+        if found.x is None:
+            return None
+        picked = found.x > 0.5
+        chosen = {number: option for i, (number, option) in enumerate(options) if picked[i]}
+        choice = Choice(
+            tuple(chosen[number] for number in range(len(made.groups))),
+            {tensor.key: bits for i, (tensor, bits) in enumerate(tensors) if picked[len(options) + i]},
+        )
+        more = [row for speed in speeds.values() for row in speed.loops(choice.options, found.x)]
+        if not more:
+            return choice
+        rows += more
 
 
 def uniform(made: Choices, name: str, activations: int) -> Choice:

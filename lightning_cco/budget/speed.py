@@ -199,21 +199,25 @@ class SpeedModel:
             found[tensor.maker] += [reader for reader in tensor.readers if reader is not None]
         return found
 
-    def rows(self, columns: Mapping[int, Sequence[tuple[int, Option]]], first: int) -> tuple[list[Row], dict[int, float], float, list[int]]:
+    def rows(self, columns: Mapping[int, Sequence[tuple[int, Option]]], first: int) -> SpeedRows:
         """The program's further columns and rows: who runs in integers, and which conversions that takes.
 
         Args:
             columns: By group the columns of its options.
             first: Number of the first free column.
-
-        Returns:
-            The rows; seconds by column; seconds whatever is chosen; for each new column whether it is whole (1) or follows by itself (0).
         """
-        return _Rows(self, columns, first).made()
+        return SpeedRows(self, columns, first)
 
 
-class _Rows:
-    """Sums of columns are mappings of coefficients, and the number that is added to them."""
+class SpeedRows:
+    """A speed's part of the integer program. Sums of columns are mappings of coefficients, and the number that is added to them.
+
+    Attributes:
+        rows: Its rows.
+        seconds: Seconds by column.
+        fixed: Seconds whatever is chosen.
+        whole: For each of its columns whether it is whole (1) or follows by itself (0).
+    """
 
     def __init__(self, model: SpeedModel, columns: Mapping[int, Sequence[tuple[int, Option]]], first: int) -> None:
         self.model, self.columns, self.first = model, columns, first
@@ -221,9 +225,7 @@ class _Rows:
         self.seconds: dict[int, float] = {}
         self.fixed = 0.0
         self.whole: list[int] = []
-
-    def made(self) -> tuple[list[Row], dict[int, float], float, list[int]]:
-        model = self.model
+        self.behind: dict[int, tuple[dict[int, float], float]] = {}
         self.follower = {number: self._new(1) for number, unit in enumerate(model.units) if unit.follows}
         for number, unit in enumerate(model.units):
             if unit.group is not None:
@@ -234,12 +236,29 @@ class _Rows:
                 self.fixed += model._time(number, FLOAT)
             else:
                 self.fixed += model._time(number, INT8 if unit.integer else FLOAT)
-        readers = model.readers()
+        self.readers = model.readers()
         for number in self.follower:
-            self._follow(number, readers[number])
+            self._follow(number, self.readers[number])
         for tensor in model.tensors:
             self._convert(tensor)
-        return self.rows, self.seconds, self.fixed, self.whole
+
+    def loops(self, options: Sequence[Option], values: Sequence[float]) -> list[Row]:
+        """What forbids followers of a solution that keep each other in integers with nothing else that does: they need support from outside.
+
+        Such sets are rare, and there are as many as subsets, so they are forbidden when they come up.
+        """
+        planned = self.model._planned(options)
+        held = {number for number, column in self.follower.items() if values[column] > 0.5 and not planned[number]}
+        if not held:
+            return []
+        outside = [
+            self._planned(reader) for n in held if not self.model.units[n].only_behind for reader in self.readers[n] if reader not in held
+        ]
+        outside += [self.behind[n] for n in held if not held.intersection(self.model.units[n].sources)]
+        before = len(self.rows)
+        for number in held:
+            self._row([(1.0, self._planned(number)), *((-1.0, other) for other in outside)], 0.0)
+        return self.rows[before:]
 
     def _new(self, whole: int) -> int:
         self.whole.append(whole)
@@ -272,6 +291,7 @@ class _Rows:
         """A follower runs in integers if all that it reads does, or one that reads it does."""
         unit = self.model.units[number]
         own, behind = ({self.follower[number]: 1.0}, 0.0), ({self._new(0): 1.0}, 0.0)
+        self.behind[number] = behind
         sources = [self._planned(source) for source in unit.sources]
         if not sources:
             self._row([(1.0, behind)], 0.0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,9 @@ import numpy as np
 from lightning_cco.budget.layer_times import FLOAT, INT8, PACKED, WEIGHT_ONLY, LayerTimes
 from lightning_cco.budget.options import Choices
 from lightning_cco.budget.speed import Passed, SpeedModel, Unit
+from lightning_cco.errors import CCOError
 from lightning_cco.graph.ops import Category
+from lightning_cco.names import list_names
 from lightning_cco.quantization.connections import Connections
 from lightning_cco.quantization.plan import QuantizationPlan, packs_weights
 from lightning_cco.quantization.targets import TARGETS
@@ -62,6 +65,27 @@ def speed_model(made: Choices, base: QuantizationPlan, table: LayerTimes) -> Spe
     known = [Passed(t.maker, t.readers, t.float_output, t.at_readers, *_conversions(table, units[t.maker].name)) for t in tensors]
     times = [table.layers.get(unit.name, {}) for unit in units]
     return SpeedModel(units, known, times, packs_weights(base.settings))
+
+
+def timed(made: Choices) -> Choices:
+    """What can be chosen of what the table has times of: one that was measured elsewhere may not have every form.
+
+    Raises:
+        CCOError: Of a layer that must be chosen for it has no time in any form that it may have.
+    """
+    model = made.speed
+    assert model is not None
+    groups = []
+    for number, group in enumerate(made.groups):
+        known = tuple(option for option in group.options if not math.isnan(model.group_seconds(number, option)))
+        if not known:
+            wanted = ", ".join(dict.fromkeys(model.form(option) for option in group.options))
+            raise CCOError(
+                f"budget_settings.layer_times: the table has no time of {list_names(list(group.layers))} in the forms that the recipe leaves to choose: "
+                f"{wanted}. Measure again, by leaving layer_times out."
+            )
+        groups.append(replace(group, options=known))
+    return replace(made, groups=groups)
 
 
 def seconds_of_plan(model: SpeedModel, plan: QuantizationPlan) -> float:

@@ -123,7 +123,7 @@ def sections_now(plan: QuantizationPlan) -> list[str]:
     if not set_ones:
         return []
     return [
-        f"budget_settings: {yaml_value(dict.fromkeys(set_ones))}",
+        f"budget_settings: {yaml_value({name: getattr(empty, name) for name in set_ones})}",
         "global_quantization_settings: {skip_tail_quantization: false}",
         f"deployment_settings: {yaml_value({'int4': packs_weights(plan.settings)})}",
     ]
