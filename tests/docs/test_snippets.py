@@ -22,6 +22,8 @@ SLOW = (
     "index.md",
     "engines/openvino.md",
     "engines/tensorrt.md",
+    "tutorials/text.md",
+    "tutorials/audio.md",
 )  # another export like those of engines/ort.md and getting-started.md
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
@@ -77,7 +79,7 @@ def names_of(page: str) -> dict[str, Any]:
     "page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in PAGES if blocks(page, "python")]
 )
 def test_the_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if page.startswith("engines/") or page == "export.md":
+    if page.startswith(("engines/", "tutorials/")) or page == "export.md":
         pytest.importorskip("onnxruntime")
     needed = {"engines/openvino.md": "openvino", "engines/executorch.md": "executorch", "engines/litert.md": "litert_torch"}
     if page in needed:
