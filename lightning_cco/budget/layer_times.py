@@ -35,6 +35,11 @@ class LayerTimes:
         entering: By layer whose float result is rounded for others: seconds of that conversion.
         leaving: By layer whose INT8 result others read as floats, likewise.
         files: Measured seconds of the whole files that the table was made of, by name.
+
+    Example:
+        >>> times = LayerTimes("a phone's engine 1.2", "a phone", 1, [[1, 3, 32, 32]], {"conv": {"float": 2e-3, "int8": 7e-4}}, {"input_0": 1e-5})
+        >>> times.layers["conv"]["int8"]
+        0.0007
     """
 
     engine: str
@@ -89,6 +94,14 @@ def load_layer_times(path: str | Path) -> LayerTimes:
 
     Raises:
         CCOError: It can't be read, or is no table.
+
+    Example:
+        >>> import tempfile
+        >>> times = LayerTimes("an engine", "a processor", 1, [[1, 4]], {"linear": {"float": 2e-3, "int8": 7e-4}})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     times.save(f"{folder}/layer_times.json")
+        ...     load_layer_times(f"{folder}/layer_times.json") == times
+        True
     """
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
