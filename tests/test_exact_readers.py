@@ -176,3 +176,24 @@ def test_a_gradient_penalty_that_only_training_has() -> None:
     quantized.calibrate([x])
     F.mse_loss(model.train()(x), torch.ones(8, 1)).backward()
     assert quantized.drift == []
+
+
+@pytest.mark.parametrize("name", ["unique", "unique_consecutive", "histc"])
+def test_values_that_are_counted_are_those_of_the_float_model(name: str) -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.first(x))
+            self.levels = h.unique().numel()
+            return self.last(torch.relu(self.second(h * getattr(torch, name)(h).numel())))
+
+    torch.manual_seed(0)
+    model, x = Counted().eval(), torch.randn(200, 4)
+    quantized = quantize(model, {"global_quantization_settings": {"activations_num_bits": 4}}, (x,))
+    quantized.calibrate([x])
+    model(x)
+    assert model.levels > 2**4
+    assert "linear_1" in quantized.plan.quantized

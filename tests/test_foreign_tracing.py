@@ -6,8 +6,10 @@ import contextlib
 import copy
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -42,6 +44,7 @@ TRACERS: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
     "make_fx_pre_dispatch": lambda m, x: make_fx(m, pre_dispatch=True)(x)(x),
     "fx": lambda m, x: torch.fx.symbolic_trace(m)(x),
     "export": lambda m, x: torch.export.export(m, (x,), strict=False).module()(x),
+    "export, decomposed": lambda m, x: torch.export.export(m, (x,), strict=False).run_decompositions({}).module()(x),
     "vmap": lambda m, x: vmap(m)(x),
     "functional_call": lambda m, x: functional_call(m, dict(m.named_parameters()), (x,)),
     "jvp": lambda m, x: jvp(m, (x,), (x,))[0],
@@ -57,6 +60,43 @@ def test_tracers_see_the_quantized_values(name: str, gradients: bool) -> None:
         got = TRACERS[name](model, x)
         assert torch.equal(got.detach(), expected)
         assert torch.equal(model(x).detach(), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_pytorchs_own_onnx_exporters_write_the_quantized_values(dynamo: bool, tmp_path: Path) -> None:
+    model, x, _, expected = prepared()
+    torch.onnx.export(model, (x,), str(tmp_path / "a.onnx"), dynamo=dynamo, **({"verbose": False} if dynamo else {"opset_version": 17}))
+    session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
+    got = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    assert torch.allclose(torch.from_numpy(got), expected, atol=1e-4)
+
+
+class Functional(nn.Module):
+    """Rounds what it computes between its modules, which a graph of `torch.fx` that calls these modules does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.first(x)) + x)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_graph_that_leaves_out_what_is_between_modules_is_refused(inside: bool) -> None:
+    model, x = nn.Sequential(Functional(), nn.Linear(6, 3)) if inside else Functional(), torch.randn(8, 6)
+    before = torch.fx.symbolic_trace(model)
+    quantized = quantize(model.eval(), None, (x,))
+    quantized.calibrate([x])
+    with pytest.raises(CCOError, match=r"torch\.fx.*make_fx"):
+        torch.fx.symbolic_trace(model)(x)
+    graph = before
+    with pytest.raises(CCOError, match=r"graph of torch\.fx.*make_fx"):
+        graph(x)
+    expected = model(x)
+    quantized.remove()
+    assert torch.allclose(graph(x), expected, atol=0.1)
 
 
 def test_a_graph_follows_the_weights_and_has_their_gradients() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import is_grad_enabled, nn
 from torch.compiler import is_compiling
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Proxy
 
 from lightning_cco.compat.autograd import graph_task, saved_hooks_on_top
 from lightning_cco.compat.modules import MODULE_CALL
@@ -27,9 +27,14 @@ from lightning_cco.errors import CCOError
 from lightning_cco.graph.call_node import Arguments, CallNode, ModuleCall
 from lightning_cco.graph.frame_stacks import FrameStacks, Handler
 from lightning_cco.graph.hooks import inert as _inert  # noqa: F401, models pickled by earlier versions name it here
-from lightning_cco.graph.python_calls import module_call
+from lightning_cco.graph.python_calls import called_by_graph, module_call
 
 _getframe = sys._getframe
+
+_TRACE_OTHERWISE = (
+    "Trace the quantized model by torch.fx.experimental.proxy_tensor.make_fx or torch.export instead, make the graph of a copy (copy.deepcopy gives the float "
+    "model), or take quantization off first: remove()."
+)
 
 
 class Frames(FrameStacks):
@@ -141,6 +146,12 @@ class Frames(FrameStacks):
     ) -> dict[str, Any] | None:
         """Push a thread's first frame."""
         stack = self.stack()
+        if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
+            raise CCOError(
+                f"module '{path or 'the root module'}' of a quantized model is traced by torch.fx, which has no values to round. {_TRACE_OTHERWISE}"
+            )
+        if path and own is not None and called_by_graph(own):
+            self._refuse_graph_around(path, module.training)
         records = is_grad_enabled()
         if saved_hooks_on_top(False) is not None or not records:
             self.note_checkpoint(stack, entering=True)
@@ -158,6 +169,20 @@ class Frames(FrameStacks):
         if self.entered is not None:
             self.entered(frame, args, kwargs)
         return replaced
+
+    def _refuse_graph_around(self, path: str, training: bool) -> None:
+        """A graph that somebody's `torch.fx` made of the model calls its modules, but not those around them, where something may be rounded.
+
+        Raises:
+            CCOError: Something is.
+        """
+        for node in self.root.walk():
+            around = not node.path or path.startswith(f"{node.path}.")
+            if around and any(entry.sites for entry in node.tables[training].values()):
+                raise CCOError(
+                    f"module '{path}' is called by a graph of torch.fx that was made of the quantized model: what '{node.path or 'the root module'}' computes "
+                    f"between its modules would run in float there. {_TRACE_OTHERWISE}"
+                )
 
     def _enter_compiled(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The same while a compiler traces, where there are no Python frames to be seen."""

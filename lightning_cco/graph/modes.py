@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,6 +29,19 @@ def recording(model: nn.Module, gradients: bool) -> Iterator[None]:
 
 
 @contextmanager
+def random_apart(model: nn.Module) -> Iterator[None]:
+    """Random numbers inside the block, of PyTorch, Python and NumPy, beginning where they are now; afterwards they are there again."""
+    devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"][:1]
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
+@contextmanager
 def undisturbed(model: nn.Module, gradients: bool) -> Iterator[None]:
     """Put back what a forward leaves behind, training flags, gradients and random state afterwards."""
     with Kept(model), as_now(model, gradients):
@@ -37,8 +52,7 @@ def undisturbed(model: nn.Module, gradients: bool) -> Iterator[None]:
 def as_now(model: nn.Module, gradients: bool) -> Iterator[None]:
     """Put training flags, gradients and random state back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
-    devices = [buffer.device for buffer in model.parameters() if buffer.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices=devices), recording(model, gradients):
+    with random_apart(model), recording(model, gradients):
         try:
             yield
         finally:

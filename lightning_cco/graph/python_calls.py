@@ -6,6 +6,7 @@ import sys
 from opcode import opmap
 from types import FrameType
 
+from lightning_cco.compat.callers import FX_FILE
 from lightning_cco.compat.modules import MODULE_CALL
 
 _PRECALL = opmap.get("PRECALL")
@@ -18,6 +19,14 @@ def module_call(frame: FrameType | None) -> FrameType | None:
     while frame is not None and frame.f_code is not MODULE_CALL:
         frame = frame.f_back
     return frame
+
+
+def called_by_graph(call: FrameType) -> bool:
+    """Whether code of a graph of `torch.fx` makes the call of a module."""
+    frame = call.f_back
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("torch.nn.modules.module"):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename.startswith(FX_FILE)
 
 
 def calling_position(settled: bool = True) -> int:

@@ -17,7 +17,7 @@ UNSEEN = frozenset({"input", "cast", "written", "unseen", "custom_function"})
 """Kinds of what no function mode sees being made at run time."""
 _STEPS = frozenset({
     "round", "floor", "ceil", "trunc", "fix", "frac", "sign", "sgn", "heaviside", "remainder", "fmod", "mod", "rmod", "imod", "floor_divide",
-    "floordiv", "rfloordiv", "ifloordiv", "divmod", "rdivmod",
+    "floordiv", "rfloordiv", "ifloordiv", "divmod", "rdivmod", "unique", "unique_consecutive", "histc", "histogram", "histogramdd",
 })  # fmt: skip
 _INDIFFERENT = frozenset({"isnan", "isinf", "isfinite", "isposinf", "isneginf"})
 

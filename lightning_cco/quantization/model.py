@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import Capture
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.modes import recording, switch_training, uncollected
+from lightning_cco.graph.modes import random_apart, recording, switch_training, uncollected
 from lightning_cco.graph.network import has_parameters
 from lightning_cco.graph.put_back import Kept
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
@@ -288,8 +288,7 @@ class HookedModel:
 
     def forked_random(self) -> AbstractContextManager[None]:
         """Random numbers inside the block, beginning where they are now; afterwards they are there again."""
-        device = self.device
-        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+        return random_apart(self.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Plan and ranges as plain dicts, strings, numbers and tensors."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from lightning_cco.compat.autograd import graph_task
 from lightning_cco.graph.call_node import ModuleCall
@@ -156,7 +156,8 @@ class Runtime:
         self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         # Activation checkpointing runs a part of the forward again inside the backward; the ranges have moved for this batch already.
-        track = frame.records and self.following and (is_compiling() or graph_task() == -1)
+        # An exported program would hold the ranges as constants that it writes to, which neither its decomposition nor an ONNX exporter takes.
+        track = frame.records and self.following and (not is_exporting() if is_compiling() else graph_task() == -1)
         if site.renormalizes:
             args, kwargs = renormalized(args, kwargs)
         if site.weights or site.reads:
