@@ -100,7 +100,7 @@ def load_layer_times(path: str | Path) -> LayerTimes:
         >>> times = LayerTimes("an engine", "a processor", 1, [[1, 4]], {"linear": {"float": 2e-3, "int8": 7e-4}})
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     times.save(f"{folder}/layer_times.json")
-        ...     load_layer_times(f"{folder}/layer_times.json") == times
+        ...     load_layer_times(f"{folder}/layer_times.json").to_plain() == times.to_plain()
         True
     """
     try:
