@@ -37,8 +37,8 @@ class LayerTimes:
         files: Measured seconds of the whole files that the table was made of, by name.
 
     Example:
-        >>> times = LayerTimes("a phone's engine 1.2", "a phone", 1, [[1, 3, 32, 32]], {"conv": {"float": 2e-3, "int8": 7e-4}}, {"input_0": 1e-5})
-        >>> times.layers["conv"]["int8"]
+        >>> times = LayerTimes("a phone's engine 1.2", "a phone", 1, [[1, 3, 32, 32]], {"conv": {"float": 2e-3, "INT8": 7e-4}}, {"input_0": 1e-5})
+        >>> times.layers["conv"]["INT8"]
         0.0007
     """
 
@@ -97,7 +97,7 @@ def load_layer_times(path: str | Path) -> LayerTimes:
 
     Example:
         >>> import tempfile
-        >>> times = LayerTimes("an engine", "a processor", 1, [[1, 4]], {"linear": {"float": 2e-3, "int8": 7e-4}})
+        >>> times = LayerTimes("an engine", "a processor", 1, [[1, 4]], {"linear": {"float": 2e-3, "INT8": 7e-4}})
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     times.save(f"{folder}/layer_times.json")
         ...     load_layer_times(f"{folder}/layer_times.json").to_plain() == times.to_plain()
