@@ -8,7 +8,7 @@ LOWEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= python3.13
 DOCS := .venv-docs
 
-.PHONY: demo test test-all test-engines test-floors test-sanitize coverage compatibility benchmark benchmark-accuracy benchmark-peers docs lint clean
+.PHONY: demo test test-all test-gpu test-engines test-floors test-sanitize coverage compatibility benchmark benchmark-accuracy benchmark-gpu benchmark-peers docs lint clean
 
 demo: $(STAMP)
 	$(RUN) recipes/digits_cnn.py
@@ -18,6 +18,11 @@ test: lint
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+# What needs an NVIDIA GPU: Triton's kernels compiled, captured graphs, huge tensors, and DDP by NCCL. PyTorch must be its build for CUDA.
+test-gpu: $(STAMP)
+	$(RUN) -c "import torch; assert torch.cuda.is_available(), 'PyTorch sees no GPU'"
+	$(RUN) -m pytest -q tests/test_devices.py tests/test_triton_kernels.py tests/test_triton_compiled.py tests/test_no_host_sync.py
 
 # The kernels under AddressSanitizer: a read or a write past the end of a tensor ends the run.
 SANITIZED := tests/test_native.py tests/test_native_memory.py tests/test_weight_recompute.py tests/test_operations.py tests/test_fake_quantize.py tests/test_weight_estimator.py
@@ -69,6 +74,10 @@ benchmark: $(STAMP)
 DATA := /usr/share/datasets/fashion-mnist
 benchmark-accuracy: $(STAMP)
 	$(RUN) benchmarks/fashion.py --write --resume --data $(DATA)
+
+# The step on an NVIDIA GPU; 8 minutes.
+benchmark-gpu: $(STAMP)
+	$(RUN) benchmarks/gpu.py --write
 
 # The other tools need an environment of their own; a quarter of an hour. What was measured before a break is kept.
 benchmark-peers:

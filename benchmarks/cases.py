@@ -47,9 +47,9 @@ def images(size: int, batch: int) -> Callable[[], Batch]:
     return lambda: (torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,)))
 
 
-def text(batch: int, length: int) -> Callable[[], Batch]:
+def text(batch: int, length: int, vocabulary: int = 128) -> Callable[[], Batch]:
     def draw() -> Batch:
-        tokens = torch.randint(0, 128, (batch, length + 1))
+        tokens = torch.randint(0, vocabulary, (batch, length + 1))
         return tokens[:, :-1], tokens[:, 1:]
 
     return draw
@@ -114,6 +114,16 @@ IMAGENET = (
     Case("ResNet-50 64×3×224×224", ResNet50, images(224, 64)),
     Case("ViT-B 64×3×224×224", vit_b, images(224, 64)),
 )
+
+
+def language_model(vocabulary: int = 50257, width: int = 768, depth: int = 12, length: int = 1024, heads: int = 12) -> nn.Module:
+    """A decoder of GPT-2's sizes, 124 million parameters: the head is tied to the embedding."""
+    model = Decoder(vocabulary, width, depth, length, heads)
+    model.head.weight = model.embedding.weight
+    return model
+
+
+LANGUAGE = Case("decoder of 124 million 8×1024", language_model, text(8, 1024, 50257))
 
 
 def chosen(parts: list[str]) -> list[Case]:

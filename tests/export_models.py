@@ -149,10 +149,10 @@ class ViT(nn.Module):
 class Decoder(nn.Module):
     """A decoder-only language model."""
 
-    def __init__(self, vocabulary: int = 50, width: int = 32, depth: int = 2, length: int = 16) -> None:
+    def __init__(self, vocabulary: int = 50, width: int = 32, depth: int = 2, length: int = 16, heads: int = 2) -> None:
         super().__init__()
         self.embedding, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(TransformerBlock(width, 2, causal=True) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads, causal=True) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
