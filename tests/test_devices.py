@@ -175,7 +175,12 @@ def test_ddp_on_one_device(tmp_path: Path) -> None:
     for strategy in ("auto", DDPStrategy(process_group_backend="nccl" if DEVICE == "cuda" else "gloo")):
         torch.manual_seed(0)
         module, losses = Classifier(), Losses()
-        options = {"strategy": strategy, "accelerator": "gpu" if DEVICE == "cuda" else "cpu", "max_epochs": 2, "use_distributed_sampler": False}
+        options = {
+            "strategy": strategy,
+            "accelerator": "gpu" if DEVICE == "cuda" else "cpu",
+            "max_epochs": 2,
+            "use_distributed_sampler": False,
+        }
         try:
             make_trainer(tmp_path, quick(), losses, **options).fit(module, batches())
         finally:
