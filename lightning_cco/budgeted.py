@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_cco.batches import ForwardFn, forward_through_step, model_context, on_a_copy, training_batches
@@ -17,7 +17,8 @@ from lightning_cco.budget.layer_times import LayerTimes, load_layer_times
 from lightning_cco.budget.plan import BudgetPlan, budget_rules, goal_of
 from lightning_cco.budget.search import BudgetSearch
 from lightning_cco.budget.solver import need_scipy
-from lightning_cco.errors import CCOError
+from lightning_cco.errors import CCOError, CCOWarning
+from lightning_cco.export.engines import ENGINES, PROGRAMS
 from lightning_cco.held_batches import calls_of
 from lightning_cco.layer_timing import FileTimer, check_timing, engine_name
 from lightning_cco.loss_sensitivity import LossSensitivityReport
@@ -41,6 +42,13 @@ def check_budget(settings: Settings, trainer: pl.Trainer) -> None:
     if goal_of(budget) is None:
         return
     need_scipy()
+    target = settings.deployment_settings.target_framework
+    if target in PROGRAMS and (budget.size is not None or (budget.accuracy_drop is not None and budget.accuracy_drop_by == "size")):
+        rank_zero_warn(
+            f"budget_settings: sizes are those of ONNX files, in float and compressed; those of {ENGINES[target].ending} files for {ENGINES[target].title} "
+            "differ by what the engine stores beside the weights. Look at the size in the export's report; for a limit in bytes set a smaller size.",
+            category=CCOWarning,
+        )
     if needs_times(budget) or budget.layer_times is not None:
         check_timing(settings)
     if budget.accuracy_drop is not None and (trainer.fast_dev_run or trainer.barebones):  # type: ignore[attr-defined]

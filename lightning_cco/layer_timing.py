@@ -143,7 +143,11 @@ def measure_layer_times(
         CCOError: The model was never calibrated, or it can't be exported.
 
     Example:
-        >>> table = measure_layer_times(quantized, (images,))  # doctest: +SKIP
+        >>> import torch
+        >>> from lightning_cco import measure_layer_times, quantize
+        >>> quantized = quantize(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)), "w8a8", torch.zeros(2, 4))
+        >>> batches_seen = quantized.calibrate([torch.randn(2, 4)])
+        >>> table = measure_layer_times(quantized, torch.randn(2, 4))  # doctest: +SKIP
         >>> table.save("layer_times.json")  # doctest: +SKIP
     """
     if not quantized.calibrated:

@@ -120,7 +120,7 @@ def test_counts_what_the_planner_does(model: type[nn.Module], seed: int) -> None
         planned = load_settings(search.settings)
         planned.layer_settings = rules_of(made, Choice(options, {}), tail, bits)
         planned.global_quantization_settings.skip_tail_quantization = False
-        search._replan(planned)
+        search.replan(planned)
         assert seconds_of_plan(made.speed, search.quantized.plan) == pytest.approx(made.speed.seconds(options), rel=1e-9)
 
 

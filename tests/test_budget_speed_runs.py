@@ -129,3 +129,10 @@ def test_a_table_of_another_engine_is_a_warning(tmp_path: Path) -> None:
     with pytest.warns(CCOWarning, match=f"measured elsewhere .*engine: a made-up engine, here {engine_name()}"):
         make_trainer(tmp_path, callback, limit_train_batches=1).fit(Classifier(), loader, loader)
     torch.manual_seed(0)
+
+
+def test_a_size_for_an_engine_with_files_of_its_own_says_what_it_is_of(tmp_path: Path) -> None:
+    recipe: dict[str, Any] = {"deployment_settings": {"target_framework": "executorch"}, "budget_settings": {"size": 0.5}}
+    trainer = make_trainer(tmp_path, quick(**recipe))
+    with pytest.warns(CCOWarning, match=r"sizes are those of ONNX files, .* those of \.pte files for ExecuTorch differ"):
+        quick(**recipe).setup(trainer, Classifier(), "fit")

@@ -211,7 +211,10 @@ def _out_of_reach(made: Choices, goal: str, limit: float, overhead: float, also:
     packed = any(option.form != FLOAT and option.weights <= 4 for group in made.groups for option in group.options)
     more = "" if packed or goal != "size" else " With deployment_settings.int4: true weights of at most 4 bits take half a byte."
     if goal == "size":
-        more += f" {fixed:,.0f} of the {taken_of(least, measure) + fixed:,.0f} bytes are no weights: what small networks save is little beside them."
+        more += (
+            f" {fixed:,.0f} of the {taken_of(least, measure) + fixed:,.0f} bytes are no weights (but operators, names, the recipe in the file, biases): what "
+            "small networks save is little beside them."
+        )
     return (
         f"budget_settings.{goal}: {limit:g} can't be reached: the least is {smallest:.4g}, with the layers that the recipe's rules leave to choose. "
         f"Write at least {_rounded_up(smallest)}, or take rules back.{more}{_kept(made)}"

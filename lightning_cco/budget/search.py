@@ -147,7 +147,7 @@ class BudgetSearch:
 
     def _choices(self, batch: Any) -> tuple[Choices, QuantizationPlan, LossSensitivityReport]:
         """What can be chosen, the plan with everything quantized that can be, as the model is planned then, and the loss sensitivities."""
-        self._replan(self._everything())
+        self.replan(self._everything())
         report = LossSensitivityReport.from_dict(self.agree(self.measure_loss().to_dict()))
         facts = weight_facts(self.quantized, batch, self.forward)
         general = self.settings.global_quantization_settings
@@ -212,7 +212,7 @@ class BudgetSearch:
                 f"Write {least} or more."
             )
         if best[0] is not plan:
-            self._replan(best[0].settings(self.settings))
+            self.replan(best[0].settings(self.settings))
         return self._placed(best[0], made, *best[1:])
 
     def _choose(self, made: Choices, overhead: float, slower: float) -> Choice:
@@ -239,28 +239,20 @@ class BudgetSearch:
     def _measured(self, made: Choices, base: QuantizationPlan) -> LayerTimes:
         """The table of layer times: the model exported in float, in integers, mixed in both ways, and in 4 bits where these are stored so."""
         assert self.timer is not None
-        tail, bits = budget_rules(base.settings), {spec.layer: spec.num_bits for spec in base.tensors.values()}
         plans = {"float": self.quantized.plan}
-        in_float = load_settings(self.settings)
-        in_float.layer_settings = [LayerRule(skip_quantization=True, match="*", by="budget")]
-        in_float.global_quantization_settings.skip_tail_quantization = False
-        wanted: dict[str, Settings] = {"float": in_float}
+        wanted = {"float": self.plain(made, base, None)}
         for name, options in _probes(made, packs_weights(self.settings)).items():
-            planned = load_settings(self.settings)
-            planned.layer_settings = [rule for rule in planned.layer_settings if rule.by != "budget"]
-            planned.layer_settings += rules_of(made, Choice(options, {}), tail, bits)
-            planned.global_quantization_settings.skip_tail_quantization = False
-            wanted[name] = planned
+            wanted[name] = self.plain(made, base, Choice(options, {}))
         problem, raw = "", None
         for name, planned in wanted.items():
-            self._replan(planned)
+            self.replan(planned)
             plans[name] = self.quantized.plan
             if not problem:
                 try:
                     self.timer.export(name)
                 except CCOError as error:
                     problem = str(error)
-        self._replan(base.settings)
+        self.replan(base.settings)
         if not problem:
             try:
                 taken = self.timer.times()
@@ -276,6 +268,18 @@ class BudgetSearch:
         if problem:
             raise CCOError(f"budget_settings.speed: the files whose times were to be measured could not be written or run: {problem}")
         return from_plain(plain)
+
+    def plain(self, made: Choices, base: QuantizationPlan, choice: Choice | None) -> Settings:
+        """The recipe of a choice; without one, that of the model in float."""
+        planned = load_settings(self.settings)
+        planned.global_quantization_settings.skip_tail_quantization = False
+        if choice is None:
+            planned.layer_settings = [LayerRule(skip_quantization=True, match="*", by="budget")]
+            return planned
+        bits = {spec.layer: spec.num_bits for spec in base.tensors.values()}
+        planned.layer_settings = [rule for rule in planned.layer_settings if rule.by != "budget"]
+        planned.layer_settings += rules_of(made, choice, budget_rules(base.settings), bits)
+        return planned
 
     def _float_file(self) -> int | None:
         """Bytes of the file with nothing quantized."""
@@ -299,7 +303,8 @@ class BudgetSearch:
         whole.global_quantization_settings.skip_tail_quantization = False
         return whole
 
-    def _replan(self, settings: Settings) -> None:
+    def replan(self, settings: Settings) -> None:
+        """Plan the model by a recipe, and calibrate what is new."""
         new = self.quantized.replan(settings, self.quantized.plan.suggestions)
         if new:
             self.calibrate(new)
@@ -321,7 +326,7 @@ class BudgetSearch:
             float_bytes=made.float_bytes,
         )
         plan.rules = self.agree(plan.rules)
-        self._replan(plan.settings(self.settings))
+        self.replan(plan.settings(self.settings))
         measure, fixed, _ = measures(made, overhead)["size"]
         plan.size_bytes = taken_of(choice, measure) + fixed
         plan.by, plan.speed_limit, plan.times, plan.model = self.by, self.speed, self.times, made.speed

@@ -244,3 +244,16 @@ def take_modules(graph: Any) -> dict[str, str]:
         modules[node.name] = module.removeprefix(PREFIX).removeprefix(".")
         node.metadata_props.clear()
     return modules
+
+
+def drop_traces(graph: Any) -> None:
+    """Take out what the exporter notes of its trace, and types of constants that these have themselves: a third of a small network's file."""
+    graph.metadata_props.clear()
+    for node in graph:
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in graph.initializers.values():
+        value.metadata_props.clear()
+        value.type = value.shape = None
+    for value in (*graph.inputs, *graph.outputs):
+        value.metadata_props.clear()

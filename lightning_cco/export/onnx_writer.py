@@ -111,6 +111,7 @@ def write_onnx(
         onnx_passes.name_inputs(graph, inputs)
         onnx_passes.name_outputs(graph, outputs)
         fixed = name_axes(graph, axes)
+        onnx_passes.drop_traces(graph)
     except Exception as error:
         raise CCOError(failed("rewriting the exporter's graph", error)) from error
     program.model.metadata_props.update(
