@@ -93,6 +93,15 @@ def test_weights(shape: tuple[int, ...], axis: int, dtype: torch.dtype, special:
     assert_same(lambda t: fake_quantize_weight(t, 8, axis), weight, torch.randn(shape).to(dtype))
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("mse", [False, True])
+def test_weights_in_any_order_of_memory(axis: int, mse: bool) -> None:
+    """Channels last, and the transpose of a matrix: rounded where they are, as dense tensors."""
+    for weight in (torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last), torch.randn(7, 5).t(), torch.randn(6, 1, 3, 3)):
+        assert_same(lambda t: fake_quantize_weight(t, 3, axis, mse=mse), weight, torch.randn(weight.shape))
+        assert fake_quantize_weight(weight, 3, axis).stride() == weight.stride()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_energies(dtype: torch.dtype) -> None:
     kernels = native.load()

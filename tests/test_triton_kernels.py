@@ -20,6 +20,7 @@ from lightning_cco.quantization import native, triton_calls
 from lightning_cco.quantization.fake_quantize import fake_quantize
 from lightning_cco.quantization.qparams import affine_qparams, quant_range, weight_scale
 from lightning_cco.quantization.weight_fake_quantize import fake_quantize_weight
+from lightning_cco.quantization.weight_recompute import RecomputedWeight
 
 pytestmark = needs_triton
 INF, NAN = math.inf, math.nan
@@ -177,6 +178,19 @@ def test_weights_are_torchs_own_operation(num_bits: int) -> None:
     torch.testing.assert_close(got[0].cpu(), expected[0])
     assert torch.equal(got[1].cpu(), expected[1])
     assert got[0].stride() == weight.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_is_made_again_in_the_backward(dtype: torch.dtype) -> None:
+    weight = torch.randn(6, 30, 3, 3).to(dtype).to(memory_format=torch.channels_last)
+    made = []
+    for kernels, where in ((triton_kernels(), DEVICE), (native.load(), "cpu")):
+        recomputed = RecomputedWeight(weight.to(where), 0, kernels)
+        rounded = fake_quantize_weight(weight.to(where), 8, 0, recomputed)
+        made.append(recomputed.make())
+        assert equal_bits(made[-1], rounded)
+        assert rounded.stride() == weight.stride()
+    assert equal_bits(*made)
 
 
 def test_a_gradient_of_nobody_else_is_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:

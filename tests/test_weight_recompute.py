@@ -52,6 +52,16 @@ def test_what_is_made_is_what_was_remade(num_bits: int, shape: tuple[int, ...], 
     assert torch.equal(again, rounded)
 
 
+def test_weights_in_channels_last_are_made_again_where_they_were() -> None:
+    weight = torch.randn(20, 30, 5, 7).to(memory_format=torch.channels_last)
+    recomputed = RecomputedWeight(weight, 0, kernels_for(weight))
+    rounded = fake_quantize_weight(weight, 4, 0, recomputed, mse=True)
+    again = recomputed.make()
+    assert rounded.stride() == again.stride() == weight.stride()
+    assert torch.equal(again, rounded)
+    assert torch.equal(again, fake_quantize_weight(weight.contiguous(), 4, 0, mse=True))
+
+
 def test_gradients_are_the_same_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     x, model = torch.randn(2, 4, 16, 16), Layers()
