@@ -70,20 +70,25 @@ benchmark: $(STAMP)
 	$(RUN) benchmarks/ptq.py --write
 	$(RUN) benchmarks/profile_step.py --write
 
-# Accuracy at few bits; hours. Data: apt-get install dataset-fashion-mnist, or: make benchmark-accuracy DATA=FOLDER
+# Accuracy at few bits, and that of the other tools, in their own environment; hours, and what was measured before a break is kept. Data: apt-get install dataset-fashion-mnist, or: make benchmark-accuracy DATA=FOLDER
 DATA := /usr/share/datasets/fashion-mnist
-benchmark-accuracy: $(STAMP)
-	$(RUN) benchmarks/fashion.py --write --resume --data $(DATA)
+benchmark-accuracy: $(STAMP) $(PEERS)/.installed
+	$(RUN) benchmarks/fashion.py --resume --data $(DATA)
+	$(PEERS)/bin/python -W ignore benchmarks/fashion_peers.py --resume --data $(DATA)
+	$(RUN) benchmarks/fashion.py --table --write --data $(DATA)
 
 # The step on an NVIDIA GPU; 8 minutes.
 benchmark-gpu: $(STAMP)
 	$(RUN) benchmarks/gpu.py --write
 
 # The other tools need an environment of their own; a quarter of an hour. What was measured before a break is kept.
-benchmark-peers:
+benchmark-peers: $(PEERS)/.installed
+	$(PEERS)/bin/python benchmarks/peers.py --write --resume
+
+$(PEERS)/.installed: benchmarks/requirements-peers.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements-peers.txt
-	$(PEERS)/bin/python benchmarks/peers.py --write --resume
+	touch $@
 
 # The documentation in site/; a broken link ends it. It reads the package without importing it.
 docs: $(DOCS)/.installed

@@ -1,4 +1,4 @@
-"""The accuracy at few bits: two small networks on Fashion-MNIST, trained on for one epoch from one float network.
+"""The accuracy at few bits: three small networks on Fashion-MNIST, trained on for one epoch from one float network.
 
 The first convolution and the input have 8 bits, the last layer stays in float; everything else has the bits of its column. Every training is one epoch of
 SGD (momentum 0.9, learning rate 0.01 down to 0 by a cosine) over 20,000 images from the same float network, and its test one of 10,000 images. A seed
@@ -13,13 +13,15 @@ import argparse
 import copy
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fashion_data import DEBIAN, NETWORKS, Images, load_images
+from fashion_tools import TOOLS
+from fashion_training import BATCH, BITS, Loss, accuracy, calibration_batches, train
+from fashion_training import float_network as trained_or_kept
 from report import Table, parser, publish
 from torch import Tensor, nn
 
@@ -27,10 +29,8 @@ from lightning_cco import QuantizedModel, quantize
 from lightning_cco.distillation.terms import class_divergence
 
 OUTPUTS = Path("outputs/fashion")
-BATCH, CALIBRATION_BATCHES, FLOAT_EPOCHS = 64, 20, 4
 TEMPERATURE, WEIGHT = 2.0, 0.7
 SCALE_RATE = 0.001  # learning rate of learned scales
-BITS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4), "w3a3": (3, 3), "w2a2": (2, 2)}
 FLOAT, REESTIMATED = "float, continued", "ranges estimated again every 50 steps"
 LEARNED = "learned scales (LSQ+)"
 DISTILLED = "defaults and distillation (temperature 2, weight 0.7)"
@@ -52,77 +52,13 @@ TRAININGS: dict[str, dict[str, str]] = {
 }
 """The settings of each row beside the bits."""
 
-Results = dict[str, float]
-
-
-def batches(data: Images) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch, in an order drawn from the global random state."""
-    order = torch.randperm(len(data.train))
-    for chosen in order[: len(order) // BATCH * BATCH].view(-1, BATCH):
-        yield data.train[chosen], data.train_classes[chosen]
-
-
-def train(
-    model: nn.Module,
-    data: Images,
-    epochs: int,
-    rate: float,
-    start: float,
-    each_step: Callable[[int], None] = lambda step: None,
-    teacher: nn.Module | None = None,
-    quantized: QuantizedModel | None = None,
-) -> None:
-    """SGD with a cosine, after a rise from ``start * rate`` over a quarter of the steps unless ``start`` is 1.
-
-    With a teacher, the loss is the one that `lightning_cco.distillation` makes of it.
-    """
-    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=start < 1, weight_decay=5e-4 if start < 1 else 0.0)
-    steps = len(data.train) // BATCH * epochs
-    schedule: Any = (
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        if start == 1
-        else torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, div_factor=1 / start)
-    )
-    model.train()
-    step = 0
-    for _ in range(epochs):
-        for images, classes in batches(data):
-            each_step(step)
-            optimizer.zero_grad()
-            scores = model(images)
-            loss = F.cross_entropy(scores, classes)
-            if teacher is not None:
-                with torch.no_grad():
-                    taught = teacher(images)
-                loss = (1 - WEIGHT) * loss + WEIGHT * class_divergence(scores, taught, 1, TEMPERATURE)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if quantized is not None:
-                quantized.scales.rate = SCALE_RATE * optimizer.param_groups[0]["lr"] / rate
-            step += 1
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: Images) -> float:
-    """Per cent of the test's images."""
-    model.eval()
-    found = torch.cat([model(images).argmax(1) for images in data.test.split(500)])
-    return 100 * float((found == data.test_classes).float().mean())
+Results = dict[str, float | str]
+"""Accuracy by network, training, bits and seed; or, of other tools, why there is none."""
 
 
 def float_network(name: str, data: Images, keep: bool) -> nn.Module:
     """The one float network of a kind, trained, or as an earlier run left it."""
-    torch.manual_seed(0)
-    model = NETWORKS[name][1]().to(memory_format=torch.channels_last)
-    path = OUTPUTS / f"{name}.pt"
-    if keep and path.is_file():
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model
-    train(model, data, FLOAT_EPOCHS, 0.1, 0.04)
-    OUTPUTS.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path)
-    return model
+    return trained_or_kept(NETWORKS[name][1], OUTPUTS / f"{name}.pt", data, keep)
 
 
 def quantized_network(model: nn.Module, data: Images, bits: str, settings: dict[str, str], seed: int) -> QuantizedModel:
@@ -135,8 +71,7 @@ def quantized_network(model: nn.Module, data: Images, bits: str, settings: dict[
         "layer_settings": [{"match": "conv", "weights_num_bits": 8}, {"match": "input_0", "activations_num_bits": 8}],
     }
     quantized = quantize(model, recipe, (data.train[:BATCH],))
-    torch.manual_seed(1000 + seed)
-    quantized.calibrate([images] for _, (images, _) in zip(range(CALIBRATION_BATCHES), batches(data), strict=False))
+    quantized.calibrate([images] for images in calibration_batches(data, seed))
     return quantized
 
 
@@ -144,16 +79,32 @@ def one(start: nn.Module, data: Images, training: str, bits: str, seed: int) -> 
     """Accuracy after one training."""
     model = copy.deepcopy(start)
     each_step: Callable[[int], None] = lambda step: None  # noqa: E731
-    quantized = None
+    after_step: Callable[[float], None] = lambda share: None  # noqa: E731
     if training != FLOAT:
         quantized = quantized_network(model, data, bits, TRAININGS[training], seed)
         if training == REESTIMATED:
-            held = [[images] for _, (images, _) in zip(range(CALIBRATION_BATCHES), batches(data), strict=False)]
+            held = [[images] for images in calibration_batches(data, seed)]
             each_step = lambda step: None if step == 0 or step % 50 else (quantized.calibrate(held), None)[1]  # noqa: E731
+        after_step = lambda share: setattr(quantized.scales, "rate", SCALE_RATE * share)  # noqa: E731
     torch.manual_seed(seed)
-    teacher = copy.deepcopy(start).eval() if training == DISTILLED else None
-    train(model, data, 1, 0.01, 1, each_step, teacher, quantized)
-    return accuracy(model, data)
+    loss_of = _distilled(copy.deepcopy(start).eval()) if training == DISTILLED else _plain
+    train(model.train(), data, 1, 0.01, 1, each_step, after_step, loss_of)
+    return accuracy(model.eval(), data)
+
+
+def _plain(scores: Tensor, classes: Tensor, images: Tensor) -> Tensor:
+    return F.cross_entropy(scores, classes)
+
+
+def _distilled(teacher: nn.Module) -> Loss:
+    """The loss that `lightning_cco.distillation` makes with a teacher."""
+
+    def loss(scores: Tensor, classes: Tensor, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            taught = teacher(images)
+        return (1 - WEIGHT) * F.cross_entropy(scores, classes) + WEIGHT * class_divergence(scores, taught, 1, TEMPERATURE)
+
+    return loss
 
 
 def measure(options: argparse.Namespace, data: Images) -> Results:
@@ -165,7 +116,7 @@ def measure(options: argparse.Namespace, data: Images) -> Results:
         return results
     for name in options.models:
         start = float_network(name, data, options.resume)
-        results[f"{name}|float"] = accuracy(start, data)
+        results[f"{name}|float"] = accuracy(start.eval(), data)
         for seed in range(options.seeds):
             for bits in options.bits:
                 for training in options.trainings:
@@ -181,11 +132,15 @@ def rows_of(results: Results, options: argparse.Namespace) -> list[list[str]]:
     rows = []
     for name in options.models:
         shown = f"{NETWORKS[name][0]} (float {results[f'{name}|float']:.2f})"
-        for training in options.trainings:
+        for training in [*options.trainings, *options.tools]:
             cells = []
             for bits in options.bits:
                 prefix = "|".join([name, training, "" if training == FLOAT else bits, ""])
-                values = [value for key, value in results.items() if key.startswith(prefix)]
+                found = [value for key, value in results.items() if key.startswith(prefix)]
+                values = [value for value in found if not isinstance(value, str)]
+                if found and not values:
+                    cells.append(str(found[0]))
+                    continue
                 spread = f" ± {statistics.stdev(values):.2f} ({len(values)})" if len(values) > 1 else f" ({len(values)})"
                 cells.append(f"{statistics.fmean(values):.2f}{spread}" if values else "")
             rows.append([shown, training, *cells])
@@ -199,6 +154,9 @@ def main() -> None:
     arguments.add_argument("--bits", nargs="+", choices=list(BITS), default=list(BITS))
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--trainings", nargs="+", type=int, help="rows to measure, by number from 0 on; default: all")
+    arguments.add_argument(
+        "--tools", nargs="*", choices=list(TOOLS), default=list(TOOLS), help="rows that benchmarks/fashion_peers.py measured"
+    )
     arguments.add_argument("--resume", action="store_true", help="keep what an earlier run measured, and its float networks")
     arguments.add_argument("--table", action="store_true", help="measure nothing, show what earlier runs did")
     arguments.set_defaults(threads=1)
@@ -211,7 +169,8 @@ def main() -> None:
     notes = [
         "Accuracy in per cent of the 10,000 test images after one more epoch: mean ± standard deviation over seeds, in brackets how many. "
         "`auto` ranges are frozen from 4 bits down; the first convolution and the input have 8 bits, the last layer is in float. A cell without "
-        "a figure was not measured. Rows that compare other estimators than learned ones are with `residual_stream: quantized`."
+        "a figure was not measured. Rows that compare other estimators than learned ones are with `residual_stream: quantized`. Other tools train for the "
+        "same epoch from the same float network (`benchmarks/fashion_tools.py` says how each is set up)."
     ]
     publish(Table("fashion", "How accurate is a network at few bits?", header, rows, notes), options)
 

@@ -13,7 +13,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import fashion
+import fashion_peers
 from fashion_data import NETWORKS, load_images
+from fashion_tools import Refused, Tool, readers_of_positive
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def test_missing_data_say_where_to_get_them(tmp_path: Path) -> None:
 
 def test_the_networks_are_of_the_size_that_they_say() -> None:
     sizes = {name: sum(parameter.numel() for parameter in make().parameters()) for name, (_, make) in NETWORKS.items()}
-    assert sizes == {"resnet": 77_754, "mobilenet": 36_122}
+    assert sizes == {"resnet": 77_754, "mobilenet": 36_122, "vit": 88_570}
 
 
 def test_from_files_to_a_table(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,3 +72,55 @@ def test_first_convolution_and_input_have_8_bits_and_the_last_layer_none(folder:
     assert [name for name, ones in quantized.weights.items() if ones[0].num_bits == 8] == ["conv"]
     assert "linear" not in quantized.plan.quantized
     quantized.remove()
+
+
+def _small() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 4, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+
+def test_other_tools_are_rows_of_the_same_results(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def trained(model: nn.Module, batches: list[torch.Tensor], weights: int, activations: int) -> nn.Module:
+        calls.append((weights, activations))
+        return model.train()
+
+    def refusing(model: nn.Module, batches: list[torch.Tensor], weights: int, activations: int) -> nn.Module:
+        raise Refused("8 bits only")
+
+    def absent(model: nn.Module, batches: list[torch.Tensor], weights: int, activations: int) -> nn.Module:
+        import a_tool_that_nobody_has  # type: ignore[import-not-found]
+
+        return a_tool_that_nobody_has  # type: ignore[no-any-return]
+
+    tools = {name: Tool(name, name, prepare, "") for name, prepare in (("A", trained), ("B", refusing), ("C", absent))}
+    for module in (fashion, fashion_peers):
+        monkeypatch.setattr(module, "NETWORKS", {"resnet": ("Small", _small)})
+        monkeypatch.setattr(module, "OUTPUTS", folder / "outputs")
+        monkeypatch.setattr(module, "TOOLS", tools)
+    command = ["--data", str(folder), "--models", "resnet", "--bits", "w4a4"]
+    monkeypatch.setattr(sys, "argv", ["fashion.py", *command, "--seeds", "1", "--trainings", "0"])
+    fashion.main()
+    before = json.loads((folder / "outputs" / "results.json").read_text())
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["fashion_peers.py", *command, "--seeds", "2", "--resume"])
+        fashion_peers.main()
+    assert calls == [(4, 4)] * 2  # once for each seed
+    kept = json.loads((folder / "outputs" / "results.json").read_text())
+    assert before.items() <= kept.items()
+    assert kept["resnet|B|w4a4|0"] == "refuses: 8 bits only"
+    assert kept["resnet|C|w4a4|1"] == "not installed (a_tool_that_nobody_has)"
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["fashion.py", *command, "--table"])
+    fashion.main()
+    rows = [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("| Small (float")]
+    assert [row[0] for row in rows] == [fashion.FLOAT, "A", "B", "C"]
+    assert rows[2][1] == "refuses: 8 bits only |"
+
+
+def test_layers_that_read_nothing_below_zero(folder: Path) -> None:
+    torch.manual_seed(0)
+    images = list(load_images(folder).train.split(32))
+    assert readers_of_positive(_small(), images) == {"2"}
