@@ -70,7 +70,10 @@ def main() -> None:
     arguments.add_argument("--threads", type=int, default=1)
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
-    measure(options, load_images(options.data))
+    data = load_images(options.data)
+    if options.steps is not None:
+        data = Images(data.train, data.train_classes, data.test[:500], data.test_classes[:500])
+    measure(options, data)
 
 
 if __name__ == "__main__":
