@@ -13,7 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from lightning_cco.sections import BOUNDS, CHOICES, LayerRule
+from lightning_cco._values import BOUNDS, CHOICES
+from lightning_cco.sections import LayerRule
 from lightning_cco.settings import Settings
 
 PAGE = Path(__file__).with_name("settings.md")

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from lightning_cco._combinations import problem_with_rule, problem_with_stage, problem_with_stages
+from lightning_cco._values import problem_with
 from lightning_cco.errors import CCOError
 from lightning_cco.names import Interpolated, nearest, printable, shown
 from lightning_cco.sections import (
@@ -18,10 +20,6 @@ from lightning_cco.sections import (
     LayerRule,
     MonitoringSettings,
     TrainingSettings,
-    problem_with,
-    problem_with_rule,
-    problem_with_stage,
-    problem_with_stages,
 )
 
 _SECTIONS: Mapping[str, type] = {

@@ -5,137 +5,15 @@ Values of other types are for `lightning_cco.settings.load_settings` to convert 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any
 
+from lightning_cco._combinations import problem_with_budget, problem_with_rule, problem_with_stage
+from lightning_cco._values import SENSITIVITY_MODES, Checked, target_of
 from lightning_cco.errors import CCOError
-from lightning_cco.names import nearest, printable, shown
-
-RANGE_ESTIMATORS = ("auto", "moving_average", "min_max", "percentile", "mse", "learned")
-WEIGHT_ESTIMATORS = ("auto", "minmax", "mse", "learned")
-RESIDUAL_STREAMS = ("auto", "quantized", "int8", "float")
-TARGET_FRAMEWORKS = ("ort", "openvino", "tensorrt", "executorch", "litert")
-SENSITIVITY_MODES = ("local", "accumulated")
-DISTILLED = ("outputs", "layers")
-COMPARISONS = ("auto", "kl", "mse")
-_ALIASES = {"ov": "openvino", "trt": "tensorrt", "onnxruntime": "ort", "et": "executorch", "xnnpack": "executorch", "tflite": "litert"}
-_LONGEST_MATCH, _MOST_STARS = 4096, 20
-GROUP_SIZES = (16, 32, 64, 128, 256)
-"""How many weights can have a scale together: what engines multiply."""
-
-# What a number may be, wherever it comes from: whether it is right, the words for it, and what to write instead.
-BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
-    "weights_num_bits": (lambda bits: 2 <= bits <= 8, "2 to 8 bits were", "To leave a layer in float write skip_quantization: true."),
-    "activations_num_bits": (lambda bits: 2 <= bits <= 8, "2 to 8 bits were", "To leave a layer in float write skip_quantization: true."),
-    "weights_group_size": (
-        lambda size: size in (0, *GROUP_SIZES),
-        "16, 32, 64, 128 or 256, or null, was",
-        "Write 32.",
-    ),
-    "quantization_sensitivity_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
-    "quantization_sensitivity_relative_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
-    "loss_sensitivity_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
-    "scale_learning_rate": (lambda rate: 0 < rate < float("inf"), "a number above 0 was", "Write 0.001."),
-    "stats_steps": (lambda steps: 1 <= steps <= 10**6, "at least 1 calibration batch, and at most a million, was", "Write 20."),
-    "averaging_constant": (lambda value: 0 < value <= 1, "a number in (0, 1] was", "Write 0.05."),
-    "percentile": (lambda value: 50 < value <= 100, "per cent in (50, 100] was", "Write 99.99."),
-    "freeze_ranges_at_step": (lambda step: step >= 0, "a step of at least 0, or null, was", ""),
-    "weight": (lambda share: 0 <= share <= 1, "a number from 0 (no distillation) to 1 (nothing else) was", "Write 0.7."),
-    "temperature": (lambda value: 0 < value < float("inf"), "a number above 0 was", "Write 2."),
-    "start_at_step": (lambda step: step >= 0, "a step of at least 0, or null, was", ""),
-    "at_step": (lambda step: step >= 0, "a step of at least 0 was", ""),
-    "at_epoch": (lambda epoch: epoch >= 0, "an epoch of at least 0 was", ""),
-    "freeze_batch_norm_at_step": (lambda step: step >= 0, "a step of at least 0, or null, was", ""),
-    "size": (lambda part: 0 < part <= 1, "a part of the float file in (0, 1], or null, was", "Write 0.2."),
-    "average_bits": (lambda bits: 2 <= bits <= 32, "2 to 32 bits per weight, or null, were", "Write 4."),
-    "bops": (lambda part: 0 < part <= 1, "a part of the float model's operations in (0, 1], or null, was", "Write 0.1."),
-    "speed": (lambda times: 0 < times <= 1000, "a multiple of the float model's speed in (0, 1000], or null, was", "Write 2."),
-    "threads": (lambda count: 1 <= count <= 1024, "1 to 1024 threads were", "Write 1."),
-    "batch_size": (lambda count: 1 <= count <= 10**6, "1 to a million samples were", "Write 1."),
-    "accuracy_drop": (lambda drop: 0 <= drop < float("inf"), "a number of at least 0, or null, was", "Write 0.005."),
-    "revise_every_n_epochs": (lambda count: 1 <= count <= 10**6, "at least 1, or null, was", "Write 5."),
-    "sensitivity_batches": (lambda count: 1 <= count <= 10**6, "at least 1, and at most a million, was", "Write 2."),
-}
-
-CHOICES: Mapping[str, Sequence[str]] = {
-    "range_estimator": RANGE_ESTIMATORS,
-    "weight_estimator": WEIGHT_ESTIMATORS,
-    "residual_stream": RESIDUAL_STREAMS,
-    "on": DISTILLED,
-    "loss": COMPARISONS,
-    "sensitivity_modes": SENSITIVITY_MODES,
-    "target_framework": TARGET_FRAMEWORKS,
-    "by": ("", "budget"),
-    "accuracy_drop_by": ("size", "speed"),
-    "automatic_skip_by": ("qs", "loss"),
-}
-"""The words that a setting may be, or a list of."""
-
-
-def problem_with(key: str, value: object) -> str:
-    """What is wrong with the value of a setting, in words; empty if nothing is. Other types are for `load_settings` to convert."""
-    if key in BOUNDS and isinstance(value, (int, float)) and not isinstance(value, bool):
-        right, expected, instead = BOUNDS[key]
-        return "" if right(value) else f"{expected} expected, {shown(value)} came. {instead}".rstrip()
-    if key in CHOICES and isinstance(value, str):
-        return _not_one_of(CHOICES[key], value, _target(value) if key == "target_framework" else value)
-    if key in CHOICES and isinstance(value, list):
-        if not value:
-            return f"at least one of {list(CHOICES[key])} was expected, none came."
-        return next((problem for word in value if isinstance(word, str) and (problem := _not_one_of(CHOICES[key], word, word))), "")
-    if key in ("output_dir", "export_dir", "teacher", "layer_times") and isinstance(value, str) and "\0" in value:
-        return f"the path of a {'folder' if key.endswith('_dir') else 'file'} was expected, {shown(value)} came."
-    return ""
-
-
-def _not_one_of(allowed: Sequence[str], written: str, meant: str) -> str:
-    return "" if meant in allowed else f"one of {list(allowed)} was expected, {shown(written)} came.{nearest(written, allowed)}"
-
-
-def _target(name: str) -> str:
-    return _ALIASES.get(name.lower(), name.lower())
-
-
-def problem_with_rule(rule: Mapping[str, Any]) -> str:
-    """What is wrong with the values of a rule together, in words that go on from its place in the recipe; empty if nothing is."""
-    match, until = rule.get("match", ""), rule.get("skip_quantization_until") or []
-    if not match:
-        return (
-            ": `match` is missing: which layers is it about? Write a layer's name, a module's path or a glob, such as {match: conv_1, ...}."
-        )
-    named = f" (match: {printable(f'{match}', 160)})"
-    for pattern in (match, *until):
-        if isinstance(pattern, str) and (len(pattern) > _LONGEST_MATCH or pattern.count("*") > _MOST_STARS):
-            return (
-                f"{named}: a name or glob of at most {_LONGEST_MATCH:,} characters and {_MOST_STARS} stars was expected, one of {len(pattern):,} characters "
-                f"and {pattern.count('*'):,} stars came."
-            )
-    downstream = rule.get("skip_quantization_downstream")
-    reaching = "skip_quantization_until" if until else "skip_quantization_downstream" if downstream else ""
-    if reaching and rule.get("skip_quantization") is not True:
-        return f"{named}: {reaching} says how far a skip goes, but skip_quantization is not true. Add skip_quantization: true."
-    if rule.get("weight_only") and rule.get("skip_quantization") is not None:
-        return f"{named}: weight_only says that the weights alone are quantized; skip_quantization says something else. Keep one of them."
-    if rule.get("weights_group_size") and rule.get("weight_only") is False:
-        return f"{named}: weights in groups (weights_group_size) are multiplied in float; weight_only: false says something else. Keep one of them."
-    if until and downstream:
-        return f"{named}: skip_quantization_until and skip_quantization_downstream contradict each other. Keep one of them."
-    return ""
-
-
-class _Checked:
-    """Refuses a value that can't be where it is written: in the constructor and in an assignment."""
-
-    def __setattr__(self, key: str, value: object) -> None:
-        if problem := problem_with(key, value):
-            raise CCOError(f"{type(self).__name__}.{key}: {problem}")
-        super().__setattr__(key, value)
 
 
 @dataclass
-class LayerQuantizationSettings(_Checked):
+class LayerQuantizationSettings(Checked):
     """What is said of one layer, or of the layers from it on.
 
     Attributes:
@@ -183,7 +61,7 @@ class LayerRule(LayerQuantizationSettings):
 
 
 @dataclass
-class GlobalQuantizationSettings(_Checked):
+class GlobalQuantizationSettings(Checked):
     """What holds for every layer that no rule says otherwise of.
 
     Attributes:
@@ -219,7 +97,7 @@ class GlobalQuantizationSettings(_Checked):
 
 
 @dataclass
-class BitsStage(_Checked):
+class BitsStage(Checked):
     """From when on all layers without bits of their own have how many.
 
     Attributes:
@@ -239,28 +117,8 @@ class BitsStage(_Checked):
             raise CCOError(f"BitsStage{problem}")
 
 
-def problem_with_stage(values: Mapping[str, Any]) -> str:
-    """What is wrong with the values of a stage together, in words that go on from its place in the recipe; empty if nothing is."""
-    whens = [key for key in ("at_step", "at_epoch") if values.get(key) is not None]
-    if len(whens) != 1:
-        came = "both" if whens else "neither"
-        return f": at_step or at_epoch was expected, {came} came. Write {{at_step: 500, weights_num_bits: 4}}."
-    if values.get("weights_num_bits") is None and values.get("activations_num_bits") is None:
-        return f": a stage without bits changes nothing. Write {{{whens[0]}: {values[whens[0]]}, weights_num_bits: 4}}."
-    return ""
-
-
-def problem_with_stages(stages: Sequence[BitsStage]) -> str:
-    """What is wrong with the order of stages, in words; empty if nothing is."""
-    for key in ("at_step", "at_epoch"):
-        times = [time for stage in stages if (time := getattr(stage, key)) is not None]
-        if any(later <= earlier for earlier, later in pairwise(times)):
-            return f"stages in the order of their time were expected, {key}: {', '.join(map(str, times))} came."
-    return ""
-
-
 @dataclass
-class TrainingSettings(_Checked):
+class TrainingSettings(Checked):
     """Calibration and ranges.
 
     Attributes:
@@ -301,7 +159,7 @@ class TrainingSettings(_Checked):
 
 
 @dataclass
-class DistillationSettings(_Checked):
+class DistillationSettings(Checked):
     """Learning from the float model that the run started from, beside the training's own loss.
 
     The loss of a step becomes ``(1 - weight) * loss + weight * distillation``.
@@ -324,7 +182,7 @@ class DistillationSettings(_Checked):
 
 
 @dataclass
-class MonitoringSettings(_Checked):
+class MonitoringSettings(Checked):
     """What is measured and shown each epoch.
 
     Attributes:
@@ -344,7 +202,7 @@ class MonitoringSettings(_Checked):
 
 
 @dataclass
-class BudgetSettings(_Checked):
+class BudgetSettings(Checked):
     """What the compressed model may take: bits and skips are then chosen by what they cost. One goal, or none.
 
     Attributes:
@@ -380,34 +238,8 @@ class BudgetSettings(_Checked):
             raise CCOError(f"budget_settings: {problem}")
 
 
-def problem_with_budget(values: Mapping[str, Any]) -> str:
-    """What is wrong with the values of a budget together, in words; empty if nothing is."""
-    goals = [goal for goal in ("size", "average_bits", "bops", "accuracy_drop") if values.get(goal) is not None]
-    if len(goals) > 1:
-        return f"one goal at a time was expected, {' and '.join(goals)} came. Keep one of them."
-    speed = values.get("speed") is not None
-    if speed and goals and goals[0] not in ("size", "accuracy_drop"):
-        return f"speed goes alone, or together with size or accuracy_drop; {goals[0]} came. Keep one of them."
-    goals += ["speed"] if speed else []
-    if "accuracy_drop" in goals and not values.get("metric"):
-        return "accuracy_drop is of a metric, which is missing. Write metric: val_acc, or what validation_step logs."
-    if values.get("metric") and "accuracy_drop" not in goals:
-        return f"metric: {shown(values['metric'])} is what accuracy_drop is of, which is missing. Write accuracy_drop: 0.005, or leave metric out."
-    if values.get("accuracy_drop_by", "size") != "size" and "accuracy_drop" not in goals:
-        return (
-            "accuracy_drop_by says which plan within accuracy_drop is taken, which is missing. Write accuracy_drop: 0.005, or leave it out."
-        )
-    for key, what in (
-        ("revise_every_n_epochs", "says how often a budget is revised"),
-        ("layer_times", "is what a speed is predicted from"),
-    ):
-        if values.get(key) is not None and not goals:
-            return f"{key} {what}, but there is no goal. Write one of size, average_bits, bops, accuracy_drop or speed."
-    return ""
-
-
 @dataclass
-class DeploymentSettings(_Checked):
+class DeploymentSettings(Checked):
     """Where the model is going.
 
     Attributes:
@@ -431,4 +263,4 @@ class DeploymentSettings(_Checked):
 
     def __post_init__(self) -> None:
         if isinstance(self.target_framework, str):
-            self.target_framework = _target(self.target_framework)
+            self.target_framework = target_of(self.target_framework)

@@ -16,14 +16,11 @@ import yaml
 
 from lightning_cco._parsing import parse, parse_rule
 from lightning_cco._recipes import read
+from lightning_cco._values import RANGE_ESTIMATORS, SENSITIVITY_MODES, TARGET_FRAMEWORKS, WEIGHT_ESTIMATORS
 from lightning_cco.errors import CCOError
 from lightning_cco.files import write_file
 from lightning_cco.names import literal
 from lightning_cco.sections import (
-    RANGE_ESTIMATORS,
-    SENSITIVITY_MODES,
-    TARGET_FRAMEWORKS,
-    WEIGHT_ESTIMATORS,
     BitsStage,
     BudgetSettings,
     DeploymentSettings,

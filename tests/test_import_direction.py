@@ -31,6 +31,8 @@ LAYERS = [
     ["settings"],
     ["_parsing", "_recipes"],
     ["_yaml", "sections"],
+    ["_combinations"],
+    ["_values"],
     ["compat", "files"],
     ["errors"],
     ["figures", "names", "version"],

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lightning_cco._values import GROUP_SIZES
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.quantization.rules import BY_ITSELF, ResolvedRules
 from lightning_cco.quantization.targets import Target
-from lightning_cco.sections import GROUP_SIZES
 from lightning_cco.settings import GlobalQuantizationSettings
 
 
