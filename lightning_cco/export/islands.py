@@ -12,6 +12,7 @@ from lightning_cco.export.value_types import float_nodes
 from lightning_cco.export.weight_blocks import LOOKUP, PRODUCT
 from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
+from lightning_cco.quantization.tensor_key import TensorKey
 
 _INT4 = 22
 """`onnx.TensorProto.INT4`."""
@@ -124,6 +125,15 @@ def _packed(written: Any, emitter: Emitter) -> set[str]:
     return layers
 
 
+def _without_range(quantized: HookedModel, layer: str) -> str:
+    """Why a layer reads or makes a tensor that is not rounded though it is planned to be: nothing has come there (an expert that no token went to)."""
+    plan = quantized.plan
+    made = [TensorKey(edge.source, edge.source_output) for edge in quantized.graph.edges if edge.destination == layer]
+    keys = [*plan.reads.get(layer, {}).values(), *(plan.origins.get(key, key) for key in made), TensorKey(layer)]
+    empty = [str(key) for key in keys if key in quantized.activations and quantized.activations[key].empty]
+    return f"'{empty[0]}' has no range, since nothing came there in calibration and training" if empty else ""
+
+
 def _island(quantized: HookedModel, operator: str, layer: str, partly_integer: bool, unexpected: str) -> FloatIsland | None:
     """The layer behind a node that computes in float, and why; `None` for a part of a layer that runs in INT8, such as the bias of a product."""
     plan = quantized.plan
@@ -132,7 +142,7 @@ def _island(quantized: HookedModel, operator: str, layer: str, partly_integer: b
     if layer in plan.skipped:
         return FloatIsland(operator, (layer,), plan.skipped[layer])
     if quantized.graph[layer].kind in _HEAVY[operator]:
-        return None if partly_integer else FloatIsland(operator, (layer,), unexpected)
+        return None if partly_integer else FloatIsland(operator, (layer,), _without_range(quantized, layer) or unexpected)
     return (
         None
         if partly_integer
