@@ -76,8 +76,9 @@ def time_files(files: Mapping[str, Written], threads: int, batch_size: int) -> d
     found, sessions = {}, {}
     with TemporaryDirectory() as folder:
         for number, (name, file) in enumerate(files.items()):
-            optimized, options = str(Path(folder) / f"{number}.onnx"), {"intra_op_num_threads": threads}
-            profile = {"enable_profiling": True, "profile_file_prefix": str(Path(folder) / f"profile_{number}")}
+            optimized = str(Path(folder) / f"{number}.onnx")
+            options: dict[str, Any] = {"intra_op_num_threads": threads}
+            profile: dict[str, Any] = {"enable_profiling": True, "profile_file_prefix": str(Path(folder) / f"profile_{number}")}
             profiled = engine_session(str(file.path), optimized_model_filepath=optimized, **profile, **options)
             sessions[name] = engine_session(str(file.path), **options), profiled, optimized
         inputs = {name: _feeds(plain, files[name].example, batch_size) for name, (plain, _, _) in sessions.items()}
