@@ -64,7 +64,7 @@ class ScaleLearner:
             shared = torch.cat([gradient, came])
             dist.all_reduce(shared)
             gradient, came = shared[: len(gradient)] / world_size(), shared[len(gradient) :]
-        moves = torch.cat([flag.expand(size) for flag, size in zip((came > 0).split(1), sizes, strict=True)])
+        moves = torch.cat([flag.expand(size) for flag, size in zip((came > 0).unsqueeze(1).unbind(), sizes, strict=True)])
         scale = torch.cat([*(q.scale.expand(2) for q in self.activations), *(_values(q.scales).to(device) for q in weights)])
         velocity = torch.cat([*(q.velocity for q in self.activations), *(_values(q.velocity).to(device) for q in weights)])
         relative = gradient / scale
