@@ -65,4 +65,5 @@ def einsum_by_matmul(equation: Any, *operands: Any) -> Tensor:
     if product is None:
         return torch.einsum(equation, *operands)
     x, matrix = given
-    return (x.permute(product.of_x) @ (matrix.t() if product.transposed else matrix)).permute(product.of_result)
+    result: Tensor = x.permute(product.of_x) @ (matrix.t() if product.transposed else matrix)
+    return result.permute(product.of_result)
