@@ -160,6 +160,17 @@ def pt2e(model: nn.Module, batches: Sequence[Tensor], weights: int, activations:
     return prepared.train()
 
 
+class Network(nn.Module):
+    """A root around a network that is none."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
 def nncf(model: nn.Module, batches: Sequence[Tensor], weights: int, activations: int) -> nn.Module:
     """`nncf.quantize`, whose scales are then trained with the weights."""
     if (weights, activations) != (8, 8):
@@ -172,7 +183,8 @@ def nncf(model: nn.Module, batches: Sequence[Tensor], weights: int, activations:
 
     data = tool.Dataset(list(batches))
     ignored = tool.IgnoredScope(types=["linear"])
-    return tool.quantize(model.eval(), data, preset=tool.QuantizationPreset.MIXED, subset_size=len(batches), ignored_scope=ignored).train()
+    network = Network(model.eval())  # it puts a module of its own into the root, which an nn.Sequential would call
+    return tool.quantize(network, data, preset=tool.QuantizationPreset.MIXED, subset_size=len(batches), ignored_scope=ignored).train()
 
 
 def aimet(model: nn.Module, batches: Sequence[Tensor], weights: int, activations: int) -> nn.Module:
