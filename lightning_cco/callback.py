@@ -82,6 +82,7 @@ class CCOCallback(pl.Callback):
         CCOError: The recipe is not valid.
 
     Example:
+        >>> import tempfile
         >>> import torch
         >>> from torch.utils.data import DataLoader
         >>> class Module(pl.LightningModule):
@@ -95,8 +96,10 @@ class CCOCallback(pl.Callback):
         ...     def configure_optimizers(self):
         ...         return torch.optim.SGD(self.parameters(), 0.01)
         >>> cco = CCOCallback("w8a8")
-        >>> trainer = pl.Trainer(callbacks=[cco], fast_dev_run=2, enable_model_summary=False, enable_progress_bar=False, accelerator="cpu")
-        >>> trainer.fit(Module(), DataLoader(torch.randn(32, 4), batch_size=8))
+        >>> silent = {"enable_model_summary": False, "enable_progress_bar": False, "logger": False, "accelerator": "cpu"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer = pl.Trainer(callbacks=[cco], max_steps=2, default_root_dir=folder, enable_checkpointing=False, **silent)
+        ...     trainer.fit(Module(), DataLoader(torch.randn(32, 4), batch_size=8))
         >>> cco.quantized
         QuantizedModel(Module, 2 of 3 layers with weights run in INT8 in ort (92 % of the multiplications); calibrated)
     """
