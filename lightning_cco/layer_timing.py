@@ -103,8 +103,9 @@ class FileTimer:
         if not self.enabled:
             return
         written = Written(Path(self._folder.name) / f"{len(self._files)}.onnx")
-        options = {"network": self.network} if self.network is not None else {}
-        self.quantized.export_onnx(written.path, *self.call, check=False, int4=self.int4, written=written, **options)
+        args, kwargs = self.call
+        options: dict[str, Any] = {"network": self.network} if self.network is not None else {}
+        self.quantized.export_onnx(written.path, args, kwargs, check=False, int4=self.int4, written=written, **options)
         self._files[name] = written
 
     def times(self) -> dict[str, Times]:

@@ -63,7 +63,7 @@ def speed_model(made: Choices, base: QuantizationPlan, table: LayerTimes) -> Spe
     units, tensors = _units(made, base)
     table.check(unit.name for unit in units if unit.group is not None)
     known = [Passed(t.maker, t.readers, t.float_output, t.at_readers, *_conversions(table, units[t.maker].name)) for t in tensors]
-    times = [table.layers.get(unit.name, {}) for unit in units]
+    times: list[Mapping[str, float]] = [table.layers.get(unit.name, {}) for unit in units]
     return SpeedModel(units, known, times, packs_weights(base.settings))
 
 
@@ -148,7 +148,7 @@ def layer_times(
     files = {probe.name: probe.times.total for probe in probes}
     table = LayerTimes(engine, processor, threads, inputs, layers, entering, leaving, files)
     scale = _scale(speed_model(made, base, table), probes)
-    return LayerTimes(engine, processor, threads, inputs, layers, *(_scaled(found, scale) for found in (entering, leaving)), files)
+    return LayerTimes(engine, processor, threads, inputs, layers, _scaled(entering, scale), _scaled(leaving, scale), files)
 
 
 def _scale(model: SpeedModel, probes: Sequence[Probe]) -> float:

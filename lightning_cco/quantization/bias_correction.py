@@ -128,8 +128,9 @@ class Shifts:
         if world_size() > 1 and names:
             flat = torch.cat([*totals, counts])
             dist.all_reduce(flat)
-            *parts, counts = flat.split([*self._channels.values(), len(names)])
-            totals = parts
+            counts, at = flat[-len(names) :], 0
+            for number, size in enumerate(self._channels.values()):
+                totals[number], at = flat[at : at + size], at + size
         found = {
             name: BiasCorrection(total / count)
             for name, total, count in zip(names, totals, counts.tolist(), strict=True)
