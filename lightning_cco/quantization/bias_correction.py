@@ -41,9 +41,7 @@ class BiasCorrection(nn.Module):
             bias: The layer's own, (channels,), if it has one.
             like: A tensor of the type that it needs.
         """
-        value = self._buffers["value"]
-        assert value is not None
-        return value.to(like.dtype) if bias is None else bias + value.to(bias.dtype)
+        return self.value.to(like.dtype) if bias is None else bias + self.value.to(bias.dtype)
 
     def applied(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a convolution or a linear layer with the bias corrected."""
