@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fashion import CALIBRATION_BATCHES, OUTPUTS, accuracy, batches, float_network, train
+from fashion import OUTPUTS, float_network
 from fashion_data import DEBIAN, NETWORKS, Images, load_images
+from fashion_training import CALIBRATION_BATCHES, accuracy, batches, train
 from report import Table, parser, publish
 from torch import nn
 
@@ -79,7 +80,7 @@ def measure(options: argparse.Namespace, data: Images) -> Results:
     results: Results = json.loads(path.read_text()) if options.resume and path.is_file() else {}
     for name in options.models:
         start = float_network(name, data, options.resume)
-        results[f"{name}|float"] = accuracy(start, data)
+        results[f"{name}|float"] = accuracy(start.eval(), data)
         for seed in range(options.seeds):
             for bits in options.bits:
                 for plan, make in ((UNIFORM, uniform), (BUDGET, budgeted)):
@@ -88,10 +89,10 @@ def measure(options: argparse.Namespace, data: Images) -> Results:
                         continue
                     model = copy.deepcopy(start).eval()
                     quantized = make(model, data, bits, seed)
-                    results[f"{key}|before"] = accuracy(model, data)
+                    results[f"{key}|before"] = accuracy(model.eval(), data)
                     torch.manual_seed(seed)
-                    train(model, data, 1, 0.01, 1)
-                    results[f"{key}|after"] = accuracy(model, data)
+                    train(model.train(), data, 1, 0.01, 1)
+                    results[f"{key}|after"] = accuracy(model.eval(), data)
                     quantized.remove()
                     print(f"{key}: {results[f'{key}|before']:.2f} after the calibration, {results[f'{key}|after']:.2f} trained", flush=True)
                     path.write_text(json.dumps(results, indent=1))

@@ -96,10 +96,10 @@ def measured_rises(make: Callable[[int], QuantizedModel], batches: Sequence[Batc
         for name in weights if bits == 8 else ():
             for tried in weights_bits:
                 rounded = {**no_weights, name: [WeightQuantizer(tried, weight.axis, "auto") for weight in weights[name]]}
-                hooked.runtime.load(plan, no_activations, rounded)
+                hooked.runtime.load(plan, no_activations, rounded, {})
                 found["weights", name, tried] = loss(hooked.model) - before
         for key, quantizer in activations.items():
-            hooked.runtime.load(plan, {**no_activations, key: quantizer}, no_weights)
+            hooked.runtime.load(plan, {**no_activations, key: quantizer}, no_weights, {})
             found["activations", str(key), bits] = loss(hooked.model) - before
         hooked.remove()
     return found
