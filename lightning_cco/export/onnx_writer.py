@@ -26,7 +26,7 @@ from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.separated import keep_float_weights, separate_roundings
 from lightning_cco.export.signature import Deployed
-from lightning_cco.export.sizes import Sizes, SizesDoNotVary, limits_of
+from lightning_cco.export.sizes import Sizes, SizesDoNotVary, limits_of, refuse_long_sizes
 from lightning_cco.export.stored import StoredWeights
 from lightning_cco.export.weight_blocks import share_packed
 from lightning_cco.graph.compiled import eager
@@ -138,6 +138,7 @@ def _size(size: Any) -> int | str:
 def _traced(deployed: Deployed, emitter: Emitter, ways: Iterator[Axes], free: bool) -> tuple[torch.export.ExportedProgram, Axes]:
     """The first way of tracing that works; ``free``: only if it costs nothing that sizes vary."""
     failure: Exception | None = None
+    emitter.look = refuse_long_sizes if free else None
     for axes in ways:
         with emitter.collecting():
             deployed(*axes.tensors)
@@ -147,6 +148,8 @@ def _traced(deployed: Deployed, emitter: Emitter, ways: Iterator[Axes], free: bo
             with emitter.emitting():
                 # By itself the ONNX exporter tries other ways of tracing when this one fails, which would lose the quantization.
                 return torch.export.export(deployed, axes.tensors, dynamic_shapes=(tuple(axes.specifications),), strict=False), axes
+        except SizesDoNotVary:
+            raise
         except Exception as error:
             failure = failure or error
     assert failure is not None

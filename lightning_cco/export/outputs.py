@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ class Outputs:
             OutputDifference(
                 name,
                 _decibels(sums.signal, sums.noise),
-                _decibels(sums.varying, sums.noise),
+                _varying([sums]),
                 sums.largest,
                 sums.absolute / max(1, sums.count),
                 sums.local / sums.size if sums.size > 0 else (0.0 if sums.local == 0 else math.inf),
@@ -80,14 +81,22 @@ class Outputs:
     @property
     def varying_sqnr_db(self) -> float:
         """Of what differs between the samples of a batch, all outputs together."""
-        return _decibels(sum(s.varying for s in self.sums), sum(s.noise for s in self.sums))
+        return _varying(self.sums)
+
+
+def _varying(sums: Sequence[_Sums]) -> float:
+    """NaN where no batch had two samples, between which something could differ."""
+    if not any(s.several for s in sums):
+        return math.nan
+    return _decibels(sum(s.varying for s in sums), sum(s.noise_of_several for s in sums))
 
 
 class _Sums:
     """Of one output."""
 
     def __init__(self) -> None:
-        self.noise = self.signal = self.varying = self.absolute = self.largest = self.local = self.size = 0.0
+        self.several = False
+        self.noise = self.noise_of_several = self.signal = self.varying = self.absolute = self.largest = self.local = self.size = 0.0
         self.count = self.rows = self.agreeing = 0
 
     def add(self, axis: int | None, expected: Any, result: Any, local: Any, inspected: Any) -> None:
@@ -102,7 +111,9 @@ class _Sums:
         self.noise += float(np.square(difference).sum())
         self.signal += float(np.square(finite).sum())
         if finite.ndim and len(finite) > 1:
+            self.several = True
             self.varying += float(np.square(finite - finite.mean(0)).sum())
+            self.noise_of_several += float(np.square(difference).sum())
         self.absolute += float(difference.sum())
         self.count += difference.size
         self.largest = max(self.largest, float(difference.max(initial=0.0)))

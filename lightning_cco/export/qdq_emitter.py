@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -48,6 +48,7 @@ class Emitter:
         reached: The last layer that a forward came to.
         model: The forward that is written.
         reads_shapes: Whether the file computes with the sizes of tensors.
+        look: Called with each layer's name and arguments before it is written; may refuse it.
     """
 
     def __init__(self, quantized: HookedModel, stored: StoredWeights, dialect: Dialect) -> None:
@@ -55,6 +56,7 @@ class Emitter:
         self.order: list[str] = []
         self.reached = ""
         self.reads_shapes = False
+        self.look: Callable[[str, Sequence[Any]], None] | None = None
         self.modules: dict[str, str] = {}
         self.layers: dict[str, str] = {}
         self.model: nn.Module = quantized.model
@@ -130,6 +132,8 @@ class Emitter:
 
     def _emit(self, site: CallSite, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = site.layer
+        if self.look is not None:
+            self.look(name, args)
         if name in self.stored.folded:
             result = args[0]
         elif name in self.stored.blocked and all(isinstance(size, int) for size in args[0].shape[2:]):

@@ -19,6 +19,8 @@ _IMAGES: Mapping[int, tuple[str, ...]] = {4: ("height", "width"), 5: ("depth", "
 """Names of the last axes of images and volumes, by the number of axes."""
 _SCALES = (0.5, 2.0, 1.5)
 _MOST_WAYS = 8
+_MOST_OPERATIONS = 100
+"""Behind one stride of 2 that pads as ``same`` does a size has 33 of them, behind two more than 100 (EfficientNet-Lite0)."""
 
 Sizes = dict[tuple[int, int], str]
 """Name of each axis that may vary, by the number of its input and the axis."""
@@ -26,6 +28,39 @@ Sizes = dict[tuple[int, int], str]
 
 class SizesDoNotVary(CCOError):
     """A file whose sizes were to vary can't be written, or is wrong at other sizes."""
+
+
+def refuse_long_sizes(layer: str, values: Sequence[Any], most: int = _MOST_OPERATIONS) -> None:
+    """Refuse sizes that have become long formulas of those of the inputs, while a model is traced.
+
+    Padding that is worked out from the size (``same`` of TensorFlow) makes them longer with each layer of a stride, and torch.export compares all of them
+    with each other: minutes, where it takes seconds with fixed sizes.
+
+    Args:
+        layer: The layer that gets the tensors.
+        values: Arguments of its call.
+        most: How many operations a size may have.
+
+    Raises:
+        SizesDoNotVary: A size has more.
+    """
+    for value in values:
+        for size in value.shape if isinstance(value, Tensor) else ():
+            if isinstance(size, torch.SymInt) and (operations := _operations(size.node.expr, most)) > most:
+                raise SizesDoNotVary(
+                    f"the sizes that layer '{layer}' gets are formulas of more than {operations - 1} operations, "
+                    "which PyTorch's exporter would take minutes for"
+                )
+
+
+def _operations(expression: Any, most: int) -> int:
+    """How many operations a formula has, counted up to one more than so many."""
+    found, left = 0, [expression]
+    while left and found <= most:
+        parts = left.pop().args
+        found += bool(parts)
+        left += parts
+    return found
 
 
 def sizes_that_vary(quantized: HookedModel, deployed: Deployed) -> Sizes:
