@@ -91,7 +91,16 @@ def theirs(model: nn.Module, data: Photographs, threads: int) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
         plain, prepared, path = (Path(folder) / name for name in ("float.onnx", "prepared.onnx", "int8.onnx"))
         batch = torch.export.Dim("batch", min=1)
-        torch.onnx.export(model, (data.test[:2],), str(plain), dynamo=True, input_names=["x"], dynamic_shapes=({0: batch},), verbose=False)
+        torch.onnx.export(
+            model,
+            (data.test[:2],),
+            str(plain),
+            dynamo=True,
+            input_names=["x"],
+            dynamic_shapes=({0: batch},),
+            verbose=False,
+            external_data=False,
+        )
         quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
         # This processor may not add products of 8-bit integers without overflow: 7 bits for weights are ONNX Runtime's way out.
         quantize_static(
