@@ -23,7 +23,10 @@ TESTS = Path(__file__).parent
 def run_on_two(case: str, folder: Path) -> subprocess.CompletedProcess[str]:
     folder.mkdir()
     command = [sys.executable, "-W", "ignore", str(TESTS / "two_processes.py"), str(folder), case]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=TESTS)
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=TESTS, timeout=200)
+    except subprocess.TimeoutExpired as error:  # one process has ended, and the other waits for it: say why it has
+        pytest.fail(f"{case}: {(error.stderr or b'').decode(errors='replace')[-3000:]}")
 
 
 def ranks(case: str, tmp_path: Path) -> list[dict[str, Any]]:
