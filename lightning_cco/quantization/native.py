@@ -199,7 +199,7 @@ class Kernels:
             _address_like(out, weight),
             *around(weight, axis),
             FORMATS[weight.dtype],
-            _within_int8(limit),
+            within_int8(limit),
             smallest_scale,
             mse,
             None if scales is None else _address(scales, torch.float32, weight.shape[axis]),
@@ -218,7 +218,7 @@ class Kernels:
         threads = torch.get_num_threads() if count > _GRAIN else 1
         form = FORMATS[made.dtype]
         self._fake_quantize_weight(
-            address, address, outer, channels, inner, form, _within_int8(limit), smallest_scale, mse, None, False, threads
+            address, address, outer, channels, inner, form, within_int8(limit), smallest_scale, mse, None, False, threads
         )
 
     def weight_scale(self, weight: Tensor, axis: int, limit: int, smallest_scale: float, scales: Tensor, mse: bool = False) -> None:
@@ -227,7 +227,7 @@ class Kernels:
             _address(weight, weight.dtype, weight.numel()),
             *around(weight, axis),
             FORMATS[weight.dtype],
-            _within_int8(limit),
+            within_int8(limit),
             smallest_scale,
             mse,
             _address(scales, torch.float32, weight.shape[axis]),
@@ -297,8 +297,12 @@ class Kernels:
         return None if np.allclose(list(sums), [error, signal], rtol=1e-5) else "energies"
 
 
-def _within_int8(limit: int) -> int:
-    """The largest level, for C, whose tables hold those of 8 bits."""
+def within_int8(limit: int) -> int:
+    """The largest level, for kernels, whose tables hold those of 8 bits.
+
+    Raises:
+        CCOError: It is another; nothing was read or written.
+    """
     if 1 <= limit <= 127:
         return limit
     raise CCOError(f"kernels: expected levels of at most 1 to 127, got {limit}. Nothing was read or written; write 2 to 8 bits.")

@@ -20,7 +20,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.quantization.kernel_check import best_scales, some_values
 from lightning_cco.quantization.kernel_library import log
 from lightning_cco.quantization.layouts import around, is_dense
-from lightning_cco.quantization.native import Kernels, kernels_for
+from lightning_cco.quantization.native import Kernels, kernels_for, within_int8
 from lightning_cco.quantization.tracing import is_plain, runs_plainly
 
 FORMATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -98,8 +98,6 @@ class TritonKernels:
         mse: bool = False,
     ) -> None:
         """Round a weight to the symmetric grid of each channel; for the arguments see `Kernels.fake_quantize_weight`."""
-        if not 1 <= limit <= 127:
-            raise CCOError(f"kernels: expected levels of at most 1 to 127, got {limit}. Nothing was read or written; write 2 to 8 bits.")
         _check_like(out, weight)
         _check(scales, weight, torch.float32, weight.shape[axis])
         outer, channels, inner = around(weight, axis)
@@ -107,7 +105,7 @@ class TritonKernels:
         # Channels in several runs, and short ones, are worked on side by side.
         rows, columns = (16, 64) if outer > 1 or count < _LONG else (1, 1024)
         position = self._int32 if count < 2**31 - columns else self._int64
-        numbers = channels, inner, count, float(limit), smallest_scale, float(max(1, _FINENESS // limit))
+        numbers = channels, inner, count, float(within_int8(limit)), smallest_scale, float(max(1, _FINENESS // limit))
         flags = outer > 1, mse, known, scales is not None and not known
         _launch(
             self._kernels.fake_quantize_weight,
