@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,15 @@ def _one_registry_of_operators() -> None:
         return registry
 
     ONNXRegistry.from_torchlib = staticmethod(cached)  # type: ignore[assignment, method-assign]
+
+
+@pytest.fixture(autouse=True)
+def _same_environment() -> Iterator[None]:
+    """Lightning leaves ``LOCAL_RANK`` behind when it has trained with DDP: a later test that starts two processes would start one, which waits for ever."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)
