@@ -28,7 +28,8 @@ from torch import nn
 
 from lightning_cco import QuantizedModel, load_settings, measure_layer_times, quantize
 from lightning_cco.budget import solver
-from lightning_cco.budget.plan import trade_off
+from lightning_cco.budget.choosing import trade_off
+from lightning_cco.budget.program import Choice
 from lightning_cco.budget.search import BudgetSearch
 from lightning_cco.budget.units import seconds_of_plan, speed_model, timed
 from lightning_cco.layer_timing import FileTimer
@@ -118,17 +119,20 @@ def speeds(name: str, options: argparse.Namespace) -> list[list[str]]:
     made, base, _ = search._choices([images])
     made.speed = model_of_times = speed_model(made, base, table)
     made = timed(made)
-    plans = {"float": search.plain(made, base, None), "INT8 but for the tail": search.plain(made, base, solver.uniform(made, "W8A8", 8))}
+    plans = {
+        "float": search.model.recipe_of(made, base, None),
+        "INT8 but for the tail": search.model.recipe_of(made, base, solver.uniform(made, "W8A8", 8)),
+    }
     for part, (choice, _) in zip(("fastest", "between", "least loss"), _ends(trade_off(made, "speed", 0.0)), strict=False):
-        plans[f"budget, {part}"] = search.plain(made, base, choice)
+        plans[f"budget, {part}"] = search.model.recipe_of(made, base, choice)
     draw = random.Random(0)
     for number in range(options.random):
         chosen = tuple(draw.choice(group.options) for group in made.groups)
-        plans[f"random {number + 1}"] = search.plain(made, base, solver.Choice(chosen, {}))
+        plans[f"random {number + 1}"] = search.model.recipe_of(made, base, Choice(chosen, {}))
     timer = FileTimer(quantized, *quantized.example, threads=options.threads, batch_size=options.batch)
     predicted, counts = {}, {}
     for plan, recipe in plans.items():
-        search.replan(recipe)
+        search.model.replan(recipe)
         timer.export(plan)
         predicted[plan] = seconds_of_plan(model_of_times, quantized.plan)
         counts[plan] = sum(layer.name in quantized.plan.quantized for layer in quantized.graph if layer.weighted)

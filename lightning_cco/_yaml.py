@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ def parse_yaml(text: str, what: str) -> Any:
             or aliases without bounds.
     """
     try:
-        _check(text, what)
+        _Check(what).run(text)
         # libyaml does not read halves of surrogate pairs, which names of modules may hold.
         return yaml.load(text, yaml.SafeLoader if "\\uD" in text else LOADER)
     except (yaml.YAMLError, ValueError, RecursionError, UnicodeError) as error:
@@ -51,64 +51,81 @@ class _Open:
     key: str = ""
 
 
-def _check(text: str, what: str) -> None:
-    around: list[_Open] = []
-    sizes: dict[str, int] = {}
-    documents, by_aliases = 0, 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader if "\\uD" in text else LOADER):
-        line = event.start_mark.line + 1 if event.start_mark is not None else 0
+class _Check:
+    """Goes through a text's events, and refuses at the first that is not a recipe's."""
 
-        def refuse(problem: str, line: int = line) -> CCOError:
-            return CCOError(f"{what}, line {line}, {_where(around)}: {problem}")
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.around: list[_Open] = []
+        self.sizes: dict[str, int] = {}
+        self.documents = self.by_aliases = self.line = 0
 
-        if isinstance(event, yaml.DocumentStartEvent):
-            documents += 1
-            if documents > 1:
-                raise refuse("one document was expected, a second one begins here. Remove it.")
-        elif isinstance(event, yaml.AliasEvent):
-            if event.anchor not in sizes:
-                raise refuse(f"the alias *{printable(event.anchor, 40)} stands inside of what it stands for, or for nothing. Write it out.")
-            by_aliases += sizes[event.anchor]
-            if by_aliases > _MOST:
-                raise refuse(f"aliases stand for more than {_MOST:,} values. Write fewer of them.")
-            _took(around, sizes[event.anchor])
-        elif isinstance(event, yaml.ScalarEvent):
-            _check_scalar(event, around, refuse)
-            if event.anchor:
-                sizes[event.anchor] = 1
-            _took(around, 1)
-        elif isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
-            _check_tag(event.tag, refuse)
-            if len(around) >= _DEEPEST:
-                raise refuse(f"values inside of each other at most {_DEEPEST} deep were expected, deeper ones came.")
-            around.append(_Open(isinstance(event, yaml.MappingStartEvent), event.anchor))
-        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
-            closed = around.pop()
-            if closed.anchor:
-                sizes[closed.anchor] = closed.size
-            _took(around, closed.size)
+    def run(self, text: str) -> None:
+        of_event: dict[type, Callable[[Any], None]] = {
+            yaml.DocumentStartEvent: self._document,
+            yaml.AliasEvent: self._alias,
+            yaml.ScalarEvent: self._scalar,
+            yaml.MappingStartEvent: self._opened,
+            yaml.SequenceStartEvent: self._opened,
+            yaml.MappingEndEvent: self._closed,
+            yaml.SequenceEndEvent: self._closed,
+        }
+        for event in yaml.parse(text, Loader=yaml.SafeLoader if "\\uD" in text else LOADER):
+            self.line = event.start_mark.line + 1 if event.start_mark is not None else 0
+            of_event.get(type(event), lambda _: None)(event)
 
+    def _refuse(self, problem: str) -> CCOError:
+        return CCOError(f"{self.what}, line {self.line}, {_where(self.around)}: {problem}")
 
-def _check_scalar(event: Any, around: list[_Open], refuse: Any) -> None:
-    _check_tag(event.tag, refuse)
-    if len(event.value) > _LONGEST:
-        raise refuse(f"a text of at most {_LONGEST:,} characters was expected, one of {len(event.value):,} came.")
-    if around and around[-1].is_mapping and around[-1].count % 2 == 0:
-        if event.value in around[-1].keys:
-            raise refuse(f"the key '{printable(event.value, 80)}' comes twice. Keep one of them.")
-        around[-1].keys.add(event.value)
-        around[-1].key = event.value
+    def _document(self, event: Any) -> None:
+        self.documents += 1
+        if self.documents > 1:
+            raise self._refuse("one document was expected, a second one begins here. Remove it.")
 
+    def _alias(self, event: Any) -> None:
+        if event.anchor not in self.sizes:
+            raise self._refuse(
+                f"the alias *{printable(event.anchor, 40)} stands inside of what it stands for, or for nothing. Write it out."
+            )
+        self.by_aliases += self.sizes[event.anchor]
+        if self.by_aliases > _MOST:
+            raise self._refuse(f"aliases stand for more than {_MOST:,} values. Write fewer of them.")
+        self._took(self.sizes[event.anchor])
 
-def _check_tag(tag: str | None, refuse: Any) -> None:
-    if tag is not None and not _STANDARD.fullmatch(tag):
-        raise refuse(f"a plain value was expected, one with the tag '{printable(tag, 80)}' came. Remove the tag.")
+    def _scalar(self, event: Any) -> None:
+        self._tag(event.tag)
+        if len(event.value) > _LONGEST:
+            raise self._refuse(f"a text of at most {_LONGEST:,} characters was expected, one of {len(event.value):,} came.")
+        outer = self.around[-1] if self.around else None
+        if outer is not None and outer.is_mapping and outer.count % 2 == 0:
+            if event.value in outer.keys:
+                raise self._refuse(f"the key '{printable(event.value, 80)}' comes twice. Keep one of them.")
+            outer.keys.add(event.value)
+            outer.key = event.value
+        if event.anchor:
+            self.sizes[event.anchor] = 1
+        self._took(1)
 
+    def _opened(self, event: Any) -> None:
+        self._tag(event.tag)
+        if len(self.around) >= _DEEPEST:
+            raise self._refuse(f"values inside of each other at most {_DEEPEST} deep were expected, deeper ones came.")
+        self.around.append(_Open(isinstance(event, yaml.MappingStartEvent), event.anchor))
 
-def _took(around: list[_Open], size: int) -> None:
-    if around:
-        around[-1].count += 1
-        around[-1].size += size
+    def _closed(self, event: Any) -> None:
+        closed = self.around.pop()
+        if closed.anchor:
+            self.sizes[closed.anchor] = closed.size
+        self._took(closed.size)
+
+    def _tag(self, tag: str | None) -> None:
+        if tag is not None and not _STANDARD.fullmatch(tag):
+            raise self._refuse(f"a plain value was expected, one with the tag '{printable(tag, 80)}' came. Remove the tag.")
+
+    def _took(self, size: int) -> None:
+        if self.around:
+            self.around[-1].count += 1
+            self.around[-1].size += size
 
 
 def _where(around: list[_Open]) -> str:

@@ -17,10 +17,13 @@ from models import GuideCNN, ResidualCNN
 from torch import Tensor, nn
 
 from lightning_cco import CCOCallback, CCOError, load_quantized, load_settings, quantize
+from lightning_cco.budget.choosing import choose
+from lightning_cco.budget.limits import measures
 from lightning_cco.budget.options import Choices, choices
-from lightning_cco.budget.plan import BudgetPlan, choose, measures
+from lightning_cco.budget.plan import BudgetPlan
+from lightning_cco.budget.program import Choice
 from lightning_cco.budget.search import BudgetSearch
-from lightning_cco.budget.solver import Choice, rise_of, taken_of
+from lightning_cco.budget.solver import rise_of, taken_of
 from lightning_cco.settings import load_settings as read
 
 CALLS: Callable[[nn.Module, Any], Any] = lambda model, batch: model(*batch)  # noqa: E731
@@ -103,7 +106,7 @@ def test_what_belongs_together_has_the_same_bits() -> None:
     assert by_layer["embedding"][1] == by_layer["linear_4"][1]
     assert plan.chosen.average_bits <= 3.6
     # The model is planned so.
-    decisions = search.quantized.plan.decisions
+    decisions = search.model.quantized.plan.decisions
     assert {name: decisions[name].weights_num_bits or 32 for name in by_layer} == {name: bits for name, (_, bits) in by_layer.items()}
 
 
@@ -116,7 +119,7 @@ def test_rules_of_the_recipe_are_kept() -> None:
         {"match": "relu_3", "activations_num_bits": 5},
     ]
     plan, search = plan_for(ResidualCNN(), torch.randn(8, 1, 8, 8), {"average_bits": 20}, layer_settings=rules)
-    decisions = search.quantized.plan.decisions
+    decisions = search.model.quantized.plan.decisions
     assert (decisions["conv"].quantized, decisions["conv"].weights_num_bits) == (True, 8)
     assert not decisions["conv_1"].quantized
     assert not decisions["conv_2"].quantized
@@ -133,11 +136,11 @@ def test_the_tail_is_chosen_for_too() -> None:
     plan, search = plan_for(model, torch.randn(8, 1, 8, 8), {"size": 0.5})
     tail = {entry.layer: entry for entry in plan.layers}["linear"]
     assert (tail.form, tail.weights) == ("weight-only", 8)
-    assert search.quantized.plan.weight_only == {"linear"}
-    again = load_settings(search.quantized.plan.resolved_settings())
+    assert search.model.quantized.plan.weight_only == {"linear"}
+    again = load_settings(search.model.quantized.plan.resolved_settings())
     fresh = quantize(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 100)), again, (torch.randn(8, 1, 8, 8),))
     assert fresh.plan.weight_only == {"linear"}
-    assert fresh.plan.quantized == search.quantized.plan.quantized
+    assert fresh.plan.quantized == search.model.quantized.plan.quantized
 
 
 def test_weights_alone_by_a_rule(tmp_path: Path) -> None:
@@ -262,19 +265,19 @@ def test_a_size_is_chosen_again_until_its_export_fits(monkeypatch: pytest.Monkey
     search = search_for(ResidualCNN(width=24), torch.randn(8, 1, 8, 8), {"size": 0.35})
 
     def exported() -> int:
-        plan, model = search.quantized.plan, search.quantized.model
+        plan, model = search.model.quantized.plan, search.model.quantized.model
         names = [layer.name for layer in plan.graph if layer.weighted]
         own = {layer.name: model.get_parameter(layer.parameters[0]).numel() for layer in plan.graph if layer.weighted}
         sizes = [own[name] * {32: 4.0, 8: 1.0, 4: 0.5}[plan.decisions[name].weights_num_bits or 32] for name in names]
         return 5000 + int(sum(sizes)) + 3000 * sum(plan.decisions[name].weights_num_bits is None for name in names)
 
-    search.export_bytes = exported
+    search.model.export_bytes = exported
     plan = search.find([torch.randn(8, 1, 8, 8)])
     assert plan.measured
     assert plan.size_bytes == exported()  # the model is planned as the best of what was tried
     assert plan.size_bytes <= 0.35 * plan.float_bytes
     search = search_for(ResidualCNN(width=24), torch.randn(8, 1, 8, 8), {"size": 0.05})
-    search.export_bytes = exported
+    search.model.export_bytes = exported
     with pytest.raises(CCOError, match=r"size: 0\.05 can't be reached: the least is .* bytes are no weights"):
         search.find([torch.randn(8, 1, 8, 8)])
 

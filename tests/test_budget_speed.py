@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from lightning_cco import CCOError, CCOWarning, load_layer_times, load_settings, measure_layer_times, quantize
 from lightning_cco.budget.layer_times import LayerTimes, processor_name
+from lightning_cco.budget.limits import fastest
 from lightning_cco.budget.options import Choices
-from lightning_cco.budget.plan import budget_rules, fastest, rules_of
+from lightning_cco.budget.plan import budget_rules
+from lightning_cco.budget.program import Choice
+from lightning_cco.budget.rules import rules_of
 from lightning_cco.budget.search import BudgetSearch
-from lightning_cco.budget.solver import Choice, rise_of, solve
+from lightning_cco.budget.solver import rise_of, solve
 from lightning_cco.budget.units import seconds_of_plan, speed_model
 
 
@@ -112,7 +115,7 @@ def test_counts_what_the_planner_does(model: type[nn.Module], seed: int) -> None
     """Who runs in integers, and what is converted, is said of a choice as the plan of its rules has it."""
     made, search = choices_of(model(), seed)
     assert made.speed is not None
-    base = search.quantized.plan
+    base = search.model.quantized.plan
     tail, bits = budget_rules(base.settings), {spec.layer: spec.num_bits for spec in base.tensors.values()}
     draw = random.Random(seed)
     for _ in range(25):
@@ -120,8 +123,8 @@ def test_counts_what_the_planner_does(model: type[nn.Module], seed: int) -> None
         planned = load_settings(search.settings)
         planned.layer_settings = rules_of(made, Choice(options, {}), tail, bits)
         planned.global_quantization_settings.skip_tail_quantization = False
-        search.replan(planned)
-        assert seconds_of_plan(made.speed, search.quantized.plan) == pytest.approx(made.speed.seconds(options), rel=1e-9)
+        search.model.replan(planned)
+        assert seconds_of_plan(made.speed, search.model.quantized.plan) == pytest.approx(made.speed.seconds(options), rel=1e-9)
 
 
 def test_conversions_cost_what_is_between_the_layers() -> None:
@@ -153,7 +156,7 @@ def test_conversions_cost_what_is_between_the_layers() -> None:
 def test_a_plan_is_a_function_of_the_table(tmp_path: Path) -> None:
     torch.manual_seed(0)
     example = torch.randn(8, 1, 8, 8)
-    names = search_for(Branches(), example, {"size": 1.0}).quantized.graph.names
+    names = search_for(Branches(), example, {"size": 1.0}).model.quantized.graph.names
     path = tmp_path / "times.json"
     table_for(names, 5, (0.1, 0.2), 0.05).save(path)
     assert load_layer_times(path) == load_layer_times(path)
@@ -177,7 +180,7 @@ def test_says_the_largest_speed_that_can_be_reached() -> None:
     example = torch.randn(8, 1, 8, 8)
     search = search_for(Branches(), example, {"average_bits": 8})
     search.goal, search.by, search.limit, search.speed = "speed", "speed", 20.0, 20.0
-    search.times = table_for(search.quantized.graph.names, 1)
+    search.times = table_for(search.model.quantized.graph.names, 1)
     with pytest.raises(
         CCOError, match=r"speed: 20 can't be reached: the largest is \d.*ms instead of .* in float.*Most of that time goes to.*VNNI"
     ):

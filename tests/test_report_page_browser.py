@@ -256,7 +256,7 @@ def test_the_plan_of_a_budget_is_written_out(browser: Any, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_the_speed_follows_the_changes(browser: Any, tmp_path: Path) -> None:
-    """As the budget's own reckoning has it for the plan that the copied recipe makes."""
+    """As the budget's own estimate is for the plan that the copied recipe makes."""
     pytest.importorskip("scipy")
     recipe = {"budget_settings": {"speed": 1.2, "threads": 2}}
     quantized = quantized_net({})

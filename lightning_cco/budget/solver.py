@@ -1,34 +1,24 @@
-"""The choice itself: an integer program, solved by `scipy.optimize.milp`."""
+"""The choice itself: the least expected rise of the loss within limits."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lightning_cco.budget.option import FLOAT, INTEGER, Option
 from lightning_cco.budget.options import Choices
-from lightning_cco.budget.speed import SpeedModel, SpeedRows
+from lightning_cco.budget.program import Choice, Program
+from lightning_cco.budget.speed import SpeedModel
 from lightning_cco.errors import CCOError
-from lightning_cco.quantization.tensor_key import TensorKey
 
 Measure = Callable[[Option], float] | SpeedModel
 """What an option takes of the budget; of seconds, what a choice takes as a whole, since conversions between layers do not belong to one of them."""
 Limit = tuple[Measure, float]
-_SECONDS = 60.0
 _WORTH = 0.01
 """A layer stays in float where that saves more than this part of what 8 bits everywhere lose: float is slower."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One option for each group, and the bits of each tensor that is rounded."""
-
-    options: tuple[Option, ...]
-    tensors: dict[TensorKey, int]
 
 
 def need_scipy() -> None:
@@ -49,9 +39,6 @@ def need_scipy() -> None:
 def solve(made: Choices, measure: Measure, limit: float | None, also: Sequence[Limit] = ()) -> Choice | None:
     """The choice with the least expected rise of the loss within a limit.
 
-    One binary variable stands for each option of each group, one for each number of bits of each tensor. A group that runs in integers needs what it reads
-    rounded to the bits of its option, and what it makes rounded to some.
-
     Args:
         made: What can be chosen.
         measure: What each option takes.
@@ -61,88 +48,37 @@ def solve(made: Choices, measure: Measure, limit: float | None, also: Sequence[L
     Returns:
         The choice; `None` if nothing is within the limit.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import coo_array
-
-    options = [(number, option) for number, group in enumerate(made.groups) for option in group.options]
-    tensors = [(tensor, bits) for tensor in made.tensors for bits in tensor.rises]
-    column = {(tensor.key, bits): len(options) + i for i, (tensor, bits) in enumerate(tensors)}
-    size = len(options) + len(tensors)
-    rows: list[tuple[dict[int, float], float, float]] = []
-    of_group: dict[int, list[int]] = {}
-    for i, (number, _) in enumerate(options):
-        of_group.setdefault(number, []).append(i)
-    rows += [(dict.fromkeys(its, 1.0), 1.0, 1.0) for its in of_group.values()]
-    by_key = {tensor.key: tensor for tensor in made.tensors}
-    for tensor in made.tensors:
-        its = dict.fromkeys((column[tensor.key, bits] for bits in tensor.rises), 1.0)
-        rows.append((its, 0.0 if tensor.optional else 1.0, 1.0))
-    for i, (number, option) in enumerate(options):
-        if option.form != INTEGER:
-            continue
-        group = made.groups[number]
-        for place, key in enumerate((*group.inputs, *group.outputs)):
-            if key not in by_key:
-                continue
-            exact = place < len(group.inputs) and option.activations in by_key[key].rises
-            needed = [option.activations] if exact else list(by_key[key].rises)
-            rows.append(({i: 1.0, **{column[key, bits]: -1.0 for bits in needed}}, -math.inf, 0.0))
-    rises = np.array([option.rise for _, option in options] + [tensor.rises[bits] for tensor, bits in tensors])
-    columns = {number: [(i, options[i][1]) for i in its] for number, its in of_group.items()}
-    whole = [1] * size
-    speeds: dict[int, SpeedRows] = {}
-    for other in (measure, *(entry for entry, _ in also)):
-        if isinstance(other, SpeedModel) and id(other) not in speeds:
-            further = speeds[id(other)] = other.rows(columns, len(whole))
-            rows += further.rows
-            whole += further.whole
-
-    def takes(of: Measure) -> tuple[Any, float]:
-        """What each column takes, and what is taken whatever is chosen."""
-        found = np.zeros(len(whole))
-        if isinstance(of, SpeedModel):
-            for place, value in speeds[id(of)].seconds.items():
-                found[place] = value
-            return found, speeds[id(of)].fixed
-        found[: len(options)] = [of(option) for _, option in options]
-        return found, 0.0
-
-    taken, _ = takes(measure)
-    rises = np.concatenate([rises, np.zeros(len(whole) - size)])
-    least = _WORTH * rise_of(made, uniform(made, "W8A8", 8))
-    rises[: len(options)] += [least if option.form == FLOAT and math.isfinite(least) else 0.0 for _, option in options]
-    largest = max(1e-300, float(np.max(rises[np.isfinite(rises)], initial=0.0)))
-    rises = np.where(np.isfinite(rises), rises / largest, 1e6)
-    unit = max(1e-12, float(np.abs(taken).sum()))
+    program = Program(made, [entry for entry in (measure, *(entry for entry, _ in also)) if isinstance(entry, SpeedModel)])
     for other, most in [*([(measure, limit)] if limit is not None else []), *also]:
-        parts, anyway = takes(other)
-        scale = max(1e-12, float(np.abs(parts).sum()))
-        rows.append(({place: value / scale for place, value in enumerate(parts) if value}, -math.inf, (most - anyway) / scale))
+        program.limit(_taken(program, other), most)
+    taken, _ = _taken(program, measure)
+    unit = max(1e-12, float(np.abs(taken).sum()))
+    rises = _rises(made, program)
     # Of equal rises the smaller one, and of the smallest the one with least rise.
     objective = rises + 1e-9 * taken / unit if limit is not None else taken / unit * 1e3 + rises * 1e-9
-    while True:
-        data = [(value, r, c) for r, (entries, _, _) in enumerate(rows) for c, value in entries.items()]
-        values, r, c = (np.array(part) for part in zip(*data, strict=True))
-        matrix = coo_array((values.astype(float), (r.astype(int), c.astype(int))), shape=(len(rows), len(whole))).tocsr()
-        found: Any = milp(
-            objective * 1e3,
-            integrality=np.array(whole),
-            bounds=Bounds(0, 1),
-            constraints=LinearConstraint(matrix, [low for _, low, _ in rows], [high for _, _, high in rows]),
-            options={"time_limit": _SECONDS, "mip_rel_gap": 1e-6},
-        )
-        if found.x is None:
-            return None
-        picked = found.x > 0.5
-        chosen = {number: option for i, (number, option) in enumerate(options) if picked[i]}
-        choice = Choice(
-            tuple(chosen[number] for number in range(len(made.groups))),
-            {tensor.key: bits for i, (tensor, bits) in enumerate(tensors) if picked[len(options) + i]},
-        )
-        more = [row for speed in speeds.values() for row in speed.loops(choice.options, found.x)]
-        if not more:
-            return choice
-        rows += more
+    return program.least(objective * 1e3)
+
+
+def _taken(program: Program, measure: Measure) -> tuple[Any, float]:
+    """What each column takes, and what is taken whatever is chosen."""
+    found = np.zeros(len(program.whole))
+    if isinstance(measure, SpeedModel):
+        speed = program.speeds[id(measure)]
+        found[list(speed.seconds)] = list(speed.seconds.values())
+        return found, speed.fixed
+    found[: len(program.options)] = [measure(option) for _, option in program.options]
+    return found, 0.0
+
+
+def _rises(made: Choices, program: Program) -> Any:
+    """The expected rise of the loss by column, as a part of the largest; a layer in float counts a little, since float is slower."""
+    rises = np.zeros(len(program.whole))
+    least = _WORTH * rise_of(made, uniform(made, "W8A8", 8))
+    own = [option.rise + (least if option.form == FLOAT and math.isfinite(least) else 0.0) for _, option in program.options]
+    own += [tensor.rises[bits] for tensor, bits in program.tensors]
+    rises[: len(own)] = own
+    largest = max(1e-300, float(np.max(rises[np.isfinite(rises)], initial=0.0)))
+    return np.where(np.isfinite(rises), rises / largest, 1e6)
 
 
 def uniform(made: Choices, name: str, activations: int) -> Choice:

@@ -56,38 +56,47 @@ def stored_faults(
     expected = _Expected(quantized, emitter, weights)
     for node in model.graph.node:
         layer = emitter.layers.get(node.name, "")
-        if node.op_type == "DequantizeLinear" and node.input[0] in values:
-            arrays = [values.get(name) for name in node.input]
-            axis, block = _number(node, "axis", 1), _number(node, "block_size", 0)
-            if block and arrays[0] is not None and arrays[1] is not None:
-                integers, scale = (array if axis == 1 else array.T for array in arrays[:2] if array is not None)
-                what = expected.in_blocks(layer, integers, scale, block)
-            else:
-                what = expected.dequantized(layer, arrays, axis)
-        elif node.op_type in (PRODUCT, LOOKUP):
-            packed, scales = (values.get(_constant_of(model, node.input[at])) for at in ((1, 2) if node.op_type == PRODUCT else (0, 2)))
-            if packed is None or scales is None:
-                what = "its weights are no constants of the file"
-            else:
-                integers, scale = unpacked(packed, _number(node, "bits", 4)), scales.reshape(len(packed), -1)
-                what = expected.in_blocks(layer, integers, scale, _number(node, "block_size", 0))
-        elif node.op_type == "Gather" and node.input[0] in values:
-            what = expected.table(layer, values[node.input[0]])
-        else:
-            continue
+        what = _weight_fault(model, values, node, layer, expected)
         if what:
             faults.setdefault(layer, what)
-    for name, parameter in quantized.model.named_parameters():
-        if name in values and values[name].dtype.kind == "f" and values[name].shape == tuple(parameter.shape):
-            wanted = parameter.detach().float().cpu().numpy()
-            if not np.array_equal(values[name], wanted, equal_nan=True):
-                layer = next((entry.name for entry in quantized.graph if name in entry.parameters), name)
-                if layer in quantized.graph and any(
-                    quantized.graph[reader].kind == "batch_norm" for reader in quantized.graph.successors(layer)
-                ):
-                    continue  # a layer in float, into whose weights the exporter may have folded the norm behind it
-                faults.setdefault(layer, f"the parameter '{name}' is off by up to {_most(values[name], wanted):.3g}")
+    for layer, what in _parameter_faults(quantized, values):
+        faults.setdefault(layer, what)
     return faults
+
+
+def _weight_fault(model: Any, values: Mapping[str, Any], node: Any, layer: str, expected: _Expected) -> str:
+    """What is wrong with the weights that a node holds, in words; nothing if it holds none, or they are right."""
+    if node.op_type == "DequantizeLinear" and node.input[0] in values:
+        arrays = [values.get(name) for name in node.input]
+        axis, block = _number(node, "axis", 1), _number(node, "block_size", 0)
+        if block and arrays[0] is not None and arrays[1] is not None:
+            integers, scale = (array if axis == 1 else array.T for array in arrays[:2] if array is not None)
+            return expected.in_blocks(layer, integers, scale, block)
+        return expected.dequantized(layer, arrays, axis)
+    if node.op_type in (PRODUCT, LOOKUP):
+        packed, scales = (values.get(_constant_of(model, node.input[at])) for at in ((1, 2) if node.op_type == PRODUCT else (0, 2)))
+        if packed is None or scales is None:
+            return "its weights are no constants of the file"
+        integers, scale = unpacked(packed, _number(node, "bits", 4)), scales.reshape(len(packed), -1)
+        return expected.in_blocks(layer, integers, scale, _number(node, "block_size", 0))
+    if node.op_type == "Gather" and node.input[0] in values:
+        return expected.table(layer, values[node.input[0]])
+    return ""
+
+
+def _parameter_faults(quantized: HookedModel, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Parameters that a file holds in float with other values."""
+    graph = quantized.graph
+    for name, parameter in quantized.model.named_parameters():
+        if name not in values or values[name].dtype.kind != "f" or values[name].shape != tuple(parameter.shape):
+            continue
+        wanted = parameter.detach().float().cpu().numpy()
+        if np.array_equal(values[name], wanted, equal_nan=True):
+            continue
+        layer = next((entry.name for entry in graph if name in entry.parameters), name)
+        if layer in graph and any(graph[reader].kind == "batch_norm" for reader in graph.successors(layer)):
+            continue  # a layer in float, into whose weights the exporter may have folded the norm behind it
+        yield layer, f"the parameter '{name}' is off by up to {_most(values[name], wanted):.3g}"
 
 
 def _formats(quantized: HookedModel, model: Any, rounded: Mapping[str, list[Rounded]]) -> Iterator[tuple[TensorKey, str]]:

@@ -6,6 +6,7 @@ PyTorch's own runs its matmuls inside one opaque call. Same arguments, same resu
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,20 +60,8 @@ def multi_head_attention(
     length, batch, width = query.shape
     head_width = width // num_heads
 
-    if use_separate_proj_weight:
-        assert q_proj_weight is not None
-        assert k_proj_weight is not None
-        assert v_proj_weight is not None
-        weights = (q_proj_weight, k_proj_weight, v_proj_weight)
-        biases = in_proj_bias.chunk(3) if in_proj_bias is not None else (None, None, None)
-        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
-    elif same_key and same_value:
-        assert in_proj_weight is not None
-        q, k, v = F.linear(query, in_proj_weight, in_proj_bias).chunk(3, dim=-1)
-    else:
-        assert in_proj_weight is not None
-        biases = in_proj_bias.chunk(3) if in_proj_bias is not None else (None, None, None)
-        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), in_proj_weight.chunk(3), biases, strict=True))
+    separate = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else None
+    q, k, v = _projected((query, key, value), separate, in_proj_weight, in_proj_bias, same_key and same_value)
 
     extra = 0
     if bias_k is not None and bias_v is not None:
@@ -89,13 +78,7 @@ def multi_head_attention(
     mask = _merged_mask(attn_mask, key_padding_mask, extra, batch, num_heads, q)
     dropout_p = dropout_p if training else 0.0
     if need_weights:
-        scores = q @ k.transpose(-2, -1) * (1.0 / math.sqrt(head_width))
-        if mask is not None:
-            scores = scores + mask
-        weights_out = F.softmax(scores, dim=-1)
-        if dropout_p > 0.0:
-            weights_out = F.dropout(weights_out, dropout_p)
-        attended = weights_out @ v
+        attended, weights_out = _weighted(q, k, v, mask, dropout_p)
     else:
         causal = is_causal and key_padding_mask is None and extra == 0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, dropout_p=dropout_p, is_causal=causal)
@@ -108,6 +91,41 @@ def multi_head_attention(
         output = output.squeeze(1)
         weights_out = weights_out.squeeze(0) if weights_out is not None else None
     return output, weights_out
+
+
+def _projected(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    separate: tuple[Tensor | None, Tensor | None, Tensor | None] | None,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    same: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value through their linear layers: as one product where all three are the same tensor and have one weight."""
+    if separate is None:
+        assert in_proj_weight is not None
+        if same:
+            q, k, v = F.linear(inputs[0], in_proj_weight, in_proj_bias).chunk(3, dim=-1)
+            return q, k, v
+        weights: Sequence[Tensor | None] = in_proj_weight.chunk(3)
+    else:
+        weights = separate
+    biases = in_proj_bias.chunk(3) if in_proj_bias is not None else (None, None, None)
+    found = []
+    for x, weight, bias in zip(inputs, weights, biases, strict=True):
+        assert weight is not None
+        found.append(F.linear(x, weight, bias))
+    return found[0], found[1], found[2]
+
+
+def _weighted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """The attended values, and the attention weights that `F.scaled_dot_product_attention` doesn't return."""
+    scores = q @ k.transpose(-2, -1) * (1.0 / math.sqrt(q.shape[-1]))
+    if mask is not None:
+        scores = scores + mask
+    weights = F.softmax(scores, dim=-1)
+    if dropout_p > 0.0:
+        weights = F.dropout(weights, dropout_p)
+    return weights @ v, weights
 
 
 def _merged_mask(

@@ -125,7 +125,7 @@ def budget_lines(plan: BudgetPlan, most: int = 40) -> list[str]:
         if isinstance(point, Point)
     ]
     header = ["plan", "size", "bits per weight", "bit operations", "speed", f"expected rise of the {plan.loss}"]
-    how = "as exported" if plan.measured else "as reckoned"
+    how = "as exported" if plan.measured else "as estimated"
     lines = [f"Budget, {plan.goal}: {plan.limit:g}. The file takes {plan.size_bytes:,.0f} bytes {how}, {plan.float_bytes:,.0f} in float."]
     lines += [text_table(header, compared, right=[1, 2, 3, 4, 5]), text_table(HEADER, rows[:most], right=[2, 3, 4, 5, 6])]
     if plan.times is not None:

@@ -51,7 +51,7 @@
     const by = plan.goal in titles && plan.goal !== "speed" ? plan.goal : "size";
     const charts = [chart(by, plan.size_curve.length ? plan.size_curve : plan.curve), ...(timed ? [chart("speed", plan.speed_curve)] : [])];
     section("budget").append(
-      cco.el("p", {}, `Goal: ${plan.goal} ${value(plan.limit)}. The file takes ${cco.bytes(plan.size_bytes)} ${plan.measured ? "as exported" : "as reckoned"}, ${cco.bytes(plan.float_bytes)} in float.`,
+      cco.el("p", {}, `Goal: ${plan.goal} ${value(plan.limit)}. The file takes ${cco.bytes(plan.size_bytes)} ${plan.measured ? "as exported" : "as estimated"}, ${cco.bytes(plan.float_bytes)} in float.`,
         timed ? ` One run of it is predicted to take ${cco.figure(1e3 * plan.seconds, 3)} ms, ${cco.figure(1e3 * plan.float_seconds, 3)} ms in float.` : ""),
       cco.el("div", { className: "charts" }, ...charts),
       cco.grid(["plan", "size", "bits per weight", "bit operations", "speed", `expected rise of the ${plan.loss}`],

@@ -80,11 +80,11 @@
     return all ? integers / all : NaN;
   };
 
-  /** What a file holds beside the weights, where one was written: its bytes less those that are reckoned for the plan. */
+  /** What a file holds beside the weights, where one was written: its bytes less those that are estimated for the plan. */
   const written = report.export ? report.export.size_bytes : report.budget && report.budget.measured ? report.budget.size_bytes : null;
   const beside = written && report.size.float_bytes ? written - weightBytes() : 0;
 
-  /** What one run takes with the changes, by the table of layer times: as `SpeedModel` of the budget reckons; NaN where a form was not measured. */
+  /** What one run takes with the changes, by the table of layer times: as `SpeedModel` of the budget computes; NaN where a form was not measured. */
   const seconds = () => {
     const model = report.speed;
     if (!model) return NaN;
