@@ -10,6 +10,7 @@ LOOK_FURTHER = (
     "torch._jit_internal",
     "torch._ops",
     "torch._library.custom_ops",
+    "torch._functorch.functional_call",  # `stack_module_state` and `functional_call`, whose operations are the caller's
     "torch.fx.interpreter",  # it runs graphs of compilers and of users alike
     "torch.fx.traceback",
 )

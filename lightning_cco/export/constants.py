@@ -28,7 +28,7 @@ def arrange_integers(graph: Any) -> None:
         inputs = [initializer(graph, f"{output.name}.{i}", array) for i, array in enumerate((integers, scale, zero_point))]
         after = onnx_ir.node("DequantizeLinear", inputs, attributes={"axis": axis}, name=f"{node.name}_dequantize")
         after.metadata_props.update(node.metadata_props)
-        after.outputs[0].name, after.outputs[0].dtype, after.outputs[0].shape = f"{output.name}_dequantized", output.dtype, output.shape
+        after.outputs[0].name, after.outputs[0].dtype, after.outputs[0].shape = f"{output.name}_as_float", output.dtype, output.shape
         graph.insert_after(node, after)
         output.replace_all_uses_with(after.outputs[0])
 

@@ -91,7 +91,7 @@ def _dequantize_after(graph: Any, node: Any, dtype: Any, format_: Sequence[Any])
         uses = tuple(output.uses())
         after = onnx_ir.node("DequantizeLinear", [output, *format_], name=f"{node.name}.{number}_dequantize")
         after.metadata_props.update({key: value for key, value in node.metadata_props.items() if key != NAME})
-        after.outputs[0].name, after.outputs[0].dtype, after.outputs[0].shape = f"{output.name}_dequantized", output.dtype, output.shape
+        after.outputs[0].name, after.outputs[0].dtype, after.outputs[0].shape = f"{output.name}_as_float", output.dtype, output.shape
         output.dtype = dtype
         graph.insert_after(node, after)
         for reader, position in uses:

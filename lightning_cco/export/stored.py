@@ -90,7 +90,8 @@ class StoredWeights:
             if bound is not None:
                 found[0] = shortened(found[0], *bound)
             if site.op.category in (Category.WEIGHTED, Category.MATMUL):
-                bias = (args[2] if len(args) > 2 else kwargs.get("bias")) if site.op.biased else None
+                stands = site.op.biased and not self.quantized.graph[site.layer].attributes.get("made_bias")
+                bias = (args[2] if len(args) > 2 else kwargs.get("bias")) if stands else None
                 if site.layer in self.quantized.corrections:
                     bias = self.quantized.corrections[site.layer](bias, found[0])
                 weights = [integer_weight(self.quantized, site.layer, tensor, bias, i) for i, tensor in enumerate(found)]

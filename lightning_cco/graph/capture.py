@@ -23,6 +23,7 @@ from lightning_cco.graph.ops import Op
 from lightning_cco.graph.put_back import Kept
 from lightning_cco.graph.reached import is_within, only_asked, out_of_sight, used_unseen
 from lightning_cco.graph.trace import Tracer
+from lightning_cco.names import list_names
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,11 @@ _WITHOUT_GRADIENTS = ("does not require grad", "appears to not have been used in
 
 def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> Capture:
     with Kept(model, parameters=True) as kept:
+        modules = dict(model.named_modules())
         evaluation = _trace_evaluation(model, forward, gradients)
         carried, appeared = kept.changed(), kept.appeared()
-        if carried or appeared:  # the first forward is not what all others are
+        late = [path for path, module in model.named_modules() if modules.get(path) is not module]
+        if carried or appeared or late:  # the first forward is not what all others are
             evaluation = _trace_evaluation(model, forward, gradients, carried, evaluation)
             # A run without us makes what is made once, too.
             kept.stay = frozenset(place for place, value in kept.appeared().items() if appeared.get(place) is value)
@@ -150,6 +153,7 @@ def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> C
             switch_training(model, False)
             hidden = used_unseen(model, evaluation, forward)
         _check(model, evaluation, hidden)
+        _warn_of_weights_made(model, evaluation, late)
         training = _trace_training(model, forward, evaluation.frames.root, carried)
     teachers = only_asked(model, evaluation, training)
     captured = _assemble(evaluation.frames.root, evaluation, training, teachers)
@@ -188,6 +192,26 @@ def _trace_evaluation(
                 "Give an example that its forward takes: set `example_input_array`, or pass `forward_fn=lambda module, batch: module(...)`."
             ) from error
     return tracer
+
+
+def _warn_of_weights_made(model: nn.Module, evaluation: Tracer, late: Sequence[str]) -> None:
+    """Say which modules the forward itself makes."""
+    outermost = [path for path in late if not is_within(path, [other for other in late if other != path])]
+    if outermost and any(True for path in outermost for _ in model.get_submodule(path).parameters()):
+        warnings.warn(
+            f"{type(model).__name__}: its forward makes modules with parameters: {list_names(outermost)}. They were made now, by the capture, and are "
+            "quantized; but an optimizer made before does not train them. Make them in __init__ or configure_model, or run one forward there.",
+            CCOWarning,
+            stacklevel=5,
+        )
+    drawn = [path or "the model itself" for path in evaluation.drawn]
+    if drawn:
+        warnings.warn(
+            f"{type(model).__name__}: the forward of {list_names(drawn)} makes modules or parameters, and draws their values at random in each call. "
+            "They stay in float, are not trained, and an export would hold one draw. Make them in __init__, where parameters of the model belong.",
+            CCOWarning,
+            stacklevel=5,
+        )
 
 
 def _check(model: nn.Module, evaluation: Tracer, hidden: Sequence[str]) -> None:

@@ -224,6 +224,14 @@ RANDOM = frozenset({
 })  # fmt: skip
 """Functions that draw random numbers."""
 
+DRAWS_WEIGHTS = frozenset({
+    "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_", "orthogonal_", "sparse_",
+})  # fmt: skip
+"""Functions of `torch.nn.init` that draw random numbers."""
+
+OVERWRITES = RANDOM | DRAWS_WEIGHTS | {"copy_", "fill_", "zero_"}
+"""Functions that write all of their first operand, and read nothing of it, where their names end with an underscore."""
+
 READS_OUT = frozenset({"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__dlpack__"})
 """Functions that hand the values of a tensor over to Python."""
 

@@ -19,9 +19,17 @@ Origin = Any
 """A pair of call and output number; the names of the parameters that a constant is made of; or a custom function that still runs."""
 
 
+DRAWN = "\0drawn"
+"""Stands among the names of what a constant is made of for weights that the forward itself draws at random."""
+
+
 def is_constant(origin: Origin) -> bool:
     """Whether a tensor is made of parameters and constants alone."""
     return isinstance(origin, tuple) and (not origin or isinstance(origin[0], str))
+
+
+def _named(origin: tuple[str, ...]) -> bool:
+    return any(name != DRAWN for name in origin)
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
@@ -44,6 +52,7 @@ class _Write:
     time: int
     origin: Origin
     place: _Place
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -85,10 +94,13 @@ class Origins:
         self._time = 0
 
     def remember(self, tensor: Tensor, origin: Origin) -> None:
-        """Note where a tensor comes from, as it is now. A parameter is that parameter still, whatever constants are written to it (moving averages)."""
+        """Note where a tensor comes from, as it is now. A parameter is that parameter still, whatever constants are written to it (moving averages).
+
+        One that the forward makes has no name, and gets those of what is written to it.
+        """
         if isinstance(tensor, nn.Parameter) and is_constant(origin):
             known = self._entry(tensor)
-            origin = known.origin if known is not None and is_constant(known.origin) else origin
+            origin = known.origin if known is not None and is_constant(known.origin) and _named(known.origin) else origin
         while True:
             memory = _memory(tensor)
             known = _Known(weakref.ref(tensor), origin, self._time, memory)
@@ -114,29 +126,43 @@ class Origins:
                 return known  # which ``set_`` has not given other memory since
         return None
 
-    def note_write(self, tensor: Tensor, origin: Origin) -> None:
-        """Note that a call has changed what a tensor holds. For the tensor itself that call is then where it comes from."""
+    def note_write(self, tensor: Tensor, origin: Origin, whole: bool = False) -> None:
+        """Note that a call has changed what a tensor holds. For the tensor itself that call is then where it comes from.
+
+        Args:
+            tensor: The tensor.
+            origin: Where the call's result comes from.
+            whole: Whether nothing is left of what it held before.
+        """
         self._time += 1
         memory = _memory(tensor)
         if memory is not None:
-            self._writes.setdefault(memory, []).append(_Write(self._time, origin, _place(tensor)))
+            self._writes.setdefault(memory, []).append(_Write(self._time, origin, _place(tensor), whole))
 
     def writes_since(self, tensor: Tensor) -> list[Origin]:
         """The origins of what was written to a tensor, through other tensors, since it was noted."""
+        return self._written(tensor)[0]
+
+    def all_of(self, tensor: Tensor) -> list[Origin]:
+        """The origins of what a tensor holds now: of itself, and of what was written to it since, which may leave nothing of the first."""
+        writes, whole = self._written(tensor)
+        return writes if whole else [self.of(tensor), *writes]
+
+    def _written(self, tensor: Tensor) -> tuple[list[Origin], bool]:
         known, memory = self._entry(tensor), _memory(tensor)
-        if known is None or memory is None:
-            return []
-        writes = self._writes.get(memory)
-        if not writes or writes[-1].time <= known.time:
-            return []
+        writes = None if known is None or memory is None else self._writes.get(memory)
+        if known is None or not writes or writes[-1].time <= known.time:
+            return [], False
         place = _place(tensor)
         found: list[Origin] = []
+        whole = False
         for write in reversed(writes):
-            if write.time <= known.time:
+            if write.time <= known.time or whole:
                 break
             if write.origin not in found and write.place.overlaps(place):
                 found.append(write.origin)
-        return found[::-1]
+            whole = write.whole and write.place == place
+        return found[::-1], whole
 
     def sharing_memory(self, tensor: Tensor) -> Tensor | None:
         """A known tensor in the memory of one that is not known: what was made of it out of sight, as NumPy does, or in a script."""

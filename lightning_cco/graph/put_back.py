@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_cco.compat.modules import OF_MODULES, buffers_of, cells_of, hooks_of
+from lightning_cco.compat.modules import CONTENTS, OF_MODULES, buffers_of, cells_of, hooks_of
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.given_back import Drawing, is_iterator
@@ -112,7 +112,10 @@ class Kept:
                 for name in part.new:
                     if (id(part.now), name) not in but:
                         del part.now[name]
+                parts = {name for kind in CONTENTS for name in part.now.get(kind, ())} if part.of_module else set()
                 for name, value in part.before.items():
+                    if name in parts:
+                        continue  # a module or a parameter that the forward has made stays: it is hooked
                     if part.now.get(name, _MISSING) is not value and (id(part.now), name) not in but:
                         part.now[name] = value
             for undo in self._undo:

@@ -18,10 +18,11 @@ from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.multiplications import multiplications
 from lightning_cco.graph.operands import MASKING, dtype_name, is_mask_like, is_quantizable, note_of, weights_of
 from lightning_cco.graph.ops import Category, Op
-from lightning_cco.graph.origins import Origin, is_constant
+from lightning_cco.graph.origins import DRAWN, Origin, is_constant
 from lightning_cco.graph.python_calls import calling_position
-from lightning_cco.graph.sources import Sources, names_of
+from lightning_cco.graph.sources import Sources, parameters_of
 
+_DRAWN = "the forward draws the weights that it multiplies by at random, each time anew: there is nothing to round or to store"
 _LOOKUP = "selects from a constant by indexing; torch.nn.functional.embedding(indices, weight) has an INT8 form"
 Operand = tuple[ArgPath, Tensor, Origin]
 """A tensor that a call is given: where it stands, and where it comes from."""
@@ -105,7 +106,8 @@ class Seen:
         call.reads = [
             Read(slot, origin[0], origin[1], is_quantizable(t) and sources.quantizable(origin)) for slot, t, origin in self.dynamic
         ]
-        call.weights = weights_of(self.op, self.constants, self.args)
+        constants = [(slot, tensor, parameters_of([origin])) for slot, tensor, origin in self.constants]
+        call.weights = weights_of(self.op, constants, self.args)
         if module is not None and not type(module).__module__.startswith("torch."):  # code of the user's own
             call.position = calling_position()
         call.layer = self._described(call, module)
@@ -127,20 +129,36 @@ class Seen:
             quantizable_outputs=quantizable,
             attributes={**attributes(self.op, module, self.args, self.kwargs, weight), **_modes(self.function, self.kwargs)},
             parameters=parameters,
-            weighted=self.op.category is Category.WEIGHTED
+            weighted=(self.op.category is Category.WEIGHTED and bool(call.weights))
             or (call.layer.kind == "lookup" and bool(parameters))
             or (self.op.category is Category.MATMUL and any(w.parameters for w in call.weights)),
             note=note_of(quantizable, self.mask_like, read, self.outputs)
+            or (_DRAWN if self._draws_weights() else "")
             or (_LOOKUP if call.layer.kind == "lookup" else "")
             or ("writes its result into tensors that it is given" if self.writes else ""),
         )
+        if self.op.category is Category.WEIGHTED:
+            return replace(layer, attributes={**layer.attributes, **self._made_operands()})
         if not call.weights or self.op.category not in (Category.MATMUL, Category.COMPUTE):
             return layer
         # Which operand is constant decides what engines have a form for.
         first = call.weights[0].slot
-        where = {"weight_first": True} if layer.weighted and _before(first, call.reads[0].slot) else {}
+        where: dict[str, object] = {"weight_first": True} if layer.weighted and _before(first, call.reads[0].slot) else {}
         shapes = [tuple(t.shape) for slot, t, _ in self.constants if slot == first]
         return replace(layer, attributes={**layer.attributes, "operand_shape": shapes[0], **where})
+
+    def _draws_weights(self) -> bool:
+        return self.op.category is Category.WEIGHTED and any(DRAWN in origin for _, _, origin in self.constants)
+
+    def _made_operands(self) -> dict[str, object]:
+        """Which of weight and bias are no constants, but made of the model's inputs, as in a network that makes the weights of another."""
+        made = {slot[0] for slot, tensor, _ in self.dynamic if tensor.is_floating_point()}
+        found: dict[str, object] = {}
+        if self.op.weight is not None and made.intersection(self.op.weight):
+            found["made_weight"] = True
+        if self.op.biased and made.intersection((2, "bias")):
+            found["made_bias"] = True
+        return found
 
     def _quantizable_outputs(self, call: Call) -> tuple[bool, ...]:
         """Which outputs are floats and no masks."""
@@ -159,7 +177,7 @@ class Seen:
 
     def _parameters(self, call: Call) -> tuple[str, ...]:
         """Names of the parameters that it reads, those of its weight first."""
-        parameters = names_of([origin for _, _, origin in self.constants])
+        parameters = parameters_of([origin for _, _, origin in self.constants])
         first = call.weights[0].parameters if call.weights else ()
         return (*first, *(name for name in parameters if name not in first))
 

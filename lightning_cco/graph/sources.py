@@ -17,7 +17,7 @@ from lightning_cco.graph.custom_functions import CustomCall
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.operands import MASK_NOTE, dtype_name, is_quantizable
 from lightning_cco.graph.ops import Category, Op
-from lightning_cco.graph.origins import Origin, Origins, is_constant
+from lightning_cco.graph.origins import DRAWN, Origin, Origins, is_constant
 
 
 class Sources:
@@ -78,7 +78,7 @@ class Sources:
         writes = self.origins.writes_since(tensor)
         if not writes and not isinstance(origin, CustomCall):
             return origin
-        origins = [self.resolved(o, tensor) for o in [origin, *writes]]
+        origins = [self.resolved(o, tensor) for o in self.origins.all_of(tensor)]
         origin = origins[0]
         if writes and all(is_constant(o) for o in origins):
             origin = names_of(origins)
@@ -93,6 +93,8 @@ class Sources:
         if origin is None:
             other = self.origins.sharing_memory(tensor)
             origin = self.find(other, frame) if other is not None else None
+            if origin is None and isinstance(tensor, nn.Parameter):
+                origin = ()  # of a module that the forward makes, or that the model does not know
             if origin is None and frame is self._between:
                 return self.remember_input(tensor)
             if origin is None or not is_constant(origin):
@@ -103,7 +105,7 @@ class Sources:
     def _name_of_parameter(self, tensor: Tensor, frame: ModuleCall) -> tuple[str, ...] | None:
         """The name of a parameter that came into the model after the hooks: sharded ones are put together just for their module's forward."""
         if isinstance(tensor, nn.Parameter):
-            return next(((name,) for name, parameter in self.model.named_parameters() if parameter is tensor), ())
+            return next(((name,) for name, parameter in self.model.named_parameters() if parameter is tensor), None)
         path = frame.node.path
         for name, value in vars(self._modules[path]).items() if path in self._modules else ():
             full = f"{path}.{name}" if path else name
@@ -155,7 +157,7 @@ class Sources:
         sources = [(o[0], o[1]) for o in origins or [] if not is_constant(o)]
         shapes = tuple(self.calls[number].layer.output_shapes[output] for number, output in sources)
         layer = Layer("", node.path, kind, shapes, (tuple(tensor.shape),), (dtype_name(tensor),), (ok,), attributes or {}, note=note)
-        call = Call(replace(layer, parameters=names_of(origins or [])), node, "", Op(kind, Category.COMPUTE), index, visible=False)
+        call = Call(replace(layer, parameters=parameters_of(origins or [])), node, "", Op(kind, Category.COMPUTE), index, visible=False)
         call.reads = [Read((k,), number, output, self.quantizable((number, output))) for k, (number, output) in enumerate(sources)]
         self.calls.append(call)
         return len(self.calls) - 1, 0
@@ -166,5 +168,10 @@ class Sources:
 
 
 def names_of(origins: list[Origin]) -> tuple[str, ...]:
-    """The parameters that constants are made of, each once."""
+    """What constants are made of, each once: parameters, and what is drawn at random."""
     return tuple(dict.fromkeys(name for origin in origins if is_constant(origin) for name in origin))
+
+
+def parameters_of(origins: list[Origin]) -> tuple[str, ...]:
+    """The parameters that constants are made of, each once."""
+    return tuple(name for name in names_of(origins) if name != DRAWN)

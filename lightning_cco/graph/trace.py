@@ -22,8 +22,8 @@ from lightning_cco.graph.frames import Frames
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.network import End, OuterCall, find_network, has_parameters, is_metric
 from lightning_cco.graph.operands import dtype_name, is_attention_mask, is_mask_like, is_quantizable, operands_of
-from lightning_cco.graph.ops import MAKES_OF_DATA, RANDOM, READS_OUT, READS_VALUES, Category, Op, operation
-from lightning_cco.graph.origins import Origin, is_constant
+from lightning_cco.graph.ops import DRAWS_WEIGHTS, MAKES_OF_DATA, OVERWRITES, RANDOM, READS_OUT, READS_VALUES, Category, Op, operation
+from lightning_cco.graph.origins import DRAWN, Origin, is_constant
 from lightning_cco.graph.records import Operand, Seen, refuse_operands
 from lightning_cco.graph.sources import Sources, names_of
 from lightning_cco.graph.spelling import as_function, is_operator, name_of_operator
@@ -37,6 +37,7 @@ class Tracer:
         ran: Paths of the modules that ran.
         with_gradients: Paths of those that ran while gradients were recorded.
         read: Names of the parameters that a call has read.
+        drawn: Paths of the modules that compute with parameters which the forward itself has drawn at random.
         left_out: Paths of modules with parameters whose calls serve losses alone.
         called: Paths of the modules that are called from outside of any other for the network.
     """
@@ -47,6 +48,7 @@ class Tracer:
         self.ran: set[str] = set()
         self.with_gradients: set[str] = set()
         self.read: set[str] = set()
+        self.drawn: dict[str, None] = {}
         self.left_out: list[str] = []
         self.called: tuple[str, ...] = ()
         self.frames = Frames(model, root, self._handle)
@@ -140,6 +142,8 @@ class Tracer:
         if name.endswith("_like") or name.startswith("new_"):
             return []  # they read shapes and types
         found = operands_of(args, kwargs)
+        if name in OVERWRITES and name.endswith("_") and args and self._is_overwritten(args[0]):
+            found = [(slot, tensor) for slot, tensor in found if slot != (0,)]
         if name == "__setitem__" and isinstance(args[2], Tensor) and self._origins.of(args[0]) is not None:
             # ``y[:, 1:3] += 1`` assigns what has just been written there.
             value = self._sources.find(args[2], frame)
@@ -150,7 +154,17 @@ class Tracer:
                 ]
         return [(slot, t, self._sources.find(t, frame)) for slot, t in found]
 
+    def _is_overwritten(self, tensor: Any) -> bool:
+        """Whether what a tensor held before a call that writes all of it comes from no layer, so that nobody need know."""
+        origins = self._origins.all_of(tensor)
+        return all(origin is None or is_constant(origin) or self._is_unseen(origin) for origin in origins)
+
+    def _is_unseen(self, origin: Origin) -> bool:
+        return not isinstance(origin, CustomCall) and self.calls[origin[0]].layer.kind in ("unseen", "written")
+
     def _handle(self, frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not args and getattr(func, "__module__", "") == "torch.nn.init" and "tensor" in kwargs:
+            args, kwargs = (kwargs["tensor"],), {key: value for key, value in kwargs.items() if key != "tensor"}
         op = operation(name)
         function = running_function()
         if function is not None:
@@ -199,6 +213,8 @@ class Tracer:
             self._record(replace(seen, op=Op("cast", Category.COMPUTE), index=index, outputs=[result], visible=False))
         elif self._origins.of(result) is None:
             self._origins.remember(result, origin)
+            if seen.function in ("clone", "__deepcopy__") and is_constant(origin) and origin:
+                self._alive.append(result)  # `nn.Parameter(copy)` and `copy.deepcopy` make another tensor in its memory
 
     def _note_result(self, seen: Seen, result: Any, written: list[Tensor]) -> None:
         """Add a call by what it gives: its result, or what it has written to.
@@ -223,7 +239,7 @@ class Tracer:
         origins = self._record(replace(seen, outputs=outputs, writes=bool(written) and not in_place))
         for tensor in written:
             known = self._origins.of(tensor) is not None
-            self._origins.note_write(tensor, origins[0])
+            self._origins.note_write(tensor, origins[0], whole=in_place and seen.function in OVERWRITES)
             if not known or in_place:
                 self._origins.remember(tensor, origins[0])
 
@@ -288,6 +304,8 @@ class Tracer:
         if not seen.dynamic:
             return self._record_constant(seen)
         frame = seen.frame
+        if any(DRAWN in origin for _, _, origin in seen.constants):
+            self.drawn[frame.node.path] = None
         number = len(self.calls)
         self.calls.append(seen.as_call(self._sources, self._modules.get(frame.node.path), frame is self._between))
         if not seen.writes:
@@ -299,8 +317,11 @@ class Tracer:
         # Random numbers are noise in training, and values in evaluation. So is what is made of numbers that have left the tensors.
         frame, name = seen.frame, seen.function
         from_nowhere = (name in RANDOM and not frame.training) or (self._values_left and name in MAKES_OF_DATA)
+        drawn = name in RANDOM or name in DRAWS_WEIGHTS
         origins: list[Origin] = [
-            self._sources.add("unseen", tensor, frame.node, attributes={"function": name})
+            (DRAWN,)
+            if drawn and isinstance(tensor, nn.Parameter)
+            else self._sources.add("unseen", tensor, frame.node, attributes={"function": name})
             if from_nowhere
             else names_of([origin for _, _, origin in seen.constants])
             for tensor in seen.outputs

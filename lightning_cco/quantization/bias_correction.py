@@ -60,7 +60,8 @@ def corrected_channels(capture: Capture, weights: Mapping[str, Sequence[nn.Modul
     found = {}
     for name in weights:
         site, layer = capture.sites[name], capture.graph[name]
-        if site.op.biased and site.visible and len(site.weights) == 1 and len(site.weights[0].shape) > 1 and layer.output_shapes:
+        stands = site.op.biased and not layer.attributes.get("made_bias")
+        if stands and site.visible and len(site.weights) == 1 and len(site.weights[0].shape) > 1 and layer.output_shapes:
             found[name] = layer.output_shapes[0][_channel_axis(len(site.weights[0].shape))]
     return found
 

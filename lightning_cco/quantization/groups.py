@@ -30,6 +30,8 @@ class Groups:
     def folds(self, name: str, norm: str) -> bool:
         """Whether a batch norm's factors go into the weights of the layer before it: its channels are that layer's."""
         layer, after = self._graph[name], self._graph[norm]
+        if not layer.weighted or layer.attributes.get("made_bias"):
+            return False  # what the forward makes can't take factors in
         if not operation_of_kind(layer.kind).takes_norm or self._connections.only_reader(name) != norm or not layer.output_shapes:
             return False
         if after.kind != "batch_norm" or not has_statistics(after) or not self._engine_decides(norm):

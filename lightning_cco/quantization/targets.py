@@ -41,6 +41,7 @@ class Target:
         float_products: Whether it multiplies floats with weights that are stored as integers; else a layer in float has weights in float.
         norms: Whether a batch norm that no layer takes in has an INT8 form: a convolution of each channel with one number. A dense block of six on one
             thread: 8.2 ms against 9.0 in float with ONNX Runtime 1.32, 7.7 against 8.5 with OpenVINO 2026.4 (``benchmarks/engine_forms.py norms``).
+        made_weights: Kinds with weights of which it has an INT8 form also where another layer makes the weight; where one makes the bias it has none.
         integer_left: Which products with a weight on their left, which are computed in float, may have integers for it; `None`: all.
         narrow_without_vnni: Whether weights that are multiplied have 7 bits for processors without VNNI, whose sums of two products would overflow.
         refuses_int4: Why weights can't be stored in 4 bits for it; empty: they can.
@@ -58,6 +59,7 @@ class Target:
     followed_in_float: frozenset[str] = frozenset()
     float_products: bool = True
     norms: bool = False
+    made_weights: frozenset[str] = frozenset()
     integer_left: Form | None = None
     narrow_without_vnni: bool = False
     refuses_int4: str = ""
@@ -66,6 +68,8 @@ class Target:
     def computes_in_int8(self, layer: Layer) -> bool:
         """Whether a layer, all of whose floats are rounded, is computed in INT8."""
         form = (self.forms or {}).get(layer.kind)
+        if layer.attributes.get("made_bias") or (layer.attributes.get("made_weight") and layer.kind not in self.made_weights):
+            return False
         return layer.kind in self.int8_kinds and (form is None or form(layer))
 
     def weight_bits(self, layer: Layer, bits: int, vnni: bool | None) -> int:
@@ -197,6 +201,7 @@ TARGETS: Mapping[str, Target] = {
         },
         integer_outputs=_ELEMENTWISE | _SHAPING | _SMOOTH | {"conv", "batch_norm"},
         norms=True,
+        made_weights=frozenset({"conv", "linear"}),
         # 1.32 multiplies such a weight by rows that are rounded in an operator that refuses a scale for each of its rows, when the file runs.
         integer_left=lambda layer: len(layer.input_shapes[0]) > 2,
     ),
