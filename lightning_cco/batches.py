@@ -20,7 +20,7 @@ from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.put_back import Kept
 from lightning_cco.graph.reached import frozen_modules, is_within
 from lightning_cco.lookahead import copied, upcoming_batches
-from lightning_cco.spare_loader import isolated_random
+from lightning_cco.random_numbers import isolated_random
 
 ForwardFn = Callable[[Any, Any], Any]
 """``(pl_module, batch) -> Any``: runs the model's layers on a batch."""

@@ -191,22 +191,21 @@ class CCOCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called before the first batch. Captures, plans, calibrates (or takes the ranges of a checkpoint over), and draws."""
         self.before_training.restore(trainer)  # where there was nothing to validate
-        first = next(training_batches(trainer, 1), None)
-        if first is None:
+        compression = self._compression
+        held = compression.held = list(training_batches(trainer, self.settings.monitoring_settings.sensitivity_batches))
+        if not held:
             raise CCOError(
                 "CCOCallback: the training loader is empty; expected at least one batch to capture the layers and to calibrate on."
             )
-        compression = self._compression
         history = self._monitor.state_dict() if self._monitor is not None else (compression.state or {}).get("monitor")
         monitor = self._monitor = start_monitor(trainer, self.settings.monitoring_settings, history)
-        quantized = compression.attach(trainer, pl_module, first)
-        compression.held = list(training_batches(trainer, self.settings.monitoring_settings.sensitivity_batches))
+        quantized = compression.attach(trainer, pl_module, held[0])
         self.schedule.begin(trainer, quantized, compression.skips.applied, self.settings)
         monitor.on_start(quantized.graph, quantized.plan, model_facts(quantized))
         if not self.schedule.waits(trainer, quantized):
             self._find_ranges(trainer, quantized)
         assert compression.forward is not None
-        self.distiller.start(trainer, quantized, compression.forward, compression.held[0], monitor.folder.path)
+        self.distiller.start(trainer, quantized, compression.forward, held[0], monitor.folder.path)
 
     def _find_ranges(self, trainer: pl.Trainer, quantized: QuantizedModel) -> None:
         """Before the first batch: calibrate, choose the plan of a budget, and validate what the calibration gives."""

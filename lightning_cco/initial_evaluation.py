@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import lightning.pytorch as pl
-import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import Tensor, nn
 
-from lightning_cco.compat.lightning_loaders import training_loader
 from lightning_cco.compat.lightning_trainer import sanity_check, validation_loader_replaced
 from lightning_cco.monitoring.metrics import numbers, sanity_check_metrics
+from lightning_cco.random_numbers import isolated_random
 from lightning_cco.settings import TrainingSettings
-from lightning_cco.spare_loader import isolated_random, spare_loader
+from lightning_cco.spare_loader import spare_loader
 
 
 class InitialEvaluation:
@@ -54,7 +49,7 @@ class InitialEvaluation:
     def evaluate_calibrated(self, trainer: pl.Trainer, settings: TrainingSettings, progress_has_begun: bool) -> None:
         """Validate the calibrated model once.
 
-        Samplers and generators are copies, so is what small state a data set shares with the training, and random numbers are put back: the training sees
+        Samplers and generators are copies, so is what a data set keeps between its samples, and random numbers are put back: the training sees
         what it would have seen. Where there is no copy, as of streams, this is left out.
 
         Args:
@@ -75,7 +70,7 @@ class InitialEvaluation:
         steps, self._of_calibrated = trainer.num_sanity_val_steps, True
         trainer.num_sanity_val_steps = float("inf")
         try:
-            with isolated_random(), validation_loader_replaced(trainer, lambda loader: _apart(trainer, loader)) as replaced:
+            with isolated_random(), validation_loader_replaced(trainer, lambda loader: spare_loader(trainer, loader)) as replaced:
                 if replaced:
                     sanity_check(trainer, progress_has_begun)
         finally:
@@ -85,36 +80,3 @@ class InitialEvaluation:
     def load(self, original: Mapping[str, float], calibrated: Mapping[str, float]) -> None:
         """Go on with the metrics of a checkpoint."""
         self.original, self.calibrated = dict(original), dict(calibrated)
-
-
-def _apart(trainer: pl.Trainer, combined: CombinedLoader) -> CombinedLoader | None:
-    """A copy of the validation's loaders whose use the training does not notice; `None` where there can't be one."""
-    spare = spare_loader(trainer, combined)
-    trained = training_loader(trainer)
-    if spare is None or trained is None:
-        return None
-    shared = {id(data) for loader in trained.flattened for data in _inner(getattr(loader, "dataset", None))}
-    for loader in spare.flattened:
-        if not loader.num_workers and any(id(data) in shared for data in _inner(loader.dataset)):
-            try:
-                vars(loader)["dataset"] = copy.deepcopy(loader.dataset, _contents(loader.dataset))
-            except Exception:  # locks, open files
-                return None
-    return spare
-
-
-def _inner(data: Any) -> Iterator[Any]:
-    """A data set, and those that it is a part of (`torch.utils.data.Subset` and the like)."""
-    while data is not None:
-        yield data
-        data = getattr(data, "dataset", None)
-
-
-def _contents(data: Any) -> dict[int, Any]:
-    """What a data set holds and need not be copied: its samples."""
-    found: dict[int, Any] = {}
-    for one in _inner(data):
-        for value in vars(one).values():
-            if isinstance(value, (Tensor, np.ndarray, nn.Module, list, tuple, dict, set, str, bytes)) or callable(value):
-                found[id(value)] = value
-    return found

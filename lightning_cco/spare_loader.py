@@ -6,21 +6,23 @@ import copy
 import random
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import IterableDataset
 
-from lightning_cco.compat.lightning_loaders import NOT_BEGUN, fetchers_of, is_plain_loader, mode_of
+from lightning_cco.compat.lightning_loaders import NOT_BEGUN, is_plain_loader, mode_of
+from lightning_cco.data_apart import data_apart
+from lightning_cco.random_numbers import RandomState, isolated_random
 
 
 def spare_loader(trainer: pl.Trainer, combined: CombinedLoader) -> CombinedLoader | None:
-    """A loader of the same data with samplers, generators and workers of its own; `None` where there can't be one.
+    """A loader of the same data with samplers, generators and workers of its own, or with what data keep between samples; `None` where there can't be one.
 
     Only a `DataLoader` of a dataset with indices can be copied: a stream gives each sample once, and of other iterables nothing is known.
     """
@@ -39,6 +41,8 @@ def spare_loader(trainer: pl.Trainer, combined: CombinedLoader) -> CombinedLoade
         twin = object.__new__(type(loader))
         twin.__dict__.update(loader.__dict__)
         twin.__dict__.update(own, **NOT_BEGUN, persistent_workers=False)
+        if not loader.num_workers:
+            twin.__dict__["dataset"] = data_apart(loader.dataset, shared[1:])
         copies.append(twin)
     spare = CombinedLoader(combined.iterables, mode_of(combined))
     spare.flattened = copies
@@ -47,6 +51,26 @@ def spare_loader(trainer: pl.Trainer, combined: CombinedLoader) -> CombinedLoade
 
 def _can_be_copied(loader: Any) -> bool:
     return is_plain_loader(loader) and not isinstance(loader.dataset, IterableDataset) and not hasattr(loader, "state_dict")
+
+
+class _Behind:
+    """The rest of what a sampler gives."""
+
+    def __init__(self, sampler: Any, count: int) -> None:
+        self._sampler, self._count = sampler, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self._sampler, self._count, None)
+
+    def __len__(self) -> int:
+        return max(0, len(self._sampler) - self._count)
+
+
+def skip_batches(loader: Any, count: int) -> None:
+    """Let a spare loader begin behind its first batches, which are not loaded for it."""
+    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+    if count:
+        loader.__dict__[name] = _Behind(loader.__dict__[name], count)
 
 
 def draws_by_a_known_order(combined: CombinedLoader) -> bool:
@@ -61,42 +85,6 @@ def draws_by_a_known_order(combined: CombinedLoader) -> bool:
     return True
 
 
-@contextmanager
-def watching_random(combined: CombinedLoader) -> Iterator[list[bool]]:
-    """Notes whether loading a batch in this process draws from a global random state; the list then is not empty. The samplers' seeds don't count."""
-    used: list[bool] = []
-    found = fetchers_of(combined)
-    if found is None:
-        used.append(True)
-    fetchers = found or []
-
-    def watch(fetcher: Any) -> None:
-        fetch = fetcher.fetch
-
-        def watched(index: Any) -> Any:
-            before = _random_state()
-            try:
-                return fetch(index)
-            finally:
-                if _random_state() != before:
-                    used.append(True)
-
-        fetcher.fetch = watched
-
-    for fetcher in fetchers:
-        watch(fetcher)
-    try:
-        yield used
-    finally:
-        for fetcher in fetchers:
-            fetcher.__dict__.pop("fetch", None)
-
-
-def _random_state() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state()
-    return random.getstate(), name, np.asarray(keys).tobytes(), *rest, torch.get_rng_state().numpy().tobytes()
-
-
 def read_apart(spare: CombinedLoader) -> Iterator[Any]:
     """The batches of a spare loader, the same ones each time: under a random state, a default type and a gradient mode of their own.
 
@@ -106,34 +94,28 @@ def read_apart(spare: CombinedLoader) -> Iterator[Any]:
 
     def read() -> Iterator[Any]:
         iterator: Iterator[Any] | None = None
-        state: Any = None
+        state: RandomState | None = None
         try:
             while True:
                 with isolated_random(), _as_outside(dtype), warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-                    if iterator is None:
+                    if iterator is None or state is None:
                         torch.manual_seed(0)
                         random.seed(0)
                         np.random.seed(0)
                         iterator = iter(spare)
                     else:
-                        _set_random(state)
+                        state.restore()
                     try:
                         batch, _, _ = next(iterator)
                     except StopIteration:
                         return
-                    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+                    state = RandomState()
                 yield batch
         finally:
             spare.reset()
 
     return read()
-
-
-def _set_random(state: Any) -> None:
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
 
 
 @contextmanager
@@ -145,14 +127,3 @@ def _as_outside(dtype: torch.dtype) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(now)
-
-
-@contextmanager
-def isolated_random() -> Iterator[None]:
-    """Lightning's `isolate_rng`, which by itself puts nothing back when an exception leaves it, such as that of a generator dropped halfway."""
-    stack = ExitStack()
-    stack.enter_context(isolate_rng())
-    try:
-        yield
-    finally:
-        stack.close()

@@ -24,7 +24,7 @@ LAYERS = [
     ["distillation", "early_check", "export_dir", "held_batches", "initial_evaluation", "schedule"],
     ["automatic_skips", "batch_norms", "batches", "checkpoints", "layer_timing", "learned_training", "monitoring"],
     ["lookahead", "quantized_model", "report_page", "strategies"],
-    ["budget", "drawing", "export", "level_use", "loss_measurement", "measurement", "spare_loader", "suggestions"],
+    ["budget", "drawing", "early_iterator", "export", "level_use", "loss_measurement", "measurement", "spare_loader", "suggestions"],
     ["loss_sensitivity", "sensitivity", "tensor_views"],
     ["quantization"],
     ["graph"],
@@ -33,9 +33,9 @@ LAYERS = [
     ["_yaml", "sections"],
     ["_combinations"],
     ["_values"],
-    ["compat", "files"],
+    ["compat", "data_apart", "files"],
     ["errors"],
-    ["figures", "names", "version"],
+    ["figures", "names", "random_numbers", "version"],
 ]
 """From top to bottom: modules and packages of lightning_cco. Each imports what is below it; packages also from within themselves."""
 

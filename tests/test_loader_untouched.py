@@ -23,7 +23,9 @@ from lightning_cco import CCOCallback
 
 N = 24
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(does not have many workers|use of fork|not resumable|max_epochs).*")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(does not have many workers|use of fork|not resumable|max_epochs|draws random numbers in this process).*"
+)
 
 
 class Samples(Dataset):

@@ -22,7 +22,9 @@ from torch.utils.data import DataLoader
 from lightning_cco import CCOCallback, CCOError, CCOWarning, load_quantized, load_settings, quantize
 from lightning_cco.settings import BitsStage
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(does not have many workers|use of fork|not resumable|max_epochs).*")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(does not have many workers|use of fork|not resumable|max_epochs|draws random numbers in this process).*"
+)
 
 FOUR = {"at_step": 4, "weights_num_bits": 4, "activations_num_bits": 4}
 TWO = {"at_epoch": 2, "weights_num_bits": 3}

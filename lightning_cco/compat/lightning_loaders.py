@@ -102,21 +102,3 @@ NOT_BEGUN = {"_iterator": None}
 
 Private API: ``DataLoader._iterator``, where persistent workers are kept. Under another name: copies still ask for none by ``persistent_workers=False``.
 """
-
-
-def fetchers_of(combined: CombinedLoader) -> list[Any] | None:
-    """What loads the batches of loaders without workers; each has ``fetch``. `None` where that can't be told.
-
-    Private API: ``CombinedLoader._iterator``; ``_dataset_fetcher`` and ``_workers`` of a `DataLoader`'s iterator. Without them: `None`, so loading counts as
-    drawing random numbers, and the batches of the calibration come from a copy of the loader (slower).
-    """
-    if not hasattr(combined, "_iterator"):
-        return None
-    found = []
-    for iterator in getattr(combined._iterator, "iterators", []):
-        fetcher = getattr(iterator, "_dataset_fetcher", None)
-        if hasattr(fetcher, "fetch"):
-            found.append(fetcher)
-        elif type(iterator).__module__ == "torch.utils.data.dataloader" and not hasattr(iterator, "_workers"):
-            return None
-    return found

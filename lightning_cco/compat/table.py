@@ -170,23 +170,8 @@ _LOADERS = (
     ("lightning.fabric.utilities.data._set_sampler_epoch", "shuffles as the training does", _ERROR),
     ("lightning.pytorch.utilities.combined_loader.CombinedLoader._state_dicts", "checkpoints keep the place of what is trained on", _START),
     ("lightning.pytorch.utilities.combined_loader.CombinedLoader._mode", "copies a loader", _START),
-    (
-        "lightning.pytorch.utilities.combined_loader.CombinedLoader._iterator",
-        "watches whether loading draws random numbers",
-        "as if it always did",
-    ),
     ("torch.utils.data.DataLoader._get_iterator", "tells loaders that can be copied", "none is copied"),
     ("torch.utils.data.DataLoader._iterator", "a copy begins anew", "it does so by its other attributes"),
-    (
-        "torch.utils.data.dataloader._SingleProcessDataLoaderIter._dataset_fetcher",
-        "watches whether loading draws random numbers",
-        "as if it did",
-    ),
-    (
-        "torch.utils.data.dataloader._MultiProcessingDataLoaderIter._workers",
-        "tells loaders with workers",
-        "as if loading drew random numbers",
-    ),
 )
 _OTHERS = (
     ("torchmetrics.Metric._to_sync", "metrics", "tells whether sensitivities are added up over processes", "always"),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import pytest
 import torch
 from canary import tries
 from lightning.pytorch.loggers import CSVLogger
@@ -72,7 +71,6 @@ class Looks(pl.Callback):
         fetcher, loader = lightning_loaders.training_fetcher(trainer), lightning_loaders.training_loader(trainer)
         self.seen["loader"] = lightning_loaders.loader_of(fetcher) is loader and fetcher.combined_loader is loader
         self.seen["mode"] = lightning_loaders.mode_of(loader)
-        self.seen["fetchers"] = lightning_loaders.fetchers_of(loader)
         lightning_loaders.set_loader_of(fetcher, [("batch", 0, 0)])
         self.seen["begun"] = list(iter(fetcher.combined_loader))
         lightning_loaders.set_loader_of(fetcher, loader)
@@ -107,8 +105,6 @@ class Looks(pl.Callback):
     "lightning.pytorch.loops._FitLoop._combined_loader",
     "lightning.pytorch.loops._FitLoop._should_reload_train_dl",
     "lightning.pytorch.utilities.combined_loader.CombinedLoader._mode",
-    "lightning.pytorch.utilities.combined_loader.CombinedLoader._iterator",
-    "torch.utils.data.dataloader._SingleProcessDataLoaderIter._dataset_fetcher",
 )
 def test_a_fit(tmp_path: Path) -> None:
     looks, module = Looks(), Small()
@@ -128,7 +124,6 @@ def test_a_fit(tmp_path: Path) -> None:
     trainer.fit(module)
     assert looks.seen["loader"]
     assert looks.seen["mode"] == "max_size_cycle"
-    assert len(looks.seen["fetchers"]) == 1
     assert looks.seen["replaced"] == (True, 2)
     assert looks.seen["begun"] == [("batch", 0, 0)]
     assert looks.seen["batch"] == ([1.0, 1.0], 1)
@@ -188,7 +183,6 @@ class WithState(DataLoader):
     "lightning.pytorch.utilities.combined_loader.CombinedLoader._state_dicts",
     "torch.utils.data.DataLoader._get_iterator",
     "torch.utils.data.DataLoader._iterator",
-    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter._workers",
 )
 def test_loaders() -> None:
     loader = WithState(torch.ones(4, 2))
@@ -212,14 +206,5 @@ def test_loaders() -> None:
     assert vars(with_workers).items() >= lightning_loaders.NOT_BEGUN.items()
     combined = CombinedLoader([with_workers])
     iter(combined)
-    assert lightning_loaders.fetchers_of(combined) == []
     assert vars(with_workers)["_iterator"] is not None
     combined.reset()
-
-
-def test_an_iterator_that_hides_its_fetcher_counts_as_drawing_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    combined = CombinedLoader([DataLoader(torch.ones(4))])
-    iter(combined)
-    assert combined._iterator is not None
-    monkeypatch.delattr(combined._iterator.iterators[0], "_dataset_fetcher")
-    assert lightning_loaders.fetchers_of(combined) is None

@@ -1,0 +1,76 @@
+"""This process's random numbers of Python, NumPy and PyTorch: compared, put back, and drawn before their time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+
+
+class RandomState:
+    """The global random states, as they are when this is made."""
+
+    def __init__(self) -> None:
+        self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RandomState):
+            return NotImplemented
+        (name, keys, *rest), (other_name, other_keys, *other_rest) = self._numpy, other._numpy
+        return (
+            self._python == other._python
+            and (name, rest) == (other_name, other_rest)
+            and np.array_equal(keys, other_keys)
+            and torch.equal(self._torch, other._torch)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def restore(self) -> None:
+        """Draw from here on."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
+
+
+@contextmanager
+def isolated_random() -> Iterator[None]:
+    """Lightning's `isolate_rng`, which by itself puts nothing back when an exception leaves it, such as that of a generator dropped halfway."""
+    stack = ExitStack()
+    stack.enter_context(isolate_rng())
+    try:
+        yield
+    finally:
+        stack.close()
+
+
+class DrawnEarly:
+    """Watches the random numbers that are drawn before their time, inside of its blocks.
+
+    Example:
+        >>> early = DrawnEarly()
+        >>> with early:
+        ...     seed = torch.randint(9, ())
+        >>> early.used, early.due
+        (True, True)
+    """
+
+    def __init__(self) -> None:
+        self.used = False
+        self._after = RandomState()
+
+    def __enter__(self) -> None:
+        self._before = RandomState()
+
+    def __exit__(self, *_: object) -> None:
+        self._after = RandomState()
+        self.used |= self._after != self._before
+
+    @property
+    def due(self) -> bool:
+        """Whether they are those that would be drawn now: nothing else has drawn since."""
+        return RandomState() == self._after
