@@ -119,6 +119,7 @@ class CCOCallback(pl.Callback):
         self._compression = Compression(self.settings, forward_fn)
         self._monitor: Monitor | None = None
         self._outside_fit = OutsideFit()
+        self._rules_are_checked = False
 
     @property
     def quantized(self) -> QuantizedModel | None:
@@ -153,6 +154,7 @@ class CCOCallback(pl.Callback):
             check_export_dir(self.settings.deployment_settings.export_dir, self.settings.deployment_settings.target_framework)
             check_budget(self.settings, trainer)
             check_schedule(self.settings)
+            self._rules_are_checked = False
             if self.quantized is None:
                 self._compression.release(pl_module)
 
@@ -170,11 +172,13 @@ class CCOCallback(pl.Callback):
         else:
             self._compression.leave(self._compression.state or self.state_dict())
 
+    def _wants_original_metrics(self) -> bool:
+        return self.quantized is None and not self.settings.training_settings.skip_initial_evaluation and not self.original_metrics
+
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when fit begins. Lets the sanity check run the whole validation: it gives each metric's original value."""
-        wanted = not self.settings.training_settings.skip_initial_evaluation and not self.original_metrics
-        if wanted and self.quantized is None:
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before the validation before training. Lets it be a whole one where it can't be repeated."""
+        if self._wants_original_metrics():
             self.before_training.lengthen(trainer)
 
     @override
@@ -190,7 +194,8 @@ class CCOCallback(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called before the first batch. Captures, plans, calibrates (or takes the ranges of a checkpoint over), and draws."""
-        self.before_training.restore(trainer)  # where there was nothing to validate
+        if self._wants_original_metrics():
+            self.before_training.evaluate_original(trainer, self._progress_has_begun(trainer))
         compression = self._compression
         held = compression.held = list(training_batches(trainer, self.settings.monitoring_settings.sensitivity_batches))
         if not held:
@@ -385,7 +390,8 @@ class CCOCallback(pl.Callback):
         if dataloader_idx == 0 and batch_idx == len(compression.validation) < self.settings.monitoring_settings.sensitivity_batches:
             with torch.inference_mode(False):
                 compression.validation.append(copied(batch))
-        if trainer.sanity_checking and batch_idx == dataloader_idx == 0 and self.quantized is None and compression.state is None:
+        if trainer.sanity_checking and not self._rules_are_checked and self.quantized is None and compression.state is None:
+            self._rules_are_checked = True
             check_rules(trainer, pl_module, batch, compression.forward_fn, self.settings)
         self._before_evaluation_batch(trainer, pl_module, batch)
 

@@ -1,4 +1,4 @@
-"""The metrics before training: of the float model, and of the calibrated one, by Trainer's own validation of the sanity check."""
+"""The metrics before training: of the float model, and of the calibrated one, by validations of the Trainer's own that leave nothing behind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_cco.compat.lightning_trainer import sanity_check, validation_loader_replaced
+from lightning_cco.compat.lightning_trainer import sanity_check, validation_loader, validation_loader_replaced
+from lightning_cco.graph.given_back import is_iterator
+from lightning_cco.graph.put_back import Kept
 from lightning_cco.monitoring.metrics import numbers, sanity_check_metrics
 from lightning_cco.random_numbers import isolated_random
 from lightning_cco.settings import TrainingSettings
@@ -15,7 +17,9 @@ from lightning_cco.spare_loader import spare_loader
 
 
 class InitialEvaluation:
-    """Validates before the first step: the float model in the place of the sanity check, the calibrated one after the calibration.
+    """Validates before the first step: the float model, and after the calibration the calibrated one, on copies of the validation's loaders.
+
+    Where there is no copy, as of streams, the float model is validated in the place of the sanity check.
 
     Attributes:
         original: Metrics of the float model.
@@ -26,13 +30,17 @@ class InitialEvaluation:
         self.original: dict[str, float] = {}
         self.calibrated: dict[str, float] = {}
         self._steps: int | float | None = None
-        self._of_calibrated = False
+        self._apart: dict[str, float] | None = None
 
     def lengthen(self, trainer: pl.Trainer) -> None:
-        """Let the sanity check run the whole validation."""
-        if not trainer.fast_dev_run and not trainer.barebones:  # type: ignore[attr-defined]
-            self._steps = trainer.num_sanity_val_steps
-            trainer.num_sanity_val_steps = float("inf")
+        """Let the sanity check run the whole validation, of data that give the same again but can't be copied."""
+        if self._apart is not None or trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
+            return
+        loader = validation_loader(trainer)
+        if loader is None or spare_loader(trainer, loader) is not None or any(is_iterator(one) for one in loader.flattened):
+            return
+        self._steps = trainer.num_sanity_val_steps
+        trainer.num_sanity_val_steps = float("inf")
 
     def restore(self, trainer: pl.Trainer) -> None:
         """Put the sanity check's number of steps back."""
@@ -41,16 +49,18 @@ class InitialEvaluation:
 
     def keep(self, trainer: pl.Trainer) -> None:
         """A validation has ended: keep its metrics if it was one of those before training."""
-        if trainer.sanity_checking and self._of_calibrated:
-            self.calibrated = numbers(sanity_check_metrics(trainer))
+        if trainer.sanity_checking and self._apart is not None:
+            self._apart = numbers(sanity_check_metrics(trainer))
         elif trainer.sanity_checking and self._steps is not None:
             self.original = numbers(sanity_check_metrics(trainer))
 
-    def evaluate_calibrated(self, trainer: pl.Trainer, settings: TrainingSettings, progress_has_begun: bool) -> None:
-        """Validate the calibrated model once.
+    def evaluate_original(self, trainer: pl.Trainer, progress_has_begun: bool) -> None:
+        """Validate the float model, if the sanity check has not done that; see `validate`."""
+        if not self.original and not trainer.fast_dev_run and not trainer.barebones:  # type: ignore[attr-defined]
+            self.original = self.validate(trainer, progress_has_begun)
 
-        Samplers and generators are copies, so is what a data set keeps between its samples, and random numbers are put back: the training sees
-        what it would have seen. Where there is no copy, as of streams, this is left out.
+    def evaluate_calibrated(self, trainer: pl.Trainer, settings: TrainingSettings, progress_has_begun: bool) -> None:
+        """Validate the calibrated model once; see `validate`.
 
         Args:
             trainer: The Trainer.
@@ -59,23 +69,31 @@ class InitialEvaluation:
         """
         if settings.skip_calibrated_evaluation or trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
             return
-        self.validate(trainer, progress_has_begun)
+        self.calibrated = self.validate(trainer, progress_has_begun)
         if self.calibrated:
             said = ", ".join(f"{name}: {value:.4g}" for name, value in self.calibrated.items())
             rank_zero_info(f"After the calibration, before any training: {said}.")
 
     def validate(self, trainer: pl.Trainer, progress_has_begun: bool) -> dict[str, float]:
-        """The metrics of the model as it is now, as in `evaluate_calibrated`. Empty where there is no copy of the loaders."""
-        self.calibrated = {}
-        steps, self._of_calibrated = trainer.num_sanity_val_steps, True
+        """The metrics of the model as it is now. Empty where there is no copy of the loaders, as of streams.
+
+        Samplers and generators are copies, so is what a data set keeps between its samples. Random numbers, and what the module and the user's callbacks
+        keep, are put back: the training sees what it would have seen.
+        """
+        self._apart = {}
+        steps, kept = trainer.num_sanity_val_steps, Kept(trainer.lightning_module, others=trainer.callbacks)  # type: ignore[attr-defined]
         trainer.num_sanity_val_steps = float("inf")
         try:
-            with isolated_random(), validation_loader_replaced(trainer, lambda loader: spare_loader(trainer, loader)) as replaced:
+            with (
+                isolated_random(),
+                kept,
+                validation_loader_replaced(trainer, lambda loader: spare_loader(trainer, loader)) as replaced,
+            ):
                 if replaced:
                     sanity_check(trainer, progress_has_begun)
+            return self._apart
         finally:
-            trainer.num_sanity_val_steps, self._of_calibrated = steps, False
-        return self.calibrated
+            trainer.num_sanity_val_steps, self._apart = steps, None
 
     def load(self, original: Mapping[str, float], calibrated: Mapping[str, float]) -> None:
         """Go on with the metrics of a checkpoint."""

@@ -62,6 +62,17 @@ def logged_results(trainer: pl.Trainer) -> Iterator[Any]:
         yield from (getattr(loop, "_results", None) or {}).values()
 
 
+def validation_loader(trainer: pl.Trainer) -> Any:
+    """The loaders of a fit's validation as one; `None` where there is none.
+
+    Private API: ``_EvaluationLoop._combined_loader``. Without it: `None`.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if getattr(loop, "_combined_loader", None) is None and hasattr(loop, "_combined_loader") and trainer.enable_validation:
+        loop.setup_data()
+    return getattr(loop, "_combined_loader", None)
+
+
 @contextmanager
 def validation_loader_replaced(trainer: pl.Trainer, replace: Callable[[Any], Any]) -> Iterator[bool]:
     """Let the validation of a fit read from another loader inside the block; says whether it does: not where there is none, or ``replace`` gives `None`.
@@ -69,9 +80,7 @@ def validation_loader_replaced(trainer: pl.Trainer, replace: Callable[[Any], Any
     Private API: ``_EvaluationLoop._combined_loader`` and ``_data_fetcher``. Without the first: nothing is replaced.
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
-    if getattr(loop, "_combined_loader", None) is None and hasattr(loop, "_combined_loader") and trainer.enable_validation:
-        loop.setup_data()
-    before = getattr(loop, "_combined_loader", None)
+    before = validation_loader(trainer)
     other = None if before is None else replace(before)
     if other is None:
         yield False

@@ -10,7 +10,7 @@ import random
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -63,12 +63,13 @@ class Kept:
     Args:
         model: The model, as it is now.
         parameters: Whether to keep the values of the parameters, too; see `keep_parameters`.
+        others: Further objects, of which those of the user's own classes are kept, too.
 
     Attributes:
         stay: Attributes that stay as they are when the block ends; see `appeared`.
     """
 
-    def __init__(self, model: nn.Module, parameters: bool = False) -> None:
+    def __init__(self, model: nn.Module, parameters: bool = False, others: Iterable[Any] = ()) -> None:
         self.model = model
         self.stay: frozenset[tuple[int, str]] = frozenset()
         self._parameters = False
@@ -81,6 +82,8 @@ class Kept:
         with torch.DisableTorchFunction(), torch.no_grad():
             self._seen.update((id(parameter), parameter) for parameter in model.parameters())
             self._enter(model)
+            for other in others:
+                self._enter(other)
         if parameters:
             self.keep_parameters()
 
