@@ -11,11 +11,19 @@ from lightning_cco.names import nearest, shown
 RANGE_ESTIMATORS = ("auto", "moving_average", "min_max", "percentile", "mse", "learned")
 WEIGHT_ESTIMATORS = ("auto", "minmax", "mse", "learned")
 RESIDUAL_STREAMS = ("auto", "quantized", "int8", "float")
-TARGET_FRAMEWORKS = ("ort", "openvino", "tensorrt", "executorch", "litert")
+TARGET_FRAMEWORKS = ("ort", "openvino", "tensorrt", "executorch", "litert", "qnn")
 SENSITIVITY_MODES = ("local", "accumulated")
 DISTILLED = ("outputs", "layers")
 COMPARISONS = ("auto", "kl", "mse")
-_ALIASES = {"ov": "openvino", "trt": "tensorrt", "onnxruntime": "ort", "et": "executorch", "xnnpack": "executorch", "tflite": "litert"}
+_ALIASES = {
+    "ov": "openvino",
+    "trt": "tensorrt",
+    "onnxruntime": "ort",
+    "et": "executorch",
+    "xnnpack": "executorch",
+    "tflite": "litert",
+    "htp": "qnn",
+}
 GROUP_SIZES = (16, 32, 64, 128, 256)
 """How many weights can have a scale together: what engines multiply."""
 

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 
 from lightning_cco.checkpoints import local_folder
 from lightning_cco.errors import CCOError
-from lightning_cco.export.engine_file import need_engine
 from lightning_cco.export.engines import ENGINES, PROGRAMS
-from lightning_cco.export.failures import need_packages
+from lightning_cco.export.failures import need_engine, need_packages
 from lightning_cco.quantized_model import QuantizedModel
 
 
@@ -27,10 +26,10 @@ def check_export_dir(folder: str | None, target: str) -> None:
         return
     local_folder(folder, "deployment_settings.export_dir")
     try:
-        if target in PROGRAMS:
-            need_engine(ENGINES[target])
-        else:
+        if target not in PROGRAMS:
             need_packages()
+        if target in PROGRAMS or ENGINES[target].strict:
+            need_engine(ENGINES[target])
     except CCOError as error:
         raise CCOError(
             f"deployment_settings.export_dir is set, but after the training there could be no {error} Or leave export_dir out."

@@ -243,8 +243,8 @@ class DeploymentSettings(Checked):
     """Where the model is going.
 
     Attributes:
-        target_framework: ``ort``, ``openvino`` (or ``ov``), ``tensorrt`` (or ``trt``), ``executorch`` (or ``et``) or ``litert`` (or
-            ``tflite``): decides which kinds of layer run in INT8, and what `export_dir` gets.
+        target_framework: ``ort``, ``openvino`` (or ``ov``), ``tensorrt`` (or ``trt``), ``executorch`` (or ``et``), ``litert`` (or
+            ``tflite``) or ``qnn`` (or ``htp``): decides which kinds of layer run in INT8, and what `export_dir` gets.
         export_dir: Folder that the best checkpoint is exported to when ``fit`` ends; None: no export.
         int4: Whether files store weights of at most 4 bits in 4 bits, half the size, which ONNX Runtime then computes in float; None: if `budget_settings`
             counts on it (a size, average bits, or an accuracy drop).

@@ -37,6 +37,7 @@ PACKAGES = {
     "openvino": ("openvino", "onnxruntime"),
     "executorch": ("executorch",),
     "litert": ("litert-torch", "ai-edge-litert"),
+    "qnn": ("onnxruntime-qnn", "onnxruntime"),
 }
 
 
@@ -112,9 +113,9 @@ def _row(engine: str, model: nn.Module, example: Callable[[], Tensor], settings:
     own = report.target_nodes or report.integer_nodes
     row = {
         "sqnr_db": report.target_sqnr_db if report.target else report.sqnr_db,
-        "largest_steps": report.largest_steps,
+        "largest_steps": report.target_largest_steps if report.target_nodes and ENGINES[engine].load is not None else report.largest_steps,
         "integer": own,
-        "float": report.float_nodes if engine in ("ort", "executorch", "litert") else {},
+        "float": report.float_nodes if engine in ("ort", "executorch", "litert") else report.target_floats if engine == "qnn" else {},
         "size_ratio": report.size_ratio,
     }
     quantized.remove()

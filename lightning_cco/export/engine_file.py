@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from lightning_cco.export.axes import Axes
 from lightning_cco.export.check import call_of
 from lightning_cco.export.destination import export_target, move
 from lightning_cco.export.engines import BY_ENDING, Converted, Engine, Reader
-from lightning_cco.export.failures import first_paragraph, need_writable_names
-from lightning_cco.export.limits import MEAN_STEPS, judge
+from lightning_cco.export.failures import first_paragraph, need_engine, need_writable_names
+from lightning_cco.export.limits import judge, refuse_floats
 from lightning_cco.export.network import Network
 from lightning_cco.export.onnx_notes import notes_on_bits
 from lightning_cco.export.outputs import arrays_of
@@ -36,18 +36,6 @@ from lightning_cco.quantization.model import HookedModel
 
 _MOST_SAMPLES = 16
 """So many samples are run in an engine at most: those for phones are slow on other processors."""
-
-
-def need_engine(engine: Engine) -> None:
-    """Check that an engine that reads programs is there.
-
-    Raises:
-        CCOError: With what to install.
-    """
-    if importlib.util.find_spec(engine.package) is None:
-        raise CCOError(
-            f"export: {engine.package}, which writes and runs {engine.ending} files, is not installed. Write: pip install 'lightning-cco[{engine.extra}]'."
-        )
 
 
 def export_engine_file(
@@ -114,8 +102,10 @@ def export_engine_file(
                 _count(quantized, engine, made, report)
                 if check:
                     _check(quantized, engine, reader, written, temporary, samples, calls, report)
-                    judge(report, min_sqnr_db, (engine.mean_steps or MEAN_STEPS) if max_mean_steps is None else max_mean_steps)
-                    _refuse_floats(engine, report)
+                    judge(
+                        report, min_sqnr_db, engine.limits if max_mean_steps is None else replace(engine.limits, mean_steps=max_mean_steps)
+                    )
+                    refuse_floats(report)
                 move(temporary, target)
         except OSError as error:
             raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
@@ -176,16 +166,6 @@ def _count(quantized: HookedModel, engine: Engine, made: Converted, report: Expo
         reason = f"planned in INT8, but {report.target} computes it in float" if planned else plan.skipped.get(layer, "")
         if reason:
             report.float_islands.append(FloatIsland(operator, (layer,), reason))
-
-
-def _refuse_floats(engine: Engine, report: ExportReport) -> None:
-    floats = [island for island in report.float_islands if island.unplanned]
-    if floats:
-        layers = ", ".join(f"'{island.layers[0]}' ({island.operator})" for island in floats[:4]) + (", …" if len(floats) > 4 else "")
-        raise CCOError(
-            f"export: {report.target} computes in float what is planned in INT8: {layers}, {len(floats)} in all. No file was written. Skip these layers "
-            f"(layer_settings: {{match: {floats[0].layers[0]}, skip_quantization: true}}), or write the file unchecked with check=False."
-        )
 
 
 def _check(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from lightning_cco.errors import CCOError
+from lightning_cco.export.engines import Engine
 from lightning_cco.names import quote
 
 _NEEDED = {"torch": "2.8", "onnx": "1.17", "onnxscript": "0.6", "onnxruntime": "1.20"}
@@ -41,6 +42,19 @@ def need_packages(names: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnx
             )
     if "onnx" in names and not hasattr(getattr(torch.onnx, "ops", None), "symbolic"):
         raise CCOError(f"export: torch {_version('torch')} has no torch.onnx.ops.symbolic; torch>={_NEEDED['torch']} was expected.")
+
+
+def need_engine(engine: Engine) -> None:
+    """Check that an engine is there without which its files can't be written, or not be checked.
+
+    Raises:
+        CCOError: With what to install.
+    """
+    if importlib.util.find_spec(engine.package) is None:
+        does = (
+            f"which writes and runs {engine.ending} files" if engine.start is not None else f"in which files for {engine.title} are checked"
+        )
+        raise CCOError(f"export: {engine.package}, {does}, is not installed. Write: pip install 'lightning-cco[{engine.extra}]'.")
 
 
 def need_writable_names(paths: Iterable[str]) -> None:

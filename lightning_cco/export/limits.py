@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lightning_cco.errors import CCOError
 from lightning_cco.export.report import ExportReport, LayerDifference
 
@@ -17,18 +19,36 @@ LOCAL_DIFFERENCE = 1e-3
 """Most that an output may be off from what the model makes of the engine's own rounded tensors, beside its largest value."""
 
 
-def judge(report: ExportReport, min_sqnr_db: float | None = None, max_mean_steps: float = MEAN_STEPS) -> None:
+@dataclass(frozen=True)
+class Limits:
+    """Most that a right file may differ.
+
+    Attributes:
+        mean_steps: That a tensor may be off on average, in steps of its scale, computed from the engine's tensors before it.
+        far_share: That may be more than a step off of its values.
+        largest_steps: That any value may be off, in steps.
+        difference: That an output may be off from what the model makes of the engine's own rounded tensors, beside its largest value.
+    """
+
+    mean_steps: float = MEAN_STEPS
+    far_share: float = FAR_SHARE
+    largest_steps: float = FAR_STEPS
+    difference: float = LOCAL_DIFFERENCE
+
+
+def judge(report: ExportReport, min_sqnr_db: float | None = None, limits: Limits | None = None) -> None:
     """Refuse a file of which a layer is wrong.
 
     Args:
         report: What the check saw.
         min_sqnr_db: Smallest signal-to-noise ratio of the outputs from end to end; `None`: any.
-        max_mean_steps: Most that a tensor may be off on average, in steps of its scale, computed from the engine's tensors before it.
+        limits: What it may differ by; `None`: the usual.
 
     Raises:
         CCOError: It names the layer.
     """
-    wrong = [entry for entry in report.layers if _is_wrong(entry, max_mean_steps)]
+    limits = limits or Limits()
+    wrong = [entry for entry in report.layers if _is_wrong(entry, limits)]
     first = wrong[0].layer if wrong else None
     if report.faults:
         layer, fault = next(iter(report.faults.items()))
@@ -37,13 +57,13 @@ def judge(report: ExportReport, min_sqnr_db: float | None = None, max_mean_steps
     elif wrong:
         entry = wrong[0]
         what = (
-            f"'{entry.layer}' is {entry.mean_steps:.2g} steps off on average (at most {max_mean_steps:g}, max_mean_steps, was expected), "
+            f"'{entry.layer}' is {entry.mean_steps:.2g} steps off on average (at most {limits.mean_steps:g}, max_mean_steps, was expected), "
             f"{entry.largest_steps:.0f} at most, {100 * entry.far_share:.2g} % of its values by more than one, computed from what the engine computed before it"
         )
-    elif not report.local_difference <= LOCAL_DIFFERENCE and report.outputs:
+    elif not report.local_difference <= limits.difference and report.outputs:
         output = max(report.outputs, key=lambda entry: entry.local_difference)
         what = (
-            f"the output '{output.name}' is {output.local_difference:.2g} of its largest value off (at most {LOCAL_DIFFERENCE:g} was expected), "
+            f"the output '{output.name}' is {output.local_difference:.2g} of its largest value off (at most {limits.difference:g} was expected), "
             "computed from the engine's own rounded tensors"
         )
     elif min_sqnr_db is not None and report.sqnr_db < min_sqnr_db:
@@ -57,6 +77,23 @@ def judge(report: ExportReport, min_sqnr_db: float | None = None, max_mean_steps
     )
 
 
-def _is_wrong(entry: LayerDifference, max_mean_steps: float) -> bool:
+def refuse_floats(report: ExportReport) -> None:
+    """Refuse a file of which the engine computes in float what is planned in INT8.
+
+    Raises:
+        CCOError: It names the layers.
+    """
+    floats = [island for island in report.float_islands if island.unplanned]
+    if floats:
+        layers = ", ".join(f"'{island.layers[0]}' ({island.operator})" for island in floats[:4]) + (", …" if len(floats) > 4 else "")
+        raise CCOError(
+            f"export: {report.target} computes in float what is planned in INT8: {layers}, {len(floats)} in all. No file was written. Skip these layers "
+            f"(layer_settings: {{match: {floats[0].layers[0]}, skip_quantization: true}}), or write the file unchecked with check=False."
+        )
+
+
+def _is_wrong(entry: LayerDifference, limits: Limits) -> bool:
     few = entry.values * entry.mean_steps <= FEW
-    return entry.largest_steps > FAR_STEPS or (not few and (not entry.mean_steps <= max_mean_steps or entry.far_share > FAR_SHARE))
+    return entry.largest_steps > limits.largest_steps or (
+        not few and (not entry.mean_steps <= limits.mean_steps or entry.far_share > limits.far_share)
+    )

@@ -11,8 +11,9 @@ from torch import Tensor
 from lightning_cco.errors import CCOError
 from lightning_cco.export.check import Call, call_of, check_file
 from lightning_cco.export.destination import export_target, move
-from lightning_cco.export.failures import need_packages, need_writable_names
-from lightning_cco.export.limits import MEAN_STEPS, judge
+from lightning_cco.export.engines import ENGINES
+from lightning_cco.export.failures import need_engine, need_packages, need_writable_names
+from lightning_cco.export.limits import MEAN_STEPS, Limits, judge
 from lightning_cco.export.network import Network
 from lightning_cco.export.node_times import Written
 from lightning_cco.export.onnx_notes import notes_on_inputs, notes_on_weights, warn_of_floats, warn_of_groups, warn_of_integers
@@ -71,6 +72,9 @@ def export_onnx(
             file is left.
     """
     need_packages()
+    reader = ENGINES[quantized.settings.deployment_settings.target_framework]
+    if check and reader.strict:
+        need_engine(reader)
     grouped = any(quantizers[0].group is not None for quantizers in quantized.weights.values())
     taken = checked_options(
         options, int4 or grouped, TARGETS[quantized.settings.deployment_settings.target_framework].symmetric_activations
@@ -110,7 +114,7 @@ def export_onnx(
                         report.notes += notes_on_weights(quantized, emitter, int4) + notes_on_inputs(deployed, types) + said + notes
                         if check:
                             check_file(quantized, temporary, emitter, fitting, report, bool(sizes))
-                            judge(report, min_sqnr_db, max_mean_steps)
+                            judge(report, min_sqnr_db, Limits(max_mean_steps))
                         break
                     except CCOError as error:
                         if not sizes or dynamic_sizes:

@@ -29,6 +29,7 @@ from lightning_cco.export.signature import Deployed
 from lightning_cco.export.sizes import Sizes, SizesDoNotVary, limits_of, refuse_long_sizes
 from lightning_cco.export.stored import StoredWeights
 from lightning_cco.export.weight_blocks import share_packed
+from lightning_cco.export.wrapped import carry_pairs, clamp_between_pairs, round_tables
 from lightning_cco.graph.compiled import eager
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.version import __version__
@@ -86,6 +87,10 @@ def write_onnx(
         arrange_integers(graph)
         if stored.engine.wanted(Form.INTEGER_INDEXING):
             onnx_passes.index_integers(graph)
+        if stored.engine.wanted(Form.UNITS):
+            carry_pairs(graph)
+            clamp_between_pairs(graph)
+            round_tables(graph)
         if stored.engine.wanted(Form.SPLIT_PRODUCTS):
             split_products(graph)
         if stored.engine.wanted(Form.FULL_BIASES):

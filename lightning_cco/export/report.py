@@ -110,7 +110,9 @@ class ExportReport:
         notes: What a reader should know, such as bits stored in wider formats.
         target: The engine that the file is for and its version, if it was run in another than ONNX Runtime.
         target_sqnr_db: Signal-to-noise ratio of the outputs in that.
-        target_nodes: How many products of each kind that computes in INT8.
+        target_nodes: How many products of each kind that computes in INT8; of an engine that tells of all its operators, how many of these.
+        target_largest_steps: Largest difference of a rounded tensor in that, in steps of its scale, computed from its own tensors before it.
+        target_floats: How many of each kind it computes in float.
     """
 
     path: str
@@ -138,6 +140,8 @@ class ExportReport:
     target: str = ""
     target_sqnr_db: float = float("nan")
     target_nodes: dict[str, int] = field(default_factory=dict)
+    target_largest_steps: float = float("nan")
+    target_floats: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, list[int | str]] = field(default_factory=dict)
 
     @property
@@ -198,7 +202,10 @@ class ExportReport:
                     else []
                 ),
                 *(
-                    [f"  in {self.target:<16} SQNR {self.target_sqnr_db:.1f} dB, in INT8: {_counts(self.target_nodes)}"]
+                    [
+                        f"  in {self.target:<16} SQNR {self.target_sqnr_db:.1f} dB, in INT8: {_counts(self.target_nodes)}"
+                        + (f"; in float: {_counts(self.target_floats)}" if self.target_floats else "")
+                    ]
                     if self.target
                     else []
                 ),

@@ -18,7 +18,7 @@ from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.engine import Rounded
 from lightning_cco.export.engine_patterns import adds_products_exactly
 from lightning_cco.export.engines import Engine, Loaded
-from lightning_cco.export.limits import judge
+from lightning_cco.export.limits import judge, refuse_floats
 from lightning_cco.export.local_check import LocalRun
 from lightning_cco.export.outputs import Arrays, Outputs
 from lightning_cco.export.qdq_emitter import Emitter
@@ -26,6 +26,7 @@ from lightning_cco.export.report import UNPLANNED, ExportReport, FloatIsland, La
 from lightning_cco.graph.ops import Category, operation_of_kind
 
 _INTEGER = ("u8", "i8")
+_FLOATS = ("f32", "f16", "bf16")
 _WEIGHTS = (*_INTEGER, "u4", "i4")
 _ALIKE_DB = 30.0
 """Below this, a file that gives other outputs once its rounded tensors are outputs as well is worth a warning."""
@@ -101,7 +102,10 @@ def check_in_target(
         raise CCOError(_unloadable(report.target, written, emitter, error)) from error
     _count(whole, written, emitter, report)
     report.target_sqnr_db = outputs.sqnr_db
+    report.notes += [engine.remark] if engine.remark else []
     _judge(local, outputs, alike, emitter, report)
+    if engine.strict:
+        refuse_floats(report)
 
 
 def _judge(local: LocalRun, outputs: Outputs, alike: Outputs, emitter: Emitter, report: ExportReport) -> None:
@@ -110,8 +114,9 @@ def _judge(local: LocalRun, outputs: Outputs, alike: Outputs, emitter: Emitter, 
     for key, steps in local.steps.items():
         count = max(1, steps.count)
         own.layers.append(LayerDifference(key, steps.largest, steps.total / count, steps.far / count, steps.count))
+    report.target_largest_steps = own.largest_steps
     try:
-        judge(own)
+        judge(own, limits=emitter.stored.engine.limits)
     except CCOError as error:
         if emitter.stored.overflows_without_vnni and not adds_products_exactly():
             report.notes.append(
@@ -138,8 +143,12 @@ def _count(loaded: Loaded, written: Any, emitter: Emitter, report: ExportReport)
     floats: dict[str, str] = {}
     reached: set[str] = set()
     as_they_are: set[str] = set()
+    others: Counter[str] = Counter()
     for node in loaded.computed():
+        others[node.operator] += node.precision in _FLOATS and (node.computes or node.product)
         if not node.product:
+            if node.computes and node.precision in _INTEGER:
+                integer[node.operator] += 1
             continue
         found = next((layers[name] for name in map(_plain, node.names) if name in layers), "")
         if found in plan.weight_only:
@@ -151,7 +160,7 @@ def _count(loaded: Loaded, written: Any, emitter: Emitter, report: ExportReport)
             reached.add(found)
         elif found in plan.quantized and operation_of_kind(graph[found].kind).category in (Category.WEIGHTED, Category.MATMUL):
             floats[found] = node.operator
-    report.target_nodes = dict(integer)
+    report.target_nodes, report.target_floats = dict(integer), dict(+others)
     products = [name for name, block in emitter.stored.blocks.items() if block.as_it_is]
     report.in_groups, report.as_floats = len(products), [name for name in products if name not in as_they_are]
     report.float_islands = [entry for entry in report.float_islands if not entry.reason.startswith("planned in INT8 for")]

@@ -146,6 +146,11 @@ def _transposed_whole(layer: Layer) -> bool:
     return bool(layer.input_shapes) and len(layer.input_shapes[0]) == 4 and layer.attributes.get("groups", 1) == 1
 
 
+def _ungrouped(layer: Layer) -> bool:
+    """A convolution without groups."""
+    return bool(layer.attributes.get("groups", 1) == 1)
+
+
 def _averages_to_one(layer: Layer) -> bool:
     """An adaptive pooling of images to one value a channel."""
     return len(layer.output_shapes[0]) == 4 and tuple(layer.output_shapes[0][2:]) == (1, 1)
@@ -239,6 +244,32 @@ TARGETS: Mapping[str, Target] = {
     ),
     "executorch": _program("executorch", "conv_transpose"),
     "litert": _program("litert"),
+    "qnn": Target(
+        "qnn",
+        False,
+        frozenset({"conv", "conv_transpose", "linear", "matmul"}) | _CLAMP | _ELEMENTWISE | _SHAPING | _SMOOTH - {"prelu"},
+        forms={
+            "conv_transpose": _ungrouped,
+            "linear": _weight_last,
+            "matmul": _weight_second,
+            "add": _two_operands,
+            "sub": _two_operands,
+            "mul": _two_operands,
+            "div": _two_operands,
+            "concat": _floats_alone,
+            "stack": _floats_alone,
+            "mean": _averages_images,
+            "adaptive_avg_pool": _averages_to_one,
+            "avg_pool": _divides_by_count,
+            "interpolate": _nearest,
+        },
+        float_outputs=frozenset(),
+        integer_outputs=_WEIGHTED | _MATMUL | _ELEMENTWISE | _SHAPING | _SMOOTH,
+        followed_in_float=frozenset({"linear", "matmul", "embedding"}),
+        float_products=False,
+        refuses_int4="was not tried with weights in 4 bits",
+        refuses_groups="was not tried with weights in groups. Leave weights_group_size out, or choose target_framework: ort or openvino",
+    ),
 }
 """The engines by name. Sources: ONNX Runtime's QDQ operator list and the graphs that it makes of each kind; OpenVINO's low-precision transformations guide,
 TensorRT's Q/DQ placement guide.

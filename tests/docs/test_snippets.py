@@ -81,7 +81,12 @@ def names_of(page: str) -> dict[str, Any]:
 def test_the_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.startswith(("engines/", "tutorials/")) or page == "export.md":
         pytest.importorskip("onnxruntime")
-    needed = {"engines/openvino.md": "openvino", "engines/executorch.md": "executorch", "engines/litert.md": "litert_torch"}
+    needed = {
+        "engines/openvino.md": "openvino",
+        "engines/executorch.md": "executorch",
+        "engines/litert.md": "litert_torch",
+        "engines/qnn.md": "onnxruntime_qnn",
+    }
     if page in needed:
         pytest.importorskip(needed[page])
     monkeypatch.chdir(tmp_path)

@@ -9,9 +9,10 @@ from lightning_cco.export.engines.executorch import EXECUTORCH
 from lightning_cco.export.engines.litert import LITERT
 from lightning_cco.export.engines.openvino import OPENVINO
 from lightning_cco.export.engines.ort import ORT
+from lightning_cco.export.engines.qnn import QNN
 from lightning_cco.export.engines.tensorrt import TENSORRT
 
-ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (ORT, OPENVINO, TENSORRT, EXECUTORCH, LITERT)}
+ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (ORT, OPENVINO, TENSORRT, EXECUTORCH, LITERT, QNN)}
 """The entries by the name of the engine's `Target`."""
 PROGRAMS = ("executorch", "litert")
 """Those of engines that read programs with quantized operators (PT2E) instead of ONNX files."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from lightning_cco.export.limits import Limits
 
 
 class Form(Enum):
@@ -31,6 +33,7 @@ class Form(Enum):
     JOINED = "what is concatenated rounded as the result is"
     FLOAT_WEIGHTS = "an operator that changes nothing between a layer in float and the rounding of its result"
     SEPARATE_ROUNDINGS = "an operator that changes nothing between a product and the rounding of its result, where others read it in float"
+    UNITS = "quantize and dequantize operators around each operator on rounded tensors, also around those that move or clamp values alone"
     OPSET = "an opset of at most the amount where activations are symmetric"
 
 
@@ -63,12 +66,14 @@ class Computed:
         precision: Type that it computes in, such as ``u8`` or ``f32``.
         product: Whether it multiplies and adds up: a convolution, a product of matrices, a recurrent layer.
         names: Nodes of the file that went into it.
+        computes: Whether it is known to compute, and not to move or to convert values alone.
     """
 
     operator: str
     precision: str
     product: bool
     names: tuple[str, ...]
+    computes: bool = False
 
 
 class Loaded(Protocol):
@@ -133,7 +138,9 @@ class Engine:
         plans: Targets whose plans it can compute, if not its own alone.
         dynamic_batch: What it gets wrong where the size of a dynamic batch is computed with; empty: nothing.
         fixed_sizes: Why sizes of images are fixed unless they are asked to vary; empty: they vary where the model lets them.
-        mean_steps: Most that a right tensor is off on average, in steps of its scale; `None`: what the check allows.
+        limits: What right files may differ by in it, if not what the check allows.
+        strict: Whether a file must be run in it, and is refused if it computes a product in float that is planned in INT8; else both are said alone.
+        remark: What to say of a file that was run in it.
         not_run: What to say of files that it was not run on; empty: it was.
     """
 
@@ -148,7 +155,9 @@ class Engine:
     plans: tuple[str, ...] = ()
     dynamic_batch: str = ""
     fixed_sizes: str = ""
-    mean_steps: float | None = None
+    limits: Limits = field(default_factory=Limits)
+    strict: bool = False
+    remark: str = ""
     not_run: str = ""
 
     def wanted(self, form: Form) -> bool:

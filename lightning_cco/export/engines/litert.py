@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning_cco.export.engines.entry import Converted, Engine, Form, Want
 from lightning_cco.export.engines.program_reader import ProgramReader
+from lightning_cco.export.limits import Limits
 from lightning_cco.export.provenance import LAYER
 
 
@@ -32,7 +33,7 @@ LITERT = Engine(
     extra="litert",
     start=LiteRT,
     # 0.10 of its converter rounds what is concatenated as the result is, in the place of as it is by itself: a step off in a fifth of the values.
-    mean_steps=0.25,
+    limits=Limits(mean_steps=0.25),
     fixed_sizes="its files have fixed sizes",
     not_run="the file is for ONNX Runtime, planned as LiteRT computes; LiteRT reads .tflite files",
 )

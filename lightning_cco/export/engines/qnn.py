@@ -1,0 +1,73 @@
+"""QNN, the NPU of Qualcomm's chips, by ONNX Runtime. Sources: its execution provider's list of operators, and the graphs that it makes of each form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_cco.export.engines import qnn_process
+from lightning_cco.export.engines.entry import Computed, Engine, Form, Want
+from lightning_cco.export.engines.worker import Worker
+from lightning_cco.export.limits import Limits
+
+_PRODUCTS = ("Conv2d", "Conv3d", "DepthWiseConv2d", "TransposeConv2d", "TransposeConv3d", "FullyConnected", "MatMul", "Lstm", "Gru")
+
+
+class Compiled:
+    """A file compiled for HTP alone: what that can't run is an error, not left to the CPU.
+
+    Args:
+        path: The file.
+
+    Raises:
+        RuntimeError: It can't be compiled, or its process has ended; the message is its own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._worker = Worker(qnn_process.__file__, str(path))
+
+    def run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """The outputs, in the file's order."""
+        return self._worker.ask(dict(feeds))  # type: ignore[no-any-return]
+
+    def computed(self) -> list[Computed]:
+        """What is executed: a node that is laid out otherwise than in the file has a number behind its name."""
+        return [
+            Computed(kind, precision, kind in _PRODUCTS, tuple(re.sub(r"_token_\d+$", "", name) for name in names), computes)
+            for kind, precision, computes, names in self._worker.ask(None)
+        ]
+
+
+QNN = Engine(
+    "qnn",
+    "QNN",
+    (
+        Want(
+            Form.INTEGER_BIAS,
+            "2.7",
+            "a product with a bias in float is no unit of its, and runs in float",
+            "",
+        ),
+        Want(Form.INTEGER_CLIPS, "2.7", "a clamp of floats before a rounding keeps the layer before it in float", ""),
+        Want(
+            Form.UNITS,
+            "2.7",
+            "it has no operators on integers alone, and computes in float what is read past a Gather, Split or Resize without a pair behind it; of a table in "
+            "float whose rows are rounded it cuts the levels off instead of rounding them: half a step off on average",
+            "",
+        ),
+    ),
+    load=Compiled,
+    package="onnxruntime_qnn",
+    extra="qnn",
+    fixed_sizes="HTP compiles a graph for sizes that are known",
+    # It multiplies by scales of few bits, looks smooth functions up, has floats of 16 bits, and rounds once where a convolution's result is concatenated: what
+    # the convolution's own rounding would have clipped is not, then.
+    limits=Limits(mean_steps=0.4, far_share=0.1, largest_steps=32.0, difference=0.01),
+    strict=True,
+    remark="QNN simulated HTP of a Snapdragon 8 Gen 2, with the CPU left out; what is in float there has 16 bits, which older chips have not",
+)

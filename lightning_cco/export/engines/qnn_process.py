@@ -1,0 +1,110 @@
+"""QNN's HTP (the NPU of Qualcomm's chips) by ONNX Runtime, in a process of its own; on other processors the library simulates it.
+
+Run as a script, with the path of a file; it imports nothing of lightning_cco. Messages are pickles of `None` (what is executed) or of arrays by the names of
+inputs (outputs), each answered by ``(result, error)``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+_PROVIDER = "QNNExecutionProvider"
+_CHIP, _ARCHITECTURE = "43", "73"
+"""Snapdragon 8 Gen 2. The chip that is taken otherwise has no floats of 16 bits, and all that stays in float fails there for want of memory."""
+_TYPES = {0x0408: "u8", 0x0308: "i8", 0x0416: "u16", 0x0316: "i16", 0x0232: "f32", 0x0216: "f16"}
+"""QNN's numbers of the types that results of operators have."""
+_MOVES = frozenset(
+    {
+        *(
+            "Quantize",
+            "Dequantize",
+            "Convert",
+            "Cast",
+            "Transpose",
+            "Reshape",
+            "Split",
+            "StridedSlice",
+            "Gather",
+            "GatherElements",
+            "GatherNd",
+        ),
+        *("ExpandDims", "Squeeze", "Tile", "Pad", "Pack", "UnPack", "DepthToSpace", "SpaceToDepth", "BatchToSpace", "SpaceToBatch"),
+    }
+)
+
+
+def serve(path: str) -> None:
+    """Compile a file for HTP alone, and answer until standard input ends."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what the library prints is no answer
+    try:
+        session, executed = _compiled(path)
+        _answer(answers, None, "")
+    except Exception as error:
+        _answer(answers, None, f"{type(error).__name__}: {error}")
+        return
+    while True:
+        try:
+            asked = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            _answer(answers, executed if asked is None else session.run(None, asked), "")
+        except Exception as error:
+            _answer(answers, None, f"{type(error).__name__}: {error}")
+
+
+def _compiled(path: str) -> tuple[Any, list[tuple[str, str, bool, tuple[str, ...]]]]:
+    """A session in which no node runs on the CPU, and what QNN's graph executes."""
+    import onnxruntime
+    import onnxruntime_qnn
+
+    onnxruntime.register_execution_provider_library(_PROVIDER, onnxruntime_qnn.get_library_path())
+    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == _PROVIDER]
+    if not devices:
+        raise RuntimeError("onnxruntime-qnn has found no device, nor its simulator")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 3
+        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options = {
+            "backend_path": onnxruntime_qnn.get_qnn_htp_path(),
+            "offload_graph_io_quantization": "0",  # what rounds inputs and outputs is a part of it, too
+            "htp_arch": _ARCHITECTURE,
+            "soc_model": _CHIP,
+            "dump_json_qnn_graph": "1",
+            "json_qnn_graph_dir": folder,
+        }
+        settings.add_provider_for_devices(devices[:1], options)
+        session = onnxruntime.InferenceSession(path, settings)
+        return session, _executed(Path(folder))
+
+
+def _executed(folder: Path) -> list[tuple[str, str, bool, tuple[str, ...]]]:
+    """Operator, precision, whether it computes (or only moves or converts values), and names of each node."""
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        graph = json.loads(file.read_text(encoding="utf-8")).get("graph", {})
+        tensors = graph.get("tensors", {})
+        for name, node in graph.get("nodes", {}).items():
+            outputs = [output for output in node["output_names"] if output in tensors]
+            types = {_TYPES.get(tensors[output]["data_type"], "other") for output in outputs}
+            precision = types.pop() if len(types) == 1 else "other"
+            found.append((str(node["type"]), precision, node["type"] not in _MOVES, (name, *outputs)))
+    return found
+
+
+def _answer(stream: Any, result: Any, error: str) -> None:
+    pickle.dump((result, error), stream)
+    stream.flush()
+
+
+if __name__ == "__main__":
+    del sys.path[0]  # this folder, in which modules have the names of engines
+    serve(sys.argv[1])
