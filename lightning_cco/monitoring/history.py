@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from lightning_cco.figures import badness
@@ -58,19 +59,47 @@ class History:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; also from one of a version that kept every epoch under ``history``."""
+        """Go on from a checkpoint; also from one of a version that kept every epoch under ``history``.
+
+        Raises:
+            ValueError: Some value can't be what it is; the message names the key, and nothing was taken over.
+        """
         if "history" in state:
-            epochs = [(entry["epoch"], dict(entry["qs"])) for entry in state["history"]]
+            epochs = [(_of(entry, "epoch", int), _numbers(entry, "qs")) for entry in _of(state, "history", list)]
         else:
+            layers, rows, numbers = (_of(state, key, list) for key in ("layers", "qs", "epochs"))
+            if len(rows) != len(numbers) or any(not isinstance(row, list) or len(row) != len(layers) for row in rows):
+                raise ValueError("qs: a row of one value for each layer was expected for each epoch")
+            rows = [{name: value for name, value in zip(layers, row, strict=True) if value is not None} for row in rows]
             epochs = [
-                (epoch, {name: qs for name, qs in zip(state["layers"], row, strict=True) if qs is not None})
-                for epoch, row in zip(state["epochs"], state["qs"], strict=True)
+                (_of({"epochs": number}, "epochs", int), _numbers({"qs": row}, "qs")) for number, row in zip(numbers, rows, strict=True)
             ]
+        if any(later <= earlier for (earlier, _), (later, _) in pairwise(epochs)):
+            raise ValueError("epochs: each was expected once, in order")
+        extremes = {name: _numbers({"extremes": best}, "extremes") for name, best in _of(state, "extremes", dict).items()}
+        if any(set(best) != {"lowest", "lowest_epoch", "highest", "highest_epoch"} for best in extremes.values()):
+            raise ValueError("extremes: lowest and highest of each metric, and their epochs, were expected")
+        followed = _of(state, "followed", list)
+        if not all(isinstance(name, str) for name in [*followed, *extremes]):
+            raise ValueError("followed, extremes: names were expected")
+        previous, count = _numbers(state, "previous"), _of(state, "count", int) if "count" in state else len(epochs)
         self.epochs = _thinned(epochs, _KEPT_FIRST, _KEPT_LAST)
-        self.extremes = {name: dict(best) for name, best in state["extremes"].items()}
-        self.previous = dict(state["previous"])
-        self.followed = list(state["followed"])
-        self.count = state.get("count", len(epochs))
+        self.extremes, self.previous, self.followed, self.count = extremes, previous, list(followed), max(0, count)
+
+
+def _of(state: Any, key: str, kind: type) -> Any:
+    value = state.get(key) if isinstance(state, Mapping) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{key}: {kind.__name__} was expected, {type(value).__name__} came")
+    return value
+
+
+def _numbers(state: Any, key: str) -> dict[str, float]:
+    found: dict[str, float] = dict(_of(state, key, dict))
+    for name, value in found.items():
+        if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{key}: numbers by name were expected, {type(value).__name__} came")
+    return found
 
 
 def _thinned(epochs: list[tuple[int, dict[str, float]]], first: int, last: int) -> list[tuple[int, dict[str, float]]]:
