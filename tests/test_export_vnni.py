@@ -86,6 +86,51 @@ def test_openvino_sums_are_exact_with_weights_of_seven_bits(tmp_path: Path) -> N
     np.testing.assert_allclose(compiled(x.numpy())[0], expected, rtol=0.02)
 
 
+class Between(nn.Module):
+    """A layer between two in INT8, whose weights alone are integers by the plan."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.layer, self.last = nn.Conv2d(8, 8, 3), layer, nn.Conv2d(16, 4, 1)
+        nn.init.constant_(layer.weight, 0.02)  # type: ignore[arg-type]
+        with torch.no_grad():
+            layer.weight[..., 0, 0] = 0.01  # type: ignore[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.layer(torch.relu(self.first(x)))))
+
+
+@pytest.mark.parametrize(
+    ("layer", "rule"),
+    [
+        (nn.ConvTranspose2d(8, 16, 2, 2), {}),
+        (nn.ConvTranspose2d(8, 16, 3, 2, 1, 1, groups=2), {}),
+        (nn.Conv2d(8, 16, 3), {"weight_only": True}),
+        (nn.Conv2d(8, 16, 3, groups=2), {"weight_only": True}),
+    ],
+    ids=["transposed", "transposed in groups", "weight_only", "weight_only in groups"],
+)
+def test_weights_alone_are_narrow_where_openvino_multiplies_integers(layer: nn.Module, rule: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    rules = [{"match": "layer", **rule}] if rule else []
+    settings = {"deployment_settings": {"target_framework": "openvino", "vnni": False}, "layer_settings": rules}
+    quantized, x = calibrated(Between(layer), images, settings)
+    (name,) = quantized.plan.weight_only
+    assert quantized.plan.decisions[name].weights_num_bits == 7
+    report = quantized.export(tmp_path / "model.onnx", example_args=(x[:1],), dynamic_batch=False)
+    assert report.target_sqnr_db > 40
+    assert not any("overflow" in note for note in report.notes)
+
+
+def test_weights_alone_keep_their_bits_where_openvino_multiplies_floats() -> None:
+    settings = {
+        "deployment_settings": {"target_framework": "openvino", "vnni": False},
+        "layer_settings": [{"match": "*conv*", "skip_quantization": True}, {"match": "layer", "weight_only": True}],
+    }
+    quantized, _ = calibrated(Between(nn.Conv2d(8, 16, 3)), images, settings)
+    assert [quantized.plan.decisions[name].weights_num_bits for name in quantized.plan.weight_only] == [8]
+
+
 def test_the_report_says_where_eight_bits_overflow_in_openvino(tmp_path: Path) -> None:
     quantized, _ = calibrated(Extreme(), images, {"deployment_settings": {"target_framework": "openvino"}})
     (note,) = (note for note in quantized.export(tmp_path / "model.onnx").notes if "overflow" in note)

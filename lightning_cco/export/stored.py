@@ -132,7 +132,7 @@ class StoredWeights:
     def _alone_on_floats(self, site: CallSite) -> bool:
         """Whether a layer's weights alone are integers, and what it reads is not rounded: then no sum of products of integers overflows."""
         return site.layer in self.quantized.plan.weight_only and (
-            self.weights[site.layer][0].group is not None or self.quantizer_of(site) is None
+            self.weights[site.layer][0].group is not None or not site.sources or self.quantizer_of(site) is None
         )
 
     def make_blocks(self) -> None:
@@ -151,7 +151,7 @@ class StoredWeights:
         products = (
             stored
             for name, stored in self.weights.items()
-            if self.quantized.graph[name].kind != "embedding" and name not in self.quantized.plan.weight_only
+            if self.quantized.graph[name].kind != "embedding" and not self._alone_on_floats(self.quantized.capture.sites[name])
         )
         weights = (weight for stored in products for weight in stored)
         return self.target.narrow_without_vnni and any(map(_overflows, weights))

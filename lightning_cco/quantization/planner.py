@@ -94,8 +94,9 @@ class _Planner:
         tensors = {key: self._spec(key) for key in keys if at_readers.get(key, True)}
         tensors |= self._rounded_once_more(tensors, placement)
         at_readers |= {key: True for key in tensors if key.as_read}
-        rounded = self._rounded({key for key in tensors if key not in at_readers}, placement)
-        decisions = {layer.name: self._decision(layer, tensors, rounded) for layer in self.graph}
+        made = {key for key in tensors if key not in at_readers}
+        rounded = self._rounded(made, placement)
+        decisions = {layer.name: self._decision(layer, tensors, rounded, made) for layer in self.graph}
         return QuantizationPlan(
             self.graph,
             self.settings,
@@ -270,7 +271,9 @@ class _Planner:
             said = self.said.get(name, ResolvedRules()).activations_num_bits
         return said
 
-    def _decision(self, layer: Layer, made: Mapping[TensorKey, TensorSpec], rounded: set[str]) -> LayerDecision:
+    def _decision(
+        self, layer: Layer, made: Mapping[TensorKey, TensorSpec], rounded: set[str], at_producers: Collection[TensorKey]
+    ) -> LayerDecision:
         name = layer.name
         own = made[TensorKey(name)].num_bits if TensorKey(name) in made else None
         as_read = TensorKey(name, as_read=True)
@@ -279,7 +282,12 @@ class _Planner:
         if layer.weighted:
             said = self.said.get(name, ResolvedRules()).weights_num_bits
             weights = said if said is not None else self.settings.global_quantization_settings.weights_num_bits
-            if name not in self.skips or self.skips[name].reason is not SkipReason.WEIGHT_ONLY:
+            alone = name in self.skips and self.skips[name].reason is SkipReason.WEIGHT_ONLY
+            # An engine may multiply a rounded tensor with integer weights on integers, whatever the plan says (OpenVINO's transposed convolution).
+            on_floats = name in self.weight_groups or all(
+                self.connections.origin[read] not in at_producers for read in self.connections.reads[name]
+            )
+            if not alone or not on_floats:
                 weights = self.target.weight_bits(layer, weights, self.settings.deployment_settings.vnni)
         if name in self.skips:
             skip = self.skips[name]
