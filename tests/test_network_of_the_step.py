@@ -70,7 +70,8 @@ class PlainAutoEncoder(nn.Module):
         self.encoder, self.decoder = Encoder(), Decoder()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.encoder(x).view(-1, 4))
+        self.code = self.encoder(x)  # which the loss of the step reads, too
+        return self.decoder(self.code.view(-1, 4))
 
 
 class Segmentation(Step):

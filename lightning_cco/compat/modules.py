@@ -62,3 +62,22 @@ def forward_pre_hooks(module: nn.Module) -> Iterable[Any]:
     Private API: ``nn.Module._forward_pre_hooks``. Without it: none, so a model that is quantized already is not refused by name.
     """
     return getattr(module, "_forward_pre_hooks", {}).values()
+
+
+def forward_hooks(module: nn.Module) -> Iterable[Any]:
+    """The hooks behind a module's forward.
+
+    Private API: ``nn.Module._forward_hooks``. Without it: none, so hooks of the user's own see rounded tensors.
+    """
+    return getattr(module, "_forward_hooks", {}).values()
+
+
+_GLOBAL: Any = (
+    or_else("torch.nn.modules.module._global_forward_hooks", {}),
+    or_else("torch.nn.modules.module._global_forward_pre_hooks", {}),
+)
+
+
+def global_forward_hooks() -> Iterable[Any]:
+    """The hooks around the forward of all modules. Without them: none, so such hooks see rounded tensors."""
+    return [hook for hooks in _GLOBAL for hook in hooks.values()]

@@ -92,6 +92,9 @@ _AUTOGRAD = (
 _MODULES = (
     ("torch.nn.Module._call_impl.__code__", "finds the call of a module on the call stack", _ERROR),
     ("torch.nn.Module._call_impl.f_locals", "names the module that an error came out of", "it is not named"),
+    ("torch.nn.Module._forward_hooks", "finds hooks of the user's own", "they see rounded tensors"),
+    ("torch.nn.modules.module._global_forward_hooks", "finds hooks on all modules", "they see rounded tensors"),
+    ("torch.nn.modules.module._global_forward_pre_hooks", "finds hooks on all modules", "they see rounded tensors"),
     ("torch.nn.Module._forward_pre_hooks", "finds the hooks of another quantized model", "a second `quantize` is not refused"),
     ("torch.nn.Module._parameters", "looks at other attributes alone", "what is there is looked at twice"),
     ("torch.nn.Module._modules", "looks at other attributes alone", "what is there is looked at twice"),

@@ -79,6 +79,7 @@ class Capture:
         needs_gradients: Whether the forward differentiates by itself, so that it fails where no gradients are recorded.
         left_out: Paths of modules with parameters that serve losses alone, so that they are no layers.
         called: Paths of the modules that were called from outside of any other, teachers not among them.
+        hooked: Paths of the modules that had hooks of the user's own, which read the values of the float run.
     """
 
     graph: LayerGraph
@@ -88,6 +89,7 @@ class Capture:
     needs_gradients: bool = False
     left_out: list[str] = field(default_factory=list)
     called: tuple[str, ...] = ()
+    hooked: frozenset[str] = frozenset()
 
 
 def capture_graph(model: nn.Module, /, *args: Any, **kwargs: Any) -> LayerGraph:
@@ -159,6 +161,7 @@ def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> C
     captured = _assemble(evaluation.frames.root, evaluation, training, teachers)
     captured.called = tuple(path for path in evaluation.called if not is_within(path, teachers))
     captured.needs_gradients = gradients
+    captured.hooked = evaluation.hooked
     captured.left_out = evaluation.left_out
     return captured
 

@@ -29,7 +29,9 @@ class Layer:
         multiplications: Products of two numbers that it computes for the example that was captured.
         note: Why the layer can't be quantized whatever the settings say; empty when it can.
         frozen: Path of the frozen module around it that only training asks, such as a teacher; empty for layers of the deployed model.
-        read_out: Numbers of the outputs whose values Python reads (`item`, `tolist`, `bool`), or that are cast to integers.
+        read_out: Numbers of the outputs that somebody reads who is no layer of the network: Python (`item`, `tolist`, `bool`), a cast to integers, a hook, a
+            loss, or who keeps them.
+        beside: Whether it serves neither an output nor a layer with weights: it is part of a loss, a statistic, or what is logged or kept.
         outside: Whether the step computes it between its networks, where no module runs; what reads it quantizes it.
         input_dtypes: Data type of each tensor of ``input_shapes``, written as in ``output_dtypes``; empty: not known.
     """
@@ -50,6 +52,7 @@ class Layer:
     read_out: tuple[int, ...] = ()
     outside: bool = False
     input_dtypes: tuple[str, ...] = ()
+    beside: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from lightning_cco.graph.beside import with_reader
 from lightning_cco.graph.call import Call
 from lightning_cco.graph.ops import Category
 
@@ -20,6 +21,8 @@ def merge_repeats(calls: list[Call]) -> tuple[list[Call], dict[int, int]]:
         key = _place(call) if call.visible else ("output", *ends_at) if ends_at else None
         if key is not None and key in first:
             merged[number] = first[key]
+            for output in call.layer.read_out:
+                with_reader(kept[first[key]], output)
             continue
         if key is not None:
             first[key] = len(kept)
@@ -62,7 +65,7 @@ def overwritten_calls(calls: list[Call]) -> set[int]:
 
 
 def match_training(calls: list[Call], trained: list[Call] | None) -> tuple[dict[int, dict[bool, int]], list[str]]:
-    """Find each call of evaluation in the training run.
+    """Find each call of evaluation in the training run, and note who else reads what it makes there.
 
     A branch under ``if self.training`` makes further calls and shifts the indices of those after it; the two sequences of calls of one
     operation within one frame are then aligned by what the calls look like.
@@ -79,6 +82,8 @@ def match_training(calls: list[Call], trained: list[Call] | None) -> tuple[dict[
         for position, i in enumerate(numbers):
             if position in paired:
                 positions[i][True] = theirs[paired[position]].index
+                for output in theirs[paired[position]].layer.read_out:
+                    with_reader(calls[i], output)
             else:
                 del positions[i][True]
         matched = set(paired.values())

@@ -119,6 +119,11 @@ class Origins:
         known = self._entry(tensor)
         return None if known is None else known.origin
 
+    def alive(self) -> list[tuple[Tensor, Origin]]:
+        """The tensors that somebody still holds, and where they come from."""
+        found = [(known.tensor(), known.origin) for known in self._known.values()]
+        return [(tensor, origin) for tensor, origin in found if tensor is not None]
+
     def _entry(self, tensor: Tensor) -> _Known | None:
         for one in (tensor, unwrapped(tensor)):
             known = self._known.get(id(one))

@@ -9,12 +9,16 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from lightning_cco.errors import CCOWarning
+from lightning_cco.graph.beside import hooked_modules
 from lightning_cco.graph.call_node import CallNode, ModuleCall
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.ops import OPS, Category, operation
 from lightning_cco.graph.reached import frozen_modules, is_within
+from lightning_cco.names import list_names
+from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.sites import SiteQuantizers
 from lightning_cco.quantization.targets import TARGETS
+from lightning_cco.quantization.tensor_key import TensorKey
 
 # Names whose appearance out of the blue means that the model has changed its ways: what some engine could run in INT8.
 COMPUTES = frozenset(
@@ -38,6 +42,7 @@ class Departures:
 
     def __init__(self, model: nn.Module, root: CallNode) -> None:
         self.found: dict[str, str] = {}
+        self._model = model
         frozen = frozen_modules(model)
         self._with_parameters = {
             path for path, module in model.named_modules() if next(module.parameters(), None) is not None and not is_within(path, frozen)
@@ -68,6 +73,19 @@ class Departures:
             f"layer '{site.layer}': in '{where}' another call of '{operation(name).kind}' came in its place (a branch that depends on data); it runs in "
             "float. Move the branch into a module of its own, or skip the layer: skip_quantization: true.",
         )
+
+    def hooked_late(self, known: frozenset[str], plan: QuantizationPlan) -> None:
+        """Note hooks that have come since the capture where a rounded tensor passes: those that it saw read the values of the float run."""
+        late = hooked_modules(self._model) - known - {""}  # the model itself: what it returns is rounded in the file, too
+        edges = [edge for edge in plan.graph.edges if late and plan.rounds(TensorKey(edge.source, edge.source_output))]
+        passed = {plan.graph[name].path for edge in edges for name in (edge.source, edge.destination)}
+        named = [path for path in sorted(late) if any(is_within(other, [path]) for other in passed)]
+        if named:
+            self._note(
+                f"hooks {named}",
+                f"forward hooks were put on {list_names(named)} after the layers were captured: they see tensors that are rounded for INT8 layers. Put them on "
+                "before quantize(), or in the module's __init__ or configure_model; then they see what the float run gives.",
+            )
 
     def _note(self, key: str, message: str) -> None:
         if key in self.found:

@@ -19,6 +19,12 @@ _STEPS = frozenset({
     "round", "floor", "ceil", "trunc", "fix", "frac", "sign", "sgn", "heaviside", "remainder", "fmod", "mod", "rmod", "imod", "floor_divide",
     "floordiv", "rfloordiv", "ifloordiv", "divmod", "rdivmod", "unique", "unique_consecutive", "histc", "histogram", "histogramdd",
 })  # fmt: skip
+INDEX, COMPLEX, READ = (
+    "serves an index, a mask or a step, which rounding would change",
+    "becomes complex numbers (an FFT), which stay in float",
+    "is read by Python, a hook, a loss or a log, and by no layer",
+)
+"""What it is that somebody needs a tensor for as it is."""
 _INDIFFERENT = frozenset({"isnan", "isinf", "isfinite", "isposinf", "isneginf"})
 
 
@@ -30,7 +36,8 @@ class ExactReaders:
         asked: Layers that a rule quantizes by name.
 
     Attributes:
-        layers: Layers that compute indices, masks or steps from floats, and those whose results are read by such layers alone.
+        layers: Layers that compute indices, masks, steps or complex numbers from floats, and those whose results are read by such layers alone.
+        why: For what, in words, by layer.
         passing: Layers that only pass values on.
         readers: For each tensor its readers, and as which of their inputs.
     """
@@ -52,35 +59,44 @@ class ExactReaders:
                 sources and layer.name not in multiplying and all(source.layer in of_inputs for source in sources)
             ):
                 of_inputs.add(layer.name)
-        self.layers = {name for name in graph.names if self._steps(name)}
+        self.why = {name: COMPLEX if self._makes_complex(name) else INDEX for name in graph.names if self._steps(name)}
         self._deployed = {layer.name for layer in graph if layer.kind == "output"}
         for name in reversed(graph.names):
             if name in self._deployed:
                 self._deployed.update(source.layer for source in self._sources[name])
-        self._exact: dict[TensorKey, bool] = {}
+        self._exact: dict[TensorKey, str] = {}
         self._other: dict[TensorKey, bool] = {}
+        self._returned: dict[TensorKey, bool] = {}
         for name in reversed(graph.names):
             exact, other = self._read(name)
             if name in self.passing or name in multiplying or name in self.layers or name in asked or not exact:
                 continue
             # What only serves an index is computed in float; so is what is worked out of the inputs alone, on the way to the first weights.
             if self.graph[name].kind not in ("input", "output") and (not other or name in of_inputs):
-                self.layers.add(name)
+                self.why[name] = exact
+
+    @property
+    def layers(self) -> Collection[str]:
+        """Names of the layers that need what they read as it is."""
+        return self.why.keys()
 
     def reads(self, key: TensorKey) -> bool:
         """Whether somebody needs a tensor as it is, seen through what only passes values on."""
-        return self._exact.get(key, False)
+        return bool(self._exact.get(key))
 
-    def reads_for_output(self, key: TensorKey) -> bool:
-        """Whether somebody needs a tensor as it is for an output of the model; what is kept beside it, for a log, is not in a file."""
+    def reads_for_output(self, key: TensorKey) -> str:
+        """What a tensor is needed for as it is, for an output of the model; what is kept beside it, for a log, is not in a file. Empty: nothing."""
         pending = [key]
         while pending:
             for reader, _ in self.readers.get(pending.pop(), ()):
                 if reader in self.passing:
                     pending += _outputs(reader, len(self.graph[reader].output_dtypes))
                 elif reader in self.layers and reader in self._deployed:
-                    return True
-        return False
+                    return self.why[reader]
+        return ""
+
+    def _makes_complex(self, name: str) -> bool:
+        return any("complex" in dtype for dtype in self.graph[name].output_dtypes)
 
     def _steps(self, name: str) -> bool:
         layer = self.graph[name]
@@ -96,24 +112,33 @@ class ExactReaders:
         dtypes = self.graph[key.layer].output_dtypes
         return key.output < len(dtypes) and dtypes[key.output] in FLOATS
 
-    def _read(self, name: str) -> tuple[bool, bool]:
-        """Whether a layer's outputs have readers that need them as they are, and others; readers come before it in the walk."""
+    def _read(self, name: str) -> tuple[str, bool]:
+        """What a layer's outputs are needed for as they are, and whether they have other readers; readers come before it in the walk."""
         layer = self.graph[name]
         keys = _outputs(name, max(1, len(layer.output_dtypes)))
         for key in keys:
-            exact, other = key.output in layer.read_out, False
+            needs: list[str] = []
+            other = returned = False
             for reader, _ in self.readers.get(key, ()):
                 outputs = _outputs(reader, max(1, len(self.graph[reader].output_dtypes)))
                 if reader in self.layers:
-                    exact = True
+                    needs.append(self.why[reader])
                     other = other or (reader in self.passing and any(self._other.get(k, False) for k in outputs))
                 elif reader in self.passing:
-                    exact = exact or any(self._exact.get(k, False) for k in outputs)
+                    needs += [self._exact.get(k, "") for k in outputs]
                     other = other or any(self._other.get(k, False) for k in outputs)
+                    returned = returned or any(self._returned.get(k, False) for k in outputs)
                 elif self.graph[reader].kind != "output":
                     other = True
-            self._exact[key], self._other[key] = exact, other
-        return any(self._exact[k] for k in keys), any(self._other[k] for k in keys)
+                else:
+                    returned = True
+            if key.output in layer.read_out:
+                needs.append(READ)
+                other = other or (returned and INDEX not in needs and COMPLEX not in needs)  # whoever else looks at what the model gives
+            self._exact[key] = next((need for need in (INDEX, COMPLEX, READ) if need in needs), "")
+            self._other[key], self._returned[key] = other, returned
+        found = [self._exact[k] for k in keys]
+        return next((need for need in (INDEX, COMPLEX, READ) if need in found), ""), any(self._other[k] for k in keys)
 
 
 class Placement:

@@ -86,6 +86,7 @@ class HookedModel:
         self.scales = ScaleLearner(self._activations.values(), self.weights.values(), settings.training_settings.scale_learning_rate)
         self.runtime = Runtime(model, captured, self.plan, self._activations, self.weights)
         self.runtime.phase = Phase.PASS
+        self._starts = 0
         self.runtime.frames.started = self._forward_starts
         self.runtime.frames.owner = weakref.ref(self)
         self.runtime.frames.attach()
@@ -248,6 +249,9 @@ class HookedModel:
 
     def _forward_starts(self) -> None:
         """Before a forward: quantizers on the model's device, ranges moved on."""
+        self._starts += 1
+        if self._starts & (self._starts - 1) == 0:  # before the first, second, fourth, eighth … forward: it looks at each module
+            self.runtime.departures.hooked_late(self.capture.hooked, self.plan)
         self._follow_device()
         if self._ranges_wait():
             with _MOVING:  # of several threads one moves them, once

@@ -123,12 +123,13 @@ class _Planner:
             while key.layer in self.fused_into:
                 key = TensorKey(self.fused_into[key.layer])
             by_setting = self.stream.keeps_float(key)
-            if not by_setting and not self.exact.reads_for_output(key):
+            needed = self.exact.reads_for_output(key)
+            if not by_setting and not needed:
                 continue
             reason = SkipReason.SETTING if by_setting else SkipReason.RULE
             reason = SkipReason.WEIGHT_ONLY if self.target.stores_weights(self.graph[name]) else reason
-            why = "is in float (residual_stream: float)" if by_setting else "is needed as it is, by an index, a mask, a step or a gradient"
-            self.skips[name] = Skip(reason, f"its result {why}, which {self.target.name} computes in float")
+            why = "is in float (residual_stream: float)" if by_setting else f"is needed as it is, since it {needed}"
+            self.skips[name] = Skip(reason, f"its result {why}: {self.target.name} computes it in float")
             found = True
         return found
 
@@ -180,9 +181,7 @@ class _Planner:
         for layer in self.graph:
             name = layer.name
             if name in self.exact.layers and not self.connections.passes(name):
-                self.skips.setdefault(
-                    name, Skip(SkipReason.RULE, "what it computes serves an index, a mask or a step, which rounding would change")
-                )
+                self.skips.setdefault(name, Skip(SkipReason.RULE, f"what it computes {self.exact.why[name]}"))
             if (name in self.skips and not self._scales(name)) or self.connections.passes(name) or layer.kind == "input":
                 continue
             if layer.weighted or self._reads_quantizable(layer):

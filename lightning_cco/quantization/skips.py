@@ -50,11 +50,16 @@ def _is_between_modules(layer: Layer) -> Skip | None:
     return Skip(SkipReason.UNSUPPORTED, what) if layer.outside and _category(layer) is not Category.PRESERVE else None
 
 
+def _is_beside(layer: Layer) -> Skip | None:
+    what = "no output depends on it, nor a layer with weights: it serves a loss, a statistic, or what is logged or kept"
+    return Skip(SkipReason.RULE, what) if layer.beside and not layer.weighted else None
+
+
 def _is_dropout(layer: Layer) -> Skip | None:
     return Skip(SkipReason.RULE, "dropout is not part of the deployed model") if _category(layer) is Category.IDENTITY else None
 
 
-_WHATEVER_THE_ENGINE = (_marks_an_output, _has_integers, _has_a_note, _is_frozen, _is_between_modules, _is_dropout)
+_WHATEVER_THE_ENGINE = (_marks_an_output, _has_integers, _has_a_note, _is_frozen, _is_between_modules, _is_beside, _is_dropout)
 
 
 def _in_float(layer: Layer, target: Target) -> Skip:

@@ -37,6 +37,9 @@ class Seeing(nn.Module):
     "torch.nn.Module._call_impl.__code__",
     "torch.nn.Module._call_impl.f_locals",
     "torch.nn.Module._forward_pre_hooks",
+    "torch.nn.Module._forward_hooks",
+    "torch.nn.modules.module._global_forward_hooks",
+    "torch.nn.modules.module._global_forward_pre_hooks",
     "torch.nn.Module._parameters",
     "torch.nn.Module._buffers",
     "torch.nn.Module._modules",
@@ -54,6 +57,17 @@ def test_modules() -> None:
     module.register_forward_pre_hook(hook)
     assert list(modules.forward_pre_hooks(module)) == [hook]
     assert hook in modules.hooks_of(module)
+
+    def behind(module: nn.Module, args: Any, output: Any) -> None:
+        return None
+
+    module.register_forward_hook(behind)
+    assert list(modules.forward_hooks(module)) == [behind]
+    everywhere = nn.modules.module.register_module_forward_hook(behind), nn.modules.module.register_module_forward_pre_hook(hook)
+    assert list(modules.global_forward_hooks()) == [behind, hook]
+    for handle in everywhere:
+        handle.remove()
+    assert not list(modules.global_forward_hooks())
     assert "running_mean" in modules.buffers_of(module.norm)
     held = [vars(module.norm)[name] for name in modules.CONTENTS]
     assert list(held[0]) == ["weight", "bias"]
