@@ -177,7 +177,8 @@ def _stages(values: Any, where: str) -> list[BitsStage]:
 
 
 def _check_keys(values: Mapping[str, Any], fields: Sequence[str], where: str) -> None:
-    for key in values:
+    for given in values:
+        key = given if isinstance(given, str) else shown(given)
         if key in fields:
             continue
         full = printable(f"{where}.{key}" if where else key, 200)
@@ -185,7 +186,7 @@ def _check_keys(values: Mapping[str, Any], fields: Sequence[str], where: str) ->
             raise CCOError(f"{full}: that is not the recipe's to say in Lightning. Remove it and write {_TRAINER_OWNS[key]}.")
         if key in _DROPPED:
             raise CCOError(f"{full}: lightning_cco has no such settings. Remove them; devices and strategy are arguments of the Trainer.")
-        raise CCOError(f"{full}: unknown key.{nearest(str(key), fields)} The keys here are {fields}.")
+        raise CCOError(f"{full}: unknown key.{nearest(key, fields)} The keys here are {fields}.")
 
 
 def _rules(raw: Any) -> list[LayerRule]:

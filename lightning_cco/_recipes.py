@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_cco._yaml import check_interpolations, marked, parse_yaml
 from lightning_cco.compat.omegaconf import root_of
 from lightning_cco.errors import CCOError
-from lightning_cco.names import nearest, printable
+from lightning_cco.names import nearest, printable, shown
 
 _LARGEST = 32 * 2**20  # bytes of a recipe
 
@@ -46,7 +46,7 @@ def read(cfg: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
     if isinstance(cfg, DictConfig):
         return dict(_resolved(cfg, "The recipe"))
     if isinstance(cfg, Mapping):
-        return {str(key): value for key, value in cfg.items()}
+        return {key if isinstance(key, str) else shown(key): value for key, value in cfg.items()}
     if isinstance(cfg, (str, Path)):
         return _read_file(cfg)
     raise CCOError(
@@ -80,7 +80,7 @@ def _read_file(cfg: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         came = "nothing" if content is None else f"a {type(content).__name__}"
         raise CCOError(f"The recipe '{cfg}' holds {came}; a mapping with keys such as global_quantization_settings was expected.")
-    return {str(key): value for key, value in content.items()}
+    return {key if isinstance(key, str) else shown(key): value for key, value in content.items()}
 
 
 def _resolved(cfg: Any, what: str) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lightning_cco.compat.lightning_trainer import sanity_check, validation_loader, validation_loader_replaced
 from lightning_cco.graph.given_back import is_iterator
@@ -13,7 +15,7 @@ from lightning_cco.graph.put_back import Kept
 from lightning_cco.monitoring.metrics import numbers, sanity_check_metrics
 from lightning_cco.random_numbers import isolated_random
 from lightning_cco.settings import TrainingSettings
-from lightning_cco.spare_loader import spare_loader
+from lightning_cco.spare_loader import generators_kept, spare_loader
 
 
 class InitialEvaluation:
@@ -84,12 +86,17 @@ class InitialEvaluation:
         steps, kept = trainer.num_sanity_val_steps, Kept(trainer.lightning_module, others=trainer.callbacks)  # type: ignore[attr-defined]
         trainer.num_sanity_val_steps = float("inf")
         try:
-            with (
-                isolated_random(),
-                kept,
-                validation_loader_replaced(trainer, lambda loader: spare_loader(trainer, loader)) as replaced,
-            ):
-                if replaced:
+            with ExitStack() as stack:
+                stack.enter_context(isolated_random())
+                stack.enter_context(kept)
+
+                def copy_of(loader: CombinedLoader) -> CombinedLoader | None:
+                    spare = spare_loader(trainer, loader)
+                    if spare is not None:
+                        stack.enter_context(generators_kept(spare))
+                    return spare
+
+                if stack.enter_context(validation_loader_replaced(trainer, copy_of)):
                     sanity_check(trainer, progress_has_begun)
             return self._apart
         finally:

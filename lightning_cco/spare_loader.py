@@ -17,8 +17,11 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import IterableDataset
 
 from lightning_cco.compat.lightning_loaders import NOT_BEGUN, is_plain_loader, mode_of
-from lightning_cco.data_apart import data_apart
+from lightning_cco.data_apart import Apart, set_generator, state_of_generator
 from lightning_cco.random_numbers import RandomState, isolated_random
+
+_GENERATORS = "_lightning_cco_generators"
+"""Where a spare loader keeps the global generators that its data may draw from."""
 
 
 def spare_loader(trainer: pl.Trainer, combined: CombinedLoader) -> CombinedLoader | None:
@@ -26,7 +29,7 @@ def spare_loader(trainer: pl.Trainer, combined: CombinedLoader) -> CombinedLoade
 
     Only a `DataLoader` of a dataset with indices can be copied: a stream gives each sample once, and of other iterables nothing is known.
     """
-    copies = []
+    copies, generators = [], list[Any]()
     for loader in combined.flattened:
         if not _can_be_copied(loader):
             return None
@@ -42,10 +45,13 @@ def spare_loader(trainer: pl.Trainer, combined: CombinedLoader) -> CombinedLoade
         twin.__dict__.update(loader.__dict__)
         twin.__dict__.update(own, **NOT_BEGUN, persistent_workers=False)
         if not loader.num_workers:
-            twin.__dict__["dataset"] = data_apart(loader.dataset, shared[1:])
+            apart = Apart(shared[1:])
+            twin.__dict__.update(dataset=apart.twin(loader.dataset), collate_fn=apart.twin(loader.collate_fn))
+            generators += apart.generators
         copies.append(twin)
     spare = CombinedLoader(combined.iterables, mode_of(combined))
     spare.flattened = copies
+    vars(spare)[_GENERATORS] = generators
     return spare
 
 
@@ -91,13 +97,14 @@ def read_apart(spare: CombinedLoader) -> Iterator[Any]:
     The iteration may be used inside of any context, such as one with another default type.
     """
     dtype = torch.get_default_dtype()
+    generators = [(generator, state_of_generator(generator)) for generator in vars(spare).get(_GENERATORS, [])]
 
     def read() -> Iterator[Any]:
         iterator: Iterator[Any] | None = None
         state: RandomState | None = None
         try:
             while True:
-                with isolated_random(), _as_outside(dtype), warnings.catch_warnings():
+                with isolated_random(), _put_back(generators), _as_outside(dtype), warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
                     if iterator is None or state is None:
                         torch.manual_seed(0)
@@ -116,6 +123,31 @@ def read_apart(spare: CombinedLoader) -> Iterator[Any]:
             spare.reset()
 
     return read()
+
+
+@contextmanager
+def generators_kept(spare: CombinedLoader) -> Iterator[None]:
+    """Put the global generators that a spare loader's data may draw from back at the end of the block."""
+    kept = [(generator, state_of_generator(generator)) for generator in vars(spare).get(_GENERATORS, [])]
+    try:
+        yield
+    finally:
+        for generator, state in kept:
+            set_generator(generator, state)
+
+
+@contextmanager
+def _put_back(own: list[tuple[Any, Any]]) -> Iterator[None]:
+    """Let generators go on from states of their own inside of the block; afterwards they are as before."""
+    outside = [state_of_generator(generator) for generator, _ in own]
+    for generator, state in own:
+        set_generator(generator, state)
+    try:
+        yield
+    finally:
+        for number, (generator, _) in enumerate(own):
+            own[number] = (generator, state_of_generator(generator))
+            set_generator(generator, outside[number])
 
 
 @contextmanager

@@ -130,3 +130,16 @@ def test_a_number_out_of_bounds_is_refused_where_it_is_written(kind: type, key: 
     with pytest.raises(CCOError, match=rf"{key}: .* expected, .* came"):
         setattr(made, key, value)
     assert made == kind()
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no text")
+
+    __str__ = __repr__
+
+
+@pytest.mark.parametrize("recipe", [{Unprintable(): 1}, {"training_settings": {Unprintable(): 1}}, {"training_settings": Unprintable()}])
+def test_what_has_no_text_is_named_by_its_type(recipe: Any) -> None:
+    with pytest.raises(CCOError, match="Unprintable"):
+        load_settings(recipe)

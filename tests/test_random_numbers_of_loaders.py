@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,27 @@ class Counting(Samples):
         return x, i, self.transforms[0](value) + float(self.own.random()) + float(torch.rand((), generator=self.torch))
 
 
+GLOBAL = np.random.default_rng(0)
+
+
+class OfAModule(Samples):
+    """Draws from a generator that its module holds."""
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int, float]:
+        return *super().__getitem__(i)[:2], float(GLOBAL.random())
+
+
+def collating() -> Callable[[Any], Any]:
+    """A function that keeps a generator, and counts."""
+    own, calls = random.Random(0), [0]
+
+    def collate(samples: list[Any]) -> list[Any]:
+        calls[0] += 1
+        return [torch.stack([x for x, *_ in samples]), [i for _, i, _ in samples], [own.random() + calls[0] for _ in samples]]
+
+    return collate
+
+
 class Stream(IterableDataset):
     def __init__(self, augment: bool = True) -> None:
         self.samples = Samples(augment)
@@ -108,6 +130,7 @@ def seen(
     fits: int = 1,
 ) -> list[Any]:
     pl.seed_everything(1, verbose=False)
+    GLOBAL.bit_generator.state = np.random.default_rng(0).bit_generator.state
     model, trainer = Reading(hooks, dropout), make_trainer(folder, *([cco] if cco else []), max_epochs=2)
     for fit in range(fits):
         trainer.fit_loop.max_epochs = 2 + fit
@@ -132,6 +155,9 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "weighted": lambda: shuffled(shuffle=False, sampler=WeightedRandomSampler([1.0] * 24, 20)),
     "replacement": lambda: shuffled(shuffle=False, sampler=RandomSampler(range(24), replacement=True)),
     "counting": lambda: DataLoader(Subset(Counting(), range(20)), 4, shuffle=True),
+    "module": lambda: DataLoader(OfAModule(), 4, shuffle=True),
+    "collate": lambda: shuffled(collate_fn=collating()),
+    "partial": lambda: shuffled(collate_fn=partial(lambda collate, samples: collate(samples), collating())),
     "workers": lambda: shuffled(augment=True, num_workers=1, persistent_workers=True),
     "two": lambda: CombinedLoader({"a": shuffled(True), "b": DataLoader(Samples(), 3, shuffle=True)}, "min_size"),
     "stream": lambda: DataLoader(Stream(augment=False), 4),
