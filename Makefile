@@ -45,7 +45,7 @@ test-floors: $(STAMP)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -p no:anyio -n 2 -m "not slow"
 
 # A table of networks on each engine, written into docs/engines.md; 20 minutes, and 2 GB for each environment: the engines' pins exclude each other's.
-ENGINES := executorch litert qnn
+ENGINES := executorch litert coreml qnn
 test-engines: $(STAMP)
 	for engine in ort openvino; do OMP_NUM_THREADS=1 $(RUN) tests/engine_table.py $$engine || exit 1; done
 	for engine in $(ENGINES); do \

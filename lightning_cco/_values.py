@@ -11,7 +11,7 @@ from lightning_cco.names import nearest, shown
 RANGE_ESTIMATORS = ("auto", "moving_average", "min_max", "percentile", "mse", "learned")
 WEIGHT_ESTIMATORS = ("auto", "minmax", "mse", "learned")
 RESIDUAL_STREAMS = ("auto", "quantized", "int8", "float")
-TARGET_FRAMEWORKS = ("ort", "openvino", "tensorrt", "executorch", "litert", "qnn")
+TARGET_FRAMEWORKS = ("ort", "openvino", "tensorrt", "executorch", "litert", "coreml", "qnn")
 SENSITIVITY_MODES = ("local", "accumulated")
 DISTILLED = ("outputs", "layers")
 COMPARISONS = ("auto", "kl", "mse")

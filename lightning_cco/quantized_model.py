@@ -189,7 +189,9 @@ class QuantizedModel(HookedModel):
     def export(
         self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> ExportReport | torch.export.ExportedProgram:
-        """Write an INT8 file and check it in its engine: ``.onnx``, or ``.pte`` for ExecuTorch, ``.tflite`` for LiteRT; or a `torch.export` program, ``.pt2``.
+        """Write an INT8 file and check it in its engine, or a `torch.export` program.
+
+        ``.onnx``, or ``.pte`` for ExecuTorch, ``.tflite`` for LiteRT, ``.mlpackage`` for Core ML; ``.pt2`` for the program.
 
         Args:
             path: Where to write; the ending says what.

@@ -244,7 +244,7 @@ class DeploymentSettings(Checked):
 
     Attributes:
         target_framework: ``ort``, ``openvino`` (or ``ov``), ``tensorrt`` (or ``trt``), ``executorch`` (or ``et``), ``litert`` (or
-            ``tflite``) or ``qnn`` (or ``htp``): decides which kinds of layer run in INT8, and what `export_dir` gets.
+            ``tflite``), ``coreml`` or ``qnn`` (or ``htp``): decides which kinds of layer run in INT8, and what `export_dir` gets.
         export_dir: Folder that the best checkpoint is exported to when ``fit`` ends; None: no export.
         int4: Whether files store weights of at most 4 bits in 4 bits, half the size, which ONNX Runtime then computes in float; None: if `budget_settings`
             counts on it (a size, average bits, or an accuracy drop).

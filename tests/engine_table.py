@@ -37,6 +37,7 @@ PACKAGES = {
     "openvino": ("openvino", "onnxruntime"),
     "executorch": ("executorch",),
     "litert": ("litert-torch", "ai-edge-litert"),
+    "coreml": ("coremltools",),
     "qnn": ("onnxruntime-qnn", "onnxruntime"),
 }
 
@@ -112,10 +113,14 @@ def _row(engine: str, model: nn.Module, example: Callable[[], Tensor], settings:
     assert isinstance(report, ExportReport)
     own = report.target_nodes or report.integer_nodes
     row = {
-        "sqnr_db": report.target_sqnr_db if report.target else report.sqnr_db,
+        "sqnr_db": report.target_sqnr_db if report.target_sqnr_db == report.target_sqnr_db else report.sqnr_db,
         "largest_steps": report.target_largest_steps if report.target_nodes and ENGINES[engine].load is not None else report.largest_steps,
         "integer": own,
-        "float": report.float_nodes if engine in ("ort", "executorch", "litert") else report.target_floats if engine == "qnn" else {},
+        "float": report.float_nodes
+        if engine in ("ort", "executorch", "litert", "coreml")
+        else report.target_floats
+        if engine == "qnn"
+        else {},
         "size_ratio": report.size_ratio,
     }
     quantized.remove()
@@ -126,7 +131,7 @@ def _row(engine: str, model: nn.Module, example: Callable[[], Tensor], settings:
 def _times(engine: str, model: nn.Module, x: Tensor, path: Path, folder: Path, runs: int) -> tuple[float, float] | None:
     """Seconds of the float model and of the file in an engine that reads programs, in turns."""
     start = ENGINES[engine].start
-    if start is None:
+    if start is None or ENGINES[engine].reads_alone:
         return None
     whole = folder / f"float{path.suffix}"
     torch.export.save(torch.export.export(model.eval(), (x,), strict=False), folder / "float.pt2")

@@ -30,9 +30,11 @@ def export_target(path: str | Path, ending: str) -> Path:
         instead = given / f"model{ending}" if is_folder or not given.name else _other_ending(given, ending)
         raise CCOError(
             "export: a path that ends in .onnx (a file for ONNX Runtime, OpenVINO and TensorRT, which build theirs from it), .pt2 (a torch.export "
-            f"program), .pte (for ExecuTorch) or .tflite (for LiteRT) was expected, '{path}' came. Write '{instead}'."
+            f"program), .pte (for ExecuTorch), .tflite (for LiteRT) or .mlpackage (for Core ML) was expected, '{path}' came. Write '{instead}'."
         )
     try:
+        if ending == ".mlpackage" and Path(path, "Manifest.json").is_file():
+            return Path(os.path.realpath(path))  # an older one, which is a folder
         return real_file(path)
     except OSError as error:
         raise CCOError(f"export: '{path}' can't be written: {error}. Give the path of a file in a folder that can be.") from error
@@ -51,4 +53,6 @@ def move(made: Path, target: Path) -> None:
         old.unlink(missing_ok=True)
     if data.exists():
         os.replace(data, old)
+    if made.is_dir() and target.is_dir():
+        os.replace(target, made.with_name(f"{made.name}.old"))  # goes with the folder that it is in
     os.replace(made, target)

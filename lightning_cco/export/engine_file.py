@@ -23,7 +23,7 @@ from lightning_cco.export.onnx_notes import notes_on_bits
 from lightning_cco.export.outputs import arrays_of
 from lightning_cco.export.precision import float_bytes, in_float32, other_types
 from lightning_cco.export.program import example_of
-from lightning_cco.export.pt2e_check import Comparison, levels_of
+from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, levels_of
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import ExportReport, FloatIsland
 from lightning_cco.export.samples import Samples
@@ -98,10 +98,15 @@ def export_engine_file(
                 temporary = folder / target.name
                 reader = _started(engine)
                 made = _converted(reader, engine, written.program, folder / "program.pt2", temporary)
-                report.size_bytes = temporary.stat().st_size
+                report.size_bytes = _size(temporary)
                 _count(quantized, engine, made, report)
-                if check:
+                if check and engine.reads_alone:
+                    _check_program(quantized, written, samples, calls, report)
+                    report.faults |= made.faults
+                    report.notes.append(engine.reads_alone)
+                elif check:
                     _check(quantized, engine, reader, written, temporary, samples, calls, report)
+                if check:
                     judge(
                         report, min_sqnr_db, engine.limits if max_mean_steps is None else replace(engine.limits, mean_steps=max_mean_steps)
                     )
@@ -110,6 +115,12 @@ def export_engine_file(
         except OSError as error:
             raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
     return report
+
+
+def _size(path: Path) -> int:
+    """Of a file, or of all that a folder holds."""
+    parts = path.rglob("*") if path.is_dir() else [path]
+    return sum(part.stat().st_size for part in parts if part.is_file())
 
 
 def _need_plan(quantized: HookedModel, engine: Engine) -> None:
@@ -166,6 +177,24 @@ def _count(quantized: HookedModel, engine: Engine, made: Converted, report: Expo
         reason = f"planned in INT8, but {report.target} computes it in float" if planned else plan.skipped.get(layer, "")
         if reason:
             report.float_islands.append(FloatIsland(operator, (layer,), reason))
+
+
+def _check_program(
+    quantized: HookedModel, written: WrittenProgram, samples: Samples, calls: Sequence[tuple[Tensor, ...]], report: ExportReport
+) -> None:
+    """Run the program that a file was made of, in PyTorch, where the file can't be run."""
+    program = RecordedProgram(written.program)
+    comparison = Comparison(quantized, written.emitter, program.rounded, samples.deployed.outputs)
+    pieces, left_out = samples.pieces(calls, _MOST_SAMPLES)
+    for tensors in pieces:
+        results = arrays_of(program.run(tensors, {}))
+        comparison.add(tensors, results, results, program.levels)
+        report.batches += 1
+    if left_out:
+        report.notes.append(f"{left_out} batches are of other sizes than the file takes and were left out of the check")
+    comparison.tell(report)
+    if samples.size == 1:
+        report.varying_sqnr_db = float("nan")  # nothing varies within one sample
 
 
 def _check(

@@ -51,9 +51,9 @@ def need_engine(engine: Engine) -> None:
         CCOError: With what to install.
     """
     if importlib.util.find_spec(engine.package) is None:
-        does = (
-            f"which writes and runs {engine.ending} files" if engine.start is not None else f"in which files for {engine.title} are checked"
-        )
+        does = f"in which files for {engine.title} are checked"
+        if engine.start is not None:
+            does = f"which writes {'' if engine.reads_alone else 'and runs '}{engine.ending} files"
         raise CCOError(f"export: {engine.package}, {does}, is not installed. Write: pip install 'lightning-cco[{engine.extra}]'.")
 
 

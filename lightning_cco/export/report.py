@@ -203,7 +203,7 @@ class ExportReport:
                 ),
                 *(
                     [
-                        f"  in {self.target:<16} SQNR {self.target_sqnr_db:.1f} dB, in INT8: {_counts(self.target_nodes)}"
+                        f"  in {self.target:<16} {self._in_target()}, in INT8: {_counts(self.target_nodes)}"
                         + (f"; in float: {_counts(self.target_floats)}" if self.target_floats else "")
                     ]
                     if self.target
@@ -214,6 +214,9 @@ class ExportReport:
         else:
             lines.append("  not checked")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def _in_target(self) -> str:
+        return f"SQNR {self.target_sqnr_db:.1f} dB" if self.target_sqnr_db == self.target_sqnr_db else "not run"
 
     def _by_tensor(self) -> list[str]:
         worst = max(self.layers, key=lambda entry: entry.mean_steps, default=None)

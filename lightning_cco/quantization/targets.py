@@ -244,6 +244,7 @@ TARGETS: Mapping[str, Target] = {
     ),
     "executorch": _program("executorch", "conv_transpose"),
     "litert": _program("litert"),
+    "coreml": _program("coreml", "conv_transpose"),
     "qnn": Target(
         "qnn",
         False,

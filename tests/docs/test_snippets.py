@@ -85,6 +85,7 @@ def test_the_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "engines/openvino.md": "openvino",
         "engines/executorch.md": "executorch",
         "engines/litert.md": "litert_torch",
+        "engines/coreml.md": "coremltools",
         "engines/qnn.md": "onnxruntime_qnn",
     }
     if page in needed:

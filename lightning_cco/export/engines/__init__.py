@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lightning_cco.export.engines.coreml import COREML
 from lightning_cco.export.engines.entry import Computed, Converted, Engine, Form, Loaded, Reader, Want
 from lightning_cco.export.engines.executorch import EXECUTORCH
 from lightning_cco.export.engines.litert import LITERT
@@ -12,9 +13,9 @@ from lightning_cco.export.engines.ort import ORT
 from lightning_cco.export.engines.qnn import QNN
 from lightning_cco.export.engines.tensorrt import TENSORRT
 
-ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (ORT, OPENVINO, TENSORRT, EXECUTORCH, LITERT, QNN)}
+ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (ORT, OPENVINO, TENSORRT, EXECUTORCH, LITERT, COREML, QNN)}
 """The entries by the name of the engine's `Target`."""
-PROGRAMS = ("executorch", "litert")
+PROGRAMS = ("executorch", "litert", "coreml")
 """Those of engines that read programs with quantized operators (PT2E) instead of ONNX files."""
 BY_ENDING: Mapping[str, Engine] = {ENGINES[name].ending: ENGINES[name] for name in PROGRAMS}
 """The engines that read programs, by the ending of their own files."""

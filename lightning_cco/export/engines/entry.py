@@ -101,6 +101,7 @@ class Converted:
         layers: Of each product, its operator, its layer (empty: not known) and whether it computes on integers.
         conversions: How many operators quantize or dequantize between others.
         notes: What else is to be said.
+        faults: By layer, what the file stores otherwise than the program has it; of an engine that can't be run.
     """
 
     integer: Mapping[str, int]
@@ -108,6 +109,7 @@ class Converted:
     layers: tuple[tuple[str, str, bool], ...]
     conversions: int
     notes: tuple[str, ...] = ()
+    faults: Mapping[str, str] = field(default_factory=dict)
 
 
 class Reader(Protocol):
@@ -141,6 +143,7 @@ class Engine:
         limits: What right files may differ by in it, if not what the check allows.
         strict: Whether a file must be run in it, and is refused if it computes a product in float that is planned in INT8; else both are said alone.
         remark: What to say of a file that was run in it.
+        reads_alone: What to say of its files where they are read and not run; empty: they are run.
         not_run: What to say of files that it was not run on; empty: it was.
     """
 
@@ -158,6 +161,7 @@ class Engine:
     limits: Limits = field(default_factory=Limits)
     strict: bool = False
     remark: str = ""
+    reads_alone: str = ""
     not_run: str = ""
 
     def wanted(self, form: Form) -> bool:

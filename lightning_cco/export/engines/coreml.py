@@ -1,0 +1,36 @@
+"""Core ML, by way of coremltools. Sources: its converter, and the programs (MIL) that it makes; it runs on Apple's systems alone, and was not run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_cco.export.engines.entry import Converted, Engine, Form, Want
+from lightning_cco.export.engines.program_reader import ProgramReader
+from lightning_cco.export.provenance import LAYER
+
+
+class CoreML(ProgramReader):
+    """Core ML's converter, in a process of its own."""
+
+    def __init__(self) -> None:
+        super().__init__("coreml_process")
+
+    def convert(self, program: Path, target: Path) -> Converted:
+        """Convert a program."""
+        said = self.worker.ask(("convert", (str(program), str(target), LAYER)))
+        return Converted(said["integer"], said["floats"], tuple(said["products"]), said["conversions"], faults=said["faults"])
+
+
+COREML = Engine(
+    "coreml",
+    "Core ML",
+    (Want(Form.SIGNED, "9.0", "not known; its own tools quantize to int8", ""),),
+    package="coremltools",
+    ending=".mlpackage",
+    extra="coreml",
+    start=CoreML,
+    plans=("executorch", "litert"),
+    fixed_sizes="its files have fixed sizes",
+    not_run="the file is for ONNX Runtime, planned as Core ML is thought to compute; Core ML reads .mlpackage files",
+    reads_alone="the file was converted and read, not run: Core ML runs on Apple's systems alone. The program that it was made of was run in PyTorch",
+)
