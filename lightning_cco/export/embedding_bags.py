@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,12 +34,13 @@ def is_bag(call: dict[str, Any]) -> bool:
     return isinstance(indices, Tensor) and not indices.is_floating_point() and indices.dim() in (1, 2)
 
 
-def reduced(rows: Tensor, call: dict[str, Any]) -> Tensor:
+def reduced(rows: Tensor, call: dict[str, Any], amax: Callable[..., Tensor] = torch.amax) -> Tensor:
     """The sum, mean or largest of the rows of each bag.
 
     Args:
         rows: What was looked up, (bags, entries, columns) or (entries, columns).
         call: From `bag_arguments`.
+        amax: How the largest values along an axis are written.
 
     Returns:
         (bags, columns); an empty bag gives zeros.
@@ -51,16 +53,16 @@ def reduced(rows: Tensor, call: dict[str, Any]) -> Tensor:
         padding = padding + call["weight"].shape[0]
     kept = None if padding is None else indices != padding
     if indices.dim() == 2:
-        return _of_rows(rows, mode, kept)
+        return _of_rows(rows, mode, kept, amax)
     return _of_offsets(rows, mode, kept, call["offsets"], bool(call.get("include_last_offset", False)))
 
 
-def _of_rows(rows: Tensor, mode: str, kept: Tensor | None) -> Tensor:
+def _of_rows(rows: Tensor, mode: str, kept: Tensor | None, amax: Callable[..., Tensor]) -> Tensor:
     """Bags of one length."""
     if kept is None:
-        return rows.sum(1) if mode == "sum" else rows.mean(1) if mode == "mean" else rows.amax(1)
+        return rows.sum(1) if mode == "sum" else rows.mean(1) if mode == "mean" else amax(rows, 1)
     if mode == "max":
-        largest = rows.masked_fill(~kept.unsqueeze(-1), float("-inf")).amax(1)
+        largest = amax(rows.masked_fill(~kept.unsqueeze(-1), float("-inf")), 1)
         return torch.where(kept.any(1, keepdim=True), largest, torch.zeros_like(largest))
     total = (rows * kept.unsqueeze(-1).to(rows.dtype)).sum(1)
     return total if mode == "sum" else total / kept.sum(1, keepdim=True).clamp(min=1).to(rows.dtype)

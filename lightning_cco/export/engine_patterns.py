@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,23 @@ def divided(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return result
 
     return pooled
+
+
+def sorted_maximum(x: Tensor, dim: int | Sequence[int] = (), keepdim: bool = False) -> Tensor:
+    """`torch.amax` by a TopK of the axes, laid out as one.
+
+    >>> x = torch.arange(24.0).reshape(2, 3, 4)
+    >>> torch.equal(sorted_maximum(x, (0, -1), keepdim=True), x.amax((0, -1), keepdim=True)), float(sorted_maximum(x))
+    (True, 23.0)
+    """
+    given = (dim,) if isinstance(dim, int) else tuple(dim)
+    axes = sorted({axis % max(1, x.dim()) for axis in given}) or list(range(x.dim()))
+    others = [axis for axis in range(x.dim()) if axis not in axes]
+    largest = x.permute(*others, *axes).flatten(len(others)).topk(1, dim=-1).values.squeeze(-1)
+    if keepdim:
+        for axis in axes:
+            largest = largest.unsqueeze(axis)
+    return largest
 
 
 def averages_images(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

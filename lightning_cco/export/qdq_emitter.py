@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_cco.errors import CCOError
 from lightning_cco.export.dialects import Dialect, Format
 from lightning_cco.export.embedding_bags import bag_arguments, is_bag, reduced
-from lightning_cco.export.engine_patterns import added_apart, attention, averages_images, divided, without_bound
+from lightning_cco.export.engine_patterns import added_apart, attention, averages_images, divided, sorted_maximum, without_bound
 from lightning_cco.export.engines import Form
 from lightning_cco.export.failures import untraceable
 from lightning_cco.export.fold_batch_norm import IntegerWeight
@@ -167,6 +167,8 @@ class Emitter:
                     func = added_apart
                 if site.op.kind == "avg_pool":
                     func = divided(func)
+                if site.op.kind == "amax" and self.stored.engine.wanted(Form.SORTED_MAXIMA):
+                    func = sorted_maximum
                 result = func(*args, **kwargs)
                 if averages_images(site.op.kind, args, kwargs):
                     return self._average(name, args[0], result)
@@ -321,4 +323,4 @@ class Emitter:
             if stored
             else F.embedding(call["input"], call["weight"])
         )
-        return reduced(rows, call)
+        return reduced(rows, call, sorted_maximum if self.stored.engine.wanted(Form.SORTED_MAXIMA) else torch.amax)

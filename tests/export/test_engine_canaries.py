@@ -240,3 +240,31 @@ def test_openvino_integer_clips(integers: bool, tmp_path: Path, without: Callabl
         expected = quantized.model(x).numpy()
     got = load(tmp_path / "a.onnx").run({"x": x.numpy()})[0]
     assert (np.square(got - expected).sum() < 0.003 * np.square(expected).sum()) is np.bool_(integers)
+
+
+class Largest(torch.nn.Module):
+    """The largest value of each channel, rounded for a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.first, self.second = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(self.conv(x).amax((2, 3)))))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("by_sorting", [True, False])
+def test_openvino_sorted_maxima(by_sorting: bool, tmp_path: Path, without: Callable[[str, Form], None]) -> None:
+    pytest.importorskip("openvino")
+    if not by_sorting:
+        without("openvino", Form.SORTED_MAXIMA)
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 16, 16)
+    quantized = exported(Largest(), x, "openvino", 7, tmp_path / "a.onnx")
+    load = ENGINES["openvino"].load
+    assert load is not None
+    with torch.no_grad():
+        expected = quantized.model(x).numpy()
+    got = load(tmp_path / "a.onnx").run({"x": x.numpy()})[0]
+    assert (np.square(got - expected).sum() < 0.003 * np.square(expected).sum()) is np.bool_(by_sorting)

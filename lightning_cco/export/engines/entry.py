@@ -34,6 +34,7 @@ class Form(Enum):
     FLOAT_WEIGHTS = "an operator that changes nothing between a layer in float and the rounding of its result"
     SEPARATE_ROUNDINGS = "an operator that changes nothing between a product and the rounding of its result, where others read it in float"
     UNITS = "quantize and dequantize operators around each operator on rounded tensors, also around those that move or clamp values alone"
+    SORTED_MAXIMA = "the largest values along axes as the first ones of a TopK"
     OPSET = "an opset of at most the amount where activations are symmetric"
 
 

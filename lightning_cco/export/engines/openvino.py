@@ -49,6 +49,12 @@ OPENVINO = Engine(
             "at 16 dB instead of 30",
             f"{_CANARIES}::test_openvino_integer_clips",
         ),
+        Want(
+            Form.SORTED_MAXIMA,
+            "2026.4",
+            "it rounds the result of a ReduceMax of values below 0 wrongly: by 21 steps on average between a convolution and a linear layer",
+            f"{_CANARIES}::test_openvino_sorted_maxima",
+        ),
     ),
     load=Compiled,
     package="openvino",
