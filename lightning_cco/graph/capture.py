@@ -93,7 +93,9 @@ class Capture:
 
 
 def capture_graph(model: nn.Module, /, *args: Any, **kwargs: Any) -> LayerGraph:
-    """Run the model once in evaluation and once in training mode and return its layer graph.
+    """Run the model in evaluation and in training mode and return its layer graph.
+
+    That is at least two forwards; more where a module keeps state from one to the next, or parameters were read where no function was seen.
 
     Parameters, buffers, gradients, random state and each module's training flag are as before when it returns.
 

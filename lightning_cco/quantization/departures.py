@@ -51,8 +51,8 @@ class Departures:
 
     def unseen(self, frame: ModuleCall, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note a call that the capture did not see, if the model computes floats by it."""
-        if frame.training and not self._has_training_capture:
-            return
+        if frame.training and not self._has_training_capture and not self._has_weights(name, args, kwargs):
+            return  # the capture in training mode has failed, as that of a detector that wants targets: a loss may come here that it never saw
         if not frame.node.captured and frame.node.path not in self._with_parameters:
             return  # a metric, a loss or a teacher, not the model
         if not any(tensor.is_floating_point() for _, tensor in tensors_in((*args, kwargs))):
@@ -86,6 +86,14 @@ class Departures:
                 f"forward hooks were put on {list_names(named)} after the layers were captured: they see tensors that are rounded for INT8 layers. Put them on "
                 "before quantize(), or in the module's __init__ or configure_model; then they see what the float run gives.",
             )
+
+    def _has_weights(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call is a layer with weights, or a product with a parameter or a view of one: no loss or metric is one."""
+        category = OPS[name].category if name in OPS else None
+        if category is Category.MATMUL:
+            stored = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}
+            return any(operand.untyped_storage().data_ptr() in stored for _, operand in tensors_in((*args, kwargs)))
+        return category is Category.WEIGHTED
 
     def _note(self, key: str, message: str) -> None:
         if key in self.found:
