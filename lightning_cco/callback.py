@@ -193,7 +193,7 @@ class CCOCallback(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called before the first batch. Captures, plans, calibrates (or takes the ranges of a checkpoint over), and draws."""
+        """Called before the first batch. Captures, plans, draws, and calibrates or takes the ranges of a checkpoint over."""
         if self._wants_original_metrics():
             self.before_training.evaluate_original(trainer, self._progress_has_begun(trainer))
         compression = self._compression
@@ -249,7 +249,7 @@ class CCOCallback(pl.Callback):
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Called before each training batch. Lets the ranges follow it, and does what its step brings: fake-quantization starts, bits are lowered."""
+        """Called before each training batch. Observers record from here on; what its step brings is done: fake-quantization starts, bits are lowered."""
         assert self.quantized is not None
         compression = self._compression
         if self.schedule.before_batch(
@@ -285,7 +285,7 @@ class CCOCallback(pl.Callback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Called after each batch. Lets the ranges follow it, equally on all ranks, and freezes them at their step."""
+        """Called after each batch. Moves the ranges by what was observed, equally on all ranks, and freezes them at their step."""
         assert self.quantized is not None
         self.distiller.after_batch(pl_module)
         self.quantized.update_ranges()

@@ -74,3 +74,13 @@ def test_cells(kind: type[nn.RNNCellBase], gates: int) -> None:
 def test_what_multiplies_nothing() -> None:
     model = nn.Sequential(nn.Embedding(9, 4), nn.LayerNorm(4), nn.ReLU())
     assert sum(layer.multiplications for layer in capture_graph(model, torch.zeros(2, 3, dtype=torch.long))) == 0
+
+
+def test_bilinear_is_a_linear_layer_of_all_pairs() -> None:
+    layer, x, y = nn.Bilinear(3, 4, 5), torch.randn(2, 3), torch.randn(2, 4)
+    with FlopCounterMode(display=False) as counter:
+        pairs = F.linear((x[:, :, None] * y[:, None]).flatten(1), layer.weight.flatten(1), layer.bias)
+    torch.testing.assert_close(pairs, layer(x, y))
+    (found,) = [each for each in capture_graph(layer, x, y) if each.kind == "bilinear"]
+    assert found.weighted
+    assert found.multiplications == counter.get_total_flops() // 2

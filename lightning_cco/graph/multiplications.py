@@ -46,7 +46,7 @@ def _of_weights(op: Op, args: tuple[Any, ...], outputs: Sequence[Tensor], weight
         return args[0].numel() * weight[0].numel()
     if op.kind.endswith("_cell"):
         return out.numel() // max(1, out.shape[-1]) * sum(each.numel() for each in weights)
-    return 0
+    return out.numel() * weight[0].numel()  # as far as is known, each value of the result is a product with a row of the weight
 
 
 def _of_attention(args: tuple[Any, ...]) -> int:

@@ -113,6 +113,7 @@ _ROWS = (
     Op("rnn", _W, ("rnn_tanh", "rnn_relu"), (2, "params"), recurrent=True),
     Op("lstm_cell", _W, ("lstm_cell",), (2, "w_ih")),
     Op("gru_cell", _W, ("gru_cell",), (2, "w_ih")),
+    Op("bilinear", _W, ("bilinear",), (2, "weight"), fresh=True),
     Op("rnn_cell", _W, ("rnn_tanh_cell", "rnn_relu_cell"), (2, "w_ih")),
     # Products of two tensors.
     Op("matmul", _M, ("matmul", "linalg_matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "__imatmul__"), fresh=True),

@@ -90,7 +90,7 @@ class Departures:
     def _has_weights(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call is a layer with weights, or a product with a parameter or a view of one: no loss or metric is one."""
         category = OPS[name].category if name in OPS else None
-        if category is Category.MATMUL:
+        if category is Category.MATMUL and not is_compiling():
             stored = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}
             return any(operand.untyped_storage().data_ptr() in stored for _, operand in tensors_in((*args, kwargs)))
         return category is Category.WEIGHTED

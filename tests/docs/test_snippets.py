@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,8 @@ def test_the_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         pytest.importorskip(needed[page])
     monkeypatch.chdir(tmp_path)
     found = names_of(page)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("warnings.simplefilter", lambda *args: None)  # the page on messages changes the filters of the process
-        for number, code in enumerate(blocks(page, "python")):
+    for number, code in enumerate(blocks(page, "python")):
+        with warnings.catch_warnings():  # the page on messages changes the filters of the process
             exec(compile(code, f"{page}, block {number}", "exec"), found)
 
 
