@@ -205,8 +205,9 @@ def _parts(graph: Any, before: Any, linear: _Linear, ends: list[int]) -> list[An
         constants = zip(linear.dequantize.inputs, linear.constants, strict=True)
         name = f"{linear.matmul.outputs[0].name}{suffix}"
         inputs = [initializer(graph, f"{name}.{value.name}", array[start:end] if array.ndim else array) for value, array in constants]
-        weight = _like(graph, before, linear.dequantize, inputs, suffix)
-        value = _like(graph, before, linear.transpose, [weight], suffix)
+        own = f".{name}"  # layers may share one weight, or have equal ones, which are stored once
+        weight = _like(graph, before, linear.dequantize, inputs, own)
+        value = _like(graph, before, linear.transpose, [weight], own)
         value = _like(graph, before, linear.matmul, [linear.matmul.inputs[0], value], suffix)
         if linear.bias is not None:
             addend = initializer(graph, f"{name}.bias", linear.bias[start:end])
