@@ -32,6 +32,7 @@ _MOVES = frozenset(
         *("identity", "shape", "pixel_shuffle", "fill", "range_1d"),
     }
 )
+_STRIDES = ("aten.max_pool1d.default", "aten.max_pool2d.default", "aten.avg_pool1d.default", "aten.avg_pool2d.default")
 _TOLERANCE = 1e-5
 """Of a scale."""
 
@@ -47,6 +48,9 @@ def convert(source: str, target: str, layer_key: str) -> dict[str, Any]:
     import coremltools
 
     program = torch.export.load(source).run_decompositions({})
+    for node in program.graph.nodes:
+        if str(node.target) in _STRIDES and len(node.args) == 2:
+            node.args = (*node.args, node.args[1])  # a pooling strides by its size, unless it says otherwise; the converter asks for it
     model = coremltools.convert(
         program,
         minimum_deployment_target=coremltools.target.iOS17,
