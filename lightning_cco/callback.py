@@ -37,7 +37,7 @@ from lightning_cco.export_dir import check_export_dir
 from lightning_cco.handover import Handover
 from lightning_cco.initial_evaluation import InitialEvaluation
 from lightning_cco.level_use import LayerLevels, LevelWatch
-from lightning_cco.lookahead import copied, warn_of_left_over
+from lightning_cco.lookahead import copied, left_over, warn_of_left_over
 from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.metric_modes import metric_directions
@@ -414,6 +414,11 @@ class CCOCallback(pl.Callback):
         """Called when a run is interrupted. Forgets the frames of the forward that did not end, and puts the model and the strategy back."""
         self.distiller.stop()
         self.schedule.release()
+        if count := left_over(trainer):  # no warning: as an error it would hide what has interrupted the run
+            rank_zero_info(
+                f"CCOCallback: the run was interrupted before {count} batches of the training loader that the calibration had drawn were trained on. "
+                "A stream that gives each sample once has lost them."
+            )
         if self.quantized is not None:
             self.quantized.runtime.frames.reset()
 

@@ -76,13 +76,20 @@ def look_ahead(trainer: pl.Trainer, begun: int | None = None) -> tuple[Lookahead
     return lookahead, left, spare
 
 
-def warn_of_left_over(trainer: pl.Trainer) -> None:
-    """Say at the end of an epoch, if it ended early, what was drawn from a stream and not trained on."""
+def left_over(trainer: pl.Trainer) -> int:
+    """How many batches of a stream have been drawn and not been trained on."""
     fetcher = training_fetcher(trainer)
     lookahead = fetcher.iterator if fetcher is not None else None
     if isinstance(lookahead, Lookahead) and lookahead.kept and spare_loader(trainer, lookahead.combined) is None:
+        return len(lookahead.kept)
+    return 0
+
+
+def warn_of_left_over(trainer: pl.Trainer) -> None:
+    """Say at the end of an epoch, if it ended early, what was drawn from a stream and not trained on."""
+    if count := left_over(trainer):
         warnings.warn(
-            f"The epoch ended before {len(lookahead.kept)} batches of the training loader that the calibration had drawn were trained on. A stream that "
+            f"The epoch ended before {count} batches of the training loader that the calibration had drawn were trained on. A stream that "
             "gives each sample once has lost them. Set training_settings.stats_steps to at most the number of batches in an epoch.",
             CCOWarning,
             stacklevel=2,

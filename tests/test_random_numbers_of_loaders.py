@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -221,3 +222,13 @@ def test_a_stream_whose_numbers_are_those_of_the_float_run_is_not(steps: int, dr
     with warnings.catch_warnings():
         warnings.simplefilter("error", CCOWarning)
         assert seen(tmp_path / "cco", stream, callback(steps, min(steps, 2)), dropout=dropout) == wanted
+
+
+def test_what_an_interrupt_loses_of_a_stream_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Interrupted(Reading):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("interrupted")
+
+    with caplog.at_level(logging.INFO), pytest.raises(RuntimeError, match="interrupted"):
+        make_trainer(tmp_path, callback()).fit(Interrupted(False, False), DataLoader(Stream(augment=False), 4))
+    assert "interrupted before 2 batches of the training loader that the calibration had drawn were trained on" in caplog.text
