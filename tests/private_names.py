@@ -46,14 +46,8 @@ def private_names(source: str, own: set[str], foreign: set[str]) -> Iterator[tup
             ours = node.attr in own and (_is_self(node.value) or node.attr not in foreign)
             if (is_private(node.attr) and not ours) or node.attr in _OF_CODE:
                 yield node.lineno, node.attr
-        elif isinstance(node, ast.ImportFrom) and not node.level and not (node.module or "").startswith(("lightning_cco", "__future__")):
-            for name in [*(node.module or "").split("."), *(alias.name for alias in node.names)]:
-                if is_private(name):
-                    yield node.lineno, name
-        elif isinstance(node, ast.Import):
-            for name in [part for alias in node.names for part in alias.name.split(".")]:
-                if is_private(name):
-                    yield node.lineno, name
+        elif isinstance(node, (ast.ImportFrom, ast.Import)):
+            yield from ((node.lineno, name) for name in _imported(node) if is_private(name))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _LOOKS and len(node.args) > 1:
             name = node.args[1]
             if isinstance(name, ast.Constant) and is_private(str(name.value)) and (name.value not in own or name.value in foreign):
@@ -62,6 +56,15 @@ def private_names(source: str, own: set[str], foreign: set[str]) -> Iterator[tup
             yield node.lineno, node.value
         if _reads_locals(node):
             yield node.lineno, "f_locals"  # type: ignore[attr-defined]
+
+
+def _imported(node: ast.ImportFrom | ast.Import) -> list[str]:
+    """The parts of the names that an import of another package has."""
+    parts = [part for alias in node.names for part in alias.name.split(".")]
+    if isinstance(node, ast.Import):
+        return parts
+    module = node.module or ""
+    return [] if node.level or module.startswith(("lightning_cco", "__future__")) else [*module.split("."), *parts]
 
 
 def _is_self(node: ast.AST) -> bool:

@@ -16,20 +16,16 @@ from lightning_cco.compat.onnx_exporter import LOGGERS
 from lightning_cco.errors import CCOError
 from lightning_cco.export import onnx_passes
 from lightning_cco.export.axes import Axes, check_axis_names, name_axes, ways_to_vary
-from lightning_cco.export.constants import arrange_integers
 from lightning_cco.export.dialects import OnnxDialect
 from lightning_cco.export.engines import ENGINES, Form
 from lightning_cco.export.failures import failed, inexpressible, untraceable
-from lightning_cco.export.products import fill_biases, split_products, store_transposed
 from lightning_cco.export.provenance import layers_of_nodes
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
-from lightning_cco.export.separated import keep_float_weights, separate_roundings
+from lightning_cco.export.rewriting import rewrite
 from lightning_cco.export.signature import Deployed
 from lightning_cco.export.sizes import Sizes, SizesDoNotVary, limits_of, refuse_long_sizes
 from lightning_cco.export.stored import StoredWeights
-from lightning_cco.export.weight_blocks import share_packed
-from lightning_cco.export.wrapped import carry_pairs, clamp_between_pairs, round_tables
 from lightning_cco.graph.compiled import eager
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.version import __version__
@@ -56,11 +52,8 @@ def write_onnx(
     grouped = any(quantizers[0].group is not None for quantizers in quantized.weights.values())
     opset = options.get("opset_version", INT4_OPSET if int4 or grouped else OPSET)
     inputs, outputs = list(options.get("input_names", [])), list(options.get("output_names", []))
-    for given, names, what in ((inputs, deployed.names, "input"), (outputs, deployed.outputs, "output")):
-        if len(given) > len(names):
-            raise CCOError(f"export: {what}_names has {len(given)} names, but the file has {len(names)} {what}s: {names}.")
-    inputs += deployed.names[len(inputs) :]
-    outputs += deployed.outputs[len(outputs) :]
+    _complete(inputs, deployed.names, "input")
+    _complete(outputs, deployed.outputs, "output")
     if options.get("dynamic_axes") is not None:
         check_axis_names(options["dynamic_axes"], inputs + deployed.names, outputs + deployed.outputs)
     stored = StoredWeights(quantized, int4)
@@ -83,30 +76,7 @@ def write_onnx(
             f"export: opset_version={opset} can't be written for this model: its operators need opset {written}. Leave opset_version out."
         )
     try:
-        onnx_passes.fix_shapes(graph)
-        arrange_integers(graph)
-        if stored.engine.wanted(Form.INTEGER_INDEXING):
-            onnx_passes.index_integers(graph)
-        if stored.engine.wanted(Form.UNITS):
-            carry_pairs(graph)
-            clamp_between_pairs(graph)
-            round_tables(graph)
-        if stored.engine.wanted(Form.SPLIT_PRODUCTS):
-            split_products(graph)
-        if stored.engine.wanted(Form.FULL_BIASES):
-            fill_biases(graph)
-        if stored.engine.wanted(Form.STORED_TRANSPOSED):
-            store_transposed(graph)
-        if stored.engine.wanted(Form.FLOAT_WEIGHTS):
-            keep_float_weights(graph)
-        if stored.engine.wanted(Form.SEPARATE_ROUNDINGS):
-            separate_roundings(graph)
-        onnx_passes.share_constants(graph)
-        if stored.engine.wanted(Form.OWN_ZERO_POINTS):
-            onnx_passes.own_zero_points(graph)
-        if int4 or grouped:
-            onnx_passes.pack_int4(graph, blocks_alone=not int4)
-        share_packed(graph)
+        rewrite(graph, stored.engine, int4, grouped)
         RemoveUnusedNodesPass()(program.model)  # what the passes before put something else in place of
         onnx_passes.name_nodes(graph)
         emitter.layers = layers_of_nodes(graph, program.exported_program)
@@ -133,6 +103,13 @@ def write_onnx(
     said = [f"fixed, since the model ties them to fixed sizes: {'; '.join(fixed)}"] if fixed else []
     limits = limits_of(traced, inputs) if sizes else []
     return emitter, said + ([f"sizes within which the file holds: {'; '.join(limits)}"] if limits else [])
+
+
+def _complete(given: list[str], names: list[str], what: str) -> None:
+    """Add the names of tensors that the user has given none."""
+    if len(given) > len(names):
+        raise CCOError(f"export: {what}_names has {len(given)} names, but the file has {len(names)} {what}s: {names}.")
+    given += names[len(given) :]
 
 
 def _size(size: Any) -> int | str:

@@ -135,44 +135,48 @@ class Emitter:
         if self.look is not None:
             self.look(name, args)
         if name in self.stored.folded:
-            result = args[0]
-        elif name in self.stored.blocked and all(isinstance(size, int) for size in args[0].shape[2:]):
-            result = self._convolve_blocks(site, args[0])
-        else:
-            args, kwargs = self._with_inputs(site, args, kwargs)
-            if site.op.looks_up:
-                args, kwargs = self._with_table(site, args, kwargs)
-            if site.op.kind == "batch_norm" and name in self.stored.weights:
-                return self._with_outputs(site, args, self._scale_channels(site, args[0] if args else kwargs["input"]))
-            if site.op.kind == "embedding" and name in self.stored.weights:
-                result = self._embedding(self.stored.weights[name][0], args, kwargs, self.stored.blocks.get(name))
-            elif site.op.kind == "embedding_bag" and is_bag(bag_arguments(args, kwargs)):
-                result = self._bags(site, bag_arguments(args, kwargs))
-            else:
-                block = self.stored.blocks.get(name)
-                if block is not None and (product := self._block_product(site, block, args, kwargs)) is not None:
-                    return self._with_outputs(site, args, product)
-                args, kwargs = self._with_weights(site, args, kwargs)
-                on_rows = self.dialect.products_on_rows and site.op.kind == "linear" and self.quantized.plan.rounds(name)
-                if on_rows and args and args[0].dim() > 2:
-                    return self._linear(name, func, args, kwargs)
-                limits = self._folded_clamp(site, args, kwargs)
-                if limits is not None:
-                    return self._with_outputs(site, args, args[0] if args else kwargs["input"], limits)
-                if site.op.kind == "scaled_dot_product_attention":
-                    func = attention
-                if site.op.kind == "einsum":
-                    func = einsum_by_matmul
-                if site.op.kind == "addmm" and not site.in_place and (len(site.sources) > 1 or kwargs.get("beta", 1) != 1):
-                    func = added_apart
-                if site.op.kind == "avg_pool":
-                    func = divided(func)
-                if site.op.kind == "amax" and self.stored.engine.wanted(Form.SORTED_MAXIMA):
-                    func = sorted_maximum
-                result = func(*args, **kwargs)
-                if averages_images(site.op.kind, args, kwargs):
-                    return self._average(name, args[0], result)
+            return self._with_outputs(site, args, args[0])
+        if name in self.stored.blocked and all(isinstance(size, int) for size in args[0].shape[2:]):
+            return self._with_outputs(site, args, self._convolve_blocks(site, args[0]))
+        args, kwargs = self._with_inputs(site, args, kwargs)
+        if site.op.looks_up:
+            args, kwargs = self._with_table(site, args, kwargs)
+        own = self._in_own_operators(site, args, kwargs)
+        if own is not None:
+            return self._with_outputs(site, args, own)
+        args, kwargs = self._with_weights(site, args, kwargs)
+        on_rows = self.dialect.products_on_rows and site.op.kind == "linear" and self.quantized.plan.rounds(name)
+        if on_rows and args and args[0].dim() > 2:
+            return self._linear(name, func, args, kwargs)
+        limits = self._folded_clamp(site, args, kwargs)
+        if limits is not None:
+            return self._with_outputs(site, args, args[0] if args else kwargs["input"], limits)
+        result = self._as_engines_want(site, func, kwargs)(*args, **kwargs)
+        if averages_images(site.op.kind, args, kwargs):
+            return self._average(name, args[0], result)
         return self._with_outputs(site, args, result)
+
+    def _in_own_operators(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a layer whose function is written with operators of its own; `None` of one whose function gets its stored weights."""
+        kind, stored, block = site.op.kind, self.stored.weights.get(site.layer), self.stored.blocks.get(site.layer)
+        if kind == "batch_norm" and stored is not None:
+            return self._scale_channels(site, args[0] if args else kwargs["input"])
+        if kind == "embedding" and stored is not None:
+            return self._embedding(stored[0], args, kwargs, block)
+        if kind == "embedding_bag" and is_bag(bag_arguments(args, kwargs)):
+            return self._bags(site, bag_arguments(args, kwargs))
+        return None if block is None else self._block_product(site, block, args, kwargs)
+
+    def _as_engines_want(self, site: CallSite, func: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """The same function, spelled so that the exporter writes operators that engines run in integers."""
+        kind = site.op.kind
+        if kind == "addmm" and not site.in_place and (len(site.sources) > 1 or kwargs.get("beta", 1) != 1):
+            return added_apart
+        if kind == "avg_pool":
+            return divided(func)
+        if kind == "amax" and self.stored.engine.wanted(Form.SORTED_MAXIMA):
+            return sorted_maximum
+        return {"scaled_dot_product_attention": attention, "einsum": einsum_by_matmul}.get(kind, func)
 
     def _linear(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """A linear layer on rows: engines fuse weight, bias and rounding of a matrix product, not of a product of more dimensions."""

@@ -118,15 +118,11 @@ class Frames(FrameStacks):
         if not stack:
             return self._enter_first(path, module, args, kwargs, own)
         above = stack[-1]
-        if own is not None and above.python:
-            around, running = own.f_back, above.python
-            while around is not None and id(around) != running:
-                around = around.f_back
-            if around is None:
-                self.drop_ended(stack)
-                if not stack:
-                    return self._enter_first(path, module, args, kwargs, own)
-                above = stack[-1]
+        if own is not None and above.python and not _runs_inside(own, above.python):
+            self.drop_ended(stack)
+            if not stack:
+                return self._enter_first(path, module, args, kwargs, own)
+            above = stack[-1]
         records = above.records
         if records and (saved_hooks_on_top(False) is not None or not is_grad_enabled()):
             self.note_checkpoint(stack, entering=True)
@@ -247,3 +243,11 @@ def _end_of_call(frames: weakref.ref[Frames], thread: int, token: weakref.ref[Ar
     alive = frames()
     if alive is not None:
         alive._abandoned(thread, token)
+
+
+def _runs_inside(own: FrameType, running: int) -> bool:
+    """Whether a call was made, however far below, by the call whose Python frame has this identity."""
+    around = own.f_back
+    while around is not None and id(around) != running:
+        around = around.f_back
+    return around is not None

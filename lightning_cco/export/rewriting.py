@@ -1,0 +1,48 @@
+"""The rewriting of an exported graph into the forms that the engine of a file wants, pass by pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning_cco.export import onnx_passes
+from lightning_cco.export.constants import arrange_integers
+from lightning_cco.export.engines import Engine, Form
+from lightning_cco.export.products import fill_biases, split_products, store_transposed
+from lightning_cco.export.separated import keep_float_weights, separate_roundings
+from lightning_cco.export.weight_blocks import share_packed
+from lightning_cco.export.wrapped import carry_pairs, clamp_between_pairs, round_tables
+
+_BEFORE_SHARING: tuple[tuple[Form, tuple[Callable[[Any], None], ...]], ...] = (
+    (Form.INTEGER_INDEXING, (onnx_passes.index_integers,)),
+    (Form.UNITS, (carry_pairs, clamp_between_pairs, round_tables)),
+    (Form.SPLIT_PRODUCTS, (split_products,)),
+    (Form.FULL_BIASES, (fill_biases,)),
+    (Form.STORED_TRANSPOSED, (store_transposed,)),
+    (Form.FLOAT_WEIGHTS, (keep_float_weights,)),
+    (Form.SEPARATE_ROUNDINGS, (separate_roundings,)),
+)
+"""Passes for a form that an engine may want, in the order in which they run."""
+
+
+def rewrite(graph: Any, engine: Engine, int4: bool, grouped: bool) -> None:
+    """Rewrite a graph in place.
+
+    Args:
+        graph: An `onnx_ir.Graph`, as the exporter has made it.
+        engine: What the file is for.
+        int4: Whether weights of at most 4 bits are stored in 4 bits.
+        grouped: Whether some weights are in groups.
+    """
+    onnx_passes.fix_shapes(graph)
+    arrange_integers(graph)
+    for form, passes in _BEFORE_SHARING:
+        if engine.wanted(form):
+            for apply in passes:
+                apply(graph)
+    onnx_passes.share_constants(graph)
+    if engine.wanted(Form.OWN_ZERO_POINTS):
+        onnx_passes.own_zero_points(graph)
+    if int4 or grouped:
+        onnx_passes.pack_int4(graph, blocks_alone=not int4)
+    share_packed(graph)
