@@ -176,7 +176,8 @@ class Emitter:
             return divided(func)
         if kind == "amax" and self.stored.engine.wanted(Form.SORTED_MAXIMA):
             return sorted_maximum
-        return {"scaled_dot_product_attention": attention, "einsum": einsum_by_matmul}.get(kind, func)
+        spelled: dict[str, Callable[..., Any]] = {"scaled_dot_product_attention": attention, "einsum": einsum_by_matmul}
+        return spelled.get(kind, func)
 
     def _linear(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """A linear layer on rows: engines fuse weight, bias and rounding of a matrix product, not of a product of more dimensions."""
