@@ -238,6 +238,12 @@ _IN_PLACE = (
         "tells which graph runs",
         "a graph in the model is taken for the compiler's",
     ),
+    (
+        "coremltools.models.MLModel._mil_program",
+        "export/engines/coreml_process.py",
+        "reads what a Core ML file holds",
+        "no such file is written: `AttributeError`, which names it",
+    ),
     ("torch._ops.OpOverload._schema", "graph/spelling.py", "the name of an operator", _ATTRIBUTE),
     ("torch._ops.OpOverloadPacket._qualified_op_name", "graph/spelling.py", "the name of an operator", _ATTRIBUTE),
 )

@@ -141,3 +141,11 @@ def test_the_exporter() -> None:
     traced = {node.name for node in program.exported_program.graph.nodes}
     assert onnx_exporter.traced_text(nodes[0]).lstrip("%").partition(" ")[0].strip(":") in traced
     assert "'0'" in onnx_exporter.scopes_text(nodes[0])
+
+
+@tries("coremltools.models.MLModel._mil_program")
+def test_core_ml() -> None:
+    coremltools = pytest.importorskip("coremltools")
+    traced = torch.jit.trace(nn.Linear(2, 2).eval(), torch.ones(1, 2))
+    model = coremltools.convert(traced, inputs=[coremltools.TensorType(shape=(1, 2))], convert_to="mlprogram", skip_model_load=True)
+    assert "linear" in {operation.op_type for operation in model._mil_program.functions["main"].operations}

@@ -23,13 +23,15 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") 
 OUTSIDE = {name: source for name, source in FILES.items() if not name.startswith("compat/")}
 FOREIGN = {api.name.rpartition(".")[2] for api in TABLE}
 OWN = set().union(*(own_names(ast.parse(source)) for source in OUTSIDE.values()))
+PYTHONS_OWN = {("data_apart.py", "__code__"), ("data_apart.py", "__closure__")}
+"""Attributes that Python documents, of which a function of the user is made anew."""
 IN_PLACE = {(file, api.name.rpartition(".")[2]) for api in TABLE for file in api.in_place}
 
 
 def test_nothing_private_is_read_outside_of_compat() -> None:
     found = {(file, name): line for file, source in OUTSIDE.items() for line, name in private_names(source, OWN, FOREIGN)}
-    assert [f"{file}:{line} reads {name}" for (file, name), line in found.items() if (file, name) not in IN_PLACE] == []
-    assert set(found) == IN_PLACE, "rows of the table that nothing reads any more"
+    assert [f"{file}:{line} reads {name}" for (file, name), line in found.items() if (file, name) not in IN_PLACE | PYTHONS_OWN] == []
+    assert set(found) == IN_PLACE | PYTHONS_OWN, "rows of the table that nothing reads any more"
 
 
 @pytest.mark.parametrize(
