@@ -15,6 +15,7 @@ from lightning_cco.export.engines.worker import Worker
 from lightning_cco.export.limits import Limits
 
 _PRODUCTS = ("Conv2d", "Conv3d", "DepthWiseConv2d", "TransposeConv2d", "TransposeConv3d", "FullyConnected", "MatMul", "Lstm", "Gru")
+_CANARIES = "tests/export/test_qnn_canaries.py"
 
 
 class Compiled:
@@ -49,16 +50,21 @@ QNN = Engine(
         Want(
             Form.INTEGER_BIAS,
             "2.7",
-            "a product with a bias in float is no unit of its, and runs in float",
-            "",
+            "units have biases of 32-bit integers; ONNX Runtime 1.32 makes them of a bias in float by itself",
+            f"{_CANARIES}::test_qnn_integer_bias",
         ),
-        Want(Form.INTEGER_CLIPS, "2.7", "a clamp of floats before a rounding keeps the layer before it in float", ""),
+        Want(
+            Form.INTEGER_CLIPS,
+            "2.7",
+            "a clamp of floats before a rounding keeps the layer before it in float",
+            f"{_CANARIES}::test_qnn_integer_clips",
+        ),
         Want(
             Form.UNITS,
             "2.7",
             "it has no operators on integers alone, and computes in float what is read past a Gather, Split or Resize without a pair behind it; of a table in "
             "float whose rows are rounded it cuts the levels off instead of rounding them: half a step off on average",
-            "",
+            f"{_CANARIES}::test_qnn_units",
         ),
     ),
     load=Compiled,
