@@ -52,6 +52,8 @@ test-engines: $(STAMP)
 	test -x .venv-$$engine/bin/python || $(PYTHON) -m venv .venv-$$engine; \
 	.venv-$$engine/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$$engine]" && \
 	OMP_NUM_THREADS=1 .venv-$$engine/bin/python tests/engine_table.py $$engine || exit 1; done
+	.venv-qnn/bin/python -m pip install --quiet --disable-pip-version-check pytest
+	PYTHONPATH=tests .venv-qnn/bin/python -m pytest -q -c /dev/null --rootdir . --noconftest tests/export/test_qnn_canaries.py
 	$(RUN) tests/engine_table.py --write
 
 # The fast tests with coverage of lines and branches; also of the processes that they start.

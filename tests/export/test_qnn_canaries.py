@@ -1,4 +1,4 @@
-"""What QNN wants of a file, in its simulator: each test fails once a form is no longer needed. Skipped where onnxruntime-qnn is not installed (``make test-engines``)."""
+"""What QNN wants of a file, in its simulator: each test fails once a form is no longer needed. Skipped without onnxruntime-qnn (`make test-engines` has it)."""
 
 from __future__ import annotations
 
