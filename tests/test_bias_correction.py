@@ -71,7 +71,6 @@ def outputs(model: nn.Module, layer: str) -> Tensor:
     return torch.cat(found, 1)
 
 
-@pytest.mark.filterwarnings("ignore:.*forward hooks were put on")  # to look at what the layers give, rounded
 def test_means_are_those_of_the_float_model() -> None:
     float_model, plain, corrected = network(), calibrated(PLAIN), calibrated(CORRECTED)
     for layer in ("stem", "depth", "project"):

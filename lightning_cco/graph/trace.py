@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,15 +13,15 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from lightning_cco.compat.autograd import applied
-from lightning_cco.graph.beside import beside, hooked_modules, kept_in_modules, read_by, with_reader
+from lightning_cco.graph.beside import ValueReaders, beside, read_by, with_reader
 from lightning_cco.graph.call import Call, Read
 from lightning_cco.graph.call_node import CallNode, ModuleCall
 from lightning_cco.graph.compiled import HiddenMode
 from lightning_cco.graph.containers import tensors_held, tensors_in
 from lightning_cco.graph.custom_functions import CustomCall, running_function
 from lightning_cco.graph.frames import Frames
-from lightning_cco.graph.layer import FLOATS, Layer
-from lightning_cco.graph.network import End, Network, OuterCall, find_network, has_parameters, is_metric
+from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.network import End, OuterCall, find_network, has_parameters, is_metric
 from lightning_cco.graph.operands import dtype_name, is_attention_mask, is_mask_like, is_quantizable, operands_of
 from lightning_cco.graph.ops import DRAWS_WEIGHTS, MAKES_OF_DATA, OVERWRITES, RANDOM, READS_OUT, READS_VALUES, Category, Op, operation
 from lightning_cco.graph.origins import DRAWN, Origin, is_constant
@@ -41,7 +40,6 @@ class Tracer:
         read: Names of the parameters that a call has read.
         drawn: Paths of the modules that compute with parameters which the forward itself has drawn at random.
         left_out: Paths of modules with parameters whose calls serve losses alone.
-        hooked: Paths of the modules with hooks that may read what passes.
         called: Paths of the modules that are called from outside of any other for the network.
     """
 
@@ -59,15 +57,18 @@ class Tracer:
         self.frames.entered, self.frames.left = self._entered, self._left
         self._modules = dict(model.named_modules())
         self._values_left = False
-        self.hooked = hooked_modules(model)
-        self._hooked: set[tuple[int, int]] = set()
-        self._read_out: set[tuple[int, int]] = set()
         self._function: tuple[FrameType, CustomCall] | None = None
         self._outer: list[OuterCall] = []
         self._between = ModuleCall(CallNode(""), False)
         self._alive: list[Any] = []
         self._sources = Sources(model, root, self.calls, self._between, carried)
         self._origins = self._sources.origins
+        self._readers = ValueReaders(model, self._origins, self.calls)
+
+    @property
+    def hooked(self) -> frozenset[str]:
+        """Paths of the modules with hooks that may read what passes."""
+        return self._readers.hooked
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -86,8 +87,7 @@ class Tracer:
 
     def _entered(self, frame: ModuleCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.ran.add(frame.node.path)
-        if frame.node.path in self.hooked:
-            self._note_hooked([args, kwargs])
+        self._readers.note_passed(frame.node.path, [args, kwargs])
         if torch.is_grad_enabled():
             self.with_gradients.add(frame.node.path)
         if len(self.frames.stack()) > 1:
@@ -107,8 +107,7 @@ class Tracer:
         seen = frame.node.seen[frame.training]
         for kind, count in frame.counts.items():
             seen[kind] = max(count, seen.get(kind, 0))
-        if frame.node.path in self.hooked:
-            self._note_hooked(output)
+        self._readers.note_passed(frame.node.path, output)
         if len(self.frames.stack()) == 1:
             outer = self._outer[-1]
             with torch.DisableTorchFunction():
@@ -122,7 +121,7 @@ class Tracer:
     def _finish(self) -> None:
         """Keep what is the network, and add its outputs."""
         network = find_network(self._outer, self.calls)
-        for number, output in self._read_beside(network):
+        for number, output in self._readers.found(network):
             with_reader(self.calls[number], output)
         self.left_out, self.called = network.left_out, network.called
         self._forget_measures(network.calls)
@@ -141,37 +140,6 @@ class Tracer:
         for number, output in read_by(aside, self.calls):
             if number not in aside:
                 with_reader(self.calls[number], output)
-
-    def _read_beside(self, network: Network) -> set[tuple[int, int]]:
-        """The outputs of calls whose very values somebody reads who is no layer of the network: Python, hooks, losses, and who keeps a tensor."""
-        losses = read_by((number for number in range(len(self.calls)) if number not in network.calls), self.calls)
-        found = {origin for origin in self._hooked | losses | self._kept() if self._may_be_rounded(origin)}
-        return found - set(network.ends) | self._read_out
-
-    def _kept(self) -> set[tuple[int, int]]:
-        """The outputs that somebody still holds. Where gradients are recorded that may be their graph, so only modules are asked."""
-        if any(call.training for call in self.calls) or torch.is_grad_enabled():
-            return kept_in_modules(self.model, self._origins)
-
-        def held() -> set[tuple[int, int]]:
-            origins = [origin for _, origin in self._origins.alive() if isinstance(origin, tuple) and not is_constant(origin)]
-            return {origin for origin in origins if self._may_be_rounded(origin)}
-
-        if not held():
-            return set()
-        gc.collect(0)  # cycles of objects that the forward has made are alive as well, until somebody looks
-        return held()
-
-    def _may_be_rounded(self, origin: tuple[int, int]) -> bool:
-        """Whether an output is one of floats that may be rounded where it is made: no input, and nothing that the step makes between modules."""
-        layer = self.calls[origin[0]].layer
-        real = origin[1] < len(layer.output_dtypes) and layer.output_dtypes[origin[1]] in FLOATS
-        return real and layer.kind != "input" and not layer.outside
-
-    def _note_hooked(self, value: Any) -> None:
-        with torch.DisableTorchFunction():
-            origins = [self._origins.of(tensor) for _, tensor in tensors_held(value)]
-        self._hooked.update(origin for origin in origins if isinstance(origin, tuple) and not is_constant(origin))
 
     def _forget_measures(self, kept: set[int]) -> None:
         """What a loss or a metric without parameters calls is nobody's business, however often that is."""
@@ -248,7 +216,7 @@ class Tracer:
             self._values_left = True
         makes_no_floats = seen.op.category is Category.ALIAS and isinstance(result, Tensor) and not result.is_floating_point()
         if seen.frame is not self._between and (seen.function in READS_VALUES or makes_no_floats):
-            self._note_read_out(seen.operands)
+            self._readers.note_read_out(seen.operands)
 
     def _note_alias(self, seen: Seen, result: Any) -> None:
         """A call that gives its argument's values: no layer, unless it makes floats of others."""
@@ -311,12 +279,6 @@ class Tracer:
             return False
         origins = (self._origins.of(tensor) for _, tensor in operands_of(args, kwargs))
         return any(origin is not None and (not is_constant(origin) or origin != ()) for origin in origins)
-
-    def _note_read_out(self, operands: list[Operand]) -> None:
-        """Note floats whose very values are read: rounding them would give others."""
-        for _, tensor, origin in operands:
-            if tensor.is_floating_point() and not is_constant(origin):
-                self._read_out.add((origin[0], origin[1]))
 
     def _count(self, frame: ModuleCall, op: Op) -> int:
         index = frame.counts.get(op.kind, 0)
