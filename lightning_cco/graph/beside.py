@@ -21,8 +21,8 @@ from lightning_cco.graph.records import Operand
 Output = tuple[int, int]
 """A call and which of its outputs."""
 
-_OURS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_cco", "accelerate", "deepspeed", "peft")
-"""Packages whose hooks make weights, move tensors or count, and keep nothing that is computed with."""
+_OURS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_cco", "accelerate", "deepspeed", "peft", "transformers")
+"""Packages whose hooks make weights, move tensors or count, and keep nothing that is computed with; transformers' collect what the model then returns."""
 
 
 def hooked_modules(model: nn.Module) -> frozenset[str]:
