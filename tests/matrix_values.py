@@ -144,8 +144,8 @@ class Recorder(TorchFunctionMode):
                 expected = [given[int(layer.partition("_")[2])]] * len(tensors)
                 assert same_tensors([t.to(expected[0].dtype) for t in tensors], expected), key
                 continue
-            if not quantized.capture.sites[layer].visible:
-                # No mode sees it made, but each consumer must be given one and the same tensor.
+            if not quantized.capture.sites[layer].visible or number in quantized.graph[layer].read_out:
+                # No mode sees it made, or somebody reads it who needs it as it is: each INT8 consumer must be given one and the same tensor.
                 assert same_tensors(tensors, [tensors[0]] * len(tensors)), key
                 continue
             assert len(tensors) == 1, f"{key} was called {len(tensors)} times in one forward"

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
+from linear_inputs import LinearInputs
 from matrix_values import round_nothing, same_tensors
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_cco import QuantizedModel, quantize
 from lightning_cco.quantization.tensor_key import TensorKey
@@ -126,19 +126,6 @@ def trains(model: nn.Module, x: Tensor) -> bool:
     return all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
 
 
-class LinearInputs(TorchFunctionMode):
-    """What the linear functions get to read in the end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if getattr(func, "__name__", "") == "linear":
-            self.found.append(args[0].detach().clone())
-        return func(*args, **(kwargs or {}))
-
-
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -178,11 +165,17 @@ def test_every_planned_tensor_is_on_its_grid(source: str) -> None:
     calls: Counter[str] = Counter()
     for key, quantizer in quantized.activations.items():
         quantizer.register_forward_hook(lambda *_, key=key: calls.update([key]))
-    readers = Counter({key: max(1, len(quantized.graph.successors(key)) if key == "input_0" else 1) for key in quantized.activations})
+    graph = quantized.graph
+    # Where a tensor is made; the input at each reader; what is read beside the network (by code whose result nobody uses) at those of its readers in INT8.
+    exactly = {
+        key: max(1, len(graph.successors(key))) if key == "input_0" else 1 for key in quantized.activations if not graph[key].read_out
+    }
+    at_readers = {key: len(graph.successors(key)) for key in quantized.activations if graph[key].read_out}
 
     with LinearInputs() as inputs, torch.no_grad():
         model.eval()(x)
-    assert calls == readers
+    assert {key: calls[key] for key in exactly} == exactly
+    assert all(1 <= calls[key] <= most for key, most in at_readers.items())
     linears = [name for name in quantized.graph.names if quantized.graph[name].kind == "linear"]
     assert len(inputs.found) == len(linears)
     for name, value in zip(linears, inputs.found, strict=True):
@@ -197,5 +190,6 @@ def test_every_planned_tensor_is_on_its_grid(source: str) -> None:
     calls.clear()
     model.train()
     assert trains(model, x) or not trains(plain.train(), x)
-    assert calls == readers
+    assert {key: calls[key] for key in exactly} == exactly
+    assert all(1 <= calls[key] <= most for key, most in at_readers.items())
     assert quantized.drift == []

@@ -119,6 +119,19 @@ def beside(calls: Sequence[Call]) -> set[int]:
     return {number for number, call in enumerate(calls) if number not in serving and call.layer.kind != "input"}
 
 
+def looked_at(aside: set[int], calls: Sequence[Call]) -> set[Output]:
+    """What the calls beside the network read of it; calls that overwrite a tensor which nobody reads afterwards look at nothing."""
+    readers: dict[int, set[int]] = {}
+    for number, call in enumerate(calls):
+        for read in call.reads:
+            readers.setdefault(read.source, set()).add(number)
+    looking: set[int] = set()
+    for number in sorted(aside, reverse=True):  # what reads a call comes after it
+        if not calls[number].in_place or any(reader in looking or reader not in aside for reader in readers.get(number, ())):
+            looking.add(number)
+    return {output for output in read_by(looking, calls) if output[0] not in aside}
+
+
 def read_by(numbers: Iterable[int], calls: Sequence[Call]) -> set[Output]:
     """The outputs that some calls read."""
     return {(read.source, read.output) for number in numbers for read in calls[number].reads}

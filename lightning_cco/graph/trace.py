@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from lightning_cco.compat.autograd import applied
-from lightning_cco.graph.beside import ValueReaders, beside, read_by, with_reader
+from lightning_cco.graph.beside import ValueReaders, beside, looked_at, with_reader
 from lightning_cco.graph.call import Call, Read
 from lightning_cco.graph.call_node import CallNode, ModuleCall
 from lightning_cco.graph.compiled import HiddenMode
@@ -137,9 +137,8 @@ class Tracer:
         aside = beside(self.calls)
         for number in aside:
             self.calls[number].layer = replace(self.calls[number].layer, beside=True)
-        for number, output in read_by(aside, self.calls):
-            if number not in aside:
-                with_reader(self.calls[number], output)
+        for number, output in looked_at(aside, self.calls):
+            with_reader(self.calls[number], output)
 
     def _forget_measures(self, kept: set[int]) -> None:
         """What a loss or a metric without parameters calls is nobody's business, however often that is."""

@@ -228,7 +228,9 @@ class ActivationQuantizer(nn.Module):
                 low, high = percentile_range(values, self.percentile, clamp)
                 self.extrema.copy_(torch.stack([torch.minimum(self.extrema[0], low), torch.maximum(self.extrema[1], high)]))
 
-    def forward(self, x: Tensor, clamp: tuple[float, float] | None = None, inplace: bool = False, track: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, clamp: tuple[float, float] | None = None, inplace: bool = False, track: bool = False, shared: bool = False
+    ) -> Tensor:
         """Fake-quantize.
 
         Args:
@@ -236,6 +238,7 @@ class ActivationQuantizer(nn.Module):
             clamp: An activation function to apply on the way, as an interval.
             inplace: Overwrite ``x``.
             track: Whether the range is to follow this batch, unless it is frozen.
+            shared: Whether others hold ``x``, who may overwrite it before the backward.
         """
         buffers = self._buffers  # read directly: a module's attributes take a microsecond each
         extrema = buffers["extrema"] if track and not (self.frozen or self.settled) else None
@@ -252,7 +255,7 @@ class ActivationQuantizer(nn.Module):
         numbers = None
         if not torch.compiler.is_compiling() and (x.is_cpu or x.is_meta) and scale.is_cpu:
             numbers = self._read(scale, zero_point)
-            if has_small_gradient(x):
+            if not shared and has_small_gradient(x):  # which keeps its input for the backward
                 rounded = fake_quantize_small(x, self._grid, clamp, inplace, extrema)
                 if rounded is not None:
                     return rounded

@@ -54,13 +54,15 @@ class LearnedActivationQuantizer(ActivationQuantizer):
         """Whether the range does not follow what passes: it is learned, unless nothing is known of it yet."""
         return self.frozen or not self.empty
 
-    def forward(self, x: Tensor, clamp: tuple[float, float] | None = None, inplace: bool = False, track: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, clamp: tuple[float, float] | None = None, inplace: bool = False, track: bool = False, shared: bool = False
+    ) -> Tensor:
         """Fake-quantize; see `ActivationQuantizer`."""
         learns = torch.is_grad_enabled() and x.requires_grad and not (self.empty or self.frozen)
         if not learns or not (torch.compiler.is_compiling() or runs_plainly()):
-            return super().forward(x, clamp, inplace, track and not self.stands_still)
+            return super().forward(x, clamp, inplace, track and not self.stands_still, shared)
         numbers = self.numbers() if x.is_cpu else None
-        kept = x.clone() if inplace else x  # the backward needs what is overwritten
+        kept = x.clone() if inplace or shared else x  # the backward needs what is overwritten
         rounded = learned_activation(kept, self.probe, self.scale, self.zero_point, self.num_bits, self.symmetric, clamp, numbers)
         return x.copy_(rounded) if inplace else rounded
 

@@ -24,13 +24,13 @@ def with_inputs(
         for (position, *_), weight_quantizer in site.weights:
             items[position] = weight_quantizer(items[position], recomputed=recomputed)
         for (position, *_), _, quantizer in site.reads:
-            items[position] = quantizer(items[position], track=track)
+            items[position] = quantizer(items[position], track=track, shared=True)
         args = tuple(items)
     else:
         for slot, weight_quantizer in site.weights:
             args, kwargs = replaced(args, kwargs, slot, partial(weight_quantizer, recomputed=recomputed))
         for slot, _, quantizer in site.reads:
-            args, kwargs = replaced(args, kwargs, slot, partial(quantizer, track=track))
+            args, kwargs = replaced(args, kwargs, slot, partial(quantizer, track=track, shared=True))
     if site.correction is not None:
         args, kwargs = site.correction.applied(args, kwargs)
     return saving_recomputed(func, recomputed) if recomputed else func, args, kwargs
