@@ -133,7 +133,7 @@ class TrainingSettings(Checked):
             linear layers: for models that are calibrated only, above all with depthwise convolutions (`benchmarks/ptq.py`). The module's own biases stay as
             they are. A training that follows goes on with the corrections, which stay as they are. Keeps the calibration's batches, and takes thrice as long.
         averaging_constant: Share of a training batch in the moving average, in (0, 1].
-        percentile: Per cent of the values that the ``percentile`` estimator covers at each end, in (50, 100].
+        percentile: For the ``percentile`` estimator, in (50, 100]: 99.99 clips 0.01 % of the values at each end.
         freeze_ranges_at_step: Global step from which ranges are frozen; 0: right after the calibration; None: never.
         start_at_step: Global step at which fake-quantization starts: before it the model is trained in float, at it ranges are calibrated; None: at once.
         stages: Bits that change in the training: ``{at_step: 500, weights_num_bits: 4, activations_num_bits: 4}``, or ``at_epoch``; they take the place of

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import pydot
 
 from lightning_cco.drawing import node_label as html
-from lightning_cco.drawing.fold_repeats import MAX_NODES, Group, ModuleCall, View, folded_view, whole_view
+from lightning_cco.drawing.fold_repeats import MAX_NODES, BlockBox, Group, View, folded_view, whole_view
 from lightning_cco.figures import badness, figure
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
@@ -82,7 +82,7 @@ class _Drawing:
         self._add_edges(dot, view)
         return dot
 
-    def _add_nodes(self, holder: pydot.Graph, keys: Sequence[str], frames: Sequence[ModuleCall], groups: Mapping[str, Group]) -> None:
+    def _add_nodes(self, holder: pydot.Graph, keys: Sequence[str], frames: Sequence[BlockBox], groups: Mapping[str, Group]) -> None:
         framed = {key for frame in frames for key in frame.all_keys()}
         for key in keys:
             if key not in framed:

@@ -35,12 +35,12 @@ class Group:
 
 
 @dataclass(frozen=True)
-class ModuleCall:
+class BlockBox:
     """A box around the nodes of one block that stands for several."""
 
     label: str
     keys: tuple[str, ...]
-    frames: tuple[ModuleCall, ...] = ()
+    frames: tuple[BlockBox, ...] = ()
 
     def all_keys(self) -> list[str]:
         """Returns the keys inside, those of inner frames included."""
@@ -53,7 +53,7 @@ class View:
 
     groups: tuple[Group, ...]
     edges: tuple[tuple[str, str], ...]
-    frames: tuple[ModuleCall, ...] = ()
+    frames: tuple[BlockBox, ...] = ()
     edges_behind: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
 
 
@@ -212,9 +212,7 @@ class _Folding:
                 behind.setdefault((names[source], names[destination]), (edge.source, edge.destination))
         return tuple(behind), behind
 
-    def _frames(
-        self, level: int, start: int, stop: int, shown_in: dict[int, list[int]], group_of: dict[int, int]
-    ) -> tuple[ModuleCall, ...]:
+    def _frames(self, level: int, start: int, stop: int, shown_in: dict[int, list[int]], group_of: dict[int, int]) -> tuple[BlockBox, ...]:
         if level == len(self.levels):
             return ()
         frames = []
@@ -228,7 +226,7 @@ class _Folding:
             inner = self._frames(level + 1, run.start, run.start + run.size, shown_in, group_of)
             framed = {key for frame in inner for key in frame.all_keys()}
             keys = tuple(key for key in (self.graph.names[first] for first in firsts) if key not in framed)
-            frames.append(ModuleCall(self._run_label(run, level), keys, inner))
+            frames.append(BlockBox(self._run_label(run, level), keys, inner))
         return tuple(frames)
 
     def _run_label(self, run: Run, level: int) -> str:

@@ -51,7 +51,7 @@ class StoredWeights:
         blocks: Weights in groups by layer, in the forms of files.
         biases: Bias by layer, and its scale if it is stored as integers.
         operands: Constants of layers without weights: integers, or the scale of what is computed from a parameter.
-        blocked: Convolutions on blocks of pixels (`forms.blocked_convolution`): weight, and zeros around the image.
+        blocked: Convolutions on blocks of pixels (`engine_patterns.blocked_convolution`): weight, and zeros around the image.
         for_matrix_units: Convolutions that the engine computes on a processor's matrix units.
         operand_format: Zero point and type of operands: those of activations, since engines add two tensors of one type only.
         folded: Names of the batch norms that went into the weights before them.
@@ -75,7 +75,7 @@ class StoredWeights:
         self.bounds: dict[str, tuple[float, float]] = {}
         self.tables: dict[str, Tensor] = {}
         amx = has_matrix_units() if deployment.amx is None else deployment.amx
-        self._for_matrix_units = self.engine.wanted(Form.MATRIX_UNITS) and amx and not int4
+        self._uses_matrix_units = self.engine.wanted(Form.MATRIX_UNITS) and amx and not int4
         exact = adds_products_exactly() if deployment.vnni is None else deployment.vnni
         self.blocks: dict[str, Block] = {}
         self.unsigned = self.engine.wanted(Form.UNSIGNED_WITHOUT_VNNI) and not exact
@@ -229,7 +229,7 @@ class StoredWeights:
                 self.blocked[site.layer] = replace(weight, integers=form.weight), form.pads
                 return weight
         shallow = weight.integers[0].numel() < self.engine.amount(Form.MATRIX_UNITS, 1)
-        if not self._for_matrix_units or shallow or call["groups"] != 1 or int(weight.integers.min()) == -128:
+        if not self._uses_matrix_units or shallow or call["groups"] != 1 or int(weight.integers.min()) == -128:
             return weight
         self.for_matrix_units.append(site.layer)
         # The engine's convolution kernel takes symmetric weights only, so any other zero point sends it to the matrix product.

@@ -14,7 +14,7 @@ _origins: dict[CodeType, bool | None] = {}
 _NEW = object()
 
 
-class Origin(Enum):
+class CallOwner(Enum):
     """Whose a torch call is."""
 
     MODEL = "model"
@@ -24,7 +24,7 @@ class Origin(Enum):
     """The model's, but the call of the module that it is thought to belong to is over."""
 
 
-def origin_of_call(graphs: Collection[int] = (), running: int = 0) -> Origin:
+def owner_of_call(graphs: Collection[int] = (), running: int = 0) -> CallOwner:
     """Whose the torch call is that the caller, a function mode, was shown, told from the Python frames around it.
 
     A module compiled inside an eager one, and every ``torch.compile(model)`` (whose own hooks run eagerly), runs its graph while our mode is active.
@@ -44,15 +44,15 @@ def origin_of_call(graphs: Collection[int] = (), running: int = 0) -> Origin:
         if foreign is False or (graphs and frame.f_code.co_filename.startswith(FX_FILE) and id(frame.f_locals.get("self")) in graphs):
             break
         if foreign is True:
-            return Origin.FOREIGN
+            return CallOwner.FOREIGN
         _origins[frame.f_code] = _is_foreign(frame)
     if not running:
-        return Origin.MODEL
+        return CallOwner.MODEL
     while frame is not None:
         if frame.f_code is MODULE_CALL and id(frame) == running:
-            return Origin.MODEL
+            return CallOwner.MODEL
         frame = frame.f_back
-    return Origin.ENDED
+    return CallOwner.ENDED
 
 
 def _is_foreign(frame: FrameType) -> bool | None:

@@ -22,7 +22,7 @@ from lightning_cco.compat.autograd import saved_hooks_on_top
 from lightning_cco.graph.attention import multi_head_attention
 from lightning_cco.graph.call_node import Arguments, ModuleCall
 from lightning_cco.graph.compiled import HiddenMode, hide_from_graph, mode_stack, restore_modes
-from lightning_cco.graph.foreign import Origin, origin_of_call
+from lightning_cco.graph.foreign import CallOwner, owner_of_call
 from lightning_cco.graph.hooks import Hooks
 from lightning_cco.graph.recompute import COMPILED_CHECKPOINTS, InContext, Resumed, UnderMode, running_checkpoint
 from lightning_cco.graph.spelling import as_function, is_operator, name_of_operator
@@ -30,7 +30,7 @@ from lightning_cco.graph.spelling import as_function, is_operator, name_of_opera
 _FUNCTIONS = frozenset((BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType))
 """Types of torch functions whose name says what they do; operators have names of another form."""
 
-_MODEL = Origin.MODEL
+_MODEL = CallOwner.MODEL
 _OTHERWISE = frozenset(("unflatten", "multi_head_attention_forward"))
 
 Handler = Callable[["ModuleCall", str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -60,11 +60,11 @@ class FrameMode(HiddenMode):
             if watched is not None and name not in watched and name not in frame.table:
                 return func(*args, **kwargs)
         # A call that may be a layer's.
-        origin = origin_of_call(frames.graphs, frame.python)
+        origin = owner_of_call(frames.graphs, frame.python)
         if origin is not _MODEL:
-            if origin is Origin.ENDED:
+            if origin is CallOwner.ENDED:
                 frames.drop_ended(stack)
-            if origin is Origin.FOREIGN or not stack:
+            if origin is CallOwner.FOREIGN or not stack:
                 return func(*args, **kwargs)
             frame = stack[-1]
         if frame.records and (saved_hooks_on_top(False) is not None or not is_grad_enabled()):

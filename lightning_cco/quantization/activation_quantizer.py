@@ -52,7 +52,7 @@ class ActivationQuantizer(nn.Module):
         symmetric: Whether the zero point is 0.
         estimator: ``moving_average``, ``min_max``, ``percentile`` or ``mse``; ``auto``: ``mse`` up to 4 bits, ``moving_average`` above.
         averaging_constant: Share of a training batch's range in the moving average.
-        percentile: Share of values, in per cent, that the ``percentile`` estimator keeps at each end.
+        percentile: For the ``percentile`` estimator: 99.99 clips 0.01 % of the values at each end.
 
     Attributes:
         estimator: Which one it is; never ``auto``.

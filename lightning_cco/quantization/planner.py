@@ -19,7 +19,7 @@ from lightning_cco.quantization.skip_reasons import Skip, SkipReason
 from lightning_cco.quantization.skips import find_skips
 from lightning_cco.quantization.targets import TARGETS, Target
 from lightning_cco.quantization.tensor_key import TensorKey
-from lightning_cco.quantization.weight_groups import find_groups
+from lightning_cco.quantization.weight_groups import find_weight_groups
 from lightning_cco.settings import Settings, load_settings
 
 
@@ -53,7 +53,7 @@ def plan_quantization(graph: LayerGraph, settings: Settings | None = None, sugge
         raise CCOError(
             f"suggestions: no layer is named {unknown}. Suggestions are layer names of this graph, such as {list(graph.names[:3])}."
         )
-    groups = find_groups(graph, settings.global_quantization_settings, said, target)
+    groups = find_weight_groups(graph, settings.global_quantization_settings, said, target)
     skips, forced = find_skips(graph, settings, said, suggestions, target, groups)
     plan = _Planner(graph, settings, target, said, skips, suggestions, groups).plan()
     plan.forced = forced
@@ -84,9 +84,9 @@ class _Planner:
     def plan(self) -> QuantizationPlan:
         """Work it out."""
         self.skips.update({name: skip for name, skip in self.stream.skips().items() if name not in self.skips})
-        self._find_groups()
+        self._find_fused()
         while self._leave_without_integer_outputs():
-            self._find_groups()
+            self._find_fused()
         wanted = self._wanted()
         keys = [key for layer in self.graph for key in self.connections.outputs(layer.name) if key in wanted and self._quantizable(key)]
         placement = Placement(self.exact, self.int8)
@@ -110,7 +110,7 @@ class _Planner:
             at_readers=frozenset(at_readers),
         )
 
-    def _find_groups(self) -> None:
+    def _find_fused(self) -> None:
         self.int8 = self._int8_layers()
         self.fused_into = self.groups.find(self.int8)
         self.fused_from = {after: before for before, after in self.fused_into.items()}

@@ -18,7 +18,7 @@ _SHAPING = frozenset({"concat", "stack", "interpolate", "avg_pool", "adaptive_av
 
 _SMOOTH = frozenset({"sigmoid", "leaky_relu", "tanh", "prelu", "hardswish", "hardsigmoid"})
 
-Form = Callable[[Layer], bool]
+Int8Condition = Callable[[Layer], bool]
 """Whether an engine has an INT8 form for a layer of some kind."""
 
 
@@ -52,7 +52,7 @@ class Target:
     symmetric_activations: bool
     int8_kinds: frozenset[str]
     weight_only_kinds: frozenset[str] = frozenset()
-    forms: Mapping[str, Form] | None = None
+    forms: Mapping[str, Int8Condition] | None = None
     float_outputs: frozenset[str] = _WEIGHTED - {"conv", "conv_transpose"} | _MATMUL
     integer_outputs: frozenset[str] = frozenset()
     elementwise_kinds: frozenset[str] = _ELEMENTWISE | _SHAPING | _SMOOTH
@@ -60,7 +60,7 @@ class Target:
     float_products: bool = True
     norms: bool = False
     made_weights: frozenset[str] = frozenset()
-    integer_left: Form | None = None
+    integer_left: Int8Condition | None = None
     narrow_without_vnni: bool = False
     refuses_int4: str = ""
     refuses_groups: str = ""

@@ -43,7 +43,7 @@ def wanted_group(overall: GlobalQuantizationSettings, entry: ResolvedRules) -> i
     return (entry.weights_group_size if entry.weights_group_size is not None else overall.weights_group_size) or None
 
 
-def find_groups(
+def find_weight_groups(
     graph: LayerGraph, overall: GlobalQuantizationSettings, said: Mapping[str, ResolvedRules], target: Target
 ) -> dict[str, int]:
     """The size of the groups of each layer whose weights are to be in groups that fit.
