@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from lightning_cco.export.engines import openvino_process
 from lightning_cco.export.engines.entry import Computed, Engine, Form, Want
-from lightning_cco.export.engines.worker import Worker
+from lightning_cco.export.engines.worker import FileWorker
 
 _PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
 _CANARIES = "tests/export/test_engine_canaries.py"
 
 
-class Compiled:
+class Compiled(FileWorker):
     """A file compiled for the CPU, with floats of 32 bits where it computes in float, in a process of its own (`openvino_process`).
 
     Args:
@@ -27,15 +23,11 @@ class Compiled:
     """
 
     def __init__(self, path: Path) -> None:
-        self._worker = Worker(openvino_process.__file__, str(path))
-
-    def run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """The outputs, in the file's order."""
-        return self._worker.ask(dict(feeds))  # type: ignore[no-any-return]
+        super().__init__(openvino_process.__file__, path)
 
     def computed(self) -> list[Computed]:
         """What is executed, in order."""
-        return [Computed(kind, precision, kind in _PRODUCTS, names) for kind, precision, names in self._worker.ask(None)]
+        return [Computed(kind, precision, kind in _PRODUCTS, names) for kind, precision, names in self.ask(None)]
 
 
 OPENVINO = Engine(

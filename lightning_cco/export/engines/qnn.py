@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from lightning_cco.export.engines import qnn_process
 from lightning_cco.export.engines.entry import Computed, Engine, Form, Want
-from lightning_cco.export.engines.worker import Worker
+from lightning_cco.export.engines.worker import FileWorker
 from lightning_cco.export.limits import Limits
 
 _PRODUCTS = ("Conv2d", "Conv3d", "DepthWiseConv2d", "TransposeConv2d", "TransposeConv3d", "FullyConnected", "MatMul", "Lstm", "Gru")
 _CANARIES = "tests/export/test_qnn_canaries.py"
 
 
-class Compiled:
+class Compiled(FileWorker):
     """A file compiled for HTP alone: what that can't run is an error, not left to the CPU.
 
     Args:
@@ -29,17 +25,13 @@ class Compiled:
     """
 
     def __init__(self, path: Path) -> None:
-        self._worker = Worker(qnn_process.__file__, str(path))
-
-    def run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """The outputs, in the file's order."""
-        return self._worker.ask(dict(feeds))  # type: ignore[no-any-return]
+        super().__init__(qnn_process.__file__, path)
 
     def computed(self) -> list[Computed]:
         """What is executed: a node that is laid out otherwise than in the file has a number behind its name."""
         return [
             Computed(kind, precision, kind in _PRODUCTS, tuple(re.sub(r"_token_\d+$", "", name) for name in names), computes)
-            for kind, precision, computes, names in self._worker.ask(None)
+            for kind, precision, computes, names in self.ask(None)
         ]
 
 

@@ -7,7 +7,11 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 class Worker:
@@ -69,6 +73,29 @@ class Worker:
         said = [line for line in self._said.read().decode(errors="replace").splitlines() if line.strip()]
         own = [line for line in said if line.startswith("[") and "]" in line]
         return (own or said or [""])[-1].strip()[:300]
+
+
+class FileWorker(Worker):
+    """A file, loaded in a process of its own, whose script answers arrays by the names of inputs with outputs, and `None` with what it executes.
+
+    Args:
+        script: Path of the script.
+        path: The file.
+
+    Raises:
+        RuntimeError: The engine can't load it; the message is its own.
+    """
+
+    def __init__(self, script: str, path: Path) -> None:
+        super().__init__(script, str(path))
+
+    def run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """The outputs, in the file's order.
+
+        Raises:
+            RuntimeError: It failed, or the process has ended.
+        """
+        return self.ask(dict(feeds))  # type: ignore[no-any-return]
 
 
 def _end(process: subprocess.Popen[bytes], said: Any) -> None:
