@@ -124,7 +124,10 @@ def measure(options: argparse.Namespace, data: Images) -> Results:
                     if key not in results:
                         results[key] = one(start, data, training, bits, seed)
                         print(f"{key}: {results[key]:.2f}", flush=True)
-                        path.write_text(json.dumps(results, indent=1))
+                        others = (
+                            json.loads(path.read_text()) if options.resume and path.is_file() else {}
+                        )  # another run may have added some
+                        path.write_text(json.dumps(others | results, indent=1))
     return results
 
 
