@@ -173,8 +173,8 @@ def main() -> None:
         "Accuracy in per cent of the 10,000 test images after one more epoch: mean ± standard deviation over seeds, in brackets how many. "
         "`auto` ranges are frozen from 4 bits down; the first convolution and the input have 8 bits, the last layer is in float. A cell without "
         "a figure was not measured. Rows that compare other estimators than learned ones are with `residual_stream: quantized`. Other tools train for the "
-        "same epoch from the same float network (`benchmarks/fashion_tools.py` says how each is set up); Brevitas and ModelOpt round what weighted layers read, so additions "
-        "read floats: `residual_stream: float` is their like."
+        "same epoch from the same float network (`benchmarks/fashion_tools.py` says how each is set up); Brevitas and ModelOpt round what "
+        "weighted layers read, so additions read floats: `residual_stream: float` is their like."
     ]
     publish(Table("fashion", "How accurate is a network at few bits?", header, rows, notes), options)
 
