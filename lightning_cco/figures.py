@@ -33,6 +33,17 @@ def short_figure(value: float) -> str:
     return f"{value:.3g}" if value >= 0.001 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
 
 
+def per_cent(share: float) -> str:
+    """A part of a whole, from 0 to 1, as a whole number of per cent; all and nothing are never said of what is not quite that.
+
+    >>> per_cent(0.5), per_cent(0.999), per_cent(1.0), per_cent(0.001)
+    ('50 %', 'over 99 %', '100 %', 'under 1 %')
+    """
+    if 0.995 <= share < 1:
+        return "over 99 %"
+    return "under 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
+
+
 def badness(value: float) -> float:
     """A sensitivity to sort by: NaN is as bad as infinity.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape as html_escape
 from textwrap import wrap
 
-from lightning_cco.figures import figure, is_above
+from lightning_cco.figures import figure, is_above, per_cent
 from lightning_cco.graph.layer import Shape
 from lightning_cco.names import printable
 from lightning_cco.quantization.skip_reasons import SkipReason
@@ -117,7 +117,7 @@ def share_row(quantized: int, total: int) -> str:
 def percent_row(share: float) -> str:
     """Returns the row of a module: a bar, green for the share of it that runs in INT8 and yellow for the rest, and the share."""
     bar = _bar(share, GREEN.border, "#F2C230", _BAR // 2)
-    return f'<TR><TD ALIGN="LEFT">{font(f"{100 * share:.0f} %", size=11)}</TD><TD ALIGN="RIGHT" CELLPADDING="0">{bar}</TD></TR>'
+    return f'<TR><TD ALIGN="LEFT">{font(per_cent(share), size=11)}</TD><TD ALIGN="RIGHT" CELLPADDING="0">{bar}</TD></TR>'
 
 
 def swatch(paint: Paint) -> str:

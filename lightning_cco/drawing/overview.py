@@ -11,7 +11,7 @@ import pydot
 from lightning_cco.drawing import node_label as html
 from lightning_cco.drawing.draw import quoted
 from lightning_cco.drawing.modules_view import Box, modules_view
-from lightning_cco.figures import badness, figure, is_above
+from lightning_cco.figures import badness, figure, is_above, per_cent
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.quantization.plan import QuantizationPlan
 
@@ -115,7 +115,7 @@ def _legend(plan: QuantizationPlan, qs: Mapping[str, float], worst: str | None, 
         f'<TD>{html.swatch(paint)}</TD><TD ALIGN="LEFT">{html.font(text, size=11)}</TD><TD WIDTH="6"></TD>' for paint, text in entries
     )
     share = plan.share_of_multiplications
-    lines = [] if math.isnan(share) else [f"{100 * share:.0f} % of the multiplications in INT8"]
+    lines = [] if math.isnan(share) else [f"{per_cent(share)} of the multiplications in INT8"]
     if worst is not None:
         lines.append(f"largest Quantization Sensitivity (QS): {figure(qs[worst], 3)} in {worst}, whose box has a thick border")
     rows = f'<TR><TD ALIGN="LEFT">{html.font(title, size=16, bold=True)}</TD></TR>' if title else ""

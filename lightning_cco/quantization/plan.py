@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from lightning_cco.figures import per_cent
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.quantization.skip_reasons import Skip, SkipReason
@@ -164,8 +165,7 @@ class QuantizationPlan:
         """How many of the layers with weights run in INT8, and how much of the multiplications: a sentence, the same wherever the plan is shown."""
         weighted = [layer.name for layer in self.graph if layer.weighted]
         share, target = self.share_of_multiplications, self.settings.deployment_settings.target_framework
-        percent = "over 99" if 0.995 <= share < 1 else f"{100 * share:.0f}"
-        part = "" if math.isnan(share) else f" ({percent} % of the multiplications)"
+        part = "" if math.isnan(share) else f" ({per_cent(share)} of the multiplications)"
         count = sum(name in self.in_int8 for name in weighted)
         if self.packed:
             part += f"; {len(self.packed)} have weights packed in 4 bits, and {target} computes them in float"

@@ -100,3 +100,16 @@ def test_the_share_is_that_of_the_multiplications() -> None:
     work = {name: graph[name].multiplications for name in ("conv", "conv_1")}
     assert share_in_int8(graph, plan, ["conv", "conv_1"]) == work["conv"] / sum(work.values())
     assert share_in_int8(graph, plan, ["relu", "max_pool"]) == 1.0
+
+
+def test_nearly_all_is_not_all(tmp_path: Path) -> None:
+    """The tail of 40 multiplications is in float: the picture says of it what the log does."""
+    x = torch.randn(1, 1, 32, 32)
+    pooled = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+    )
+    model = quantize(pooled.eval(), "w8a8", (x,))
+    assert 0.999 < model.plan.share_of_multiplications < 1
+    svg = save_overview(model.graph, tmp_path / "overview", model.plan, {}, "")["svg"].read_text()
+    assert "over 99 % of the multiplications in INT8" in svg
+    assert "over 99 % of the multiplications" in model.plan.summary
