@@ -1,4 +1,6 @@
-"""Fake-quantization on a GPU in one pass over memory, in Triton: the functions of ``kernels.c``, operation by operation in float32, equal to the last bit (of 0 and -0 either may come, as in C).
+"""Fake-quantization on a GPU in one pass over memory, in Triton: the functions of ``kernels.c``, operation by operation in float32, equal to the last bit.
+
+Of 0 and -0 either may come.
 
 What a compiler for GPUs would do otherwise is ruled out: divisions are rounded correctly (``div_rn``), nothing is contracted to a fused multiply-add
 (``enable_fp_fusion=False`` at each launch), no function of libdevice is called, since those flush denormal numbers to 0. Scale and zero point are read from the
