@@ -6,7 +6,7 @@ import copy
 import random
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Any
 
@@ -97,7 +97,7 @@ def read_apart(spare: CombinedLoader) -> Iterator[Any]:
     The iteration may be used inside of any context, such as one with another default type.
     """
     dtype = torch.get_default_dtype()
-    generators = [(generator, state_of_generator(generator)) for generator in vars(spare).get(_GENERATORS, [])]
+    generators = _states_of_generators(spare)
 
     def read() -> Iterator[Any]:
         iterator: Iterator[Any] | None = None
@@ -125,15 +125,13 @@ def read_apart(spare: CombinedLoader) -> Iterator[Any]:
     return read()
 
 
-@contextmanager
-def generators_kept(spare: CombinedLoader) -> Iterator[None]:
+def generators_kept(spare: CombinedLoader) -> AbstractContextManager[None]:
     """Put the global generators that a spare loader's data may draw from back at the end of the block."""
-    kept = [(generator, state_of_generator(generator)) for generator in vars(spare).get(_GENERATORS, [])]
-    try:
-        yield
-    finally:
-        for generator, state in kept:
-            set_generator(generator, state)
+    return _put_back(_states_of_generators(spare))
+
+
+def _states_of_generators(spare: CombinedLoader) -> list[tuple[Any, Any]]:
+    return [(generator, state_of_generator(generator)) for generator in vars(spare).get(_GENERATORS, [])]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ NAME = "lightning_cco.quantizer"
 
 _PICKS = ("Gather", "GatherElements", "GatherND", "Slice", "Split", "DepthToSpace", "Expand", "Tile")
 """Operators that only say which values go where, and that engines also have for integers."""
-_RESHAPES = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten")
+RESHAPES = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten")
 """Operators past which engines move a conversion by themselves."""
 
 
@@ -63,7 +63,7 @@ def index_integers(graph: Any) -> None:
     interpolation to the nearest) they may not, and compute the layer that reads it in float.
     """
     for node in list(graph):
-        dequantize = node.inputs[0].producer() if node.inputs and (_picks(node) or _leads_to_a_pick(node)) else None
+        dequantize = node.inputs[0].producer() if node.inputs and (picks(node) or _leads_to_a_pick(node)) else None
         if dequantize is None or dequantize.op_type != "DequantizeLinear" or any(value.is_graph_output() for value in node.outputs):
             continue
         levels, *format_ = dequantize.inputs
@@ -113,12 +113,12 @@ def _of_one_scale(concat: Any) -> list[Any] | None:
 
 def _leads_to_a_pick(node: Any) -> bool:
     """Whether a node only reshapes what an operator then picks from: to pick along the last axes, or to repeat along a new one."""
-    if node.op_type not in _RESHAPES:
+    if node.op_type not in RESHAPES:
         return False
-    return any(_picks(reader) or _leads_to_a_pick(reader) for reader, position in node.outputs[0].uses() if position == 0)
+    return any(picks(reader) or _leads_to_a_pick(reader) for reader, position in node.outputs[0].uses() if position == 0)
 
 
-def _picks(node: Any) -> bool:
+def picks(node: Any) -> bool:
     """Whether a node picks values of its first input, or repeats them."""
     if node.op_type == "Pad":
         return _mirrors(node) or _adds_zeros(node)

@@ -6,15 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_cco.export.onnx_passes import NAME, constant, initializer
-
-_MOVES = frozenset(
-    {
-        *("Gather", "GatherElements", "GatherND", "Slice", "Split", "DepthToSpace", "Expand", "Tile", "MaxPool", "Pad"),
-        *("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten"),
-    }
-)
-"""Operators whose results are values of their first argument, or 0: rounding them once more changes nothing."""
+from lightning_cco.export.onnx_passes import NAME, RESHAPES, constant, initializer, picks
 
 
 def carry_pairs(graph: Any) -> None:
@@ -80,7 +72,8 @@ def round_tables(graph: Any) -> None:
 
 
 def _moves(node: Any) -> bool:
-    return node.op_type in _MOVES or (node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") == "nearest")
+    """Whether each result is a value of the first argument, or 0: rounding it once more changes nothing."""
+    return node.op_type in ("MaxPool", "Pad", *RESHAPES) or picks(node)
 
 
 def _pair_after(graph: Any, node: Any, output: Any, format_: Any, dtype: Any, readers: list[tuple[Any, int]], name: str) -> None:
