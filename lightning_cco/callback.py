@@ -40,6 +40,7 @@ from lightning_cco.level_use import LayerLevels, LevelWatch
 from lightning_cco.lookahead import copied, left_over, warn_of_left_over
 from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.monitoring import Monitor
+from lightning_cco.monitoring.epoch import EpochMetrics, EpochResults
 from lightning_cco.monitoring.metric_modes import metric_directions
 from lightning_cco.monitoring.metrics import monitored_values, numbers
 from lightning_cco.monitoring.start import start_monitor
@@ -314,21 +315,20 @@ class CCOCallback(pl.Callback):
             for name, value in monitored_values(self.report, quantized, self.suggestions).items():
                 pl_module.log(name, value, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=True)
         metrics = numbers(trainer.callback_metrics)
-        monitor.on_epoch(
-            trainer.current_epoch,
-            logged_step(trainer),
-            quantized.plan,
-            self.report,
-            self.suggestions,
-            self.settings,
-            metrics,
-            self.original_metrics,
-            metric_directions(trainer, metrics),
-            self.calibrated_metrics,
-            self.levels,
-            self._level_watch.views,
-            model_facts(quantized),
+        directions = metric_directions(trainer, metrics)
+        results = EpochResults(
+            epoch=trainer.current_epoch,
+            step=logged_step(trainer),
+            plan=quantized.plan,
+            settings=self.settings,
+            report=self.report,
+            metrics=EpochMetrics(metrics, self.original_metrics, self.calibrated_metrics, directions),
+            suggestions=self.suggestions,
+            levels=self.levels,
+            views=self._level_watch.views,
+            facts=model_facts(quantized),
         )
+        monitor.on_epoch(results)
 
     def _apply_pending_skips(self, trainer: pl.Trainer) -> None:
         if not self._compression.skips.apply(self.quantized):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_cco import CCOError, CCOWarning, QuantizedModel, load_settings, quantize
 from lightning_cco.monitoring import Monitor
+from lightning_cco.monitoring.epoch import EpochResults
 from lightning_cco.monitoring.graph_def import graph_def
 from lightning_cco.monitoring.tables import markdown_table, parsed_layers, sensitivity_rows
 from lightning_cco.names import csv_cell, literal, printable, yaml_value
@@ -64,7 +65,7 @@ def test_every_file_stays_well_formed(name: str, tmp_path: Path) -> None:
     report = model.sensitivity([(torch.randn(4, 3, 8, 8),)])
     shower = Monitor(tmp_path)
     shower.on_start(model.graph, model.plan)
-    shower.on_epoch(0, 1, model.plan, report, [], model.settings, {}, {})
+    shower.on_epoch(EpochResults(0, 1, model.plan, model.settings, report))
     shower.finish()
     for picture in ("model_init.svg", "model_post_preprocessing.svg"):
         text = (tmp_path / picture).read_text(encoding="utf-8")

@@ -36,6 +36,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_cco import CCOCallback, CCOWarning, QuantizedModel, capture_graph, plan_quantization, quantize
 from lightning_cco.drawing.node_label import BLUE, GREEN, YELLOW
 from lightning_cco.monitoring import Monitor
+from lightning_cco.monitoring.epoch import EpochMetrics, EpochResults
 from lightning_cco.monitoring.heat_map import heat_map
 from lightning_cco.monitoring.metric_modes import metric_directions
 from lightning_cco.monitoring.plan_log import plan_lines
@@ -58,9 +59,8 @@ def show_epochs(monitor: Monitor, quantized: QuantizedModel, epochs: int = 2) ->
     report = quantized.sensitivity([(GuideCNN.example(),)])
     monitor.on_start(quantized.graph, quantized.plan)
     for epoch in range(epochs):
-        monitor.on_epoch(
-            epoch, 10 * epoch, quantized.plan, report, [], quantized.settings, {"val_loss": 1.0 / (epoch + 1)}, {"val_loss": 2.0}
-        )
+        metrics = EpochMetrics({"val_loss": 1.0 / (epoch + 1)}, {"val_loss": 2.0})
+        monitor.on_epoch(EpochResults(epoch, 10 * epoch, quantized.plan, quantized.settings, report, metrics))
     monitor.finish()
 
 
@@ -109,7 +109,7 @@ def test_metrics_table() -> None:
     extremes |= {"loss": {"lowest": 1.0, "lowest_epoch": 1, "highest": 4.0, "highest_epoch": 0}}
     extremes |= {"odd": {"lowest": 1.0, "lowest_epoch": 3, "highest": 2.0, "highest_epoch": 0}}
     values, original, previous = {"acc": 0.75, "loss": 3.0, "odd": 1.0}, {"acc": 0.5, "loss": 2.0}, {"acc": 0.9, "loss": 3.0}
-    table = metrics_table(values, original, previous, extremes, {"acc": "max", "loss": "min"})
+    table = metrics_table(EpochMetrics(values, original, directions={"acc": "max", "loss": "min"}), previous, extremes)
     assert cells(table, "acc") == ["acc", "0.75", "0.5", "+0.25 (+50.0%) better", "-0.15", "0.9 (epoch 2)"]
     assert cells(table, "loss") == ["loss", "3", "2", "+1 (+50.0%) worse", "0", "1 (epoch 1)"]
     assert cells(table, "odd") == ["odd", "1", "-", "-", "-", "1 to 2 (range)"]
@@ -224,7 +224,7 @@ def test_history_goes_on_after_a_resume(quantized: QuantizedModel, tmp_path: Pat
     show_epochs(first, quantized)
     second.load_state_dict(first.state_dict())
     report = quantized.sensitivity([(GuideCNN.example(),)])
-    second.on_epoch(2, 20, quantized.plan, report, [], quantized.settings, {"val_loss": 3.0}, {})
+    second.on_epoch(EpochResults(2, 20, quantized.plan, quantized.settings, report, EpochMetrics({"val_loss": 3.0})))
     assert [epoch for epoch, _ in second.past.epochs] == [0, 1, 2]
     assert second.past.extremes["val_loss"] == {"lowest": 0.5, "lowest_epoch": 1, "highest": 3.0, "highest_epoch": 2}
     assert {row.split(",")[0] for row in (tmp_path / "sensitivity.csv").read_text().splitlines()[1:]} == {"0", "1", "2"}
@@ -441,7 +441,7 @@ def test_a_large_net_gets_a_bounded_number_of_curves(tmp_path: Path) -> None:
     report = net.sensitivity([(x,)])
     monitor = Monitor(tmp_path, draw=False)
     monitor.on_start(net.graph, net.plan)
-    monitor.on_epoch(0, 1, net.plan, report, [], net.settings, {}, {})
+    monitor.on_epoch(EpochResults(0, 1, net.plan, net.settings, report))
     assert monitor.past.followed == [entry.name for entry in report.worst_first()[:30]]
     again = Monitor(tmp_path, draw=False)
     again.load_state_dict(monitor.state_dict())

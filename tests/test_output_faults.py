@@ -23,6 +23,7 @@ from models import GuideCNN
 from lightning_cco import CCOCallback, CCOError, CCOWarning, QuantizedModel, quantize
 from lightning_cco.files import remove_abandoned, temporary_folder, write_file
 from lightning_cco.monitoring import Monitor, monitor, pictures
+from lightning_cco.monitoring.epoch import EpochMetrics, EpochResults
 from lightning_cco.monitoring.history import History
 
 
@@ -78,7 +79,7 @@ def quantized() -> QuantizedModel:
 
 def show_epoch(shower: Monitor, quantized: QuantizedModel, epoch: int, metrics: dict[str, float] | None = None) -> None:
     report = quantized.sensitivity([(GuideCNN.example(),)])
-    shower.on_epoch(epoch, epoch, quantized.plan, report, [], quantized.settings, metrics or {}, {})
+    shower.on_epoch(EpochResults(epoch, epoch, quantized.plan, quantized.settings, report, EpochMetrics(metrics or {})))
 
 
 @pytest.mark.parametrize("what", ["heat_map", "suggestions_yaml", "save_pictures", "graph_def"])

@@ -15,6 +15,7 @@ from report_pages import quantized_net, state_of
 from lightning_cco import CCOWarning
 from lightning_cco.export.report import ExportReport
 from lightning_cco.monitoring import Monitor, report_files
+from lightning_cco.monitoring.epoch import EpochMetrics, EpochResults
 from lightning_cco.report_page.data import RunState
 
 FILES = {"report.html", "report.json", "model_explorer.json", "model_explorer_data.json"}
@@ -38,18 +39,8 @@ def show_epoch(monitor: Monitor, state: RunState, epoch: int) -> None:
     assert state.losses is not None
     settings = state.plan.settings
     monitor.on_losses(epoch, 10 * epoch, state.plan, state.losses, settings)
-    monitor.on_epoch(
-        epoch,
-        10 * epoch,
-        state.plan,
-        state.report,
-        [],
-        settings,
-        {"val_acc": 0.1 * epoch},
-        {"val_acc": 0.9},
-        views=state.views,
-        facts=state.facts,
-    )
+    metrics = EpochMetrics({"val_acc": 0.1 * epoch}, {"val_acc": 0.9})
+    monitor.on_epoch(EpochResults(epoch, 10 * epoch, state.plan, settings, state.report, metrics, views=state.views, facts=state.facts))
 
 
 def test_a_training_writes_them_before_each_epoch_and_at_the_end(tmp_path: Path) -> None:

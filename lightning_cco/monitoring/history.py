@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_cco.figures import badness
 
+FOLLOWED = 30  # layers with a curve of their own: as many as a page can show
 _KEPT_FIRST, _KEPT_LAST = 10, 30  # epochs in memory: what the heat map shows
 _SAVED_FIRST, _SAVED_LAST, _SAVED_LAYERS = 4, 12, 40  # in a checkpoint: a few kilobytes
 

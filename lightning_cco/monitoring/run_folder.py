@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
+
+from PIL import Image
 
 from lightning_cco.errors import CCOWarning
 from lightning_cco.files import check_writable, remove_abandoned, write_file
@@ -59,6 +62,16 @@ class RunFolder:
             if self.on_disk:
                 write_file(self.path / name, made)
         return made
+
+    def write_picture(self, name: str, draw: Callable[[], Image.Image]) -> bytes | None:
+        """Draw a picture and write it as a PNG file, as `write` does. Returns the file's content."""
+
+        def drawn() -> bytes:
+            buffer = io.BytesIO()
+            draw().save(buffer, format="PNG")
+            return buffer.getvalue()
+
+        return self.write(name, drawn)
 
     @contextlib.contextmanager
     def unharmed(self, what: object) -> Iterator[None]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from lightning_cco.figures import figure
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.level_use import LayerLevels, worst_first
+from lightning_cco.monitoring.epoch import EpochMetrics
 from lightning_cco.monitoring.metric_modes import best_of
 from lightning_cco.names import markdown_cell, printable
 from lightning_cco.quantization.plan import QuantizationPlan
@@ -170,28 +171,18 @@ def suggestion_lines(suggestions: Sequence[Suggestion], settings: Settings, most
     return lines if len(suggestions) <= most else [*lines, f"  … and {len(suggestions) - most} more"]
 
 
-def metrics_table(
-    values: Mapping[str, float],
-    original: Mapping[str, float],
-    previous: Mapping[str, float],
-    extremes: Mapping[str, Mapping[str, float]],
-    directions: Mapping[str, str],
-    calibrated: Mapping[str, float] | None = None,
-) -> str:
+def metrics_table(metrics: EpochMetrics, previous: Mapping[str, float], extremes: Mapping[str, Mapping[str, float]]) -> str:
     """The end of an epoch: each metric's value, the original one, the one after calibration, the difference, the change since the last epoch, the best.
 
     Args:
-        values: Metrics of the epoch.
-        original: Metrics of the float model before training.
+        metrics: The epoch's. The column of those after the calibration is left out where there are none; both ends are shown where no direction is known.
         previous: Metrics of the epoch before; empty in the first.
         extremes: By metric: ``lowest``, ``lowest_epoch``, ``highest``, ``highest_epoch``.
-        directions: By metric ``min`` or ``max``, where it is known which is better; elsewhere both ends are shown.
-        calibrated: Metrics after the calibration, before training; the column is left out where there are none.
     """
     rows = []
-    calibrated = calibrated or {}
-    for name, value in values.items():
-        direction = directions.get(name)
+    original, calibrated = metrics.original, metrics.calibrated
+    for name, value in metrics.values.items():
+        direction = metrics.directions.get(name)
         best = best_of(extremes[name], direction)
         ends = extremes[name]
         rows.append(
