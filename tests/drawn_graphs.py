@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from html import unescape
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,6 +96,11 @@ def labels(dot: Any) -> dict[str, str]:
     """HTML label of each node, read from the DOT text by Graphviz's own parser."""
     parsed = pygraphviz.AGraph(string=dot.to_string())
     return {str(node): node.attr["label"] for node in parsed.nodes()}
+
+
+def words(label: str) -> str:
+    """What is read in a label, on one line."""
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", label)).split())
 
 
 def irregular(blocks: int, layers_each: int) -> LayerGraph:

@@ -38,7 +38,7 @@ def test_the_report_says_how_far_each_tensor_is_and_what_runs_where(tmp_path: Pa
     assert [(island.operator, island.layers) for island in report.float_islands] == [("Gemm", ("linear",))]
     assert report.float_islands[0].reason.startswith("tail")
     text = str(report)
-    assert "linear (Gemm): tail: between an output and the last weighted layer before it" in text
+    assert "linear (Gemm): tail: the last layer with weights before an output, or after it" in text
     assert f"SQNR {report.sqnr_db:.1f} dB" in text
     report.save(tmp_path / "report.json")
     saved = json.loads((tmp_path / "report.json").read_text())

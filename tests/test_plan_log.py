@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -62,6 +63,18 @@ def test_repeated_modules_are_one() -> None:
     assert folded(plan.graph, names[:3]) == ", ".join(names[:3])
     assert folded(plan.graph, [*names[::2], names[1]]) == "[1…11].qkv × 7"
     assert folded(plan.graph, [layer.name for layer in plan.graph if layer.kind == "add"]) == "add in [1-12] × 24"
+
+
+def test_no_two_groups_have_one_name() -> None:
+    plan = planned(12)
+    by_kind: dict[str, list[str]] = {}
+    for layer in plan.graph:
+        by_kind.setdefault(layer.kind, []).append(layer.name)
+    several = [names for names in by_kind.values() if len(names) >= 12]
+    assert len(several) > 3
+    for one, other in itertools.combinations(several, 2):
+        shown = folded(plan.graph, [*one, *other]).split(", ")
+        assert len(set(shown)) == len(shown)
 
 
 def test_every_layer_is_in_the_file_as_it_runs() -> None:

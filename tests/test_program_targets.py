@@ -77,11 +77,11 @@ def test_what_has_no_integer_form_is_in_float_with_float_weights() -> None:
     assert kinds(plan, "conv_transpose") == {"conv_transpose": True}
     plan = planned(GroupedUp(), randn(1, 2, 8, 8), skip_tail_quantization=False)
     assert not plan.decisions["conv_transpose"].weight_only
-    assert plan.skipped["conv_transpose"] == "rule: conv_transpose of this form is computed in float by executorch"
+    assert plan.skipped["conv_transpose"] == "conv_transpose of this form is computed in float by executorch"
     assert [name for name in plan.quantized if plan.graph[name].kind == "conv"] == ["conv"]
     plan = planned(LSTMClassifier(), randint(0, 30, (2, 5)))
     assert set(plan.weight_only) == {"embedding"}
-    assert plan.decisions["lstm"].reason is SkipReason.RULE
+    assert plan.decisions["lstm"].reason is SkipReason.ENGINE
 
 
 def test_weights_alone_are_not_stored_as_integers() -> None:

@@ -272,5 +272,5 @@ def test_what_becomes_complex_is_said_to() -> None:
             return self.second(torch.relu(self.first(torch.fft.rfft(x * self.window).abs())))
 
     skipped = quantize(Spectrum(), None, (torch.randn(4, 16),)).plan.skipped
-    assert skipped["mul"] == "rule: what it computes becomes complex numbers (an FFT), which stay in float"
+    assert skipped["mul"] == "what it computes becomes complex numbers (an FFT), which stay in float"
     assert "complex numbers" in skipped["fft_rfft"]

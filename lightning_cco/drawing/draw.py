@@ -13,6 +13,7 @@ from lightning_cco.drawing.fold_repeats import MAX_NODES, BlockBox, Group, View,
 from lightning_cco.figures import badness, figure
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.names import printable
 from lightning_cco.quantization.plan import Boundary, LayerDecision, QuantizationPlan
 
@@ -73,7 +74,7 @@ class _Drawing:
         )
         dot.set_node_defaults(shape="plain", fontname=html.SANS, fontsize="13", fontcolor=html.TEXT)
         dot.set_edge_defaults(color="#6B7785", penwidth="1.1", arrowsize="0.6", fontname=html.SANS, fontsize="9")
-        dot.set("label", self._legend())
+        dot.set("label", self._legend(view))
         if len(view.groups) > _LARGE:
             dot.set_graph_defaults(nslimit="2", nslimit1="2", splines="line")
         groups = {group.key: group for group in view.groups}
@@ -121,7 +122,9 @@ class _Drawing:
         rows = [html.shapes_row(layer.input_shapes, layer.output_shapes), html.attributes_rows(layer.attributes)]
         is_end = layer.kind in ("input", "output")
         if decision is not None and not decision.quantized and layer.kind != "output":
-            rows.append(html.reason_rows(decision.reason, decision.detail))
+            rows.append(
+                html.reason_rows(decision) if _is_deployed(layer) else html.text_row("not part of the deployed model", color=html.MUTED)
+            )
         worst = self._worst(group.members)
         where = f" worst of {group.repeats}" if group.repeats > 1 else ""
         rows.append(html.status_row(_bits(decision), self.qs.get(worst) if worst else None, self.largest, self.threshold, where))
@@ -130,7 +133,7 @@ class _Drawing:
         if decision is None:
             paint = html.BLUE if is_end else html.WHITE
         else:
-            paint = html.BLUE if is_end else html.GREEN if decision.quantized else html.YELLOW
+            paint = html.BLUE if is_end else html.GREEN if decision.quantized else html.YELLOW if _is_deployed(layer) else html.WHITE
         title = layer.name if group.repeats == 1 else f"{layer.name} …"
         label = html.node_label(title, html.type_name(layer.kind), group.path, rows, paint, border=2 if is_end else 1)
         lines = [
@@ -149,15 +152,15 @@ class _Drawing:
         rows = [html.text_row(commonest, color=html.MUTED)]
         paint = html.WHITE
         if self.plan is not None:
-            decisions = [self._decision(name) for name in group.members]
+            decisions = [self._decision(name) for name in group.members if _is_deployed(self.graph[name])]
             quantized = sum(decision is not None and decision.quantized for decision in decisions)
             reasons = Counter(
                 decision.reason for decision in decisions if decision is not None and not decision.quantized and decision.reason
             )
             rows.append(html.share_row(quantized, len(decisions)))
             if reasons:
-                listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-                rows.append(html.text_row(f"not quantized: {listed}", color="#7A5B00", bold=True))
+                listed = ", ".join(f"{count} {html.in_short(reason)}" for reason, count in reasons.most_common())
+                rows += [html.text_row(line, color="#7A5B00", bold=True) for line in html.balanced(f"not quantized: {listed}")]
             paint = html.GREEN if quantized == len(decisions) else html.MIXED if quantized else html.YELLOW
         worst = self._worst(group.members)
         if worst:
@@ -186,11 +189,15 @@ class _Drawing:
         measured = [name for name in names if name in self.qs]
         return max(measured, key=lambda name: badness(self.qs[name]), default=None)
 
-    def _legend(self) -> str:
+    def _legend(self, view: View) -> str:
         entries = [(html.BLUE, "input or output"), (html.WHITE, "layer")]
         lines = []
         if self.plan is not None:
-            entries = [(html.BLUE, "input or output"), (html.GREEN, "quantized"), (html.YELLOW, "not quantized")]
+            entries = [(html.BLUE, "input or output"), (html.GREEN, "in INT8"), (html.YELLOW, "in float")]
+            if any(not group.is_layer for group in view.groups):
+                entries.append((html.MIXED, "some of it in INT8"))
+            if not all(map(_is_deployed, self.graph)):
+                entries.append((html.WHITE, "not deployed"))
             lines += [self.plan.summary, "W8 A8: bits of weights and of the output"]
             if self.crossing:
                 lines.append("dashed arrow: between float and integer")
@@ -219,6 +226,11 @@ def _far_sources(view: View) -> dict[str, list[str]]:
         if readers[source] >= _MANY_READERS and abs(position[destination] - position[source]) > _FAR:
             ghosts.setdefault(destination, []).append(source)
     return ghosts
+
+
+def _is_deployed(layer: Layer) -> bool:
+    """Returns whether a layer is one of the deployed model, as all but dropout are."""
+    return operation_of_kind(layer.kind).category is not Category.IDENTITY
 
 
 def _bits(decision: LayerDecision | None) -> str:

@@ -11,6 +11,7 @@ from textwrap import wrap
 from lightning_cco.figures import figure, is_above, per_cent
 from lightning_cco.graph.layer import Shape
 from lightning_cco.names import printable
+from lightning_cco.quantization.plan import LayerDecision
 from lightning_cco.quantization.skip_reasons import SkipReason
 
 SANS = "Helvetica,Arial,sans-serif"
@@ -40,7 +41,7 @@ def node_label(title: str, kind: str, path: str, rows: Iterable[str], paint: Pai
     """Returns the label of a node: its name and type, its module path, and the given rows below a line."""
     beside = font(path, size=9, color=MUTED, face=MONO) if path and len(title) + len(kind) + len(path) <= _WRAP - 10 else ""
     left = f"<B>{escape(title)}</B>  {font(kind, size=11, color=MUTED)}"
-    head = f'<TR><TD ALIGN="LEFT">{left}</TD><TD ALIGN="RIGHT">{beside}</TD></TR>'
+    head = _cells(left, beside)
     if path and not beside:
         head += _row(font(path, size=9, color=MUTED, face=MONO))
     body = "".join(rows)
@@ -87,11 +88,54 @@ def text_row(text: str, *, color: str = TEXT, bold: bool = False) -> str:
     return _row(font(text, size=10, color=color, bold=bold))
 
 
-def reason_rows(reason: SkipReason | None, detail: str) -> str:
-    """Returns why a layer is not quantized: one word for what the recipe says, in full what the engine can't do."""
-    said = detail if detail and reason in (SkipReason.RULE, SkipReason.UNSUPPORTED) else reason
-    lines = wrap(f"not quantized: {said}" if said else "not quantized", _WRAP)
-    return "".join(text_row(line, color="#7A5B00", bold=True) for line in lines)
+def reason_rows(decision: LayerDecision) -> str:
+    """Returns how a layer runs that is not quantized, and why: in a few words what the recipe says, in full what the engine can't do."""
+    bits = decision.activations_num_bits
+    how = (
+        "integer weights, computed in float"
+        if decision.weight_only
+        else f"computed in float, result rounded to {bits} bits"
+        if bits is not None
+        else "not quantized"
+    )
+    if decision.reason is None or decision.reason is SkipReason.WEIGHT_ONLY:
+        said = how
+    elif decision.detail and decision.reason in (SkipReason.ENGINE, SkipReason.UNSUPPORTED):
+        said = f"{how}: {decision.detail}"
+    else:
+        said = f"{how}: {in_short(decision.reason)}"
+    return "".join(text_row(line, color="#7A5B00", bold=True) for line in balanced(said))
+
+
+def in_short(reason: SkipReason) -> str:
+    """Returns a reason in a few words, for readers of a picture."""
+    return _IN_SHORT[SkipReason(reason)]
+
+
+_IN_SHORT = {
+    SkipReason.TAIL: "tail of the model",
+    SkipReason.SETTING: "as your recipe says",
+    SkipReason.SUGGESTION: "too sensitive",
+    SkipReason.BUDGET: "by the budget",
+    SkipReason.ENGINE: "not by this engine",
+    SkipReason.WEIGHT_ONLY: "weights only",
+    SkipReason.INTEGER: "holds integers",
+    SkipReason.UNSUPPORTED: "no INT8 form",
+    SkipReason.OUTPUT: "output",
+}
+
+
+def balanced(text: str, width: int = _WRAP) -> list[str]:
+    """Returns a text in as few lines as the width allows, about equally long: no word stands alone in the last.
+
+    >>> balanced("not quantized: dropout is not part of the deployed model")
+    ['not quantized: dropout is not', 'part of the deployed model']
+    """
+    lines = wrap(text, width)
+    narrower = width - 1
+    while narrower > 0 and len(closer := wrap(text, narrower, break_long_words=False)) == len(lines) and max(map(len, closer)) <= width:
+        lines, narrower = closer, narrower - 1
+    return lines
 
 
 def status_row(bits: str, qs: float | None, largest: float, threshold: float | None, where: str = "") -> str:
@@ -104,20 +148,20 @@ def status_row(bits: str, qs: float | None, largest: float, threshold: float | N
     share = 1.0 if not math.isfinite(qs) else qs / largest if largest > 0 else 0.0
     bar = _bar(share, RED if above else "#6F7D8C")
     measured = _beside(number, bar)
-    return f'<TR><TD ALIGN="LEFT">{font(bits, size=11, bold=True)}</TD><TD ALIGN="RIGHT" CELLPADDING="0">{measured}</TD></TR>'
+    return _cells(font(bits, size=11, bold=True), measured, padding=0)
 
 
 def share_row(quantized: int, total: int) -> str:
     """Returns the row of a folded module: a bar, green for the quantized share of its layers and yellow for the rest, and the counts."""
     bar = _bar(quantized / total if total else 0.0, GREEN.border, "#F2C230")
     text = font(f"{quantized} of {total} quantized", size=10)
-    return f'<TR><TD ALIGN="LEFT">{text}</TD><TD ALIGN="RIGHT" CELLPADDING="0">{_beside("", bar)}</TD></TR>'
+    return _cells(text, _beside("", bar), padding=0)
 
 
 def percent_row(share: float) -> str:
     """Returns the row of a module: a bar, green for the share of it that runs in INT8 and yellow for the rest, and the share."""
     bar = _bar(share, GREEN.border, "#F2C230", _BAR // 2)
-    return f'<TR><TD ALIGN="LEFT">{font(per_cent(share), size=11)}</TD><TD ALIGN="RIGHT" CELLPADDING="0">{bar}</TD></TR>'
+    return _cells(font(per_cent(share), size=11), bar, padding=0)
 
 
 def swatch(paint: Paint) -> str:
@@ -162,12 +206,20 @@ def _beside(text: str, bar: str) -> str:
     return f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2" ALIGN="RIGHT"><TR>{cells}</TR></TABLE>'
 
 
-def _row(content: str, padding: int = 3) -> str:
-    return f'<TR><TD COLSPAN="2" ALIGN="LEFT" CELLPADDING="{padding}">{content}</TD></TR>'
+# Graphviz pads a cell on all sides alike: columns of their own keep texts and bars off the border at the left and at the right.
+_SIDE = '<TD WIDTH="4" CELLPADDING="0"></TD>'
+
+
+def _row(content: str) -> str:
+    return f'<TR>{_SIDE}<TD COLSPAN="2" ALIGN="LEFT">{content}</TD>{_SIDE}</TR>'
+
+
+def _cells(left: str, right: str, padding: int = 3) -> str:
+    return f'<TR>{_SIDE}<TD ALIGN="LEFT">{left}</TD><TD ALIGN="RIGHT" CELLPADDING="{padding}">{right}</TD>{_SIDE}</TR>'
 
 
 def _rule(paint: Paint) -> str:
-    return f'<TR><TD COLSPAN="2" CELLPADDING="0" HEIGHT="1" FIXEDSIZE="FALSE" BGCOLOR="{paint.rule}"></TD></TR>'
+    return f'<TR><TD COLSPAN="4" CELLPADDING="0" HEIGHT="1" FIXEDSIZE="FALSE" BGCOLOR="{paint.rule}"></TD></TR>'
 
 
 def _shapes(shapes: Sequence[Shape]) -> str:

@@ -115,7 +115,7 @@ def _legend(plan: QuantizationPlan, qs: Mapping[str, float], worst: str | None, 
         f'<TD>{html.swatch(paint)}</TD><TD ALIGN="LEFT">{html.font(text, size=11)}</TD><TD WIDTH="6"></TD>' for paint, text in entries
     )
     share = plan.share_of_multiplications
-    lines = [] if math.isnan(share) else [f"{per_cent(share)} of the multiplications in INT8"]
+    lines = [] if math.isnan(share) else [f"{per_cent(share)} of the multiplications in INT8; W8: bits of the weights"]
     if worst is not None:
         lines.append(f"largest Quantization Sensitivity (QS): {figure(qs[worst], 3)} in {worst}, whose box has a thick border")
     rows = f'<TR><TD ALIGN="LEFT">{html.font(title, size=16, bold=True)}</TD></TR>' if title else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from lightning_cco.graph.layer_graph import LayerGraph
@@ -110,12 +111,13 @@ def folded(graph: LayerGraph, names: Sequence[str], quoted: bool = False) -> str
     for name in names:
         layer = graph[name]
         groups.setdefault((_NUMBER.sub("#", layer.path), layer.kind), []).append(name)
-    shown = [_one(graph, members) for members in groups.values()]
+    kinds = Counter(path for path, _ in groups)
+    shown = [_one(graph, members, alone=kinds[path] == 1) for (path, _), members in groups.items()]
     return ", ".join(_few(shown, _FEW, "groups"))
 
 
-def _one(graph: LayerGraph, names: Sequence[str]) -> str:
-    """One group of layers whose modules differ in numbers alone."""
+def _one(graph: LayerGraph, names: Sequence[str], alone: bool) -> str:
+    """One group of layers whose modules differ in numbers alone; with their kind where layers of others stand in the same modules."""
     if len(names) == 1:
         return names[0]
     paths = [graph[name].path for name in names]
@@ -123,7 +125,7 @@ def _one(graph: LayerGraph, names: Sequence[str]) -> str:
     ranges = iter([_range({row[place] for row in numbers}) for place in range(len(numbers[0]))])
     place = _NUMBER.sub(lambda _: next(ranges), paths[0])
     kind = graph[names[0]].kind
-    where = place if len(set(paths)) == len(paths) and place else f"{kind} in {place}" if place else kind
+    where = place if alone and len(set(paths)) == len(paths) and place else f"{kind} in {place}" if place else kind
     return f"{where} × {len(names)}"
 
 

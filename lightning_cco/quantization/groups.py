@@ -42,7 +42,7 @@ class Groups:
 
     def _engine_decides(self, name: str) -> bool:
         skip = self._skips.get(name)
-        return skip is None or skip.reason is SkipReason.RULE
+        return skip is None or skip.reason is SkipReason.ENGINE
 
     def ends_at(self, clamp: str, int8: set[str]) -> bool:
         """Whether a clamp is all that reads an INT8 layer's result, if need be after a batch norm."""
@@ -68,7 +68,7 @@ class Groups:
             if norm is not None and self.folds(end, norm):
                 if weight_only:
                     int8.discard(norm)
-                    self._skips[norm] = Skip(SkipReason.RULE, f"it folds into '{end}', which {self._target.name} computes in float")
+                    self._skips[norm] = Skip(SkipReason.ENGINE, f"it folds into '{end}', which {self._target.name} computes in float")
                 else:
                     int8.add(norm)
                 fused[end] = norm

@@ -42,7 +42,7 @@ def plan_quantization(graph: LayerGraph, settings: Settings | None = None, sugge
         >>> sorted(plan.quantized)
         ['conv', 'conv_1', 'flatten', 'input_0', 'relu']
         >>> plan.skipped["linear"]
-        'tail: between an output and the last weighted layer before it'
+        'tail: the last layer with weights before an output, or after it'
     """
     settings = load_settings(settings)
     target = TARGETS[settings.deployment_settings.target_framework]
@@ -126,7 +126,7 @@ class _Planner:
             needed = self.exact.reads_for_output(key)
             if not by_setting and not needed:
                 continue
-            reason = SkipReason.SETTING if by_setting else SkipReason.RULE
+            reason = SkipReason.SETTING if by_setting else SkipReason.ENGINE
             reason = SkipReason.WEIGHT_ONLY if self.target.stores_weights(self.graph[name]) else reason
             why = "is in float (residual_stream: float)" if by_setting else f"is needed as it is, since it {needed}"
             self.skips[name] = Skip(reason, f"its result {why}: {self.target.name} computes it in float")
@@ -181,13 +181,13 @@ class _Planner:
         for layer in self.graph:
             name = layer.name
             if name in self.exact.layers and not self.connections.passes(name):
-                self.skips.setdefault(name, Skip(SkipReason.RULE, f"what it computes {self.exact.why[name]}"))
+                self.skips.setdefault(name, Skip(SkipReason.ENGINE, f"what it computes {self.exact.why[name]}"))
             if (name in self.skips and not self._scales(name)) or self.connections.passes(name) or layer.kind == "input":
                 continue
             if layer.weighted or self._reads_quantizable(layer):
                 found.add(name)
             else:
-                self.skips[name] = Skip(SkipReason.RULE, "reads a tensor that can't be quantized")
+                self.skips[name] = Skip(SkipReason.ENGINE, "reads a tensor that can't be quantized")
         self._drop_followers(found)
         return found
 
@@ -203,7 +203,7 @@ class _Planner:
         if (
             layer.kind != "batch_norm"
             or not self.target.norms
-            or self.skips[name].reason is not SkipReason.RULE
+            or self.skips[name].reason is not SkipReason.ENGINE
             or not has_statistics(layer)
         ):
             return False
@@ -228,7 +228,7 @@ class _Planner:
             int8.discard(name)
             detail = "a float layer is before it" if only_behind else "float layers are before and behind it"
             detail = "its result is in float (residual_stream: float)" if in_float else detail
-            self.skips.setdefault(name, Skip(SkipReason.RULE, detail))
+            self.skips.setdefault(name, Skip(SkipReason.ENGINE, detail))
             neighbours = {
                 *self.connections.consumers(name),
                 *(self.connections.origin[read].layer for read in self.connections.reads[name]),
@@ -294,9 +294,9 @@ class _Planner:
                 return LayerDecision(False, skip.reason, skip.detail, None, own, read_num_bits=read)
             return LayerDecision(False, skip.reason, skip.detail, weights, own, self.weight_groups.get(name), read)
         if layer.kind == "input" and TensorKey(name) not in made:
-            return LayerDecision(False, SkipReason.RULE, "no INT8 layer reads it")
+            return LayerDecision(False, SkipReason.ENGINE, "no INT8 layer reads it")
         if self.connections.passes(name) and name not in rounded:
-            return LayerDecision(False, SkipReason.RULE, "the tensor it passes on is in float on both sides")
+            return LayerDecision(False, SkipReason.ENGINE, "the tensor it passes on is in float on both sides")
         return LayerDecision(True, None, "", weights, own, read_num_bits=read)
 
     def _boundaries(self, decisions: dict[str, LayerDecision]) -> list[Boundary]:

@@ -10,15 +10,15 @@ class SkipReason(str, Enum):
     """The kind of reason. Each equals its word."""
 
     TAIL = "tail"
-    """It stands between an output and the last weighted layer before it."""
+    """It is the last layer with weights before an output, or comes after it."""
     SETTING = "setting"
     """A rule of the recipe says so."""
     SUGGESTION = "suggestion"
     """Its Quantization Sensitivity was above the threshold."""
     BUDGET = "budget"
     """In float it costs less of the accuracy than it takes of the budget."""
-    RULE = "rule"
-    """Its engine, or what it reads, leaves it in float."""
+    ENGINE = "engine"
+    """Its engine, or what stands around it, leaves it in float."""
     WEIGHT_ONLY = "weight-only"
     """It is computed in float from integer weights."""
     INTEGER = "integer"
@@ -36,12 +36,19 @@ class SkipReason(str, Enum):
 class Skip:
     """A reason, and the same in a sentence.
 
-    >>> print(Skip(SkipReason.RULE, "no INT8 layer reads it"))
-    rule: no INT8 layer reads it
+    >>> print(Skip(SkipReason.ENGINE, "no INT8 layer reads it"))
+    no INT8 layer reads it
+    >>> print(Skip(SkipReason.SETTING, "layer_settings[0], match 'conv'"))
+    setting: layer_settings[0], match 'conv'
     """
 
     reason: SkipReason
     detail: str = ""
 
     def __str__(self) -> str:
+        if self.detail and self.reason in _SAID_IN_FULL:
+            return self.detail
         return f"{self.reason}: {self.detail}" if self.detail else str(self.reason)
+
+
+_SAID_IN_FULL = (SkipReason.ENGINE, SkipReason.INTEGER, SkipReason.UNSUPPORTED)  # their sentences need no word before them

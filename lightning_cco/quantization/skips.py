@@ -42,7 +42,7 @@ def _has_a_note(layer: Layer) -> Skip | None:
 
 
 def _is_frozen(layer: Layer) -> Skip | None:
-    return Skip(SkipReason.RULE, f"'{layer.frozen}' is frozen and only asked in training, without gradients") if layer.frozen else None
+    return Skip(SkipReason.ENGINE, f"'{layer.frozen}' is frozen and only asked in training, without gradients") if layer.frozen else None
 
 
 def _is_between_modules(layer: Layer) -> Skip | None:
@@ -52,11 +52,11 @@ def _is_between_modules(layer: Layer) -> Skip | None:
 
 def _is_beside(layer: Layer) -> Skip | None:
     what = "no output depends on it, nor a layer with weights: it serves a loss, a statistic, or what is logged or kept"
-    return Skip(SkipReason.RULE, what) if layer.beside and not layer.weighted else None
+    return Skip(SkipReason.ENGINE, what) if layer.beside and not layer.weighted else None
 
 
 def _is_dropout(layer: Layer) -> Skip | None:
-    return Skip(SkipReason.RULE, "dropout is not part of the deployed model") if _category(layer) is Category.IDENTITY else None
+    return Skip(SkipReason.ENGINE, "dropout is not part of the deployed model") if _category(layer) is Category.IDENTITY else None
 
 
 _WHATEVER_THE_ENGINE = (_marks_an_output, _has_integers, _has_a_note, _is_frozen, _is_between_modules, _is_beside, _is_dropout)
@@ -67,12 +67,12 @@ def _in_float(layer: Layer, target: Target) -> Skip:
     if target.stores_weights(layer):
         return Skip(SkipReason.WEIGHT_ONLY, f"{target.name} computes it in float, from weights that are stored as integers")
     if layer.kind in _UNSEEN:
-        return Skip(SkipReason.RULE, _UNSEEN[layer.kind])
+        return Skip(SkipReason.ENGINE, _UNSEEN[layer.kind])
     if layer.kind == "batch_norm":
-        return Skip(SkipReason.RULE, "batch norm runs in INT8 only where it folds into the quantized layer before it")
+        return Skip(SkipReason.ENGINE, "batch norm runs in INT8 only where it folds into the quantized layer before it")
     if is_known_kind(layer.kind):
         form = " of this form" if layer.kind in target.int8_kinds else ""
-        return Skip(SkipReason.RULE, f"{layer.kind}{form} is computed in float by {target.name}")
+        return Skip(SkipReason.ENGINE, f"{layer.kind}{form} is computed in float by {target.name}")
     return Skip(SkipReason.UNSUPPORTED, f"{layer.kind} has no INT8 form here")
 
 
@@ -148,7 +148,7 @@ def _runs_if_asked(layer: Layer, intrinsic: Skip | None, target: Target) -> bool
     """Whether a layer runs in INT8 if a rule asks for it by name, and may not otherwise."""
     if intrinsic is None:
         return layer.kind in target.elementwise_kinds or _category(layer) is Category.CLAMP
-    return intrinsic.reason in (SkipReason.RULE, SkipReason.WEIGHT_ONLY)
+    return intrinsic.reason in (SkipReason.ENGINE, SkipReason.WEIGHT_ONLY)
 
 
 def _weights_alone(layer: Layer, entry: ResolvedRules, intrinsic: Skip | None, target: Target) -> Skip | None:
@@ -178,8 +178,8 @@ def _alone_by_settings(layer: Layer, entry: ResolvedRules, overall: bool, group:
     if _category(layer) is Category.PRESERVE or layer.kind == "input" or entry.skip is False:
         return None
     if layer.weighted:
-        return Skip(SkipReason.RULE, f"weight_only: true for all layers, and {target.name} multiplies no floats with integer weights")
-    return Skip(SkipReason.RULE, "weight_only: true for all layers, and it has no weights")
+        return Skip(SkipReason.ENGINE, f"weight_only: true for all layers, and {target.name} multiplies no floats with integer weights")
+    return Skip(SkipReason.ENGINE, "weight_only: true for all layers, and it has no weights")
 
 
 def _chosen(layer: Layer, entry: ResolvedRules, intrinsic: Skip | None, suggested: bool, in_tail: bool) -> Skip | None:
@@ -199,7 +199,7 @@ def _chosen(layer: Layer, entry: ResolvedRules, intrinsic: Skip | None, suggeste
         return None
     if suggested:
         return Skip(SkipReason.SUGGESTION, "its Quantization Sensitivity was above the threshold")
-    return Skip(SkipReason.TAIL, "between an output and the last weighted layer before it") if in_tail else None
+    return Skip(SkipReason.TAIL, "the last layer with weights before an output, or after it") if in_tail else None
 
 
 def _instead(graph: LayerGraph, layer: Layer) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pygraphviz
 import pytest
-from drawn_graphs import Builder, flat, irregular, labels, plan_of, transformer
+from drawn_graphs import Builder, flat, irregular, labels, plan_of, transformer, words
 
 from lightning_cco.drawing import node_label
 from lightning_cco.drawing.draw import draw_graph
@@ -118,10 +118,17 @@ def test_a_module_called_between_others_does_not_become_one_node() -> None:
 def test_a_folded_module_counts_its_decisions() -> None:
     graph = irregular(100, 12)
     block = [layer.name for layer in graph if ".block7." in layer.path]
-    plan = plan_of(graph, {block[0]: "rule", block[1]: "rule", block[2]: "setting"})
+    plan = plan_of(graph, {block[0]: "engine", block[1]: "engine", block[2]: "setting"})
     drawn = labels(draw_graph(graph, plan, {block[5]: 20_000.0}, fold=True, max_nodes=150))
-    label = drawn[block[0]]
-    for text in ("net.stage0.block7", "12 layers", "9 of 12 quantized", "2 rule, 1 setting", f"QS 20,000 in {block[5]}", node_label.RED):
+    label = drawn[block[0]] + words(drawn[block[0]])
+    for text in (
+        "net.stage0.block7",
+        "12 layers",
+        "9 of 12 quantized",
+        "not quantized: 2 not by this engine, 1 as your recipe says",
+        f"QS 20,000 in {block[5]}",
+        node_label.RED,
+    ):
         assert text in label
 
 
