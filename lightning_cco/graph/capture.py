@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.call import ArgPath, Weight
 from lightning_cco.graph.call_node import CallNode
+from lightning_cco.graph.carried import NOTHING, Carried, KeptConstant, carried_now, unchanged
 from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.containers import LOOKED_INTO
 from lightning_cco.graph.failing import failing_module
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.graph.made_weights import warn_of_weights_kept, warn_of_weights_made
 from lightning_cco.graph.matching import match_training, merge_repeats, overwritten_calls
 from lightning_cco.graph.modes import as_now, switch_training, uncollected
 from lightning_cco.graph.ops import Op
 from lightning_cco.graph.put_back import Kept
 from lightning_cco.graph.reached import is_within, only_asked, out_of_sight, used_unseen
 from lightning_cco.graph.trace import Tracer
-from lightning_cco.names import list_names
 
 
 @dataclass(frozen=True)
@@ -145,20 +146,23 @@ _WITHOUT_GRADIENTS = ("does not require grad", "appears to not have been used in
 
 def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> Capture:
     with Kept(model, parameters=True) as kept:
-        modules = dict(model.named_modules())
+        parts = _parts(model)
         evaluation = _trace_evaluation(model, forward, gradients)
-        carried, appeared = kept.changed(), kept.appeared()
-        late = [path for path, module in model.named_modules() if modules.get(path) is not module]
-        if carried or appeared or late:  # the first forward is not what all others are
-            evaluation = _trace_evaluation(model, forward, gradients, carried, evaluation)
+        constants: list[KeptConstant] = []
+        changed, appeared = kept.changed(), kept.appeared()
+        late = [path for path, part in _parts(model).items() if parts.get(path) is not part]
+        if changed or appeared or late:  # the first forward is not what all others are
+            evaluation, constants = _trace_later(model, forward, gradients, kept, evaluation)
             # A run without us makes what is made once, too.
             kept.stay = frozenset(place for place, value in kept.appeared().items() if appeared.get(place) is value)
+            kept.constants = [constant.tensor for constant in constants]
         with as_now(model, gradients):
             switch_training(model, False)
             hidden = used_unseen(model, evaluation, forward)
         _check(model, evaluation, hidden)
-        _warn_of_weights_made(model, evaluation, late)
-        training = _trace_training(model, forward, evaluation.frames.root, carried)
+        warn_of_weights_made(model, evaluation, late)
+        training = _trace_training(model, forward, evaluation.frames.root, carried_now(constants, kept.changed()))
+        warn_of_weights_kept(model, training or evaluation)
     teachers = only_asked(model, evaluation, training)
     captured = _assemble(evaluation.frames.root, evaluation, training, teachers)
     captured.called = tuple(path for path in evaluation.called if not is_within(path, teachers))
@@ -169,7 +173,7 @@ def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> C
 
 
 def _trace_evaluation(
-    model: nn.Module, forward: Callable[[], Any], gradients: bool, carried: Collection[Tensor] = (), before: Tracer | None = None
+    model: nn.Module, forward: Callable[[], Any], gradients: bool, carried: Carried = NOTHING, before: Tracer | None = None
 ) -> Tracer:
     """What a forward in evaluation mode calls.
 
@@ -199,24 +203,26 @@ def _trace_evaluation(
     return tracer
 
 
-def _warn_of_weights_made(model: nn.Module, evaluation: Tracer, late: Sequence[str]) -> None:
-    """Say which modules the forward itself makes."""
-    outermost = [path for path in late if not is_within(path, [other for other in late if other != path])]
-    if outermost and any(True for path in outermost for _ in model.get_submodule(path).parameters()):
-        warnings.warn(
-            f"{type(model).__name__}: its forward makes modules with parameters: {list_names(outermost)}. They were made now, by the capture, and are "
-            "quantized; but an optimizer made before does not train them. Make them in __init__ or configure_model, or run one forward there.",
-            CCOWarning,
-            stacklevel=5,
-        )
-    drawn = [path or "the model itself" for path in evaluation.drawn]
-    if drawn:
-        warnings.warn(
-            f"{type(model).__name__}: the forward of {list_names(drawn)} makes modules or parameters, and draws their values at random in each call. "
-            "They stay in float, are not trained, and an export would hold one draw. Make them in __init__, where parameters of the model belong.",
-            CCOWarning,
-            stacklevel=5,
-        )
+def _trace_later(
+    model: nn.Module, forward: Callable[[], Any], gradients: bool, kept: Kept, first: Tracer
+) -> tuple[Tracer, list[KeptConstant]]:
+    """What a forward behind the first one calls, and the constants that the first one has made for it.
+
+    What the first one has made of parameters and constants alone is a constant, unless the next forward changes it.
+    """
+    made = [(tensor, first.made_of(tensor)) for tensor in kept.changed()]
+    constants = [KeptConstant(tensor, names) for tensor, names in made if names is not None]
+    before = [constant.tensor.detach().clone() for constant in constants]
+    evaluation = _trace_evaluation(model, forward, gradients, carried_now(constants, kept.changed()), first)
+    steady = unchanged(constants, before, kept.changed())
+    if len(steady) < len(constants):
+        evaluation = _trace_evaluation(model, forward, gradients, carried_now(steady, kept.changed()), first)
+    return evaluation, steady
+
+
+def _parts(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
+    """The modules and the parameters of a model, by path."""
+    return {**dict(model.named_modules()), **dict(model.named_parameters())}
 
 
 def _check(model: nn.Module, evaluation: Tracer, hidden: Sequence[str]) -> None:
@@ -243,7 +249,7 @@ def _check(model: nn.Module, evaluation: Tracer, hidden: Sequence[str]) -> None:
         )
 
 
-def _trace_training(model: nn.Module, forward: Callable[[], Any], root: CallNode, carried: Collection[Tensor]) -> Tracer | None:
+def _trace_training(model: nn.Module, forward: Callable[[], Any], root: CallNode, carried: Carried) -> Tracer | None:
     training = Tracer(model, root, carried)
     with as_now(model, gradients=True):  # as in training: what the user's code runs without gradients shows
         switch_training(model, True)

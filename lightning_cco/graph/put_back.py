@@ -10,7 +10,7 @@ import random
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from lightning_cco.compat.modules import CONTENTS, OF_MODULES, buffers_of, cells
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.given_back import Drawing, is_iterator
+from lightning_cco.graph.undo import is_same, restore, undo_array, undo_contents, undo_generator
 
 _NOT_ENTERED = frozenset({"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_cco", "torchvision", "torchaudio"}) | (
     sys.stdlib_module_names - {"collections"}
@@ -67,11 +68,13 @@ class Kept:
 
     Attributes:
         stay: Attributes that stay as they are when the block ends; see `appeared`.
+        constants: Tensors that stay where a forward has put them in place of nothing.
     """
 
     def __init__(self, model: nn.Module, parameters: bool = False, others: Iterable[Any] = ()) -> None:
         self.model = model
         self.stay: frozenset[tuple[int, str]] = frozenset()
+        self.constants: Sequence[Tensor] = ()
         self._parameters = False
         self._undo: list[Callable[[], None]] = []
         self._tensors: list[tuple[Tensor, Tensor]] = []
@@ -113,18 +116,20 @@ class Kept:
         with torch.DisableTorchFunction(), torch.no_grad():
             for part in self._attributes:
                 for name in part.new:
-                    if (id(part.now), name) not in but:
+                    if (id(part.now), name) not in but and not self._is_constant(part.now[name]):
                         del part.now[name]
                 parts = {name for kind in CONTENTS for name in part.now.get(kind, ())} if part.of_module else set()
                 for name, value in part.before.items():
                     if name in parts:
                         continue  # a module or a parameter that the forward has made stays: it is hooked
-                    if part.now.get(name, _MISSING) is not value and (id(part.now), name) not in but:
+                    if part.now.get(name, _MISSING) is value or (id(part.now), name) in but:
+                        continue
+                    if value is not None or not self._is_constant(part.now.get(name)):
                         part.now[name] = value
             for undo in self._undo:
                 undo()
             for tensor, value in self._tensors:
-                _restore(tensor, value)
+                restore(tensor, value)
         written = [tuple(tensor.shape) for tensor, version in self._large if tensor._version != version]
         if written:
             warnings.warn(
@@ -147,7 +152,7 @@ class Kept:
     def changed(self) -> list[Tensor]:
         """The tensors that are now where something else was, and those whose values have changed: what the next forward may go on from."""
         with torch.DisableTorchFunction(), torch.no_grad():
-            found = [tensor for tensor, value in self._tensors if not _is_same(tensor, value)]
+            found = [tensor for tensor, value in self._tensors if not is_same(tensor, value)]
             for part in self._attributes:
                 names = [*part.new, *(name for name, value in part.before.items() if part.now.get(name) is not value)]
                 found += [tensor for name in names for _, tensor in tensors_in(part.now.get(name))]
@@ -155,6 +160,11 @@ class Kept:
                 before = set(map(id, items))
                 found += [tensor for _, tensor in tensors_in(container) if id(tensor) not in before]
         return [tensor for tensor in found if not isinstance(tensor, nn.Parameter)]
+
+    def _is_constant(self, value: Any) -> bool:
+        """Whether it consists of tensors that stay."""
+        tensors = tensors_in(value) if self.constants else []
+        return bool(tensors) and all(any(tensor is one for one in self.constants) for _, tensor in tensors)
 
     def _enter(self, value: Any) -> None:
         if isinstance(value, (str, bytes, int, float, complex, type(None))) or id(value) in self._seen or len(self._seen) > _MOST_OBJECTS:
@@ -169,9 +179,9 @@ class Kept:
                 self._large.append((value, value._version))
         elif isinstance(value, np.ndarray):
             if value.flags.writeable and value.nbytes <= _LARGE and not isinstance(value, np.memmap):
-                self._undo.append(_array(value))
+                self._undo.append(undo_array(value))
         elif isinstance(value, (random.Random, np.random.RandomState, np.random.Generator, torch.Generator)):
-            self._undo.append(_generator(value))
+            self._undo.append(undo_generator(value))
         elif isinstance(value, (FunctionType, MethodType, partial)):
             self._enter_function(value)
         elif isinstance(value, (list, deque, set, dict, tuple)):
@@ -203,7 +213,7 @@ class Kept:
 
     def _enter_container(self, value: Any) -> None:
         if not isinstance(value, tuple):
-            self._undo.append(_contents(value))
+            self._undo.append(undo_contents(value, self._is_constant))
             self._containers.append((value, list(value.values() if isinstance(value, dict) else value)))
         if len(value) <= _MOST_ITEMS:
             for item in list(value.values()) if isinstance(value, dict) else list(value):
@@ -250,53 +260,3 @@ def _is_of_user(value: Any) -> bool:
     if isinstance(value, (type, Dataset, Sampler, DataLoader)) or not isinstance(getattr(value, "__dict__", None), dict):
         return False
     return not _of_a_library(type(value))
-
-
-def _contents(container: Any) -> Callable[[], None]:
-    if isinstance(container, dict):
-        pairs = dict(dict.items(container))
-
-        def undo_dict() -> None:
-            if list(map(id, container)) != list(map(id, pairs)) or any(container[key] is not value for key, value in pairs.items()):
-                dict.clear(container)
-                dict.update(container, pairs)
-
-        return undo_dict
-    items = list(container)
-
-    def undo() -> None:
-        if len(items) == len(container) and all(a is b for a, b in zip(items, container, strict=True)):
-            return
-        container.clear()
-        (container.update if isinstance(container, set) else container.extend)(items)
-
-    return undo
-
-
-def _array(array: Any) -> Callable[[], None]:
-    before = array.copy()
-
-    def undo() -> None:
-        array[...] = before
-
-    return undo
-
-
-def _generator(generator: Any) -> Callable[[], None]:
-    if isinstance(generator, np.random.Generator):
-        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
-    if isinstance(generator, random.Random):
-        return partial(generator.setstate, generator.getstate())
-    return partial(generator.set_state, generator.get_state())
-
-
-def _is_same(tensor: Tensor, value: Tensor) -> bool:
-    return tensor.shape == value.shape and tensor.dtype == value.dtype and torch.equal(tensor, value.to(tensor.device))
-
-
-def _restore(tensor: Tensor, value: Tensor) -> None:
-    if tensor.shape != value.shape or tensor.dtype != value.dtype:
-        tensor.data = value.to(tensor.device)
-    elif not _is_same(tensor, value):
-        with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # the first turns gradients on again
-            tensor.copy_(value)

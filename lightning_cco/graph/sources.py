@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from lightning_cco.compat.modules import CONTENTS
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.call import Call, Read
 from lightning_cco.graph.call_node import CallNode, ModuleCall
+from lightning_cco.graph.carried import Carried, KeptConstant
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.custom_functions import CustomCall
 from lightning_cco.graph.layer import Layer
@@ -28,13 +29,14 @@ class Sources:
         root: The tree of calls.
         calls: What was seen so far.
         between: The frame of what the step calls outside of any module.
-        carried: Tensors in the model that forwards write to, for the next one to go on from: values, though the model holds them.
+        carried: What earlier forwards have left in the model.
 
     Attributes:
         origins: What is known of each tensor.
+        kept_read: Those of `Carried.constants` that were read as they were.
     """
 
-    def __init__(self, model: nn.Module, root: CallNode, calls: list[Call], between: ModuleCall, carried: Collection[Tensor] = ()) -> None:
+    def __init__(self, model: nn.Module, root: CallNode, calls: list[Call], between: ModuleCall, carried: Carried) -> None:
         self.model, self.calls = model, calls
         self.origins = Origins()
         self._root, self._between = root, between
@@ -47,7 +49,11 @@ class Sources:
                 f"{type(model).__name__}: the parameters {lazy} of lazy modules have no shape yet. Run a forward on one batch before, at the end of "
                 "__init__ or in configure_model (their optimizer needs them, too)."
             )
-        values = set(map(id, carried))
+        values = set(map(id, carried.values))
+        self.kept_read: list[KeptConstant] = []
+        self._constants = {id(kept.tensor): kept for kept in carried.constants}
+        for kept in carried.constants:
+            self.origins.remember(kept.tensor, kept.parameters)
         for name, tensor in [*self._parameters.items(), *model.named_buffers(remove_duplicate=False)]:
             if self.origins.of(tensor) is None and id(tensor) not in values:
                 self.origins.remember(tensor, (name,) if isinstance(tensor, nn.Parameter) else ())
@@ -75,6 +81,9 @@ class Sources:
         origin = self.origins.of(tensor)
         if origin is None:
             origin = self._find_unknown(tensor, frame)
+        kept = self._constants.get(id(tensor))
+        if kept is not None and origin is kept.parameters and kept not in self.kept_read:
+            self.kept_read.append(kept)
         writes = self.origins.writes_since(tensor)
         if not writes and not isinstance(origin, CustomCall):
             return origin

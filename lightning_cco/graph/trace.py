@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -16,6 +16,7 @@ from lightning_cco.compat.autograd import applied
 from lightning_cco.graph.beside import ValueReaders, beside, looked_at, with_reader
 from lightning_cco.graph.call import Call, Read
 from lightning_cco.graph.call_node import CallNode, ModuleCall
+from lightning_cco.graph.carried import NOTHING, Carried, KeptConstant, drawn_apart
 from lightning_cco.graph.compiled import HiddenMode
 from lightning_cco.graph.containers import tensors_held, tensors_in
 from lightning_cco.graph.custom_functions import CustomCall, running_function
@@ -43,7 +44,7 @@ class Tracer:
         called: Paths of the modules that are called from outside of any other for the network.
     """
 
-    def __init__(self, model: nn.Module, root: CallNode, carried: Collection[Tensor] = ()) -> None:
+    def __init__(self, model: nn.Module, root: CallNode, carried: Carried = NOTHING) -> None:
         self.model = model
         self.calls: list[Call] = []
         self.ran: set[str] = set()
@@ -57,6 +58,7 @@ class Tracer:
         self.frames.entered, self.frames.left = self._entered, self._left
         self._modules = dict(model.named_modules())
         self._values_left = False
+        self._drawn_apart: dict[int, tuple[str, ...]] = {}
         self._function: tuple[FrameType, CustomCall] | None = None
         self._outer: list[OuterCall] = []
         self._between = ModuleCall(CallNode(""), False)
@@ -69,6 +71,24 @@ class Tracer:
     def hooked(self) -> frozenset[str]:
         """Paths of the modules with hooks that may read what passes."""
         return self._readers.hooked
+
+    @property
+    def kept_read(self) -> list[KeptConstant]:
+        """The constants of earlier forwards that this one read as they were."""
+        return self._sources.kept_read
+
+    def made_of(self, tensor: Tensor) -> tuple[str, ...] | None:
+        """Names of the parameters that a tensor is made of in this forward; `None` if it depends on the model's inputs, or nobody knows.
+
+        Random numbers that the forward has drawn depend on none.
+        """
+        found: list[str] = []
+        for origin in self._origins.all_of(tensor):
+            names = origin if is_constant(origin) else self._drawn_apart.get(origin[0]) if isinstance(origin, tuple) else None
+            if names is None:
+                return None
+            found += names
+        return tuple(dict.fromkeys(found))
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -120,6 +140,7 @@ class Tracer:
 
     def _finish(self) -> None:
         """Keep what is the network, and add its outputs."""
+        self._drawn_apart = drawn_apart(self.calls)
         network = find_network(self._outer, self.calls)
         for number, output in self._readers.found(network):
             with_reader(self.calls[number], output)

@@ -1,0 +1,76 @@
+"""How containers, arrays, generators and tensors get back what they held."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def undo_contents(container: Any, stays: Callable[[Any], bool]) -> Callable[[], None]:
+    """What gives a container its items back.
+
+    Args:
+        container: A list, deque, set or dictionary, as it is now.
+        stays: Whether an item that came in place of nothing stays.
+    """
+    if isinstance(container, dict):
+        pairs = dict(dict.items(container))
+
+        def undo_dict() -> None:
+            wanted = {**pairs, **{key: value for key, value in dict.items(container) if pairs.get(key) is None and stays(value)}}
+            if list(map(id, container)) != list(map(id, wanted)) or any(container[key] is not value for key, value in wanted.items()):
+                dict.clear(container)
+                dict.update(container, wanted)
+
+        return undo_dict
+    items = list(container)
+
+    def undo() -> None:
+        wanted = items
+        if isinstance(container, list) and len(items) == len(container):
+            wanted = [now if value is None and stays(now) else value for value, now in zip(items, container, strict=True)]
+        if len(wanted) == len(container) and all(a is b for a, b in zip(wanted, container, strict=True)):
+            return
+        container.clear()
+        (container.update if isinstance(container, set) else container.extend)(wanted)
+
+    return undo
+
+
+def undo_array(array: Any) -> Callable[[], None]:
+    """What gives an array its values back."""
+    before = array.copy()
+
+    def undo() -> None:
+        array[...] = before
+
+    return undo
+
+
+def undo_generator(generator: Any) -> Callable[[], None]:
+    """What lets a generator of random numbers go on from where it is now."""
+    if isinstance(generator, np.random.Generator):
+        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    if isinstance(generator, random.Random):
+        return partial(generator.setstate, generator.getstate())
+    return partial(generator.set_state, generator.get_state())
+
+
+def is_same(tensor: Tensor, value: Tensor) -> bool:
+    """Whether a tensor has the shape, type and values of another, wherever that one is."""
+    return tensor.shape == value.shape and tensor.dtype == value.dtype and torch.equal(tensor, value.to(tensor.device))
+
+
+def restore(tensor: Tensor, value: Tensor) -> None:
+    """Give a tensor the shape and values of another, unless it has them."""
+    if tensor.shape != value.shape or tensor.dtype != value.dtype:
+        tensor.data = value.to(tensor.device)
+    elif not is_same(tensor, value):
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # the first turns gradients on again
+            tensor.copy_(value)
