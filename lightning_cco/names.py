@@ -39,6 +39,21 @@ def printable(text: object, limit: int | None = None) -> str:
     return said
 
 
+def last_parts(path: str, most: int) -> str:
+    """The last parts of a module's path, which tell modules apart, as many as there is room for.
+
+    >>> last_parts("encoder.layers.[0-11].attention", 20), last_parts("stem", 20)
+    ('…[0-11].attention', 'stem')
+    """
+    if len(path) <= most or "…" in path:
+        return path
+    parts = path.split(".")
+    kept = parts.pop()
+    while parts and len(parts[-1]) + len(kept) + 2 <= most:
+        kept = f"{parts.pop()}.{kept}"
+    return f"…{kept}" if parts else kept
+
+
 def markdown_cell(text: object) -> str:
     r"""A cell of a Markdown table.
 

@@ -254,6 +254,14 @@ def test_heat_map_colours_follow_the_values() -> None:
     assert red in colours(None, broken=float("nan"))
 
 
+def test_heat_map_shows_the_modules() -> None:
+    history = [(0, {"conv": 1.0, "linear": 2.0})]
+    without, short = heat_map(history), heat_map(history, paths={"conv": "stem.0", "linear": "head"})
+    deep = ".".join(f"stage{n}" for n in range(100))
+    assert without.width <= short.width < heat_map(history, paths={"conv": deep, "linear": "head"}).width < 1000
+    assert (np.asarray(short)[-40:, :40] < 200).any()  # paths, at the left
+
+
 def test_heat_map_marks_what_is_suggested() -> None:
     history = [(0, {"conv": 1.0, "linear": 2.0})]
     assert (np.asarray(heat_map(history)) != np.asarray(heat_map(history, suggested={"conv"}))).any()

@@ -8,9 +8,11 @@ from math import ceil
 
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.graph.select import containers
 
 _ENDS = ("input", "output")
+_COMPARED = 300  # boxes among which the smallest neighbours are looked for
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Box:
 def modules_view(graph: LayerGraph, mark: Callable[[Layer], Hashable], most: int) -> tuple[list[Box], list[tuple[int, int]]]:
     """Group a graph's layers by module.
 
-    A layer that a module runs itself, between its submodules, goes with the box before it.
+    A layer that a module runs itself, between its submodules, goes with the box before it, and so does a module of dropouts alone.
 
     Args:
         graph: The layers.
@@ -44,7 +46,7 @@ def modules_view(graph: LayerGraph, mark: Callable[[Layer], Hashable], most: int
         The boxes in execution order, and the edges between them as pairs of their numbers.
     """
     view = _View(graph, mark)
-    opened = {""}
+    opened = {""} | view.undeployed()
     boxes = view.boxes(opened)
     while (wider := view.open_largest(boxes, opened)) is not None:
         more = view.boxes(wider)
@@ -103,6 +105,14 @@ class _View:
                 repeats *= len(run)
         return ".".join(parts), repeats
 
+    def undeployed(self) -> set[str]:
+        """The shown paths of modules whose layers are none of the deployed model."""
+        deployed: dict[str, bool] = {}
+        for layer in self.graph:
+            for path in containers(self.paths[layer.name]):
+                deployed[path] = deployed.get(path, False) or operation_of_kind(layer.kind).category is not Category.IDENTITY
+        return {path for path, its in deployed.items() if not its}
+
     def box_of(self, name: str, opened: set[str]) -> str | None:
         """The outermost module around a layer that is not opened; `None` for what an opened module runs itself."""
         parts = self.paths[name].split(".") if self.paths[name] else []
@@ -157,16 +167,20 @@ def _few(ends: list[Box]) -> list[Box]:
 
 
 def _merged(boxes: list[Box], most: int) -> list[Box]:
-    """Put neighbours together until there are few enough."""
+    """Put neighbours together until there are few enough, always the two with the fewest layers: small ones at a net's start and end, not its stages."""
     ends = [box for box in boxes if box.end]
     inner = [box for box in boxes if not box.end]
-    length = ceil(len(inner) / max(1, most - len(ends)))
-    if length > 1:
-        stretches = [inner[start : start + length] for start in range(0, len(inner), length)]
-        inner = [
-            Box(f"{stretch[0].label} … {stretch[-1].label}", [name for box in stretch for name in box.members])
-            if len(stretch) > 1
-            else stretch[0]
-            for stretch in stretches
-        ]
-    return [*(box for box in ends if box.end == "input"), *inner, *(box for box in ends if box.end == "output")]
+    length = ceil(len(inner) / _COMPARED)
+    stretches = [inner[start : start + length] for start in range(0, len(inner), length)] if inner else []
+    sizes = [sum(len(box.members) for box in stretch) for stretch in stretches]
+    while len(stretches) > max(1, most - len(ends)):
+        at = min(range(len(sizes) - 1), key=lambda place: sizes[place] + sizes[place + 1])
+        stretches[at : at + 2] = [stretches[at] + stretches[at + 1]]
+        sizes[at : at + 2] = [sizes[at] + sizes[at + 1]]
+    merged = [
+        Box(f"{stretch[0].label} … {stretch[-1].label}", [name for box in stretch for name in box.members])
+        if len(stretch) > 1
+        else stretch[0]
+        for stretch in stretches
+    ]
+    return [*(box for box in ends if box.end == "input"), *merged, *(box for box in ends if box.end == "output")]

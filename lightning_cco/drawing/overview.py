@@ -13,15 +13,18 @@ from lightning_cco.drawing.draw import quoted
 from lightning_cco.drawing.modules_view import Box, modules_view
 from lightning_cco.figures import badness, figure, is_above, per_cent
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.names import last_parts, printable
 from lightning_cco.quantization.plan import QuantizationPlan
 
 WIDTH, HEIGHT = 1400, 900
 """Pixels that a picture of it has at most."""
-_BOXES = 11
+_MOST, _FEWEST = 11, 5  # boxes
+_LABEL = 22  # characters
+_WIDEST = 1250  # points from the first box to the last: what is wider is shrunk to the width of a screen, and hard to read
 
 
 def draw_overview(graph: LayerGraph, plan: QuantizationPlan, qs: Mapping[str, float] | None = None, title: str = "") -> pydot.Dot:
-    """Draw modules, at most a dozen boxes for any network.
+    """Draw modules, at most a dozen boxes for any network; fewer where long names would make the whole too wide to be read.
 
     A box is green if all of its multiplications are in INT8, yellow if none is; its bar shows the share. Modules without multiplications count layers.
 
@@ -33,7 +36,10 @@ def draw_overview(graph: LayerGraph, plan: QuantizationPlan, qs: Mapping[str, fl
     """
     measured = {name: float(value) for name, value in (qs or {}).items() if name in graph}
     worst = max(measured, key=lambda name: badness(measured[name]), default=None)
-    boxes, edges = modules_view(graph, lambda layer: plan.decisions[layer.name].quantized, _BOXES)
+    for most in range(_MOST, _FEWEST - 1, -1):
+        boxes, edges = modules_view(graph, lambda layer: plan.decisions[layer.name].quantized, most)
+        if _length(boxes, edges, worst) <= _WIDEST:
+            break
     dot = pydot.Dot("overview", graph_type="digraph")
     dot.set_graph_defaults(
         rankdir="LR",
@@ -67,9 +73,26 @@ def share_in_int8(graph: LayerGraph, plan: QuantizationPlan, names: Sequence[str
     return sum(name in plan.in_int8 for name in counted) / len(counted) if counted else math.nan
 
 
+def _length(boxes: Sequence[Box], edges: Sequence[tuple[int, int]], worst: str | None) -> float:
+    """About how many points the longest chain of boxes takes from left to right."""
+    reach = [0.0] * len(boxes)
+    before: dict[int, list[int]] = {}
+    for source, destination in edges:
+        if source < destination:
+            before.setdefault(destination, []).append(source)
+    for number, box in enumerate(boxes):
+        marked = 5.8 * len(f"worst: {worst}") if worst in box.members else 0.0
+        width = (
+            max(7.5 * len(_title(box.label)), marked, 55.0) + 22
+        )  # points of a letter at the sizes of `node_label`, and what is around it
+        reach[number] = width + max((reach[source] + 14 for source in before.get(number, ())), default=0.0)
+    return max(reach, default=0.0)
+
+
 def _box(graph: LayerGraph, plan: QuantizationPlan, box: Box, qs: Mapping[str, float], worst: str | None) -> tuple[str, str]:
+    marked = _mark(plan, qs, worst) if worst in box.members and worst is not None else []
     if box.end:
-        return html.node_label(box.label, "", "", [], html.BLUE, border=2), ", ".join(box.members)
+        return html.node_label(box.label, "", "", marked, html.BLUE, border=4 if marked else 2), ", ".join(box.members)
     share = share_in_int8(graph, plan, box.members)
     paint = html.WHITE if math.isnan(share) else html.GREEN if share == 1 else html.YELLOW if share == 0 else html.MIXED
     count = f"× {box.repeats} · " if box.repeats > 1 else ""
@@ -80,28 +103,20 @@ def _box(graph: LayerGraph, plan: QuantizationPlan, box: Box, qs: Mapping[str, f
     bits = sorted({decision.weights_num_bits for decision in decisions if decision.weights_num_bits is not None})
     if bits:
         rows.append(html.text_row("W" + "/".join(map(str, bits)), bold=True))
-    inside = worst in box.members
-    if inside and worst is not None:
-        limit = plan.settings.global_quantization_settings.quantization_sensitivity_threshold
-        color = html.RED if is_above(qs[worst], limit) else html.TEXT
-        rows += [html.text_row(text, color=color, bold=True) for text in (f"worst: {worst}", f"QS {figure(qs[worst], 3)}")]
-    label = html.node_label(_short(box.label), "", "", rows, paint, border=3 if inside else 1)
+    label = html.node_label(_title(box.label), "", "", [*rows, *marked], paint, border=3 if marked else 1)
     return label, f"{box.label}\n{', '.join(box.members)}"
 
 
-def _short(path: str, most: int = 20) -> str:
-    """The last parts of a path, which tell modules apart, as many as there is room for.
+def _mark(plan: QuantizationPlan, qs: Mapping[str, float], worst: str) -> list[str]:
+    """The rows of the box with the largest sensitivity."""
+    limit = plan.settings.global_quantization_settings.quantization_sensitivity_threshold
+    color = html.RED if is_above(qs[worst], limit) else html.TEXT
+    return [html.text_row(text, color=color, bold=True) for text in (f"worst: {worst}", f"QS {figure(qs[worst], 3)}")]
 
-    >>> _short("encoder.layers.[0-11].attention"), _short("stem")
-    ('…[0-11].attention', 'stem')
-    """
-    if len(path) <= most or "…" in path:
-        return path
-    parts = path.split(".")
-    kept = parts.pop()
-    while parts and len(parts[-1]) + len(kept) + 2 <= most:
-        kept = f"{parts.pop()}.{kept}"
-    return f"…{kept}" if parts else kept
+
+def _title(label: str) -> str:
+    """The label of a box, short; of several modules the first and the last one."""
+    return " … ".join(printable(last_parts(part, _LABEL), _LABEL) for part in label.split(" … "))
 
 
 def _legend(plan: QuantizationPlan, qs: Mapping[str, float], worst: str | None, title: str) -> str:

@@ -90,6 +90,11 @@ class LayerGraph:
         return tuple(layer.name for layer in self.layers if layer.kind == "input")
 
     @property
+    def paths(self) -> dict[str, str]:
+        """Of each layer the path of the module that runs it."""
+        return {layer.name: layer.path for layer in self.layers}
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the layers of kind ``output``."""
         return tuple(layer.name for layer in self.layers if layer.kind == "output")

@@ -52,7 +52,8 @@ class LossMonitor:
         if self.folder.on_disk:
             with self.folder.unharmed(self._csv.path):
                 self._csv.write_losses(epoch, losses, plan)
-        picture = self.folder.write_picture("loss_heat_map.png", lambda: loss_heat_map(self.past, threshold, ()))
+        paths = plan.graph.paths
+        picture = self.folder.write_picture("loss_heat_map.png", lambda: loss_heat_map(self.past, threshold, (), paths))
         with self.folder.unharmed("what goes to the loggers"):
             rows = loss_rows(losses, plan)
             light = {f"cco_loss/{printable(name)}": rise for name, rise in list(rises.items())[:FOLLOWED]}

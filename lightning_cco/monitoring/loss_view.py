@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from PIL import Image
 
@@ -76,6 +76,6 @@ def loss_table(report: LossSensitivityReport, plan: QuantizationPlan, most: int 
     return table if len(rows) <= most else f"{table}\n… and {len(rows) - most} less costly layers (all are in loss_sensitivity.csv)"
 
 
-def loss_heat_map(past: History, threshold: float | None, suggested: Iterable[str]) -> Image.Image:
+def loss_heat_map(past: History, threshold: float | None, suggested: Iterable[str], paths: Mapping[str, str]) -> Image.Image:
     """Draw the expected rise by layer and epoch."""
-    return heat_map(past.epochs, threshold, set(suggested), "Expected rise of the loss")
+    return heat_map(past.epochs, threshold, set(suggested), "Expected rise of the loss", paths)

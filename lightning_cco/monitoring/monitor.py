@@ -215,7 +215,8 @@ class Monitor:
 
     def _heat_map(self, results: EpochResults) -> Image.Image:
         threshold = results.settings.global_quantization_settings.quantization_sensitivity_threshold
-        return heat_map(self.past.epochs, threshold, {suggestion.name for suggestion in results.suggestions})
+        suggested = {suggestion.name for suggestion in results.suggestions}
+        return heat_map(self.past.epochs, threshold, suggested, paths=results.plan.graph.paths)
 
     def on_export(self, report: ExportReport) -> None:
         """Show what an export says of its file."""

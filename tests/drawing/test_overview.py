@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections import OrderedDict
 from pathlib import Path
 
 import networkx as nx
+import pygraphviz
 import pytest
 import torch
 from models import GuideCNN, ResidualCNN
@@ -13,8 +16,8 @@ from torch import Tensor, nn
 
 from lightning_cco import QuantizedModel, quantize
 from lightning_cco.drawing.modules_view import modules_view
-from lightning_cco.drawing.overview import HEIGHT, WIDTH, share_in_int8
-from lightning_cco.drawing.render import save_overview
+from lightning_cco.drawing.overview import HEIGHT, WIDTH, draw_overview, share_in_int8
+from lightning_cco.drawing.render import DPI, save_overview
 
 
 class Block(nn.Module):
@@ -81,6 +84,28 @@ def test_blocks_that_are_decided_otherwise_are_not_one() -> None:
     odd = next(layer.name for layer in model.graph if layer.path == "7.up" and layer.kind == "linear")
     labels = [box.label for box in modules_view(model.graph, lambda layer: layer.name == odd, 8)[0]]
     assert labels == ["input_0", "0", "[1-6]", "7", "[8-40]", "41", "output_0"]
+
+
+def test_stages_stay_apart_and_small_neighbours_are_put_together() -> None:
+    """As in a ResNet: stem and head are single layers, the stages hold all others."""
+    stages = {
+        f"layer{n}": nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(n)))
+        for n in range(1, 5)
+    }
+    stem = {"conv1": nn.Conv2d(3, 4, 3), "bn1": nn.BatchNorm2d(4), "relu": nn.ReLU(), "maxpool": nn.MaxPool2d(2)}
+    head = {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "drop": nn.Dropout(), "fc": nn.Linear(4, 2)}
+    model = quantize(nn.Sequential(OrderedDict(stem | stages | head)).eval(), "w8a8", (torch.randn(2, 3, 16, 16),))
+    labels = [box.label for box in modules_view(model.graph, lambda layer: None, 9)[0]]
+    assert labels == ["input_0", "conv1 … maxpool", *stages, "avgpool … flatten", "fc", "output_0"]
+
+
+def test_long_names_make_fewer_boxes_that_can_be_read(tmp_path: Path) -> None:
+    names = [f"block_with_quite_a_long_name_{n}" for n in range(12)]
+    model = quantize(nn.Sequential(OrderedDict((name, nn.Linear(4, 4)) for name in names)).eval(), "w8a8", (torch.randn(2, 4),))
+    dot = draw_overview(model.graph, model.plan, {}, "")
+    natural = float(re.findall(r'width="(\d+)pt"', pygraphviz.AGraph(string=dot.to_string()).draw(format="svg", prog="dot").decode())[0])
+    shrunk = WIDTH / DPI * 72 / natural
+    assert shrunk > 0.6
 
 
 @pytest.mark.parametrize("net", NETS)
