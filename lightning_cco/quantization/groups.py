@@ -1,4 +1,4 @@
-"""Fused groups: conv → batch norm → activation is computed as one, and quantized at its end."""
+"""Fused groups: conv → batch norm (→ addition, for some engines) → activation is computed as one, and quantized at its end."""
 
 from __future__ import annotations
 
@@ -73,12 +73,22 @@ class Groups:
                     int8.add(norm)
                 fused[end] = norm
                 end = norm
-            clamp = self._connections.only_reader(end)
-            if end in int8 and clamp in int8 and self._is_plain_clamp(clamp):
-                fused[end] = clamp
+            after = self._connections.only_reader(end)
+            if (
+                end in int8
+                and after in int8
+                and (self._is_plain_clamp(after) or (self._adds_before_rounding(layer, after) and after not in fused.values()))
+            ):
+                fused[end] = after
         for name in int8:
             self._skips.pop(name, None)
         return fused
+
+    def _adds_before_rounding(self, layer: Layer, addition: str) -> bool:
+        """Whether an addition of another activation of the same shape is computed together with a layer. Of two such layers it takes in the first."""
+        same = set(self._graph[addition].input_shapes) == set(self._graph[addition].output_shapes)
+        two = len(self._connections.sources(addition)) == 2
+        return layer.kind in self._target.adds_before_rounding and self._graph[addition].kind == "add" and same and two
 
     def _is_plain_clamp(self, name: str) -> bool:
         return self._connections.category[name] is Category.CLAMP and len(self._connections.reads[name]) == 1

@@ -36,6 +36,7 @@ class Target:
         integer_outputs: Kinds that it computes in INT8 only where their result is rounded.
         elementwise_kinds: Kinds that multiply no weights. They run in INT8 if all that they read is INT8 anyway or something that reads them is; between float
             layers (a residual stream between layer norms) the conversions would cost more than they save.
+        adds_before_rounding: Kinds to whose result it adds another tensor before it rounds: such a result is not rounded, the other tensor is.
         followed_in_float: Kinds with rounded results that an addition may read as floats all the same: it runs in INT8 only if an INT8 layer reads it. So a
             transformer's residual stream is not rounded where the engine wants the results of linear layers rounded.
         float_products: Whether it multiplies floats with weights that are stored as integers; else a layer in float has weights in float.
@@ -56,6 +57,7 @@ class Target:
     float_outputs: frozenset[str] = _WEIGHTED - {"conv", "conv_transpose"} | _MATMUL
     integer_outputs: frozenset[str] = frozenset()
     elementwise_kinds: frozenset[str] = _ELEMENTWISE | _SHAPING | _SMOOTH
+    adds_before_rounding: frozenset[str] = frozenset()
     followed_in_float: frozenset[str] = frozenset()
     float_products: bool = True
     norms: bool = False
@@ -236,8 +238,11 @@ TARGETS: Mapping[str, Target] = {
     "tensorrt": Target(
         "tensorrt",
         True,
-        _ALL - _RECURRENT,
+        # Its attention in one kernel is one of 16-bit floats. With integers for the second product the softmax would have to be rounded, inside of one call.
+        _ALL - _RECURRENT - {"scaled_dot_product_attention"},
         weight_only_kinds=_RECURRENT,
+        # Convolution, batch norm, addition and ReLU are one kernel where only the shortcut has a Q/DQ pair; one more before the addition is "suboptimal".
+        adds_before_rounding=frozenset({"conv"}),
         refuses_int4="takes 4-bit weights in blocks only",
         # It takes int4 in blocks of 64 or 128, and the file's opset of blocks goes together with no symmetric activations in ONNX Runtime (`Form.OPSET`).
         refuses_groups="was not tried with weights in groups. Leave weights_group_size out, or choose target_framework: ort or openvino",
