@@ -38,6 +38,17 @@ def problem_with_rule(rule: Mapping[str, Any]) -> str:
     return ""
 
 
+def problem_with_deployment(values: Mapping[str, Any]) -> str:
+    """What is wrong with the values of the deployment together, in words that go on from its place in the recipe; empty if nothing is."""
+    target = values.get("target_framework")
+    if values.get("fp16") and target != "tensorrt":
+        return (
+            f".fp16: floats of 16 bits are for target_framework: tensorrt, not for {target}, which chooses by itself what it computes floats in. "
+            "Leave fp16 out."
+        )
+    return ""
+
+
 def problem_with_stage(values: Mapping[str, Any]) -> str:
     """What is wrong with the values of a stage together, in words that go on from its place in the recipe; empty if nothing is."""
     whens = [key for key in ("at_step", "at_epoch") if values.get(key) is not None]

@@ -195,7 +195,7 @@ def plan_budget(
     def export_bytes() -> int:
         if not trainer.is_global_zero:
             return 0
-        return exported_bytes(quantized, held, forward, packs_weights(settings))
+        return exported_bytes(quantized, held, forward, packs_weights(settings), settings.deployment_settings.fp16)
 
     count = max(settings.monitoring_settings.sensitivity_batches, min(settings.training_settings.stats_steps, _BATCHES))
     timer = None
@@ -248,7 +248,7 @@ def lost_of(metric: str, original: Mapping[str, float], now: Mapping[str, float]
     return (original[metric] - now[metric]) * (1 if directions[metric] == "max" else -1)
 
 
-def exported_bytes(quantized: QuantizedModel, held: Sequence[Any], forward: ForwardFn, int4: bool) -> int:
+def exported_bytes(quantized: QuantizedModel, held: Sequence[Any], forward: ForwardFn, int4: bool, fp16: bool = False) -> int:
     """Bytes of the file of a model as it is planned now.
 
     Raises:
@@ -258,5 +258,5 @@ def exported_bytes(quantized: QuantizedModel, held: Sequence[Any], forward: Forw
     args, kwargs = calls[0]
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"{type(quantized.model).__name__}_int8.onnx"
-        quantized.export_onnx(path, args, kwargs, check=False, network=network, int4=int4)
+        quantized.export_onnx(path, args, kwargs, check=False, network=network, int4=int4, fp16=fp16)
         return sum(part.stat().st_size for part in path.parent.iterdir())

@@ -74,6 +74,7 @@ class Handover:
                 options.setdefault("batches", checked)
         if not is_program(path) and not is_engine_file(path):
             options.setdefault("int4", packs_weights(self.settings))
+            options.setdefault("fp16", self.settings.deployment_settings.fp16)
         written = quantized.export(path, args, kwargs, **options)
         if isinstance(written, ExportReport) and "batches" in options:
             written.batches_from = source

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lightning_cco._combinations import problem_with_budget, problem_with_rule, problem_with_stage
+from lightning_cco._combinations import problem_with_budget, problem_with_deployment, problem_with_rule, problem_with_stage
 from lightning_cco._values import SENSITIVITY_MODES, Checked, target_of
 from lightning_cco.errors import CCOError
 
@@ -248,6 +248,7 @@ class DeploymentSettings(Checked):
         export_dir: Folder that the best checkpoint is exported to when ``fit`` ends; None: no export.
         int4: Whether files store weights of at most 4 bits in 4 bits, half the size, which ONNX Runtime then computes in float; None: if `budget_settings`
             counts on it (a size, average bits, or an accuracy drop).
+        fp16: Whether files for ``tensorrt`` have floats of 16 bits for what is not in INT8, in which it then computes that.
         amx: Whether files for ``ort`` are written for processors with AMX (Intel Xeon since 2023), where large convolutions then run up to twice as
             fast, on others a third slower; None: as the processor that exports.
         vnni: Whether files for ``ort`` are written for processors that add products of 8-bit integers without overflow (ARM; x86 with VNNI: Intel since
@@ -258,9 +259,12 @@ class DeploymentSettings(Checked):
     target_framework: str = "ort"
     export_dir: str | None = None
     int4: bool | None = None
+    fp16: bool = False
     amx: bool | None = None
     vnni: bool | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.target_framework, str):
             self.target_framework = target_of(self.target_framework)
+        if problem := problem_with_deployment(vars(self)):
+            raise CCOError(f"deployment_settings{problem}")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from torch import Tensor
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.engine import engine_session, inspected_session, rounded_tensors
 from lightning_cco.export.engines import Form
 from lightning_cco.export.failures import does_not_run
+from lightning_cco.export.feeds import Call, feeds_of, fits
 from lightning_cco.export.islands import read_optimized
 from lightning_cco.export.limits import judge
 from lightning_cco.export.local_check import LocalRun
@@ -23,21 +21,10 @@ from lightning_cco.export.sizes import SizesDoNotVary, other_sizes, takes
 from lightning_cco.export.stored_check import stored_faults
 from lightning_cco.export.target_check import Case, check_in_target
 from lightning_cco.export.variations import varied
-from lightning_cco.graph.containers import tensors_in
 from lightning_cco.quantization.model import HookedModel
 
 _CASES = 2
 """How many batches the engine that a file is for is run on."""
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of one forward."""
-
-
-def call_of(batch: Any) -> Call:
-    """The arguments that a batch stands for: a mapping gives keyword arguments, a tuple or list positional ones, anything else the one argument."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
 
 
 def check_file(
@@ -76,8 +63,8 @@ def check_file(
     with quantized.evaluating():
         resized = _of_other_sizes(quantized, session, emitter, calls[0]) if sizes else []
         for number, (args, kwargs) in enumerate([*calls, *further, *resized]):
-            feeds = _feeds(session, args, kwargs)
-            if not _fits(session, feeds):
+            feeds = feeds_of(session, args, kwargs)
+            if not fits(session, feeds):
                 if number < len(calls):
                     misfits.append({name: list(array.shape) for name, array in feeds.items()})
                 continue
@@ -133,22 +120,3 @@ def _left_out(session: Any, misfits: list[dict[str, list[int]]], count: int) -> 
         f"{len(misfits)} of {count} batches have sizes that the file does not take ({fixed}), such as {misfits[0]}, and were left out of the check; "
         "dynamic_shapes={argument: {axis: name}} lets an axis vary"
     ]
-
-
-def _feeds(session: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """Arrays by the file's names of its inputs: keyword arguments by name, where they are single tensors, else in order."""
-    names = [entry.name for entry in session.get_inputs()]
-    named = {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and name in names}
-    others = [tensor for _, tensor in tensors_in([args, {name: value for name, value in kwargs.items() if name not in named}])]
-    left = [name for name in names if name not in named]
-    return {name: tensor.detach().cpu().numpy() for name, tensor in [*named.items(), *zip(left, others, strict=False)]}
-
-
-def _fits(session: Any, feeds: dict[str, np.ndarray[Any, Any]]) -> bool:
-    """Whether arrays have the sizes that the file fixes: held batches may be of other lengths than the example."""
-    return all(
-        len(entry.shape) == feeds[entry.name].ndim
-        and all(not isinstance(size, int) or size == given for size, given in zip(entry.shape, feeds[entry.name].shape, strict=True))
-        for entry in session.get_inputs()
-        if entry.name in feeds
-    )

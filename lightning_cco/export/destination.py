@@ -45,6 +45,11 @@ def _other_ending(path: Path, ending: str) -> Path:
     return path.with_suffix("") if path.with_suffix("").suffix.lower() == ending else path.with_suffix(ending)
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, and of the one beside it that holds its large tensors."""
+    return sum(part.stat().st_size for part in (path, path.with_name(f"{path.name}.data")) if part.exists())
+
+
 def move(made: Path, target: Path) -> None:
     """Put a file, and the one beside it that holds its large tensors, in the place of older ones, so that no two of them are ever mixed."""
     data, old = made.with_name(f"{made.name}.data"), target.with_name(f"{target.name}.data")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.axes import Axes
-from lightning_cco.export.check import call_of
 from lightning_cco.export.destination import export_target, move
 from lightning_cco.export.engines import BY_ENDING, Converted, Engine, Reader
 from lightning_cco.export.failures import first_paragraph, need_engine, need_writable_names
+from lightning_cco.export.feeds import call_of
 from lightning_cco.export.limits import judge, refuse_floats
 from lightning_cco.export.network import Network
 from lightning_cco.export.onnx_notes import notes_on_bits

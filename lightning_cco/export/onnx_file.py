@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.check import Call, call_of, check_file
-from lightning_cco.export.destination import export_target, move
+from lightning_cco.export.check import check_file
+from lightning_cco.export.destination import export_target, move, size_of
 from lightning_cco.export.engines import ENGINES
 from lightning_cco.export.failures import need_engine, need_packages, need_writable_names
+from lightning_cco.export.feeds import Call, call_of
+from lightning_cco.export.half_precision import write_fp16
 from lightning_cco.export.limits import MEAN_STEPS, Limits, judge
 from lightning_cco.export.network import Network
 from lightning_cco.export.node_times import Written
@@ -42,6 +44,7 @@ def export_onnx(
     network: Network | None = None,
     dynamic_sizes: bool | None = None,
     written: Written | None = None,
+    fp16: bool = False,
     **options: Any,
 ) -> ExportReport:
     """Write an INT8 ONNX file and compare it with the fake-quantized model.
@@ -65,30 +68,17 @@ def export_onnx(
         dynamic_sizes: Let the length of sequences, and height and width of images vary, where the model allows it. `None`: where it costs nothing. Fixed
             sizes let a first convolution of stride 2 read blocks of pixels.
         written: Filled with what the file was written of.
+        fp16: Write floats of 16 bits for what stays in float, once the file with 32 bits is checked; for TensorRT, which computes in the types of the file.
         **options: Further arguments of `torch.onnx.export`, such as ``dynamic_shapes``.
 
     Raises:
         CCOError: A package is missing, the model was never calibrated, it can't be exported, the path can't be written, or the check fails; then no
             file is left.
     """
-    need_packages()
-    reader = ENGINES[quantized.settings.deployment_settings.target_framework]
-    if check and reader.strict:
-        need_engine(reader)
-    grouped = any(quantizers[0].group is not None for quantizers in quantized.weights.values())
-    taken = checked_options(
-        options, int4 or grouped, TARGETS[quantized.settings.deployment_settings.target_framework].symmetric_activations
-    )
-    if not quantized.calibrated:
-        raise CCOError(
-            "export: the model was never calibrated, so its activations have no ranges. Run fit, or call calibrate(batches) first."
-        )
+    taken = _checked(quantized, check, int4, fp16, options)
     args, kwargs = tuple(example_args), dict(example_kwargs or {})
     if not args and not kwargs:
         raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
-    engine = TARGETS[quantized.settings.deployment_settings.target_framework]
-    if int4 and engine.refuses_int4:
-        raise CCOError(f"export: int4=True with target_framework: {engine.name}, which {engine.refuses_int4}. Leave int4 out.")
     need_writable_names(name for layer in quantized.graph for name in (layer.path, *layer.parameters))
     target = export_target(path, ".onnx")
     types = other_types(quantized.model)
@@ -110,11 +100,13 @@ def export_onnx(
                         )
                         if written is not None:
                             written.layers, written.example = dict(emitter.layers), [t.detach().cpu().numpy() for t in deployed.example]
-                        report.size_bytes = sum(part.stat().st_size for part in folder.iterdir())
+                        report.size_bytes = size_of(temporary)
                         report.notes += notes_on_weights(quantized, emitter, int4) + notes_on_inputs(deployed, types) + said + notes
                         if check:
                             check_file(quantized, temporary, emitter, fitting, report, bool(sizes))
                             judge(report, min_sqnr_db, Limits(max_mean_steps))
+                        if fp16:
+                            write_fp16(quantized, temporary, emitter, fitting if check else (), report)
                         break
                     except CCOError as error:
                         if not sizes or dynamic_sizes:
@@ -131,6 +123,33 @@ def export_onnx(
         except OSError as error:
             raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
     return report
+
+
+def _checked(quantized: HookedModel, check: bool, int4: bool, fp16: bool, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the exporter that are acted on, once it is known that a file can be written.
+
+    Raises:
+        CCOError: It can't: a package, the calibration, or something of the engine is missing.
+    """
+    need_packages()
+    target = TARGETS[quantized.settings.deployment_settings.target_framework]
+    reader = ENGINES[target.name]
+    if check and reader.strict:
+        need_engine(reader)
+    grouped = any(quantizers[0].group is not None for quantizers in quantized.weights.values())
+    taken = checked_options(options, int4 or grouped, target.symmetric_activations)
+    if not quantized.calibrated:
+        raise CCOError(
+            "export: the model was never calibrated, so its activations have no ranges. Run fit, or call calibrate(batches) first."
+        )
+    if int4 and target.refuses_int4:
+        raise CCOError(f"export: int4=True with target_framework: {target.name}, which {target.refuses_int4}. Leave int4 out.")
+    if fp16 and not reader.takes_fp16:
+        raise CCOError(
+            f"export: fp16=True with target_framework: {target.name}, which chooses by itself what it computes floats in. Leave fp16 out, or choose "
+            "target_framework: tensorrt."
+        )
+    return taken
 
 
 def _says_axes(options: Mapping[str, Any]) -> bool:

@@ -20,7 +20,18 @@ HONOURED = (
     "custom_translation_table",
 )
 OPSETS = (17, 18, 19, 20, 21, 22, 23)
-_OWN = ("example_args", "example_kwargs", "batches", "dynamic_batch", "check", "min_sqnr_db", "max_mean_steps", "int4", "dynamic_sizes")
+_OWN = (
+    "example_args",
+    "example_kwargs",
+    "batches",
+    "dynamic_batch",
+    "check",
+    "min_sqnr_db",
+    "max_mean_steps",
+    "int4",
+    "fp16",
+    "dynamic_sizes",
+)
 _REFUSED: Mapping[str, str] = {
     "f": "the path is export's first argument",
     "model": "the model is the quantized one",

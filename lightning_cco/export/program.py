@@ -12,10 +12,10 @@ import torch
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.axes import Axes, ways_to_vary
-from lightning_cco.export.check import call_of
 from lightning_cco.export.destination import export_target
 from lightning_cco.export.engines import PROGRAMS, Form
 from lightning_cco.export.failures import need_packages, need_writable_names, untraceable
+from lightning_cco.export.feeds import call_of
 from lightning_cco.export.limits import judge
 from lightning_cco.export.network import Network
 from lightning_cco.export.outputs import arrays_of

@@ -146,6 +146,7 @@ class Engine:
         remark: What to say of a file that was run in it.
         reads_alone: What to say of its files where they are read and not run; empty: they are run.
         not_run: What to say of files that it was not run on; empty: it was.
+        takes_fp16: Whether it computes what is not in INT8 in the types of the file, so that files may have floats of 16 bits (``fp16=True``).
     """
 
     name: str
@@ -164,6 +165,7 @@ class Engine:
     remark: str = ""
     reads_alone: str = ""
     not_run: str = ""
+    takes_fp16: bool = False
 
     def wanted(self, form: Form) -> bool:
         """Whether it wants a form."""

@@ -1,0 +1,167 @@
+"""What stays in float as 16-bit floats: the weights, the scales and the tensors of a file whose engine computes in the types that it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_cco.errors import CCOError
+from lightning_cco.export.destination import size_of
+from lightning_cco.export.engine import FLOAT_PRODUCTS, constants, engine_session, inspected_session, rounded_tensors
+from lightning_cco.export.feeds import Call, feeds_of, fits
+from lightning_cco.export.limits import Limits, judge
+from lightning_cco.export.local_check import LocalRun
+from lightning_cco.export.outputs import Outputs, arrays_of, class_axes, tell
+from lightning_cco.export.qdq_emitter import Emitter
+from lightning_cco.export.report import ExportReport
+from lightning_cco.quantization.model import HookedModel
+
+_LIMITS = Limits(mean_steps=0.25, far_share=0.01, largest_steps=8.0, difference=0.05)
+"""A float of 16 bits has 11 of them before the rounding: of 127 steps, sums are off by a tenth of a step, and those of large parts that cancel by more."""
+_SMALLEST = float(np.finfo(np.float16).tiny)
+_LARGEST = float(np.finfo(np.float16).max)
+_AS_INFINITE = 1e30
+"""From here on a number in a mask stands for infinity."""
+_MOST_BYTES = 1_900_000_000
+"""More than a file in one piece may have."""
+
+
+def write_fp16(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequence[Call], report: ExportReport) -> None:
+    """Write a file anew with floats of 16 bits; its inputs and outputs keep their types. The conversion is ONNX Runtime's.
+
+    With calls, the tensors of the file before are looked at for values beyond 16 bits, and the new one is run in ONNX Runtime, each operator as it stands,
+    and compared layer by layer with the fake-quantized model.
+
+    Args:
+        quantized: The model, the reference.
+        path: The file, which is replaced; its weights too where they are in a file beside it.
+        emitter: What wrote it.
+        calls: What to check it on; none: it is not checked.
+        report: That of the file before; its size and notes are those of the new one.
+
+    Raises:
+        CCOError: A scale, a weight or a tensor is beyond what a float of 16 bits holds, or a layer is wrong; it is named.
+    """
+    import onnx
+    import onnx_ir
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    beside = path.with_name(f"{path.name}.data")
+    model = onnx.load(str(path))
+    shapes = {entry.name for entry in model.graph.value_info}
+    _need_room(model)
+    halved = convert_float_to_float16(onnx.load(str(path)), keep_io_types=True)
+    _need_small_values(model, [entry.name for entry in halved.graph.value_info if _is_half(entry)], path, emitter, calls)
+    graph = onnx_ir.from_proto(halved)
+    graph.graph.sort()  # what the conversion puts at the end belongs before its readers
+    halved = onnx_ir.to_proto(graph)
+    kept = [entry for entry in halved.graph.value_info if entry.name in shapes]
+    del halved.graph.value_info[:]
+    halved.graph.value_info.extend(kept)
+    external = beside.exists()
+    beside.unlink(missing_ok=True)
+    onnx.save(halved, str(path), save_as_external_data=external, location=beside.name if external else None)
+    report.size_bytes = size_of(path)
+    if calls:
+        _check(quantized, path, emitter, calls, report)
+
+
+def _check(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequence[Call], report: ExportReport) -> None:
+    import onnx
+
+    written = onnx.load(str(path))
+    rounded = rounded_tensors(written, emitter.order)
+    names = [entry.tensor for entries in rounded.values() for entry in entries]
+    inspected = inspected_session(path, written, names, as_written=True)
+    ends = [entry.name for entry in written.graph.output]
+    local = LocalRun(quantized, rounded)
+    outputs: Outputs | None = None
+    with quantized.evaluating():
+        for args, kwargs in calls:
+            feeds = feeds_of(inspected, args, kwargs)
+            if not fits(inspected, feeds):
+                continue
+            expected = arrays_of(emitter.model(*args, **kwargs))
+            values = inspected.run(None, feeds)
+            results = values[: len(ends)]
+            with local.going_on_from(dict(zip(names, values[len(ends) :], strict=True))):
+                going_on = arrays_of(emitter.model(*args, **kwargs))
+            if outputs is None:
+                outputs = Outputs(ends, class_axes(quantized.graph, [array.shape for array in expected]))
+            outputs.add(expected, results, going_on, results)
+    halved = ExportReport(report.path)
+    tell(halved, local, outputs)
+    try:
+        judge(halved, limits=_LIMITS)
+    except CCOError as error:
+        raise CCOError(f"{error} With fp16=True: a float of 16 bits has 11 of them for its digits, and ends at {_LARGEST:,.0f}.") from error
+    report.notes.append(
+        f"what is not in INT8 is in floats of 16 bits: SQNR {halved.sqnr_db:.1f} dB from end to end, layer by layer at most {halved.largest_steps:.0f} steps"
+    )
+
+
+def _is_half(entry: Any) -> bool:
+    import onnx
+
+    return bool(entry.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16)
+
+
+def _need_small_values(model: Any, names: Sequence[str], path: Path, emitter: Emitter, calls: Sequence[Call]) -> None:
+    """Refuse tensors that would become infinite. A processor without operators of 16 bits would not show it: ONNX Runtime computes them with 32 there."""
+    import onnx
+
+    makers = {output: node.name for node in model.graph.node for output in node.output}
+    tensors = [name for name in names if name in makers]
+    if not calls or not tensors:
+        return
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors)
+    watched = path.with_name("watched.onnx")
+    onnx.save(model, str(watched), save_as_external_data=model.ByteSize() > _MOST_BYTES)
+    session = engine_session(str(watched), as_written=True, entries=FLOAT_PRODUCTS)
+    for args, kwargs in calls:
+        feeds = feeds_of(session, args, kwargs)
+        if not fits(session, feeds):
+            continue
+        for name, array in zip(tensors, session.run(tensors, feeds), strict=True):
+            if (largest := _largest(array)) > _LARGEST:
+                raise CCOError(
+                    f"export: fp16=True: '{emitter.layers.get(makers[name], name)}' makes values of {largest:,.0f}, and the largest float of 16 bits is "
+                    f"{_LARGEST:,.0f}. Scale what it reads, or leave fp16 out."
+                )
+
+
+def _largest(array: np.ndarray[Any, Any]) -> float:
+    """The largest magnitude but for infinities, and what stands for them in masks."""
+    magnitudes = np.abs(array)
+    return float(magnitudes[magnitudes < _AS_INFINITE].max(initial=0.0))
+
+
+def _need_room(model: Any) -> None:
+    """Refuse scales that would lose their bits, and weights that would become infinite."""
+    known = constants(model)
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[1] in known:
+            _need_scales(node, known)
+    for name, array in known.items():
+        if array.dtype == np.float32 and _largest(array) > _LARGEST:
+            raise CCOError(
+                f"export: fp16=True: the constant '{name}' holds values beyond {_LARGEST:,.0f}, the largest of 16-bit floats. Leave fp16 out."
+            )
+
+
+def _need_scales(node: Any, known: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    scales = np.atleast_1d(known[node.input[1]])
+    used = np.ones(scales.shape, bool)
+    integers = known.get(node.input[0])
+    if integers is not None and scales.size > 1:  # the scale of a channel of zeros says nothing
+        axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 1)
+        used = np.moveaxis(integers, axis, 0).reshape(scales.size, -1).any(1)
+    beyond = scales[used & ((scales < _SMALLEST) | (scales > _LARGEST))]
+    if beyond.size:
+        raise CCOError(
+            f"export: fp16=True: '{node.name}' has a scale of {float(beyond[0]):.2g}, which a float of 16 bits holds only between {_SMALLEST:.1g} and "
+            f"{_LARGEST:,.0f}. Skip its layer, or leave fp16 out."
+        )
