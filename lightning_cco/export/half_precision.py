@@ -153,12 +153,12 @@ def _need_room(model: Any) -> None:
 
 
 def _need_scales(node: Any, known: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    scales = np.atleast_1d(known[node.input[1]])
-    used = np.ones(scales.shape, bool)
+    scales: np.ndarray[Any, Any] = np.atleast_1d(known[node.input[1]])
+    used: np.ndarray[Any, Any] = np.ones(scales.shape, bool)
     integers = known.get(node.input[0])
     if integers is not None and scales.size > 1:  # the scale of a channel of zeros says nothing
         axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 1)
-        used = np.moveaxis(integers, axis, 0).reshape(scales.size, -1).any(1)
+        used = np.moveaxis(integers, axis, 0).reshape(scales.size, -1).any(axis=1, keepdims=True)[:, 0]
     beyond = scales[used & ((scales < _SMALLEST) | (scales > _LARGEST))]
     if beyond.size:
         raise CCOError(
