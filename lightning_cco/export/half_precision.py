@@ -158,7 +158,7 @@ def _need_scales(node: Any, known: Mapping[str, np.ndarray[Any, Any]]) -> None:
     integers = known.get(node.input[0])
     if integers is not None and scales.size > 1:  # the scale of a channel of zeros says nothing
         axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 1)
-        used = np.moveaxis(integers, axis, 0).reshape(scales.size, -1).any(axis=1, keepdims=True)[:, 0]
+        used = np.asarray(np.count_nonzero(np.moveaxis(integers, axis, 0).reshape(scales.size, -1), axis=1)) > 0
     beyond = scales[used & ((scales < _SMALLEST) | (scales > _LARGEST))]
     if beyond.size:
         raise CCOError(
