@@ -15,12 +15,37 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 SOURCE = Path(__file__).with_name("kernels.c")
 log = logging.getLogger("lightning_cco")
 # Contraction would round once where torch rounds twice; errno and traps keep compilers from using vector instructions.
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 _PATIENCE, _TIMEOUT = 5.0, 60.0  # seconds until a line says what is waited for, and until it is given up
+
+_float, _int, _long, _pointer = ctypes.c_float, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_TYPES: dict[str, tuple[Any, list[Any]]] = {
+    "fake_quantize": (_long, [_pointer, _pointer, _long, _int, *[_float] * 7, _pointer, _pointer, _int]),
+    "round_to_grid": (_long, [_pointer, _pointer, _long, _int, ctypes.c_char_p, _pointer, _int]),
+    "gradient_ends": (None, [ctypes.c_char_p, _int, _pointer]),
+    "widen": (None, [_pointer, _long, _int, _float, _float, _pointer, _int]),
+    "mask_gradient": (None, [_pointer, _pointer, _pointer, _long, _int, _int]),
+    "fake_quantize_weight": (None, [_pointer, _pointer, *[_long] * 3, _int, _float, _float, _int, _pointer, _int, _int]),
+    "weight_scale": (None, [_pointer, *[_long] * 3, _int, _float, _float, _int, _pointer, _int]),
+    "energies": (None, [_pointer, _pointer, _long, _int, *[_float] * 3, _pointer, _int]),
+}
+"""Types of the result and of the arguments of each function."""
+
+
+def declare_types(library: ctypes.CDLL) -> None:
+    """Tell ctypes the types of the library's functions.
+
+    Raises:
+        AttributeError: It lacks one.
+    """
+    for name, (result, arguments) in _TYPES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
 
 
 def open_library() -> ctypes.CDLL | None:

@@ -12,21 +12,17 @@ import functools
 import struct
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_cco.errors import CCOError
-from lightning_cco.quantization.kernel_check import best_scales, some_values
-from lightning_cco.quantization.kernel_library import log, open_library
+from lightning_cco.quantization.addresses import address_like, address_of, within_int8
+from lightning_cco.quantization.kernel_library import declare_types, log, open_library
 from lightning_cco.quantization.layouts import around, is_dense
+from lightning_cco.quantization.native_check import wrong_function
 from lightning_cco.quantization.tracing import is_plain, runs_plainly
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
-_INF = float("inf")
 _GRAIN = 1 << 15  # values that are not worth a second thread, as in C
-
-_float, _int, _long, _pointer = ctypes.c_float, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
 
 class ReadyGrid(NamedTuple):
@@ -46,38 +42,22 @@ class ReadyGrid(NamedTuple):
 class Kernels:
     """The compiled functions, for dense CPU tensors of float32 or bfloat16.
 
-    Every pointer is checked before C gets it (`_address`): a tensor of another type, size or device is an error, never a write past its end.
+    Every pointer is checked before C gets it (`address_of`): a tensor of another type, size or device is an error, never a write past its end.
 
     Args:
-        library: The loaded library.
+        library: The loaded library, with the types of its functions declared.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._around: dict[tuple[torch.Size, tuple[int, ...], int], tuple[int, int, int]] = {}
         self._fake_quantize = library.fake_quantize
-        self._fake_quantize.argtypes = [_pointer, _pointer, _long, _int, *[_float] * 7, _pointer, _pointer, _int]
-        self._fake_quantize.restype = _long
         self._round_to_grid = library.round_to_grid
-        self._round_to_grid.argtypes = [_pointer, _pointer, _long, _int, ctypes.c_char_p, _pointer, _int]
-        self._round_to_grid.restype = _long
         self._gradient_ends = library.gradient_ends
-        self._gradient_ends.argtypes = [ctypes.c_char_p, _int, _pointer]
-        self._gradient_ends.restype = None
         self._widen = library.widen
-        self._widen.argtypes = [_pointer, _long, _int, _float, _float, _pointer, _int]
-        self._widen.restype = None
         self._mask_gradient = library.mask_gradient
-        self._mask_gradient.argtypes = [_pointer, _pointer, _pointer, _long, _int, _int]
-        self._mask_gradient.restype = None
         self._fake_quantize_weight = library.fake_quantize_weight
-        self._fake_quantize_weight.argtypes = [_pointer, _pointer, *[_long] * 3, _int, _float, _float, _int, _pointer, _int, _int]
-        self._fake_quantize_weight.restype = None
         self._weight_scale = library.weight_scale
-        self._weight_scale.argtypes = [_pointer, *[_long] * 3, _int, _float, _float, _int, _pointer, _int]
-        self._weight_scale.restype = None
         self._energies = library.energies
-        self._energies.argtypes = [_pointer, _pointer, _long, _int, *[_float] * 3, _pointer, _int]
-        self._energies.restype = None
 
     def fake_quantize(
         self,
@@ -106,18 +86,18 @@ class Kernels:
             How many values have no gradient; without a mask, how many are NaN.
         """
         count, dtype = x.numel(), x.dtype
-        address = _address(x, dtype, count)
+        address = address_of(x, dtype, count)
         blocked: int = self._fake_quantize(
             address,
-            address if out is x else _address_like(out, x),
+            address if out is x else address_like(out, x),
             count,
             FORMATS[dtype],
             scale,
             *levels,
             *ends,
             *limits,
-            None if mask is None else _address(mask, torch.uint8, (count + 7) // 8),
-            None if extrema is None else _address(extrema, torch.float32, 2),
+            None if mask is None else address_of(mask, torch.uint8, (count + 7) // 8),
+            None if extrema is None else address_of(extrema, torch.float32, 2),
             torch.get_num_threads(),
         )
         return blocked
@@ -126,7 +106,7 @@ class Kernels:
         self, scale: float, levels: tuple[float, float], ends: tuple[float, float], limits: tuple[float, float], dtype: torch.dtype
     ) -> ReadyGrid:
         """A grid, described as for `fake_quantize`, for `round_made`."""
-        numbers, found = struct.pack("7f", scale, *levels, *ends, *limits), (_float * 2)()
+        numbers, found = struct.pack("7f", scale, *levels, *ends, *limits), (ctypes.c_float * 2)()
         self._gradient_ends(numbers, FORMATS[dtype], found)
         return ReadyGrid(numbers, found[0], found[1])
 
@@ -153,7 +133,7 @@ class Kernels:
             count,
             FORMATS[x.dtype],
             grid.numbers,
-            None if extrema is None else _address(extrema, torch.float32, 2),
+            None if extrema is None else address_of(extrema, torch.float32, 2),
             torch.get_num_threads() if count > _GRAIN else 1,
         )
         return not broken
@@ -161,14 +141,14 @@ class Kernels:
     def widen(self, x: Tensor, limits: tuple[float, float], extrema: Tensor) -> None:
         """Widen ``extrema``, float32 of 2, to the smallest and the largest value of ``x`` after a clamp to the limits."""
         count = x.numel()
-        ends = _address(extrema, torch.float32, 2)
-        self._widen(_address(x, x.dtype, count), count, FORMATS[x.dtype], *limits, ends, torch.get_num_threads())
+        ends = address_of(extrema, torch.float32, 2)
+        self._widen(address_of(x, x.dtype, count), count, FORMATS[x.dtype], *limits, ends, torch.get_num_threads())
 
     def mask_gradient(self, grad: Tensor, out: Tensor, mask: Tensor) -> None:
         """Copy a gradient to ``out`` (which may be ``grad``) and set it to 0 where the mask's bit is 0."""
         count, dtype = grad.numel(), grad.dtype
-        bits, address = _address(mask, torch.uint8, (count + 7) // 8), _address(grad, dtype, count)
-        target = address if out is grad else _address_like(out, grad)
+        bits, address = address_of(mask, torch.uint8, (count + 7) // 8), address_of(grad, dtype, count)
+        target = address if out is grad else address_like(out, grad)
         self._mask_gradient(address, target, bits, count, FORMATS[dtype], torch.get_num_threads())
 
     def fake_quantize_weight(
@@ -195,14 +175,14 @@ class Kernels:
             mse: Whether the scales are those at which rounding and clipping lose least, instead of those of the largest magnitudes.
         """
         self._fake_quantize_weight(
-            _address(weight, weight.dtype, weight.numel()),
-            _address_like(out, weight),
+            address_of(weight, weight.dtype, weight.numel()),
+            address_like(out, weight),
             *around(weight, axis),
             FORMATS[weight.dtype],
             within_int8(limit),
             smallest_scale,
             mse,
-            None if scales is None else _address(scales, torch.float32, weight.shape[axis]),
+            None if scales is None else address_of(scales, torch.float32, weight.shape[axis]),
             known,
             torch.get_num_threads(),
         )
@@ -224,13 +204,13 @@ class Kernels:
     def weight_scale(self, weight: Tensor, axis: int, limit: int, smallest_scale: float, scales: Tensor, mse: bool = False) -> None:
         """The scales that `fake_quantize_weight` takes, float32 with one value for each channel."""
         self._weight_scale(
-            _address(weight, weight.dtype, weight.numel()),
+            address_of(weight, weight.dtype, weight.numel()),
             *around(weight, axis),
             FORMATS[weight.dtype],
             within_int8(limit),
             smallest_scale,
             mse,
-            _address(scales, torch.float32, weight.shape[axis]),
+            address_of(scales, torch.float32, weight.shape[axis]),
             torch.get_num_threads(),
         )
 
@@ -239,7 +219,7 @@ class Kernels:
         sums = (ctypes.c_double * 2)()
         count = x.numel()
         self._energies(
-            _address(x, x.dtype, count), _address_like(y, x), count, FORMATS[x.dtype], 0.0, 0.0, 0.0, sums, torch.get_num_threads()
+            address_of(x, x.dtype, count), address_like(y, x), count, FORMATS[x.dtype], 0.0, 0.0, 0.0, sums, torch.get_num_threads()
         )
         return sums[0], sums[1]
 
@@ -247,96 +227,8 @@ class Kernels:
         """Squared norms of what rounding to a grid changes, and of ``x``."""
         sums = (ctypes.c_double * 2)()
         count = x.numel()
-        self._energies(_address(x, x.dtype, count), None, count, FORMATS[x.dtype], scale, *levels, sums, torch.get_num_threads())
+        self._energies(address_of(x, x.dtype, count), None, count, FORMATS[x.dtype], scale, *levels, sums, torch.get_num_threads())
         return sums[0], sums[1]
-
-    def wrong(self) -> str | None:
-        """Name of a function that computes something else than NumPy, which no mode or default of PyTorch disturbs; `None`: all are right."""
-        x, scale = some_values(), np.float32(0.02)
-        levels = np.rint(x * (np.float32(1.0) / scale))
-        inside = (levels >= -100) & (levels <= 90) & (x > -1.5) & (x < 1.7)
-        y, mask, ends = np.empty_like(x), np.zeros((x.size + 7) // 8, np.uint8), np.array([0.0, 0.0], np.float32)
-        levels_and_limits = (-90.0, 80.0, -100.0, 90.0, -1.5, 1.7)
-        blocked = self._fake_quantize(
-            x.ctypes.data, y.ctypes.data, x.size, 0, scale, *levels_and_limits, mask.ctypes.data, ends.ctypes.data, 1
-        )
-        expected = np.clip(levels, -90, 80) * scale
-        if not (
-            np.array_equal(y, expected) and blocked == int((~inside).sum()) and np.array_equal(mask, np.packbits(inside, bitorder="little"))
-        ):
-            return "fake_quantize"
-        if not np.array_equal(ends, np.clip([x.min(), x.max()], -1.5, 1.7).astype(np.float32)):
-            return "widen"
-        self._mask_gradient(x.ctypes.data, y.ctypes.data, mask.ctypes.data, x.size, 0, 1)
-        if not np.array_equal(y, np.where(inside, x, np.float32(0.0))):
-            return "mask_gradient"
-        grid, passing = struct.pack("7f", scale, *levels_and_limits), (_float * 2)()
-        self._round_to_grid(x.ctypes.data, y.ctypes.data, x.size, 0, grid, None, 1)
-        self._gradient_ends(grid, 0, passing)
-        if not (np.array_equal(y, expected) and np.array_equal(inside, (x > passing[0]) & (x < passing[1]))):
-            return "round_to_grid"
-        half, rounded = (x.view(np.uint32) >> 16).astype(np.uint16), np.empty(x.size, np.uint16)
-        self._fake_quantize(half.ctypes.data, rounded.ctypes.data, x.size, 1, scale, *levels_and_limits, None, None, 1)
-        bits = np.clip(np.rint((half.astype(np.uint32) << 16).view(np.float32) * (np.float32(1.0) / scale)), -90, 80) * scale
-        bits = bits.astype(np.float32).view(np.uint32)
-        if not np.array_equal(rounded, ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)):
-            return "fake_quantize of bfloat16"
-        weight = np.ascontiguousarray(x[:960].reshape(4, 12, 20))
-        scales, found, result = np.abs(weight).max(axis=(0, 2)) / np.float32(127.0), np.empty(12, np.float32), np.empty_like(weight)
-        self._weight_scale(weight.ctypes.data, 4, 12, 20, 0, 127.0, 1e-12, False, found.ctypes.data, 1)
-        self._fake_quantize_weight(weight.ctypes.data, result.ctypes.data, 4, 12, 20, 0, 127.0, 1e-12, False, None, False, 1)
-        wide = scales.reshape(1, 12, 1)
-        if not (np.array_equal(found, scales) and np.array_equal(result, np.rint(weight * (np.float32(1.0) / wide)) * wide)):
-            return "fake_quantize_weight"
-        self._weight_scale(weight.ctypes.data, 4, 12, 20, 0, 1.0, 1e-12, True, found.ctypes.data, 1)
-        if not np.array_equal(found, best_scales(weight)):
-            return "weight_scale"
-        sums = (ctypes.c_double * 2)()
-        self._energies(x.ctypes.data, None, x.size, 0, scale, -90.0, 80.0, sums, 1)
-        error, signal = float(((expected - x).astype(np.float64) ** 2).sum()), float((x.astype(np.float64) ** 2).sum())
-        return None if np.allclose(list(sums), [error, signal], rtol=1e-5) else "energies"
-
-
-def within_int8(limit: int) -> int:
-    """The largest level, for kernels, whose tables hold those of 8 bits.
-
-    Raises:
-        CCOError: It is another; nothing was read or written.
-    """
-    if 1 <= limit <= 127:
-        return limit
-    raise CCOError(f"kernels: expected levels of at most 1 to 127, got {limit}. Nothing was read or written; write 2 to 8 bits.")
-
-
-def _address(tensor: Tensor, dtype: torch.dtype, count: int) -> int:
-    """Address of a tensor's values, for C.
-
-    Args:
-        tensor: On the CPU.
-        dtype: What C takes its values for.
-        count: How many values C reads or writes from the address on.
-
-    Raises:
-        CCOError: It is of another type, size or device, or its memory ends earlier.
-    """
-    if tensor.dtype is dtype and tensor.numel() == count and tensor.is_cpu:
-        address, storage = tensor.data_ptr(), tensor.untyped_storage()
-        if not count or (address and address + count * dtype.itemsize <= storage.data_ptr() + storage.nbytes()):
-            return address
-    raise CCOError(
-        f"kernels: expected {count} values of {dtype} in memory of the CPU, got {tensor.numel()} of {tensor.dtype}, shape {tuple(tensor.shape)}, on "
-        f"{tensor.device}, in {tensor.untyped_storage().nbytes()} bytes. Nothing was read or written; LIGHTNING_CCO_NATIVE=0 runs without kernels."
-    )
-
-
-def _address_like(tensor: Tensor, other: Tensor) -> int:
-    """Address of a tensor whose values lie in memory like those of another one, whose own address is checked as well."""
-    if tensor.stride() != other.stride() and not (tensor.is_contiguous() and other.is_contiguous()):
-        raise CCOError(
-            f"kernels: expected two tensors of the same strides, got {tensor.stride()} and {other.stride()} for shape {tuple(other.shape)}. "
-            "Nothing was read or written; LIGHTNING_CCO_NATIVE=0 runs without kernels."
-        )
-    return _address(tensor, other.dtype, other.numel())
 
 
 def kernels_for(tensor: Tensor) -> Kernels | None:
@@ -353,14 +245,14 @@ def load() -> Kernels | None:
     if library is None:
         return None
     try:
-        kernels = Kernels(library)
+        declare_types(library)
     except AttributeError as error:
         log.warning("lightning_cco: kernels are off, torch operations are used, which are slower: %s.", error)
         return None
-    wrong = kernels.wrong()
+    wrong = wrong_function(library)
     if wrong is not None:
         log.warning(
             "lightning_cco: kernels are off, torch operations are used, which are slower: the compiler makes wrong code of '%s'.", wrong
         )
         return None
-    return kernels
+    return Kernels(library)

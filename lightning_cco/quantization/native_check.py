@@ -1,0 +1,61 @@
+"""The kernels in C, checked against NumPy when they are loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+
+import numpy as np
+
+from lightning_cco.quantization.kernel_check import best_scales, some_values
+
+
+def wrong_function(library: ctypes.CDLL) -> str | None:
+    """Name of a function that computes something else than NumPy, which no mode or default of PyTorch disturbs; `None`: all are right.
+
+    Args:
+        library: The library, with the types of its functions declared.
+    """
+    x, scale = some_values(), np.float32(0.02)
+    levels = np.rint(x * (np.float32(1.0) / scale))
+    inside = (levels >= -100) & (levels <= 90) & (x > -1.5) & (x < 1.7)
+    y, mask, ends = np.empty_like(x), np.zeros((x.size + 7) // 8, np.uint8), np.array([0.0, 0.0], np.float32)
+    levels_and_limits = (-90.0, 80.0, -100.0, 90.0, -1.5, 1.7)
+    blocked = library.fake_quantize(
+        x.ctypes.data, y.ctypes.data, x.size, 0, scale, *levels_and_limits, mask.ctypes.data, ends.ctypes.data, 1
+    )
+    expected = np.clip(levels, -90, 80) * scale
+    if not (
+        np.array_equal(y, expected) and blocked == int((~inside).sum()) and np.array_equal(mask, np.packbits(inside, bitorder="little"))
+    ):
+        return "fake_quantize"
+    if not np.array_equal(ends, np.clip([x.min(), x.max()], -1.5, 1.7).astype(np.float32)):
+        return "widen"
+    library.mask_gradient(x.ctypes.data, y.ctypes.data, mask.ctypes.data, x.size, 0, 1)
+    if not np.array_equal(y, np.where(inside, x, np.float32(0.0))):
+        return "mask_gradient"
+    grid, passing = struct.pack("7f", scale, *levels_and_limits), (ctypes.c_float * 2)()
+    library.round_to_grid(x.ctypes.data, y.ctypes.data, x.size, 0, grid, None, 1)
+    library.gradient_ends(grid, 0, passing)
+    if not (np.array_equal(y, expected) and np.array_equal(inside, (x > passing[0]) & (x < passing[1]))):
+        return "round_to_grid"
+    half, rounded = (x.view(np.uint32) >> 16).astype(np.uint16), np.empty(x.size, np.uint16)
+    library.fake_quantize(half.ctypes.data, rounded.ctypes.data, x.size, 1, scale, *levels_and_limits, None, None, 1)
+    bits = np.clip(np.rint((half.astype(np.uint32) << 16).view(np.float32) * (np.float32(1.0) / scale)), -90, 80) * scale
+    bits = bits.astype(np.float32).view(np.uint32)
+    if not np.array_equal(rounded, ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)):
+        return "fake_quantize of bfloat16"
+    weight = np.ascontiguousarray(x[:960].reshape(4, 12, 20))
+    scales, found, result = np.abs(weight).max(axis=(0, 2)) / np.float32(127.0), np.empty(12, np.float32), np.empty_like(weight)
+    library.weight_scale(weight.ctypes.data, 4, 12, 20, 0, 127.0, 1e-12, False, found.ctypes.data, 1)
+    library.fake_quantize_weight(weight.ctypes.data, result.ctypes.data, 4, 12, 20, 0, 127.0, 1e-12, False, None, False, 1)
+    wide = scales.reshape(1, 12, 1)
+    if not (np.array_equal(found, scales) and np.array_equal(result, np.rint(weight * (np.float32(1.0) / wide)) * wide)):
+        return "fake_quantize_weight"
+    library.weight_scale(weight.ctypes.data, 4, 12, 20, 0, 1.0, 1e-12, True, found.ctypes.data, 1)
+    if not np.array_equal(found, best_scales(weight)):
+        return "weight_scale"
+    sums = (ctypes.c_double * 2)()
+    library.energies(x.ctypes.data, None, x.size, 0, scale, -90.0, 80.0, sums, 1)
+    error, signal = float(((expected - x).astype(np.float64) ** 2).sum()), float((x.astype(np.float64) ** 2).sum())
+    return None if np.allclose(list(sums), [error, signal], rtol=1e-5) else "energies"
