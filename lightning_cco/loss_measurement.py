@@ -54,7 +54,7 @@ def measure_loss(
             metric.start_batch()
             recorder = _Recorder(quantized, metric, weights_bits, activations_bits)
             with quantized.forked_random(), torch.enable_grad():
-                with quantized.runtime.doing(Phase.HAND_OVER, recorder):
+                with quantized.runtime.doing(Phase.DELEGATE, recorder):
                     result = (loss or forward)(quantized.model, batch)
                 torch.manual_seed(number)
                 value, recorder.terms = divergence(result) if loss is None else (checked_loss(result), terms_of(batch))

@@ -60,7 +60,7 @@ def weight_facts(quantized: HookedModel, batch: Any, forward: Forward) -> dict[s
             found[site.layer] = WeightFacts(elements, channels, products, memory, grouped)
         return result
 
-    with quantized.evaluating(), quantized.forked_random(), quantized.runtime.doing(Phase.HAND_OVER, look):
+    with quantized.evaluating(), quantized.forked_random(), quantized.runtime.doing(Phase.DELEGATE, look):
         forward(quantized.model, batch)
     return found
 

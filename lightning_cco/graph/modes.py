@@ -51,13 +51,28 @@ def undisturbed(model: nn.Module, gradients: bool) -> Iterator[None]:
 @contextmanager
 def as_now(model: nn.Module, gradients: bool) -> Iterator[None]:
     """Put training flags, gradients and random state back afterwards."""
+    with random_apart(model), recording(model, gradients), training_flags(model):
+        yield
+
+
+@contextmanager
+def training_flags(model: nn.Module) -> Iterator[None]:
+    """Put training flags back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
-    with random_apart(model), recording(model, gradients):
-        try:
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def evaluating(model: nn.Module, gradients: bool) -> Iterator[None]:
+    """Evaluation mode inside the block, with gradients or without; what forwards leave is put back."""
+    with training_flags(model):
+        switch_training(model, False)
+        with Kept(model), recording(model, gradients):
             yield
-        finally:
-            for module, flag in flags:
-                module.training = flag
 
 
 def switch_training(model: nn.Module, training: bool) -> None:

@@ -1,9 +1,9 @@
-"""Before and after the batches of a calibration: whether the weights are finite, and what the quantizers made of what they saw."""
+"""Before and after the batches of a calibration: which quantizers observe, whether the weights are finite, what came of it."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -15,8 +15,6 @@ from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.range_updates import sync_calibration
 from lightning_cco.quantization.tensor_key import TensorKey
-
-"""Kinds of layers that read masks, which may hold infinities."""
 
 
 def check_weights(model: nn.Module, graph: LayerGraph) -> None:
@@ -41,6 +39,21 @@ def check_weights(model: nn.Module, graph: LayerGraph) -> None:
                     f"calibrate: the parameter '{name}' of layer '{layer.name}' holds NaN or infinite values; finite ones were expected. "
                     "Load a checkpoint from before the training diverged."
                 )
+
+
+def chosen_quantizers(
+    activations: Mapping[TensorKey, ActivationQuantizer], only: Iterable[str] | None
+) -> dict[TensorKey, ActivationQuantizer]:
+    """The quantizers of some names, or all of them.
+
+    Raises:
+        CCOError: There is none of such a name.
+    """
+    chosen: set[str] = set(activations) if only is None else set(only)
+    found = {key: quantizer for key, quantizer in activations.items() if key in chosen}
+    if unknown := chosen.difference(found):
+        raise CCOError(f"calibrate: names of quantizers were expected, such as {list(activations)[:3]}; {sorted(unknown)} came.")
+    return found
 
 
 def finish_calibration(graph: LayerGraph, observed: Mapping[TensorKey, ActivationQuantizer], batches: int) -> None:

@@ -50,7 +50,7 @@ class LearnedActivationQuantizer(ActivationQuantizer):
         return self.num_bits, self.symmetric, "learned"
 
     @property
-    def stands_still(self) -> bool:
+    def fixed(self) -> bool:
         """Whether the range does not follow what passes: it is learned, unless nothing is known of it yet."""
         return self.frozen or not self.empty
 
@@ -60,7 +60,7 @@ class LearnedActivationQuantizer(ActivationQuantizer):
         """Fake-quantize; see `ActivationQuantizer`."""
         learns = torch.is_grad_enabled() and x.requires_grad and not (self.empty or self.frozen)
         if not learns or not (torch.compiler.is_compiling() or runs_plainly()):
-            return super().forward(x, clamp, inplace, track and not self.stands_still, shared)
+            return super().forward(x, clamp, inplace, track and not self.fixed, shared)
         numbers = self.numbers() if x.is_cpu else None
         kept = x.clone() if inplace or shared else x  # the backward needs what is overwritten
         rounded = learned_activation(kept, self.probe, self.scale, self.zero_point, self.num_bits, self.symmetric, clamp, numbers)

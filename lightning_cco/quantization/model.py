@@ -1,8 +1,7 @@
-"""A model with quantization hooked on: what is quantized, when ranges move, and what is saved of it."""
+"""A model with quantization hooked on: planned, calibrated, run, saved."""
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,26 +14,22 @@ from torch import Tensor, nn
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import Capture
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.modes import random_apart, recording, switch_training, uncollected
+from lightning_cco.graph.modes import evaluating, random_apart, uncollected
 from lightning_cco.graph.network import has_parameters
-from lightning_cco.graph.put_back import Kept
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.bias_correction import BiasCorrection, Shifts, corrected_channels
 from lightning_cco.quantization.build import build_quantizers
-from lightning_cco.quantization.calibration import check_weights, finish_calibration, warn_of_zeros
+from lightning_cco.quantization.calibration import check_weights, chosen_quantizers, finish_calibration, warn_of_zeros
 from lightning_cco.quantization.forward_call import Forward, call_with
+from lightning_cco.quantization.moving_ranges import MovingRanges
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.planner import plan_quantization
-from lightning_cco.quantization.range_updates import forget_batches, update_ranges, warn_of_outliers, world_size
 from lightning_cco.quantization.runtime import Runtime
 from lightning_cco.quantization.scale_learner import ScaleLearner
 from lightning_cco.quantization.state import check_fits, load_corrections, load_ranges, load_weight_scales, plan_differences, state_of
 from lightning_cco.quantization.tensor_key import TensorKey
-from lightning_cco.quantization.tracing import reads_at_once
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 from lightning_cco.settings import Settings, load_settings
-
-_MOVING = threading.RLock()
 
 
 class HookedModel:
@@ -53,9 +48,6 @@ class HookedModel:
         settings: The recipe.
         weights: Quantizers of each layer's weights.
         corrections: What is added to the bias of each corrected layer; empty without ``bias_correction``.
-        scales: What moves learned scales; its ``rate`` is theirs.
-        calibrated: Whether the ranges are known; before that the model computes in float.
-        frozen: Whether the ranges stay as they are.
         example: Positional and keyword arguments of one forward, for exports.
         uncalibrated: Quantizers that have no range after a state was loaded or the plan changed.
     """
@@ -74,16 +66,10 @@ class HookedModel:
         self._activations: dict[TensorKey, ActivationQuantizer]
         self.weights: dict[str, list[WeightQuantizer]]
         self.corrections: dict[str, BiasCorrection] = {}
-        self.calibrated = False
-        self.frozen = False
         self.uncalibrated: list[str] = []
         self.example: tuple[Sequence[Any], Mapping[str, Any] | None] = ((), None)
-        self._trained = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
-        self._moved_at = self._weights_version()
-        self._outliers: Tensor | None = None
-        self._mode = model.training
         self._activations, self.weights = build_quantizers(captured, self.plan, settings, {}, {})
-        self.scales = ScaleLearner(self._activations.values(), self.weights.values(), settings.training_settings.scale_learning_rate)
+        self._ranges = MovingRanges(model, self._activations, self.weights, settings.training_settings.scale_learning_rate)
         self.runtime = Runtime(model, captured, self.plan, self._activations, self.weights)
         self.runtime.phase = Phase.PASS
         self._starts = 0
@@ -100,9 +86,23 @@ class HookedModel:
     @property
     def activations(self) -> dict[TensorKey, ActivationQuantizer]:
         """Quantizer of each fake-quantized tensor by name. Whoever asks may read a range, so all move on first to what the last step has shown."""
-        if self._ranges_wait():
-            self.update_ranges()
+        self._ranges.move_if_due()
         return self._activations
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the ranges are known; before that the model computes in float."""
+        return self._ranges.calibrated
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the ranges stay as they are."""
+        return self._ranges.frozen
+
+    @property
+    def scales(self) -> ScaleLearner:
+        """What moves learned scales; its ``rate`` is theirs."""
+        return self._ranges.scales
 
     @property
     def drift(self) -> list[str]:
@@ -133,7 +133,7 @@ class HookedModel:
         self.plan = plan_quantization(self.graph, self.settings, suggestions)
         before = dict(self.activations)
         self._activations, self.weights = build_quantizers(self.capture, self.plan, self.settings, self._activations, self.weights)
-        self.scales = ScaleLearner(self._activations.values(), self.weights.values(), self.settings.training_settings.scale_learning_rate)
+        self._ranges.load(self._activations, self.weights, self.settings.training_settings.scale_learning_rate)
         self.to(self.device)
         self._set_corrections({name: correction for name, correction in self.corrections.items() if name in self.weights})
         torch.compiler.reset()
@@ -157,10 +157,7 @@ class HookedModel:
             raise CCOError(f"calibrate: expected batches, such as [x], got one tensor of shape {list(batches.shape)}.")
         check_weights(self.model, self.graph)
         forward = forward or call_with
-        chosen: set[str] = set(self.activations) if only is None else set(only)
-        observed = {key: quantizer for key, quantizer in self.activations.items() if key in chosen}
-        if unknown := chosen.difference(observed):
-            raise CCOError(f"calibrate: names of quantizers were expected, such as {list(self._activations)[:3]}; {sorted(unknown)} came.")
+        observed = chosen_quantizers(self.activations, only)
         for quantizer in observed.values():
             quantizer.start_calibration()
         for weight_quantizer in chain.from_iterable(self.weights.values() if only is None else ()):
@@ -177,7 +174,7 @@ class HookedModel:
                 count += 1
         finish_calibration(self.graph, observed, count)
         warn_of_zeros(self.plan, observed)
-        self.calibrated = True
+        self._ranges.calibrated = True
         self.runtime.phase = Phase.QUANTIZE
         if corrects:
             self._correct_biases(batches, forward)
@@ -203,16 +200,12 @@ class HookedModel:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode inside the block, without gradients if the model's own forward needs none. Ranges are frozen; what forwards leave is put back."""
-        flags = [(module, module.training) for module in self.model.modules()]
         following, self.runtime.following = self.runtime.following, False
-        switch_training(self.model, False)
         try:
-            with Kept(self.model), recording(self.model, self.capture.needs_gradients):
+            with evaluating(self.model, self.capture.needs_gradients):
                 yield
         finally:
             self.runtime.following = following
-            for module, flag in flags:
-                module.training = flag
 
     def follow_ranges(self, follow: bool) -> None:
         """Say whether forwards that record gradients are of a training, which ranges follow: a validation may need gradients too, for forces."""
@@ -220,15 +213,11 @@ class HookedModel:
 
     def freeze_ranges(self) -> None:
         """Keep all activation ranges as they are from now on."""
-        for quantizer in self.activations.values():
-            quantizer.freeze()
-        self.frozen = True
+        self._ranges.freeze()
 
     def unfreeze_ranges(self) -> None:
         """Let the ranges follow the activations again, also those that ``auto`` froze."""
-        for quantizer in self._activations.values():
-            quantizer.unfreeze()
-        self.frozen = False
+        self._ranges.unfreeze()
 
     def update_ranges(self) -> None:
         """Let the ranges follow what has passed in training since they last moved; under DDP equally on all ranks.
@@ -236,16 +225,7 @@ class HookedModel:
         On a single process this happens by itself, before the first forward after the weights have changed, and before ranges are read. Under DDP call it
         after each step, on all ranks (the callback does).
         """
-        if self.scales and self.calibrated and self._moved_at != self._weights_version():
-            self.scales.move()
-        self._moved_at = self._weights_version()
-        if not self.frozen and self.calibrated:
-            self._outliers = update_ranges(list(self._activations.values()), self._outliers)
-            if self._outliers is not None and reads_at_once(self._outliers.device):
-                warn_of_outliers(self._activations, self._outliers)
-
-    def _weights_version(self) -> int:
-        return sum(parameter._version for parameter in self._trained)
+        self._ranges.move()
 
     def _forward_starts(self) -> None:
         """Before a forward: quantizers on the model's device, ranges moved on."""
@@ -253,32 +233,14 @@ class HookedModel:
         if self._starts & (self._starts - 1) == 0:  # before the first, second, fourth, eighth … forward: it looks at each module
             self.runtime.departures.hooked_late(self.capture.hooked, self.plan)
         self._follow_device()
-        if self._ranges_wait():
-            with _MOVING:  # of several threads one moves them, once
-                if self._ranges_wait():
-                    self.update_ranges()
-        if torch.is_grad_enabled() and self._mode != self.model.training:
-            # What an evaluation that forgot `torch.no_grad` has shown is no part of the training, and the other way round.
-            self._mode = self.model.training
-            forget_batches(list(self._activations.values()))
-
-    def _ranges_wait(self) -> bool:
-        """Whether weights have changed since the ranges last moved. Under DDP all ranks move them together, when `update_ranges` is called."""
-        return (
-            self.calibrated and (not self.frozen or bool(self.scales)) and world_size() == 1 and self._moved_at != self._weights_version()
-        )
+        self._ranges.before_forward()
 
     def _follow_device(self) -> None:
         """Keep the quantizers where the parameters are: Lightning moves the model to the CPU at the end of a run."""
         device = self.device
-        if device.type == "meta":  # there a range would be lost
-            return
-        for quantizer in self._activations.values():
-            if quantizer.scale.device == device:
-                return
-            quantizer.to(device)
-        for correction in self.corrections.values():
-            correction.to(device)
+        first = next(iter(self._activations.values()), None)
+        if device.type != "meta" and (first is None or first.scale.device != device):  # on the meta device a range would be lost
+            self.to(device)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -296,10 +258,7 @@ class HookedModel:
 
     def state_dict(self) -> dict[str, Any]:
         """Plan and ranges as plain dicts, strings, numbers and tensors."""
-        if world_size() == 1 and self._mode:
-            self.update_ranges()
-        if self._outliers is not None and not reads_at_once(self._outliers.device):
-            warn_of_outliers(self._activations, self._outliers)  # each step would have to wait for the device
+        self._ranges.before_saving()
         return state_of(self.plan, self.activations, self.weights, self.corrections, calibrated=self.calibrated, frozen=self.frozen)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
@@ -319,7 +278,7 @@ class HookedModel:
             self._set_corrections({name: correction.to(self.device) for name, correction in corrections.items()})
         if state["frozen"]:
             self.freeze_ranges()
-        self.calibrated = bool(state["calibrated"])
+        self._ranges.calibrated = bool(state["calibrated"])
         self.runtime.phase = Phase.QUANTIZE if self.calibrated else Phase.PASS
         torch.compiler.reset()
         return plan_differences(state, self.plan) + different_bits

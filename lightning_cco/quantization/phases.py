@@ -19,5 +19,5 @@ class Phase(Enum):
     RECORD_QUANTIZED = "record_quantized"
     CORRECT = "correct"
     """As in QUANTIZE, with functions that the recorder puts in the place of a layer's, for bias correction."""
-    HAND_OVER = "hand_over"
+    DELEGATE = "delegate"
     """The recorder makes the call."""

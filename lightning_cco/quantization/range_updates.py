@@ -39,7 +39,7 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], outliers_before: Te
     Returns:
         Which of the quantizers that are not frozen met an outlier, bool; `None` if all are.
     """
-    moving = [quantizer for quantizer in quantizers if not quantizer.stands_still]
+    moving = [quantizer for quantizer in quantizers if not quantizer.fixed]
     if not moving:
         return None
     widens = moving[0].estimator == "min_max"
@@ -85,7 +85,7 @@ def warn_of_outliers(activations: Mapping[TensorKey, ActivationQuantizer], outli
     """Name the layers whose quantizers met an outlier, as `update_ranges` returns them."""
     if not bool(outliers.any()):
         return
-    moving = [key for key, quantizer in activations.items() if not quantizer.stands_still]
+    moving = [key for key, quantizer in activations.items() if not quantizer.fixed]
     names = dict.fromkeys(key.layer for key, found in zip(moving, outliers.tolist(), strict=True) if found)
     warnings.warn(
         f"training: a batch gave values more than a thousand times as large as the range of {list_names(list(names))}. The ranges do not follow it, unless "

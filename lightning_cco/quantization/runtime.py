@@ -1,10 +1,9 @@
-"""What happens at each torch call of a hooked model: pass, observe, fake-quantize or measure."""
+"""Each torch call of a hooked model: found in the plan, fake-quantized, or given to what the thread does meanwhile."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -20,36 +19,29 @@ from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.frames import Frames
 from lightning_cco.graph.python_calls import calling_position
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
-from lightning_cco.quantization.arguments import at, renormalized, replaced
+from lightning_cco.quantization.arguments import renormalized
 from lightning_cco.quantization.bias_correction import BiasCorrection
 from lightning_cco.quantization.departures import COMPUTES, Departures
+from lightning_cco.quantization.measured_calls import (
+    OutputRecorder,
+    correct,
+    delegate,
+    measure_local,
+    observe,
+    record_float,
+    record_quantized,
+)
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.plan import QuantizationPlan
-from lightning_cco.quantization.rounded_calls import results_of, with_inputs, with_outputs
+from lightning_cco.quantization.rounded_calls import with_inputs, with_outputs
 from lightning_cco.quantization.sites import SiteQuantizers, fill_tables, quiet_modules
 from lightning_cco.quantization.small_tensors import has_small_gradient
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.tracing import runs_plainly
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 
-Recorder = Callable[..., Any]
-"""Called with a layer's name, its quantized output (or the quantizer that would make it of the float one), and its float output; in `Phase.HAND_OVER` with
-the quantizers of a call, its function, arguments and keyword arguments, for its result."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """What one thread does instead of the rest.
-
-    Attributes:
-        run: What to do at a planned call.
-        recorder: Gets the outputs.
-        only: Identities of the quantizers that observe; `None`: all.
-    """
-
-    run: Callable[..., Any]
-    recorder: Recorder | None
-    only: frozenset[int] | None
+PlannedCall = Callable[..., Any]
+"""What is done at a planned call: takes its frame, its quantizers, its function, arguments and keyword arguments; gives its result."""
 
 
 class Runtime:
@@ -79,7 +71,7 @@ class Runtime:
         self.frames = Frames(model, capture.root, self._handle)
         self.frames.watched = COMPUTES | {"multi_head_attention_forward"}
         self.departures = Departures(model, capture.root)
-        self._blocks: dict[int, _Block] = {}  # by thread; empty but for the time of a block
+        self._blocks: dict[int, PlannedCall] = {}  # by thread; empty but for the time of a block
         self.phase = Phase.QUANTIZE
         self.frames.carried = self._carried
         # Whether ranges follow forwards that record gradients, and the number of the calibration batch.
@@ -128,29 +120,26 @@ class Runtime:
         self._phase, self._run = phase, self._strategy(phase)
 
     @property
-    def run(self) -> Callable[..., Any]:
+    def run(self) -> PlannedCall:
         """What this thread does at a planned call."""
-        block = self._blocks.get(get_ident())
-        return self._run if block is None else block.run
+        return self._blocks.get(get_ident(), self._run)
 
-    def _strategy(self, phase: Phase) -> Callable[..., Any]:
-        return {
-            Phase.QUANTIZE: self._quantize,
-            Phase.PASS: self._pass,
-            Phase.OBSERVE: self._observe,
-            Phase.MEASURE_LOCAL: self._measure_local,
-            Phase.RECORD_FLOAT: self._record_float,
-            Phase.RECORD_QUANTIZED: self._record_quantized,
-            Phase.CORRECT: self._correct,
-            Phase.HAND_OVER: self._hand_over,
-        }[phase]
-
-    def _record(self, name: str, output: Tensor | ActivationQuantizer, reference: Tensor) -> None:
-        recorder = self._blocks[get_ident()].recorder
+    def _strategy(self, phase: Phase, recorder: OutputRecorder | None = None, only: frozenset[int] | None = None) -> PlannedCall:
+        if phase is Phase.QUANTIZE:
+            return self._quantize
+        if phase is Phase.PASS:
+            return _call
+        if phase is Phase.OBSERVE:
+            return partial(observe, lambda: self.batch, only)
         assert recorder is not None
-        recorder(name, output, reference)
-
-    # What to do at a planned call, one method for each phase.
+        recorded: dict[Phase, PlannedCall] = {
+            Phase.MEASURE_LOCAL: partial(measure_local, recorder),
+            Phase.RECORD_FLOAT: partial(record_float, recorder),
+            Phase.RECORD_QUANTIZED: partial(record_quantized, recorder, self._quantize),
+            Phase.CORRECT: partial(correct, recorder, self._quantize),
+            Phase.DELEGATE: partial(delegate, recorder),
+        }
+        return recorded[phase]
 
     def _quantize(
         self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -188,100 +177,10 @@ class Runtime:
             return rounded if base is result else rounded.view(result.shape)
         return with_outputs(result, site.outputs, track)
 
-    def _observe(
-        self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        only = self._blocks[get_ident()].only
-        for slot, _, quantizer in site.reads:
-            if only is None or id(quantizer) in only:
-                quantizer.observe(at(args, kwargs, slot), self.batch)
-        for slot, weight_quantizer in site.weights:
-            weight_quantizer.see(at(args, kwargs, slot))
-        result = func(*args, **kwargs)
-        for position, quantizer in site.outputs:
-            if only is None or id(quantizer) in only:
-                quantizer.observe(results_of(result, args)[position], self.batch)
-        return result
-
-    def _measure_local(
-        self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Float and quantized layer on the same float input; the float result flows on."""
-        if site.renormalizes:
-            args, kwargs = renormalized(args, kwargs)
-        for slot, source, quantizer in site.reads:
-            if source:
-                self._record(source, quantizer, at(args, kwargs, slot))
-        if not site.weights and [position for position, _ in site.outputs] == [0]:
-            result = func(*args, **kwargs)
-            self._record(site.layer, site.outputs[0][1], results_of(result, args)[0])
-            return result
-        quantized = None
-        if site.weights:
-            weighted_args, weighted_kwargs = args, kwargs
-            for slot, weight_quantizer in site.weights:
-                weighted_args, weighted_kwargs = replaced(weighted_args, weighted_kwargs, slot, weight_quantizer)
-            if site.in_place:
-                weighted_args = (weighted_args[0].clone(), *weighted_args[1:])
-            if site.correction is not None:
-                weighted_args, weighted_kwargs = site.correction.applied(weighted_args, weighted_kwargs)
-            quantized = results_of(func(*weighted_args, **weighted_kwargs), weighted_args)
-        result = func(*args, **kwargs)
-        reference = results_of(result, args)
-        quantized = quantized if quantized is not None else list(reference)
-        for position, quantizer in site.outputs:
-            quantized[position] = quantizer(quantized[position])
-        self._record(site.layer, quantized[0], reference[0])
-        return result
-
-    def _record_float(
-        self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Float forward; the recorder gets each planned layer's float output."""
-        for slot, source, _ in site.reads:
-            if source:
-                value = at(args, kwargs, slot)
-                self._record(source, value, value)
-        result = func(*args, **kwargs)
-        output = results_of(result, args)[0]
-        self._record(site.layer, output, output)
-        return result
-
-    def _record_quantized(
-        self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Quantized forward; the recorder gets each planned layer's quantized output."""
-        for slot, source, quantizer in site.reads:
-            if source:
-                value = at(args, kwargs, slot)
-                self._record(source, quantizer(value), value)
-        result = self._quantize(frame, site, func, args, kwargs)
-        output = results_of(result, args)[0]
-        self._record(site.layer, output, output)
-        return result
-
-    def _correct(
-        self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Quantized forward, in which the recorder moves the result of a layer before it is rounded."""
-        recorder = self._blocks[get_ident()].recorder
-        assert recorder is not None
-        return self._quantize(frame, site, recorder(site.layer, func), args, kwargs)
-
-    def _hand_over(
-        self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        recorder = self._blocks[get_ident()].recorder
-        assert recorder is not None
-        return recorder(site, func, args, kwargs)
-
-    def _pass(
-        self, frame: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        return func(*args, **kwargs)
-
     @contextmanager
-    def doing(self, phase: Phase, recorder: Recorder | None = None, only: Iterable[ActivationQuantizer] | None = None) -> Iterator[None]:
+    def doing(
+        self, phase: Phase, recorder: OutputRecorder | None = None, only: Iterable[ActivationQuantizer] | None = None
+    ) -> Iterator[None]:
         """Let this thread do something else than the phase inside the block; other threads go on as before.
 
         Compiled code runs eagerly meanwhile, since what a graph does can't depend on the thread.
@@ -291,14 +190,12 @@ class Runtime:
             recorder: For the phases that measure or record.
             only: Quantizers that observe; `None`: all.
         """
-        with (
-            self._in_block(_Block(self._strategy(phase), recorder, None if only is None else frozenset(map(id, only)))),
-            self.frames.restored(),
-        ):
+        run = self._strategy(phase, recorder, None if only is None else frozenset(map(id, only)))
+        with self._in_block(run), self.frames.restored():
             yield
 
     @contextmanager
-    def _in_block(self, block: _Block | None) -> Iterator[None]:
+    def _in_block(self, block: PlannedCall | None) -> Iterator[None]:
         thread = get_ident()
         before = self._blocks.get(thread)
         with eager():
@@ -308,7 +205,7 @@ class Runtime:
             finally:
                 self._set_block(thread, before)
 
-    def _set_block(self, thread: int, block: _Block | None) -> None:
+    def _set_block(self, thread: int, block: PlannedCall | None) -> None:
         if block is None:
             self._blocks.pop(thread, None)
         else:
@@ -318,3 +215,7 @@ class Runtime:
         """A recomputation does what its forward did, whenever and in whatever thread it runs."""
         block = self._blocks.get(get_ident()) if self._blocks else None
         return nullcontext if block is None else partial(self._in_block, block)
+
+
+def _call(_: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
