@@ -70,6 +70,12 @@ def mode_stack() -> list[Any]:
     return [function_mode_at(i) for i in range(function_mode_count())]
 
 
+def innermost_mode() -> Any:
+    """The innermost function mode; `None` if there is none. PyTorch itself does not look whether there is one."""
+    count = function_mode_count()
+    return function_mode_at(count - 1) if count else None
+
+
 def restore_modes(modes: list[Any]) -> None:
     """Make these the active function modes."""
     while function_mode_count():

@@ -88,6 +88,8 @@ class FrameMode(HiddenMode):
         if func is Tensor.unflatten:  # its Python half is one that the compiler can't trace under a mode
             func = torch.unflatten
         if name == "multi_head_attention_forward":
+            if not self.frames.opens(stack[-1]):
+                return func(*args, **kwargs)
             # Its inner matmuls would run with the mode off, out of sight.
             with self:
                 return multi_head_attention(*args, **kwargs)
@@ -105,6 +107,8 @@ class FrameStacks(Hooks):
         watched: Names of functions that the handler must see even where the frame's table does not have them; `None`: it sees all.
         carried: Called when a checkpoint's forward begins; makes the context in which its recomputation runs.
         graphs: Identities of the modules of the model that are graphs of `torch.fx`.
+        opens: Whether what PyTorch hides in one call (multi-head attention) is to be seen in a frame; else it runs as it is, equal to the last bit.
+        passes: Whether nothing is done with any call now: without gradients the mode then stays off, since PyTorch has faster paths without one.
     """
 
     def __init__(self, model: nn.Module, handle: Handler) -> None:
@@ -113,6 +117,8 @@ class FrameStacks(Hooks):
         self.watched: frozenset[str] | None = None
         self.carried: Callable[[], Callable[[], AbstractContextManager[None]]] | None = None
         self.graphs: frozenset[int] = frozenset()
+        self.opens: Callable[[ModuleCall], bool] = lambda _: True
+        self.passes: Callable[[], bool] = lambda: False
         self._mode = FrameMode(self)
         self._main: list[ModuleCall] = []
         self._thread = get_ident()

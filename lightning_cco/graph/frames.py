@@ -22,9 +22,10 @@ from torch.fx import GraphModule, Proxy
 
 from lightning_cco.compat.autograd import graph_task, saved_hooks_on_top
 from lightning_cco.compat.modules import MODULE_CALL
-from lightning_cco.compat.torch_modes import function_mode_at, function_mode_count, pop_function_mode, push_function_mode
+from lightning_cco.compat.torch_modes import pop_function_mode, push_function_mode
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.call_node import Arguments, CallNode, ModuleCall
+from lightning_cco.graph.compiled import innermost_mode
 from lightning_cco.graph.frame_stacks import FrameStacks, Handler
 from lightning_cco.graph.hooks import inert as _inert  # noqa: F401, models pickled by earlier versions name it here
 from lightning_cco.graph.python_calls import called_by_graph, module_call
@@ -108,7 +109,7 @@ class Frames(FrameStacks):
         if stack:
             if stack[-1].quiet:  # something has interrupted a quiet module
                 self._end_quiet(stack[-1])
-            if path in self.quiet and self.watched is not None and function_mode_at(function_mode_count() - 1) is self._mode:
+            if path in self.quiet and self.watched is not None and innermost_mode() is self._mode:
                 stack[-1].quiet = True
                 pop_function_mode()
                 return None
@@ -154,7 +155,8 @@ class Frames(FrameStacks):
         if self.started is not None:
             self.started()
         self._leave_mode()  # an interrupt may have left it
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        if records or not self.passes():
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
         frame = ModuleCall(self._node_for_entry(path), module.training, records)
         replaced = None
         if own is not None:
@@ -220,7 +222,7 @@ class Frames(FrameStacks):
         if self.left is not None:
             self.left(stack[-1], output)
         stack.pop()
-        if not stack:
+        if not stack and (compiling or innermost_mode() is self._mode):
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _end_quiet(self, frame: ModuleCall) -> None:

@@ -74,6 +74,7 @@ class Runtime:
         self._blocks: dict[int, PlannedCall] = {}  # by thread; empty but for the time of a block
         self.phase = Phase.QUANTIZE
         self.frames.carried = self._carried
+        self.frames.opens, self.frames.passes = self._opens, self._passes
         # Whether ranges follow forwards that record gradients, and the number of the calibration batch.
         self.following = True
         self.batch = 0
@@ -210,6 +211,15 @@ class Runtime:
             self._blocks.pop(thread, None)
         else:
             self._blocks[thread] = block
+
+    def _passes(self) -> bool:
+        return self.run == self._pass
+
+    def _opens(self, frame: ModuleCall) -> bool:
+        """Whether anything is done with what a call hides. If not, it computes as in the float model, where scores are scaled in another order."""
+        if is_compiling():
+            return True
+        return not self._passes() and any(entry.sites for entry in frame.table.values())
 
     def _carried(self) -> Callable[[], AbstractContextManager[None]]:
         """A recomputation does what its forward did, whenever and in whatever thread it runs."""
