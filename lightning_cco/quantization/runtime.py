@@ -213,7 +213,7 @@ class Runtime:
             self._blocks[thread] = block
 
     def _passes(self) -> bool:
-        return self.run == self._pass
+        return self.run is _call
 
     def _opens(self, frame: ModuleCall) -> bool:
         """Whether anything is done with what a call hides. If not, it computes as in the float model, where scores are scaled in another order."""
