@@ -15,10 +15,11 @@ from torch import nn
 
 from lightning_cco.compat.lightning_trainer import batch_to_device, configured_optimizers
 from lightning_cco.errors import CCOError
-from lightning_cco.graph.capture import Capture, capture
+from lightning_cco.graph.capture import capture
+from lightning_cco.graph.captured import Capture
 from lightning_cco.graph.compiled import eager
-from lightning_cco.graph.put_back import Kept
 from lightning_cco.graph.reached import frozen_modules, is_within
+from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.lookahead import copied, upcoming_batches
 from lightning_cco.random_numbers import isolated_random
 
@@ -205,10 +206,10 @@ def _rehearsing(module: pl.LightningModule) -> Iterator[None]:
     replaced: dict[str, Any] = dict.fromkeys(("manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients"), _nothing)
     replaced["optimizers"] = lambda *args, **kwargs: stand_ins[0] if len(stand_ins) == 1 else stand_ins
     replaced["lr_schedulers"] = lambda *args, **kwargs: _NoOptimizer()
-    around = Kept.around(module)
+    around = Snapshot.around(module)
     if around is not None:
         around.keep_parameters()
-    with nullcontext() if around is not None else Kept(module, parameters=True), _unlogged(module, replaced):
+    with nullcontext() if around is not None else Snapshot(module, parameters=True), _unlogged(module, replaced):
         yield
 
 

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lightning_cco.compat.lightning_trainer import sanity_check, validation_loader, validation_loader_replaced
-from lightning_cco.graph.given_back import is_iterator
-from lightning_cco.graph.put_back import Kept
+from lightning_cco.graph.replayed_iterators import is_iterator
+from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.monitoring.metrics import numbers, sanity_check_metrics
 from lightning_cco.random_numbers import isolated_random
 from lightning_cco.settings import TrainingSettings
@@ -83,7 +83,7 @@ class InitialEvaluation:
         keep, are put back: the training sees what it would have seen.
         """
         self._apart = {}
-        steps, kept = trainer.num_sanity_val_steps, Kept(trainer.lightning_module, others=trainer.callbacks)  # type: ignore[attr-defined]
+        steps, kept = trainer.num_sanity_val_steps, Snapshot(trainer.lightning_module, others=trainer.callbacks)  # type: ignore[attr-defined]
         trainer.num_sanity_val_steps = float("inf")
         try:
             with ExitStack() as stack:

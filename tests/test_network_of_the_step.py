@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_cco import capture_graph, plan_quantization
 from lightning_cco.batches import capture_module
-from lightning_cco.graph.capture import Capture
+from lightning_cco.graph.captured import Capture
 
 IMAGES = torch.randn(6, 1, 8, 8)
 

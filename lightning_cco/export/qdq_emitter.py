@@ -22,7 +22,7 @@ from lightning_cco.export.provenance import noting
 from lightning_cco.export.stored import StoredWeights
 from lightning_cco.export.weight_blocks import Block
 from lightning_cco.graph.call_node import ModuleCall
-from lightning_cco.graph.capture import CallSite
+from lightning_cco.graph.captured import CallSite
 from lightning_cco.graph.compiled import mode_stack, restore_modes
 from lightning_cco.graph.equations import einsum_by_matmul
 from lightning_cco.graph.ops import Category, operation

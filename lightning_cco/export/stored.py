@@ -13,7 +13,7 @@ from lightning_cco.export.engine_patterns import adds_products_exactly, blocked_
 from lightning_cco.export.engines import ENGINES, Engine, Form
 from lightning_cco.export.fold_batch_norm import BatchNorm, IntegerWeight, integer_weight, norm_weight
 from lightning_cco.export.weight_blocks import Block, blocks_of
-from lightning_cco.graph.capture import CallSite
+from lightning_cco.graph.captured import CallSite
 from lightning_cco.graph.ops import Category, Op
 from lightning_cco.quantization.arguments import at
 from lightning_cco.quantization.model import HookedModel

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_cco.graph.put_back import Kept
+from lightning_cco.graph.snapshot import Snapshot
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def random_apart(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def undisturbed(model: nn.Module, gradients: bool) -> Iterator[None]:
     """Put back what a forward leaves behind, training flags, gradients and random state afterwards."""
-    with Kept(model), as_now(model, gradients):
+    with Snapshot(model), as_now(model, gradients):
         yield
 
 
@@ -71,7 +71,7 @@ def evaluating(model: nn.Module, gradients: bool) -> Iterator[None]:
     """Evaluation mode inside the block, with gradients or without; what forwards leave is put back."""
     with training_flags(model):
         switch_training(model, False)
-        with Kept(model), recording(model, gradients):
+        with Snapshot(model), recording(model, gradients):
             yield
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_cco.graph.containers import tensors_held
 from lightning_cco.graph.network import is_metric
-from lightning_cco.graph.put_back import Kept
+from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.graph.trace import Tracer
 
 
@@ -83,7 +83,7 @@ def used_unseen(model: nn.Module, tracer: Tracer, forward: Callable[[], Any]) ->
                 for name in changed:
                     named[name].mul_(1.5).add_(0.25)
             torch.manual_seed(0)
-            with Kept(model):
+            with Snapshot(model):
                 return [tensor.detach().clone() for _, tensor in tensors_held(forward())]
         finally:
             with torch.no_grad():

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOWarning
-from lightning_cco.graph.capture import Capture
+from lightning_cco.graph.captured import Capture
 from lightning_cco.names import list_names
 from lightning_cco.quantization.range_updates import world_size
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning_cco.errors import CCOError
-from lightning_cco.graph.capture import Capture
+from lightning_cco.graph.captured import Capture
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.learned_quantizers import LearnedActivationQuantizer, LearnedWeightQuantizer
 from lightning_cco.quantization.plan import QuantizationPlan, TensorSpec

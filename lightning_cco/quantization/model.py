@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
-from lightning_cco.graph.capture import Capture
+from lightning_cco.graph.captured import Capture
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.modes import evaluating, random_apart, uncollected
 from lightning_cco.graph.network import has_parameters

@@ -1,4 +1,4 @@
-"""From a graph and settings to a plan."""
+"""From a graph and settings to a plan: which tensors are rounded where, and what is decided of each layer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable, Mapping
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.ops import Category, operation_of_kind
+from lightning_cco.graph.ops import Category
 from lightning_cco.quantization.connections import Connections
 from lightning_cco.quantization.exact import UNSEEN, ExactReaders, Placement
-from lightning_cco.quantization.groups import Groups, has_statistics
+from lightning_cco.quantization.int8_layers import Int8Layers
 from lightning_cco.quantization.plan import Boundary, LayerDecision, QuantizationPlan, TensorSpec
 from lightning_cco.quantization.residual import INT8_BITS, ResidualStream
 from lightning_cco.quantization.rule_effects import warn_of_rules_without_effect
@@ -77,18 +77,17 @@ class _Planner:
         self.weight_groups = weight_groups
         self.graph, self.settings, self.target, self.said, self.skips, self.suggestions = graph, settings, target, said, skips, suggestions
         self.connections = Connections(graph)
-        self.groups = Groups(self.connections, target, skips)
         self.exact = ExactReaders(graph, {name for name, entry in said.items() if entry.asked_for})
         self.stream = ResidualStream(self.connections, settings.global_quantization_settings.residual_stream, said)
 
     def plan(self) -> QuantizationPlan:
         """Work it out."""
         self.skips.update({name: skip for name, skip in self.stream.skips().items() if name not in self.skips})
-        self._find_fused()
-        while self._leave_without_integer_outputs():
-            self._find_fused()
+        layers = Int8Layers(self.connections, self.target, self.said, self.skips, self.exact, self.stream)
+        self.int8, self.fused_into = layers.names, layers.fused_into
+        self.fused_from = {after: before for before, after in self.fused_into.items()}
         wanted = self._wanted()
-        keys = [key for layer in self.graph for key in self.connections.outputs(layer.name) if key in wanted and self._quantizable(key)]
+        keys = [key for layer in self.graph for key in self.connections.outputs(layer.name) if key in wanted and layers.quantizable(key)]
         placement = Placement(self.exact, self.int8)
         at_readers = {key: placement.place(key) for key in keys if self._is_rounded_at_readers(key)}
         tensors = {key: self._spec(key) for key in keys if at_readers.get(key, True)}
@@ -110,29 +109,6 @@ class _Planner:
             at_readers=frozenset(at_readers),
         )
 
-    def _find_fused(self) -> None:
-        self.int8 = self._int8_layers()
-        self.fused_into = self.groups.find(self.int8)
-        self.fused_from = {after: before for before, after in self.fused_into.items()}
-
-    def _leave_without_integer_outputs(self) -> bool:
-        """Leave layers in float whose result is in float, if their engine computes them in INT8 only where it is rounded; returns whether there were any."""
-        found = False
-        for name in [name for name in self.int8 if self.graph[name].kind in self.target.integer_outputs and not self._asked_for(name)]:
-            key = TensorKey(name)
-            while key.layer in self.fused_into:
-                key = TensorKey(self.fused_into[key.layer])
-            by_setting = self.stream.keeps_float(key)
-            needed = self.exact.reads_for_output(key)
-            if not by_setting and not needed:
-                continue
-            reason = SkipReason.SETTING if by_setting else SkipReason.ENGINE
-            reason = SkipReason.WEIGHT_ONLY if self.target.stores_weights(self.graph[name]) else reason
-            why = "is in float (residual_stream: float)" if by_setting else f"is needed as it is, since it {needed}"
-            self.skips[name] = Skip(reason, f"its result {why}: {self.target.name} computes it in float")
-            found = True
-        return found
-
     def _spec(self, key: TensorKey) -> TensorSpec:
         bits = self._activation_bits(key.layer)
         bits = INT8_BITS if self.stream.keeps_8_bits(key, bits) else bits
@@ -152,9 +128,6 @@ class _Planner:
             placement.reads.setdefault(name, {}).update(reads)
         return found
 
-    def _asked_for(self, name: str) -> bool:
-        return self.said.get(name, ResolvedRules()).asked_for
-
     def _is_rounded_at_readers(self, key: TensorKey) -> bool:
         layer = self.graph[key.layer]
         return layer.kind in UNSEEN or layer.outside or self.exact.reads(key) or self.stream.keeps_float(key)
@@ -168,84 +141,6 @@ class _Planner:
                 found.add(layer.name)
                 carried.update(self.connections.outputs(layer.name))
         return found
-
-    def _quantizable(self, key: TensorKey) -> bool:
-        layer = self.graph[key.layer]
-        if layer.kind == "input" and layer.name in self.skips:
-            return False
-        return self.connections.is_float(key) and (not layer.quantizable_outputs or layer.quantizable_outputs[key.output])
-
-    def _int8_layers(self) -> set[str]:
-        """Layers that compute in INT8: allowed to, and every float they read can be quantized."""
-        found = set()
-        for layer in self.graph:
-            name = layer.name
-            if name in self.exact.layers and not self.connections.passes(name):
-                self.skips.setdefault(name, Skip(SkipReason.ENGINE, f"what it computes {self.exact.why[name]}"))
-            if (name in self.skips and not self._scales(name)) or self.connections.passes(name) or layer.kind == "input":
-                continue
-            if layer.weighted or self._reads_quantizable(layer):
-                found.add(name)
-            else:
-                self.skips[name] = Skip(SkipReason.ENGINE, "reads a tensor that can't be quantized")
-        self._drop_followers(found)
-        return found
-
-    def _reads_quantizable(self, layer: Layer) -> bool:
-        floats = self.connections.sources(layer.name)
-        if operation_of_kind(layer.kind).mask is not None:  # it is added in float between the two matmuls
-            floats = [source for source in floats if self._quantizable(source)]
-        return bool(floats) and all(self._quantizable(source) for source in floats)
-
-    def _scales(self, name: str) -> bool:
-        """Whether a layer is a batch norm by itself, which is a convolution of each channel with one number."""
-        layer = self.graph[name]
-        if (
-            layer.kind != "batch_norm"
-            or not self.target.norms
-            or self.skips[name].reason is not SkipReason.ENGINE
-            or not has_statistics(layer)
-        ):
-            return False
-        return len(layer.input_shapes) == 1 and len(layer.input_shapes[0]) in (3, 4, 5)
-
-    def _drop_followers(self, int8: set[str]) -> None:
-        """Take out the layers that multiply no weights and have float layers around them, or before them where that is what counts."""
-        pending = [layer.name for layer in self.graph if layer.name in int8 and self._follows(layer.name)]
-        while pending:
-            name = pending.pop()
-            if name not in int8 or self._asked_for(name):
-                continue
-            in_float = self.stream.keeps_float(TensorKey(name)) and self.graph[name].kind in self.target.elementwise_kinds
-            if self._reads_int8(name, int8) and not in_float:
-                continue
-            # A clamp is what the rounding of its result does; a norm is no reason to round what it reads.
-            only_behind = self.connections.category[name] is Category.CLAMP or self.graph[name].kind == "batch_norm"
-            if not only_behind and not in_float and any(reader in int8 for reader in self.connections.consumers(name)):
-                continue
-            if self.connections.category[name] is Category.CLAMP and self.groups.ends_at(name, int8):
-                continue
-            int8.discard(name)
-            detail = "a float layer is before it" if only_behind else "float layers are before and behind it"
-            detail = "its result is in float (residual_stream: float)" if in_float else detail
-            self.skips.setdefault(name, Skip(SkipReason.ENGINE, detail))
-            neighbours = {
-                *self.connections.consumers(name),
-                *(self.connections.origin[read].layer for read in self.connections.reads[name]),
-            }
-            pending += [other for other in neighbours if self._follows(other)]
-
-    def _follows(self, name: str) -> bool:
-        kind = self.graph[name].kind
-        return kind in self.target.elementwise_kinds or self.connections.category[name] is Category.CLAMP or kind == "batch_norm"
-
-    def _reads_int8(self, name: str, int8: set[str]) -> bool:
-        """Whether every float that a layer reads comes out of an INT8 layer in INT8 anyway, and gains nothing by being read as a float."""
-        sources = self.connections.sources(name)
-        loose = self.target.float_outputs | (
-            self.target.followed_in_float if self.connections.category[name] is not Category.CLAMP else set()
-        )
-        return bool(sources) and all(source.layer in int8 and self.graph[source.layer].kind not in loose for source in sources)
 
     def _float_output(self, name: str) -> bool:
         """Whether the engine hands a layer's result over in float. Behind a product with a clamp it does not: the rounding is the clamp."""

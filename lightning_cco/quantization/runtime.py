@@ -14,7 +14,7 @@ from torch.compiler import is_compiling, is_exporting
 
 from lightning_cco.compat.autograd import graph_task
 from lightning_cco.graph.call_node import ModuleCall
-from lightning_cco.graph.capture import Capture
+from lightning_cco.graph.captured import Capture
 from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.frames import Frames
 from lightning_cco.graph.python_calls import calling_position

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lightning_cco.graph.call import ArgPath
-from lightning_cco.graph.capture import CallSite, Capture
+from lightning_cco.graph.captured import CallSite, Capture
 from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation_of_kind
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.bias_correction import BiasCorrection

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-class GivenBack:
+class ReplayedIterator:
     """Gives first what was drawn before, then the rest; in all else it is the iterator.
 
     Args:
@@ -20,7 +20,7 @@ class GivenBack:
     def __init__(self, iterator: Iterator[Any], items: deque[Any]) -> None:
         self._iterator, self._items = iterator, items
 
-    def __iter__(self) -> GivenBack:
+    def __iter__(self) -> ReplayedIterator:
         return self
 
     def __next__(self) -> Any:
@@ -32,7 +32,7 @@ class GivenBack:
         return getattr(self._iterator, name)
 
 
-class Drawing(GivenBack):
+class RecordingIterator(ReplayedIterator):
     """Stands in for an iterator, gives copies, and keeps what it gave."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
@@ -48,10 +48,10 @@ class Drawing(GivenBack):
 
     def rest(self) -> Iterator[Any]:
         """What is to stand in the iterator's place from now on."""
-        if self._items and type(self._iterator) is GivenBack:
+        if self._items and type(self._iterator) is ReplayedIterator:
             self._iterator._items.extendleft(reversed(self._items))
             return self._iterator
-        return GivenBack(self._iterator, self._items) if self._items else self._iterator
+        return ReplayedIterator(self._iterator, self._items) if self._items else self._iterator
 
 
 def is_iterator(value: Any) -> bool:

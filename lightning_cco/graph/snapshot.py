@@ -1,4 +1,4 @@
-"""What running a model leaves behind in it, put back: a look at a model must not count as a step of it.
+"""A snapshot of all that running a model may write to in it, restored afterwards: a look at a model must not count as a step of it.
 
 A forward or a step may append to lists, count, move a queue, average a copy of the network, or draw from a generator of its own. What was run only to
 capture, to calibrate or to measure must leave none of that, or the training goes on from something else than the float run does.
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lightning_cco.compat.modules import CONTENTS, OF_MODULES, buffers_of, cells_of, hooks_of
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.containers import tensors_in
-from lightning_cco.graph.given_back import Drawing, is_iterator
+from lightning_cco.graph.replayed_iterators import RecordingIterator, is_iterator
 from lightning_cco.graph.undo import is_same, restore, undo_array, undo_contents, undo_generator
 
 _NOT_ENTERED = frozenset({"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_cco", "torchvision", "torchaudio"}) | (
@@ -36,7 +36,7 @@ _MOST_ITEMS, _MOST_OBJECTS = 10_000, 50_000
 _LARGE = 1 << 28
 """Bytes of a tensor or an array beyond which it is not copied: then it is data rather than something that steps write to."""
 _MISSING = object()
-_ACTIVE: ContextVar[tuple[Kept, ...]] = ContextVar("_ACTIVE", default=())
+_ACTIVE: ContextVar[tuple[Snapshot, ...]] = ContextVar("_ACTIVE", default=())
 
 
 @dataclass
@@ -53,10 +53,10 @@ class _Attributes:
         return [name for name in self.now if name not in self.before and name not in self.ignored]
 
 
-class Kept:
+class Snapshot:
     """All that a forward may write to in a model: buffers, attributes of its modules, what is in them, generators of random numbers.
 
-    A context manager, which puts it back in the end.
+    A context manager, which restores it in the end.
 
     Lists, dictionaries, sets, arrays and tensors get their contents back, not only attributes their objects. Objects of the user's own classes and what the
     user's hooks refer to are entered; those of libraries and data sets are not.
@@ -90,16 +90,16 @@ class Kept:
         if parameters:
             self.keep_parameters()
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> Snapshot:
         _ACTIVE.set((*_ACTIVE.get(), self))
         return self
 
     def __exit__(self, *_: object) -> None:
         _ACTIVE.set(tuple(kept for kept in _ACTIVE.get() if kept is not self))
-        self._put_back()
+        self._restore()
 
     @staticmethod
-    def around(model: nn.Module) -> Kept | None:
+    def around(model: nn.Module) -> Snapshot | None:
         """What has been kept of a model by the innermost block around this."""
         return next((kept for kept in reversed(_ACTIVE.get()) if kept.model is model), None)
 
@@ -111,7 +111,7 @@ class Kept:
                 for parameter in self.model.parameters():
                     self._keep_tensor(parameter, "cpu")
 
-    def _put_back(self) -> None:
+    def _restore(self) -> None:
         but = self.stay
         with torch.DisableTorchFunction(), torch.no_grad():
             for part in self._attributes:
@@ -206,8 +206,8 @@ class Kept:
         self._attributes.append(_Attributes(attributes, before, ignored, of_module))
         for name, value in before.items():
             if is_iterator(value):
-                attributes[name] = drawing = Drawing(value)
-                self._undo.append(partial(_give_back, attributes, name, drawing))
+                attributes[name] = recording = RecordingIterator(value)
+                self._undo.append(partial(_replay, attributes, name, recording))
             else:
                 self._enter(value)
 
@@ -247,8 +247,8 @@ class Kept:
             self._tensors.append((tensor, tensor.detach().to(device or tensor.device, copy=True)))
 
 
-def _give_back(attributes: dict[str, Any], name: str, drawing: Drawing) -> None:
-    attributes[name] = drawing.rest()
+def _replay(attributes: dict[str, Any], name: str, recording: RecordingIterator) -> None:
+    attributes[name] = recording.rest()
 
 
 def _of_a_library(value: Any) -> bool:

@@ -1,0 +1,153 @@
+"""Which layers compute in INT8: those that may, and whose neighbours make it worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.ops import Category, operation_of_kind
+from lightning_cco.quantization.connections import Connections
+from lightning_cco.quantization.exact import ExactReaders
+from lightning_cco.quantization.groups import Groups, has_statistics
+from lightning_cco.quantization.residual import ResidualStream
+from lightning_cco.quantization.rules import ResolvedRules
+from lightning_cco.quantization.skip_reasons import Skip, SkipReason
+from lightning_cco.quantization.targets import Target
+from lightning_cco.quantization.tensor_key import TensorKey
+
+
+class Int8Layers:
+    """Finds the layers that compute in INT8, and what is fused with them.
+
+    Args:
+        connections: Who makes and reads each tensor.
+        target: The engine.
+        said: What the rules say of each layer.
+        skips: Layers that are left in float; those that are found to be are added.
+        exact: Who needs tensors as they are.
+        stream: What residual additions read.
+
+    Attributes:
+        names: The layers.
+        fused_into: The layer that each fused layer's result goes into.
+    """
+
+    def __init__(
+        self,
+        connections: Connections,
+        target: Target,
+        said: Mapping[str, ResolvedRules],
+        skips: dict[str, Skip],
+        exact: ExactReaders,
+        stream: ResidualStream,
+    ) -> None:
+        self.graph, self.connections, self.target = connections.graph, connections, target
+        self._said, self._skips, self._exact, self._stream = said, skips, exact, stream
+        self._groups = Groups(connections, target, skips)
+        self._find()
+        while self._leave_without_integer_outputs():
+            self._find()
+
+    def _find(self) -> None:
+        self.names = self._allowed()
+        self.fused_into = self._groups.find(self.names)
+
+    def quantizable(self, key: TensorKey) -> bool:
+        """Whether a tensor holds floats that can be rounded."""
+        layer = self.graph[key.layer]
+        if layer.kind == "input" and layer.name in self._skips:
+            return False
+        return self.connections.is_float(key) and (not layer.quantizable_outputs or layer.quantizable_outputs[key.output])
+
+    def _leave_without_integer_outputs(self) -> bool:
+        """Leave layers in float whose result is in float, if their engine computes them in INT8 only where it is rounded; returns whether there were any."""
+        found = False
+        for name in [name for name in self.names if self.graph[name].kind in self.target.integer_outputs and not self._asked_for(name)]:
+            key = TensorKey(name)
+            while key.layer in self.fused_into:
+                key = TensorKey(self.fused_into[key.layer])
+            by_setting = self._stream.keeps_float(key)
+            needed = self._exact.reads_for_output(key)
+            if not by_setting and not needed:
+                continue
+            reason = SkipReason.SETTING if by_setting else SkipReason.ENGINE
+            reason = SkipReason.WEIGHT_ONLY if self.target.stores_weights(self.graph[name]) else reason
+            why = "is in float (residual_stream: float)" if by_setting else f"is needed as it is, since it {needed}"
+            self._skips[name] = Skip(reason, f"its result {why}: {self.target.name} computes it in float")
+            found = True
+        return found
+
+    def _asked_for(self, name: str) -> bool:
+        return self._said.get(name, ResolvedRules()).asked_for
+
+    def _allowed(self) -> set[str]:
+        """Layers that compute in INT8: allowed to, and every float they read can be quantized."""
+        found = set()
+        for layer in self.graph:
+            name = layer.name
+            if name in self._exact.layers and not self.connections.passes(name):
+                self._skips.setdefault(name, Skip(SkipReason.ENGINE, f"what it computes {self._exact.why[name]}"))
+            if (name in self._skips and not self._scales(name)) or self.connections.passes(name) or layer.kind == "input":
+                continue
+            if layer.weighted or self._reads_quantizable(layer):
+                found.add(name)
+            else:
+                self._skips[name] = Skip(SkipReason.ENGINE, "reads a tensor that can't be quantized")
+        self._drop_followers(found)
+        return found
+
+    def _reads_quantizable(self, layer: Layer) -> bool:
+        floats = self.connections.sources(layer.name)
+        if operation_of_kind(layer.kind).mask is not None:  # it is added in float between the two matmuls
+            floats = [source for source in floats if self.quantizable(source)]
+        return bool(floats) and all(self.quantizable(source) for source in floats)
+
+    def _scales(self, name: str) -> bool:
+        """Whether a layer is a batch norm by itself, which is a convolution of each channel with one number."""
+        layer = self.graph[name]
+        if (
+            layer.kind != "batch_norm"
+            or not self.target.norms
+            or self._skips[name].reason is not SkipReason.ENGINE
+            or not has_statistics(layer)
+        ):
+            return False
+        return len(layer.input_shapes) == 1 and len(layer.input_shapes[0]) in (3, 4, 5)
+
+    def _drop_followers(self, int8: set[str]) -> None:
+        """Take out the layers that multiply no weights and have float layers around them, or before them where that is what counts."""
+        pending = [layer.name for layer in self.graph if layer.name in int8 and self._follows(layer.name)]
+        while pending:
+            name = pending.pop()
+            if name not in int8 or self._asked_for(name):
+                continue
+            in_float = self._stream.keeps_float(TensorKey(name)) and self.graph[name].kind in self.target.elementwise_kinds
+            if self._reads_int8(name, int8) and not in_float:
+                continue
+            # A clamp is what the rounding of its result does; a norm is no reason to round what it reads.
+            only_behind = self.connections.category[name] is Category.CLAMP or self.graph[name].kind == "batch_norm"
+            if not only_behind and not in_float and any(reader in int8 for reader in self.connections.consumers(name)):
+                continue
+            if self.connections.category[name] is Category.CLAMP and self._groups.ends_at(name, int8):
+                continue
+            int8.discard(name)
+            detail = "a float layer is before it" if only_behind else "float layers are before and behind it"
+            detail = "its result is in float (residual_stream: float)" if in_float else detail
+            self._skips.setdefault(name, Skip(SkipReason.ENGINE, detail))
+            neighbours = {
+                *self.connections.consumers(name),
+                *(self.connections.origin[read].layer for read in self.connections.reads[name]),
+            }
+            pending += [other for other in neighbours if self._follows(other)]
+
+    def _follows(self, name: str) -> bool:
+        kind = self.graph[name].kind
+        return kind in self.target.elementwise_kinds or self.connections.category[name] is Category.CLAMP or kind == "batch_norm"
+
+    def _reads_int8(self, name: str, int8: set[str]) -> bool:
+        """Whether every float that a layer reads comes out of an INT8 layer in INT8 anyway, and gains nothing by being read as a float."""
+        sources = self.connections.sources(name)
+        loose = self.target.float_outputs | (
+            self.target.followed_in_float if self.connections.category[name] is not Category.CLAMP else set()
+        )
+        return bool(sources) and all(source.layer in int8 and self.graph[source.layer].kind not in loose for source in sources)
