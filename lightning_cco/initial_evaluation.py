@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lightning_cco.compat.lightning_trainer import sanity_check, validation_loader, validation_loader_replaced
-from lightning_cco.graph.replayed_iterators import is_iterator
 from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.monitoring.metrics import numbers, sanity_check_metrics
+from lightning_cco.one_shot import gives_again
 from lightning_cco.random_numbers import isolated_random
 from lightning_cco.settings import TrainingSettings
 from lightning_cco.spare_loader import generators_kept, spare_loader
@@ -21,7 +21,8 @@ from lightning_cco.spare_loader import generators_kept, spare_loader
 class InitialEvaluation:
     """Validates before the first step: the float model, and after the calibration the calibrated one, on copies of the validation's loaders.
 
-    Where there is no copy, as of streams, the float model is validated in the place of the sanity check.
+    Where there is no copy, but data that give the same again, the float model is validated in the place of the sanity check. What may give each sample once (a
+    queue, an iterator) is left as it is, and nothing is validated.
 
     Attributes:
         original: Metrics of the float model.
@@ -39,7 +40,7 @@ class InitialEvaluation:
         if self._apart is not None or trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
             return
         loader = validation_loader(trainer)
-        if loader is None or spare_loader(trainer, loader) is not None or any(is_iterator(one) for one in loader.flattened):
+        if loader is None or spare_loader(trainer, loader, streams=True) is not None or not all(map(gives_again, loader.flattened)):
             return
         self._steps = trainer.num_sanity_val_steps
         trainer.num_sanity_val_steps = float("inf")
@@ -60,6 +61,11 @@ class InitialEvaluation:
         """Validate the float model, if the sanity check has not done that; see `validate`."""
         if not self.original and not trainer.fast_dev_run and not trainer.barebones:  # type: ignore[attr-defined]
             self.original = self.validate(trainer, progress_has_begun)
+            if not self.original and validation_loader(trainer) is not None and not self._is_read_apart(trainer):
+                rank_zero_info(
+                    "CCOCallback: the float model is not validated before the training: the validation's data may give each sample once "
+                    "(an iterator, a queue, an open file), and are left to the training."
+                )
 
     def evaluate_calibrated(self, trainer: pl.Trainer, settings: TrainingSettings, progress_has_begun: bool) -> None:
         """Validate the calibrated model once; see `validate`.
@@ -77,7 +83,7 @@ class InitialEvaluation:
             rank_zero_info(f"After the calibration, before any training: {said}.")
 
     def validate(self, trainer: pl.Trainer, progress_has_begun: bool) -> dict[str, float]:
-        """The metrics of the model as it is now. Empty where there is no copy of the loaders, as of streams.
+        """The metrics of the model as it is now. Empty where there is no copy of the loaders, as of queues.
 
         Samplers and generators are copies, so is what a data set keeps between its samples. Random numbers, and what the module and the user's callbacks
         keep, are put back: the training sees what it would have seen.
@@ -91,7 +97,7 @@ class InitialEvaluation:
                 stack.enter_context(kept)
 
                 def copy_of(loader: CombinedLoader) -> CombinedLoader | None:
-                    spare = spare_loader(trainer, loader)
+                    spare = spare_loader(trainer, loader, streams=True)
                     if spare is not None:
                         stack.enter_context(generators_kept(spare))
                     return spare
@@ -101,6 +107,11 @@ class InitialEvaluation:
             return self._apart
         finally:
             trainer.num_sanity_val_steps, self._apart = steps, None
+
+    @staticmethod
+    def _is_read_apart(trainer: pl.Trainer) -> bool:
+        loader = validation_loader(trainer)
+        return loader is None or spare_loader(trainer, loader, streams=True) is not None
 
     def load(self, original: Mapping[str, float], calibrated: Mapping[str, float]) -> None:
         """Go on with the metrics of a checkpoint."""

@@ -18,20 +18,26 @@ from torch.utils.data import IterableDataset
 
 from lightning_cco.compat.lightning_loaders import NOT_BEGUN, is_plain_loader, mode_of
 from lightning_cco.data_apart import Apart, set_generator, state_of_generator
+from lightning_cco.one_shot import gives_again
 from lightning_cco.random_numbers import RandomState, isolated_random
 
 _GENERATORS = "_lightning_cco_generators"
 """Where a spare loader keeps the global generators that its data may draw from."""
 
 
-def spare_loader(trainer: pl.Trainer, combined: CombinedLoader) -> CombinedLoader | None:
+def spare_loader(trainer: pl.Trainer, combined: CombinedLoader, streams: bool = False) -> CombinedLoader | None:
     """A loader of the same data with samplers, generators and workers of its own, or with what data keep between samples; `None` where there can't be one.
 
-    Only a `DataLoader` of a dataset with indices can be copied: a stream gives each sample once, and of other iterables nothing is known.
+    Only a `DataLoader` of a dataset with indices can be copied: a stream may give each sample once, and of other iterables nothing is known.
+
+    Args:
+        trainer: The Trainer.
+        combined: The loaders.
+        streams: Whether to copy streams, too, that hold nothing which exists once.
     """
     copies, generators = [], list[Any]()
     for loader in combined.flattened:
-        if not _can_be_copied(loader):
+        if not _can_be_copied(loader, streams):
             return None
         # What samplers may refer to and must not be copied.
         shared = (loader.dataset, trainer, trainer.lightning_module, getattr(trainer, "datamodule", None))
@@ -55,8 +61,10 @@ def spare_loader(trainer: pl.Trainer, combined: CombinedLoader) -> CombinedLoade
     return spare
 
 
-def _can_be_copied(loader: Any) -> bool:
-    return is_plain_loader(loader) and not isinstance(loader.dataset, IterableDataset) and not hasattr(loader, "state_dict")
+def _can_be_copied(loader: Any, streams: bool) -> bool:
+    if not is_plain_loader(loader) or hasattr(loader, "state_dict"):
+        return False
+    return not isinstance(loader.dataset, IterableDataset) or (streams and gives_again([loader.dataset, loader.collate_fn]))
 
 
 class _Behind:

@@ -26,7 +26,7 @@ LAYERS = [
     ["lookahead", "quantized_model", "report_page", "strategies"],
     ["budget", "drawing", "early_iterator", "export", "level_use", "loss_measurement", "measurement", "spare_loader", "suggestions"],
     ["loss_sensitivity", "sensitivity", "tensor_views"],
-    ["quantization"],
+    ["one_shot", "quantization"],
     ["graph"],
     ["settings"],
     ["_parsing", "_recipes"],

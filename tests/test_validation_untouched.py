@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,75 @@ class Samples(Dataset):
 class Stream(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         return ((torch.linspace(-1, 1, 8), float(i)) for i in range(12))
+
+
+class Batches:
+    def __iter__(self) -> Iterator[Any]:
+        return ((torch.linspace(-1, 1, 8).repeat(4, 1), torch.arange(4.0) + at) for at in (0, 4, 8))
+
+
+class Popped(IterableDataset):
+    """Takes its samples out of a list, or of what it is given."""
+
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.samples if isinstance(self.samples, list) else not self.samples.empty():
+            yield torch.linspace(-1, 1, 8), float(self.samples.pop() if isinstance(self.samples, list) else self.samples.get())
+
+
+class OfTheProgram(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        while not EVERYBODYS.empty():
+            yield torch.linspace(-1, 1, 8), float(EVERYBODYS.get())
+
+
+class Lines(IterableDataset):
+    def __init__(self, path: Path) -> None:
+        self.file = path.open()
+
+    def __iter__(self) -> Iterator[Any]:
+        while line := self.file.readline():
+            yield torch.linspace(-1, 1, 8), float(line)
+
+    def __del__(self) -> None:
+        self.file.close()
+
+
+EVERYBODYS: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+
+def filled(made: Any = None) -> Any:
+    """A queue of 60 numbers."""
+    made = queue.SimpleQueue() if made is None else made
+    while not made.empty():
+        made.get()
+    for i in range(60):
+        made.put(i)
+    return made
+
+
+def of_the_program() -> Any:
+    filled(EVERYBODYS)
+    return DataLoader(OfTheProgram(), 4)
+
+
+def lines() -> Any:
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", delete=False) as file:
+        file.write("".join(f"{i}\n" for i in range(60)))
+    return DataLoader(Lines(Path(file.name)), 4)
+
+
+def closed_over() -> Any:
+    samples = filled()
+
+    class Local(IterableDataset):
+        def __iter__(self) -> Iterator[Any]:
+            while not samples.empty():
+                yield torch.linspace(-1, 1, 8), float(samples.get())
+
+    return DataLoader(Local(), 4)
 
 
 def once() -> Iterator[Any]:
@@ -93,8 +164,16 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "keeps something": lambda: DataLoader(Samples(), 4),
     "workers": lambda: DataLoader(Samples(), 4, num_workers=1, persistent_workers=True),
     "generator": lambda: DataLoader(Samples(), 4, sampler=RandomSampler(range(12), True, generator=torch.Generator().manual_seed(1))),
+    "stream": lambda: DataLoader(Stream(), 4),
+    "workers of a stream": lambda: DataLoader(Stream(), 4, num_workers=1),
+    "list that is popped": lambda: DataLoader(Popped(list(range(60))), 4),
     "iterator": once,
+    "queue": lambda: DataLoader(Popped(filled()), 4),
+    "queue of the program": of_the_program,
+    "queue of a function": closed_over,
+    "open file": lines,
 }
+ONCE = {"iterator", "queue", "queue of the program", "queue of a function", "open file"}
 
 
 @pytest.mark.parametrize("steps", [0, 2])
@@ -103,13 +182,19 @@ def test_validations_are_those_of_the_float_run(name: str, steps: int, tmp_path:
     cco = quick()
     wanted = validated(tmp_path / "float", LOADERS[name], num_sanity_val_steps=steps)
     assert validated(tmp_path / "cco", LOADERS[name], cco, num_sanity_val_steps=steps) == wanted
-    measured = name != "iterator"  # it can't be read again, so the float model is not validated on it
+    measured = name not in ONCE  # those can't be read again, so the float model is not validated on them
     assert (set(cco.original_metrics) == set(cco.calibrated_metrics) == {"val_loss"}) is measured
 
 
-def test_a_stream_is_validated_in_the_place_of_the_sanity_check(tmp_path: Path) -> None:
+def test_an_iterable_that_is_no_loader_of_pytorchs_is_validated_in_the_place_of_the_sanity_check(tmp_path: Path) -> None:
     cco = quick()
-    seen, batches, *_ = validated(tmp_path, lambda: DataLoader(Stream(), 4), cco, num_sanity_val_steps=1)
+    seen, batches, *_ = validated(tmp_path, Batches, cco)
     assert set(cco.original_metrics) == {"val_loss"}
     assert [entry for entry in seen if isinstance(entry, list)] == [[float(i) for i in range(at, at + 4)] for at in (0, 4, 8)] * 2
     assert len(batches) == 9
+
+
+def test_data_that_give_each_sample_once_are_left_to_the_training_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        validated(tmp_path, LOADERS["queue"], quick())
+    assert "not validated before the training: the validation's data may give each sample once" in caplog.text
