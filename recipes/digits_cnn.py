@@ -54,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> CCOCallback:
 
     print("\n2. Compression")
     float_model = copy.deepcopy(model).eval()
-    model.hparams["lr"] = FLOAT_RATE / 10
+    model.save_hyperparameters({"lr": FLOAT_RATE / 10})  # what the logger shows, too
     cco = CCOCallback(options.recipe)
     checkpoint = ModelCheckpoint(options.output / "checkpoints", monitor="val_loss")
-    logger = TensorBoardLogger(options.output, name="tensorboard", version="digits")
+    logger = TensorBoardLogger(options.output, name="tensorboard", version="digits", default_hp_metric=False)
     trainer = pl.Trainer(
         **arguments(options.output, max(1, options.epochs // 2)) | {"callbacks": [cco, checkpoint], "logger": logger} | limits,
     )
@@ -91,7 +91,7 @@ def report(cco: CCOCallback, before: float, after: float, output: Path) -> None:
     assert cco.report is not None
     plan = cco.quantized.plan
     files = sorted(
-        path for path in (output / "tensorboard" / "digits" / "cco").iterdir() if path.suffix in (".png", ".svg", ".yaml", ".csv")
+        path for path in (output / "tensorboard" / "digits" / "cco").iterdir() if path.suffix in (".html", ".png", ".svg", ".yaml", ".csv")
     )
     print("\n3. Result")
     rows = [

@@ -133,8 +133,8 @@ def test_what_it_shows(tmp_path: Path) -> None:
         assert (picture == colour).all(-1).sum() > 50
     events = EventAccumulator(trainer.log_dir)
     events.Reload()
-    assert "cco/trade_off" in events.Tags()["images"]
-    assert "cco/budget/text_summary" in events.Tags()["tensors"]
+    assert "cco/2_trade_off" in events.Tags()["images"]
+    assert "cco/4_budget/text_summary" in events.Tags()["tensors"]
 
 
 def test_hostile_names_and_figures() -> None:

@@ -51,7 +51,7 @@ def test_it_is_checked_on_every_held_batch_and_shown_in_tensorboard(tmp_path: Pa
     logger.experiment.flush()
     events = EventAccumulator(str(tmp_path / "log"), size_guidance={"tensors": 0})
     events.Reload()
-    shown = events.Tensors("cco/export/text_summary")[-1].tensor_proto.string_val[0].decode()
+    shown = events.Tensors("cco/3_export/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "QLinearConv" in shown
 
 

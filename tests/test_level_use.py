@@ -76,7 +76,7 @@ def test_a_training_shows_them(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     events = EventAccumulator(str(next(tmp_path.rglob("version_0"))))
     events.Reload()
     tags = events.Tags()["scalars"]
-    assert any(tag.startswith("cco_clipped_activations/") for tag in tags)
-    assert len(events.Scalars("cco_clipped_weights/conv_1")) == 3
-    assert len(events.Scalars("cco_oscillating_weights/conv_1")) == 1
+    assert any(tag.startswith("cco-clipped_activations/") for tag in tags)
+    assert len(events.Scalars("cco-clipped_weights/conv_1")) == 3
+    assert len(events.Scalars("cco-oscillating_weights/conv_1")) == 1
     assert module.training

@@ -39,8 +39,8 @@ def test_is_shown_each_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert (folder / "loss_heat_map.png").stat().st_size > 1000
     events = EventAccumulator(str(trainer.log_dir))
     events.Reload()
-    assert "cco_details/loss_heat_map" in events.Tags()["images"]
-    assert "cco_loss/conv" in events.Tags()["scalars"]
+    assert "cco-details/loss_heat_map" in events.Tags()["images"]
+    assert "cco-loss/conv" in events.Tags()["scalars"]
     # A resumed run goes on with the file.
     resumed = quick(**SHOWN)
     again = make_trainer(tmp_path, resumed, max_epochs=3, logger=TensorBoardLogger(tmp_path))

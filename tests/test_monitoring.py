@@ -278,35 +278,57 @@ def run_with_tensorboard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tensorboard_events(run_with_tensorboard: Path) -> None:
     events = EventAccumulator(str(run_with_tensorboard), {"images": 0, "tensors": 0, "scalars": 0, "histograms": 0}).Reload()
     tags = events.Tags()
-    assert set(tags["images"]) == {"cco_details/graph", "cco_details/heat_map", "cco_details/model_init", "cco/overview"}
-    curves = [tag for tag in tags["scalars"] if tag.startswith("cco_qs/")]
+    assert set(tags["images"]) == {"cco-details/graph", "cco-details/heat_map", "cco-details/model_init", "cco/1_overview"}
+    curves = [tag for tag in tags["scalars"] if tag.startswith("cco-qs/")]
     assert len(curves) == 14  # one for each measured layer
     steps = [event.step for event in events.Scalars("val_loss")]
-    assert [event.step for event in events.Scalars("cco_qs/batch_norm_2")] == steps == [3, 7]
-    assert [event.step for event in events.Images("cco_details/heat_map")] == steps
+    assert [event.step for event in events.Scalars("cco-qs/batch_norm_2")] == steps == [3, 7]
+    assert [event.step for event in events.Images("cco-details/heat_map")] == steps
     beside = EventAccumulator(str(run_with_tensorboard / "float")).Reload()
     assert {(event.step, event.value) for event in beside.Scalars("val_loss")} == {
         (step, beside.Scalars("val_loss")[0].value) for step in (0, 3, 7)
     }
     layout = Layout.FromString(events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
-    known = {*tags["scalars"], "cco_oscillating_weights/conv"}  # which a third epoch brings
+    known = {*tags["scalars"], "cco-oscillating_weights/conv"}  # which a third epoch brings
     for category in layout.category:
         for chart in category.chart:
             assert any(re.search(pattern, tag) for pattern in chart.multiline.tag for tag in known), chart.title
     assert {"cco/qs_max", "cco/qs_mean", "cco/sqnr_min", "cco/num_quantized_layers", "cco/num_suggested_skips"} <= set(tags["scalars"])
-    assert {"cco_details/sensitivity/text_summary", "cco/suggestions/text_summary"} <= set(tags["tensors"])
-    assert tags["histograms"] == ["cco_details/qs"]
-    picture = Image.open(io.BytesIO(events.Images("cco_details/graph")[-1].encoded_image_string))
+    assert {"cco-details/sensitivity/text_summary", "cco/2_suggestions/text_summary"} <= set(tags["tensors"])
+    assert tags["histograms"] == ["cco-details/qs"]
+    picture = Image.open(io.BytesIO(events.Images("cco-details/graph")[-1].encoded_image_string))
     # Green, yellow and blue: quantized, not, input or output.
     colours = {"#{:02X}{:02X}{:02X}".format(*pixel) for pixel in np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)}
     assert {BLUE.fill, GREEN.fill, YELLOW.fill} <= colours
-    text = events.Tensors("cco_details/sensitivity/text_summary")[-1].tensor_proto.string_val[0].decode()
+    text = events.Tensors("cco-details/sensitivity/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "| adaptive_avg_pool | net.pool |" in text
     graph = GraphDef.FromString(events.Graph().SerializeToString())
     nodes = {node.name: node for node in graph.node}
     assert nodes["net/blocks/0/conv1/conv_1"].attr["quantized"].b
     assert not nodes["net/fc/linear"].attr["quantized"].b
     assert list(nodes["net/blocks/0/add"].input) == ["net/blocks/0/bn2/batch_norm_2", "net/relu/relu"]
+
+
+def test_tensorboard_opens_on_what_is_looked_at_first(run_with_tensorboard: Path) -> None:
+    events = EventAccumulator(str(run_with_tensorboard), {"images": 0, "tensors": 0, "scalars": 0}).Reload()
+    tags = events.Tags()
+
+    def order(tag: str) -> list[tuple[int, int]]:
+        """As TensorBoard compares tags (``compareTagNames``): numbers by value; slashes, underscores and digits before all other signs."""
+        return [(0, int(sign)) if sign.isdigit() else (0, 0) if sign in "/_" else (1, ord(sign)) for sign in tag]
+
+    for page, first in (("images", "cco/1_overview"), ("tensors", "cco/1_summary/text_summary")):
+        assert min((tag for tag in tags[page] if tag.startswith("cco")), key=order) == first
+    ours = [tag for tag in tags["scalars"] if tag.startswith("cco")]
+    assert sorted(ours, key=order)[0].startswith("cco/")
+    summary = events.Tensors("cco/1_summary/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert "of 6 layers with weights run in INT8" in summary
+    assert "| metric | original | calibrated | now | best |" in summary
+    now = f"{events.Scalars('val_loss')[-1].value:.3g}"
+    (row,) = (line for line in summary.splitlines() if line.startswith("| val_loss |"))
+    assert row.split("|")[4].strip().startswith(now)
+    assert "for the Tail of the model: 'linear'" in summary
+    assert "Suggested skips: " in summary
 
 
 @pytest.mark.slow
@@ -330,13 +352,13 @@ def test_tensorboard_server(run_with_tensorboard: Path) -> None:
                 pass
             time.sleep(0.5)
         assert set(json.loads(ask("plugin/images/tags"))["."]) == {
-            "cco_details/graph",
-            "cco_details/heat_map",
-            "cco_details/model_init",
-            "cco/overview",
+            "cco-details/graph",
+            "cco-details/heat_map",
+            "cco-details/model_init",
+            "cco/1_overview",
         }
         assert "cco/qs_max" in json.loads(ask("plugin/scalars/tags"))["."]
-        listed = json.loads(ask("plugin/images/images?run=.&tag=cco_details/graph&sample=0"))
+        listed = json.loads(ask("plugin/images/images?run=.&tag=cco-details/graph&sample=0"))
         picture = ask(f"plugin/images/individualImage?{listed[-1]['query']}")
         assert Image.open(io.BytesIO(picture)).format == "PNG"
         assert b"net/blocks/0/add" in ask(
@@ -425,15 +447,15 @@ def test_wandb_and_mlflow_get_what_they_can_show(quantized: QuantizedModel, tmp_
     wandb, mlflow = UsersWandbLogger(), MLFlowLogger()
     show_epochs(Monitor(tmp_path, [wandb, mlflow]), quantized, epochs=1)
     assert {
-        "cco_details/graph",
-        "cco_details/model_init",
-        "cco_details/heat_map",
-        "cco_details/sensitivity",
-        "cco/suggestions",
-        "cco_details/qs",
-        "cco_qs/conv",
+        "cco-details/graph",
+        "cco-details/model_init",
+        "cco-details/heat_map",
+        "cco-details/sensitivity",
+        "cco/2_suggestions",
+        "cco-details/qs",
+        "cco-qs/conv",
     } <= set(wandb.shown)
-    assert {row[0] for row in wandb.shown["cco_details/sensitivity"]} == set(quantized.measured_layers())
+    assert {row[0] for row in wandb.shown["cco-details/sensitivity"]} == set(quantized.measured_layers())
     pictures = {f"{stem}.{ending}" for stem in ("model_init", "model_post_preprocessing") for ending in ("svg", "png")}
     assert {"sensitivity.csv", "suggested_skips.yaml", "resolved_recipe.yaml", "heat_map.png"} | pictures <= set(mlflow.kept)
     report = {"report.html", "report.json", "model_explorer.json", "model_explorer_data.json"}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_cco.budget.plan import BudgetPlan
-from lightning_cco.monitoring import tables
+from lightning_cco.monitoring import tables, tags
 from lightning_cco.monitoring.loggers import Payload, show
 from lightning_cco.monitoring.run_folder import RunFolder
 from lightning_cco.monitoring.run_log import say
@@ -35,5 +35,5 @@ def show_budget(budget: BudgetPlan, step: int, folder: RunFolder, loggers: Seque
     with folder.unharmed("what goes to the loggers"):
         rows = layer_rows(budget)
         text = tables.markdown_table(HEADER, rows[: tables.MOST_ROWS], of=len(rows))
-        images = {} if picture is None else {"cco/trade_off": picture}
-        show(loggers, Payload(step, texts={"cco/budget": text}, images=images, files=[folder.path / name for name in names]))
+        images = {} if picture is None else {tags.TRADE_OFF: picture}
+        show(loggers, Payload(step, texts={tags.BUDGET: text}, images=images, files=[folder.path / name for name in names]))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_cco.monitoring import tables
+from lightning_cco.monitoring import tables, tags
 from lightning_cco.monitoring.epoch import EpochResults
 from lightning_cco.monitoring.loggers import Payload
+from lightning_cco.monitoring.summary_text import summary_text
 from lightning_cco.names import printable
 
 
@@ -18,31 +19,31 @@ def as_code(text: str) -> str:
     return "\n".join(f"    {printable(line)}" for line in text.splitlines())
 
 
-def epoch_texts(results: EpochResults, summary: Sequence[str], suggested: str | None) -> dict[str, str]:
+def epoch_texts(results: EpochResults, extremes: Mapping[str, Mapping[str, float]], suggested: str | None) -> dict[str, str]:
     """Markdown by tag.
 
     Args:
         results: The epoch.
-        summary: Lines of its summary.
+        extremes: The best of each metric; see `summary_text`.
         suggested: The recipe with the suggested skips.
     """
     rows = tables.sensitivity_rows(results.report, results.plan)[: tables.MOST_ROWS]
-    texts = {"cco/epoch_summary": as_code("\n".join(summary))}
-    texts["cco_details/sensitivity"] = tables.markdown_table(tables.SENSITIVITY_HEADER, rows, of=len(results.report.main))
+    texts = {tags.SUMMARY: summary_text(results, extremes)}
+    texts[tags.detail("sensitivity")] = tables.markdown_table(tables.SENSITIVITY_HEADER, rows, of=len(results.report.main))
     if suggested is not None:
-        texts["cco/suggestions"] = as_code(suggested)
+        texts[tags.SUGGESTIONS] = as_code(suggested)
     if results.levels:
         levels = tables.levels_rows(results.levels)[: tables.MOST_ROWS]
-        texts["cco_details/levels"] = tables.markdown_table(tables.LEVELS_HEADER, levels)
+        texts[tags.detail("levels")] = tables.markdown_table(tables.LEVELS_HEADER, levels)
     return texts
 
 
 def epoch_tables(results: EpochResults) -> dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]]:
     """Header and rows by tag, of the layers that are the most sensitive."""
     rows = tables.sensitivity_rows(results.report, results.plan)[: tables.MOST_ROWS]
-    shown: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {"cco_details/sensitivity": (tables.SENSITIVITY_HEADER, rows)}
+    shown: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {tags.detail("sensitivity"): (tables.SENSITIVITY_HEADER, rows)}
     if results.levels:
-        shown["cco_details/levels"] = tables.LEVELS_HEADER, tables.levels_rows(results.levels)[: tables.MOST_ROWS]
+        shown[tags.detail("levels")] = tables.LEVELS_HEADER, tables.levels_rows(results.levels)[: tables.MOST_ROWS]
     return shown
 
 
@@ -54,10 +55,10 @@ def charts(metrics: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """
     by_metric = {name: ["Multiline", [f"^{re.escape(name)}$"]] for name in metrics}
     layers = {
-        "QS of the most sensitive layers": ["Multiline", ["^cco_qs/"]],
-        "clipped activations": ["Multiline", ["^cco_clipped_activations/"]],
-        "clipped weights": ["Multiline", ["^cco_clipped_weights/"]],
-        "oscillating weights": ["Multiline", ["^cco_oscillating_weights/"]],
+        "QS of the most sensitive layers": ["Multiline", ["^cco-qs/"]],
+        "clipped activations": ["Multiline", ["^cco-clipped_activations/"]],
+        "clipped weights": ["Multiline", ["^cco-clipped_weights/"]],
+        "oscillating weights": ["Multiline", ["^cco-oscillating_weights/"]],
     }
     model = {
         "Quantization Sensitivity": ["Multiline", ["^cco/qs_max$", "^cco/qs_mean$"]],
@@ -71,9 +72,9 @@ def charts(metrics: Sequence[str]) -> dict[str, dict[str, list[str]]]:
 def epoch_values(results: EpochResults, followed: Sequence[str]) -> Payload:
     """The histogram of all sensitivities, the curves of the layers that are followed, and the float model's metrics as lines."""
     qs, levels = results.qs, results.levels
-    scalars = {f"cco_qs/{printable(name)}": qs[name] for name in followed if name in qs}
+    scalars = {tags.of_layer("qs", name): qs[name] for name in followed if name in qs}
     for name in followed:
         if name in levels:
             shares = {kind: share for kind, share in vars(levels[name]).items() if not math.isnan(share)}
-            scalars |= {f"cco_{kind}/{printable(name)}": share for kind, share in shares.items()}
-    return Payload(results.step, histograms={"cco_details/qs": list(qs.values())}, scalars=scalars, original=results.metrics.in_both)
+            scalars |= {tags.of_layer(kind, name): share for kind, share in shares.items()}
+    return Payload(results.step, histograms={tags.detail("qs"): list(qs.values())}, scalars=scalars, original=results.metrics.in_both)

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_cco.loss_sensitivity import LossSensitivityReport
-from lightning_cco.monitoring import tables
+from lightning_cco.monitoring import tables, tags
 from lightning_cco.monitoring.history import FOLLOWED, History, worth_showing
 from lightning_cco.monitoring.loggers import Payload, show
 from lightning_cco.monitoring.loss_view import LossSensitivityCsv, loss_header, loss_heat_map, loss_rows, loss_table
 from lightning_cco.monitoring.run_folder import RunFolder
 from lightning_cco.monitoring.run_log import say
-from lightning_cco.names import printable
 from lightning_cco.quantization.plan import QuantizationPlan
 
 
@@ -56,14 +55,14 @@ class LossMonitor:
         picture = self.folder.write_picture("loss_heat_map.png", lambda: loss_heat_map(self.past, threshold, (), paths))
         with self.folder.unharmed("what goes to the loggers"):
             rows = loss_rows(losses, plan)
-            light = {f"cco_loss/{printable(name)}": rise for name, rise in list(rises.items())[:FOLLOWED]}
+            light = {tags.of_layer("loss", name): rise for name, rise in list(rises.items())[:FOLLOWED]}
             if not worth_showing(self.past.count):
                 show(self.loggers, Payload(step, scalars=light))
                 return
             text = tables.markdown_table(loss_header(losses), rows[: tables.MOST_ROWS], of=len(rows))
-            images = {} if picture is None else {"cco_details/loss_heat_map": picture}
+            images = {} if picture is None else {tags.detail("loss_heat_map"): picture}
             files = [self._csv.path, self.folder.path / "loss_heat_map.png"]
-            show(self.loggers, Payload(step, texts={"cco_details/loss_sensitivity": text}, images=images, files=files, scalars=light))
+            show(self.loggers, Payload(step, texts={tags.detail("loss_sensitivity"): text}, images=images, files=files, scalars=light))
 
     def state_dict(self) -> dict[str, Any]:
         """The history as plain data; empty where nothing was shown."""

@@ -16,7 +16,7 @@ from lightning_cco.budget.plan import BudgetPlan
 from lightning_cco.export.report import ExportReport
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.loss_sensitivity import LossSensitivityReport
-from lightning_cco.monitoring import tables
+from lightning_cco.monitoring import tables, tags
 from lightning_cco.monitoring.budget_view import show_budget
 from lightning_cco.monitoring.epoch import EpochResults
 from lightning_cco.monitoring.epoch_view import as_code, charts, epoch_tables, epoch_texts, epoch_values
@@ -133,7 +133,7 @@ class Monitor:
         self._step = results.step
         past, first, plan, metrics = self.past, self.past.count == 0, results.plan, results.metrics
         past.add(results.epoch, {name: results.qs[name] for name in plan.graph.names if name in results.qs}, metrics.values)
-        summary = self._summary(results)
+        self._say_summary(results)
         past.previous = dict(metrics.values)
         suggested = self._write_epoch(results)
         picture = self.folder.write_picture("heat_map.png", lambda: self._heat_map(results))
@@ -142,14 +142,13 @@ class Monitor:
         self.past_metrics.add(results.epoch, metrics.values, {})
         self._update_report(results)
         with self.folder.unharmed("what goes to the loggers"):
-            self._to_loggers(results, [*summary, "", *plan_lines(plan)], suggested, picture, first)
+            self._to_loggers(results, suggested, picture, first)
         if self.draw:
             self._pictures.draw_plan(
                 plan, results.qs, self.losses.rises, results.step, when=f"epoch {results.epoch}", to_loggers=self._not_shown is None
             )
 
-    def _summary(self, results: EpochResults) -> list[str]:
-        """Lines of an epoch's summary, which the log gets."""
+    def _say_summary(self, results: EpochResults) -> None:
         metrics, said = results.metrics, [f"Summary of epoch {results.epoch}"]
         with self.folder.unharmed("the epoch's summary"):
             if metrics.values:
@@ -162,7 +161,6 @@ class Monitor:
                 "",
             ]
             say("\n".join(said))
-        return said
 
     def _write_epoch(self, results: EpochResults) -> str | None:
         """Write recipes and the table of sensitivities; the recipe with the suggestions is returned."""
@@ -196,14 +194,14 @@ class Monitor:
             suggestions=results.suggestions,
         )
 
-    def _to_loggers(self, results: EpochResults, summary: Sequence[str], suggested: str | None, picture: bytes | None, first: bool) -> None:
+    def _to_loggers(self, results: EpochResults, suggested: str | None, picture: bytes | None, first: bool) -> None:
         if not self.loggers:
             return
         heavy = Payload(
             results.step,
-            epoch_texts(results, summary, suggested),
+            epoch_texts(results, self.past.extremes, suggested),
             epoch_tables(results),
-            {} if picture is None else {"cco_details/heat_map": picture},
+            {} if picture is None else {tags.detail("heat_map"): picture},
             files=[self.folder.path / name for name in _FILES],
             report=self._report.paths,
             graph=graph_def(results.plan, results.qs) if first else None,
@@ -225,7 +223,7 @@ class Monitor:
         with self.folder.unharmed(path):
             report.save(path)
         self._report.update(export=report)
-        show(self.loggers, Payload(self._step, {"cco/export": as_code(str(report))}, files=[path], report=self._report.paths))
+        show(self.loggers, Payload(self._step, {tags.EXPORT: as_code(str(report))}, files=[path], report=self._report.paths))
 
     def finish(self) -> None:
         """Wait for the pictures, and show the loggers the last ones."""

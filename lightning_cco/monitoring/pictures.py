@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_cco.drawing.render import save_overview, save_pictures
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.monitoring import tags
 from lightning_cco.monitoring.loggers import Payload, show
 from lightning_cco.monitoring.run_folder import RunFolder
 from lightning_cco.quantization.plan import QuantizationPlan
@@ -31,7 +32,7 @@ class Pictures:
         """``model_init``: the layers as captured."""
 
         def draw() -> None:
-            self._show("cco_details/model_init", save_pictures(graph, self.folder.path / "model_init", title="model_init"), 0)
+            self._show(tags.detail("model_init"), save_pictures(graph, self.folder.path / "model_init", title="model_init"), 0)
 
         self._in_background(draw)
 
@@ -52,11 +53,11 @@ class Pictures:
         def draw() -> None:
             overview = save_overview(plan.graph, self.folder.path / "overview", plan, qs, f"overview, {when}")
             if to_loggers:
-                self._show("cco/overview", overview, step)
+                self._show(tags.OVERVIEW, overview, step)
             stem = self.folder.path / "model_post_preprocessing"
             written = save_pictures(plan.graph, stem, plan, qs, f"model_post_preprocessing, {when}", rises)
             if to_loggers:
-                self._show("cco_details/graph", written, step)
+                self._show(tags.detail("graph"), written, step)
 
         self._in_background(draw)
 
