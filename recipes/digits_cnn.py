@@ -57,12 +57,13 @@ def main(argv: Sequence[str] | None = None) -> CCOCallback:
     model.save_hyperparameters({"lr": FLOAT_RATE / 10})  # what the logger shows, too
     cco = CCOCallback(options.recipe)
     checkpoint = ModelCheckpoint(options.output / "checkpoints", monitor="val_loss")
-    logger = TensorBoardLogger(options.output, name="tensorboard", version="digits", default_hp_metric=False)
+    logger = TensorBoardLogger(options.output, name="tensorboard", version="digits")
     trainer = pl.Trainer(
         **arguments(options.output, max(1, options.epochs // 2)) | {"callbacks": [cco, checkpoint], "logger": logger} | limits,
     )
     trainer.fit(model, data)
     after = trainer.test(model, data, ckpt_path="best", verbose=False)[0]["test_acc"]
+    logger.log_metrics({"hp_metric": after}, trainer.global_step)  # beside the hyperparameters on TensorBoard's page of them
 
     report(cco, before, after, options.output)
 

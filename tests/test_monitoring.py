@@ -329,6 +329,10 @@ def test_tensorboard_opens_on_what_is_looked_at_first(run_with_tensorboard: Path
     assert row.split("|")[4].strip().startswith(now)
     assert "for the Tail of the model: 'linear'" in summary
     assert "Suggested skips: " in summary
+    assert [line for line in summary.splitlines() if re.match(r"[-\s]*#", line)] == [
+        "### What is quantized, and what is not",
+        "### The most sensitive layers",
+    ]
 
 
 @pytest.mark.slow

@@ -50,4 +50,6 @@ def _metrics(metrics: EpochMetrics, extremes: Mapping[str, Mapping[str, float]])
 
 
 def _listed(lines: list[str]) -> str:
-    return "\n".join(f"- {markdown_cell(line.strip())}" for line in lines)
+    shown = [markdown_cell(line.strip()) for line in lines]
+    # A line that begins with a sharp would be a heading.
+    return "\n".join(f"- \\{line}" if line.startswith("#") else f"- {line}" for line in shown)
