@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.axes import Axes
+from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.destination import export_target, move
 from lightning_cco.export.engines import BY_ENDING, Converted, Engine, Reader
 from lightning_cco.export.failures import first_paragraph, need_engine, need_writable_names
@@ -27,7 +28,6 @@ from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, levels_
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import ExportReport, FloatIsland
 from lightning_cco.export.samples import Samples
-from lightning_cco.export.signature import Deployed
 from lightning_cco.export.variations import varied
 from lightning_cco.files import temporary_folder
 from lightning_cco.graph.compiled import eager

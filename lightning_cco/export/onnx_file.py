@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.check import check_file
+from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.destination import export_target, move, size_of
 from lightning_cco.export.engines import ENGINES
 from lightning_cco.export.failures import need_engine, need_packages, need_writable_names
@@ -23,7 +24,6 @@ from lightning_cco.export.onnx_writer import write_onnx
 from lightning_cco.export.options import checked_options
 from lightning_cco.export.precision import float_bytes, in_float32, other_types
 from lightning_cco.export.report import ExportReport
-from lightning_cco.export.signature import Deployed
 from lightning_cco.export.sizes import fixed_since, short_reason, sizes_to_vary
 from lightning_cco.files import temporary_folder
 from lightning_cco.quantization.model import HookedModel

@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 
 from lightning_cco.errors import CCOWarning
+from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.engine_patterns import adds_products_exactly
 from lightning_cco.export.engines import Form
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import UNASKED, ExportReport
-from lightning_cco.export.signature import Deployed
 from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lightning_cco.compat.onnx_exporter import scopes_text
-from lightning_cco.export.signature import PREFIX
+from lightning_cco.export.deployed import PREFIX
 
 NAME = "lightning_cco.quantizer"
 """Metadata of a QuantizeLinear: the name of its quantizer."""

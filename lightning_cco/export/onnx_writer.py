@@ -16,6 +16,7 @@ from lightning_cco.compat.onnx_exporter import LOGGERS
 from lightning_cco.errors import CCOError
 from lightning_cco.export import onnx_passes
 from lightning_cco.export.axes import Axes, check_axis_names, name_axes, ways_to_vary
+from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.dialects import OnnxDialect
 from lightning_cco.export.engines import ENGINES, Form
 from lightning_cco.export.failures import failed, inexpressible, untraceable
@@ -23,7 +24,6 @@ from lightning_cco.export.provenance import layers_of_nodes
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.rewriting import rewrite
-from lightning_cco.export.signature import Deployed
 from lightning_cco.export.sizes import Sizes, SizesDoNotVary, limits_of, refuse_long_sizes
 from lightning_cco.export.stored import StoredWeights
 from lightning_cco.graph.compiled import eager

@@ -12,6 +12,7 @@ import torch
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.axes import Axes, ways_to_vary
+from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.destination import export_target
 from lightning_cco.export.engines import PROGRAMS, Form
 from lightning_cco.export.failures import need_packages, need_writable_names, untraceable
@@ -23,7 +24,6 @@ from lightning_cco.export.precision import in_float32, other_types
 from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, format_faults
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import ExportReport
-from lightning_cco.export.signature import Deployed
 from lightning_cco.files import temporary_folder
 from lightning_cco.graph.compiled import eager
 from lightning_cco.quantization.model import HookedModel

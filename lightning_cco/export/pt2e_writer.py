@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.axes import Axes
+from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.dialects import Pt2eDialect
 from lightning_cco.export.engine import Rounded
 from lightning_cco.export.engines import ENGINES, PROGRAMS, Engine, Form
 from lightning_cco.export.failures import failed, untraceable
 from lightning_cco.export.pt2e_passes import Passes
 from lightning_cco.export.qdq_emitter import Emitter
-from lightning_cco.export.signature import Deployed
 from lightning_cco.export.stored import StoredWeights
 from lightning_cco.quantization.model import HookedModel
 

@@ -12,24 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.dialects import Dialect, Format
+from lightning_cco.export.dialects import Dialect
 from lightning_cco.export.embedding_bags import bag_arguments, is_bag, reduced
-from lightning_cco.export.engine_patterns import added_apart, attention, averages_images, divided, sorted_maximum, without_bound
+from lightning_cco.export.engine_patterns import added_apart, attention, averages_images, divided, sorted_maximum
 from lightning_cco.export.engines import Form
 from lightning_cco.export.failures import untraceable
 from lightning_cco.export.fold_batch_norm import IntegerWeight
 from lightning_cco.export.provenance import noting
+from lightning_cco.export.qdq_pairs import QdqPairs
 from lightning_cco.export.stored import StoredWeights
 from lightning_cco.export.weight_blocks import Block
 from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.graph.captured import CallSite
 from lightning_cco.graph.compiled import mode_stack, restore_modes
 from lightning_cco.graph.equations import einsum_by_matmul
-from lightning_cco.graph.ops import Category, operation
-from lightning_cco.quantization.arguments import replaced
-from lightning_cco.quantization.clamp_limits import LIMITS
+from lightning_cco.graph.ops import operation
 from lightning_cco.quantization.model import HookedModel
-from lightning_cco.quantization.qparams import level_bounds, quant_range
 from lightning_cco.quantization.tensor_key import TensorKey
 
 
@@ -42,6 +40,7 @@ class Emitter:
         dialect: The operators of the file.
 
     Attributes:
+        pairs: Writes what is around a layer.
         order: Quantizer name of each quantize operator, in the order written.
         modules: Module path of each node of the file, by the node's name.
         layers: Layer of each node of the file that belongs to one, by the node's name.
@@ -53,15 +52,14 @@ class Emitter:
 
     def __init__(self, quantized: HookedModel, stored: StoredWeights, dialect: Dialect) -> None:
         self.quantized, self.stored, self.dialect = quantized, stored, dialect
-        self.order: list[str] = []
+        self.pairs = QdqPairs(quantized, stored, dialect)
+        self.order = self.pairs.order
         self.reached = ""
         self.reads_shapes = False
         self.look: Callable[[str, Sequence[Any]], None] | None = None
         self.modules: dict[str, str] = {}
         self.layers: dict[str, str] = {}
         self.model: nn.Module = quantized.model
-        self._formats = {key: Format.of(quantizer) for key, quantizer in quantized.activations.items()}
-        self._operands: dict[str, list[Format]] = {}
         self._norms: dict[str, IntegerWeight] = {}
         self._sites: dict[tuple[int, str, int], CallSite] = {
             (id(site.node), site.op.kind, site.positions[False]): site for site in quantized.capture.sites.values() if site.visible
@@ -83,8 +81,8 @@ class Emitter:
     @contextmanager
     def emitting(self) -> Iterator[None]:
         """Inside the block a traced forward contains the operators."""
-        self.order.clear()
         self.stored.make_blocks()
+        self.pairs.prepare()
         self._prepare()
         with self._handling(self._emit):
             yield
@@ -92,11 +90,6 @@ class Emitter:
     def _prepare(self) -> None:
         """Make what is constant: while somebody traces, it would become a part of the file's computation."""
         stored, graph = self.stored, self.quantized.graph
-        zero_point, dtype = stored.operand_format
-        self._operands = {
-            layer: [Format.made(scale, zero_point, dtype) for scale in operands if isinstance(scale, Tensor)]
-            for layer, operands in stored.operands.items()
-        }
         self._norms = {
             name: replace(weight, integers=weight.integers.reshape(*weight.integers.shape, *[1] * (len(graph[name].input_shapes[0]) - 2)))
             for name, (weight, *_) in stored.weights.items()
@@ -135,26 +128,26 @@ class Emitter:
         if self.look is not None:
             self.look(name, args)
         if name in self.stored.folded:
-            return self._with_outputs(site, args, args[0])
+            return self.pairs.with_outputs(site, args, args[0])
         if name in self.stored.blocked and all(isinstance(size, int) for size in args[0].shape[2:]):
-            return self._with_outputs(site, args, self._convolve_blocks(site, args[0]))
-        args, kwargs = self._with_inputs(site, args, kwargs)
+            return self.pairs.with_outputs(site, args, self._convolve_blocks(site, args[0]))
+        args, kwargs = self.pairs.with_inputs(site, args, kwargs)
         if site.op.looks_up:
-            args, kwargs = self._with_table(site, args, kwargs)
+            args, kwargs = self.pairs.with_table(site, args, kwargs)
         own = self._in_own_operators(site, args, kwargs)
         if own is not None:
-            return self._with_outputs(site, args, own)
-        args, kwargs = self._with_weights(site, args, kwargs)
+            return self.pairs.with_outputs(site, args, own)
+        args, kwargs = self.pairs.with_weights(site, args, kwargs)
         on_rows = self.dialect.products_on_rows and site.op.kind == "linear" and self.quantized.plan.rounds(name)
         if on_rows and args and args[0].dim() > 2:
             return self._linear(name, func, args, kwargs)
-        limits = self._folded_clamp(site, args, kwargs)
+        limits = self.pairs.folded_clamp(site, args, kwargs)
         if limits is not None:
-            return self._with_outputs(site, args, args[0] if args else kwargs["input"], limits)
+            return self.pairs.with_outputs(site, args, args[0] if args else kwargs["input"], limits)
         result = self._as_engines_want(site, func, kwargs)(*args, **kwargs)
         if averages_images(site.op.kind, args, kwargs):
             return self._average(name, args[0], result)
-        return self._with_outputs(site, args, result)
+        return self.pairs.with_outputs(site, args, result)
 
     def _in_own_operators(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a layer whose function is written with operators of its own; `None` of one whose function gets its stored weights."""
@@ -182,7 +175,7 @@ class Emitter:
     def _linear(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """A linear layer on rows: engines fuse weight, bias and rounding of a matrix product, not of a product of more dimensions."""
         x = args[0]
-        rows = self._round(func(x.reshape(-1, x.shape[-1]), *args[1:], **kwargs), TensorKey(name))
+        rows = self.pairs.round(func(x.reshape(-1, x.shape[-1]), *args[1:], **kwargs), TensorKey(name))
         return rows.reshape(-1, *x.shape[1:-1], rows.shape[-1])
 
     def _block_product(self, site: CallSite, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -197,7 +190,7 @@ class Emitter:
         else:
             return None
         if site.layer in self.quantized.corrections:
-            bias = self._bias_value(site)
+            bias = self.pairs.bias_value(site)
         result = self.dialect.product(x if x.dim() > 1 else x[None], block)
         if result is None:
             return None
@@ -208,109 +201,20 @@ class Emitter:
         """The average of each channel, rounded as engines do it: before the shape changes."""
         pooled = self.dialect.average(x)
         if self.quantized.plan.rounds(name):
-            pooled = self._round(pooled, TensorKey(name))
+            pooled = self.pairs.round(pooled, TensorKey(name))
         return pooled if result.dim() == 4 else pooled.flatten(1)
 
     def _convolve_blocks(self, site: CallSite, x: Tensor) -> Tensor:
         """A first convolution on blocks of pixels."""
         weight, pads = self.stored.blocked[site.layer]
-        blocks = self._round(self.dialect.pixel_blocks(x), self.quantized.plan.reads[site.layer][0])
-        bias = self._bias_value(site) if site.layer in self.stored.biases else None
+        blocks = self.pairs.round(self.dialect.pixel_blocks(x), self.quantized.plan.reads[site.layer][0])
+        bias = self.pairs.bias_value(site) if site.layer in self.stored.biases else None
         return self.dialect.convolution(blocks, self.dialect.weight(weight, None), bias, 1, pads)
 
     def _scale_channels(self, site: CallSite, x: Tensor) -> Tensor:
         """A batch norm that no layer takes in, as a convolution of each channel with one number."""
         weight = self.dialect.weight(self._norms[site.layer], None)
-        return self.dialect.convolution(x, weight, self._bias_value(site), x.shape[1], None)
-
-    def _with_inputs(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Quantize what is rounded at its readers: the model's inputs, tensors that an index is made of."""
-        for number, key in self.quantized.plan.reads.get(site.layer, {}).items():
-            source = site.sources[number]
-            if site.in_place and source.slot == (0,):
-                continue  # the caller's own tensor, which is written to
-            if source.quantizable:
-                args, kwargs = replaced(args, kwargs, source.slot, lambda x, key=key: self._round(x, key))  # type: ignore[misc]
-        return args, kwargs
-
-    def _with_weights(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        for weight, integers in zip(site.weights, self.stored.weights.get(site.layer, ()), strict=False):
-            block = self.stored.blocks.get(site.layer)
-            args, kwargs = replaced(args, kwargs, weight.slot, lambda _, w=integers, b=block: self.dialect.weight(w, b))  # type: ignore[misc]
-            if site.layer in self.stored.biases:
-                args, kwargs = self._with_bias(site, args, kwargs)
-        formats = iter(self._operands.get(site.layer, ()))
-        for weight, operand in zip(site.weights, self.stored.operands.get(site.layer, ()), strict=False):
-            if isinstance(operand, IntegerWeight):
-                args, kwargs = replaced(args, kwargs, weight.slot, lambda _, w=operand: self.dialect.weight(w, None))  # type: ignore[misc]
-            else:
-                format = next(formats)
-                args, kwargs = replaced(args, kwargs, weight.slot, lambda x, f=format: self._pair(x, f, f"{site.layer}.operand"))  # type: ignore[misc]
-        return args, kwargs
-
-    def _with_table(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The rows of a table are within ``max_norm`` already."""
-        args, kwargs = without_bound(args, kwargs)
-        table = self.stored.tables.get(site.layer)
-        return (args, kwargs) if table is None else replaced(args, kwargs, site.weights[0].slot, lambda _: table)
-
-    def _with_bias(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        value = self._bias_value(site)
-        if len(args) > 2:
-            return (*args[:2], value, *args[3:]), kwargs
-        return args, {**kwargs, "bias": value}
-
-    def _bias_value(self, site: CallSite) -> Tensor:
-        return self.dialect.bias(*self.stored.biases[site.layer])
-
-    def _folded_clamp(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-        """First and last level of a rounded tensor behind a clamp that rounding does; `None`: the clamp is written as it is."""
-        known = LIMITS.get(site.function) if site.op.category is Category.CLAMP else None
-        key = TensorKey(site.layer)
-        if known is None or not self.stored.engine.wanted(Form.INTEGER_CLIPS) or not self.quantized.plan.rounds(key):
-            return None
-        quantizer, interval = self.quantized.activations[key], known(args, kwargs)
-        if interval is None or quantizer.empty:
-            return None
-        zero_point = int(quantizer.zero_point)
-        low, high = (level - zero_point for level in quant_range(quantizer.num_bits, quantizer.symmetric))
-        first, last = level_bounds(float(quantizer.scale), low, high, interval)
-        return int(first) + zero_point, int(last) + zero_point
-
-    def _with_outputs(self, site: CallSite, args: tuple[Any, ...], result: Any, limits: tuple[int, int] | None = None) -> Any:
-        if isinstance(result, Tensor):
-            if not self.quantized.plan.rounds(TensorKey(site.layer)):
-                return result
-            rounded = self._round(result, TensorKey(site.layer), limits)
-            return args[0].copy_(rounded) if site.in_place and site.layer not in self.stored.folded else rounded
-        if not isinstance(result, (tuple, list)):
-            return result
-        items = list(result)
-        for output in range(len(items)):
-            key = TensorKey(site.layer, output)
-            if self.quantized.plan.rounds(key):
-                items[output] = self._round(items[output], key)
-        return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
-
-    def _round(self, x: Tensor, key: TensorKey, limits: tuple[int, int] | None = None) -> Tensor:
-        """Quantize and dequantize; formats of fewer than 8 bits are stored in 8 with a narrower range.
-
-        Args:
-            x: What is rounded.
-            key: Name of its quantizer.
-            limits: First and last level, if a clamp narrows the format.
-        """
-        if self.quantized.activations[key].empty:
-            return x
-        format = self._formats[key]
-        levels = limits or format.levels
-        if levels is None or self.stored.engine.wanted(Form.INTEGER_CLIPS):
-            return self._pair(x, format, key, levels)
-        return self._pair(x.clamp(*map(format.value, levels)), format, key)
-
-    def _pair(self, x: Tensor, format: Format, name: str, limits: tuple[int, int] | None = None) -> Tensor:
-        self.order.append(name)
-        return self.dialect.pair(x, format, name, limits)
+        return self.dialect.convolution(x, weight, self.pairs.bias_value(site), x.shape[1], None)
 
     def _embedding(self, weight: IntegerWeight, args: tuple[Any, ...], kwargs: dict[str, Any], block: Block | None) -> Tensor:
         """Look integers up, then scale: dequantizing the whole table first would cost its float size again."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_cco.export.signature import Deployed
+from lightning_cco.export.deployed import Deployed
 
 
 class Samples:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
+from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.engines import ENGINES
-from lightning_cco.export.signature import Deployed
 from lightning_cco.quantization.model import HookedModel
 
 _IMAGES: Mapping[int, tuple[str, ...]] = {4: ("height", "width"), 5: ("depth", "height", "width")}

@@ -1,0 +1,140 @@
+"""Quantize and dequantize operators around the calls of a file, and the stored tensors in the places of their operands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_cco.export.dialects import Dialect, Format
+from lightning_cco.export.engine_patterns import without_bound
+from lightning_cco.export.engines import Form
+from lightning_cco.export.fold_batch_norm import IntegerWeight
+from lightning_cco.export.stored import StoredWeights
+from lightning_cco.graph.captured import CallSite
+from lightning_cco.graph.ops import Category
+from lightning_cco.quantization.arguments import replaced
+from lightning_cco.quantization.clamp_limits import LIMITS
+from lightning_cco.quantization.model import HookedModel
+from lightning_cco.quantization.qparams import level_bounds, quant_range
+from lightning_cco.quantization.tensor_key import TensorKey
+
+
+class QdqPairs:
+    """Writes the pairs of a quantized model.
+
+    Args:
+        quantized: The calibrated model.
+        stored: Its weights.
+        dialect: The operators of the file.
+
+    Attributes:
+        order: Quantizer name of each quantize operator, in the order written.
+    """
+
+    def __init__(self, quantized: HookedModel, stored: StoredWeights, dialect: Dialect) -> None:
+        self.quantized, self.stored, self.dialect = quantized, stored, dialect
+        self.order: list[str] = []
+        self._formats = {key: Format.of(quantizer) for key, quantizer in quantized.activations.items()}
+        self._operands: dict[str, list[Format]] = {}
+
+    def prepare(self) -> None:
+        """Make what is constant: while somebody traces, it would become a part of the file's computation."""
+        self.order.clear()
+        zero_point, dtype = self.stored.operand_format
+        self._operands = {
+            layer: [Format.made(scale, zero_point, dtype) for scale in operands if isinstance(scale, Tensor)]
+            for layer, operands in self.stored.operands.items()
+        }
+
+    def with_inputs(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Quantize what is rounded at its readers: the model's inputs, tensors that an index is made of."""
+        for number, key in self.quantized.plan.reads.get(site.layer, {}).items():
+            source = site.sources[number]
+            if site.in_place and source.slot == (0,):
+                continue  # the caller's own tensor, which is written to
+            if source.quantizable:
+                args, kwargs = replaced(args, kwargs, source.slot, lambda x, key=key: self.round(x, key))  # type: ignore[misc]
+        return args, kwargs
+
+    def with_weights(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Put what the file stores in the places of weights, biases and constant operands."""
+        for weight, integers in zip(site.weights, self.stored.weights.get(site.layer, ()), strict=False):
+            block = self.stored.blocks.get(site.layer)
+            args, kwargs = replaced(args, kwargs, weight.slot, lambda _, w=integers, b=block: self.dialect.weight(w, b))  # type: ignore[misc]
+            if site.layer in self.stored.biases:
+                args, kwargs = self._with_bias(site, args, kwargs)
+        formats = iter(self._operands.get(site.layer, ()))
+        for weight, operand in zip(site.weights, self.stored.operands.get(site.layer, ()), strict=False):
+            if isinstance(operand, IntegerWeight):
+                args, kwargs = replaced(args, kwargs, weight.slot, lambda _, w=operand: self.dialect.weight(w, None))  # type: ignore[misc]
+            else:
+                format = next(formats)
+                args, kwargs = replaced(args, kwargs, weight.slot, lambda x, f=format: self._pair(x, f, f"{site.layer}.operand"))  # type: ignore[misc]
+        return args, kwargs
+
+    def with_table(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The rows of a table are within ``max_norm`` already."""
+        args, kwargs = without_bound(args, kwargs)
+        table = self.stored.tables.get(site.layer)
+        return (args, kwargs) if table is None else replaced(args, kwargs, site.weights[0].slot, lambda _: table)
+
+    def _with_bias(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        value = self.bias_value(site)
+        if len(args) > 2:
+            return (*args[:2], value, *args[3:]), kwargs
+        return args, {**kwargs, "bias": value}
+
+    def bias_value(self, site: CallSite) -> Tensor:
+        """The stored bias of a layer."""
+        return self.dialect.bias(*self.stored.biases[site.layer])
+
+    def folded_clamp(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+        """First and last level of a rounded tensor behind a clamp that rounding does; `None`: the clamp is written as it is."""
+        known = LIMITS.get(site.function) if site.op.category is Category.CLAMP else None
+        key = TensorKey(site.layer)
+        if known is None or not self.stored.engine.wanted(Form.INTEGER_CLIPS) or not self.quantized.plan.rounds(key):
+            return None
+        quantizer, interval = self.quantized.activations[key], known(args, kwargs)
+        if interval is None or quantizer.empty:
+            return None
+        zero_point = int(quantizer.zero_point)
+        low, high = (level - zero_point for level in quant_range(quantizer.num_bits, quantizer.symmetric))
+        first, last = level_bounds(float(quantizer.scale), low, high, interval)
+        return int(first) + zero_point, int(last) + zero_point
+
+    def with_outputs(self, site: CallSite, args: tuple[Any, ...], result: Any, limits: tuple[int, int] | None = None) -> Any:
+        """Round what a layer gives, where the plan says so."""
+        if isinstance(result, Tensor):
+            if not self.quantized.plan.rounds(TensorKey(site.layer)):
+                return result
+            rounded = self.round(result, TensorKey(site.layer), limits)
+            return args[0].copy_(rounded) if site.in_place and site.layer not in self.stored.folded else rounded
+        if not isinstance(result, (tuple, list)):
+            return result
+        items = list(result)
+        for output in range(len(items)):
+            key = TensorKey(site.layer, output)
+            if self.quantized.plan.rounds(key):
+                items[output] = self.round(items[output], key)
+        return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
+
+    def round(self, x: Tensor, key: TensorKey, limits: tuple[int, int] | None = None) -> Tensor:
+        """Quantize and dequantize; formats of fewer than 8 bits are stored in 8 with a narrower range.
+
+        Args:
+            x: What is rounded.
+            key: Name of its quantizer.
+            limits: First and last level, if a clamp narrows the format.
+        """
+        if self.quantized.activations[key].empty:
+            return x
+        format = self._formats[key]
+        levels = limits or format.levels
+        if levels is None or self.stored.engine.wanted(Form.INTEGER_CLIPS):
+            return self._pair(x, format, key, levels)
+        return self._pair(x.clamp(*map(format.value, levels)), format, key)
+
+    def _pair(self, x: Tensor, format: Format, name: str, limits: tuple[int, int] | None = None) -> Tensor:
+        self.order.append(name)
+        return self.dialect.pair(x, format, name, limits)
