@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,16 @@ def check_file(
     import onnx
 
     optimized = path.with_name("optimized.onnx")
-    session = engine_session(str(path), optimized_model_filepath=str(optimized))
+    with _refused(emitter):
+        session = engine_session(str(path), optimized_model_filepath=str(optimized))
     written = onnx.load(str(path))
     read_optimized(quantized, onnx.load(str(optimized), load_external_data=False), written, emitter, report)
     rounded = rounded_tensors(written, emitter.order)
     names = [entry.tensor for entries in rounded.values() for entry in entries]
     # What is for another engine or another processor is run as it is written: this processor may have no exact product for int8 weights.
     as_written = not emitter.stored.engine.wanted(Form.UNSIGNED_WITHOUT_VNNI) or quantized.settings.deployment_settings.vnni is not None
-    inspected = inspected_session(path, written, names, as_written)
+    with _refused(emitter):
+        inspected = inspected_session(path, written, names, as_written)
     local = LocalRun(quantized, rounded)
     outputs: Outputs | None = None
     cases: list[Case] = []
@@ -74,9 +77,8 @@ def check_file(
                 results = values[: len(session.get_outputs())] if as_written else session.run(None, feeds)
             except Exception as error:
                 if number < len(calls):
-                    if type(error).__module__.startswith("onnxruntime"):
-                        raise CCOError(does_not_run(emitter.layers, error)) from error
-                    raise
+                    with _refused(emitter):
+                        raise
                 if number >= len(calls) + len(further):
                     raise SizesDoNotVary(f"export: the file does not run at other sizes: {error}. Leave dynamic_sizes out.") from error
                 continue  # the model does not take this variation
@@ -100,6 +102,17 @@ def check_file(
         return  # wrong in ONNX Runtime already; whoever asked for the check says so
     with quantized.evaluating():
         check_in_target(path, path.with_name("inspected.onnx"), written, emitter, cases, rounded, report)
+
+
+@contextmanager
+def _refused(emitter: Emitter) -> Iterator[None]:
+    """Name the layer of what ONNX Runtime itself can't load or run."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.startswith("onnxruntime"):
+            raise CCOError(does_not_run(emitter.layers, error)) from error
+        raise
 
 
 def _of_other_sizes(quantized: HookedModel, session: Any, emitter: Emitter, call: Call) -> list[Call]:

@@ -137,7 +137,7 @@ def does_not_run(layers: Mapping[str, str], error: Exception) -> str:
         layers: The layer that each node of the file comes from.
         error: What the engine raised.
     """
-    node = re.search(r"[Nn]ode\. Name:'([^']*)'", str(error))
+    node = re.search(r"[Nn]ode(?:\. Name:| with name )'([^']*)'", str(error)) or re.search(r"in node \(([^)]*)\)", str(error))
     layer = layers.get(node[1], "") if node else ""
     where = f" at layer '{layer}'" if layer else ""
     return (

@@ -66,6 +66,12 @@ def judge(report: ExportReport, min_sqnr_db: float | None = None, limits: Limits
             f"the output '{output.name}' is {output.local_difference:.2g} of its largest value off (at most {limits.difference:g} was expected), "
             "computed from the engine's own rounded tensors"
         )
+        if output.integers:
+            what = (
+                f"{100 * output.local_difference:.2g} % of the integers of the output '{output.name}' are others, computed from the engine's own "
+                "rounded tensors; if they are indices (topk, sort): of equal values, as rounding and ReLU make them, each library takes another one "
+                "first. Return the values, or use the indices inside of the model"
+            )
     elif min_sqnr_db is not None and report.sqnr_db < min_sqnr_db:
         what = f"SQNR {report.sqnr_db:.1f} dB, at least {min_sqnr_db:.1f} (min_sqnr_db) was expected"
     else:

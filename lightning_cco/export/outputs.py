@@ -64,6 +64,7 @@ class Outputs:
                 sums.local / sums.size if sums.size > 0 else (0.0 if sums.local == 0 else math.inf),
                 axis,
                 sums.agreeing / sums.rows if sums.rows else math.nan,
+                sums.integers,
             )
             for name, axis, sums in zip(self.names, self.axes, self.sums, strict=True)
         ]
@@ -95,12 +96,12 @@ class _Sums:
     """Of one output."""
 
     def __init__(self) -> None:
-        self.several = False
+        self.several = self.integers = False
         self.noise = self.noise_of_several = self.signal = self.varying = self.absolute = self.largest = self.local = self.size = 0.0
         self.count = self.rows = self.agreeing = 0
 
     def add(self, axis: int | None, expected: Any, result: Any, local: Any, inspected: Any) -> None:
-        discrete = expected.dtype.kind in "biu"
+        self.integers = discrete = expected.dtype.kind in "biu"
         if axis is not None and expected.size and expected.ndim > axis:
             same = expected.argmax(axis) == result.argmax(axis)
             self.agreeing, self.rows = self.agreeing + int(same.sum()), self.rows + same.size

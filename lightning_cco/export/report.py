@@ -49,6 +49,7 @@ class OutputDifference:
         local_difference: Largest difference from what the model makes of the engine's own rounded tensors, beside the largest value.
         class_axis: The axis that the arg-max is over; `None`: it has no classes.
         agreement: Share of equal arg-max over it.
+        integers: Whether it holds indices, counts or masks; ``local_difference`` is then the largest share of a batch that differs.
     """
 
     name: str
@@ -59,6 +60,7 @@ class OutputDifference:
     local_difference: float
     class_axis: int | None
     agreement: float
+    integers: bool = False
 
 
 @dataclass(frozen=True)

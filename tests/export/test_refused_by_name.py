@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,3 +56,56 @@ def test_a_file_that_does_not_run(tmp_path: Path) -> None:
     with pytest.raises(CCOError, match="does not run in ONNX Runtime at layer 'lstm'"):
         _export(Projected(), torch.randn(2, 5, 8), tmp_path / "a.onnx")
     assert not (tmp_path / "a.onnx").exists()
+
+
+class Chosen(nn.Module):
+    """Something is chosen of what a layer makes, and goes on; indices are returned beside it."""
+
+    def __init__(self, choose: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]], width: int) -> None:
+        super().__init__()
+        self.choose, self.first, self.second, self.last = choose, nn.Linear(8, 16), nn.Linear(width, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        found = self.choose(torch.relu(self.first(x)))
+        values, indices = found if isinstance(found, tuple) else (found, None)
+        y = self.last(torch.relu(self.second(values)))
+        return y if indices is None else (y, indices)
+
+
+def test_an_operator_that_the_engine_has_not_for_a_type(tmp_path: Path) -> None:
+    with pytest.raises(CCOError, match=r"does not run in ONNX Runtime at layer 'unique'.*NOT_IMPLEMENTED"):
+        _export(Chosen(lambda x: x * torch.unique(x > 0).sum(), 16), torch.randn(8, 8), tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_operator_that_onnx_has_not(tmp_path: Path) -> None:
+    with pytest.raises(CCOError, match=r"uses aten\.cummax, which ONNX has no operator for"):
+        _export(Chosen(lambda x: x.cummax(1).values, 16), torch.randn(8, 8), tmp_path / "a.onnx")
+
+
+def test_indices_of_equal_values(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(CCOError, match=r"% of the integers of the output 'output_1' are others.*of equal values.*Return the values"):
+        _export(Chosen(lambda x: x.topk(9, 1), 9), torch.randn(32, 8), tmp_path / "a.onnx")
+
+
+def _choices(x: Tensor) -> Tensor:
+    parts = x.view(-1, 4, 4)
+    gathered = x.gather(1, x.topk(5, 1).indices) * 2
+    chosen = [parts.max(1).values, parts.min(2)[0], x.topk(5, 1, largest=False)[0], (x - 3).topk(5, 1)[0], x.sort(1, descending=True)[0]]
+    return torch.cat([*chosen, gathered, *torch.aminmax(parts, dim=1)], 1)
+
+
+def test_what_is_chosen_is_right_in_the_engine(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Chosen(_choices, 47).eval(), torch.randn(32, 8)
+    quantized = quantize(model, None, (x,))
+    quantized.calibrate([x])
+    report = quantized.export(tmp_path / "a.onnx")
+    assert report.sqnr_db > 50
+    given = torch.randn(7, 8)
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    with torch.no_grad():
+        wanted = model(given)
+    found = session.run(None, {"x": given.numpy()})[0]
+    assert float((torch.from_numpy(found) - wanted).abs().max()) < 0.02 * float(wanted.abs().max())
