@@ -12,9 +12,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_cco.automatic_skips import AutomaticSkips
 from lightning_cco.batches import ForwardFn, capture_module, model_context
 from lightning_cco.budgeted import recipe_of
+from lightning_cco.early_check import check_rules
 from lightning_cco.graph.hooks import release
 from lightning_cco.handover import apply_state
 from lightning_cco.held_batches import calibrate_on_held
+from lightning_cco.lookahead import copied
 from lightning_cco.outside_fit import OutsideFit
 from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.schedule import calibrate
@@ -35,6 +37,8 @@ class Compression:
         validation: The first batches of the validation, copies, to check files on.
         state: The callback's state of a checkpoint that waits for the capture.
         skips: Layers that the run skips by itself.
+        outside: Whether weights outside of a training have ranges.
+        rules_are_checked: Whether it was looked whether the rules fit the layers.
     """
 
     def __init__(self, settings: Settings, forward_fn: ForwardFn | None) -> None:
@@ -46,6 +50,8 @@ class Compression:
         self.validation: list[Any] = []
         self.state: dict[str, Any] | None = None
         self.skips = AutomaticSkips()
+        self.outside = OutsideFit()
+        self.rules_are_checked = False
 
     def is_of_another(self, module: pl.LightningModule) -> bool:
         """Whether what is hooked is not this module, or no longer."""
@@ -102,9 +108,42 @@ class Compression:
         if not self.quantized.calibrated or self.quantized.uncalibrated:
             calibrate(trainer, self.quantized, self.settings, self.forward)
 
-    def calibrate_for(self, trainer: pl.Trainer, outside: OutsideFit) -> None:
-        """Outside of a training: find ranges for weights that came without, of a checkpoint that has no others or of another model than the one trained."""
-        where = outside.without_ranges(trainer)
+    def before_validation_batch(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, number: int, loader: int) -> None:
+        """Keep the first batches to check files on; look whether the rules fit the layers. Else as `before_evaluation_batch`.
+
+        Args:
+            trainer: The Trainer.
+            module: Its module.
+            batch: The batch.
+            number: Its number.
+            loader: Number of the loader.
+        """
+        if loader == 0 and number == len(self.validation) < self.settings.monitoring_settings.sensitivity_batches:
+            with torch.inference_mode(False):
+                self.validation.append(copied(batch))
+        if trainer.sanity_checking and not self.rules_are_checked and self.quantized is None and self.state is None:
+            self.rules_are_checked = True
+            check_rules(trainer, module, batch, self.forward_fn, self.settings)
+        self.before_evaluation_batch(trainer, module, batch)
+
+    def before_evaluation_batch(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
+        """Outside of a training: hook the checkpoint's quantizers on before the first batch."""
+        if trainer.sanity_checking or trainer.training or trainer.state.fn == "fit":
+            return
+        if self.state is None:
+            if self.quantized is None:
+                self.outside.warn_of_float(trainer)
+            else:
+                self._calibrate_outside(trainer)
+            return
+        if not self.attach(trainer, module, batch).calibrated:
+            self.outside.warn_of_float(trainer, "the checkpoint is from before fake-quantization started (training_settings.start_at_step)")
+        self.held = self.held or [copied(batch)]
+        self._calibrate_outside(trainer)
+
+    def _calibrate_outside(self, trainer: pl.Trainer) -> None:
+        """Find ranges for weights that came without, of a checkpoint that has no others or of another model than the one trained."""
+        where = self.outside.without_ranges(trainer)
         if where:
             assert self.quantized is not None
             with model_context(trainer):

@@ -18,6 +18,7 @@ ARCHITECTURE = ROOT.parent / "docs" / "architecture.md"
 LAYERS = [
     ["cli"],
     ["callback", "loading"],
+    ["compression_run"],
     ["compression", "epoch_measurement"],
     ["handover", "outside_fit"],
     ["budgeted"],

@@ -35,8 +35,8 @@ def expected_scales(cco: CCOCallback, model: pl.LightningModule) -> dict[str, fl
 
     plain = Classifier()
     plain.load_state_dict(model.state_dict())
-    twin = quantize(plain, cco.settings, (cco._compression.held[0][0],))
-    twin.calibrate([batch[0] for batch in cco._compression.held])
+    twin = quantize(plain, cco.settings, (cco._run.compression.held[0][0],))
+    twin.calibrate([batch[0] for batch in cco._run.compression.held])
     return {key: float(quantizer.scale.max()) for key, quantizer in twin.activations.items()}
 
 
@@ -133,6 +133,6 @@ def test_export_works_after_a_test_in_a_fresh_process(tmp_path: Path) -> None:
     _, trainer, _ = fitted(tmp_path, ModelCheckpoint(tmp_path, monitor="val_loss"))
     cco = quick()
     make_trainer(tmp_path, cco).test(Classifier(), batches(), ckpt_path=trainer.checkpoint_callback.best_model_path, verbose=False)
-    assert cco._compression.held
+    assert cco._run.compression.held
     cco.export(tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").exists()
