@@ -110,6 +110,12 @@ def test_no_module_of_ours_is_imported_inside_a_function(module: str) -> None:
     assert [name for node in statements(module)[1] for name in imported(node)] == []
 
 
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_file_is_read_in_one_go(module: str) -> None:
+    """What exceeds 300 lines holds more than one concept."""
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 300
+
+
 def test_the_page_has_the_same_layers() -> None:
     listed = ARCHITECTURE.read_text(encoding="utf-8").partition("Imports run one way, from top to bottom:\n```\n")[2].partition("```")[0]
     assert [re.findall(r"[\w.]+", line) for line in listed.splitlines()] == LAYERS
