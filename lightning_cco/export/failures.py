@@ -12,7 +12,9 @@ import torch
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.engines import Engine
-from lightning_cco.names import quote
+from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.graph.reached import is_scripted
+from lightning_cco.names import list_names, quote
 
 _NEEDED = {"torch": "2.8", "onnx": "1.17", "onnxscript": "0.6", "onnxruntime": "1.20"}
 """The lowest versions that an ONNX file was written and checked with."""
@@ -78,22 +80,29 @@ def need_writable_names(paths: Iterable[str]) -> None:
                 )
 
 
-def untraceable(model: torch.nn.Module, where: str, error: Exception) -> str:
+def untraceable(model: torch.nn.Module, where: str, error: Exception, graph: LayerGraph | None = None) -> str:
     """A message for a forward that torch.export could not trace.
 
     Args:
         model: The model.
         where: The last layer that the trace came to, in words; empty if none.
         error: What torch.export raised.
+        graph: The model's layers.
     """
     said = f"{type(error).__name__}: {error}"
     branches, fixed, gradients, transformed = (any(word in said for word in words) for words in _EVIDENCE)
-    if transformed:
+    scripted = _scripted(model) if "positional arguments" in said else []
+    if scripted:
+        advice = (
+            f"What torch.jit.script has made can't be traced: {list_names(scripted)}. Put the Python module that was scripted in its place, or what "
+            "torch.jit.trace makes of it."
+        )
+    elif transformed:
         advice = (
             "Its forward transforms functions (torch.vmap, torch.func), which a file can't hold around quantized layers. Write the batched computation itself "
             "(a product of more dimensions instead of a vmap over weights), or export the submodule that is transformed."
         )
-    elif gradients:
+    elif gradients or any(layer.kind == "grad" for layer in graph or ()):
         advice = (
             "Its forward takes gradients (torch.autograd.grad, as for forces out of an energy), and the rounding in a file has none. Export the submodule that "
             "computes what is differentiated, and take the gradients outside of the file."
@@ -111,6 +120,15 @@ def untraceable(model: torch.nn.Module, where: str, error: Exception) -> str:
     else:
         advice = f"Nothing shows that the model is at fault: it may be a limit of these versions ({versions()}), or of lightning_cco; please report it."
     return f"export: {type(model).__name__} can't be traced by torch.export{where}: {first_paragraph(error)}. {advice}"
+
+
+def _scripted(model: torch.nn.Module) -> list[str]:
+    """The outermost modules that `torch.jit.script` has made; what `torch.jit.trace` makes can be traced once more."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        if is_scripted(module) and not any(path.startswith(f"{other}.") for other in found):
+            found.append(path)
+    return found
 
 
 def inexpressible(model: torch.nn.Module, error: Exception) -> str:

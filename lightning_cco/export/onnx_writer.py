@@ -137,7 +137,7 @@ def _traced(deployed: Deployed, emitter: Emitter, ways: Iterator[Axes], free: bo
     assert failure is not None
     reached, quantized = emitter.reached, emitter.quantized
     where = f" behind layer '{reached}' (module '{quantized.graph[reached].path}')" if reached else ""
-    raise CCOError(untraceable(quantized.model, where, failure)) from failure
+    raise CCOError(untraceable(quantized.model, where, failure, quantized.graph)) from failure
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ def _fake_quantized(
                 quantized.runtime.frames.reset()
                 failure = failure or error
     assert failure is not None
-    raise CCOError(untraceable(quantized.model, "", failure)) from failure
+    raise CCOError(untraceable(quantized.model, "", failure, quantized.graph)) from failure
 
 
 def _traced(deployed: Deployed, network: Network | None, axes: Axes) -> torch.export.ExportedProgram:

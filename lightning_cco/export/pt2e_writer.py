@@ -102,7 +102,7 @@ def write_program(
             failure = failure or error
     assert failure is not None
     where = f" behind layer '{emitter.reached}' (module '{quantized.graph[emitter.reached].path}')" if emitter.reached else ""
-    raise CCOError(untraceable(quantized.model, where, failure)) from failure
+    raise CCOError(untraceable(quantized.model, where, failure, quantized.graph)) from failure
 
 
 def _rewritten(program: torch.export.ExportedProgram, emitter: Emitter) -> torch.export.ExportedProgram:

@@ -32,7 +32,10 @@ def out_of_sight(model: nn.Module, tracer: Tracer) -> list[str]:
         if isinstance(module, torch.jit.ScriptModule):
             scripted = path
             if any(p.is_floating_point() for p in module.parameters()):
-                found.append(f"'{path or 'the model itself'}' ({type(module).__name__}: TorchScript, what it computes can't be seen)")
+                exported = "; nor can a scripted module be exported" if is_scripted(module) else ""
+                found.append(
+                    f"'{path or 'the model itself'}' ({type(module).__name__}: TorchScript, what it computes can't be seen{exported})"
+                )
             continue
         own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
         leaf = next(module.children(), None) is None
@@ -46,6 +49,11 @@ def out_of_sight(model: nn.Module, tracer: Tracer) -> list[str]:
         if call.layer.kind == "custom_function" and weights:
             found.append(f"'{call.layer.path or 'the model itself'}' ({call.layer.note}; it reads {', '.join(weights)})")
     return found
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether `torch.jit.script` has made a module, which `torch.export` can't trace, unlike what `torch.jit.trace` makes."""
+    return isinstance(module, torch.jit.ScriptModule) and not isinstance(module, torch.jit.TopLevelTracedModule)
 
 
 def _read(named: Mapping[str, Tensor], tracer: Tracer) -> set[int]:

@@ -58,6 +58,33 @@ def test_a_file_that_does_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "a.onnx").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*are not in the layer graph")
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_scripted_modules(ending: str, tmp_path: Path) -> None:
+    inner = nn.Sequential(nn.Linear(8, 8), torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.ReLU())))
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), inner, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(CCOError, match=r"What torch\.jit\.script has made can't be traced: '2\.1'\. Put the Python module"):
+        _export(model, torch.randn(4, 8), tmp_path / f"a.{ending}")
+
+
+class Forces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            positions = positions.requires_grad_(True)
+            energy = self.net(positions).sum()
+            return energy, -torch.autograd.grad(energy, positions)[0]
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_gradients_inside_a_forward(ending: str, tmp_path: Path) -> None:
+    with pytest.raises(CCOError, match=r"Its forward takes gradients .*Export the submodule that computes what is differentiated"):
+        _export(Forces(), torch.randn(8, 3), tmp_path / f"a.{ending}")
+
+
 class Chosen(nn.Module):
     """Something is chosen of what a layer makes, and goes on; indices are returned beside it."""
 
