@@ -20,7 +20,7 @@ from lightning_cco.export.report import ExportReport
 from lightning_cco.export_dir import as_before
 from lightning_cco.held_batches import calibrate_on_held, calls_of, checks_of
 from lightning_cco.quantization.plan import packs_weights
-from lightning_cco.quantized_model import QuantizedModel, is_engine_file, is_program
+from lightning_cco.quantized_model import QuantizedModel, holds_weights_alone, is_engine_file, is_program
 from lightning_cco.settings import Settings
 from lightning_cco.strategies import is_sharded
 
@@ -64,6 +64,8 @@ class Handover:
         """Write and check a file; see `CCOCallback.export`."""
         quantized = self.compressed()
         source = ""
+        if holds_weights_alone(path):
+            return quantized.export(path, **options)
         if not len(args) and not kwargs:
             calls, network = calls_of(quantized, self.held, self.forward)
             args, kwargs = calls[0]

@@ -16,6 +16,7 @@ from lightning_cco.export.network import Network
 from lightning_cco.export.onnx_file import export_onnx
 from lightning_cco.export.program import export_program
 from lightning_cco.export.report import ExportReport
+from lightning_cco.export.safetensors_file import WeightsReport, export_safetensors
 from lightning_cco.graph.capture import capture
 from lightning_cco.graph.hooks import refuse_hooked
 from lightning_cco.loss_measurement import measure_loss
@@ -188,10 +189,11 @@ class QuantizedModel(HookedModel):
 
     def export(
         self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any
-    ) -> ExportReport | torch.export.ExportedProgram:
+    ) -> ExportReport | WeightsReport | torch.export.ExportedProgram:
         """Write an INT8 file and check it in its engine, or a `torch.export` program.
 
-        ``.onnx``, or ``.pte`` for ExecuTorch, ``.tflite`` for LiteRT, ``.mlpackage`` for Core ML; ``.pt2`` for the program.
+        ``.onnx``, or ``.pte`` for ExecuTorch, ``.tflite`` for LiteRT, ``.mlpackage`` for Core ML; ``.pt2`` for the program; ``model.safetensors`` for
+        the integer weights of a network of `transformers`.
 
         Args:
             path: Where to write; the ending says what.
@@ -200,7 +202,7 @@ class QuantizedModel(HookedModel):
             **options: Those of `export_onnx`, `export_program` or `export_engine_file`.
 
         Returns:
-            The report of the check; the program for a ``.pt2`` file.
+            The report of the check; the program for a ``.pt2`` file; what was written for a ``.safetensors`` file, for which no example is needed.
 
         Example:
             >>> import torch
@@ -216,6 +218,8 @@ class QuantizedModel(HookedModel):
         """
         if is_program(path):
             return self.export_program(path, example_args, example_kwargs, **options)
+        if holds_weights_alone(path):
+            return export_safetensors(self, path, **options)
         if is_engine_file(path):
             return export_engine_file(self, path, *self._example_or(example_args, example_kwargs, options), **options)
         return self.export_onnx(path, example_args, example_kwargs, **options)
@@ -285,6 +289,11 @@ class QuantizedModel(HookedModel):
 def is_engine_file(path: str | Path) -> bool:
     """Whether `QuantizedModel.export` writes the file of an engine that reads programs, by its ending."""
     return Path(path).suffix.lower() in BY_ENDING
+
+
+def holds_weights_alone(path: str | Path) -> bool:
+    """Whether `QuantizedModel.export` writes the weights of a network alone, by the path's ending."""
+    return Path(path).suffix.lower() == ".safetensors"
 
 
 def is_program(path: str | Path) -> bool:

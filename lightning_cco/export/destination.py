@@ -30,7 +30,8 @@ def export_target(path: str | Path, ending: str) -> Path:
         instead = given / f"model{ending}" if is_folder or not given.name else _other_ending(given, ending)
         raise CCOError(
             "export: a path that ends in .onnx (a file for ONNX Runtime, OpenVINO and TensorRT, which build theirs from it), .pt2 (a torch.export "
-            f"program), .pte (for ExecuTorch), .tflite (for LiteRT) or .mlpackage (for Core ML) was expected, '{path}' came. Write '{instead}'."
+            f"program), .pte (for ExecuTorch), .tflite (for LiteRT), .mlpackage (for Core ML) or .safetensors (for transformers) was expected, '{path}' came. "
+            f"Write '{instead}'."
         )
     try:
         if ending == ".mlpackage" and Path(path, "Manifest.json").is_file():
