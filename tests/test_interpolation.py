@@ -33,6 +33,41 @@ OTHERS: dict[str, Any] = {
 }
 
 
+class Resized(nn.Module):
+    def __init__(self, resize: Any) -> None:
+        super().__init__()
+        self.resize = resize
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resize(x)
+
+
+SHOWN: dict[str, tuple[Any, dict[str, object]]] = {
+    "function": (lambda x: F.interpolate(x, (7, 7), None, "bicubic"), {"size": (7, 7), "mode": "bicubic"}),
+    "aten bilinear": (
+        lambda x: aten.upsample_bilinear2d.default(x, [12, 12], False, None, None),
+        {"size": (12, 12), "align_corners": False, "mode": "bilinear"},
+    ),
+    "aten by factors": (
+        lambda x: aten.upsample_bilinear2d.vec(x, None, True, [2.0, 2.0]),
+        {"align_corners": True, "scale_factor": (2.0, 2.0), "mode": "bilinear"},
+    ),
+    "aten nearest": (lambda x: aten.upsample_nearest2d.default(x, [12, 12], None, None), {"size": (12, 12), "mode": "nearest"}),
+    "aten nearest by factors": (lambda x: aten.upsample_nearest2d.vec(x, None, [2.0, 2.0]), {"scale_factor": (2.0, 2.0), "mode": "nearest"}),
+    "anti-aliased": (
+        lambda x: aten._upsample_bilinear2d_aa.default(x, [4, 4], False),
+        {"size": (4, 4), "align_corners": False, "mode": "bilinear"},
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", SHOWN)
+def test_each_spelling_shows_its_own_arguments(spelling: str) -> None:
+    resize, expected = SHOWN[spelling]
+    (layer,) = (layer for layer in cc.capture_graph(Resized(resize), torch.randn(1, 3, 6, 6)) if layer.kind == "interpolate")
+    assert layer.attributes == expected
+
+
 class Upsampled(nn.Module):
     def __init__(self, resize: Any) -> None:
         super().__init__()

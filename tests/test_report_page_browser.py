@@ -92,18 +92,19 @@ def test_what_opens_above_the_graph_moves_no_click(opened: OpenPage) -> None:
 
 def test_the_graph_is_operated_by_keys(opened: OpenPage) -> None:
     opened.page.click("#fold")
+    opened.until("cco.graph.cy.getElementById('m:blocks').nonempty()")
     opened.page.focus("#canvas")
     for _ in range(3):
         opened.page.keyboard.press("ArrowDown")
-    assert opened.page.inner_text("#detail h3") == "blocks"
+    opened.until("document.querySelector('#detail h3')?.textContent === 'blocks'")
     opened.page.keyboard.press("Enter")
-    assert "m:blocks.0" in opened.seen()
-    assert "unfolded" in opened.page.inner_text("#say")
+    opened.until("cco.graph.cy.getElementById('m:blocks.0').nonempty()")
+    opened.until("document.getElementById('say').textContent.includes('unfolded')")
     opened.page.keyboard.press("ArrowDown")
     opened.page.keyboard.press("ArrowUp")
-    before = opened.page.evaluate("cco.graph.cy.zoom()")
+    opened.page.evaluate("cco.before = cco.graph.cy.zoom()")
     opened.page.keyboard.press("+")
-    assert opened.page.evaluate("cco.graph.cy.zoom()") > before
+    opened.until("cco.graph.cy.zoom() > cco.before")
 
 
 def test_what_is_operated_has_a_name(opened: OpenPage) -> None:

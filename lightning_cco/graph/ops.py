@@ -94,7 +94,7 @@ def _arithmetic(stem: str, *more: str) -> tuple[str, ...]:
 
 _WEIGHT = (1, "weight")
 _W, _M, _C, _CLAMP, _P = Category.WEIGHTED, Category.MATMUL, Category.COMPUTE, Category.CLAMP, Category.PRESERVE
-_UPSAMPLE = ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d")
+_NEAREST, _SMOOTH = ("nearest1d", "nearest2d", "nearest3d"), ("linear1d", "bilinear2d", "bicubic2d", "trilinear3d")
 _EXACT = ("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")
 _ANTI_ALIASED = ("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")
 _CONV = ("", "", "", "stride", "padding", "dilation", "groups")
@@ -143,10 +143,19 @@ _ROWS = (
     Op("avg_pool", _C, _each("avg_pool"), fresh=True, arguments=_AVG_POOL),
     Op("adaptive_avg_pool", _C, _each("adaptive_avg_pool"), fresh=True, arguments=("", "output_size")),
     Op("lp_pool", _C, _each("lp_pool")),
+    # The operators for one mode have other arguments than the functions.
+    Op("interpolate", _C, (*(f"upsample_{mode}" for mode in _NEAREST), *_EXACT), fresh=True, arguments=("", "size", "scale_factor")),
     Op(
         "interpolate",
         _C,
-        ("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", *(f"upsample_{mode}" for mode in _UPSAMPLE), *_EXACT, *_ANTI_ALIASED),
+        (*(f"upsample_{mode}" for mode in _SMOOTH), *_ANTI_ALIASED),
+        fresh=True,
+        arguments=("", "size", "align_corners", "scale_factor"),
+    ),
+    Op(
+        "interpolate",
+        _C,
+        ("interpolate", "upsample", "upsample_nearest", "upsample_bilinear"),
         fresh=True,
         arguments=("", "size", "scale_factor", "mode"),
     ),
