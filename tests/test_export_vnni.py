@@ -13,6 +13,7 @@ from export_case import calibrated, run
 from torch import Tensor, nn
 
 from lightning_cco.export.engine_patterns import adds_products_exactly
+from lightning_cco.monitoring.plan_log import plan_lines
 
 
 class Extreme(nn.Module):
@@ -71,6 +72,16 @@ def test_narrow_weights_cannot_overflow(tmp_path: Path) -> None:
     quantized, _ = calibrated(Extreme(), images, settings)
     quantized.export(tmp_path / "model.onnx")
     assert weight_types(tmp_path / "model.onnx") == [np.int8] * 3
+
+
+@pytest.mark.parametrize("vnni", [None, False, True])
+def test_what_the_export_will_say_of_processors_is_said_before_the_training(vnni: bool | None) -> None:
+    """As `export` says it of the file: 8-bit weights overflow in OpenVINO unless the settings have decided for which processors it is."""
+    for target in ("openvino", "ort"):
+        plan = calibrated(Extreme(), images, {"deployment_settings": {"target_framework": target, "vnni": vnni}})[0].plan
+        said = [line for line in plan_lines(plan) if "VNNI" in line]
+        assert len(said) == (target == "openvino" and vnni is None)
+        assert all("deployment_settings.vnni: false" in line for line in said)
 
 
 def test_openvino_sums_are_exact_with_weights_of_seven_bits(tmp_path: Path) -> None:

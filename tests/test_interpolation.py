@@ -53,7 +53,10 @@ SHOWN: dict[str, tuple[Any, dict[str, object]]] = {
         {"align_corners": True, "scale_factor": (2.0, 2.0), "mode": "bilinear"},
     ),
     "aten nearest": (lambda x: aten.upsample_nearest2d.default(x, [12, 12], None, None), {"size": (12, 12), "mode": "nearest"}),
-    "aten nearest by factors": (lambda x: aten.upsample_nearest2d.vec(x, None, [2.0, 2.0]), {"scale_factor": (2.0, 2.0), "mode": "nearest"}),
+    "aten nearest by factors": (
+        lambda x: aten.upsample_nearest2d.vec(x, None, [2.0, 2.0]),
+        {"scale_factor": (2.0, 2.0), "mode": "nearest"},
+    ),
     "anti-aliased": (
         lambda x: aten._upsample_bilinear2d_aa.default(x, [4, 4], False),
         {"size": (4, 4), "align_corners": False, "mode": "bilinear"},

@@ -37,6 +37,15 @@ def adds_products_exactly() -> bool:
     return "avx512_vnni" in flags or "avx_vnni" in flags
 
 
+def overflow_advice() -> str:
+    """What to set for processors on which OpenVINO's sums of 8-bit products overflow."""
+    here = "" if adds_products_exactly() else ", so on this one"
+    return (
+        f"on x86 processors without VNNI{here} OpenVINO's sums of 8-bit products overflow: for them set deployment_settings.vnni: false, "
+        "which gives weights 7 bits"
+    )
+
+
 def _capabilities() -> Mapping[str, Any]:
     capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)
     found: Mapping[str, Any] = capabilities()

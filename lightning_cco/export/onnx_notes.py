@@ -6,7 +6,7 @@ import warnings
 
 from lightning_cco.errors import CCOWarning
 from lightning_cco.export.deployed import Deployed
-from lightning_cco.export.engine_patterns import adds_products_exactly
+from lightning_cco.export.engine_patterns import overflow_advice
 from lightning_cco.export.engines import Form
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import UNASKED, ExportReport
@@ -27,11 +27,7 @@ def notes_on_weights(quantized: HookedModel, emitter: Emitter, int4: bool) -> li
     elif emitter.stored.engine.wanted(Form.UNSIGNED_WITHOUT_VNNI):
         notes.append("int8 weights are exact on ARM and on x86 with VNNI; for other processors set deployment_settings.vnni: false")
     elif emitter.stored.overflows_without_vnni:
-        here = "" if adds_products_exactly() else ", so on this one"
-        notes.append(
-            f"on x86 processors without VNNI{here} OpenVINO's sums of 8-bit products overflow: for them set deployment_settings.vnni: false, "
-            "which gives weights 7 bits (calibrate again)"
-        )
+        notes.append(f"{overflow_advice()} (calibrate again)")
     blocks = emitter.stored.blocks
     few = [name for name, block in blocks.items() if block.bits == 4 and quantized.weights[name][0].num_bits < 4]
     if few:

@@ -6,11 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from lightning_cco.export.engine_patterns import overflow_advice
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.monitoring.tables import parsed_layers, text_table
 from lightning_cco.names import printable
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.skip_reasons import SkipReason
+from lightning_cco.quantization.targets import TARGETS
 
 MOST_LINES = 36
 """Lines in the log before a training, for any model; a few of the callback and of the calibration come to them."""
@@ -40,7 +42,7 @@ def plan_lines(plan: QuantizationPlan) -> list[str]:
         if name not in tail:
             by_reason.setdefault(_left(plan, name), []).append(name)
     lines += _few([f"{said}: {folded(plan.graph, names)}" for said, names in by_reason.items()], 2 * _FEW, "reasons")
-    lines += _boundaries(plan)
+    lines += [*_boundaries(plan), *_processors(plan)]
     return [printable(line) for line in lines]
 
 
@@ -95,6 +97,17 @@ def _boundaries(plan: QuantizationPlan) -> list[str]:
     for direction, source in crossings:
         found.setdefault(direction, []).append(source)
     return [f"{direction}, {len(sources)} times: after {folded(plan.graph, sources)}" for direction, sources in found.items()]
+
+
+def _processors(plan: QuantizationPlan) -> list[str]:
+    """What an export would say of the processors that the file is not for, while it can still be trained for them."""
+    deployment = plan.settings.deployment_settings
+    wide = [name for name in plan.in_int8 if (plan.decisions[name].weights_num_bits or 0) > 7 and plan.graph[name].kind != "embedding"]
+    return (
+        [f"Note: {overflow_advice()}"]
+        if wide and deployment.vnni is None and TARGETS[deployment.target_framework].narrow_without_vnni
+        else []
+    )
 
 
 def folded(graph: LayerGraph, names: Sequence[str], quoted: bool = False) -> str:
