@@ -20,6 +20,7 @@ from lightning_cco.compression import Compression
 from lightning_cco.distillation.distiller import Distiller
 from lightning_cco.epoch_measurement import EpochMeasurements
 from lightning_cco.errors import CCOError, CCOWarning
+from lightning_cco.example_input import check_example
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export_dir import check_export_dir
 from lightning_cco.handover import Handover
@@ -117,6 +118,8 @@ class CompressionRun:
             )
         history = self._monitor.state_dict() if self._monitor is not None else (compression.state or {}).get("monitor")
         monitor = self._monitor = start_monitor(trainer, self.settings.monitoring_settings, history)
+        if compression.quantized is None:
+            check_example(trainer, module, held[0])
         quantized = compression.attach(trainer, module, held[0])
         self.schedule.begin(trainer, quantized, compression.skips.applied, self.settings)
         monitor.on_start(quantized.graph, quantized.plan, model_facts(quantized))

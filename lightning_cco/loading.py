@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from lightning_cco.batches import ForwardFn, capture_module, overrides_forward
 from lightning_cco.checkpoints import check_callback_state, read_checkpoint
 from lightning_cco.errors import CCOError
+from lightning_cco.example_input import example_of, shapes_of
 from lightning_cco.graph.capture import capture
+from lightning_cco.graph.captured import Capture
 from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.hooks import refuse_hooked
 from lightning_cco.held_batches import calls_of
@@ -100,10 +102,10 @@ def load_quantized(
             raise CCOError(
                 f"load_quantized: {type(model).__name__} has no forward of its own. Give a batch of the training, batch=..., for its step."
             )
-        if not args and not example_kwargs:
+        given = bool(args or example_kwargs)
+        if not given:
             args, example_kwargs = _known_example(model, state, checkpoint)
-        with torch.no_grad():
-            captured = capture(model, lambda: model(*args, **(example_kwargs or {})))
+        captured = _captured_from_example(model, args, example_kwargs or {}, state, given)
         quantized = QuantizedModel(model, captured, recipe, state["skips"])
         quantized.example = (args, example_kwargs)
     for difference in quantized.load_state_dict(state["quantized"]):
@@ -197,19 +199,31 @@ def _without_greetings() -> Iterator[None]:
         log.setLevel(level)
 
 
+def _captured_from_example(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: Mapping[str, Any], given: bool
+) -> Capture:
+    try:
+        with torch.no_grad():
+            return capture(model, lambda: model(*args, **kwargs))
+    except CCOError as error:
+        if given or example_of(model) is None:
+            raise
+        known = ", ".join(str(list(entry["shape"])) for entry in (state["quantized"].get("inputs") or {}).values())
+        raise CCOError(
+            f"load_quantized: {type(model).__name__}.example_input_array is not what its forward takes: expected {known or 'other shapes'}, "
+            f"as in the training, got {shapes_of((args, kwargs))} ({error.__cause__ or error}). Correct it, or pass example_args=(tensor, ...)."
+        ) from error.__cause__
+
+
 def _known_example(model: nn.Module, state: Mapping[str, Any], checkpoint: str | Path) -> tuple[tuple[Any, ...], Mapping[str, Any] | None]:
     """The example that the module itself gives, else numbers of the shapes that the checkpoint knows.
 
     Raises:
         CCOError: Neither is known, or ``forward`` takes other arguments than tensors.
     """
-    given = getattr(model, "example_input_array", None)
-    if isinstance(given, Tensor):
-        return (given,), None
-    if isinstance(given, Mapping):
-        return (), given
+    given = example_of(model)
     if given is not None:
-        return tuple(given), None
+        return given
     inputs = state["quantized"].get("inputs")
     required = [
         p

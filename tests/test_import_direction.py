@@ -22,7 +22,7 @@ LAYERS = [
     ["compression", "epoch_measurement"],
     ["handover", "outside_fit"],
     ["budgeted"],
-    ["distillation", "early_check", "export_dir", "held_batches", "initial_evaluation", "schedule"],
+    ["distillation", "early_check", "example_input", "export_dir", "held_batches", "initial_evaluation", "schedule"],
     ["automatic_skips", "batch_norms", "batches", "checkpoints", "layer_timing", "learned_training", "monitoring"],
     ["lookahead", "quantized_model", "report_page", "strategies"],
     ["budget", "drawing", "early_iterator", "export", "level_use", "loss_measurement", "measurement", "spare_loader", "suggestions"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,32 @@ def test_the_example_that_the_module_gives(trained: tuple[str, Tensor, Tensor]) 
     model.example_input_array = images[:3]
     quantized = cc.load_quantized(model, path)
     assert quantized.example[0][0] is model.example_input_array
+
+
+def test_an_example_that_the_module_does_not_take_is_blamed(trained: tuple[str, Tensor, Tensor]) -> None:
+    path, images, _ = trained
+    model = Classifier()
+    model.example_input_array = images[:, :, None]
+    with pytest.raises(
+        cc.CCOError, match=r"Classifier.example_input_array is not what its forward takes: expected \[.*, as in the training, got \["
+    ):
+        cc.load_quantized(model, path)
+
+
+@pytest.mark.parametrize("kind", ["right", "wrong", "mapping", "none"])
+def test_a_wrong_example_is_said_when_the_training_starts(kind: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    model, data = Classifier(), batches()
+    x = next(iter(data))[0]
+    made: dict[str, Any] = {"right": x[:2], "wrong": x[:, :, None], "mapping": {"x": x[:2]}, "none": None}
+    model.example_input_array = made[kind]
+    cco = cc.CCOCallback({"training_settings": {"stats_steps": 1}, "monitoring_settings": {"draw_graph": False}})
+    warnings.simplefilter("always")
+    make_trainer(tmp_path, cco, max_steps=1).fit(model, data)
+    said = [str(one.message) for one in recwarn if "example_input_array" in str(one.message)]
+    assert len(said) == (kind == "wrong")
+    for one in said:
+        assert str(list(x.shape)) in one
+        assert str(list(x[:, :, None].shape)) in one
 
 
 def test_it_is_exported(trained: tuple[str, Tensor, Tensor], tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def _trace_evaluation(
             raise CCOError(
                 f"{type(model).__name__}: its forward failed{failing_module(model, error)} on the example that the layer graph is captured from: "
                 f"{type(error).__name__}: {error}. "
-                "Give an example that its forward takes: set `example_input_array`, or pass `forward_fn=lambda module, batch: module(...)`."
+                "Give an example that its forward takes: `example_args`; with a Trainer pass `forward_fn=lambda module, batch: module(...)`."
             ) from error
     return tracer
 
