@@ -14,14 +14,14 @@ from lightning_utilities.core.rank_zero import rank_zero_debug
 from lightning_cco.batches import ForwardFn, forward_arguments, forward_through_model, on_a_copy
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.nested import leaves
-from lightning_cco.export.network import Network, network_of_the_step
+from lightning_cco.export.step_network import StepNetwork, network_of_the_step
 from lightning_cco.quantized_model import QuantizedModel
 
 Calls = Sequence[tuple[Sequence[Any], Mapping[str, Any]]]
 """Positional and keyword arguments of some forwards."""
 
 
-def calls_of(quantized: QuantizedModel, held: Sequence[Any], forward: ForwardFn | None) -> tuple[Calls, Network | None]:
+def calls_of(quantized: QuantizedModel, held: Sequence[Any], forward: ForwardFn | None) -> tuple[Calls, StepNetwork | None]:
     """The calls that a file holds, one for each held batch; and the part of the step that it holds, where that is not the model's ``forward``.
 
     Raises:

@@ -17,8 +17,8 @@ from lightning_cco.errors import CCOError
 from lightning_cco.export.engine_patterns import adds_products_exactly, has_matrix_units
 from lightning_cco.export.engines import ENGINES
 from lightning_cco.export.failures import need_packages
-from lightning_cco.export.network import Network
 from lightning_cco.export.node_times import Written, time_files
+from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.quantization.forward_call import Forward, call_with
 from lightning_cco.quantization.plan import packs_weights
@@ -86,7 +86,7 @@ class FileTimer:
         quantized: QuantizedModel,
         args: Sequence[Any],
         kwargs: Mapping[str, Any] | None,
-        network: Network | None = None,
+        network: StepNetwork | None = None,
         int4: bool = False,
         threads: int = 1,
         batch_size: int = 1,

@@ -52,7 +52,7 @@ def measure_loss(
     with quantized.evaluating():
         for number, batch in enumerate(batches):
             metric.start_batch()
-            recorder = _Recorder(quantized, metric, weights_bits, activations_bits)
+            recorder = _LossRecorder(quantized, metric, weights_bits, activations_bits)
             with quantized.forked_random(), torch.enable_grad():
                 with quantized.runtime.doing(Phase.DELEGATE, recorder):
                     result = (loss or forward)(quantized.model, batch)
@@ -133,7 +133,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [tensor for item in items for tensor in tensors_in(item)]
 
 
-class _Recorder:
+class _LossRecorder:
     """Makes the calls of one float forward, and notes at the backward what each rounding changes of the loss.
 
     Args:

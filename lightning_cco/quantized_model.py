@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from lightning_cco.errors import CCOError
 from lightning_cco.export.engine_file import export_engine_file
 from lightning_cco.export.engines import BY_ENDING
-from lightning_cco.export.network import Network
 from lightning_cco.export.onnx_file import export_onnx
 from lightning_cco.export.program import export_program
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.safetensors_file import WeightsReport, export_safetensors
+from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.graph.capture import capture
 from lightning_cco.graph.hooks import refuse_hooked
 from lightning_cco.loss_measurement import measure_loss
@@ -126,7 +126,7 @@ class QuantizedModel(HookedModel):
         True
     """
 
-    network: Network | None = None
+    network: StepNetwork | None = None
 
     def sensitivity(
         self, batches: Iterable[Any], forward: Forward | None = None, modes: Sequence[str] = ("local", "accumulated")

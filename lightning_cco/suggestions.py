@@ -81,7 +81,7 @@ def suggest_skips(
         else _above_of_qs(report, general)
     )
     found: dict[str, Suggestion] = {}
-    around = _Around(plan)
+    around = _Neighbours(plan)
     rises = losses.rises(plan) if losses is not None else {}
     sizes = _bytes_now(plan, elements or {})
     for name, (entry, said) in above.items():
@@ -138,7 +138,7 @@ def _above_of_qs(report: SensitivityReport, general: GlobalQuantizationSettings)
     return above
 
 
-class _Around:
+class _Neighbours:
     """What stands around a quantized tensor: the group that makes it, the INT8 layers that read it."""
 
     def __init__(self, plan: QuantizationPlan) -> None:

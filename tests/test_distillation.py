@@ -163,7 +163,7 @@ class ByHand(Module):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer = self.optimizers()
         with torch.no_grad():
-            self(batch[0])  # a look at the outputs is no lesson
+            self(batch[0])  # a look at the outputs is not compared
         torch.manual_seed(batch_idx)
         loss = super().training_step(batch, batch_idx)
         optimizer.zero_grad()

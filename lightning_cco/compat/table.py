@@ -210,7 +210,7 @@ _OTHERS = (
     ("torch.onnx.ONNXProgram.pkg.torch.onnx.name_scopes", "onnx_exporter", "finds the module of a node", "the report names no module"),
 )
 _VERSION = (
-    "distillation/recorder.py, export/network.py, graph/snapshot.py, graph/call_tracer.py, quantization/activation_quantizer.py, "
+    "distillation/recorder.py, export/step_network.py, graph/snapshot.py, graph/call_tracer.py, quantization/activation_quantizer.py, "
     "quantization/moving_ranges.py, quantization/range_updates.py, quantization/weight_quantizer.py, quantization/weight_recompute.py"
 )
 _BASE = "quantization/gradient_holders.py, quantization/runtime.py, quantization/weight_quantizer.py"

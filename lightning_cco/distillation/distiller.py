@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lightning_cco.batches import ForwardFn, model_context, on_a_copy
 from lightning_cco.distillation.graph import Use
-from lightning_cco.distillation.lesson import Key, Lesson, layers_term, outputs_term, uses_of
-from lightning_cco.distillation.recorder import CallOfStudent, Recorder
+from lightning_cco.distillation.recorder import CallOfStudent, StudentRecorder
+from lightning_cco.distillation.step_comparison import Key, StepComparison, layers_term, outputs_term, uses_of
 from lightning_cco.distillation.teacher import SETTING, copy_of, load_weights, save_weights
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.compiled import eager
@@ -47,7 +47,7 @@ class Distiller:
         self.last: Tensor | None = None
         self._saved: dict[str, str] = {}
         self._trained = False
-        self._recorder: Recorder | None = None
+        self._recorder: StudentRecorder | None = None
         self._uses: dict[tuple[Any, ...], dict[Key, Use]] = {}
         self._eager: AbstractContextManager[None] | None = None
         self._undo: Callable[[], None] | None = None
@@ -96,7 +96,7 @@ class Distiller:
         assert self.teacher is not None
         self.teacher.to(quantized.device)
         layers = {layer.path for layer in quantized.graph if layer.name in quantized.weights} if self.settings.on == "layers" else set()
-        self._recorder = Recorder(quantized.runtime.frames, _around(layer.path for layer in quantized.graph), layers)
+        self._recorder = StudentRecorder(quantized.runtime.frames, _around(layer.path for layer in quantized.graph), layers)
         self._trainer, self._student, self._heard = trainer, quantized, False
         self._twins = {id(mine): theirs for mine, theirs in zip(_tensors_of(model), _tensors_of(self.teacher), strict=True)}
         self._uses.clear()
@@ -191,16 +191,16 @@ class Distiller:
                 self._recorder.on = False
                 calls = self._recorder.take()
             if calls:
-                lesson = self._lesson(calls)
-                _ = lesson.layer_pairs() if self.settings.on == "layers" else lesson.candidates()
+                comparison = self._comparison(calls)
+                _ = comparison.layer_pairs() if self.settings.on == "layers" else comparison.candidates()
 
-    def _lesson(self, calls: list[CallOfStudent]) -> Lesson:
+    def _comparison(self, calls: list[CallOfStudent]) -> StepComparison:
         assert self.teacher is not None
         assert self._recorder is not None
         assert self._trainer is not None
         assert self._student is not None
         with self._trainer.precision_plugin.forward_context(), self._student.forked_random():
-            return Lesson(
+            return StepComparison(
                 self.teacher, self._recorder, calls, self.settings.on == "layers", self._student.capture.needs_gradients, self._twins
             )
 
@@ -234,7 +234,7 @@ class Distiller:
         self.last = None
 
     def pause(self) -> None:
-        """A validation begins: what it computes is no lesson."""
+        """A validation begins: what it computes is not compared."""
         if self._recorder is not None:
             self._recorder.on = False
 
@@ -253,11 +253,11 @@ class Distiller:
             return loss * (1 - share)
         device = loss.device.type
         with torch.enable_grad(), torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else torch.enable_grad():
-            lesson = self._lesson(calls)
+            comparison = self._comparison(calls)
             term = (
-                layers_term(lesson)
+                layers_term(comparison)
                 if self.settings.on == "layers"
-                else outputs_term(lesson, self._uses_of(loss, lesson), self.settings.temperature)
+                else outputs_term(comparison, self._uses_of(loss, comparison), self.settings.temperature)
             )
             self._heard = True
             self._leave_eager()
@@ -266,16 +266,16 @@ class Distiller:
             added = share * term / self._trainer.accumulate_grad_batches
             return added.to(loss.dtype) if share == 1 else (1 - share) * loss + added.to(loss.dtype)
 
-    def _uses_of(self, loss: Tensor, lesson: Lesson) -> dict[Key, Use]:
-        known = lesson.kind
+    def _uses_of(self, loss: Tensor, comparison: StepComparison) -> dict[Key, Use]:
+        known = comparison.kind
         if known not in self._uses:
-            self._uses[known] = uses = uses_of(loss, lesson, self.settings)
+            self._uses[known] = uses = uses_of(loss, comparison, self.settings)
             words = {
                 "classes": "logits, by KL divergence",
                 "questions": "logits of yes and no, by KL divergence",
                 "values": "values, by the squared error",
             }
-            rank_zero_info("Distillation: " + "; ".join(f"{lesson.name_of(key)}: {words[use.kind]}" for key, use in uses.items()) + ".")
+            rank_zero_info("Distillation: " + "; ".join(f"{comparison.name_of(key)}: {words[use.kind]}" for key, use in uses.items()) + ".")
         return self._uses[known]
 
 

@@ -41,7 +41,7 @@ class CallOfStudent:
     layers: list[tuple[str, Tensor]] = field(default_factory=list)
 
 
-class Recorder:
+class StudentRecorder:
     """Looks on while the student's forwards run.
 
     Args:

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import pydot
 
 from lightning_cco.drawing import node_label as html
-from lightning_cco.drawing.fold_repeats import MAX_NODES, BlockBox, Group, View, folded_view, whole_view
+from lightning_cco.drawing.fold_repeats import MAX_NODES, BlockBox, FoldedView, LayerNode, folded_view, whole_view
 from lightning_cco.figures import badness, figure
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
@@ -83,7 +83,7 @@ class _Drawing:
         self._add_edges(dot, view)
         return dot
 
-    def _add_nodes(self, holder: pydot.Graph, keys: Sequence[str], frames: Sequence[BlockBox], groups: Mapping[str, Group]) -> None:
+    def _add_nodes(self, holder: pydot.Graph, keys: Sequence[str], frames: Sequence[BlockBox], groups: Mapping[str, LayerNode]) -> None:
         framed = {key for frame in frames for key in frame.all_keys()}
         for key in keys:
             if key not in framed:
@@ -102,7 +102,7 @@ class _Drawing:
             self._add_nodes(box, frame.all_keys(), frame.frames, groups)
             holder.add_subgraph(box)
 
-    def _add_edges(self, dot: pydot.Dot, view: View) -> None:
+    def _add_edges(self, dot: pydot.Dot, view: FoldedView) -> None:
         for source, destination in view.edges:
             start = f"{source} for {destination}" if source in self.ghosts.get(destination, ()) else source
             edge = pydot.Edge(quoted(start), quoted(destination))
@@ -112,11 +112,11 @@ class _Drawing:
                 edge.set("penwidth", "1.6")
             dot.add_edge(edge)
 
-    def _node(self, group: Group) -> pydot.Node:
+    def _node(self, group: LayerNode) -> pydot.Node:
         label, tooltip = self._layer(group) if group.is_layer else self._module(group)
         return pydot.Node(quoted(group.key), label=label, tooltip=quoted(tooltip))
 
-    def _layer(self, group: Group) -> tuple[str, str]:
+    def _layer(self, group: LayerNode) -> tuple[str, str]:
         layer = self.graph[group.key]
         decision = self._decision(layer.name)
         rows = [html.shapes_row(layer.input_shapes, layer.output_shapes), html.attributes_rows(layer.attributes)]
@@ -146,7 +146,7 @@ class _Drawing:
             lines.append(f"stands for {', '.join(group.members)}")
         return label, "\n".join(line for line in lines if line)
 
-    def _module(self, group: Group) -> tuple[str, str]:
+    def _module(self, group: LayerNode) -> tuple[str, str]:
         kinds = Counter(self.graph[name].kind for name in group.members)
         commonest = " · ".join(f"{count} {kind}" for kind, count in kinds.most_common(3)) + (" …" if len(kinds) > 3 else "")
         rows = [html.text_row(commonest, color=html.MUTED)]
@@ -189,7 +189,7 @@ class _Drawing:
         measured = [name for name in names if name in self.qs]
         return max(measured, key=lambda name: badness(self.qs[name]), default=None)
 
-    def _legend(self, view: View) -> str:
+    def _legend(self, view: FoldedView) -> str:
         entries = [(html.BLUE, "input or output"), (html.WHITE, "layer")]
         lines = []
         if self.plan is not None:
@@ -214,7 +214,7 @@ class _Drawing:
         return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2">{rows}</TABLE>>'
 
 
-def _far_sources(view: View) -> dict[str, list[str]]:
+def _far_sources(view: FoldedView) -> dict[str, list[str]]:
     """Returns, by reader, the sources that a small copy beside the reader stands for.
 
     An attention mask that each of 48 blocks reads would draw 48 lines along the whole picture, and the layout would take minutes.

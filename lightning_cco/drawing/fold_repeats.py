@@ -16,7 +16,7 @@ FOLD_ABOVE = MAX_NODES
 
 
 @dataclass(frozen=True)
-class Group:
+class LayerNode:
     """One node of a picture.
 
     Attributes:
@@ -48,22 +48,24 @@ class BlockBox:
 
 
 @dataclass(frozen=True)
-class View:
+class FoldedView:
     """The nodes, edges and frames of a picture; edges are pairs of group keys, each pair once."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[LayerNode, ...]
     edges: tuple[tuple[str, str], ...]
     frames: tuple[BlockBox, ...] = ()
     edges_behind: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
 
 
-def whole_view(graph: LayerGraph) -> View:
+def whole_view(graph: LayerGraph) -> FoldedView:
     """Returns the view that shows every layer."""
-    groups = tuple(Group(layer.name, (layer.name,), layer.path) for layer in graph.layers)
-    return View(groups, tuple(dict.fromkeys((edge.source, edge.destination) for edge in graph.edges)))
+    groups = tuple(LayerNode(layer.name, (layer.name,), layer.path) for layer in graph.layers)
+    return FoldedView(groups, tuple(dict.fromkeys((edge.source, edge.destination) for edge in graph.edges)))
 
 
-def folded_view(graph: LayerGraph, mark: Callable[[Layer], Hashable], max_nodes: int = MAX_NODES, fold_above: int = FOLD_ABOVE) -> View:
+def folded_view(
+    graph: LayerGraph, mark: Callable[[Layer], Hashable], max_nodes: int = MAX_NODES, fold_above: int = FOLD_ABOVE
+) -> FoldedView:
     """Returns a view of at most about ``max_nodes`` nodes.
 
     First, blocks repeated one after the other (same kinds, attributes, edges and marks) are shown once. If that is not enough, modules
@@ -147,7 +149,7 @@ class _Folding:
                     for around in containers(path):
                         size[around] -= saved
 
-    def view(self, max_nodes: int) -> View:
+    def view(self, max_nodes: int) -> FoldedView:
         layers = self.graph.layers
         group_of: dict[int, int] = {}  # shown position -> first shown position of its group
         module_of: dict[int, str] = {}
@@ -166,9 +168,9 @@ class _Folding:
             path = labels.get(first) or self._display(module_of.get(first, layers[first].path), first)
             repeats = len(self.members[first])
             names = tuple(layers[member].name for member in members)
-            groups.append(Group(layers[first].name, names, path, repeats, is_layer=len(positions) == 1 and first not in labels))
+            groups.append(LayerNode(layers[first].name, names, path, repeats, is_layer=len(positions) == 1 and first not in labels))
         edges, behind = self._edges(group_of)
-        return View(tuple(groups), edges, self._frames(0, 0, len(layers), shown_in, group_of), behind)
+        return FoldedView(tuple(groups), edges, self._frames(0, 0, len(layers), shown_in, group_of), behind)
 
     def _merge_stretches(self, group_of: dict[int, int], max_nodes: int) -> dict[int, str]:
         """Merges neighbours in execution order until the view fits; inputs and outputs stay apart from what is between them."""

@@ -45,7 +45,7 @@ def modules_view(graph: LayerGraph, mark: Callable[[Layer], Hashable], most: int
     Returns:
         The boxes in execution order, and the edges between them as pairs of their numbers.
     """
-    view = _View(graph, mark)
+    view = _ModulesView(graph, mark)
     opened = {""} | view.undeployed()
     boxes = view.boxes(opened)
     while (wider := view.open_largest(boxes, opened)) is not None:
@@ -59,7 +59,7 @@ def modules_view(graph: LayerGraph, mark: Callable[[Layer], Hashable], most: int
     return boxes, [(source, destination) for source, destination in edges if source != destination]
 
 
-class _View:
+class _ModulesView:
     def __init__(self, graph: LayerGraph, mark: Callable[[Layer], Hashable]) -> None:
         self.graph = graph
         self.first: dict[str, str] = {}  # a repeated module's path -> that of the first of its run

@@ -38,7 +38,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Unit:
+class _ChildCall:
     """Layers in a row that are called in the same child of a module; one layer when the module calls it itself."""
 
     start: int
@@ -82,14 +82,14 @@ class _RunFinder:
             ]
         return [sorted(level, key=lambda run: run.start) for level in self.levels]
 
-    def _split(self, begin: int, end: int, depth: int) -> list[_Unit]:
+    def _split(self, begin: int, end: int, depth: int) -> list[_ChildCall]:
         units = []
         while begin < end:
             child = self.parts[begin][depth] if len(self.parts[begin]) > depth else None
             stop = begin + 1
             while child is not None and stop < end and self.parts[stop][depth : depth + 1] == [child]:
                 stop += 1
-            units.append(_Unit(begin, stop, child, self._signature(begin, stop, depth + 1)))
+            units.append(_ChildCall(begin, stop, child, self._signature(begin, stop, depth + 1)))
             begin = stop
         return units
 
@@ -100,7 +100,7 @@ class _RunFinder:
     def _sources_inside(self, position: int, begin: int) -> tuple[int, ...]:
         return tuple(source - begin for source in self.sources[position] if source >= begin)
 
-    def _candidates(self, units: Sequence[_Unit]) -> list[tuple[int, int, int]]:
+    def _candidates(self, units: Sequence[_ChildCall]) -> list[tuple[int, int, int]]:
         """Returns (first unit, unit after the last, period) of everything that repeats, what hides most layers first."""
         found: list[tuple[int, int, int, int]] = []
         for period in range(1, min(MAX_PERIOD, len(units) // 2) + 1):
@@ -114,7 +114,7 @@ class _RunFinder:
                 begin += same + 1
         return [(first, last, period) for _, first, last, period in sorted(found)]
 
-    def _trim(self, units: Sequence[_Unit], begin: int, same: int, period: int) -> list[tuple[int, int, int, int]]:
+    def _trim(self, units: Sequence[_ChildCall], begin: int, same: int, period: int) -> list[tuple[int, int, int, int]]:
         """Returns the parts of a repetition whose blocks are also wired alike, each as (minus layers saved, first, last, period)."""
         repeats = same // period + 1
         spare = same % period
@@ -135,16 +135,16 @@ class _RunFinder:
             k = after
         return parts
 
-    def _reads_previous(self, units: Sequence[_Unit], first: int, period: int) -> bool:
+    def _reads_previous(self, units: Sequence[_ChildCall], first: int, period: int) -> bool:
         """Whether a block reads the one before it: branches side by side, such as query, key and value, are no repetition."""
         before, begin, stop = units[first - period].start, units[first].start, units[first + period - 1].stop
         return any(before <= source < begin for position in range(begin, stop) for source in self.sources[position])
 
-    def _wiring(self, block: Sequence[_Unit]) -> tuple[tuple[int, ...], ...]:
+    def _wiring(self, block: Sequence[_ChildCall]) -> tuple[tuple[int, ...], ...]:
         begin = block[0].start
         return tuple(self._sources_inside(position, begin) for position in range(begin, block[-1].stop))
 
-    def _add(self, units: Sequence[_Unit], period: int, depth: int, level: int) -> None:
+    def _add(self, units: Sequence[_ChildCall], period: int, depth: int, level: int) -> None:
         start, size, repeats = units[0].start, units[period - 1].stop - units[0].start, len(units) // period
         modules: dict[str, str] = {}
         for offset, unit in enumerate(units[:period]):

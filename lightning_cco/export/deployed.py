@@ -13,7 +13,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.export.forward_signature import ForwardSignature
 from lightning_cco.export.labels import find_labels
 from lightning_cco.export.nested import ArgPath, follow, items_of, leaves, mapped, name_of
-from lightning_cco.export.network import Network
+from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.graph.failing import failing_module
 
 PREFIX = "model"
@@ -45,7 +45,7 @@ class Deployed(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cast: bool = False, network: Network | None = None
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cast: bool = False, network: StepNetwork | None = None
     ) -> None:
         super().__init__()
         self.model, self._network = model, network

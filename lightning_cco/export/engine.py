@@ -11,7 +11,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Rounded:
+class QuantizeNode:
     """A QuantizeLinear of a file.
 
     Attributes:
@@ -57,13 +57,13 @@ def constants(model: Any) -> dict[str, np.ndarray[Any, Any]]:
     return {entry.name: onnx.numpy_helper.to_array(entry) for entry in model.graph.initializer}
 
 
-def rounded_tensors(model: Any, keys: Iterable[str]) -> dict[str, list[Rounded]]:
+def rounded_tensors(model: Any, keys: Iterable[str]) -> dict[str, list[QuantizeNode]]:
     """The quantize nodes of each quantizer, in the order of the file: what several layers read is rounded for each of them."""
     import onnx
 
     values = {entry.name: entry for entry in model.graph.initializer}
     made = _quantize_nodes(model, values)
-    found: dict[str, list[Rounded]] = {}
+    found: dict[str, list[QuantizeNode]] = {}
     for key in dict.fromkeys(keys):
         names = [f"{key}_quantized"]
         while f"{key}.{len(names) + 1}_quantized" in made:
@@ -71,7 +71,7 @@ def rounded_tensors(model: Any, keys: Iterable[str]) -> dict[str, list[Rounded]]
         for name in names:
             if name in made:
                 scale, zero_point = (onnx.numpy_helper.to_array(values[entry]) for entry in made[name].input[1:3])
-                found.setdefault(key, []).append(Rounded(name, float(scale.reshape(())), int(zero_point.reshape(()))))
+                found.setdefault(key, []).append(QuantizeNode(name, float(scale.reshape(())), int(zero_point.reshape(()))))
     return found
 
 

@@ -19,7 +19,6 @@ from lightning_cco.export.engines import BY_ENDING, Converted, Engine, Reader
 from lightning_cco.export.failures import first_paragraph, need_engine, need_writable_names
 from lightning_cco.export.feeds import call_of
 from lightning_cco.export.limits import judge, refuse_floats
-from lightning_cco.export.network import Network
 from lightning_cco.export.onnx_notes import notes_on_bits
 from lightning_cco.export.outputs import arrays_of
 from lightning_cco.export.precision import float_bytes, in_float32, other_types
@@ -28,6 +27,7 @@ from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, levels_
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import ExportReport, FloatIsland
 from lightning_cco.export.samples import Samples
+from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.export.variations import varied
 from lightning_cco.files import temporary_folder
 from lightning_cco.graph.compiled import eager
@@ -48,7 +48,7 @@ def export_engine_file(
     check: bool = True,
     min_sqnr_db: float | None = None,
     max_mean_steps: float | None = None,
-    network: Network | None = None,
+    network: StepNetwork | None = None,
     **options: Any,
 ) -> ExportReport:
     """Write the INT8 file of an engine that reads programs, run it there, and compare it with the fake-quantized model layer by layer.

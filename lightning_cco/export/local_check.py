@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_cco.export.engine import Rounded
+from lightning_cco.export.engine import QuantizeNode
 from lightning_cco.quantization.model import HookedModel
 
 _MIDDLE = 1e-3
@@ -54,7 +54,7 @@ class LocalRun:
         weights: What each weight quantizer was given and gave, by layer and number.
     """
 
-    def __init__(self, quantized: HookedModel, rounded: Mapping[str, list[Rounded]]) -> None:
+    def __init__(self, quantized: HookedModel, rounded: Mapping[str, list[QuantizeNode]]) -> None:
         self.quantized, self.rounded = quantized, rounded
         self.steps: dict[str, Steps] = {}
         self.weights: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}

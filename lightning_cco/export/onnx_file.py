@@ -17,7 +17,6 @@ from lightning_cco.export.failures import need_engine, need_packages, need_writa
 from lightning_cco.export.feeds import Call, call_of
 from lightning_cco.export.half_precision import write_fp16
 from lightning_cco.export.limits import MEAN_STEPS, Limits, judge
-from lightning_cco.export.network import Network
 from lightning_cco.export.node_times import Written
 from lightning_cco.export.onnx_notes import notes_on_inputs, notes_on_weights, warn_of_floats, warn_of_groups, warn_of_integers
 from lightning_cco.export.onnx_writer import write_onnx
@@ -25,6 +24,7 @@ from lightning_cco.export.options import checked_options
 from lightning_cco.export.precision import float_bytes, in_float32, other_types
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.sizes import fixed_since, short_reason, sizes_to_vary
+from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.files import temporary_folder
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.targets import TARGETS
@@ -41,7 +41,7 @@ def export_onnx(
     min_sqnr_db: float | None = None,
     max_mean_steps: float = MEAN_STEPS,
     int4: bool = False,
-    network: Network | None = None,
+    network: StepNetwork | None = None,
     dynamic_sizes: bool | None = None,
     written: Written | None = None,
     fp16: bool = False,

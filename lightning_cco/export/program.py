@@ -18,12 +18,12 @@ from lightning_cco.export.engines import PROGRAMS, Form
 from lightning_cco.export.failures import need_packages, need_writable_names, untraceable
 from lightning_cco.export.feeds import call_of
 from lightning_cco.export.limits import judge
-from lightning_cco.export.network import Network
 from lightning_cco.export.outputs import arrays_of
 from lightning_cco.export.precision import in_float32, other_types
 from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, format_faults
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import ExportReport
+from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.files import temporary_folder
 from lightning_cco.graph.compiled import eager
 from lightning_cco.quantization.model import HookedModel
@@ -36,7 +36,7 @@ def export_program(
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_batch: bool = True,
     dynamic_shapes: Any = None,
-    network: Network | None = None,
+    network: StepNetwork | None = None,
     pt2e: bool | None = None,
     batches: Iterable[Any] = (),
     check: bool = True,
@@ -115,7 +115,12 @@ def written(target: Path) -> Iterator[Path]:
 
 
 def _fake_quantized(
-    quantized: HookedModel, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool, dynamic_shapes: Any, network: Network | None
+    quantized: HookedModel,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_batch: bool,
+    dynamic_shapes: Any,
+    network: StepNetwork | None,
 ) -> torch.export.ExportedProgram:
     with quantized.evaluating(), eager():
         deployed = Deployed(quantized.model, args, kwargs, network=network)
@@ -130,7 +135,7 @@ def _fake_quantized(
     raise CCOError(untraceable(quantized.model, "", failure, quantized.graph)) from failure
 
 
-def _traced(deployed: Deployed, network: Network | None, axes: Axes) -> torch.export.ExportedProgram:
+def _traced(deployed: Deployed, network: StepNetwork | None, axes: Axes) -> torch.export.ExportedProgram:
     """The model's own forward, with its own arguments, where the program is of that."""
     shapes: Any
     if network is None:
@@ -146,7 +151,7 @@ def _with_operators(
     call: tuple[tuple[Any, ...], dict[str, Any]],
     dynamic_batch: bool,
     dynamic_shapes: Any,
-    network: Network | None,
+    network: StepNetwork | None,
     batches: Iterable[Any],
     check: bool,
     path: str,
@@ -167,7 +172,7 @@ def _compare(
     quantized: HookedModel,
     deployed: Deployed,
     found: WrittenProgram,
-    network: Network | None,
+    network: StepNetwork | None,
     calls: Sequence[tuple[torch.Tensor, ...]],
     report: ExportReport,
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_cco.export.dialects.pt2e_operators import SHIFT
-from lightning_cco.export.engine import Rounded
+from lightning_cco.export.engine import QuantizeNode
 from lightning_cco.export.local_check import LocalRun
 from lightning_cco.export.outputs import Arrays, Outputs, arrays_of, class_axes, tell
 from lightning_cco.export.provenance import PAIR, noted
@@ -33,7 +33,7 @@ class Comparison:
         names: Names of the outputs.
     """
 
-    def __init__(self, quantized: HookedModel, emitter: Emitter, rounded: Mapping[str, list[Rounded]], names: Sequence[str]) -> None:
+    def __init__(self, quantized: HookedModel, emitter: Emitter, rounded: Mapping[str, list[QuantizeNode]], names: Sequence[str]) -> None:
         self.quantized, self.emitter, self._names = quantized, emitter, list(names)
         self.local = LocalRun(quantized, rounded)
         self.outputs: Outputs | None = None
@@ -72,7 +72,7 @@ class RecordedProgram:
 
     def __init__(self, program: torch.export.ExportedProgram) -> None:
         self._module: Any = program.module()
-        self.rounded: dict[str, list[Rounded]] = {}
+        self.rounded: dict[str, list[QuantizeNode]] = {}
         self.levels: dict[str, Array] = {}
         levels = self.levels
 
@@ -83,7 +83,7 @@ class RecordedProgram:
         for node in list(graph.nodes):
             quantizer = noted(node, PAIR)
             if quantizer:
-                self.rounded.setdefault(quantizer, []).append(Rounded(node.name, node.args[1], node.args[2]))
+                self.rounded.setdefault(quantizer, []).append(QuantizeNode(node.name, node.args[1], node.args[2]))
                 with graph.inserting_after(node):
                     graph.call_function(keep, (node.name, node))
         self._module.recompile()
@@ -95,7 +95,7 @@ class RecordedProgram:
 
 
 def levels_of(values: Arrays, scales: Mapping[str, float]) -> dict[str, Array]:
-    """Rounded tensors as multiples of their scales, by their numbers.
+    """QuantizeNode tensors as multiples of their scales, by their numbers.
 
     Args:
         values: The tensors.
@@ -104,7 +104,7 @@ def levels_of(values: Arrays, scales: Mapping[str, float]) -> dict[str, Array]:
     return {str(number): np.rint(array / np.float32(scales[str(number)])) for number, array in enumerate(values)}
 
 
-def format_faults(quantized: HookedModel, rounded: Mapping[str, list[Rounded]], signed: bool) -> dict[str, str]:
+def format_faults(quantized: HookedModel, rounded: Mapping[str, list[QuantizeNode]], signed: bool) -> dict[str, str]:
     """Layers whose tensors are rounded to another scale or zero point than the model's, in words; ``signed``: with zero points that are less by 128."""
     faults: dict[str, str] = {}
     for key, quantizer in quantized.activations.items():

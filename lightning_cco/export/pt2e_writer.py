@@ -12,7 +12,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.export.axes import Axes
 from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.dialects import Pt2eDialect
-from lightning_cco.export.engine import Rounded
+from lightning_cco.export.engine import QuantizeNode
 from lightning_cco.export.engines import ENGINES, PROGRAMS, Engine, Form
 from lightning_cco.export.failures import failed, untraceable
 from lightning_cco.export.pt2e_passes import Passes
@@ -37,15 +37,15 @@ class WrittenProgram:
     emitter: Emitter
     axes: Axes
 
-    def inspected(self) -> tuple[torch.export.ExportedProgram, dict[str, list[Rounded]]]:
+    def inspected(self) -> tuple[torch.export.ExportedProgram, dict[str, list[QuantizeNode]]]:
         """The same with the rounded tensors as further outputs, as floats; and these by quantizer, each called after the number of its output."""
         dialect = self.emitter.dialect
         assert isinstance(dialect, Pt2eDialect)
         with self.emitter.emitting():
             program = traced(_Inspected(self.emitter.model, dialect, self._is_compared), self.axes)
-        rounded: dict[str, list[Rounded]] = {}
+        rounded: dict[str, list[QuantizeNode]] = {}
         for number, (name, scale) in enumerate(pair for pair in dialect.pairs if self._is_compared(pair[0])):
-            rounded.setdefault(name, []).append(Rounded(str(number), scale, 0))
+            rounded.setdefault(name, []).append(QuantizeNode(str(number), scale, 0))
         return _rewritten(program, self.emitter), rounded
 
     def _is_compared(self, name: str) -> bool:

@@ -96,17 +96,17 @@ def sizes_that_vary(quantized: HookedModel, deployed: Deployed) -> Sizes:
 
 def takes(quantized: HookedModel, deployed: nn.Module, tensors: Sequence[Tensor]) -> bool:
     """Whether the model runs on a batch, with no other calls than those captured."""
-    departures = quantized.runtime.departures
-    before = dict(departures.found)
+    mismatches = quantized.runtime.mismatches
+    before = dict(mismatches.found)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             deployed(*tensors)
-        return departures.found == before
+        return mismatches.found == before
     except Exception:  # too short for it, or longer than its table of positions
         return False
     finally:
-        departures.found = before
+        mismatches.found = before
 
 
 def sizes_to_vary(quantized: HookedModel, deployed: Deployed, batch: bool, wanted: bool | None, check: bool) -> tuple[Sizes, str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_cco.compat.modules import BatchNormBase
-from lightning_cco.export.engine import Rounded, constants
+from lightning_cco.export.engine import QuantizeNode, constants
 from lightning_cco.export.engine_patterns import shortened
 from lightning_cco.export.fold_batch_norm import IntegerWeight
 from lightning_cco.export.qdq_emitter import Emitter
@@ -34,7 +34,7 @@ def stored_faults(
     quantized: HookedModel,
     model: Any,
     emitter: Emitter,
-    rounded: Mapping[str, list[Rounded]],
+    rounded: Mapping[str, list[QuantizeNode]],
     weights: Mapping[tuple[str, int], tuple[Tensor, Tensor]],
 ) -> dict[str, str]:
     """What a file stores otherwise than the model has it.
@@ -99,7 +99,7 @@ def _parameter_faults(quantized: HookedModel, values: Mapping[str, Any]) -> Iter
         yield layer, f"the parameter '{name}' is off by up to {_most(values[name], wanted):.3g}"
 
 
-def _formats(quantized: HookedModel, model: Any, rounded: Mapping[str, list[Rounded]]) -> Iterator[tuple[TensorKey, str]]:
+def _formats(quantized: HookedModel, model: Any, rounded: Mapping[str, list[QuantizeNode]]) -> Iterator[tuple[TensorKey, str]]:
     """Scales and zero points of the activations, of both nodes of each pair."""
     values = constants(model)
     readers: dict[str, list[Any]] = {}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lightning_cco.errors import CCOError, CCOWarning
-from lightning_cco.export.engine import Rounded
+from lightning_cco.export.engine import QuantizeNode
 from lightning_cco.export.engine_patterns import adds_products_exactly
 from lightning_cco.export.engines import Engine, Loaded
 from lightning_cco.export.limits import judge, refuse_floats
@@ -58,7 +58,7 @@ def check_in_target(
     written: Any,
     emitter: Emitter,
     cases: Sequence[Case],
-    rounded: Mapping[str, list[Rounded]],
+    rounded: Mapping[str, list[QuantizeNode]],
     report: ExportReport,
 ) -> None:
     """Fill in what the engine makes of a file.

@@ -14,7 +14,7 @@ from lightning_cco.compat.modules import CONTENTS, OF_MODULES, forward_hooks, fo
 from lightning_cco.graph.call import Call
 from lightning_cco.graph.containers import tensors_held, tensors_in
 from lightning_cco.graph.layer import FLOATS
-from lightning_cco.graph.network import Network, ancestors
+from lightning_cco.graph.network import NetworkCalls, ancestors
 from lightning_cco.graph.origins import Origins, is_constant
 from lightning_cco.graph.records import Operand
 
@@ -73,7 +73,7 @@ class ValueReaders:
             if tensor.is_floating_point() and not is_constant(origin):
                 self._read_out.add((origin[0], origin[1]))
 
-    def found(self, network: Network) -> set[Output]:
+    def found(self, network: NetworkCalls) -> set[Output]:
         """The outputs that are read by Python, hooks, losses, and who keeps a tensor."""
         losses = read_by((number for number in range(len(self._calls)) if number not in network.calls), self._calls)
         read = {output for output in self._passed | losses | self._kept() if self._may_be_rounded(output)}

@@ -21,7 +21,7 @@ class HiddenMode(TorchFunctionMode):
     """A function mode that compiled graphs run without."""
 
 
-class _Around:
+class _WrappedCallable:
     """Stands for a callable, its attributes included."""
 
     def __init__(self, inner: Callable[..., Any]) -> None:
@@ -33,14 +33,14 @@ class _Around:
         return getattr(self.inner, name)
 
 
-class _Compiler(_Around):
+class _Compiler(_WrappedCallable):
     """A compiler's backend whose graphs run without our modes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _Graph(self.inner(*args, **kwargs))
 
 
-class _Graph(_Around):
+class _Graph(_WrappedCallable):
     """A compiled graph that runs without our modes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -88,7 +88,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 @dataclass
-class Network:
+class NetworkCalls:
     """What of the calls that were seen is the network.
 
     Attributes:
@@ -104,7 +104,7 @@ class Network:
     called: tuple[str, ...]
 
 
-def find_network(outer: Sequence[OuterCall], calls: Sequence[Call]) -> Network:
+def find_network(outer: Sequence[OuterCall], calls: Sequence[Call]) -> NetworkCalls:
     """Tell the network from losses, metrics and augmentations.
 
     A module with parameters is part of it unless it is a metric, or a loss beside other modules: one that is called so, gives only single numbers, or is
@@ -122,7 +122,7 @@ def find_network(outer: Sequence[OuterCall], calls: Sequence[Call]) -> Network:
     if losses:
         ends = {origin: end for origin, end in ends.items() if origin not in losses} or _compared(losses, calls)
         kept -= _serving(losses, ends, calls, kept)
-    return Network(kept, ends, _left_out(outer, calls, kept), tuple(dict.fromkeys(one.path for one in chosen)))
+    return NetworkCalls(kept, ends, _left_out(outer, calls, kept), tuple(dict.fromkeys(one.path for one in chosen)))
 
 
 def _network_calls(outer: Sequence[OuterCall], calls: Sequence[Call]) -> list[OuterCall]:

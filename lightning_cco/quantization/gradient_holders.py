@@ -19,7 +19,7 @@ def holders(grad: Tensor) -> tuple[int, ...]:
     return counts if base is None else (*counts, tensor_holders(base), sys.getrefcount(base))
 
 
-class _Probe(torch.autograd.Function):
+class _HolderCount(torch.autograd.Function):
     """Counts who holds a gradient that nobody but its backward sees."""
 
     counts: tuple[int, ...] = ()
@@ -30,7 +30,7 @@ class _Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        _Probe.counts = holders(grad)
+        _HolderCount.counts = holders(grad)
         return grad
 
 
@@ -47,9 +47,9 @@ def fewest_holders(device: str = "cpu") -> tuple[tuple[int, ...], ...]:
         for shape in ((2,), (2, 1)):
             with torch.enable_grad():
                 ones = torch.ones(2, dtype=torch.float32, device=device)
-                y = _Probe.apply(ones.clone().requires_grad_())  # type: ignore[no-untyped-call]
+                y = _HolderCount.apply(ones.clone().requires_grad_())  # type: ignore[no-untyped-call]
                 ((y if shape == (2,) else y.view(shape)) * ones.clone().view(shape)).sum().backward()
-            found.append(_Probe.counts)
+            found.append(_HolderCount.counts)
     except (AttributeError, RuntimeError):
         return ()
     return tuple(found)

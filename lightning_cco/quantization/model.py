@@ -106,8 +106,8 @@ class HookedModel:
 
     @property
     def drift(self) -> list[str]:
-        """Where the running model has departed from the captured one, in words."""
-        return list(self.runtime.departures.found.values())
+        """Where the running model differs from the captured one, in words."""
+        return list(self.runtime.mismatches.found.values())
 
     @property
     def device(self) -> torch.device:
@@ -231,7 +231,7 @@ class HookedModel:
         """Before a forward: quantizers on the model's device, ranges moved on."""
         self._starts += 1
         if self._starts & (self._starts - 1) == 0:  # before the first, second, fourth, eighth … forward: it looks at each module
-            self.runtime.departures.hooked_late(self.capture.hooked, self.plan)
+            self.runtime.mismatches.hooked_late(self.capture.hooked, self.plan)
         self._follow_device()
         self._ranges.before_forward()
 

@@ -21,7 +21,7 @@ from lightning_cco.graph.python_calls import calling_position
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.arguments import renormalized
 from lightning_cco.quantization.bias_correction import BiasCorrection
-from lightning_cco.quantization.departures import COMPUTES, Departures
+from lightning_cco.quantization.capture_mismatches import COMPUTES, CaptureMismatches
 from lightning_cco.quantization.measured_calls import (
     OutputRecorder,
     correct,
@@ -56,7 +56,7 @@ class Runtime:
 
     Attributes:
         phase: What is done at each planned call, outside of the blocks of `doing`.
-        departures: Where the model has departed from the captured one.
+        mismatches: Where the model differs from the captured one.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Runtime:
         self.capture = capture
         self.frames = Frames(model, capture.root, self._handle)
         self.frames.watched = COMPUTES | {"multi_head_attention_forward"}
-        self.departures = Departures(model, capture.root)
+        self.mismatches = CaptureMismatches(model, capture.root)
         self._blocks: dict[int, PlannedCall] = {}  # by thread; empty but for the time of a block
         self.phase = Phase.QUANTIZE
         self.frames.carried = self._carried
@@ -95,7 +95,7 @@ class Runtime:
         entry = frame.table.get(name)
         if entry is None:
             if name in COMPUTES:
-                self.departures.unseen(frame, name, args, kwargs)
+                self.mismatches.unseen(frame, name, args, kwargs)
             return func(*args, **kwargs)
         counts, kind = frame.counts, entry.kind
         index = counts.get(kind, 0)
@@ -103,11 +103,11 @@ class Runtime:
         site = entry.sites.get(index)
         if site is None:
             if index >= entry.count:
-                self.departures.unseen(frame, name, args, kwargs)
+                self.mismatches.unseen(frame, name, args, kwargs)
             return func(*args, **kwargs)
         here = site.code_position
         if here >= 0 and not is_compiling() and calling_position(settled=False) != here and calling_position() != here:
-            self.departures.moved(frame, name, site)
+            self.mismatches.moved(frame, name, site)
             return func(*args, **kwargs)
         return (self.run if self._blocks else self._run)(frame, site, func, args, kwargs)
 

@@ -15,7 +15,7 @@ from lightning_cco.export.engines.tensorrt import TENSORRT
 
 ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (ORT, OPENVINO, TENSORRT, EXECUTORCH, LITERT, COREML, QNN)}
 """The entries by the name of the engine's `Target`."""
-PROGRAMS = ("executorch", "litert", "coreml")
+PROGRAMS = tuple(name for name, engine in ENGINES.items() if engine.start is not None)
 """Those of engines that read programs with quantized operators (PT2E) instead of ONNX files."""
 BY_ENDING: Mapping[str, Engine] = {ENGINES[name].ending: ENGINES[name] for name in PROGRAMS}
 """The engines that read programs, by the ending of their own files."""

@@ -59,11 +59,11 @@ def convert(source: str, target: str, layer_key: str) -> dict[str, Any]:
         skip_model_load=True,
     )
     model.save(target)
-    read = _Read(program, list(model._mil_program.functions["main"].operations), layer_key)
+    read = _ConvertedProgram(program, list(model._mil_program.functions["main"].operations), layer_key)
     return read.counted()
 
 
-class _Read:
+class _ConvertedProgram:
     """A converted program beside the one that it was made of; what belongs together has one name."""
 
     def __init__(self, program: Any, operations: list[Any], layer_key: str) -> None:

@@ -40,7 +40,7 @@ class _Event:
         return [value for _, value in leaves(self.result) if isinstance(value, Tensor)]
 
 
-class Network:
+class StepNetwork:
     """A part of a model that a file can hold: arguments and result are those of the calls that the step makes.
 
     Attributes:
@@ -190,7 +190,7 @@ def _memory(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def network_of_the_step(quantized: HookedModel, forward: Callable[[nn.Module, Any], Any], batch: Any) -> Network:
+def network_of_the_step(quantized: HookedModel, forward: Callable[[nn.Module, Any], Any], batch: Any) -> StepNetwork:
     """Run a step on a batch and write down the network that it calls.
 
     Args:
@@ -225,7 +225,7 @@ def network_of_the_step(quantized: HookedModel, forward: Callable[[nn.Module, An
     read = {id(tensor) for event in chosen for tensor in event.reads}
     last = next(event for event in reversed(chosen) if any(event is target for target in targets.values()))
     ends = [event for event in targets.values() if event is last or not any(id(tensor) in read for tensor in event.gives)]
-    return Network(model, chosen, ends)
+    return StepNetwork(model, chosen, ends)
 
 
 def _needed(events: Sequence[_Event], targets: Sequence[_Event]) -> list[_Event]:

@@ -1,4 +1,4 @@
-"""Where a running model departs from the captured one: a call that the capture never saw is never quantized, and never silent."""
+"""Where a running model differs from the captured one: a call that the capture never saw is never quantized, and never silent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COMPUTES = frozenset(
 )
 
 
-class Departures:
+class CaptureMismatches:
     """Collects and warns, once of each.
 
     Args:

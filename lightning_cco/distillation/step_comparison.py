@@ -1,4 +1,4 @@
-"""One lesson: the teacher sees what the student saw, and what it gives is compared with what the student gave."""
+"""One step compared: the teacher sees what the student saw, and what it gives is compared with what the student gave."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning.fabric.utilities.apply_func import apply_to_collection  # type: i
 from torch import Tensor, nn
 
 from lightning_cco.distillation.graph import LossGraph, Use, ends_among
-from lightning_cco.distillation.recorder import CallOfStudent, Recorder, Way, differentiable, versions_of
+from lightning_cco.distillation.recorder import CallOfStudent, StudentRecorder, Way, differentiable, versions_of
 from lightning_cco.distillation.terms import binary_divergence, class_divergence, relative_error, squared_error
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.containers import tensors_held
@@ -22,7 +22,7 @@ Key = tuple[int, Way]
 """Number of a call in a step, and where in its result."""
 
 
-class Lesson:
+class StepComparison:
     """What a teacher says of the student's calls in one step.
 
     Args:
@@ -37,7 +37,7 @@ class Lesson:
     def __init__(
         self,
         teacher: nn.Module,
-        recorder: Recorder,
+        recorder: StudentRecorder,
         calls: Sequence[CallOfStudent],
         layers: bool,
         needs_gradients: bool,
@@ -191,19 +191,19 @@ class Lesson:
         return printable(f"output{where} of {self.calls[number].path or 'the model'}", 160)
 
 
-def uses_of(loss: Tensor, lesson: Lesson, settings: DistillationSettings) -> dict[Key, Use]:
+def uses_of(loss: Tensor, comparison: StepComparison, settings: DistillationSettings) -> dict[Key, Use]:
     """How each output is compared.
 
     Raises:
         CCOError: ``auto`` can't tell, since all is compiled; or the step writes to an output.
     """
-    outputs, graph = lesson.candidates(), LossGraph(loss)
+    outputs, graph = comparison.candidates(), LossGraph(loss)
     found: dict[Key, Use] = {}
     for key in graph.read_by_loss(outputs) or ends_among(outputs):
-        student, _ = lesson.pair(key)
+        student, _ = comparison.pair(key)
         if settings.loss == "auto" and graph.is_compiled(student):
             raise CCOError(
-                f"distillation_settings.loss: auto can't tell how the compiled step's loss takes {lesson.name_of(key)}. Write loss: kl for logits, mse for "
+                f"distillation_settings.loss: auto can't tell how the compiled step's loss takes {comparison.name_of(key)}. Write loss: kl for logits, mse for "
                 "anything else."
             )
         use = Use("values") if settings.loss == "mse" else graph.use_of(student)
@@ -214,11 +214,11 @@ def uses_of(loss: Tensor, lesson: Lesson, settings: DistillationSettings) -> dic
     return found
 
 
-def outputs_term(lesson: Lesson, uses: Mapping[Key, Use], temperature: float) -> Tensor:
+def outputs_term(comparison: StepComparison, uses: Mapping[Key, Use], temperature: float) -> Tensor:
     """Mean over the outputs of how far the student is from the teacher."""
     terms = []
     for key, use in uses.items():
-        student, teacher = lesson.pair(key)
+        student, teacher = comparison.pair(key)
         if use.kind == "classes":
             terms.append(class_divergence(student, teacher, use.dim, temperature))
         elif use.kind == "questions":
@@ -228,6 +228,6 @@ def outputs_term(lesson: Lesson, uses: Mapping[Key, Use], temperature: float) ->
     return torch.stack(terms).mean()
 
 
-def layers_term(lesson: Lesson) -> Tensor:
+def layers_term(comparison: StepComparison) -> Tensor:
     """Mean over the layers of their relative error."""
-    return torch.stack([relative_error(student, teacher) for student, teacher in lesson.layer_pairs().values()]).mean()
+    return torch.stack([relative_error(student, teacher) for student, teacher in comparison.layer_pairs().values()]).mean()
