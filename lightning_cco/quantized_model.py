@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
+from lightning_cco.export.destination import holds_weights_alone, is_engine_file, is_program
 from lightning_cco.export.engine_file import export_engine_file
-from lightning_cco.export.engines import BY_ENDING
 from lightning_cco.export.onnx_file import export_onnx
 from lightning_cco.export.program import export_program
 from lightning_cco.export.report import ExportReport
@@ -284,18 +284,3 @@ class QuantizedModel(HookedModel):
         if self.network is not None:
             options.setdefault("network", self.network)
         return self.example
-
-
-def is_engine_file(path: str | Path) -> bool:
-    """Whether `QuantizedModel.export` writes the file of an engine that reads programs, by its ending."""
-    return Path(path).suffix.lower() in BY_ENDING
-
-
-def holds_weights_alone(path: str | Path) -> bool:
-    """Whether `QuantizedModel.export` writes the weights of a network alone, by the path's ending."""
-    return Path(path).suffix.lower() == ".safetensors"
-
-
-def is_program(path: str | Path) -> bool:
-    """Whether `QuantizedModel.export` writes a `torch.export` program to a path, by its ending."""
-    return str(path).endswith(".pt2")

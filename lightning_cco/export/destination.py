@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from lightning_cco.errors import CCOError
+from lightning_cco.export.engines import BY_ENDING
 from lightning_cco.files import real_file
 
 
@@ -62,3 +63,18 @@ def move(made: Path, target: Path) -> None:
     if made.is_dir() and target.is_dir():
         os.replace(target, made.with_name(f"{made.name}.old"))  # goes with the folder that it is in
     os.replace(made, target)
+
+
+def is_engine_file(path: str | Path) -> bool:
+    """Whether `QuantizedModel.export` writes the file of an engine that reads programs, by its ending."""
+    return Path(path).suffix.lower() in BY_ENDING
+
+
+def holds_weights_alone(path: str | Path) -> bool:
+    """Whether `QuantizedModel.export` writes the weights of a network alone, by the path's ending."""
+    return Path(path).suffix.lower() == ".safetensors"
+
+
+def is_program(path: str | Path) -> bool:
+    """Whether `QuantizedModel.export` writes a `torch.export` program to a path, by its ending."""
+    return str(path).endswith(".pt2")
