@@ -14,7 +14,9 @@ from lightning_cco.export.forward_signature import ForwardSignature
 from lightning_cco.export.labels import find_labels
 from lightning_cco.export.nested import ArgPath, follow, items_of, leaves, mapped, name_of
 from lightning_cco.export.step_network import StepNetwork
+from lightning_cco.graph.containers import tensors_held
 from lightning_cco.graph.failing import failing_module
+from lightning_cco.names import list_names
 
 PREFIX = "model"
 """Name of the model in `Deployed`, and so the beginning of all paths that the exporter sees."""
@@ -58,6 +60,7 @@ class Deployed(nn.Module):
         self._example = self._without_labels(example)
         found = leaves(self._example)
         self._slots = [slot for slot, value in found if isinstance(value, Tensor)]
+        self._refuse_objects(found)
         self.names = _unique([self._signature.input_name(slot) for slot in self._slots])
         self.fixed = [
             f"{self._signature.input_name(slot)}={value!r}"
@@ -76,6 +79,18 @@ class Deployed(nn.Module):
             )
         names = [name_of(slot) for slot in self._kept]
         self.outputs = [name if name and not name[0].isdigit() else f"output_{number}" for number, name in enumerate(names)]
+
+    def _refuse_objects(self, found: Sequence[tuple[ArgPath, Any]]) -> None:
+        """A tensor inside of an object would stay that of the example in the file."""
+        for slot, value in found:
+            ways = [] if isinstance(value, (Tensor, nn.Module)) else [way for way, _ in tensors_held(value)]
+            if ways:
+                names = [re.sub(r"\W", "_", "_".join(map(str, way))).lstrip("_") for way in ways]
+                raise CCOError(
+                    f"export: the argument '{self._signature.input_name(slot)}' is a {type(value).__name__} that holds the tensors {list_names(names)}, "
+                    "but a file takes tensors, and dictionaries, dataclasses and tuples of them. Let forward take the tensors themselves, "
+                    f"`def forward(self, {', '.join(names)})`, and call it so in the steps: `self(batch.{names[0]}, ...)`."
+                )
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call the model with the tensors in the places of the example's."""

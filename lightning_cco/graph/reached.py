@@ -53,7 +53,7 @@ def out_of_sight(model: nn.Module, tracer: Tracer) -> list[str]:
 
 def is_scripted(module: nn.Module) -> bool:
     """Whether `torch.jit.script` has made a module, which `torch.export` can't trace, unlike what `torch.jit.trace` makes."""
-    return isinstance(module, torch.jit.ScriptModule) and not isinstance(module, torch.jit.TopLevelTracedModule)
+    return isinstance(module, torch.jit.ScriptModule) and not isinstance(module, torch.jit.TopLevelTracedModule)  # type: ignore[attr-defined]
 
 
 def _read(named: Mapping[str, Tensor], tracer: Tracer) -> set[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from lightning_cco.errors import CCOWarning
@@ -55,8 +55,9 @@ class CaptureMismatches:
             return  # the capture in training mode has failed, as that of a detector that wants targets: a loss may come here that it never saw
         if not frame.node.captured and frame.node.path not in self._with_parameters:
             return  # a metric, a loss or a teacher, not the model
-        if not any(tensor.is_floating_point() for _, tensor in tensors_in((*args, kwargs))):
-            return
+        floats = [tensor for _, tensor in tensors_in((*args, kwargs)) if tensor.is_floating_point()]
+        if not floats or self._are_stored(floats):
+            return  # weights are rounded where they are read, whatever makes them of others (pruning, a parametrization put on later)
         where = frame.node.key or "the root module"
         again = " more often" if frame.table.get(name) is not None else ""
         self._note(
@@ -86,6 +87,13 @@ class CaptureMismatches:
                 f"forward hooks were put on {list_names(named)} after the layers were captured: they see tensors that are rounded for INT8 layers. Put them on "
                 "before quantize(), or in the module's __init__ or configure_model; then they see what the float run gives.",
             )
+
+    def _are_stored(self, tensors: list[Tensor]) -> bool:
+        """Whether all are parameters or buffers of the model."""
+        if is_compiling():
+            return False
+        stored = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers())}
+        return all(id(tensor) in stored for tensor in tensors)
 
     def _has_weights(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call is a layer with weights, or a product with a parameter or a view of one: no loss or metric is one."""

@@ -85,6 +85,36 @@ def test_gradients_inside_a_forward(ending: str, tmp_path: Path) -> None:
         _export(Forces(), torch.randn(8, 3), tmp_path / f"a.{ending}")
 
 
+class Graph:
+    """A batch as graph libraries have it."""
+
+    def __init__(self, x: Tensor, edges: Tensor) -> None:
+        self.x, self.edges = x, edges
+
+
+class Messages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, graph: Graph) -> Tensor:
+        x = torch.relu(self.first(graph.x))
+        summed = torch.zeros_like(x).index_add_(0, graph.edges[1], x[graph.edges[0]])
+        return self.last(torch.relu(self.second(summed)))
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_objects_that_hold_tensors(ending: str, tmp_path: Path) -> None:
+    model, graph = Messages().eval(), Graph(torch.randn(5, 8), torch.randint(0, 5, (2, 9)))
+    quantized = quantize(model, None, (graph,))
+    quantized.calibrate([(graph,)])
+    assert {"linear", "linear_1"} <= set(quantized.plan.quantized)
+    with pytest.raises(
+        CCOError, match=r"'graph' is a Graph that holds the tensors 'x', 'edges'.*def forward\(self, x, edges\).*self\(batch\.x, \.\.\.\)"
+    ):
+        quantized.export(tmp_path / f"a.{ending}", (graph,))
+
+
 class Chosen(nn.Module):
     """Something is chosen of what a layer makes, and goes on; indices are returned beside it."""
 
