@@ -38,7 +38,7 @@ class DigitsModule(pl.LightningModule):
         width: Channels of the first stage.
     """
 
-    def __init__(self, lr: float = 1e-3, width: int = 16) -> None:
+    def __init__(self, lr: float = 1e-3, width: int = 32) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))

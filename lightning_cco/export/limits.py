@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.report import ExportReport, LayerDifference
+from lightning_cco.figures import figure
 
 MEAN_STEPS = 0.1
 """Most that a tensor may be off on average, in steps. Right layers of the networks of the tests: 0.002 at most."""
@@ -58,7 +59,7 @@ def judge(report: ExportReport, min_sqnr_db: float | None = None, limits: Limits
         entry = wrong[0]
         what = (
             f"'{entry.layer}' is {entry.mean_steps:.2g} steps off on average (at most {limits.mean_steps:g}, max_mean_steps, was expected), "
-            f"{entry.largest_steps:.0f} at most, {100 * entry.far_share:.2g} % of its values by more than one, computed from what the engine computed before it"
+            f"{entry.largest_steps:.0f} at most, {figure(100 * entry.far_share, 2)} % of its values by more than one, computed from what the engine computed before it"
         )
     elif not report.local_difference <= limits.difference and report.outputs:
         output = max(report.outputs, key=lambda entry: entry.local_difference)
@@ -68,7 +69,7 @@ def judge(report: ExportReport, min_sqnr_db: float | None = None, limits: Limits
         )
         if output.integers:
             what = (
-                f"{100 * output.local_difference:.2g} % of the integers of the output '{output.name}' are others, computed from the engine's own "
+                f"{figure(100 * output.local_difference, 2)} % of the integers of the output '{output.name}' are others, computed from the engine's own "
                 "rounded tensors; if they are indices (topk, sort): of equal values, as rounding and ReLU make them, each library takes another one "
                 "first. Return the values, or use the indices inside of the model"
             )
