@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from lightning_cco.compat.torch_modes import function_mode_count
 from lightning_cco.export import onnx_file
 from lightning_cco.export.report import ExportReport
 
@@ -57,6 +58,14 @@ def _same_environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_mode_is_left() -> Iterator[None]:
+    """A function mode that a test leaves on the stack sees every torch call of the tests after it."""
+    before = function_mode_count()
+    yield
+    assert function_mode_count() == before
 
 
 @pytest.fixture(autouse=True)

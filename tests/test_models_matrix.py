@@ -150,13 +150,16 @@ def test_removed_it_is_the_float_model_again(case: Case) -> None:
         state = copy.deepcopy(model.state_dict())
         expected = outputs_of(case, model, batch)
         model.load_state_dict(state)
-        torch.backends.mha.set_fastpath_enabled(False)  # hooks turn it off, and it rounds otherwise
+        torch.backends.mha.set_fastpath_enabled(
+            False
+        )  # PyTorch leaves it where layers of a transformer have hooks, and it rounds otherwise
         expected_slow = outputs_of(case, model, batch)
         torch.backends.mha.set_fastpath_enabled(True)
         model.load_state_dict(state)
         quantized = hooked(case, model, batch)
         with quantized.disabled():
-            assert same_tensors(outputs_of(case, model, batch), expected_slow)
+            found = outputs_of(case, model, batch)
+        assert same_tensors(found, expected) or same_tensors(found, expected_slow)
         model.load_state_dict(state)
         assert not same_tensors(outputs_of(case, model, batch), expected)
         quantized.remove()

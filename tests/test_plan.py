@@ -349,9 +349,11 @@ def test_a_product_is_rounded_only_where_an_int8_layer_reads_it() -> None:
     assert set(asked.tensors) == {"input_0", "layer_norm", "scaled_dot_product_attention", "linear_1", "add"}
 
 
-@pytest.mark.parametrize(("target", "in_int8"), [("openvino", False), ("tensorrt", True)])
-def test_which_other_engines_multiply_attention_in_int8(target: str, in_int8: bool) -> None:
+@pytest.mark.parametrize("target", ["openvino", "tensorrt"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_attention_in_one_call_is_in_int8_where_it_is_asked_for_alone(target: str, asked: bool) -> None:
     graph = capture_graph(Residual(), torch.randn(2, 5, 8))
-    found = plan_quantization(graph, load_settings({"deployment_settings": {"target_framework": target}}))
-    assert ("scaled_dot_product_attention" in found.quantized) == in_int8
-    assert ("linear" in found.tensors) == in_int8  # q, k and v, rounded where they are made
+    rules = [{"match": "scaled_dot_product_attention", "skip_quantization": False}] if asked else []
+    found = plan_quantization(graph, load_settings({"deployment_settings": {"target_framework": target}, "layer_settings": rules}))
+    assert ("scaled_dot_product_attention" in found.quantized) == asked
+    assert ("linear" in found.tensors) == asked  # q, k and v, rounded where they are made

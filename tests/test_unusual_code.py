@@ -10,7 +10,7 @@ from matrix_models import CASES
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from lightning_cco import QuantizedModel, quantize
+from lightning_cco import QuantizedModel, capture_graph, quantize
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.capture import capture
 from lightning_cco.settings import Settings, load_settings
@@ -272,7 +272,8 @@ class MaskedAttention(nn.Module):
 @pytest.mark.parametrize("buffer", [True, False])
 def test_attention_with_a_float_mask_is_quantized(buffer: bool) -> None:
     model, inputs = MaskedAttention(buffer), (torch.randn(2, 3, 4), torch.tensor([[False, False, True], [False] * 3]))
-    quantized = quantize(model, {"deployment_settings": {"target_framework": "tensorrt"}}, inputs)
+    asked = [{"match": "scaled_dot_product_attention", "skip_quantization": False}]
+    quantized = quantize(model, {"deployment_settings": {"target_framework": "tensorrt"}, "layer_settings": asked}, inputs)
     quantized.calibrate([inputs])
     assert "scaled_dot_product_attention" in quantized.plan.quantized
     assert not quantized.weights.get("scaled_dot_product_attention")
@@ -282,11 +283,13 @@ def test_attention_with_a_float_mask_is_quantized(buffer: bool) -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["multihead_attention", "transformer_encoder", "transformer_encoder_padded"])
-def test_inner_products_of_torchs_own_attention_are_quantized_for_tensorrt(name: str, training: bool) -> None:
+def test_inner_products_of_torchs_own_attention_are_quantized_where_they_are_asked_for(name: str, training: bool) -> None:
     case = next(case for case in CASES if case.name == name)
     model, inputs = case.make().eval(), case.batch()
     whole = {"skip_tail_quantization": False}  # one of them hands out the weights of its attention
-    settings = {"deployment_settings": {"target_framework": "tensorrt"}, "global_quantization_settings": whole}
+    attention = [layer.name for layer in capture_graph(model, *inputs) if layer.kind == "scaled_dot_product_attention"]
+    asked = [{"match": name, "skip_quantization": False} for name in attention]
+    settings = {"deployment_settings": {"target_framework": "tensorrt"}, "global_quantization_settings": whole, "layer_settings": asked}
     quantized = quantize(model, settings, inputs)
     quantized.calibrate([inputs])
     inner = [layer.name for layer in quantized.graph if layer.kind in ("scaled_dot_product_attention", "matmul")]

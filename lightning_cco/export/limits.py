@@ -59,7 +59,8 @@ def judge(report: ExportReport, min_sqnr_db: float | None = None, limits: Limits
         entry = wrong[0]
         what = (
             f"'{entry.layer}' is {entry.mean_steps:.2g} steps off on average (at most {limits.mean_steps:g}, max_mean_steps, was expected), "
-            f"{entry.largest_steps:.0f} at most, {figure(100 * entry.far_share, 2)} % of its values by more than one, computed from what the engine computed before it"
+            f"{entry.largest_steps:.0f} at most, {figure(100 * entry.far_share, 2)} % of its values by more than one, computed from what the engine computed "
+            "before it"
         )
     elif not report.local_difference <= limits.difference and report.outputs:
         output = max(report.outputs, key=lambda entry: entry.local_difference)

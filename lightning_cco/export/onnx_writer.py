@@ -26,6 +26,7 @@ from lightning_cco.export.report import ExportReport
 from lightning_cco.export.rewriting import rewrite
 from lightning_cco.export.sizes import Sizes, SizesDoNotVary, limits_of, refuse_long_sizes
 from lightning_cco.export.stored import StoredWeights
+from lightning_cco.export.tracing import traced_program
 from lightning_cco.graph.compiled import eager
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.version import __version__
@@ -129,7 +130,7 @@ def _traced(deployed: Deployed, emitter: Emitter, ways: Iterator[Axes], free: bo
         try:
             with emitter.emitting():
                 # By itself the ONNX exporter tries other ways of tracing when this one fails, which would lose the quantization.
-                return torch.export.export(deployed, axes.tensors, dynamic_shapes=(tuple(axes.specifications),), strict=False), axes
+                return traced_program(deployed, axes.tensors, None, (tuple(axes.specifications),)), axes
         except SizesDoNotVary:
             raise
         except Exception as error:

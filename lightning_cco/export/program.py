@@ -24,6 +24,7 @@ from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, format_
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.step_network import StepNetwork
+from lightning_cco.export.tracing import traced_program
 from lightning_cco.files import temporary_folder
 from lightning_cco.graph.compiled import eager
 from lightning_cco.quantization.model import HookedModel
@@ -141,9 +142,9 @@ def _traced(deployed: Deployed, network: StepNetwork | None, axes: Axes) -> torc
     if network is None:
         args, kwargs = deployed.call(axes.tensors)
         shapes = deployed.nested(axes.specifications)
-        return torch.export.export(deployed.model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        return traced_program(deployed.model, args, kwargs, shapes)
     shapes = (tuple(axes.specifications),)
-    return torch.export.export(deployed, axes.tensors, dynamic_shapes=shapes, strict=False)
+    return traced_program(deployed, axes.tensors, None, shapes)
 
 
 def _with_operators(

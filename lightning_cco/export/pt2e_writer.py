@@ -18,6 +18,7 @@ from lightning_cco.export.failures import failed, untraceable
 from lightning_cco.export.pt2e_passes import Passes
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.stored import StoredWeights
+from lightning_cco.export.tracing import traced_program
 from lightning_cco.quantization.model import HookedModel
 
 Trace = Callable[[Axes], torch.export.ExportedProgram]
@@ -68,7 +69,7 @@ class _Inspected(nn.Module):
 
 def traced(model: nn.Module, axes: Axes) -> torch.export.ExportedProgram:
     """A forward of tensors alone as a program."""
-    return torch.export.export(model, axes.tensors, dynamic_shapes=(tuple(axes.specifications),), strict=False)
+    return traced_program(model, axes.tensors, None, (tuple(axes.specifications),))
 
 
 def write_program(

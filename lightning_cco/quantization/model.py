@@ -21,6 +21,7 @@ from lightning_cco.quantization.bias_correction import BiasCorrection, Shifts, c
 from lightning_cco.quantization.build import build_quantizers
 from lightning_cco.quantization.calibration import check_weights, chosen_quantizers, finish_calibration, warn_of_zeros
 from lightning_cco.quantization.forward_call import Forward, call_with
+from lightning_cco.quantization.fresh_norms import by_batch_statistics, fresh_norms, warn_of_frozen_ranges
 from lightning_cco.quantization.moving_ranges import MovingRanges
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.planner import plan_quantization
@@ -166,31 +167,33 @@ class HookedModel:
         if corrects:
             batches = list(batches)  # they are gone through twice
             self._set_corrections({})
-        count = 0
-        with self.evaluating(), self.forked_random(), self.runtime.doing(Phase.OBSERVE, only=observed.values()):
+        count, fresh = 0, fresh_norms(self.model)
+        as_trained, observing = by_batch_statistics(fresh.values()), self.runtime.doing(Phase.OBSERVE, only=observed.values())
+        with self.evaluating(), self.forked_random(), as_trained, observing:
             for batch in batches:
                 self.runtime.batch += 1
                 forward(self.model, batch)
                 count += 1
         finish_calibration(self.graph, observed, count)
         warn_of_zeros(self.plan, observed)
+        warn_of_frozen_ranges(fresh, observed)
         self._ranges.calibrated = True
         self.runtime.phase = Phase.QUANTIZE
         if corrects:
-            self._correct_biases(batches, forward)
+            with self.evaluating(), self.forked_random(), by_batch_statistics(fresh.values()):
+                self._correct_biases(batches, forward)
         torch.compiler.reset()
         return count
 
     def _correct_biases(self, batches: Iterable[Any], forward: Forward) -> None:
         """Measure what rounding shifts the mean of each layer by, and take it off from now on."""
         shifts = Shifts(self.capture, corrected_channels(self.capture, self.weights))
-        with self.evaluating(), self.forked_random():
-            for batch in batches:
-                with self.forked_random(), self.runtime.doing(Phase.RECORD_FLOAT, shifts.note):
-                    forward(self.model, batch)
-                with self.runtime.doing(Phase.CORRECT, shifts.corrected):
-                    forward(self.model, batch)
-                shifts.end_batch()
+        for batch in batches:
+            with self.forked_random(), self.runtime.doing(Phase.RECORD_FLOAT, shifts.note):
+                forward(self.model, batch)
+            with self.runtime.doing(Phase.CORRECT, shifts.corrected):
+                forward(self.model, batch)
+            shifts.end_batch()
         self._set_corrections(shifts.corrections(self.device))
 
     def _set_corrections(self, corrections: dict[str, BiasCorrection]) -> None:

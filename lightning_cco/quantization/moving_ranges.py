@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
-from lightning_cco.quantization.range_updates import forget_batches, update_ranges, warn_of_outliers, world_size
+from lightning_cco.quantization.range_updates import forget_batches, new_outliers, update_ranges, warn_of_outliers, world_size
 from lightning_cco.quantization.scale_learner import ScaleLearner
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.tracing import reads_at_once
@@ -48,6 +48,7 @@ class MovingRanges:
         self._trained = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
         self._moved_at = self._weights_version()
         self._outliers: Tensor | None = None
+        self._unsaid: Tensor | None = None
         self._mode = model.training
         self.load(activations, weights, rate)
 
@@ -64,9 +65,10 @@ class MovingRanges:
             self.scales.move()
         self._moved_at = self._weights_version()
         if not self.frozen and self.calibrated:
-            self._outliers = update_ranges(list(self._activations.values()), self._outliers)
-            if self._outliers is not None and reads_at_once(self._outliers.device):
-                warn_of_outliers(self._activations, self._outliers)
+            before, self._outliers = self._outliers, update_ranges(list(self._activations.values()), self._outliers)
+            self._unsaid = None if self._outliers is None else new_outliers(self._outliers, before)
+            if self._unsaid is not None and reads_at_once(self._unsaid.device):
+                warn_of_outliers(self._activations, self._unsaid)
 
     def move_if_due(self) -> None:
         """Follow, if weights have changed since the ranges last moved. Of several threads one moves them, once."""
@@ -87,8 +89,8 @@ class MovingRanges:
         """Follow what the last step has shown, if it was one of the training, and warn of outliers that no step has waited for."""
         if world_size() == 1 and self._mode:
             self.move()
-        if self._outliers is not None and not reads_at_once(self._outliers.device):
-            warn_of_outliers(self._activations, self._outliers)  # each step would have to wait for the device
+        if self._unsaid is not None and not reads_at_once(self._unsaid.device):
+            warn_of_outliers(self._activations, self._unsaid)  # each step would have to wait for the device
 
     def freeze(self) -> None:
         """Keep all ranges as they are from now on."""

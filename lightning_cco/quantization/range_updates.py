@@ -30,14 +30,14 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], outliers_before: Te
 
     Min-max ranges widen to the batch; others move towards it by the averaging constant. Under DDP a batch is that of all ranks: their smallest and
     largest value for min-max, else the mean of their ends. Values that are not finite move nothing, nor do zeros and empty tensors; nor does a single batch
-    of values a thousand times as large as the range, an outlier.
+    of values a thousand times as large as the range, an outlier. Where the next batch is like it, the range was wrong: it becomes that of the batch.
 
     Args:
         quantizers: The same ones in the same order on every rank. Frozen and settled ones stay.
-        outliers_before: What the last update returned: a second outlier in a row is none.
+        outliers_before: What the last update returned.
 
     Returns:
-        Which of the quantizers that are not frozen met an outlier, bool; `None` if all are.
+        Which of the quantizers that are not frozen met values a thousand times as large, bool; `None` if all are. See `new_outliers`.
     """
     moving = [quantizer for quantizer in quantizers if not quantizer.fixed]
     if not moving:
@@ -56,8 +56,11 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], outliers_before: Te
         empty = (min_val == 0) & (max_val == 0)
         new_min, new_max = torch.where(empty, low * ratio, new_min), torch.where(empty, high * ratio, new_max)
     outliers = seen & ~empty & (_width(low, high) > _OUTLIER * _width(min_val, max_val))
-    first = outliers if outliers_before is None or outliers_before.shape != outliers.shape else outliers & ~outliers_before
-    seen = seen & ~first.any()  # what such a batch makes of the layers after the outlier says as little
+    first = new_outliers(outliers, outliers_before)
+    again = outliers & ~first
+    if not widens:
+        new_min, new_max = torch.where(again, low * ratio, new_min), torch.where(again, high * ratio, new_max)
+    seen = again | (seen & ~first.any())  # what an outlier makes of the layers after it says as little
     min_val, max_val = torch.where(seen, new_min, min_val), torch.where(seen, new_max, max_val)
     formats: dict[tuple[int, bool], list[int]] = {}
     for position, quantizer in enumerate(moving):
@@ -78,11 +81,16 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], outliers_before: Te
         if quantizer.empty:
             quantizer.notice_in_training()
     forget_batches(moving)
-    return first
+    return outliers
+
+
+def new_outliers(outliers: Tensor, before: Tensor | None) -> Tensor:
+    """Those of an update that the update before did not have. What comes twice in a row is no outlier."""
+    return outliers if before is None or before.shape != outliers.shape else outliers & ~before
 
 
 def warn_of_outliers(activations: Mapping[TensorKey, ActivationQuantizer], outliers: Tensor) -> None:
-    """Name the layers whose quantizers met an outlier, as `update_ranges` returns them."""
+    """Name the layers whose quantizers met an outlier, as `new_outliers` returns them."""
     if not bool(outliers.any()):
         return
     moving = [key for key, quantizer in activations.items() if not quantizer.fixed]

@@ -1,0 +1,34 @@
+"""A program by `torch.export`, which leaves nothing behind where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_cco.compat.torch_modes import function_mode_count, pop_function_mode
+
+
+def traced_program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
+) -> torch.export.ExportedProgram:
+    """What `torch.export.export` makes of a model's forward, traced as Python runs it.
+
+    Where a call fails whose hooks did not all run (that of a scripted module), function modes are taken off in another order than they came, and that of
+    `torch.export` stays: it would see every torch call of this thread.
+
+    Args:
+        model: The model.
+        args: Positional arguments of one forward.
+        kwargs: Keyword arguments of it.
+        dynamic_shapes: Which axes vary, as `torch.export.export` takes it.
+    """
+    modes = function_mode_count()
+    try:
+        return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
+    except BaseException:
+        while function_mode_count() > modes:
+            pop_function_mode()
+        raise

@@ -1,0 +1,66 @@
+"""Norms that have seen no batch yet: their running statistics, 0 and 1, are nobody's, and a training normalizes by those of the batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cco.compat.modules import BatchNormBase
+from lightning_cco.errors import CCOWarning
+from lightning_cco.names import list_names
+from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
+from lightning_cco.quantization.tensor_key import TensorKey
+
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+def fresh_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The batch and instance norms that are in training mode, and whose running statistics are still those that they begin with, by path.
+
+    >>> list(fresh_norms(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval(), nn.BatchNorm1d(2, track_running_stats=False))))
+    ['0']
+    """
+    found = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, (BatchNormBase, *_INSTANCE_NORMS)) or not module.training:
+            continue
+        mean, variance, count = module.running_mean, module.running_var, module.num_batches_tracked
+        if not all(isinstance(held, Tensor) for held in (mean, variance, count)) or int(count):
+            continue
+        if not bool(mean.any()) and torch.equal(variance, torch.ones_like(variance)):
+            found[path] = module
+    return found
+
+
+@contextmanager
+def by_batch_statistics(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block these norms normalize by the statistics of each batch, also in evaluation mode, and keep none of them.
+
+    Under DDP each rank takes those of its own batch: ranks may see different numbers of batches.
+    """
+    held = [(norm, norm.running_mean, norm.running_var, norm.track_running_stats) for norm in norms]
+    try:
+        for norm, *_ in held:
+            norm.running_mean = norm.running_var = None  # which is how PyTorch's norms tell that there are none
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm, mean, variance, tracks in held:
+            norm.running_mean, norm.running_var, norm.track_running_stats = mean, variance, tracks
+
+
+def warn_of_frozen_ranges(norms: Mapping[str, nn.Module], observed: Mapping[TensorKey, ActivationQuantizer]) -> None:
+    """Say which ranges of an untrained network will not follow its training."""
+    fixed = list(dict.fromkeys(key.layer for key, quantizer in observed.items() if quantizer.frozen or quantizer.settled))
+    if norms and fixed:
+        warnings.warn(
+            f"calibrate: the network is not trained yet (its norms have seen no batch: {list_names(list(norms))}), and at few bits the ranges of "
+            f"{list_names(fixed)} stay as the calibration finds them. Train in float first (training_settings: {{start_at_step: 1000}}, or a checkpoint), or "
+            "let the ranges follow (range_estimator: moving_average).",
+            CCOWarning,
+            stacklevel=3,
+        )
