@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,14 @@ from lightning_cco.quantization.tensor_key import TensorKey
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
-def fresh_norms(model: nn.Module) -> dict[str, nn.Module]:
+def fresh_norms(model: nn.Module) -> dict[str, Any]:
     """The batch and instance norms that are in training mode, and whose running statistics are still those that they begin with, by path.
 
     >>> list(fresh_norms(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval(), nn.BatchNorm1d(2, track_running_stats=False))))
     ['0']
     """
-    found = {}
+    found: dict[str, Any] = {}
+    module: Any
     for path, module in model.named_modules():
         if not isinstance(module, (BatchNormBase, *_INSTANCE_NORMS)) or not module.training:
             continue
@@ -37,7 +39,7 @@ def fresh_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def by_batch_statistics(norms: Iterable[nn.Module]) -> Iterator[None]:
+def by_batch_statistics(norms: Iterable[Any]) -> Iterator[None]:
     """Inside the block these norms normalize by the statistics of each batch, also in evaluation mode, and keep none of them.
 
     Under DDP each rank takes those of its own batch: ranks may see different numbers of batches.
@@ -53,7 +55,7 @@ def by_batch_statistics(norms: Iterable[nn.Module]) -> Iterator[None]:
             norm.running_mean, norm.running_var, norm.track_running_stats = mean, variance, tracks
 
 
-def warn_of_frozen_ranges(norms: Mapping[str, nn.Module], observed: Mapping[TensorKey, ActivationQuantizer]) -> None:
+def warn_of_frozen_ranges(norms: Mapping[str, Any], observed: Mapping[TensorKey, ActivationQuantizer]) -> None:
     """Say which ranges of an untrained network will not follow its training."""
     fixed = list(dict.fromkeys(key.layer for key, quantizer in observed.items() if quantizer.frozen or quantizer.settled))
     if norms and fixed:
