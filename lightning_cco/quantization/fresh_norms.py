@@ -31,7 +31,7 @@ def fresh_norms(model: nn.Module) -> dict[str, Any]:
         if not isinstance(module, (BatchNormBase, *_INSTANCE_NORMS)) or not module.training:
             continue
         mean, variance, count = module.running_mean, module.running_var, module.num_batches_tracked
-        if not all(isinstance(held, Tensor) for held in (mean, variance, count)) or int(count):
+        if not isinstance(mean, Tensor) or not isinstance(variance, Tensor) or count is None or int(count):
             continue
         if not bool(mean.any()) and torch.equal(variance, torch.ones_like(variance)):
             found[path] = module
