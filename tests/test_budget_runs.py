@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_cco import CCOError
 from lightning_cco.budget.plan import BudgetPlan, LayerChoice, Point
 from lightning_cco.budgeted import lost_of
+from lightning_cco.monitoring import trade_off as trade_off_module
 from lightning_cco.monitoring.trade_off import budget_csv, budget_lines, trade_off
 
 
@@ -135,6 +136,22 @@ def test_what_it_shows(tmp_path: Path) -> None:
     events.Reload()
     assert "cco/2_trade_off" in events.Tags()["images"]
     assert "cco/4_budget/text_summary" in events.Tags()["tensors"]
+
+
+@pytest.mark.parametrize("chosen", [0.12, 0.2, 0.25, 0.39])
+def test_labels_of_the_trade_off_are_in_the_frame_and_apart(chosen: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[float, float, float, float]] = []
+    free = trade_off_module._free_box
+    monkeypatch.setattr(trade_off_module, "_free_box", lambda *args: drawn.append(free(*args)) or drawn[-1])
+    curve = [Point("", 10 ** (-step / 3), 0.12 + 0.03 * step, 8.0, 0.1) for step in range(10)]
+    uniform = [Point("W8A8", 10**-2.3, 0.30, 8, 0.2), Point("W4A8", 0.1, 0.19, 4, 0.2), Point("W4A4", 1.0, 0.19, 4, 0.2)]
+    trade_off(BudgetPlan("size", 0.2, [], {}, [], Point("chosen", 10 ** (-(chosen - 0.12) * 11), chosen, 4.0, 0.1), curve, uniform))
+    assert len(drawn) == 4
+    for number, (left, top, right, bottom) in enumerate(drawn):
+        assert 90 < left < right < 730
+        assert 44 < top < bottom < 384
+        for other in drawn[:number]:
+            assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
 
 
 def test_hostile_names_and_figures() -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -16,6 +17,10 @@ from lightning_cco.names import csv_cell, printable
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 440, 90, 30, 44, 56
 _LINE, _CHOSEN, _UNIFORM, _GRID = (24, 66, 122), (198, 40, 40), (35, 147, 74), (222, 226, 230)
+_TEXT = 16
+"""Height of a line of text."""
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom."""
 HEADER = ["layer", "form", "weights", "reads", "bytes", "µs", "loss rise", "reason"]
 
 
@@ -57,7 +62,8 @@ def _trade_off(plan: BudgetPlan, by: str, curve: Sequence[Point]) -> Image.Image
         y = (math.log(min(max(point.rise, floor), math.exp(high_y))) - low_y) / (high_y - low_y)
         return _LEFT + x * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - y * (_HEIGHT - _TOP - _BOTTOM)
 
-    draw.text((_LEFT, 12), f"Expected rise of the {plan.loss} against {TITLES[by]}", fill="black", font=font)
+    _legend(draw, font)
+    draw.text((_LEFT, 12), f"Expected rise of the {plan.loss} of each plan", fill="black", font=font)
     for part in range(5):
         x, y = _LEFT + part / 4 * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - part / 4 * (_HEIGHT - _TOP - _BOTTOM)
         draw.line((x, _TOP, x, _HEIGHT - _BOTTOM), fill=_GRID)
@@ -75,15 +81,58 @@ def _trade_off(plan: BudgetPlan, by: str, curve: Sequence[Point]) -> Image.Image
     for point in uniform:
         x, y = at(point)
         draw.rectangle((x - 5, y - 5, x + 5, y + 5), fill=_UNIFORM)
-        above = 14 if point.name == "W4A4" else 0  # as large as W4A8
-        draw.text((x + 9, y - above), point.name, fill=_UNIFORM, font=font, anchor="lm" if x < _WIDTH - 90 else "rb")
     x, y = at(plan.chosen)
     draw.ellipse((x - 8, y - 8, x + 8, y + 8), outline=_CHOSEN, width=3)
-    label = f"chosen: {figure(getattr(plan.chosen, by), 3)}"
-    draw.text(
-        (x, y + 12), label, fill=_CHOSEN, font=font, anchor="ma" if _LEFT + 50 < x < _WIDTH - 90 else "la" if x <= _LEFT + 50 else "ra"
-    )
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in [*_between(line), *map(at, uniform), at(plan.chosen)]]
+    labels = [(f"chosen: {figure(getattr(plan.chosen, by), 3)}", at(plan.chosen), _CHOSEN)]
+    for text, place, colour in [*labels, *((point.name, at(point), _UNIFORM) for point in uniform)]:
+        box = _free_box(place, draw.textlength(text, font), taken)
+        draw.text(box[:2], text, fill=colour, font=font)
+        taken.append(box)
     return image
+
+
+def _legend(draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> None:
+    """What the colours are, from the right edge on."""
+    x = float(_WIDTH - _RIGHT)
+    for text, colour in (("chosen", _CHOSEN), ("equal bits", _UNIFORM), ("best plans", _LINE)):
+        x -= draw.textlength(text, font)
+        draw.text((x, 12), text, fill="black", font=font)
+        draw.rectangle((x - 16, 15, x - 6, 25), fill=colour)
+        x -= 32
+
+
+def _between(line: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Places on a line, a few pixels apart."""
+    found = list(line)
+    for (x, y), (then_x, then_y) in pairwise(line):
+        steps = int(math.hypot(then_x - x, then_y - y) / 8)
+        found += [(x + (then_x - x) * step / steps, y + (then_y - y) * step / steps) for step in range(1, steps)]
+    return found
+
+
+def _free_box(place: tuple[float, float], width: float, taken: Sequence[Box]) -> Box:
+    """Where a label beside a point covers least of what is there, inside of the frame; of equal ones the nearest."""
+    x, y = place
+    corners = [(x + dx, y + dy) for far in (12, 26, 44) for dx, dy in _around(far, width)]
+    boxes = [(left, top, left + width, top + _TEXT) for left, top in corners]
+    inside = [box for box in boxes if box[0] > _LEFT and box[2] < _WIDTH - _RIGHT and box[1] > _TOP and box[3] < _HEIGHT - _BOTTOM]
+    return min(inside or boxes, key=lambda box: sum(_covers(box, other) for other in taken))
+
+
+def _around(far: float, width: float) -> list[tuple[float, float]]:
+    """Upper left corners of a label to the right, to the left, above, below and across of a point."""
+    right, left, middle = far, -far - width, -width / 2
+    above, below, level = -far - _TEXT / 2, far - _TEXT / 2, -_TEXT / 2
+    return [
+        (right, level), (left, level), (middle, above), (middle, below), (right, above), (left, above), (right, below), (left, below)
+    ]  # fmt: skip
+
+
+def _covers(box: Box, other: Box) -> float:
+    """The area that two boxes share."""
+    width, height = min(box[2], other[2]) - max(box[0], other[0]), min(box[3], other[3]) - max(box[1], other[1])
+    return max(0.0, width) * max(0.0, height)
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
