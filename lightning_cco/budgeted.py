@@ -258,5 +258,4 @@ def exported_bytes(quantized: QuantizedModel, held: Sequence[Any], forward: Forw
     args, kwargs = calls[0]
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"{type(quantized.model).__name__}_int8.onnx"
-        quantized.export_onnx(path, args, kwargs, check=False, network=network, int4=int4, fp16=fp16)
-        return sum(part.stat().st_size for part in path.parent.iterdir())
+        return quantized.export_onnx(path, args, kwargs, check=False, network=network, int4=int4, fp16=fp16).size_bytes

@@ -24,6 +24,8 @@ class QuantizeNode:
     zero_point: int
 
 
+_MOST_BYTES = 1_900_000_000
+"""More than a file in one piece may have."""
 FLOAT_PRODUCTS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 """What keeps ONNX Runtime from rounding what products with weights alone in integers read."""
 
@@ -96,6 +98,12 @@ def inspected_session(path: Path, model: Any, tensors: Iterable[str], as_written
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":  # of a product in the engine's own form
                 attribute.i = int(FLOAT_PRODUCTS["session.qdq_matmulnbits_accuracy_level"])
-    inspected = path.with_name("inspected.onnx")
-    onnx.save(whole, str(inspected), save_as_external_data=whole.ByteSize() > 1_900_000_000)
-    return engine_session(str(inspected), as_written, FLOAT_PRODUCTS)
+    return session_of(whole, path.with_name("inspected.onnx"), as_written)
+
+
+def session_of(model: Any, path: Path, as_written: bool) -> Any:
+    """A session of a changed model, which is written beside its file, and rounds nothing that the plan does not."""
+    import onnx
+
+    onnx.save(model, str(path), save_as_external_data=model.ByteSize() > _MOST_BYTES)
+    return engine_session(str(path), as_written, FLOAT_PRODUCTS)

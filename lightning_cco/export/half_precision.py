@@ -10,7 +10,7 @@ import numpy as np
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.destination import size_of
-from lightning_cco.export.engine import FLOAT_PRODUCTS, constants, engine_session, inspected_session, rounded_tensors
+from lightning_cco.export.engine import constants, inspected_session, rounded_tensors, session_of
 from lightning_cco.export.feeds import Call, feeds_of, fits
 from lightning_cco.export.limits import Limits, judge
 from lightning_cco.export.local_check import LocalRun
@@ -25,8 +25,6 @@ _SMALLEST = float(np.finfo(np.float16).tiny)
 _LARGEST = float(np.finfo(np.float16).max)
 _AS_INFINITE = 1e30
 """From here on a number in a mask stands for infinity."""
-_MOST_BYTES = 1_900_000_000
-"""More than a file in one piece may have."""
 
 
 def write_fp16(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequence[Call], report: ExportReport) -> None:
@@ -118,9 +116,7 @@ def _need_small_values(model: Any, names: Sequence[str], path: Path, emitter: Em
     if not calls or not tensors:
         return
     model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors)
-    watched = path.with_name("watched.onnx")
-    onnx.save(model, str(watched), save_as_external_data=model.ByteSize() > _MOST_BYTES)
-    session = engine_session(str(watched), as_written=True, entries=FLOAT_PRODUCTS)
+    session = session_of(model, path.with_name("watched.onnx"), as_written=True)
     for args, kwargs in calls:
         feeds = feeds_of(session, args, kwargs)
         if not fits(session, feeds):

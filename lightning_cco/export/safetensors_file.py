@@ -108,12 +108,15 @@ def export_safetensors(quantized: HookedModel, path: str | Path, **options: Any)
     _need_plain(network)
     contents = _contents(quantized, prefix, network)
     linear = [name for name, module in network.named_modules() if type(module) is nn.Linear]
-    in_float = tuple(name for name in linear if name not in contents.schemes)
+    not_packed = [name for name in linear if name not in contents.schemes]
+    in_float = tuple(
+        name for name in not_packed if f"{name}.weight" not in contents.rounded
+    )  # a head that is tied to an embedding is rounded
     try:
         with temporary_folder(target.parent) as folder:
             network.save_pretrained(folder, state_dict=contents.tensors, max_shard_size="1000GB")
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            config["quantization_config"] = _configuration(contents.schemes, [*in_float, *_tied(contents, linear)])
+            config["quantization_config"] = _configuration(contents.schemes, not_packed)
             write_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
             _read_back(folder / NAME, contents)
             size = (folder / NAME).stat().st_size
@@ -223,11 +226,6 @@ def _weight_name(quantized: HookedModel, layer: str, prefix: str, network: nn.Mo
     )
 
 
-def _tied(contents: _Contents, linear: list[str]) -> list[str]:
-    """Linear layers whose weights are rounded and stored as floats, since an embedding has the same."""
-    return [name for name in linear if f"{name}.weight" in contents.rounded]
-
-
 def _configuration(schemes: Mapping[str, tuple[int, int | None]], ignored: list[str]) -> dict[str, Any]:
     """What config.json says of the weights: for each number of bits and size of groups the layers that have them."""
     kinds = sorted(set(schemes.values()), key=str)
@@ -246,7 +244,7 @@ def _configuration(schemes: Mapping[str, tuple[int, int | None]], ignored: list[
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(dict.fromkeys(ignored)),
+        "ignore": ignored,
     }
 
 

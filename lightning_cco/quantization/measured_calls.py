@@ -85,14 +85,7 @@ def record_float(
     record: OutputRecorder, _: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Float forward; the recorder gets each planned layer's float output."""
-    for slot, source, _quantizer in site.reads:
-        if source:
-            value = at(args, kwargs, slot)
-            record(source, value, value)
-    result = func(*args, **kwargs)
-    output = results_of(result, args)[0]
-    record(site.layer, output, output)
-    return result
+    return _recorded(record, site, args, kwargs, lambda _, value: value, lambda: func(*args, **kwargs))
 
 
 def record_quantized(
@@ -105,11 +98,25 @@ def record_quantized(
     kwargs: dict[str, Any],
 ) -> Any:
     """Quantized forward; the recorder gets each planned layer's quantized output."""
+    return _recorded(
+        record, site, args, kwargs, lambda quantizer, value: quantizer(value), lambda: quantize(frame, site, func, args, kwargs)
+    )
+
+
+def _recorded(
+    record: OutputRecorder,
+    site: SiteQuantizers,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    as_read: Callable[[Any, Any], Any],
+    call: Callable[[], Any],
+) -> Any:
+    """Make a call, and give the recorder what it reads of sources that only it rounds, and its output."""
     for slot, source, quantizer in site.reads:
         if source:
             value = at(args, kwargs, slot)
-            record(source, quantizer(value), value)
-    result = quantize(frame, site, func, args, kwargs)
+            record(source, as_read(quantizer, value), value)
+    result = call()
     output = results_of(result, args)[0]
     record(site.layer, output, output)
     return result
