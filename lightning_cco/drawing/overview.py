@@ -19,7 +19,11 @@ from lightning_cco.quantization.plan import QuantizationPlan
 WIDTH, HEIGHT = 1400, 900
 """Pixels that a picture of it has at most."""
 _MOST, _FEWEST = 11, 5  # boxes
-_LABEL = 22  # characters
+_LABELS = (22, 16, 12)  # characters of a module's name: fewer where the fewest boxes are still too wide
+_TITLE_LETTER, _MARK_LETTER = (
+    8.6,
+    7.2,
+)  # points of a bold letter of DejaVu Sans, the widest of the usual fonts, at the sizes of `node_label`
 _WIDEST = 1250  # points from the first box to the last: what is wider is shrunk to the width of a screen, and hard to read
 
 
@@ -36,9 +40,9 @@ def draw_overview(graph: LayerGraph, plan: QuantizationPlan, qs: Mapping[str, fl
     """
     measured = {name: float(value) for name, value in (qs or {}).items() if name in graph}
     worst = max(measured, key=lambda name: badness(measured[name]), default=None)
-    for most in range(_MOST, _FEWEST - 1, -1):
+    for most, letters in [*((most, _LABELS[0]) for most in range(_MOST, _FEWEST, -1)), *((_FEWEST, letters) for letters in _LABELS)]:
         boxes, edges = modules_view(graph, lambda layer: plan.decisions[layer.name].quantized, most)
-        if _length(boxes, edges, worst) <= _WIDEST:
+        if _length(boxes, edges, worst, letters) <= _WIDEST:
             break
     dot = pydot.Dot("overview", graph_type="digraph")
     dot.set_graph_defaults(
@@ -55,7 +59,7 @@ def draw_overview(graph: LayerGraph, plan: QuantizationPlan, qs: Mapping[str, fl
     dot.set_edge_defaults(color="#6B7785", penwidth="1.1", arrowsize="0.6")
     dot.set("label", _legend(plan, measured, worst, title))
     for number, box in enumerate(boxes):
-        label, tooltip = _box(graph, plan, box, measured, worst)
+        label, tooltip = _box(graph, plan, box, measured, worst, letters)
         dot.add_node(pydot.Node(str(number), label=label, tooltip=quoted(tooltip)))
     for source, destination in edges:
         back: dict[str, Any] = {} if source < destination else {"constraint": "false", "style": "dotted"}
@@ -73,7 +77,7 @@ def share_in_int8(graph: LayerGraph, plan: QuantizationPlan, names: Sequence[str
     return sum(name in plan.in_int8 for name in counted) / len(counted) if counted else math.nan
 
 
-def _length(boxes: Sequence[Box], edges: Sequence[tuple[int, int]], worst: str | None) -> float:
+def _length(boxes: Sequence[Box], edges: Sequence[tuple[int, int]], worst: str | None, letters: int) -> float:
     """About how many points the longest chain of boxes takes from left to right."""
     reach = [0.0] * len(boxes)
     before: dict[int, list[int]] = {}
@@ -81,15 +85,13 @@ def _length(boxes: Sequence[Box], edges: Sequence[tuple[int, int]], worst: str |
         if source < destination:
             before.setdefault(destination, []).append(source)
     for number, box in enumerate(boxes):
-        marked = 5.8 * len(f"worst: {worst}") if worst in box.members else 0.0
-        width = (
-            max(7.5 * len(_title(box.label)), marked, 55.0) + 22
-        )  # points of a letter at the sizes of `node_label`, and what is around it
+        marked = _MARK_LETTER * len(f"worst: {worst}") if worst in box.members else 0.0
+        width = max(_TITLE_LETTER * len(_title(box.label, letters)), marked, 55.0) + 22  # and what is around it
         reach[number] = width + max((reach[source] + 14 for source in before.get(number, ())), default=0.0)
     return max(reach, default=0.0)
 
 
-def _box(graph: LayerGraph, plan: QuantizationPlan, box: Box, qs: Mapping[str, float], worst: str | None) -> tuple[str, str]:
+def _box(graph: LayerGraph, plan: QuantizationPlan, box: Box, qs: Mapping[str, float], worst: str | None, letters: int) -> tuple[str, str]:
     marked = _mark(plan, qs, worst) if worst in box.members and worst is not None else []
     if box.end:
         return html.node_label(box.label, "", "", marked, html.BLUE, border=4 if marked else 2), ", ".join(box.members)
@@ -103,7 +105,7 @@ def _box(graph: LayerGraph, plan: QuantizationPlan, box: Box, qs: Mapping[str, f
     bits = sorted({decision.weights_num_bits for decision in decisions if decision.weights_num_bits is not None})
     if bits:
         rows.append(html.text_row("W" + "/".join(map(str, bits)), bold=True))
-    label = html.node_label(_title(box.label), "", "", [*rows, *marked], paint, border=3 if marked else 1)
+    label = html.node_label(_title(box.label, letters), "", "", [*rows, *marked], paint, border=3 if marked else 1)
     return label, f"{box.label}\n{', '.join(box.members)}"
 
 
@@ -114,9 +116,9 @@ def _mark(plan: QuantizationPlan, qs: Mapping[str, float], worst: str) -> list[s
     return [html.text_row(text, color=color, bold=True) for text in (f"worst: {worst}", f"QS {figure(qs[worst], 3)}")]
 
 
-def _title(label: str) -> str:
+def _title(label: str, letters: int) -> str:
     """The label of a box, short; of several modules the first and the last one."""
-    return " … ".join(printable(last_parts(part, _LABEL), _LABEL) for part in label.split(" … "))
+    return " … ".join(printable(last_parts(part, letters), letters) for part in label.split(" … "))
 
 
 def _legend(plan: QuantizationPlan, qs: Mapping[str, float], worst: str | None, title: str) -> str:
