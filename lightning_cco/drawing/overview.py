@@ -20,10 +20,8 @@ WIDTH, HEIGHT = 1400, 900
 """Pixels that a picture of it has at most."""
 _MOST, _FEWEST = 11, 5  # boxes
 _LABELS = (22, 16, 12)  # characters of a module's name: fewer where the fewest boxes are still too wide
-_TITLE_LETTER, _MARK_LETTER = (
-    8.6,
-    7.2,
-)  # points of a bold letter of DejaVu Sans, the widest of the usual fonts, at the sizes of `node_label`
+_TITLE_LETTER, _MARK_LETTER = 8.6, 7.2
+"""Points of a bold letter of DejaVu Sans, the widest of the usual fonts, at the sizes of `node_label`."""
 _WIDEST = 1250  # points from the first box to the last: what is wider is shrunk to the width of a screen, and hard to read
 
 
