@@ -20,7 +20,7 @@ from lightning_cco.graph.captured import Capture
 from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.reached import frozen_modules, is_within
 from lightning_cco.graph.snapshot import Snapshot
-from lightning_cco.lookahead import copied, upcoming_batches
+from lightning_cco.lookahead import copied, hooks_undone, upcoming_batches
 from lightning_cco.random_numbers import isolated_random
 
 ForwardFn = Callable[[Any, Any], Any]
@@ -265,13 +265,13 @@ def to_device(trainer: pl.Trainer, batch: Any) -> Any:
 def training_batches(trainer: pl.Trainer, count: int, begun: int | None = None) -> Iterator[Any]:
     """The batches that are trained on next, on the Trainer's device: copies, which the training still gets as they are; see `upcoming_batches`.
 
-    Hooks on the way to the device may draw random numbers; those of the training stay as they are.
+    Hooks on the way to the device may draw random numbers, and count; those of the training stay as they are.
     """
     batches = upcoming_batches(trainer, count, begun)  # drawn here and now, not inside of whatever context the caller then opens
 
     def moved() -> Iterator[Any]:
         for number, batch in enumerate(batches):
-            with isolated_random():
+            with isolated_random(), hooks_undone(trainer):
                 torch.manual_seed(number)
                 batch = to_device(trainer, batch)
             yield batch

@@ -23,17 +23,21 @@ _GENERATORS = (random.Random, np.random.RandomState, np.random.Generator, torch.
 class Apart:
     """Makes twins of data sets, collate functions and the like, which have counters, caches, generators of random numbers and transforms of their own.
 
-    Arrays, tensors and what libraries hold are shared. Functions can't be kept from the names of their module: the generators among these are put back by
-    whoever calls them; see `generators`.
+    Arrays, tensors and what libraries hold are shared. Functions can't be kept from the names of their module, nor from attributes of classes: the generators
+    among the names, and what the code itself keeps there, are put back by whoever calls them; see `generators` and `code`.
 
     Args:
         shared: Objects that the twins refer to, too.
+
+    Attributes:
+        code: The classes and the functions of the originals.
     """
 
     def __init__(self, shared: tuple[Any, ...] = ()) -> None:
         self._seen: dict[int, Any] = {id(item): item for item in shared}
         self._kept = list(shared)  # else an identity could be given again
         self._modules: dict[int, dict[str, Any]] = {}
+        self.code: list[type | FunctionType] = []
 
     @property
     def generators(self) -> list[Any]:
@@ -79,6 +83,7 @@ class Apart:
 
     def _function(self, function: FunctionType) -> Any:
         self._look_into(function.__module__, function.__globals__)
+        self.code.append(function)
         if not function.__closure__:
             return function
         cells = []
@@ -97,6 +102,7 @@ class Apart:
         except TypeError:  # of a class written in C
             return value
         self._remember(value, made)
+        self.code.append(type(value))
         module = getattr(type(value), "__module__", "")
         self._look_into(module, getattr(sys.modules.get(module), "__dict__", {}))
         for name, item in vars(value).items():

@@ -15,7 +15,7 @@ from lightning_cco.monitoring.metrics import numbers, sanity_check_metrics
 from lightning_cco.one_shot import gives_again
 from lightning_cco.random_numbers import isolated_random
 from lightning_cco.settings import TrainingSettings
-from lightning_cco.spare_loader import generators_kept, spare_loader
+from lightning_cco.spare_loader import outside_kept, spare_loader
 
 
 class InitialEvaluation:
@@ -85,11 +85,12 @@ class InitialEvaluation:
     def validate(self, trainer: pl.Trainer, progress_has_begun: bool) -> dict[str, float]:
         """The metrics of the model as it is now. Empty where there is no copy of the loaders, as of queues.
 
-        Samplers and generators are copies, so is what a data set keeps between its samples. Random numbers, and what the module and the user's callbacks
-        keep, are put back: the training sees what it would have seen.
+        Samplers and generators are copies, so is what a data set keeps between its samples. Random numbers, and what the module, the data module and the user's
+        callbacks keep, are put back: the training sees what it would have seen.
         """
         self._apart = {}
-        steps, kept = trainer.num_sanity_val_steps, Snapshot(trainer.lightning_module, others=trainer.callbacks)  # type: ignore[attr-defined]
+        others = [*trainer.callbacks, getattr(trainer, "datamodule", None)]  # type: ignore[attr-defined]
+        steps, kept = trainer.num_sanity_val_steps, Snapshot(trainer.lightning_module, others=others)
         trainer.num_sanity_val_steps = float("inf")
         try:
             with ExitStack() as stack:
@@ -99,7 +100,7 @@ class InitialEvaluation:
                 def copy_of(loader: CombinedLoader) -> CombinedLoader | None:
                     spare = spare_loader(trainer, loader, streams=True)
                     if spare is not None:
-                        stack.enter_context(generators_kept(spare))
+                        stack.enter_context(outside_kept(spare))
                     return spare
 
                 if stack.enter_context(validation_loader_replaced(trainer, copy_of)):

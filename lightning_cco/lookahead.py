@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from lightning_cco.compat.lightning_loaders import (
 )
 from lightning_cco.early_iterator import Begun, Lookahead
 from lightning_cco.errors import CCOWarning
+from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.spare_loader import draws_by_a_known_order, read_apart, skip_batches, spare_loader
 
 _KEPT_BYTES = 1 << 30
@@ -126,3 +129,14 @@ def copied(batch: Any) -> Any:
         return copy.deepcopy(batch)
     except Exception:  # tensors with a history, open files
         return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
+
+
+def hooks_undone(trainer: pl.Trainer) -> AbstractContextManager[Any]:
+    """Put back at the end of the block what the user's hooks on a batch's way to the device change in the module and in the data module."""
+    owners = [owner for owner in (trainer.lightning_module, getattr(trainer, "datamodule", None)) if owner is not None]
+    if any(is_overridden(hook, owner) for hook in _TRANSFERS for owner in owners):
+        return Snapshot(trainer.lightning_module, others=owners[1:])
+    return nullcontext()
+
+
+_TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")

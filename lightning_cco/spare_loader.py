@@ -18,11 +18,12 @@ from torch.utils.data import IterableDataset
 
 from lightning_cco.compat.lightning_loaders import NOT_BEGUN, is_plain_loader, mode_of
 from lightning_cco.data_apart import Apart, set_generator, state_of_generator
+from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.one_shot import gives_again
 from lightning_cco.random_numbers import RandomState, isolated_random
 
-_GENERATORS = "_lightning_cco_generators"
-"""Where a spare loader keeps the global generators that its data may draw from."""
+_OUTSIDE = "_lightning_cco_outside"
+"""Where a spare loader keeps what its data may change outside of itself."""
 
 
 def spare_loader(trainer: pl.Trainer, combined: CombinedLoader, streams: bool = False) -> CombinedLoader | None:
@@ -35,7 +36,7 @@ def spare_loader(trainer: pl.Trainer, combined: CombinedLoader, streams: bool = 
         combined: The loaders.
         streams: Whether to copy streams, too, that hold nothing which exists once.
     """
-    copies, generators = [], list[Any]()
+    copies, generators, code = [], list[Any](), list[Any]()
     for loader in combined.flattened:
         if not _can_be_copied(loader, streams):
             return None
@@ -54,11 +55,18 @@ def spare_loader(trainer: pl.Trainer, combined: CombinedLoader, streams: bool = 
             apart = Apart(shared[1:])
             twin.__dict__.update(dataset=apart.twin(loader.dataset), collate_fn=apart.twin(loader.collate_fn))
             generators += apart.generators
+            code += apart.code
+        code += [type(item) for name in ("sampler", "batch_sampler") for item in _samplers(loader.__dict__.get(name))]
         copies.append(twin)
     spare = CombinedLoader(combined.iterables, mode_of(combined))
     spare.flattened = copies
-    vars(spare)[_GENERATORS] = generators
+    vars(spare)[_OUTSIDE] = (generators, code)
     return spare
+
+
+def _samplers(sampler: Any) -> list[Any]:
+    """A sampler, and the one inside of it."""
+    return [item for item in (sampler, getattr(sampler, "sampler", None)) if item is not None]
 
 
 def _can_be_copied(loader: Any, streams: bool) -> bool:
@@ -105,14 +113,14 @@ def read_apart(spare: CombinedLoader) -> Iterator[Any]:
     The iteration may be used inside of any context, such as one with another default type.
     """
     dtype = torch.get_default_dtype()
-    generators = _states_of_generators(spare)
+    outside = _Outside(spare)
 
     def read() -> Iterator[Any]:
         iterator: Iterator[Any] | None = None
         state: RandomState | None = None
         try:
             while True:
-                with isolated_random(), _put_back(generators), _as_outside(dtype), warnings.catch_warnings():
+                with isolated_random(), outside.put_back(), _as_outside(dtype), warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
                     if iterator is None or state is None:
                         torch.manual_seed(0)
@@ -133,27 +141,40 @@ def read_apart(spare: CombinedLoader) -> Iterator[Any]:
     return read()
 
 
-def generators_kept(spare: CombinedLoader) -> AbstractContextManager[None]:
-    """Put the global generators that a spare loader's data may draw from back at the end of the block."""
-    return _put_back(_states_of_generators(spare))
+def outside_kept(spare: CombinedLoader) -> AbstractContextManager[None]:
+    """Put what a spare loader's data may change outside of itself back at the end of the block."""
+    return _Outside(spare).put_back()
 
 
-def _states_of_generators(spare: CombinedLoader) -> list[tuple[Any, Any]]:
-    return [(generator, state_of_generator(generator)) for generator in vars(spare).get(_GENERATORS, [])]
+class _Outside:
+    """What data change outside of themselves: generators under global names, and what their code keeps in classes, functions and global names.
 
+    Args:
+        spare: The loader of these data.
+    """
 
-@contextmanager
-def _put_back(own: list[tuple[Any, Any]]) -> Iterator[None]:
-    """Let generators go on from states of their own inside of the block; afterwards they are as before."""
-    outside = [state_of_generator(generator) for generator, _ in own]
-    for generator, state in own:
-        set_generator(generator, state)
-    try:
-        yield
-    finally:
-        for number, (generator, _) in enumerate(own):
-            own[number] = (generator, state_of_generator(generator))
-            set_generator(generator, outside[number])
+    def __init__(self, spare: CombinedLoader) -> None:
+        generators, self._code = vars(spare).get(_OUTSIDE, ((), ()))
+        self._generators = [(generator, state_of_generator(generator)) for generator in generators]
+        self._inside: Snapshot | None = None
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Let the data go on from a state of their own inside of the block; afterwards everything is as before."""
+        outside = [state_of_generator(generator) for generator, _ in self._generators]
+        kept = Snapshot(None, others=self._code)
+        for generator, state in self._generators:
+            set_generator(generator, state)
+        if self._inside is not None:
+            self._inside.restore()
+        try:
+            yield
+        finally:
+            self._inside = Snapshot(None, others=self._code, iterators=False)
+            kept.restore()
+            for number, (generator, _) in enumerate(self._generators):
+                self._generators[number] = (generator, state_of_generator(generator))
+                set_generator(generator, outside[number])
 
 
 @contextmanager

@@ -6,15 +6,13 @@ capture, to calibrate or to measure must leave none of that, or the training goe
 
 from __future__ import annotations
 
-import random
-import sys
+import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,35 +20,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_cco.compat.modules import CONTENTS, OF_MODULES, buffers_of, cells_of, hooks_of
+from lightning_cco.compat.modules import OF_MODULES, buffers_of, cells_of, hooks_of
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.containers import tensors_in
-from lightning_cco.graph.replayed_iterators import RecordingIterator, is_iterator
-from lightning_cco.graph.undo import is_same, restore, undo_array, undo_contents, undo_generator
-
-_NOT_ENTERED = frozenset({"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_cco", "torchvision", "torchaudio"}) | (
-    sys.stdlib_module_names - {"collections"}
+from lightning_cco.graph.kept_attributes import KeptAttributes
+from lightning_cco.graph.outside_state import (
+    ClassAttributes,
+    Names,
+    Slots,
+    functions_of,
+    is_own_code,
+    names_in,
+    of_a_library,
+    slots_of,
 )
-"""Packages whose objects hold no state of the user's."""
+from lightning_cco.graph.replayed_iterators import RecordingIterator, is_iterator
+from lightning_cco.graph.undo import is_same, restore, undo_array, undo_contents, undo_value
+
 _MOST_ITEMS, _MOST_OBJECTS = 10_000, 50_000
-_LARGE = 1 << 28
-"""Bytes of a tensor or an array beyond which it is not copied: then it is data rather than something that steps write to."""
-_MISSING = object()
+_LARGE, _LARGE_OUTSIDE = 1 << 28, 1 << 20
+"""Bytes of a tensor or an array beyond which it is not copied: then it is data rather than something that steps write to. Global names hold more of that."""
 _ACTIVE: ContextVar[tuple[Snapshot, ...]] = ContextVar("_ACTIVE", default=())
-
-
-@dataclass
-class _Attributes:
-    """The attributes of an object now, and before; some of them are not looked at."""
-
-    now: dict[str, Any]
-    before: dict[str, Any]
-    ignored: frozenset[str]
-    of_module: bool
-
-    @property
-    def new(self) -> list[str]:
-        return [name for name in self.now if name not in self.before and name not in self.ignored]
 
 
 class Snapshot:
@@ -59,34 +49,43 @@ class Snapshot:
     A context manager, which restores it in the end.
 
     Lists, dictionaries, sets, arrays and tensors get their contents back, not only attributes their objects. Objects of the user's own classes and what the
-    user's hooks refer to are entered; those of libraries and data sets are not.
+    user's hooks refer to are entered; those of libraries and data sets are not. So is what their code keeps elsewhere: attributes of classes and functions,
+    default arguments, and the global names that it knows.
 
     Args:
-        model: The model, as it is now.
+        model: The model, as it is now; `None`: only ``others``.
         parameters: Whether to keep the values of the parameters, too; see `keep_parameters`.
-        others: Further objects, of which those of the user's own classes are kept, too.
+        others: Further objects, classes and functions, of which those of the user's own code are kept, too.
+        iterators: Whether what is drawn from iterators comes again. If not, they are left alone.
 
     Attributes:
-        stay: Attributes that stay as they are when the block ends; see `appeared`.
+        stay: Attributes and names that stay as they are when the block ends; see `appeared`.
         constants: Tensors that stay where a forward has put them in place of nothing.
     """
 
-    def __init__(self, model: nn.Module, parameters: bool = False, others: Iterable[Any] = ()) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module | None, parameters: bool = False, others: Iterable[Any] = (), *, iterators: bool = True) -> None:
+        self.model, self._iterators = model, iterators
         self.stay: frozenset[tuple[int, str]] = frozenset()
         self.constants: Sequence[Tensor] = ()
         self._parameters = False
         self._undo: list[Callable[[], None]] = []
         self._tensors: list[tuple[Tensor, Tensor]] = []
-        self._attributes: list[_Attributes] = []
+        self._attributes: list[KeptAttributes] = []
         self._large: list[tuple[Tensor, int]] = []
         self._containers: list[tuple[Any, list[Any]]] = []
         self._seen: dict[int, Any] = {}
+        self._code: deque[type | FunctionType] = deque()
+        self._most_bytes = _LARGE
         with torch.DisableTorchFunction(), torch.no_grad():
-            self._seen.update((id(parameter), parameter) for parameter in model.parameters())
-            self._enter(model)
+            if model is not None:
+                self._seen.update((id(parameter), parameter) for parameter in model.parameters())
+                self._enter(model)
             for other in others:
                 self._enter(other)
+            self._most_bytes = _LARGE_OUTSIDE
+            while self._code:  # after all objects, which count first
+                code = self._code.popleft()
+                self._enter_class(code) if isinstance(code, type) else self._enter_code(code)
         if parameters:
             self.keep_parameters()
 
@@ -96,7 +95,7 @@ class Snapshot:
 
     def __exit__(self, *_: object) -> None:
         _ACTIVE.set(tuple(kept for kept in _ACTIVE.get() if kept is not self))
-        self._restore()
+        self.restore()
 
     @staticmethod
     def around(model: nn.Module) -> Snapshot | None:
@@ -105,49 +104,34 @@ class Snapshot:
 
     def keep_parameters(self) -> None:
         """Keep the values of the parameters, too, as they are now, on the CPU: a step may write to them."""
-        if not self._parameters:
+        if not self._parameters and self.model is not None:
             self._parameters = True
             with torch.DisableTorchFunction(), torch.no_grad():
                 for parameter in self.model.parameters():
                     self._keep_tensor(parameter, "cpu")
 
-    def _restore(self) -> None:
-        but = self.stay
+    def restore(self) -> None:
+        """Put everything back."""
         with torch.DisableTorchFunction(), torch.no_grad():
             for part in self._attributes:
-                for name in part.new:
-                    if (id(part.now), name) not in but and not self._is_constant(part.now[name]):
-                        del part.now[name]
-                parts = {name for kind in CONTENTS for name in part.now.get(kind, ())} if part.of_module else set()
-                for name, value in part.before.items():
-                    if name in parts:
-                        continue  # a module or a parameter that the forward has made stays: it is hooked
-                    if part.now.get(name, _MISSING) is value or (id(part.now), name) in but:
-                        continue
-                    if value is not None or not self._is_constant(part.now.get(name)):
-                        part.now[name] = value
+                part.restore(self.stay, self._is_constant)
             for undo in self._undo:
                 undo()
             for tensor, value in self._tensors:
                 restore(tensor, value)
         written = [tuple(tensor.shape) for tensor, version in self._large if tensor._version != version]
         if written:
+            who = "The data" if self.model is None else type(self.model).__name__
             warnings.warn(
-                f"{type(self.model).__name__}: a forward that only looked at the layers has written to tensors too large for a copy, of shapes {written}: "
+                f"{who}: a forward that only looked at the layers has written to tensors too large for a copy, of shapes {written}: "
                 "what it wrote stays. If that matters, let steps write to them only while self.trainer.training.",
                 CCOWarning,
                 stacklevel=2,
             )
 
     def appeared(self) -> dict[tuple[int, str], Any]:
-        """Attributes of modules that were `None`, or not there, and now are something, by where they are."""
-        return {
-            (id(part.now), name): part.now[name]
-            for part in self._attributes
-            if part.of_module
-            for name in (*part.new, *(name for name, value in part.before.items() if value is None))
-            if part.now.get(name) is not None
-        }
+        """Attributes of modules and classes, and global names, that were `None`, or not there, and now are something, by where they are."""
+        return {(id(part.now), name): value for part in self._attributes for name, value in part.appeared()}
 
     def changed(self) -> list[Tensor]:
         """The tensors that are now where something else was, and those whose values have changed: what the next forward may go on from."""
@@ -173,37 +157,78 @@ class Snapshot:
         if isinstance(value, nn.Module):
             self._enter_module(value)
         elif isinstance(value, Tensor):
-            if value.nbytes <= _LARGE or value.device.type == "meta":
-                self._keep_tensor(value)
-            elif not value.is_inference():
-                self._large.append((value, value._version))
+            self._enter_tensor(value)
         elif isinstance(value, np.ndarray):
-            if value.flags.writeable and value.nbytes <= _LARGE and not isinstance(value, np.memmap):
-                self._undo.append(undo_array(value))
-        elif isinstance(value, (random.Random, np.random.RandomState, np.random.Generator, torch.Generator)):
-            self._undo.append(undo_generator(value))
+            self._enter_array(value)
         elif isinstance(value, (FunctionType, MethodType, partial)):
             self._enter_function(value)
         elif isinstance(value, (list, deque, set, dict, tuple)):
             self._enter_container(value)
+        elif isinstance(value, type):
+            self._code.append(value)
+        elif (undo := undo_value(value)) is not None:
+            self._undo.append(undo)
         elif _is_of_user(value):
-            self._keep_attributes(vars(value))
+            self._enter_object(value)
+
+    def _enter_tensor(self, tensor: Tensor) -> None:
+        if tensor.nbytes <= self._most_bytes or tensor.device.type == "meta":
+            self._keep_tensor(tensor)
+        elif not tensor.is_inference():
+            self._large.append((tensor, tensor._version))
+
+    def _enter_array(self, array: np.ndarray) -> None:
+        if array.flags.writeable and array.nbytes <= self._most_bytes and not isinstance(array, np.memmap):
+            self._undo.append(undo_array(array))
+            if array.dtype == object and array.size <= _MOST_ITEMS:
+                for item in array.flat:
+                    self._enter(item)
+
+    def _enter_object(self, value: Any) -> None:
+        self._keep_attributes(getattr(value, "__dict__", {}))
+        if slots_of(type(value)):
+            self._keep_attributes(Slots(value))
+        self._code.append(type(value))
 
     def _enter_module(self, module: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             for buffer in module.buffers():
                 self._enter(buffer)
             return
-        self._keep_attributes(vars(module), OF_MODULES, of_module=True)
-        self._keep_attributes(buffers_of(module), of_module=True)
+        self._keep_attributes(vars(module), OF_MODULES, stays=True)
+        self._keep_attributes(buffers_of(module), stays=True)
+        self._code.append(type(module))
         for hook in hooks_of(module):
             self._enter(hook)
         for child in module.children():
             self._enter(child)
 
-    def _keep_attributes(self, attributes: dict[str, Any], ignored: frozenset[str] = frozenset(), of_module: bool = False) -> None:
+    def _enter_class(self, owner: type) -> None:
+        for part in owner.__mro__:
+            if is_own_code(part) and (part is owner or id(part) not in self._seen):
+                self._seen[id(part)] = part
+                self._keep_attributes(ClassAttributes(part), stays=True)
+                for function in functions_of(part):
+                    self._enter(function)
+
+    def _enter_code(self, function: FunctionType) -> None:
+        """What a function of the user's keeps, and what it knows by global names."""
+        self._keep_attributes(function.__dict__)
+        for item in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self._enter(item)
+        known = names_in(function.__code__)
+        self._keep_attributes(Names(function.__globals__, known), stays=True)
+        for name in known:
+            value = function.__globals__.get(name)
+            if isinstance(value, ModuleType) and id(value) not in self._seen and is_own_code(value):
+                self._keep_attributes(Names(vars(value), known), stays=True)
+
+    def _keep_attributes(self, attributes: MutableMapping[str, Any], ignored: frozenset[str] = frozenset(), stays: bool = False) -> None:
         before = {name: value for name, value in attributes.items() if name not in ignored}
-        self._attributes.append(_Attributes(attributes, before, ignored, of_module))
+        if not self._iterators:
+            ignored = ignored.union(name for name, value in before.items() if is_iterator(value))
+            before = {name: value for name, value in before.items() if name not in ignored}
+        self._attributes.append(KeptAttributes(attributes, before, ignored, stays))
         for name, value in before.items():
             if is_iterator(value):
                 attributes[name] = recording = RecordingIterator(value)
@@ -226,11 +251,13 @@ class Snapshot:
             for item in (function.func, *function.args, *function.keywords.values()):
                 self._enter(item)
         elif isinstance(function, MethodType):
-            if not _of_a_library(function.__func__):
+            if not of_a_library(function.__func__):
                 self._enter(function.__self__)
-        elif not _of_a_library(function):
+        elif not of_a_library(function):
             for cell in cells_of(function):
                 self._keep_cell(cell)
+            if is_own_code(function):
+                self._code.append(function)
 
     def _keep_cell(self, cell: CellType) -> None:
         try:
@@ -247,16 +274,13 @@ class Snapshot:
             self._tensors.append((tensor, tensor.detach().to(device or tensor.device, copy=True)))
 
 
-def _replay(attributes: dict[str, Any], name: str, recording: RecordingIterator) -> None:
+def _replay(attributes: MutableMapping[str, Any], name: str, recording: RecordingIterator) -> None:
     attributes[name] = recording.rest()
 
 
-def _of_a_library(value: Any) -> bool:
-    return (getattr(value, "__module__", None) or "").partition(".")[0] in _NOT_ENTERED
-
-
 def _is_of_user(value: Any) -> bool:
-    """Whether an object is of a class of the user's own, which may keep something."""
-    if isinstance(value, (type, Dataset, Sampler, DataLoader)) or not isinstance(getattr(value, "__dict__", None), dict):
-        return False
-    return not _of_a_library(type(value))
+    """Whether an object may keep something: it is of a class of the user's own, or has no other use than that."""
+    if isinstance(value, (SimpleNamespace, threading.local)):
+        return True
+    holds = isinstance(getattr(value, "__dict__", None), dict) or bool(slots_of(type(value)))
+    return holds and not isinstance(value, (type, ModuleType, Dataset, Sampler, DataLoader)) and not of_a_library(type(value))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import random
+from array import array
 from collections.abc import Callable
 from functools import partial
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -33,22 +37,47 @@ def undo_contents(container: Any, stays: Callable[[Any], bool]) -> Callable[[], 
 
     def undo() -> None:
         wanted = items
+        if len(items) == len(container) and all(map(is_, items, container)):
+            return
         if isinstance(container, list) and len(items) == len(container):
             wanted = [now if value is None and stays(now) else value for value, now in zip(items, container, strict=True)]
-        if len(wanted) == len(container) and all(a is b for a, b in zip(wanted, container, strict=True)):
-            return
         container.clear()
         (container.update if isinstance(container, set) else container.extend)(wanted)
 
     return undo
 
 
-def undo_array(array: Any) -> Callable[[], None]:
-    """What gives an array its values back."""
-    before = array.copy()
+def undo_array(values: Any) -> Callable[[], None]:
+    """What gives an array of NumPy's, Python's, or of bytes its values back."""
+    before = copy.copy(values)
 
     def undo() -> None:
-        array[...] = before
+        values[... if isinstance(values, np.ndarray) else slice(None)] = before
+
+    return undo
+
+
+def undo_value(value: Any) -> Callable[[], None] | None:
+    """What puts a generator of random numbers, an array of Python's, or a file in memory back; `None` for all else."""
+    if isinstance(value, (random.Random, np.random.RandomState, np.random.Generator, torch.Generator)):
+        return undo_generator(value)
+    if isinstance(value, (array, bytearray)):
+        return undo_array(value)
+    return undo_file(value) if isinstance(value, (io.StringIO, io.BytesIO)) else None
+
+
+def undo_file(file: io.StringIO | io.BytesIO) -> Callable[[], None]:
+    """What gives a file in memory its contents and its place back."""
+    if file.closed:
+        return lambda: None
+    before, place = file.getvalue(), file.tell()
+
+    def undo() -> None:
+        if not file.closed and (file.getvalue() != before or file.tell() != place):
+            file.seek(0)
+            file.truncate()
+            file.write(before)  # type: ignore[arg-type]
+            file.seek(place)
 
     return undo
 
