@@ -1,14 +1,17 @@
 """Compiled graphs run without the function mode: what is in them is quantized already, and the mode would be asked about each of their operations.
 
-The mode is on while a compiled module runs because PyTorch runs the hooks of the outermost compiled module outside of what it compiles.
+The mode is on while a compiled module runs where PyTorch runs the hooks of the outermost compiled module outside of what it compiles. Where they are compiled
+as well (``module.compile()``, a compiled step), nothing of ours runs in Python before a forward but what a graph does before it begins.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from itertools import count
+from typing import Any, Protocol
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -28,7 +31,10 @@ class _WrappedCallable:
         self.inner = inner
 
     def __getattr__(self, name: str) -> Any:
-        if name == "inner":  # a copy in the making has none yet
+        if name in (
+            "inner",
+            "__self__",
+        ):  # a copy in the making has none yet; to whom a method is bound, the compiler would call instead of this
             raise AttributeError(name)
         return getattr(self.inner, name)
 
@@ -36,32 +42,69 @@ class _WrappedCallable:
 class _Compiler(_WrappedCallable):
     """A compiler's backend whose graphs run without our modes."""
 
+    def __init__(self, inner: Callable[..., Any]) -> None:
+        super().__init__(inner)
+        self.holds: set[str] = set()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _Graph(self.inner(*args, **kwargs))
+        return _Graph(self.inner(*args, **kwargs), frozenset(self.holds))
 
 
 class _Graph(_WrappedCallable):
-    """A compiled graph that runs without our modes."""
+    """A compiled graph that runs without our modes, and says that it begins."""
+
+    def __init__(self, inner: Callable[..., Any], holds: frozenset[str]) -> None:
+        super().__init__(inner)
+        self.holds = holds
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         modes = mode_stack()
         if not any(isinstance(mode, HiddenMode) for mode in modes):
-            return self.inner(*args, **kwargs)
+            return self._run(args, kwargs)
         restore_modes([mode for mode in modes if not isinstance(mode, HiddenMode)])
         try:
-            return self.inner(*args, **kwargs)
+            return self._run(args, kwargs)
         finally:
             restore_modes(modes)
 
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for name in self.holds:
+            told = _told.get(name)
+            if told is not None:
+                told.graph_begins()
+        return self.inner(*args, **kwargs)
+
+
+class Told(Protocol):
+    """Somebody who is told when a compiled graph begins."""
+
+    def graph_begins(self) -> None:
+        """A graph that holds calls of theirs is about to run."""
+
+
+_numbers = count()
+_told: weakref.WeakValueDictionary[str, Told] = weakref.WeakValueDictionary()
+
+
+def told_of_graphs(who: Told) -> str:
+    """Make a name for somebody, which a compiler takes for a constant: `hide_from_graph` says by it whose calls a graph holds."""
+    name = f"model {next(_numbers)}"
+    _told[name] = who
+    return name
+
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def hide_from_graph() -> bool:
-    """Let the graph that is traced now run without our modes. A compiler without the attributes that this takes costs speed, nothing else."""
+def hide_from_graph(name: str) -> bool:
+    """Let the graph that is traced now run without our modes, and tell whom `told_of_graphs` gave this name when it begins.
+
+    A compiler without the attributes that this takes costs speed, and ranges that move only when they are read.
+    """
     graph = graph_being_traced()
-    if graph is None:
+    if graph is None or graph.compiler_fn is None:
         return False
-    if graph.compiler_fn is not None and not isinstance(graph.compiler_fn, _Compiler):
+    if not isinstance(graph.compiler_fn, _Compiler):
         graph.compiler_fn = _Compiler(graph.compiler_fn)
+    graph.compiler_fn.holds.add(name)
     return True
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
-from lightning_cco.compat.autograd import saved_hooks_on_top
+from lightning_cco.compat.autograd import graph_task, saved_hooks_on_top
 from lightning_cco.graph.attention import multi_head_attention
 from lightning_cco.graph.call_node import Arguments, ModuleCall
-from lightning_cco.graph.compiled import HiddenMode, hide_from_graph, mode_stack, restore_modes
+from lightning_cco.graph.compiled import HiddenMode, hide_from_graph, mode_stack, restore_modes, told_of_graphs
 from lightning_cco.graph.foreign import CallOwner, owner_of_call
 from lightning_cco.graph.hooks import Hooks
 from lightning_cco.graph.recompute import COMPILED_CHECKPOINTS, InContext, Resumed, UnderMode, running_checkpoint
@@ -78,7 +78,7 @@ class FrameMode(HiddenMode):
         stack, name = self.frames._main, getattr(func, "__name__", "")
         if not stack:
             return func(*args, **kwargs)
-        hide_from_graph()
+        hide_from_graph(self.frames.name)
         if name in COMPILED_CHECKPOINTS:
             return func(UnderMode(self, args[0]), *args[1:], **kwargs)
         return self._otherwise(stack, name, func, args, kwargs)
@@ -109,6 +109,8 @@ class FrameStacks(Hooks):
         graphs: Identities of the modules of the model that are graphs of `torch.fx`.
         opens: Whether what PyTorch hides in one call (multi-head attention) is to be seen in a frame; else it runs as it is, equal to the last bit.
         passes: Whether nothing is done with any call now: without gradients the mode then stays off, since PyTorch has faster paths without one.
+        started: Called before the first frame of a thread is pushed, and before a compiled graph runs that has the hooks of all its modules in it.
+        name: What compiled graphs know these by.
     """
 
     def __init__(self, model: nn.Module, handle: Handler) -> None:
@@ -119,6 +121,8 @@ class FrameStacks(Hooks):
         self.graphs: frozenset[int] = frozenset()
         self.opens: Callable[[ModuleCall], bool] = lambda _: True
         self.passes: Callable[[], bool] = lambda: False
+        self.started: Callable[[], None] | None = None
+        self.name = told_of_graphs(self)
         self._mode = FrameMode(self)
         self._main: list[ModuleCall] = []
         self._thread = get_ident()
@@ -130,6 +134,12 @@ class FrameStacks(Hooks):
         self._main.clear()
         self._others.clear()
         self._leave_mode()
+
+    def graph_begins(self) -> None:
+        """A compiled graph is about to run. Where the first frame was pushed eagerly, and in a recomputation, the forward's beginning has been."""
+        stack = self.stack()
+        if self.started is not None and self.attached and not (stack and stack[0].python) and graph_task() == -1:
+            self.started()
 
     def _leave_mode(self) -> None:
         modes = mode_stack()

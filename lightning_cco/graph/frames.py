@@ -51,7 +51,6 @@ class Frames(FrameStacks):
         growing: Whether new calls belong to the capture; what turns up later is marked as never captured.
         entered: Called with each frame pushed, and the arguments of its module.
         left: Called with each frame about to be popped, and its module's output.
-        started: Called before the first frame of a thread is pushed.
         owner: Refers to the object that these hooks belong to.
     """
 
@@ -62,7 +61,6 @@ class Frames(FrameStacks):
         self.left: Callable[[ModuleCall, Any], None] | None = None
         self.quiet: frozenset[str] = frozenset()
         self.growing = False
-        self.started: Callable[[], None] | None = None
         self.owner: weakref.ref[Any] | None = None
         self._entries: dict[str, list[CallNode]] = {}
 
