@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_cco.batches import forward_arguments, model_context, overrides_forward, to_device
 from lightning_cco.errors import CCOError, CCOWarning
-from lightning_cco.graph.capture import capture
+from lightning_cco.graph.modes import switch_training, undisturbed
 from lightning_cco.lookahead import copied
 
 
@@ -39,11 +39,13 @@ def check_example(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -
     with model_context(trainer):
         args, kwargs = to_device(trainer, example)
         try:
-            capture(module, lambda: module(*copied(args), **copied(kwargs)))
-        except CCOError as error:
+            with undisturbed(module, gradients=True):  # a forward may differentiate
+                switch_training(module, False)
+                module(*copied(args), **copied(kwargs))
+        except Exception as error:
             warnings.warn(
                 f"{type(module).__name__}.example_input_array is not what its forward takes: expected {_expected(module, batch)}, "
-                f"got {shapes_of((args, kwargs))} ({error.__cause__ or error}). `load_quantized` and `lightning-cco export` would fail on it. Correct it, or "
+                f"got {shapes_of((args, kwargs))} ({error}). `load_quantized` and `lightning-cco export` would fail on it. Correct it, or "
                 "leave it out: then the shapes of the training are taken.",
                 CCOWarning,
                 stacklevel=3,
