@@ -22,7 +22,7 @@ UNIFORM: Mapping[str, tuple[int, int]] = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4"
 
 
 @dataclass(frozen=True)
-class Group:
+class LayerGroup:
     """Layers that share their bits: they read the same weights, or are projections of one tensor.
 
     Attributes:
@@ -43,7 +43,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Rounded:
+class TensorOptions:
     """A tensor that may be rounded.
 
     Attributes:
@@ -72,8 +72,8 @@ class Choices:
         speed: What each choice takes of time, where that was measured.
     """
 
-    groups: list[Group]
-    tensors: list[Rounded]
+    groups: list[LayerGroup]
+    tensors: list[TensorOptions]
     fixed_bytes: float
     float_bytes: float
     elements: float
@@ -128,7 +128,7 @@ def choices(
             continue  # of the residual stream: it keeps 8 bits
         bits = said.get(key.layer, ResolvedRules()).activations_num_bits
         allowed = (bits,) if bits is not None else tuple(activations_bits)
-        tensors.append(Rounded(key, {b: _usable(rises[key].get(b, 0.0)) for b in allowed}, key in of_integers))
+        tensors.append(TensorOptions(key, {b: _usable(rises[key].get(b, 0.0)) for b in allowed}, key in of_integers))
     elements = sum(facts[name].elements for group in groups for name in _once(group.layers, facts))
     own = sum(4.0 * facts[name].elements for group in groups for name in _once(group.layers, facts))
     operations = sum(facts[name].products * FLOAT_BITS**2 for group in groups for name in group.layers)
@@ -148,7 +148,7 @@ class _Maker:
     packed: bool
     into: Mapping[str, list[Edge]]
 
-    def group(self, names: Sequence[str]) -> Group | None:
+    def group(self, names: Sequence[str]) -> LayerGroup | None:
         plan, target = self.plan, TARGETS[self.settings.deployment_settings.target_framework]
         vnni = self.settings.deployment_settings.vnni
         weight_only = all(name in plan.weight_only for name in names)
@@ -184,7 +184,7 @@ class _Maker:
             return None
         form = FLOAT if in_tail else WEIGHT_ONLY if weight_only else INTEGER
         uniforms = {name: self._uniform(names, form, *bits, rounded=bool(inputs)) for name, bits in UNIFORM.items()}
-        return Group(tuple(names), tuple(options), inputs, outputs, uniforms, why)
+        return LayerGroup(tuple(names), tuple(options), inputs, outputs, uniforms, why)
 
     def _option(self, names: Sequence[str], form: str, weights: int, activations: int, rise: float) -> Option:
         once = _once(names, self.facts)

@@ -26,7 +26,7 @@ class Choice:
     tensors: dict[TensorKey, int]
 
 
-class Program:
+class IntegerProgram:
     """Binary variables and what binds them.
 
     One variable stands for each option of each group, one for each number of bits of each tensor. A group that runs in integers needs what it reads

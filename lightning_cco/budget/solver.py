@@ -10,7 +10,7 @@ import numpy as np
 
 from lightning_cco.budget.option import FLOAT, INTEGER, Option
 from lightning_cco.budget.options import Choices
-from lightning_cco.budget.program import Choice, Program
+from lightning_cco.budget.program import Choice, IntegerProgram
 from lightning_cco.budget.speed import SpeedModel
 from lightning_cco.errors import CCOError
 
@@ -48,7 +48,7 @@ def solve(made: Choices, measure: Measure, limit: float | None, also: Sequence[L
     Returns:
         The choice; `None` if nothing is within the limit.
     """
-    program = Program(made, [entry for entry in (measure, *(entry for entry, _ in also)) if isinstance(entry, SpeedModel)])
+    program = IntegerProgram(made, [entry for entry in (measure, *(entry for entry, _ in also)) if isinstance(entry, SpeedModel)])
     for other, most in [*([(measure, limit)] if limit is not None else []), *also]:
         program.limit(_taken(program, other), most)
     taken, _ = _taken(program, measure)
@@ -59,7 +59,7 @@ def solve(made: Choices, measure: Measure, limit: float | None, also: Sequence[L
     return program.least(objective * 1e3)
 
 
-def _taken(program: Program, measure: Measure) -> tuple[Any, float]:
+def _taken(program: IntegerProgram, measure: Measure) -> tuple[Any, float]:
     """What each column takes, and what is taken whatever is chosen."""
     found = np.zeros(len(program.whole))
     if isinstance(measure, SpeedModel):
@@ -70,7 +70,7 @@ def _taken(program: Program, measure: Measure) -> tuple[Any, float]:
     return found, 0.0
 
 
-def _rises(made: Choices, program: Program) -> Any:
+def _rises(made: Choices, program: IntegerProgram) -> Any:
     """The expected rise of the loss by column, as a part of the largest; a layer in float counts a little, since float is slower."""
     rises = np.zeros(len(program.whole))
     least = _WORTH * rise_of(made, uniform(made, "W8A8", 8))

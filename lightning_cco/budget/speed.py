@@ -14,7 +14,7 @@ from lightning_cco.errors import CCOError
 
 
 @dataclass(frozen=True)
-class Unit:
+class FusedUnit:
     """What an engine computes at once: a layer with what is fused to it.
 
     Attributes:
@@ -69,7 +69,7 @@ class SpeedModel:
         float_seconds: The model in float.
     """
 
-    units: list[Unit]
+    units: list[FusedUnit]
     tensors: list[Passed]
     times: list[Mapping[str, float]]
     packed: bool = False

@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_cco.budget.layer_times import FLOAT, INT8, PACKED, WEIGHT_ONLY, LayerTimes
 from lightning_cco.budget.options import Choices
-from lightning_cco.budget.speed import Passed, SpeedModel, Unit
+from lightning_cco.budget.speed import FusedUnit, Passed, SpeedModel
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.ops import Category
 from lightning_cco.names import list_names
@@ -94,11 +94,11 @@ def seconds_of_plan(model: SpeedModel, plan: QuantizationPlan) -> float:
     return model.seconds_of(forms_of(model.units, plan), planned)
 
 
-def forms_of(units: Sequence[Unit], plan: QuantizationPlan) -> list[str]:
+def forms_of(units: Sequence[FusedUnit], plan: QuantizationPlan) -> list[str]:
     """How a plan runs each unit."""
     packs = packs_weights(plan.settings)
 
-    def form(unit: Unit) -> str:
+    def form(unit: FusedUnit) -> str:
         decision = plan.decisions.get(unit.layer)
         if unit.group is None and not unit.follows:
             return INT8 if unit.integer else FLOAT
@@ -205,7 +205,7 @@ def _unit_of(base: QuantizationPlan) -> dict[str, str]:
     return found
 
 
-def _units(made: Choices, base: QuantizationPlan) -> tuple[list[Unit], list[Passed]]:
+def _units(made: Choices, base: QuantizationPlan) -> tuple[list[FusedUnit], list[Passed]]:
     """What is computed at once, and what passes between, without times."""
     graph, connections, unit_of = base.graph, Connections(base.graph), _unit_of(base)
     target = TARGETS[base.settings.deployment_settings.target_framework]
@@ -228,7 +228,7 @@ def _units(made: Choices, base: QuantizationPlan) -> tuple[list[Unit], list[Pass
             place[unit_of[key.layer]] if graph[key.layer].kind not in loose and graph[key.layer].kind != "input" else None
             for key in connections.sources(first)
         )
-        units.append(Unit(end, first, group, follows, runs and not follows, sources if follows else (), only_behind))
+        units.append(FusedUnit(end, first, group, follows, runs and not follows, sources if follows else (), only_behind))
     tensors = []
     for end, number in place.items():
         keys = [key for key in connections.outputs(end, at_least=1) if key in base.tensors]
@@ -240,4 +240,4 @@ def _units(made: Choices, base: QuantizationPlan) -> tuple[list[Unit], list[Pass
         tensors.append(
             Passed(number, tuple(readers), graph[end].kind in target.float_outputs, any(key in base.at_readers for key in keys), 0.0, 0.0)
         )
-    return [*units, Unit(REST, REST)], tensors
+    return [*units, FusedUnit(REST, REST)], tensors

@@ -11,7 +11,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.export.engine import engine_session, inspected_session, rounded_tensors
 from lightning_cco.export.engines import Form
 from lightning_cco.export.failures import does_not_run
-from lightning_cco.export.feeds import Call, feeds_of, fits
+from lightning_cco.export.feeds import ForwardArguments, feeds_of, fits
 from lightning_cco.export.islands import read_optimized
 from lightning_cco.export.limits import judge
 from lightning_cco.export.local_check import LocalRun
@@ -29,7 +29,7 @@ _CASES = 2
 
 
 def check_file(
-    quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequence[Call], report: ExportReport, sizes: bool = False
+    quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequence[ForwardArguments], report: ExportReport, sizes: bool = False
 ) -> None:
     """Fill a report with what the file and runs of it show.
 
@@ -115,7 +115,7 @@ def _refused(emitter: Emitter) -> Iterator[None]:
         raise
 
 
-def _of_other_sizes(quantized: HookedModel, session: Any, emitter: Emitter, call: Call) -> list[Call]:
+def _of_other_sizes(quantized: HookedModel, session: Any, emitter: Emitter, call: ForwardArguments) -> list[ForwardArguments]:
     """A batch of other sizes that the model takes; none if nothing but the batch varies in the file."""
     ways = other_sizes(call[0], [entry.shape for entry in session.get_inputs()])
     found = next((tensors for tensors in ways if takes(quantized, emitter.model, tensors)), None)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lightning_cco.graph.containers import tensors_in
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+ForwardArguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one forward."""
 
 
-def call_of(batch: Any) -> Call:
+def call_of(batch: Any) -> ForwardArguments:
     """The arguments that a batch stands for: a mapping gives keyword arguments, a tuple or list positional ones, anything else the one argument."""
     if isinstance(batch, Mapping):
         return (), dict(batch)

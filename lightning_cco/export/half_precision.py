@@ -11,7 +11,7 @@ import numpy as np
 from lightning_cco.errors import CCOError
 from lightning_cco.export.destination import size_of
 from lightning_cco.export.engine import constants, inspected_session, rounded_tensors, session_of
-from lightning_cco.export.feeds import Call, feeds_of, fits
+from lightning_cco.export.feeds import ForwardArguments, feeds_of, fits
 from lightning_cco.export.limits import Limits, judge
 from lightning_cco.export.local_check import LocalRun
 from lightning_cco.export.outputs import Outputs, arrays_of, class_axes, tell
@@ -27,7 +27,7 @@ _AS_INFINITE = 1e30
 """From here on a number in a mask stands for infinity."""
 
 
-def write_fp16(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequence[Call], report: ExportReport) -> None:
+def write_fp16(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequence[ForwardArguments], report: ExportReport) -> None:
     """Write a file anew with floats of 16 bits; its inputs and outputs keep their types. The conversion is ONNX Runtime's.
 
     With calls, the tensors of the file before are looked at for values beyond 16 bits, and the new one is run in ONNX Runtime, each operator as it stands,
@@ -67,7 +67,7 @@ def write_fp16(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequ
         _check(quantized, path, emitter, calls, report)
 
 
-def _check(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequence[Call], report: ExportReport) -> None:
+def _check(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequence[ForwardArguments], report: ExportReport) -> None:
     import onnx
 
     written = onnx.load(str(path))
@@ -107,7 +107,7 @@ def _is_half(entry: Any) -> bool:
     return bool(entry.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16)
 
 
-def _need_small_values(model: Any, names: Sequence[str], path: Path, emitter: Emitter, calls: Sequence[Call]) -> None:
+def _need_small_values(model: Any, names: Sequence[str], path: Path, emitter: Emitter, calls: Sequence[ForwardArguments]) -> None:
     """Refuse tensors that would become infinite. A processor without operators of 16 bits would not show it: ONNX Runtime computes them with 32 there."""
     import onnx
 

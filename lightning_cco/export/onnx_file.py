@@ -14,7 +14,7 @@ from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.destination import export_target, move, size_of
 from lightning_cco.export.engines import ENGINES
 from lightning_cco.export.failures import need_engine, need_packages, need_writable_names
-from lightning_cco.export.feeds import Call, call_of
+from lightning_cco.export.feeds import ForwardArguments, call_of
 from lightning_cco.export.half_precision import write_fp16
 from lightning_cco.export.limits import MEAN_STEPS, Limits, judge
 from lightning_cco.export.node_times import Written
@@ -87,7 +87,7 @@ def export_onnx(
         deployed = Deployed(quantized.model, args, kwargs, cast=bool(types), network=network)
         calls = [deployed.tensors(*call_of(batch)) for batch in batches] if check else []
         notes = _not_checked_on(calls, deployed)
-        fitting: list[Call] = [(tensors, {}) for tensors in calls if tensors is not None] or [(deployed.example, {})]
+        fitting: list[ForwardArguments] = [(tensors, {}) for tensors in calls if tensors is not None] or [(deployed.example, {})]
         vary, why_fixed = sizes_to_vary(quantized, deployed, dynamic_batch and not _says_axes(taken), dynamic_sizes, check)
         try:
             with temporary_folder(target.parent) as folder:

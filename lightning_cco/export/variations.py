@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_cco.export.feeds import ForwardArguments
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.quantization.model import HookedModel
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 _MOST = 2
 
 
-def varied(quantized: HookedModel, calls: Sequence[Call]) -> list[Call]:
+def varied(quantized: HookedModel, calls: Sequence[ForwardArguments]) -> list[ForwardArguments]:
     """A variation of each of the first two batches.
 
     Floats are reversed along their last axis and brought further from their mean, within the range of the batch; ids are drawn anew, from the whole
