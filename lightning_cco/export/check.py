@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning_cco.errors import CCOError
+from lightning_cco.export.comparison import Comparison
 from lightning_cco.export.engine import engine_session, inspected_session, rounded_tensors
 from lightning_cco.export.engines import Form
 from lightning_cco.export.failures import does_not_run
 from lightning_cco.export.feeds import ForwardArguments, feeds_of, fits
 from lightning_cco.export.islands import read_optimized
 from lightning_cco.export.limits import judge
-from lightning_cco.export.local_check import LocalRun
-from lightning_cco.export.outputs import Outputs, arrays_of, class_axes, tell
+from lightning_cco.export.outputs import arrays_of
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.sizes import SizesDoNotVary, other_sizes, takes
@@ -58,8 +58,7 @@ def check_file(
     as_written = not emitter.stored.engine.wanted(Form.UNSIGNED_WITHOUT_VNNI) or quantized.settings.deployment_settings.vnni is not None
     with _refused(emitter):
         inspected = inspected_session(path, written, names, as_written)
-    local = LocalRun(quantized, rounded)
-    outputs: Outputs | None = None
+    compared = Comparison(quantized, emitter.model, inspected, rounded, [entry.name for entry in session.get_outputs()])
     cases: list[Case] = []
     misfits: list[dict[str, list[int]]] = []
     further = varied(quantized, calls)
@@ -72,9 +71,7 @@ def check_file(
                     misfits.append({name: list(array.shape) for name, array in feeds.items()})
                 continue
             try:
-                expected = arrays_of(emitter.model(*args, **kwargs))
-                values = inspected.run(None, feeds)
-                results = values[: len(session.get_outputs())] if as_written else session.run(None, feeds)
+                ran = compared.run((args, kwargs), feeds, None if as_written else session)
             except Exception as error:
                 if number < len(calls):
                     with _refused(emitter):
@@ -82,20 +79,14 @@ def check_file(
                 if number >= len(calls) + len(further):
                     raise SizesDoNotVary(f"export: the file does not run at other sizes: {error}. Leave dynamic_sizes out.") from error
                 continue  # the model does not take this variation
-            arrays = dict(zip(names, values[len(results) :], strict=True))
-            with local.going_on_from(arrays):
-                going_on = arrays_of(emitter.model(*args, **kwargs))
-            if outputs is None:
-                shapes = [array.shape for array in expected]
-                outputs = Outputs([entry.name for entry in session.get_outputs()], class_axes(quantized.graph, shapes))
-            outputs.add(expected, results, going_on, values[: len(results)])
+            compared.add(ran)
             if len(cases) < _CASES:
-                cases.append(Case(feeds, expected, lambda args=args, kwargs=kwargs: arrays_of(emitter.model(*args, **kwargs))))  # type: ignore[misc]
+                cases.append(Case(feeds, ran.expected, lambda args=args, kwargs=kwargs: arrays_of(emitter.model(*args, **kwargs))))  # type: ignore[misc]
             report.batches += number < len(calls)
             report.variations += number >= len(calls)
     report.notes += _left_out(session, misfits, len(calls))
-    report.faults = stored_faults(quantized, written, emitter, rounded, local.weights)
-    tell(report, local, outputs)
+    report.faults = stored_faults(quantized, written, emitter, rounded, compared.local.weights)
+    compared.tell(report)
     try:
         judge(report)
     except CCOError:

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from lightning_cco.errors import CCOError
+from lightning_cco.export.comparison import Comparison
 from lightning_cco.export.destination import size_of
 from lightning_cco.export.engine import constants, inspected_session, rounded_tensors, session_of
 from lightning_cco.export.feeds import ForwardArguments, feeds_of, fits
 from lightning_cco.export.limits import Limits, judge
-from lightning_cco.export.local_check import LocalRun
-from lightning_cco.export.outputs import Outputs, arrays_of, class_axes, tell
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
 from lightning_cco.quantization.model import HookedModel
@@ -72,26 +71,15 @@ def _check(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequence
 
     written = onnx.load(str(path))
     rounded = rounded_tensors(written, emitter.order)
-    names = [entry.tensor for entries in rounded.values() for entry in entries]
-    inspected = inspected_session(path, written, names, as_written=True)
-    ends = [entry.name for entry in written.graph.output]
-    local = LocalRun(quantized, rounded)
-    outputs: Outputs | None = None
+    inspected = inspected_session(path, written, [entry.tensor for entries in rounded.values() for entry in entries], as_written=True)
+    compared = Comparison(quantized, emitter.model, inspected, rounded, [entry.name for entry in written.graph.output])
     with quantized.evaluating():
-        for args, kwargs in calls:
-            feeds = feeds_of(inspected, args, kwargs)
-            if not fits(inspected, feeds):
-                continue
-            expected = arrays_of(emitter.model(*args, **kwargs))
-            values = inspected.run(None, feeds)
-            results = values[: len(ends)]
-            with local.going_on_from(dict(zip(names, values[len(ends) :], strict=True))):
-                going_on = arrays_of(emitter.model(*args, **kwargs))
-            if outputs is None:
-                outputs = Outputs(ends, class_axes(quantized.graph, [array.shape for array in expected]))
-            outputs.add(expected, results, going_on, results)
+        for arguments in calls:
+            feeds = feeds_of(inspected, *arguments)
+            if fits(inspected, feeds):
+                compared.add(compared.run(arguments, feeds))
     halved = ExportReport(report.path)
-    tell(halved, local, outputs)
+    compared.tell(halved)
     try:
         judge(halved, limits=_LIMITS)
     except CCOError as error:
