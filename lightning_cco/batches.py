@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -277,13 +277,3 @@ def training_batches(trainer: pl.Trainer, count: int, begun: int | None = None) 
             yield batch
 
     return moved()
-
-
-def with_progress(trainer: pl.Trainer, batches: Iterable[Any], total: int) -> Iterable[Any]:
-    """Show a progress bar while calibrating, if the Trainer shows one."""
-    if trainer.progress_bar_callback is None or not trainer.is_global_zero:
-        return batches
-    from tqdm.auto import tqdm
-
-    bar: Iterable[Any] = tqdm(batches, total=total, desc="Calibrating", leave=False)
-    return bar

@@ -22,7 +22,7 @@ LAYERS = [
     ["handover", "outside_fit"],
     ["budgeted"],
     ["distillation", "early_check", "example_input", "export_dir", "held_batches", "initial_evaluation", "schedule"],
-    ["automatic_skips", "batch_norms", "batches", "checkpoints", "layer_timing", "learned_training", "monitoring"],
+    ["automatic_skips", "batch_norms", "batches", "checkpoints", "layer_timing", "learned_training", "monitoring", "progress"],
     ["lookahead", "quantized_model", "report_page", "strategies"],
     ["budget", "drawing", "early_iterator", "export", "level_use", "loss_measurement", "measurement", "spare_loader", "suggestions"],
     ["loss_sensitivity", "sensitivity", "tensor_views"],
