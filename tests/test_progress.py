@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning_modules import Classifier, batches, make_trainer
-from rich import get_console
-from rich.console import Console
-from rich.progress import Progress
 
 import lightning_cco as cc
 from lightning_cco.progress import with_progress
+
+pytest.importorskip("rich", reason="Lightning shows its own bars by tqdm then")
+from rich import get_console
+from rich.console import Console
+from rich.progress import Progress
 
 
 @pytest.fixture
