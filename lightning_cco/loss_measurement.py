@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_cco.compat.torch_modes import functorch_level
 from lightning_cco.errors import CCOError
 from lightning_cco.loss_sensitivity import ACTIVATIONS_BITS, WEIGHTS_BITS, LossSensitivities, LossSensitivityReport, roundings_of
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
@@ -163,7 +164,8 @@ class _LossRecorder:
         self._keep.clear()
 
     def __call__(self, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not torch.is_grad_enabled():  # a part of the model that is not trained, or a checkpoint that will run again
+        # A part of the model that is not trained, a checkpoint that will run again, or a transform, inside of which nothing can be a leaf.
+        if not torch.is_grad_enabled() or functorch_level() is not None:
             return func(*args, **kwargs)
         if site.renormalizes:
             args, kwargs = renormalized(args, kwargs)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_cco.compat.torch_modes import is_functorch_wrapped
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.captured import Capture
 from lightning_cco.names import list_names
@@ -100,8 +101,11 @@ class Shifts:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             result = func(*args, **kwargs)
-            shift = wanted - self._mean(name, result)
-            if shift.numel() != self._channels[name] or not bool(torch.isfinite(shift).all()):
+            found = self._mean(name, result)
+            if not wanted.numel() == found.numel() == self._channels[name]:
+                return result
+            shift = wanted - found
+            if not bool(torch.isfinite(shift).all()):
                 return result
             self._totals[name] = self._totals[name] + shift if name in self._totals else shift
             self._counts[name] += 1
@@ -114,8 +118,9 @@ class Shifts:
         self._means.clear()
 
     def _mean(self, name: str, output: Tensor) -> Tensor:
-        if type(output) is not Tensor or output.dim() < -self._axes[name] or not output.numel():
-            return torch.empty(0)  # a part of a tensor that several processes hold: its channels are not this layer's
+        if type(output) is not Tensor or is_functorch_wrapped(output) or output.dim() < -self._axes[name] or not output.numel():
+            # A part of a tensor that several processes hold: its channels are not this layer's. Under a vmap each of the calls has a mean of its own.
+            return torch.empty(0)
         return output.detach().movedim(self._axes[name], 0).flatten(1).float().mean(1)
 
     def corrections(self, device: torch.device) -> dict[str, BiasCorrection]:
@@ -139,7 +144,7 @@ class Shifts:
         if unseen:
             warnings.warn(
                 f"bias_correction: the mean of {list_names(unseen)} is not known, so the bias there stays as it is: no batch of the calibration came there, "
-                "or the layer's result is spread over several processes.",
+                "the layer runs inside of a vmap, or its result is spread over several processes.",
                 CCOWarning,
                 stacklevel=4,
             )

@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
+from lightning_cco.compat.torch_modes import is_functorch_wrapped
 from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.quantization.arguments import at, renormalized, replaced
 from lightning_cco.quantization.rounded_calls import results_of
 from lightning_cco.quantization.sites import SiteQuantizers
+from lightning_cco.quantization.tracing import behind_transforms
 
 OutputRecorder = Callable[..., Any]
 """Called with a layer's name, its quantized output (or the quantizer that would make it of the float one), and its float output; in `Phase.DELEGATE` with
@@ -57,10 +61,10 @@ def measure_local(
         args, kwargs = renormalized(args, kwargs)
     for slot, source, quantizer in site.reads:
         if source:
-            record(source, quantizer, at(args, kwargs, slot))
+            _give(record, source, quantizer, at(args, kwargs, slot))
     if not site.weights and [position for position, _ in site.outputs] == [0]:
         result = func(*args, **kwargs)
-        record(site.layer, site.outputs[0][1], results_of(result, args)[0])
+        _give(record, site.layer, site.outputs[0][1], results_of(result, args)[0])
         return result
     quantized = None
     if site.weights:
@@ -77,8 +81,24 @@ def measure_local(
     quantized = quantized if quantized is not None else list(reference)
     for position, quantizer in site.outputs:
         quantized[position] = quantizer(quantized[position])
-    record(site.layer, quantized[0], reference[0])
+    _give(record, site.layer, quantized[0], reference[0])
     return result
+
+
+def _give(record: OutputRecorder, name: str, quantized: Any, reference: Any) -> None:
+    """Give a recorder what passes; under `torch.func` the samples of all calls at once, since what is kept of them outlives the transform."""
+    if not isinstance(reference, Tensor) or not is_functorch_wrapped(reference):
+        record(name, quantized, reference)
+        return
+    with behind_transforms(reference) as whole:
+        if whole is None:
+            return
+        if not isinstance(quantized, Tensor):
+            record(name, quantized, whole)
+            return
+        with behind_transforms(quantized) as rounded:
+            if rounded is not None:
+                record(name, rounded, whole)
 
 
 def record_float(
@@ -115,10 +135,10 @@ def _recorded(
     for slot, source, quantizer in site.reads:
         if source:
             value = at(args, kwargs, slot)
-            record(source, as_read(quantizer, value), value)
+            _give(record, source, as_read(quantizer, value), value)
     result = call()
     output = results_of(result, args)[0]
-    record(site.layer, output, output)
+    _give(record, site.layer, output, output)
     return result
 
 
