@@ -21,6 +21,7 @@ from lightning_cco.compat.lightning_loaders import (
     set_loader_of,
 )
 from lightning_cco.errors import CCOWarning
+from lightning_cco.graph.containers import bytes_of
 from lightning_cco.random_numbers import DrawnEarly, RandomState
 
 _Item = tuple[Any, int, int]
@@ -188,5 +189,5 @@ class Begun:
 
 def _bytes(batch: Any) -> int:
     sizes: list[int] = []
-    apply_to_collection(batch, (Tensor, np.ndarray), lambda item: sizes.append(item.nbytes))
+    apply_to_collection(batch, (Tensor, np.ndarray), lambda item: sizes.append(bytes_of(item) if isinstance(item, Tensor) else item.nbytes))
     return sum(sizes)

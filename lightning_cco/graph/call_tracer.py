@@ -20,7 +20,7 @@ from lightning_cco.graph.network import OuterCall, is_metric
 from lightning_cco.graph.operands import is_attention_mask, is_mask_like, operands_of
 from lightning_cco.graph.ops import DRAWS_WEIGHTS, MAKES_OF_DATA, OVERWRITES, RANDOM, READS_OUT, READS_VALUES, Category, Op, operation
 from lightning_cco.graph.origins import DRAWN, Origin, is_constant
-from lightning_cco.graph.records import Operand, Seen, refuse_operands
+from lightning_cco.graph.records import Operand, Seen, refuse_tensors
 from lightning_cco.graph.sources import Sources, names_of
 
 
@@ -94,7 +94,7 @@ class CallTracer:
             return func(*args, **kwargs)
         # In-place calls overwrite what they read: look at the operands first.
         operands = self._operands(frame, name, args, kwargs)
-        refuse_operands(f"module '{frame.node.path}': its '{op.kind}'", operands)
+        refuse_tensors(frame.node.path, op.kind, [tensor for _, tensor, _ in operands])
         if op.category is not Category.ALIAS and name not in READS_VALUES:  # which hand values on, to whoever then computes with them
             self.read.update(parameter for _, _, origin in operands if is_constant(origin) for parameter in origin)
         mask_like = any(is_constant(origin) and not is_attention_mask(op, slot) and is_mask_like(t) for slot, t, origin in operands)
@@ -226,9 +226,10 @@ class CallTracer:
 
     def _record(self, seen: Seen) -> list[Origin]:
         """Add a call, unless it makes a constant; returns where each of its outputs comes from, which is noted unless it was there before."""
+        frame = seen.frame
+        refuse_tensors(frame.node.path, seen.op.kind, seen.outputs, makes=True)
         if not seen.dynamic:
             return self._record_constant(seen)
-        frame = seen.frame
         if any(DRAWN in origin for _, _, origin in seen.constants):
             self.drawn[frame.node.path] = None
         number = len(self.calls)

@@ -17,6 +17,7 @@ LOOKED_INTO = (
 """Where `tensors_held` finds tensors, in words."""
 
 _DEEPEST = 8
+_SPARSE = frozenset((torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc))
 _LEAVES = (
     str,
     bytes,
@@ -65,6 +66,19 @@ def tensors_held(value: Any) -> list[tuple[tuple[Any, ...], Tensor]]:
     found: list[tuple[tuple[Any, ...], Tensor]] = []
     _collect(value, (), found, {}, _DEEPEST)
     return found
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """How much memory the values of a tensor take, also where it is sparse or nested.
+
+    >>> bytes_of(torch.eye(4)), bytes_of(torch.eye(4).to_sparse()), bytes_of(torch.eye(4).to_sparse_csr())
+    (64, 16, 16)
+    """
+    if tensor.is_nested:
+        return sum(map(bytes_of, tensor.unbind()))
+    if tensor.layout in _SPARSE:
+        return int(tensor._nnz()) * tensor.element_size()
+    return tensor.nbytes
 
 
 def _collect(value: Any, way: tuple[Any, ...], found: list[tuple[tuple[Any, ...], Tensor]], seen: dict[int, Any], depth: int) -> None:

@@ -15,6 +15,7 @@ from lightning_cco.graph.ops import Category, Op
 from lightning_cco.graph.origins import unwrapped
 
 MASK_NOTE = "holds the huge values of a mask: an INT8 scale over them would leave nothing of the rest"
+SPARSE_NOTE = "sparse tensors have no INT8 form"
 _FIRST_INPUT = re.compile(r"\bweight_ih(?!_l[1-9])")
 """Of `torch.nn.LSTM`, its like, and their cells; the layers behind the first read hidden states, all between -1 and 1."""
 MASKING = {"masked_fill", "where", "triu", "tril", "setitem", "masked_scatter", "full"}
@@ -58,7 +59,7 @@ def note_of(quantizable: tuple[bool, ...], mask_like: bool, inputs: list[Tensor]
     if mask_like or any(not ok and t.is_floating_point() for ok, t in zip(quantizable, outputs, strict=True)):
         return MASK_NOTE
     if any(t.layout is not torch.strided for t in [*inputs, *outputs]):
-        return "sparse tensors have no INT8 form"
+        return SPARSE_NOTE
     if not any(t.is_floating_point() for t in outputs):
         return "integer"
     return ""
@@ -66,7 +67,7 @@ def note_of(quantizable: tuple[bool, ...], mask_like: bool, inputs: list[Tensor]
 
 def weights_of(op: Op, constants: list[tuple[ArgPath, Tensor, tuple[str, ...]]], args: tuple[Any, ...]) -> list[Weight]:
     """Which constant operands are quantized with the layer, and along which axis."""
-    floats = [(slot, t, names) for slot, t, names in constants if t.is_floating_point()]
+    floats = [(slot, t, names) for slot, t, names in constants if t.is_floating_point() and t.layout is torch.strided]
     if op.category is Category.WEIGHTED and op.weight is not None:
         position, keyword = op.weight
         if op.recurrent and _is_packed(args):

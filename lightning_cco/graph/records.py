@@ -28,27 +28,32 @@ Operand = tuple[ArgPath, Tensor, Origin]
 """A tensor that a call is given: where it stands, and where it comes from."""
 
 
-def refuse_operands(what: str, operands: Iterable[Operand]) -> None:
+def refuse_tensors(path: str, kind: str, tensors: Iterable[Tensor], makes: bool = False) -> None:
     """Refuse tensors that no layer can be written down for.
 
     Args:
-        what: The call, for messages.
-        operands: What it reads.
+        path: Path of the module that makes the call.
+        kind: What the call is.
+        tensors: What it reads, or makes.
+        makes: Whether it makes them.
 
     Raises:
         CCOError: One is distributed, or nested.
     """
-    for _, tensor, _ in operands:
-        if isinstance(tensor, DTensor):
-            raise CCOError(
-                f"{what} reads a DTensor, cut over processes; whole tensors were expected. Shard the parameters with "
-                "fully_shard, which puts them together for each layer, or train with strategy='ddp'."
-            )
+    for tensor in tensors:
+        if not (tensor.is_nested or isinstance(tensor, DTensor)):
+            continue
+        where = f"module '{path}'" if path else "the model itself"
+        what = f"{where}: its '{kind}' {'makes' if makes else 'reads'}"
         if tensor.is_nested:
             raise CCOError(
-                f"{what} reads a nested tensor, which has no INT8 form; a padded one was expected. Give the example, and "
+                f"{what} a nested tensor, which has no INT8 form; a padded one was expected. Give the example, and "
                 "train, with torch.nested.to_padded_tensor(x, 0.0) and a mask."
             )
+        raise CCOError(
+            f"{what} a DTensor, cut over processes; whole tensors were expected. Shard the parameters with "
+            "fully_shard, which puts them together for each layer, or train with strategy='ddp'."
+        )
 
 
 @dataclass
@@ -132,7 +137,7 @@ class Seen:
             weighted=(self.op.category is Category.WEIGHTED and bool(call.weights))
             or (call.layer.kind == "lookup" and bool(parameters))
             or (self.op.category is Category.MATMUL and any(w.parameters for w in call.weights)),
-            note=note_of(quantizable, self.mask_like, read, self.outputs)
+            note=note_of(quantizable, self.mask_like, [t for _, t, _ in self.operands], self.outputs)
             or (_DRAWN if self._draws_weights() else "")
             or (_LOOKUP if call.layer.kind == "lookup" else "")
             or ("writes its result into tensors that it is given" if self.writes else ""),

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_cco.compat.modules import OF_MODULES, buffers_of, cells_of, hooks_of
 from lightning_cco.errors import CCOWarning
-from lightning_cco.graph.containers import tensors_in
+from lightning_cco.graph.containers import bytes_of, tensors_in
 from lightning_cco.graph.kept_attributes import KeptAttributes
 from lightning_cco.graph.outside_state import (
     ClassAttributes,
@@ -172,7 +172,7 @@ class Snapshot:
             self._enter_object(value)
 
     def _enter_tensor(self, tensor: Tensor) -> None:
-        if tensor.nbytes <= self._most_bytes or tensor.device.type == "meta":
+        if bytes_of(tensor) <= self._most_bytes or tensor.device.type == "meta":
             self._keep_tensor(tensor)
         elif not tensor.is_inference():
             self._large.append((tensor, tensor._version))
