@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
@@ -78,11 +79,18 @@ class Deployed(nn.Module):
                 "of tensors was expected."
             )
         names = [name_of(slot) for slot in self._kept]
-        self.outputs = [name if name and not name[0].isdigit() else f"output_{number}" for number, name in enumerate(names)]
+        names = [name if name and not name[0].isdigit() else f"output_{number}" for number, name in enumerate(names)]
+        # A file has one name for one tensor: what goes in and comes out under the same key are two.
+        self.outputs = _unique([f"{name}_output" if name in self.names else name for name in names], self.names)
 
     def _refuse_objects(self, found: Sequence[tuple[ArgPath, Any]]) -> None:
-        """A tensor inside of an object would stay that of the example in the file."""
+        """A tensor inside of an object would stay that of the example in the file; nor does a file take one that leaves zeros out."""
         for slot, value in found:
+            if isinstance(value, Tensor) and value.layout is not torch.strided:
+                raise CCOError(
+                    f"export: the argument '{self._signature.input_name(slot)}' has the layout {value.layout}, but a file takes dense tensors alone. "
+                    "Let the forward that is exported take it as x.to_dense(), or, of a graph, the pairs of nodes that are connected (index_add)."
+                )
             ways = [] if isinstance(value, (Tensor, nn.Module)) else [way for way, _ in tensors_held(value)]
             if ways:
                 names = [re.sub(r"\W", "_", "_".join(map(str, way))).lstrip("_") for way in ways]
@@ -213,9 +221,9 @@ class Deployed(nn.Module):
         return self._signature.without(arguments, self.dropped) if self.dropped else arguments
 
 
-def _unique(names: list[str]) -> list[str]:
-    """Names that a file takes for inputs."""
-    taken: dict[str, int] = {}
+def _unique(names: list[str], others: Sequence[str] = ()) -> list[str]:
+    """Names that a file takes for inputs, or beside those of others for outputs."""
+    taken = dict.fromkeys(others, 1)
     found = []
     for name in names:
         name = re.sub(r"\W+", "_", name).strip("_") or "input"

@@ -13,6 +13,7 @@ import torch
 from lightning_cco.errors import CCOError
 from lightning_cco.export.engines import Engine
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.graph.operands import SPARSE_NOTE
 from lightning_cco.graph.reached import is_scripted
 from lightning_cco.names import list_names, quote
 
@@ -25,6 +26,7 @@ _EVIDENCE = (
     ("vmap", "Batching rule", "functorch", "GradTrackingTensor", "BatchedTensor"),
 )
 """Words of errors that show that the model computes with values, that a size is fixed in its code, that it takes gradients or is transformed."""
+_PACKED = frozenset({"pack_padded_sequence", "pad_packed_sequence", "_pack_padded_sequence", "_pad_packed_sequence"})
 
 
 def need_packages(names: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnxruntime")) -> None:
@@ -107,6 +109,16 @@ def untraceable(model: torch.nn.Module, where: str, error: Exception, graph: Lay
             "Its forward takes gradients (torch.autograd.grad, as for forces out of an energy), and the rounding in a file has none. Export the submodule that "
             "computes what is differentiated, and take the gradients outside of the file."
         )
+    elif any(layer.note == SPARSE_NOTE for layer in graph or ()):
+        advice = (
+            "Its forward computes with a sparse tensor, for which a file has no form. Hold it densely in the model that is exported (A.to_dense(), in a "
+            "buffer), or write the product with a graph's matrix as index_add over its edges."
+        )
+    elif any(layer.kind in _PACKED for layer in graph or ()):
+        advice = (
+            "It packs sequences, by lengths that are numbers of Python while a file is written. Let the forward that is exported give the padded sequence to "
+            "the recurrent layer, and choose by the lengths afterwards (a mask, gather)."
+        )
     elif fixed:
         advice = (
             "A size is fixed in the model's code, or computed to a number (int(x.shape[0]), a reshape to the example's size). Pass dynamic_batch=False, "
@@ -136,12 +148,17 @@ def inexpressible(model: torch.nn.Module, error: Exception) -> str:
     text = str(error)
     operators = re.findall(r"OpOverload\(op='([^']+)'", text) or re.findall(r"No ONNX function found for (\S+)", text)
     name = type(model).__name__
-    if operators and "No ONNX function" in text:
+    if operators and ("No ONNX function" in text or not operators[0].startswith(("aten.", "prims."))):
         return (
             f"export: {name} can't be converted to ONNX: it uses {', '.join(dict.fromkeys(operators))}, which ONNX has no operator for. Replace it by "
             "operations that ONNX has, pass custom_translation_table as in torch.onnx.export, or export a .pt2 file, which can hold any operation."
         )
     where = f" at {operators[0]}" if operators else ""
+    if "SymbolicTensor" in text or "SymInt" in text:
+        return (
+            f"export: the conversion of {name} to ONNX failed{where}: {first_paragraph(error)}. Something that ONNX wants as a number (the groups of a "
+            "convolution, a stride) depends on the size of an input. Pass dynamic_batch=False, which fixes the batch to the example's, or compute it otherwise."
+        )
     return (
         f"export: the conversion of {name} to ONNX failed{where}: {first_paragraph(error)}. Nothing shows that the model is at fault: it may be a limit of "
         f"these versions ({versions()}), or of lightning_cco; please report it. A .pt2 file can hold any operation."

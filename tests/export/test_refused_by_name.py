@@ -166,3 +166,110 @@ def test_what_is_chosen_is_right_in_the_engine(tmp_path: Path) -> None:
         wanted = model(given)
     found = session.run(None, {"x": given.numpy()})[0]
     assert float((torch.from_numpy(found) - wanted).abs().max()) < 0.02 * float(wanted.abs().max())
+
+
+class OfAGraph(nn.Module):
+    """Two layers around products with the matrix of a graph."""
+
+    def __init__(self, matrix: Tensor | None = None) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, x: Tensor, matrix: Tensor | None = None) -> Tensor:
+        matrix = self.matrix if matrix is None else matrix
+        return self.last(F.relu(matrix @ self.second(F.relu(matrix @ self.first(x)))))
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_sparse_tensors(layout: torch.layout, tmp_path: Path) -> None:
+    matrix = torch.eye(6).roll(1, 0).to_sparse(layout=layout)
+    x = torch.randn(6, 8)
+    with pytest.raises(CCOError, match=r"sparse tensor.*to_dense\(\)"):
+        _export(OfAGraph(matrix), x, tmp_path / "a.onnx")
+    model = OfAGraph().eval()
+    quantized = quantize(model, None, (x, matrix))
+    quantized.calibrate([(x, matrix)])
+    with pytest.raises(CCOError, match=r"argument 'matrix' has the layout torch.sparse"):
+        quantized.export(tmp_path / "a.onnx")
+
+
+def test_packed_sequences(tmp_path: Path) -> None:
+    class Packs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.last = nn.GRU(8, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3]), batch_first=True)
+            return self.last(nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])
+
+    with pytest.raises(CCOError, match=r"packs sequences.*the padded sequence"):
+        _export(Packs(), torch.randn(2, 5, 8), tmp_path / "a.onnx")
+
+
+class GroupsOfTheBatch(nn.Module):
+    """Each sample has a kernel of its own: a convolution in as many groups as samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels, self.weights = nn.Parameter(torch.randn(4, 8 * 3 * 9) / 5), nn.Linear(3, 4)
+        self.conv, self.last = nn.Conv2d(8, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, _, height, width = x.shape
+        kernels = (self.weights(x.mean((2, 3))).softmax(1) @ self.kernels).view(count * 8, 3, 3, 3)
+        x = F.conv2d(x.reshape(1, count * 3, height, width), kernels, groups=count).view(count, 8, height - 2, width - 2)
+        return self.last(F.relu(self.conv(F.relu(x))).mean((2, 3)))
+
+
+@pytest.mark.slow
+def test_a_number_that_depends_on_the_batch(tmp_path: Path) -> None:
+    model, x = GroupsOfTheBatch().eval(), torch.randn(4, 3, 8, 8)
+    quantized = quantize(model, None, (x,))
+    quantized.calibrate([x])
+    with pytest.raises(CCOError, match="dynamic_batch=False"):
+        quantized.export(tmp_path / "a.onnx")
+    assert quantized.export(tmp_path / "a.onnx", dynamic_batch=False).sqnr_db > 40
+
+
+@torch.library.custom_op("lightning_cco_tests::relu_in_place", mutates_args=("x",))
+def relu_in_place(x: Tensor) -> None:
+    x.clamp_(min=0)
+
+
+def test_an_operator_of_the_users_that_writes_to_its_argument(tmp_path: Path) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).detach()
+            relu_in_place(x)
+            return self.last(x)
+
+    with pytest.raises(CCOError, match=r"uses lightning_cco_tests.relu_in_place, which ONNX has no operator for"):
+        _export(Writes(), torch.randn(4, 8), tmp_path / "a.onnx")
+
+
+def test_what_comes_in_and_goes_out_by_one_name(tmp_path: Path) -> None:
+    class Passes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+            scores = self.last(F.relu(self.first(x)) * mask.unsqueeze(1))
+            return {"x": x, "mask": mask > 0.5, "scores": scores}
+
+    model, batch = Passes().eval(), (torch.randn(4, 8), torch.ones(4))
+    quantized = quantize(model, None, batch)
+    quantized.calibrate([batch])
+    report = quantized.export(tmp_path / "a.onnx")
+    assert list(report.inputs) == ["x", "mask"]
+    assert [output.name for output in report.outputs] == ["x_output", "mask_output", "scores"]
+    found = onnxruntime.InferenceSession(tmp_path / "a.onnx").run(None, {"x": batch[0].numpy(), "mask": batch[1].numpy()})
+    torch.testing.assert_close(torch.from_numpy(found[0]), batch[0])
+    torch.testing.assert_close(torch.from_numpy(found[2]), model(*batch)["scores"].detach(), rtol=0, atol=1e-3)
