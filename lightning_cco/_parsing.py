@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Callable, Mapping, Sequence, Set
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_cco._combinations import problem_with_rule, problem_with_stage, problem_with_stages
-from lightning_cco._values import problem_with
+from lightning_cco._values import STAGES, converted, not_of_type, problem_with
 from lightning_cco.errors import CCOError
 from lightning_cco.names import Interpolated, nearest, printable, shown
 from lightning_cco.sections import (
@@ -70,6 +68,18 @@ def parse(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "layer_settings": _rules(raw.get("layer_settings"))}
 
 
+def parsed(name: str, value: Any) -> Any:
+    """What a part of a recipe is: a section or a list of rules as it is if it is one, else made of plain data.
+
+    Raises:
+        CCOError: It can't be, as for `parse`.
+    """
+    kind: Any = _SECTIONS.get(name, list)
+    if isinstance(value, kind) and (kind is not list or all(isinstance(rule, LayerRule) for rule in value)):
+        return value
+    return kind() if value is None else parse({name: value})[name]
+
+
 def _section(values: Any, kind: type, section: str) -> Any:
     if isinstance(values, kind):
         values = vars(values)
@@ -92,65 +102,14 @@ def _typed(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key, value in values.items():
         expected = kind.__dataclass_fields__[key].type  # type: ignore[attr-defined]
         try:
-            if expected == "list[BitsStage]":
-                result[key] = _stages(value, f"{where}.{key}")
-                continue
-            result[key] = None if value is None and expected.endswith("| None") else _CONVERT[expected.removesuffix(" | None")](value)
+            result[key] = _stages(value, f"{where}.{key}") if expected == STAGES else converted(value, expected)
         except (TypeError, ValueError, OverflowError) as error:
-            words = _WORDS[expected.removesuffix(" | None")] + (" or null" if expected.endswith("| None") else "")
-            came = "str" if isinstance(value, str) else type(value).__name__
-            raise CCOError(f"{where}.{key}: {words} was expected, {came} came: {shown(value)}.") from error
+            raise CCOError(f"{where}.{key}: {not_of_type(value, expected)}") from error
     for key, value in result.items():
         if problem := problem_with(key, value):
             named = f" (match: {printable(format(result['match']), 160)})" if result.get("match") else ""
             raise CCOError(f"{where}{named}.{key}: {problem}")
     return result
-
-
-def _boolean(value: Any) -> bool:
-    if isinstance(value, str) and value.lower() in ("true", "false"):  # from an environment variable, say
-        return value.lower() == "true"
-    if isinstance(value, bool):
-        return value
-    raise TypeError
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, float, str)):
-        raise TypeError
-    converted = int(value)
-    if not isinstance(value, str) and converted != value:
-        raise ValueError
-    return converted
-
-
-def _float(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):  # text: YAML reads 1e4 as one
-        raise TypeError
-    return float(value)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, (str, Path)):
-        return value if isinstance(value, Interpolated) else str(value)
-    raise TypeError
-
-
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, (str, Mapping)) or not isinstance(value, (Sequence, Set)):
-        raise TypeError
-    return [_text(item) for item in value]
-
-
-_CONVERT: Mapping[str, Callable[[Any], Any]] = {"bool": _boolean, "int": _integer, "float": _float, "str": _text, "list[str]": _texts}
-_WORDS = {
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a number",
-    "str": "text",
-    "list[str]": "a list of names",
-    "list[BitsStage]": "a list of stages, such as [{at_step: 500, weights_num_bits: 4}],",
-}
 
 
 def _stages(values: Any, where: str) -> list[BitsStage]:

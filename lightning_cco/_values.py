@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lightning_cco.errors import CCOError
-from lightning_cco.names import nearest, shown
+from lightning_cco.names import Interpolated, nearest, printable, shown
 
 RANGE_ESTIMATORS = ("auto", "moving_average", "min_max", "percentile", "mse", "learned")
 WEIGHT_ESTIMATORS = ("auto", "minmax", "mse", "learned")
@@ -77,7 +81,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
 
 
 def problem_with(key: str, value: object) -> str:
-    """What is wrong with the value of a setting, in words; empty if nothing is. Other types are for `load_settings` to convert."""
+    """What is wrong with the value of a setting, in words; empty if nothing is. Of its type it is already."""
     if key in BOUNDS and isinstance(value, (int, float)) and not isinstance(value, bool):
         right, expected, instead = BOUNDS[key]
         return "" if right(value) else f"{expected} expected, {shown(value)} came. {instead}".rstrip()
@@ -100,10 +104,102 @@ def target_of(name: str) -> str:
     return _ALIASES.get(name.lower(), name.lower())
 
 
+def _boolean(value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false"):  # from an environment variable, say
+        return value.lower() == "true"
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise TypeError
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, float, str)):
+        raise TypeError
+    whole = int(value)
+    if not isinstance(value, str) and whole != value:
+        raise ValueError
+    return whole
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):  # text: YAML reads 1e4 as one
+        raise TypeError
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (str, Path)):
+        return value if isinstance(value, Interpolated) else str(value)
+    raise TypeError
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, (str, Mapping)) or not isinstance(value, (Sequence, Set)):
+        raise TypeError
+    return [_text(item) for item in value]
+
+
+def _stages(value: Any) -> list[Any]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
+        raise TypeError
+    if not all(isinstance(item, (Checked, Mapping)) for item in value):
+        raise TypeError
+    return list(value)
+
+
+STAGES = "list[BitsStage]"
+_CONVERT: Mapping[str, Callable[[Any], Any]] = {
+    "bool": _boolean,
+    "int": _integer,
+    "float": _float,
+    "str": _text,
+    "list[str]": _texts,
+    STAGES: _stages,
+}
+_WORDS = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "list[str]": "a list of names",
+    STAGES: "a list of stages, such as [{at_step: 500, weights_num_bits: 4}],",
+}
+
+
+def converted(value: Any, kind: str) -> Any:
+    """A value as the type that its setting has.
+
+    Args:
+        value: The value.
+        kind: The setting's annotation, such as ``int | None``.
+
+    Raises:
+        TypeError: It is of another type. Also ValueError and OverflowError.
+
+    >>> converted("8", "int | None"), converted(None, "int | None")
+    (8, None)
+    """
+    return None if value is None and kind.endswith("| None") else _CONVERT[kind.removesuffix(" | None")](value)
+
+
+def not_of_type(value: Any, kind: str) -> str:
+    """What is wrong with a value that `converted` refuses, in words."""
+    words = _WORDS[kind.removesuffix(" | None")] + (" or null" if kind.endswith("| None") else "")
+    came = "str" if isinstance(value, str) else type(value).__name__
+    return f"{words} was expected, {came} came: {shown(value)}."
+
+
 class Checked:
-    """Refuses a value that can't be where it is written: in the constructor and in an assignment."""
+    """Refuses a value that can't be where it is written: in the constructor and in an assignment. Converts what says the same in another type."""
 
     def __setattr__(self, key: str, value: object) -> None:
+        fields = type(self).__dataclass_fields__  # type: ignore[attr-defined]
+        if key not in fields:
+            raise CCOError(f"{type(self).__name__}.{printable(key, 80)}: there is no such setting.{nearest(key, list(fields))}")
+        try:
+            value = converted(value, fields[key].type)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise CCOError(f"{type(self).__name__}.{key}: {not_of_type(value, fields[key].type)}") from error
         if problem := problem_with(key, value):
             raise CCOError(f"{type(self).__name__}.{key}: {problem}")
         super().__setattr__(key, value)

@@ -1,6 +1,6 @@
 """The sections of a recipe, as dataclasses that refuse what can't be: where they are made, and where they are written to.
 
-Values of other types are for `lightning_cco.settings.load_settings` to convert or to refuse.
+A value that says the same in another type, such as "8" for 8, is converted.
 """
 
 from __future__ import annotations
@@ -264,7 +264,6 @@ class DeploymentSettings(Checked):
     vnni: bool | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.target_framework, str):
-            self.target_framework = target_of(self.target_framework)
+        self.target_framework = target_of(self.target_framework)
         if problem := problem_with_deployment(vars(self)):
             raise CCOError(f"deployment_settings{problem}")

@@ -14,12 +14,12 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from lightning_cco._parsing import parse, parse_rule
+from lightning_cco._parsing import parse, parse_rule, parsed
 from lightning_cco._recipes import read
 from lightning_cco._values import RANGE_ESTIMATORS, SENSITIVITY_MODES, TARGET_FRAMEWORKS, WEIGHT_ESTIMATORS
 from lightning_cco.errors import CCOError
 from lightning_cco.files import write_file
-from lightning_cco.names import literal
+from lightning_cco.names import literal, nearest, printable
 from lightning_cco.sections import (
     BitsStage,
     BudgetSettings,
@@ -74,6 +74,13 @@ class Settings:
     deployment_settings: DeploymentSettings = field(default_factory=DeploymentSettings)
     budget_settings: BudgetSettings = field(default_factory=BudgetSettings)
     layer_settings: list[LayerRule] = field(default_factory=list)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in type(self).__dataclass_fields__:
+            raise CCOError(
+                f"Settings.{printable(name, 80)}: there is no such section.{nearest(name, list(type(self).__dataclass_fields__))}"
+            )
+        super().__setattr__(name, parsed(name, value))
 
     def set_quantization_settings_for_layer(self, name: str, settings: LayerQuantizationSettings) -> None:
         """Say something of a layer; what was said of the same name before is replaced.

@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -15,7 +16,16 @@ from omegaconf import OmegaConf
 
 import lightning_cco as cc
 from lightning_cco._recipes import shipped_recipes
-from lightning_cco.settings import DeploymentSettings, LayerRule, MonitoringSettings, TrainingSettings, load_settings
+from lightning_cco.settings import (
+    BitsStage,
+    BudgetSettings,
+    DeploymentSettings,
+    GlobalQuantizationSettings,
+    LayerRule,
+    MonitoringSettings,
+    TrainingSettings,
+    load_settings,
+)
 
 BITS = st.one_of(st.none(), st.integers(2, 8))
 NAMES = st.from_regex(r"[a-z][a-z_.]{0,12}[a-z0-9*]", fullmatch=True)
@@ -205,12 +215,46 @@ def test_changing_settings_in_python_is_checked_at_use() -> None:
         (DeploymentSettings, {"target_framework": "openvin"}, r"DeploymentSettings\.target_framework: .*'openvino'"),
         (LayerRule, {"skip_quantization": True}, r"LayerRule: `match` is missing"),
         (LayerRule, {"match": "a", "skip_quantization_until": ["b"]}, r"LayerRule \(match: a\): .*Add skip_quantization: true"),
+        (
+            LayerRule,
+            {"match": "a", "skip_quantization_until": 3},
+            r"LayerRule\.skip_quantization_until: a list of names was expected, int came: 3",
+        ),
+        (LayerRule, {"match": "a", "weight_only": np.ones(2)}, r"true or false or null was expected, ndarray came"),
+        (
+            GlobalQuantizationSettings,
+            {"skip_tail_quantization": "no"},
+            r"skip_tail_quantization: true or false was expected, str came: 'no'",
+        ),
+        (GlobalQuantizationSettings, {"weights_num_bits": None}, r"weights_num_bits: a whole number was expected, NoneType came"),
+        (GlobalQuantizationSettings, {"weights_num_bits": "many"}, r"a whole number was expected, str came: 'many'"),
+        (BudgetSettings, {"size": [0.2]}, r"BudgetSettings\.size: a number or null was expected, list came: \[0.2\]"),
+        (BitsStage, {"at_step": "x" * 10**6, "weights_num_bits": 4}, r"^.{,200}$"),
+        (TrainingSettings, {"stages": [3]}, r"a list of stages"),
+        (cc.Settings, {"training_settings": 99}, r"training_settings: a mapping was expected, int came: 99"),
+        (cc.Settings, {"layer_settings": [99]}, r"layer_settings\[0\]: a mapping was expected, int came"),
         (LayerRule, {"match": "*" * 30}, r"at most 4,096 characters and 20 stars"),
     ],
 )
 def test_the_dataclasses_refuse_what_a_recipe_may_not_say(kind: type, values: dict[str, Any], message: str) -> None:
     with pytest.raises(cc.CCOError, match=message):
         kind(**values)
+
+
+def test_a_setting_that_is_not_there_can_t_be_written_to() -> None:
+    settings = cc.Settings()
+    with pytest.raises(cc.CCOError, match=r"weight_num_bits: there is no such setting. Did you mean 'weights_num_bits'"):
+        settings.global_quantization_settings.weight_num_bits = 4
+    with pytest.raises(cc.CCOError, match=r"no such section. Did you mean 'training_settings'"):
+        settings.trainings_settings = TrainingSettings()
+
+
+def test_what_says_the_same_is_converted_where_it_is_written() -> None:
+    section = TrainingSettings(stats_steps=np.int64(3), percentile=99)
+    assert (section.stats_steps, type(section.stats_steps), section.percentile) == (3, int, 99.0)
+    assert cc.Settings(training_settings={"stats_steps": "4"}).training_settings == TrainingSettings(stats_steps=4)
+    own = TrainingSettings()
+    assert cc.Settings(training_settings=own).training_settings is own
 
 
 def test_an_engine_by_another_of_its_names() -> None:
