@@ -66,12 +66,13 @@ def real_file(path: str | Path) -> Path:
         OSError: Something that is no file is there (a folder, a pipe, a device), or there can be no such path.
     """
     try:
-        target = Path(os.path.realpath(path))
+        target = Path(os.path.realpath(path))  # fails where the working directory is gone
+    except ValueError as error:  # a NUL
+        raise OSError(errno.EINVAL, str(error)) from error
+    try:
         mode = target.stat().st_mode
     except FileNotFoundError:
         return target
-    except ValueError as error:  # a NUL
-        raise OSError(errno.EINVAL, str(error)) from error
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
         raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, f"it is {kind}")

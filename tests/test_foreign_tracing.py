@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +271,40 @@ def test_disabled_in_overlapping_threads() -> None:
         float_output = model(x)
     assert all(torch.equal(got, expected) for got in (outside, after))
     assert all(torch.equal(got, float_output) for got in (seen["inside"], ours))
+
+
+def test_disabled_in_overlapping_tasks_and_generators() -> None:
+    """Blocks that end in another order than they began, or in another thread, leave nothing behind."""
+    model, x, quantized, expected = prepared()
+
+    def is_rounded() -> bool:
+        with torch.no_grad():
+            return torch.equal(model(x), expected)
+
+    async def inside(seconds: float) -> bool:
+        with quantized.disabled():
+            await asyncio.sleep(seconds)
+            return is_rounded()
+
+    async def outside() -> bool:
+        await asyncio.sleep(0.001)
+        return is_rounded()
+
+    async def tasks() -> list[bool]:
+        return await asyncio.gather(inside(0.002), outside(), inside(0.02))
+
+    def generator() -> Iterator[None]:
+        with quantized.disabled():
+            yield
+
+    assert asyncio.run(tasks()) == [False, True, False]
+    assert is_rounded()
+    first, second = generator(), generator()
+    next(first), next(second)
+    first.close()
+    assert not is_rounded()
+    thread = threading.Thread(target=second.close)
+    thread.start()
+    thread.join()
+    assert is_rounded()
+    quantized.remove()

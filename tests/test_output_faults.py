@@ -212,6 +212,21 @@ def test_an_export_writes_files_only(name: str, quantized: QuantizedModel, tmp_p
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("path", [None, 3, b"model.onnx", "\udc80.onnx"])
+def test_what_is_no_path_is_refused_at_once(path: Any, quantized: QuantizedModel) -> None:
+    with pytest.raises(CCOError, match=r"export: (a path was expected, \w+ came|.* is no text that engines can open)"):
+        quantized.export(path)
+
+
+def test_a_working_directory_that_is_gone(quantized: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(CCOError, match="can't be written"):
+        quantized.export("model.onnx")
+
+
 def test_a_program_is_written_through_a_link_and_nothing_is_left(
     quantized: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

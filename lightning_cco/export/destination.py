@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning_cco.errors import CCOError
 from lightning_cco.export.engines import BY_ENDING
 from lightning_cco.files import real_file
+from lightning_cco.names import printable, shown
 
 
 def export_target(path: str | Path, ending: str) -> Path:
@@ -21,6 +22,12 @@ def export_target(path: str | Path, ending: str) -> Path:
     Raises:
         CCOError: It ends in something else, or what is there is no file.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise CCOError(f"export: a path was expected, {type(path).__name__} came: {shown(path)}. Write 'model{ending}'.")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise CCOError(f"export: '{printable(str(path), 160)}' is no text that engines can open: {error}. Give a path in UTF-8.") from error
     if "://" in str(path) or re.match(r"\w\w+:/", str(path)):
         raise CCOError(
             f"export: '{path}' is not on a disk of this machine; a local path was expected. Write the file there, and upload it."
@@ -67,14 +74,19 @@ def move(made: Path, target: Path) -> None:
 
 def is_engine_file(path: str | Path) -> bool:
     """Whether `QuantizedModel.export` writes the file of an engine that reads programs, by its ending."""
-    return Path(path).suffix.lower() in BY_ENDING
+    return _ending(path) in BY_ENDING
 
 
 def holds_weights_alone(path: str | Path) -> bool:
     """Whether `QuantizedModel.export` writes the weights of a network alone, by the path's ending."""
-    return Path(path).suffix.lower() == ".safetensors"
+    return _ending(path) == ".safetensors"
 
 
 def is_program(path: str | Path) -> bool:
     """Whether `QuantizedModel.export` writes a `torch.export` program to a path, by its ending."""
     return str(path).endswith(".pt2")
+
+
+def _ending(path: object) -> str:
+    """A path's ending; what is no path at all is refused by `export_target`."""
+    return os.path.splitext(str(path))[1].lower()

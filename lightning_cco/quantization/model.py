@@ -247,7 +247,7 @@ class HookedModel:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Compute in float inside the block, in this thread: others go on quantizing."""
+        """Compute in float inside the block, in this thread or asynchronous task: others go on quantizing."""
         with self.runtime.doing(Phase.PASS):
             yield
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from lightning_cco.graph.python_calls import calling_position
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.arguments import renormalized
 from lightning_cco.quantization.bias_correction import BiasCorrection
+from lightning_cco.quantization.blocks import Blocks
 from lightning_cco.quantization.capture_mismatches import COMPUTES, CaptureMismatches
 from lightning_cco.quantization.measured_calls import (
     OutputRecorder,
@@ -71,7 +71,7 @@ class Runtime:
         self.frames = Frames(model, capture.root, self._handle)
         self.frames.watched = COMPUTES | {"multi_head_attention_forward"}
         self.mismatches = CaptureMismatches(model, capture.root)
-        self._blocks: dict[int, PlannedCall] = {}  # by thread; empty but for the time of a block
+        self._blocks = Blocks()
         self.phase = Phase.QUANTIZE
         self.frames.carried = self._carried
         self.frames.opens, self.frames.passes = self._opens, self._passes
@@ -109,7 +109,7 @@ class Runtime:
         if here >= 0 and not is_compiling() and calling_position(settled=False) != here and calling_position() != here:
             self.mismatches.moved(frame, name, site)
             return func(*args, **kwargs)
-        return (self.run if self._blocks else self._run)(frame, site, func, args, kwargs)
+        return (self.run if self._blocks.open else self._run)(frame, site, func, args, kwargs)
 
     @property
     def phase(self) -> Phase:
@@ -122,8 +122,9 @@ class Runtime:
 
     @property
     def run(self) -> PlannedCall:
-        """What this thread does at a planned call."""
-        return self._blocks.get(get_ident(), self._run)
+        """What this thread or task does at a planned call."""
+        run: PlannedCall = self._blocks.innermost(self._run)
+        return run
 
     def _strategy(self, phase: Phase, recorder: OutputRecorder | None = None, only: frozenset[int] | None = None) -> PlannedCall:
         if phase is Phase.QUANTIZE:
@@ -182,7 +183,7 @@ class Runtime:
     def doing(
         self, phase: Phase, recorder: OutputRecorder | None = None, only: Iterable[ActivationQuantizer] | None = None
     ) -> Iterator[None]:
-        """Let this thread do something else than the phase inside the block; other threads go on as before.
+        """Let this thread or asynchronous task do something else than the phase inside the block; others go on as before.
 
         Compiled code runs eagerly meanwhile, since what a graph does can't depend on the thread.
 
@@ -196,21 +197,9 @@ class Runtime:
             yield
 
     @contextmanager
-    def _in_block(self, block: PlannedCall | None) -> Iterator[None]:
-        thread = get_ident()
-        before = self._blocks.get(thread)
-        with eager():
-            try:
-                self._set_block(thread, block)
-                yield
-            finally:
-                self._set_block(thread, before)
-
-    def _set_block(self, thread: int, block: PlannedCall | None) -> None:
-        if block is None:
-            self._blocks.pop(thread, None)
-        else:
-            self._blocks[thread] = block
+    def _in_block(self, block: PlannedCall) -> Iterator[None]:
+        with eager(), self._blocks.within(block):
+            yield
 
     def _passes(self) -> bool:
         return self.run is _call
@@ -223,7 +212,7 @@ class Runtime:
 
     def _carried(self) -> Callable[[], AbstractContextManager[None]]:
         """A recomputation does what its forward did, whenever and in whatever thread it runs."""
-        block = self._blocks.get(get_ident()) if self._blocks else None
+        block = self._blocks.innermost(None) if self._blocks.open else None
         return nullcontext if block is None else partial(self._in_block, block)
 
 
