@@ -25,7 +25,7 @@ from lightning_cco.export.report import ExportReport
 from lightning_cco.export_dir import check_export_dir
 from lightning_cco.handover import Handover
 from lightning_cco.initial_evaluation import InitialEvaluation
-from lightning_cco.lookahead import left_over, warn_of_left_over
+from lightning_cco.lookahead import left_over, warn_of_left_over, why_empty
 from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.metric_modes import metric_directions
 from lightning_cco.monitoring.metrics import numbers
@@ -115,6 +115,7 @@ class CompressionRun:
         if not held:
             raise CCOError(
                 "CCOCallback: the training loader is empty; expected at least one batch to capture the layers and to calibrate on."
+                + why_empty(trainer)
             )
         history = self._monitor.state_dict() if self._monitor is not None else (compression.state or {}).get("monitor")
         monitor = self._monitor = start_monitor(trainer, self.settings.monitoring_settings, history)

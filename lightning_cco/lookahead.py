@@ -23,6 +23,7 @@ from lightning_cco.compat.lightning_loaders import (
     training_fetcher,
     training_loader,
 )
+from lightning_cco.compat.lightning_trainer import validation_loader
 from lightning_cco.early_iterator import Begun, Lookahead
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.snapshot import Snapshot
@@ -97,6 +98,30 @@ def warn_of_left_over(trainer: pl.Trainer) -> None:
             CCOWarning,
             stacklevel=2,
         )
+
+
+def why_empty(trainer: pl.Trainer) -> str:
+    """What may have emptied the training's loaders: a validation of the same stream."""
+    training, validation = training_loader(trainer), validation_loader(trainer)
+    streams = [
+        stream
+        for combined in (training, validation)
+        if combined is not None
+        for loader in combined.flattened
+        for stream in _streams(loader)
+    ]
+    shared = next((stream for number, stream in enumerate(streams) if any(stream is one for one in streams[:number])), None)
+    if shared is None:
+        return ""
+    return (
+        f" The validation reads from the same object, a {type(shared).__name__}, which gives each sample once, and has taken all of it before the training "
+        "began. Give training and validation streams of their own, or set Trainer(num_sanity_val_steps=...) and limit_val_batches to less than it has."
+    )
+
+
+def _streams(loader: Any) -> list[Any]:
+    """A loader and its data."""
+    return [loader, loader.dataset] if hasattr(loader, "dataset") else [loader]
 
 
 def upcoming_batches(trainer: pl.Trainer, count: int, begun: int | None = None) -> Iterator[Any]:

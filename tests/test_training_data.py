@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import CombinedLoader
-from lightning_modules import Classifier, assert_acts, assert_quantized, batches, make_trainer, run_fit
+from lightning_modules import Classifier, assert_acts, assert_quantized, batches, make_trainer, quick, run_fit
 from models import ResidualCNN, TokenModel
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from lightning_cco import CCOError
 
 
 class OfSeveral(Classifier):
@@ -167,3 +169,24 @@ def test_without_a_logger_everything_is_written_below_the_default_root(tmp_path:
     run = run_fit(tmp_path, Classifier, logger=False)
     assert run.trainer.loggers == []
     assert (tmp_path / "cco" / "sensitivity.csv").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+@pytest.mark.parametrize("loader", ["iterator", "dataset"])
+def test_a_stream_that_the_validation_has_emptied_is_told(loader: str, tmp_path: Path) -> None:
+    """In a float run the training ends at once, without a word."""
+
+    class Once(IterableDataset):
+        def __init__(self) -> None:
+            self.samples = iter(batches().dataset)
+
+        def __iter__(self) -> Iterator[Any]:
+            return self.samples
+
+    data = Once()
+    train = iter(batches()) if loader == "iterator" else DataLoader(data, 8)
+    trainer = make_trainer(tmp_path, quick(), num_sanity_val_steps=-1)
+    with pytest.raises(CCOError, match=r"The validation reads from the same object, a \w+, which gives each sample once"):
+        trainer.fit(Classifier(), train, train if loader == "iterator" else DataLoader(data, 8))
+    with pytest.raises(CCOError, match=r"to calibrate on\.$"):
+        make_trainer(tmp_path, quick()).fit(Classifier(), iter([]))
