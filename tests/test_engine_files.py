@@ -43,6 +43,31 @@ def test_the_file_is_run_in_its_engine_sample_by_sample(cnn: QuantizedModel, tmp
 
 
 @pytest.mark.parametrize(
+    "put",
+    [
+        lambda model, x: (model, torch.from_numpy(x[:, 0].numpy()[:, None])),  # NumPy gives a new axis a stride of 0
+        lambda model, x: (model, x.as_strided(x.shape, (64, 1, 8, 1))),  # channels_last, of one channel
+        lambda model, x: (model, x[:1].expand(4, -1, -1, -1)),
+        lambda model, x: (model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)),
+    ],
+    ids=["new axis", "one channel last", "expanded", "channels last"],
+)
+def test_layouts_in_memory_are_no_part_of_the_file(put: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ExecuTorch takes strides for a part of a tensor's type, and converts none of 0."""
+    in_torch(monkeypatch)
+    model, x = put(GuideCNN(), torch.randn(4, 1, 8, 8))
+    weights = [tensor.stride() for tensor in model.parameters()]
+    quantized, _ = calibrated(model, lambda: x, PROGRAM)
+    report = quantized.export(tmp_path / "model.pte")
+    assert isinstance(report, ExportReport)
+    assert report.sqnr_db > 60
+    program = torch.export.load(tmp_path / "model.pte")
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+    assert [value.stride() for value in values] == [torch.empty(value.shape).stride() for value in values]
+    assert [tensor.stride() for tensor in model.parameters()] == weights
+
+
+@pytest.mark.parametrize(
     ("attributes", "options", "message"),
     [
         ({"factor": (1, 1.3)}, {}, r"differs from the fake-quantized model: 'relu' is .* the first layer that differs is 'relu'"),

@@ -18,6 +18,7 @@ from lightning_cco.export.destination import export_target, move
 from lightning_cco.export.engines import BY_ENDING, Converted, Engine, Reader
 from lightning_cco.export.failures import first_paragraph, need_engine, need_writable_names
 from lightning_cco.export.feeds import call_of
+from lightning_cco.export.layouts import in_usual_layout
 from lightning_cco.export.limits import judge, refuse_floats
 from lightning_cco.export.onnx_notes import notes_on_bits
 from lightning_cco.export.outputs import arrays_of
@@ -86,7 +87,7 @@ def export_engine_file(
     need_writable_names(name for layer in quantized.graph for name in (layer.path, *layer.parameters))
     target = export_target(path, engine.ending)
     report = ExportReport(str(path), float_size_bytes=float_bytes(quantized.model))
-    with in_float32(quantized.model), quantized.evaluating(), eager():
+    with in_float32(quantized.model), in_usual_layout(quantized.model), quantized.evaluating(), eager():
         deployed = Deployed(quantized.model, args, kwargs, cast=bool(other_types(quantized.model)), network=network)
         samples = Samples(deployed, batch_size)
         report.notes += samples.notes + notes_on_bits(quantized)

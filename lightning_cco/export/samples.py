@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_cco.export.deployed import Deployed
+from lightning_cco.export.layouts import usual
 
 
 class Samples:
@@ -25,7 +26,7 @@ class Samples:
 
     def __init__(self, deployed: Deployed, size: int) -> None:
         self.deployed, self.notes = deployed, list[str]()
-        whole = deployed.example
+        whole = tuple(map(usual, deployed.example))
         count = next((tensor.shape[0] for tensor in whole if tensor.dim()), 0)
         self._batched = [bool(tensor.dim()) and tensor.shape[0] == count for tensor in whole]
         self.size = size
@@ -56,8 +57,7 @@ class Samples:
 
     def _cut(self, tensors: tuple[Tensor, ...], start: int) -> tuple[Tensor, ...]:
         return tuple(
-            tensor[start : start + self.size].contiguous() if batched else tensor
-            for tensor, batched in zip(tensors, self._batched, strict=True)
+            usual(tensor[start : start + self.size] if batched else tensor) for tensor, batched in zip(tensors, self._batched, strict=True)
         )
 
     def _runs(self, tensors: tuple[Tensor, ...]) -> bool:
