@@ -9,7 +9,7 @@ LOWEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= python3.13
 DOCS := .venv-docs
 
-.PHONY: demo test test-all test-gpu test-engines test-floors test-sanitize coverage compatibility benchmark benchmark-accuracy benchmark-gpu benchmark-peers docs lint clean
+.PHONY: demo test test-all test-gpu test-engines engine-speed test-floors test-sanitize coverage compatibility benchmark benchmark-accuracy benchmark-gpu benchmark-peers docs lint clean
 
 demo: $(STAMP)
 	$(RUN) recipes/digits_cnn.py
@@ -47,15 +47,23 @@ test-floors: $(STAMP)
 
 # A table of networks on each engine, written into docs/engines.md; 20 minutes, and 2 GB for each environment: the engines' pins exclude each other's.
 ENGINES := executorch litert coreml qnn
-test-engines: $(STAMP)
+test-engines: $(STAMP) $(ENGINES:%=.venv-%/.installed)
 	for engine in ort openvino; do OMP_NUM_THREADS=1 $(RUN) tests/engine_table.py $$engine || exit 1; done
-	for engine in $(ENGINES); do \
-	test -x .venv-$$engine/bin/python || $(PYTHON) -m venv .venv-$$engine; \
-	.venv-$$engine/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -e ".[$$engine]" && \
-	OMP_NUM_THREADS=1 .venv-$$engine/bin/python tests/engine_table.py $$engine || exit 1; done
+	for engine in $(ENGINES); do OMP_NUM_THREADS=1 .venv-$$engine/bin/python tests/engine_table.py $$engine || exit 1; done
 	.venv-qnn/bin/python -m pip install --quiet --no-compile --disable-pip-version-check pytest
 	PYTHONPATH=tests .venv-qnn/bin/python -m pytest -q -c /dev/null --rootdir . --noconftest tests/export/test_qnn_canaries.py
 	$(RUN) tests/engine_table.py --write
+
+# INT8 beside float on ResNet-18, MobileNetV2 and ViT-tiny, in each engine that runs here as on a device; close everything else first. A quarter of an hour.
+engine-speed: $(STAMP) .venv-executorch/.installed .venv-litert/.installed
+	for engine in ort openvino; do OMP_NUM_THREADS=1 $(RUN) benchmarks/engine_speed.py $$engine || exit 1; done
+	for engine in executorch litert; do OMP_NUM_THREADS=1 .venv-$$engine/bin/python benchmarks/engine_speed.py $$engine || exit 1; done
+	$(RUN) tests/engine_table.py --write
+
+$(ENGINES:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -e ".[$*]"
+	touch $@
 
 # The fast tests with coverage of lines and branches; also of the processes that they start.
 coverage: $(STAMP)

@@ -10,7 +10,6 @@ import argparse
 import importlib.metadata
 import json
 import platform
-import statistics
 import sys
 import tempfile
 import warnings
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "benchmarks")]
+import engine_speed  # noqa: E402
 from export_models import Decoder, LSTMClassifier, MobileNetV2, ResNet18, UNet, ViT, settled  # noqa: E402
 
 from lightning_cco import CCOError, quantize  # noqa: E402
@@ -78,7 +78,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[st
 """Model, example, and settings beside those of INT8."""
 
 
-def run(engine: str, runs: int, keep: Callable[[dict[str, Any]], None], order: list[str] | None = None) -> None:
+def run(engine: str, keep: Callable[[dict[str, Any]], None], order: list[str] | None = None) -> None:
     """What the engine makes of each network; ``keep`` is given all results after each."""
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
@@ -88,14 +88,14 @@ def run(engine: str, runs: int, keep: Callable[[dict[str, Any]], None], order: l
         with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
             try:
-                found[name] = _row(engine, settled(make()), example, settings, Path(folder), runs)
+                found[name] = _row(engine, settled(make()), example, settings, Path(folder))
             except CCOError as error:
                 found[name] = {"refused": " ".join(str(error).split())[:300]}
         print(engine, name, found[name], flush=True)
         keep(found)
 
 
-def _row(engine: str, model: nn.Module, example: Callable[[], Tensor], settings: dict[str, Any], folder: Path, runs: int) -> dict[str, Any]:
+def _row(engine: str, model: nn.Module, example: Callable[[], Tensor], settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     x = example()
     overall = {"skip_tail_quantization": False, **settings}
     quantized = quantize(
@@ -124,24 +124,7 @@ def _row(engine: str, model: nn.Module, example: Callable[[], Tensor], settings:
         "size_ratio": report.size_ratio,
     }
     quantized.remove()
-    times = _times(engine, model, x[:1], path, folder, runs)
-    return row | ({"speed": times[0] / times[1]} if times else {})
-
-
-def _times(engine: str, model: nn.Module, x: Tensor, path: Path, folder: Path, runs: int) -> tuple[float, float] | None:
-    """Seconds of the float model and of the file in an engine that reads programs, in turns."""
-    start = ENGINES[engine].start
-    if start is None or ENGINES[engine].reads_alone:
-        return None
-    whole = folder / f"float{path.suffix}"
-    torch.export.save(torch.export.export(model.eval(), (x,), strict=False), folder / "float.pt2")
-    reader: Any = start()
-    reader.convert(folder / "float.pt2", whole)
-    found: dict[Path, list[float]] = {whole: [], path: []}
-    for _ in range(5):
-        for file, seconds in found.items():
-            seconds.append(min(reader.time(file, [x.numpy()], runs)))
-    return statistics.median(found[whole]), statistics.median(found[path])
+    return row
 
 
 def versions(engine: str) -> str:
@@ -150,22 +133,21 @@ def versions(engine: str) -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 
-def page(results: dict[str, Any]) -> str:
+def page(results: dict[str, Any], speeds: dict[str, Any]) -> str:
     """The tables, as Markdown."""
-    lines = []
+    lines = engine_speed.table(speeds)
     for engine, result in results.items():
         lines += [f"## {ENGINES[engine].title}", "", f"{result['versions']}; {result['machine']}.", ""]
-        lines += ["| network | agreement, dB | most steps | in INT8 | in float | size | speed |", "|---|---|---|---|---|---|---|"]
+        lines += ["| network | agreement, dB | most steps | in INT8 | in float | size |", "|---|---|---|---|---|---|"]
         for name, row in result["networks"].items():
             if "refused" in row:
-                lines.append(f"| {name} | refused: {row['refused']} | | | | | |")
+                lines.append(f"| {name} | refused: {row['refused']} | | | | |")
                 continue
-            speed = f"{row['speed']:.2f}" if "speed" in row else "not measured"
             # OpenVINO tells what its products compute on; what is no product in INT8 is not listed.
             floats = "not counted" if engine == "openvino" else _counts(row["float"])
             lines.append(
                 f"| {name} | {row['sqnr_db']:.0f} | {row['largest_steps']:.0f} | {_counts(row['integer'])} | {floats} | "
-                f"{row['size_ratio']:.2f} | {speed} |"
+                f"{row['size_ratio']:.2f} |"
             )
         lines.append("")
     return "\n".join(lines)
@@ -175,12 +157,17 @@ def _counts(nodes: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(nodes.items(), key=lambda entry: (-entry[1], entry[0]))) or "nothing"
 
 
+def _kept(kind: str) -> dict[str, Any]:
+    """The results of a kind by engine."""
+    paths = {name: OUT / f"{name}{kind}.json" for name in PACKAGES}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+
+
 def main() -> None:
     """Run one engine, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("engine", nargs="?", choices=list(PACKAGES))
     parser.add_argument("--networks", nargs="*", choices=list(NETWORKS), help="some of them alone; the results of others are kept")
-    parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
@@ -194,13 +181,11 @@ def main() -> None:
             result = {"versions": versions(options.engine), "machine": machine, "networks": rows}
             (OUT / f"{options.engine}.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
 
-        run(options.engine, options.runs, keep, options.networks)
+        run(options.engine, keep, options.networks)
     if options.write:
-        results = {
-            name: json.loads((OUT / f"{name}.json").read_text(encoding="utf-8")) for name in PACKAGES if (OUT / f"{name}.json").exists()
-        }
+        results, speeds = _kept(""), _kept(".speed")
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
-        PAGE.write_text(f"{before}{MARKS[0]}\n{page(results)}{MARKS[1]}{rest.partition(MARKS[1])[2]}", encoding="utf-8")
+        PAGE.write_text(f"{before}{MARKS[0]}\n{page(results, speeds)}{MARKS[1]}{rest.partition(MARKS[1])[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import nn
 from lightning_cco import quantize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from engine_speed import NETWORKS, ratios, table
 from measure import interleaved
 from plain import Plain
 from report import placed
@@ -81,3 +82,24 @@ def test_a_table_replaces_what_stands_in_its_place() -> None:
     page = placed("# Results\n\n<!-- one -->\nold\n<!-- /one -->\n\nend\n", "one", "new \\1")
     assert page == "# Results\n\n<!-- one -->\nnew \\1\n<!-- /one -->\n\nend\n"
     assert placed(page, "two", "second").endswith("end\n\n<!-- two -->\nsecond\n<!-- /two -->\n")
+
+
+def test_speeds_of_engines_are_ratios_by_turns_and_stand_beside_the_processor() -> None:
+    called: list[str] = []
+    row = ratios({kind: lambda kind=kind: called.append(kind) for kind in ("float", "int8")}, turns=4)  # type: ignore[misc]
+    assert row["low"] <= row["ratio"] <= row["high"]
+    assert [kind for kind, before in zip(called, ["", *called], strict=False) if kind != before] == [
+        "int8",
+        "float",
+        "int8",
+        "float",
+        "int8",
+    ]
+    assert called.count("float") == called.count("int8")
+    rows = {"ResNet-18": {"ratio": 3.6, "low": 3.5, "high": 3.7, "float_ms": 36.0, "int8_ms": 10.0}, "ViT-tiny": {"refused": "no"}}
+    lines = table({"ort": {"version": "1.32", "processor": "A (family 1, model 2), without VNNI", "networks": rows}})
+    assert lines[-2] == (
+        "| ONNX Runtime 1.32 | 3.60 (3.50–3.70), 36.0 → 10.0 ms | not measured | refused: no | A (family 1, model 2), without VNNI |"
+    )
+    assert len(NETWORKS) == 3
+    assert table({}) == []

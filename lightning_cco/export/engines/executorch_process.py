@@ -63,20 +63,6 @@ def run(path: str, arrays: list[Any]) -> list[Any]:
     return [output.clone().numpy() if isinstance(output, torch.Tensor) else output for output in outputs]
 
 
-def time(path: str, arrays: list[Any], count: int) -> list[float]:
-    """Seconds of single runs on one thread."""
-    from time import perf_counter
-
-    run(path, arrays)
-    tensors, method = [torch.from_numpy(array) for array in arrays], _methods[path][1]
-    found = []
-    for _ in range(count):
-        start = perf_counter()
-        method.execute(tensors)
-        found.append(perf_counter() - start)
-    return found
-
-
 def _nodes(graph: Any, delegated: bool, layer_key: str) -> tuple[list[tuple[str, bool, bool, bool, str]], int]:
     found, conversions = [], 0
     for node in graph.nodes:

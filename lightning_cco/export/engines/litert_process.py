@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -80,17 +79,6 @@ def formats(path: str) -> dict[str, Any]:
     runner = _loaded(path).get_signature_runner()
     found = [*_in_order(runner.get_input_details()), *_in_order(runner.get_output_details())]
     return {name: entry["quantization"] for name, entry in found if entry["dtype"] is np.int8}
-
-
-def time(path: str, arrays: list[Any], count: int) -> list[float]:
-    """Seconds of single runs on one thread."""
-    run(path, arrays)
-    interpreter, found = _loaded(path), []
-    for _ in range(count):
-        start = perf_counter()
-        interpreter.invoke()
-        found.append(perf_counter() - start)
-    return found
 
 
 def _loaded(path: str) -> Any:

@@ -14,7 +14,7 @@ from lightning_cco.export.engines.worker import Worker
 
 
 class ProgramReader:
-    """What such engines have in common: their files are run and timed by the same requests.
+    """What such engines have in common: their files are run by the same request.
 
     Args:
         process: Name of the module beside this one that answers them.
@@ -29,7 +29,3 @@ class ProgramReader:
     def run(self, path: Path, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """The outputs of a file."""
         return self.worker.ask(("run", (str(path), list(arrays))))  # type: ignore[no-any-return]
-
-    def time(self, path: Path, arrays: Sequence[np.ndarray[Any, Any]], count: int) -> list[float]:
-        """Seconds of single runs."""
-        return self.worker.ask(("time", (str(path), list(arrays), count)))  # type: ignore[no-any-return]
