@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from lightning_cco.compat.resolve import or_else
 
 
@@ -21,6 +23,24 @@ def graph_being_traced() -> Any:
         return output if hasattr(output, "compiler_fn") else None
     except (ImportError, AttributeError):
         return None
+
+
+_BODIES = frozenset({"cond", "while_loop", "scan", "associative_scan", "map", "map_impl", "flex_attention", "invoke_subgraph"})
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def traces_a_body() -> bool:
+    """Whether what is traced now is the body of an operator that takes functions (`torch.cond`), which may write to nothing outside of it.
+
+    Private API: ``output.current_tracer`` of `graph_being_traced`, its ``parent`` and ``source_target``. Without it: such an operator around modules of a
+    quantized model ends with the compiler's own error.
+    """
+    tracer = getattr(graph_being_traced(), "current_tracer", None)
+    while tracer is not None:
+        if getattr(getattr(tracer, "source_target", None), "__name__", "") in _BODIES:
+            return True
+        tracer = getattr(tracer, "parent", None)
+    return False
 
 
 without_side_effect_checks: Callable[..., Any] | None = or_else(

@@ -21,6 +21,7 @@ from torch.compiler import is_compiling
 from torch.fx import GraphModule, Proxy
 
 from lightning_cco.compat.autograd import graph_task, saved_hooks_on_top
+from lightning_cco.compat.dynamo import traces_a_body
 from lightning_cco.compat.modules import MODULE_CALL
 from lightning_cco.compat.torch_modes import pop_function_mode, push_function_mode
 from lightning_cco.errors import CCOError
@@ -182,6 +183,8 @@ class Frames(FrameStacks):
 
     def _enter_compiled(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The same while a compiler traces, where there are no Python frames to be seen."""
+        if traces_a_body():
+            return
         stack = self._main
         records = is_grad_enabled()
         if stack:
@@ -203,6 +206,8 @@ class Frames(FrameStacks):
     def leave(self, path: str, output: Any) -> None:
         """Pop the frame of a module call that ends."""
         compiling = is_compiling()
+        if compiling and traces_a_body():
+            return
         stack = self._main if compiling or get_ident() == self._thread else self.stack()
         # A user's pre-hook may have raised before ours ran, and a redirected call pushed nothing.
         if not stack:
