@@ -197,3 +197,31 @@ def test_values_that_are_counted_are_those_of_the_float_model(name: str) -> None
     model(x)
     assert model.levels > 2**4
     assert "linear_1" in quantized.plan.quantized
+
+
+class Packs(nn.Module):
+    """Layers before and inside of packed sequences, whose lengths depend on no float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.rnn, self.second, self.last = nn.Linear(6, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(F.relu(self.first(x)), lengths, batch_first=True, enforce_sorted=False)
+        states = self.rnn(packed)[0]
+        inside = nn.utils.rnn.PackedSequence(F.relu(self.second(states.data)), *states[1:])
+        return self.last(nn.utils.rnn.pad_packed_sequence(inside, batch_first=True)[0])
+
+
+def test_packing_a_sequence_makes_no_index_of_its_values() -> None:
+    model, batch = Packs().eval(), (torch.randn(3, 5, 6), torch.tensor([3, 5, 2]))
+    quantized = quantize(model, None, batch)
+    quantized.calibrate([batch])
+    assert {"linear", "relu", "linear_1", "relu_1"} <= quantized.plan.quantized
+    assert not any("serves an index" in reason for reason in quantized.plan.skipped.values())
+    seen: list[Tensor] = []
+    model.rnn.register_forward_pre_hook(lambda _, args: seen.append(args[0].data.detach()))
+    with torch.no_grad():
+        model(*batch)
+    steps = seen[-1] / quantized.activations["relu"].scale
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)

@@ -25,7 +25,11 @@ INDEX, COMPLEX, READ = (
     "is read by Python, a hook, a loss or a log, and by no layer",
 )
 """What it is that somebody needs a tensor for as it is."""
-_INDIFFERENT = frozenset({"isnan", "isinf", "isfinite", "isposinf", "isneginf"})
+_INDIFFERENT = frozenset({
+    "isnan", "isinf", "isfinite", "isposinf", "isneginf",
+    "pack_padded_sequence", "pad_packed_sequence", "_pack_padded_sequence", "_pad_packed_sequence",
+})  # fmt: skip
+"""Whose integers rounding changes nothing of: those of a packed sequence are its lengths."""
 
 
 class ExactReaders:
