@@ -77,7 +77,7 @@ def bytes_of(tensor: Tensor) -> int:
     if tensor.is_nested:
         return sum(map(bytes_of, tensor.unbind()))
     if tensor.layout in _SPARSE:
-        return int(tensor._nnz()) * tensor.element_size()
+        return (tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor).values().nbytes
     return tensor.nbytes
 
 
