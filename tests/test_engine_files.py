@@ -97,6 +97,16 @@ def test_unchecked_it_is_written_all_the_same(cnn: QuantizedModel, tmp_path: Pat
     assert [island.layers for island in report.float_islands if island.unplanned] == [("conv_1",)]
 
 
+def test_layers_that_the_engine_rounds_by_itself_are_named(cnn: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LiteRT's converter computes transposed convolutions between roundings in INT8, which the plan has in float."""
+    in_torch(monkeypatch)
+    [tail] = [name for name in cnn.plan.skipped if cnn.graph[name].kind == "linear"]
+    said = cnn.export(tmp_path / "model.pte", check=False)
+    assert any(note.startswith("the engine computes in INT8") and f"'{tail}'" in note for note in said.notes)
+    in_torch(monkeypatch, floats=(tail,))
+    assert not any(note.startswith("the engine computes") for note in cnn.export(tmp_path / "model.pte", check=False).notes)
+
+
 def test_more_samples_than_the_example_has_are_said(cnn: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_torch(monkeypatch)
     report = cnn.export(tmp_path / "model.pte", check=False, batch_size=9)

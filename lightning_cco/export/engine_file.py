@@ -26,13 +26,14 @@ from lightning_cco.export.precision import float_bytes, in_float32, other_types
 from lightning_cco.export.program import example_of
 from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, levels_of
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
-from lightning_cco.export.report import ExportReport, FloatIsland
+from lightning_cco.export.report import UNASKED, ExportReport, FloatIsland
 from lightning_cco.export.samples import Samples
 from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.export.variations import varied
 from lightning_cco.files import temporary_folder
 from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.ops import Category, operation_of_kind
+from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
 
 _MOST_SAMPLES = 16
@@ -170,6 +171,12 @@ def _count(quantized: HookedModel, engine: Engine, made: Converted, report: Expo
     report.notes += made.notes
     plan, graph = quantized.plan, quantized.graph
     reached = {layer for _, layer, on_integers in made.layers if on_integers}
+    unasked = sorted(layer for layer in reached if layer in plan.skipped)
+    if unasked:
+        report.notes.append(
+            f"{UNASKED} in INT8 what the plan leaves in float, with weights that it rounds by itself: {list_names(unasked)}. The training has not seen that "
+            "rounding; compare the file's metric with the model's"
+        )
     report.target_nodes = dict(made.integer)
     for operator, layer, on_integers in made.layers:
         if on_integers or layer not in graph or layer in reached:
