@@ -1,6 +1,7 @@
 """The accuracy at few bits: three small networks on Fashion-MNIST, trained on for one epoch from one float network.
 
-The first convolution and the input have 8 bits, the last layer stays in float; everything else has the bits of its column. Every training is one epoch of
+By default the first convolution and the input have 8 bits, and the last layer stays in float; everything else has the bits of its column, but for what
+no layer multiplies as integers. Every training is one epoch of
 SGD (momentum 0.9, learning rate 0.01 down to 0 by a cosine) over 20,000 images from the same float network, and its test one of 10,000 images. A seed
 changes the order of the batches.
 
@@ -34,6 +35,7 @@ SCALE_RATE = 0.001  # learning rate of learned scales
 FLOAT, REESTIMATED = "float, continued", "ranges estimated again every 50 steps"
 LEARNED = "learned scales (LSQ+)"
 DISTILLED = "defaults and distillation (temperature 2, weight 0.7)"
+FIRST = "input and first convolution"
 PLAIN = {"residual_stream": "quantized"}  # what estimators are compared with: all activations of the same bits
 TRAININGS: dict[str, dict[str, str]] = {
     FLOAT: {},
@@ -46,6 +48,7 @@ TRAININGS: dict[str, dict[str, str]] = {
     LEARNED: {"range_estimator": "learned", "weight_estimator": "learned"},
     "learned weight scales, `auto` ranges": {"weight_estimator": "learned"},
     "learned ranges, `auto` weights": {"range_estimator": "learned"},
+    "input and first convolution of few bits, too": {FIRST: "few"},
     "`residual_stream: quantized`": {"residual_stream": "quantized"},
     "`residual_stream: int8`": {"residual_stream": "int8"},
     "`residual_stream: float`": {"residual_stream": "float"},
@@ -65,10 +68,11 @@ def quantized_network(model: nn.Module, data: Images, bits: str, settings: dict[
     """A float network with quantization hooked on and calibrated."""
     weights, activations = BITS[bits]
     everywhere = {key: value for key, value in settings.items() if key == "residual_stream"}
+    few = [{"match": "conv", "weights_num_bits": weights}, {"match": "input_0", "activations_num_bits": activations}]
     recipe = {
         "global_quantization_settings": {"weights_num_bits": weights, "activations_num_bits": activations, **everywhere},
-        "training_settings": {key: value for key, value in settings.items() if key not in everywhere},
-        "layer_settings": [{"match": "conv", "weights_num_bits": 8}, {"match": "input_0", "activations_num_bits": 8}],
+        "training_settings": {key: value for key, value in settings.items() if key not in (FIRST, *everywhere)},
+        "layer_settings": few if FIRST in settings else [],
     }
     quantized = quantize(model, recipe, (data.train[:BATCH],))
     quantized.calibrate([images] for images in calibration_batches(data, seed))
@@ -171,7 +175,8 @@ def main() -> None:
     header = ["network", "training", *(bits.upper() for bits in options.bits)]
     notes = [
         "Accuracy in per cent of the 10,000 test images after one more epoch: mean ± standard deviation over seeds, in brackets how many. "
-        "`auto` ranges are frozen from 4 bits down; the first convolution and the input have 8 bits, the last layer is in float. A cell without "
+        "`auto` ranges are frozen from 4 bits down; the first convolution and the input have 8 bits, the last layer is in float, and what "
+        "no layer multiplies as integers has 8 bits. A cell without "
         "a figure was not measured. Rows that compare other estimators than learned ones are with `residual_stream: quantized`. Other tools train for the "
         "same epoch from the same float network (`benchmarks/fashion_tools.py` says how each is set up); Brevitas and ModelOpt round what "
         "weighted layers read, so additions read floats: `residual_stream: float` is their like."

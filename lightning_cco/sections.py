@@ -65,8 +65,9 @@ class GlobalQuantizationSettings(Checked):
     """What holds for every layer that no rule says otherwise of.
 
     Attributes:
-        weights_num_bits: Bits of the weights, 2 to 8.
-        activations_num_bits: Bits of the activations, 2 to 8.
+        weights_num_bits: Bits of the weights, 2 to 8. Up to 4, convolutions that read the inputs of the model keep 8.
+        activations_num_bits: Bits of the activations, 2 to 8. Up to 4, inputs of the model keep 8, and so do tensors that no layer multiplies as integers
+            (what an addition, an activation or a float layer reads alone): fewer would save nothing. A rule that names a layer counts for these as well.
         weight_only: Quantize the weights alone, of every layer: they are integers in the file, and everything is computed in float.
         weights_group_size: So many weights that an output is made of share a scale: 16, 32, 64, 128 or 256, of linear layers, products with a matrix of
             weights, and embeddings, whose weights alone are then quantized (as with ``weight_only``). It must divide the number of a layer's inputs. For

@@ -75,7 +75,10 @@ def test_a_length_that_is_fixed_is_said_where_batches_have_others(tmp_path: Path
 def test_weights_packed_in_four_bits_do_not_count_as_int8() -> None:
     general = {"weights_num_bits": 4}
     graph = cc.capture_graph(GuideCNN(), GuideCNN.example())
-    packed = cc.plan_quantization(graph, {"global_quantization_settings": general, "deployment_settings": {"int4": True}})
+    rule = [{"match": "conv", "weights_num_bits": 4}]  # else it keeps 8 bits
+    packed = cc.plan_quantization(
+        graph, {"global_quantization_settings": general, "deployment_settings": {"int4": True}, "layer_settings": rule}
+    )
     assert plan_lines(packed)[0].startswith(
         "0 of 4 layers with weights run in INT8 in ort (0 % of the multiplications); 3 have weights packed"
     )

@@ -19,6 +19,7 @@ from lightning_cco import CCOError, CCOWarning, QuantizedModel, quantize
 CORRECTED: dict[str, Any] = {
     "training_settings": {"bias_correction": True},
     "global_quantization_settings": {"skip_tail_quantization": False, "weights_num_bits": 4},
+    "layer_settings": [{"match": "*", "weights_num_bits": 4}],
 }
 PLAIN = {**CORRECTED, "training_settings": {}}
 

@@ -26,7 +26,7 @@ FEW = {"weights_num_bits": 3, "activations_num_bits": 3}
 def test_they_are_those_of_the_calibrated_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     module, val = Classifier(), batches(shuffle=False, seed=5)
-    reference = copy.deepcopy(module).eval()
+    reference = copy.deepcopy(module)
     cco = quick(global_quantization_settings=FEW)
     checkpoint = ModelCheckpoint(tmp_path)
     with caplog.at_level("INFO"):
@@ -40,29 +40,34 @@ def test_they_are_those_of_the_calibrated_model(tmp_path: Path, caplog: pytest.L
     assert cco.calibrated_metrics == {"val_loss": pytest.approx(sum(losses) / len(losses), rel=1e-5)}
     assert cco.calibrated_metrics["val_loss"] != pytest.approx(cco.original_metrics["val_loss"], rel=1e-5)
     assert "original  calibrated" in caplog.text
-    VALIDATIONS.clear()
     again = quick(global_quantization_settings=FEW)
-    make_trainer(tmp_path, again, max_epochs=2, num_sanity_val_steps=0).fit(Counted(), batches(), val, ckpt_path=checkpoint.best_model_path)
+    counted = Counted(tmp_path / "validations")
+    make_trainer(tmp_path, again, max_epochs=2, num_sanity_val_steps=0).fit(counted, batches(), val, ckpt_path=checkpoint.best_model_path)
     assert again.calibrated_metrics == cco.calibrated_metrics
-    assert len(VALIDATIONS) == 1  # that of the second epoch
-
-
-VALIDATIONS: list[str] = []
-"""One entry for each: what a module itself counts before the training is put back."""
+    assert counted.validations() == 1  # that of the second epoch
 
 
 class Counted(Classifier):
+    """Counts its validations in a file: what is counted in memory before the training is put back."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
     def on_validation_epoch_end(self) -> None:
-        VALIDATIONS.append("")
+        with self.path.open("a") as file:
+            file.write("x")
+
+    def validations(self) -> int:
+        return self.path.stat().st_size
 
 
 def test_they_can_be_left_out(tmp_path: Path) -> None:
     counted = []
     for settings in ({}, {"skip_calibrated_evaluation": True}, {"skip_calibrated_evaluation": True, "skip_initial_evaluation": True}):
-        VALIDATIONS.clear()
-        cco = quick(training_settings={"stats_steps": 1, **settings})
-        make_trainer(tmp_path, cco, num_sanity_val_steps=0).fit(Counted(), batches(), batches(seed=5))
-        counted.append((len(VALIDATIONS), set(cco.calibrated_metrics)))
+        cco, module = quick(training_settings={"stats_steps": 1, **settings}), Counted(tmp_path / f"validations_{len(counted)}")
+        make_trainer(tmp_path, cco, num_sanity_val_steps=0).fit(module, batches(), batches(seed=5))
+        counted.append((module.validations(), set(cco.calibrated_metrics)))
     assert counted == [(3, {"val_loss"}), (2, set()), (1, set())]
 
 

@@ -161,9 +161,15 @@ def test_the_resolved_recipe_and_the_state_give_the_same_model(name: str, form: 
         torch.testing.assert_close(other.model(x), wanted, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("bits", "form"), [(2, "int8"), (3, "int8"), (4, "quantized"), (8, "quantized")])
+@pytest.mark.parametrize(("bits", "form"), [(2, "int8"), (3, "int8"), (8, "quantized")])
 def test_auto_goes_by_the_bits(bits: int, form: str) -> None:
     assert quantized_network("residual", "auto", bits)[0].plan.tensors == quantized_network("residual", form, bits)[0].plan.tensors
+
+
+def test_of_4_bits_sums_that_are_multiplied_have_4() -> None:
+    plan = quantized_network("residual", "auto", 4)[0].plan
+    assert not [key for key in plan.tensors if key.as_read]
+    assert plan.decisions["relu"].activations_num_bits == 4  # which is added, and multiplied
 
 
 def test_eight_bits_are_seen_in_the_plan() -> None:

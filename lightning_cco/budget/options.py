@@ -127,7 +127,8 @@ def choices(
         if plan.as_read(key) != key:
             continue  # of the residual stream: it keeps 8 bits
         bits = said.get(key.layer, ResolvedRules()).activations_num_bits
-        allowed = (bits,) if bits is not None else tuple(activations_bits)
+        general = plan.tensors[key].num_bits == plan.settings.global_quantization_settings.activations_num_bits
+        allowed = (bits,) if bits is not None else tuple(activations_bits) if general else (plan.tensors[key].num_bits,)
         tensors.append(TensorOptions(key, {b: _usable(rises[key].get(b, 0.0)) for b in allowed}, key in of_integers))
     elements = sum(facts[name].elements for group in groups for name in _once(group.layers, facts))
     own = sum(4.0 * facts[name].elements for group in groups for name in _once(group.layers, facts))

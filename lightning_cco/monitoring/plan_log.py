@@ -37,6 +37,10 @@ def plan_lines(plan: QuantizationPlan) -> list[str]:
         lines.append(f"Skipped Quantization automatically for the Tail of the model: {folded(plan.graph, tail, quoted=True)}")
     lines += [f"# of all Layers      : {plan.counted}", f"# of Quantized Layers: {len(plan.quantized)}"]
     lines += _bits(plan)
+    if plan.kept_at_8_bits:
+        lines.append(
+            f"Kept at 8 bits, unless a rule names them (see the guide, few bits): {folded(plan.graph, plan.kept_at_8_bits, quoted=True)}"
+        )
     by_reason: dict[str, list[str]] = {}
     for name in plan.skipped:
         if name not in tail:

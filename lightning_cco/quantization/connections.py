@@ -55,12 +55,18 @@ class Connections:
 
     def consumers(self, name: str) -> list[str]:
         """The layers that read what a layer makes, seen through those that only pass values on."""
+        return [reader for key in self.outputs(name, at_least=1) for reader in self.consumers_of(key)]
+
+    def consumers_of(self, key: TensorKey) -> list[str]:
+        """The layers that read one tensor, seen through those that only pass values on."""
         found: list[str] = []
-        pending = [name]
+        pending = [key]
         while pending:
-            for key in self.outputs(pending.pop(), at_least=1):
-                for reader in self.readers.get(key, []):
-                    (pending if self.passes(reader) else found).append(reader)
+            for reader in self.readers.get(pending.pop(), []):
+                if self.passes(reader):
+                    pending += self.outputs(reader, at_least=1)
+                else:
+                    found.append(reader)
         return found
 
     def only_reader(self, name: str) -> str | None:

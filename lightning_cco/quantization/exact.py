@@ -42,6 +42,7 @@ class ExactReaders:
     Attributes:
         layers: Layers that compute indices, masks, steps or complex numbers from floats, and those whose results are read by such layers alone.
         why: For what, in words, by layer.
+        of_inputs: The inputs of the model, and what is worked out of them alone before anything is multiplied.
         passing: Layers that only pass values on.
         readers: For each tensor its readers, and as which of their inputs.
     """
@@ -56,13 +57,13 @@ class ExactReaders:
         categories = {layer.name: category_of(layer) for layer in graph}
         self.passing = {name for name, category in categories.items() if category in (Category.PRESERVE, Category.IDENTITY)}
         multiplying = {name for name, category in categories.items() if category in (Category.WEIGHTED, Category.MATMUL)}
-        of_inputs: set[str] = set()
+        self.of_inputs: set[str] = set()
         for layer in graph:
             sources = self._sources[layer.name]
             if layer.kind == "input" or (
-                sources and layer.name not in multiplying and all(source.layer in of_inputs for source in sources)
+                sources and layer.name not in multiplying and all(source.layer in self.of_inputs for source in sources)
             ):
-                of_inputs.add(layer.name)
+                self.of_inputs.add(layer.name)
         self.why = {name: COMPLEX if self._makes_complex(name) else INDEX for name in graph.names if self._steps(name)}
         self._deployed = {layer.name for layer in graph if layer.kind == "output"}
         for name in reversed(graph.names):
@@ -76,7 +77,7 @@ class ExactReaders:
             if name in self.passing or name in multiplying or name in self.layers or name in asked or not exact:
                 continue
             # What only serves an index is computed in float; so is what is worked out of the inputs alone, on the way to the first weights.
-            if self.graph[name].kind not in ("input", "output") and (not other or name in of_inputs):
+            if self.graph[name].kind not in ("input", "output") and (not other or name in self.of_inputs):
                 self.why[name] = exact
 
     @property

@@ -12,6 +12,7 @@ from lightning_cco.quantization.connections import Connections
 from lightning_cco.quantization.exact import UNSEEN, ExactReaders, Placement
 from lightning_cco.quantization.int8_layers import Int8Layers
 from lightning_cco.quantization.plan import Boundary, LayerDecision, QuantizationPlan, TensorSpec
+from lightning_cco.quantization.ranges import FEW_BITS
 from lightning_cco.quantization.residual import INT8_BITS, ResidualStream
 from lightning_cco.quantization.rule_effects import warn_of_rules_without_effect
 from lightning_cco.quantization.rules import ResolvedRules, apply_rules
@@ -61,6 +62,12 @@ def plan_quantization(graph: LayerGraph, settings: Settings | None = None, sugge
     return plan
 
 
+_MULTIPLYING = (Category.WEIGHTED, Category.MATMUL)
+_AVERAGES = frozenset({"adaptive_avg_pool", "avg_pool", "mean"})
+_OF_AVERAGES = FEW_BITS - 1
+"""Up to how many bits averages are like products: of 2, what is averaged was no better off with 8; of 4 it was (`benchmarks/fashion.py`)."""
+
+
 class _Planner:
     """Works out the tensors once it is known which layers may be quantized."""
 
@@ -75,6 +82,7 @@ class _Planner:
         weight_groups: dict[str, int],
     ) -> None:
         self.weight_groups = weight_groups
+        self.kept_at_8_bits: dict[str, None] = {}
         self.graph, self.settings, self.target, self.said, self.skips, self.suggestions = graph, settings, target, said, skips, suggestions
         self.connections = Connections(graph)
         self.exact = ExactReaders(graph, {name for name, entry in said.items() if entry.asked_for})
@@ -107,18 +115,39 @@ class _Planner:
             self.fused_into,
             reads=placement.reads,
             at_readers=frozenset(at_readers),
+            kept_at_8_bits=tuple(name for name in self.graph.names if name in self.kept_at_8_bits),
         )
 
     def _spec(self, key: TensorKey) -> TensorSpec:
-        bits = self._activation_bits(key.layer)
-        bits = INT8_BITS if self.stream.keeps_8_bits(key, bits) else bits
+        said = self._said_bits(key.layer)
+        bits = self.settings.global_quantization_settings.activations_num_bits if said is None else said
+        if self.stream.keeps_8_bits(key, bits):
+            bits = INT8_BITS
+        elif said is None and bits <= FEW_BITS and self._keeps_8_bits(key, bits):
+            bits = INT8_BITS
+            self.kept_at_8_bits[key.layer] = None
         return TensorSpec(key.layer, key.output, bits, self.target.symmetric_activations)
+
+    def _keeps_8_bits(self, key: TensorKey, bits: int) -> bool:
+        """Whether few bits would only lose accuracy.
+
+        They save nothing where no layer sums integers of a tensor up. What a model is given is as fine as 8 bits (pixels) or finer, and at its first layer
+        alone (Choi et al., "PACT", 2018; Esser et al., "LSQ", 2020).
+        """
+        if key.layer in self.exact.of_inputs:
+            return True
+        return not self._summed_up(key, bits) and not self.stream.keeps_few_bits(key)
+
+    def _summed_up(self, key: TensorKey, bits: int) -> bool:
+        """Whether a layer that sums integers up reads a tensor."""
+        readers = [name for name in self.connections.consumers_of(key) if name in self.int8]
+        averaged = bits <= _OF_AVERAGES and any(self.graph[name].kind in _AVERAGES for name in readers)
+        return averaged or any(self.connections.category[name] in _MULTIPLYING for name in readers)
 
     def _rounded_once_more(self, tensors: Collection[TensorKey], placement: Placement) -> dict[TensorKey, TensorSpec]:
         """The residual stream's tensors of 8 bits, as the layers that multiply read them."""
         found = {}
-        multiplying = (Category.WEIGHTED, Category.MATMUL)
-        others = Placement(self.exact, {name for name in self.int8 if self.connections.category[name] in multiplying})
+        others = Placement(self.exact, {name for name in self.int8 if self.connections.category[name] in _MULTIPLYING})
         for key in tensors:
             bits = self._activation_bits(key.layer)
             spec = TensorSpec(key.layer, key.output, bits, self.target.symmetric_activations, as_read=True)
@@ -155,15 +184,30 @@ class _Planner:
         return wanted - {TensorKey(name) for name in self.fused_into}
 
     def _activation_bits(self, name: str) -> int:
-        """The layer's own rule, else that of the group it ends, else the global value."""
+        """What the rules say of a layer's result, else the global value."""
+        said = self._said_bits(name)
+        return self.settings.global_quantization_settings.activations_num_bits if said is None else said
+
+    def _said_bits(self, name: str) -> int | None:
+        """The layer's own rule, else that of the group it ends."""
         said = self.said.get(name, ResolvedRules()).activations_num_bits
-        while said is None:
-            before = self.fused_from.get(name)
-            if before is None:
-                return self.settings.global_quantization_settings.activations_num_bits
-            name = before
+        while said is None and name in self.fused_from:
+            name = self.fused_from[name]
             said = self.said.get(name, ResolvedRules()).activations_num_bits
         return said
+
+    def _weight_bits(self, layer: Layer) -> int:
+        """What the rules say of a layer's weights, else the global value; convolutions of what the model is given keep 8 bits, as what they read does."""
+        said = self.said.get(layer.name, ResolvedRules()).weights_num_bits
+        if said is not None:
+            return said
+        general = self.settings.global_quantization_settings.weights_num_bits
+        sources = self.connections.sources(layer.name)
+        first = layer.kind == "conv" and bool(sources) and all(source.layer in self.exact.of_inputs for source in sources)
+        if general > FEW_BITS or not first:
+            return general
+        self.kept_at_8_bits[layer.name] = None
+        return INT8_BITS
 
     def _decision(
         self, layer: Layer, made: Mapping[TensorKey, TensorSpec], rounded: set[str], at_producers: Collection[TensorKey]
@@ -174,8 +218,7 @@ class _Planner:
         read = made[as_read].num_bits if as_read in made else None
         weights = None
         if layer.weighted:
-            said = self.said.get(name, ResolvedRules()).weights_num_bits
-            weights = said if said is not None else self.settings.global_quantization_settings.weights_num_bits
+            weights = self._weight_bits(layer)
             alone = name in self.skips and self.skips[name].reason is SkipReason.WEIGHT_ONLY
             # An engine may multiply a rounded tensor with integer weights on integers, whatever the plan says (OpenVINO's transposed convolution).
             on_floats = name in self.weight_groups or all(

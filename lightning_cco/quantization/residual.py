@@ -61,6 +61,10 @@ class ResidualStream:
         wide = self._setting == "int8" or (self._setting == "auto" and num_bits <= _UP_TO)
         return wide and num_bits < INT8_BITS and key in self.tensors
 
+    def keeps_few_bits(self, key: TensorKey) -> bool:
+        """Whether the setting asks for a tensor to have the bits of all activations."""
+        return self._setting == "quantized" and key in self.tensors
+
     def skips(self) -> dict[str, Skip]:
         """Why the additions are in float; empty if they are not."""
         return {name: Skip(SkipReason.SETTING, "residual_stream: float") for name in self.additions} if self.in_float else {}
