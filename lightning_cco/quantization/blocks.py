@@ -28,9 +28,9 @@ class Blocks:
     >>> blocks = Blocks()
     >>> first, second = blocks.within("first"), blocks.within("second")
     >>> first.__enter__(), second.__enter__(), first.__exit__(None, None, None)
-    (None, None, None)
+    (None, None, False)
     >>> blocks.innermost("none"), second.__exit__(None, None, None), blocks.innermost("none")
-    ('second', None, 'none')
+    ('second', False, 'none')
     """
 
     def __init__(self) -> None:
