@@ -15,12 +15,11 @@ from lightning_cco.batches import ForwardFn
 from lightning_cco.budgeted import recipe_of
 from lightning_cco.checkpoints import best_checkpoint, check_callback_state, read_checkpoint
 from lightning_cco.errors import CCOError
-from lightning_cco.export.destination import holds_weights_alone, is_engine_file, is_program
+from lightning_cco.export.destination import holds_weights_alone, is_program
 from lightning_cco.export.engines import ENGINES, PROGRAMS
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export_dir import as_before
 from lightning_cco.held_batches import calibrate_on_held, calls_of, checks_of
-from lightning_cco.quantization.plan import packs_weights
 from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.settings import Settings
 from lightning_cco.strategies import is_sharded
@@ -75,9 +74,6 @@ class Handover:
             if not is_program(path) or self.settings.deployment_settings.target_framework in PROGRAMS:
                 checked, source = checks_of(quantized, calls, self.validation, self.forward)
                 options.setdefault("batches", checked)
-        if not is_program(path) and not is_engine_file(path):
-            options.setdefault("int4", packs_weights(self.settings))
-            options.setdefault("fp16", self.settings.deployment_settings.fp16)
         written = quantized.export(path, args, kwargs, **options)
         if isinstance(written, ExportReport) and "batches" in options:
             written.batches_from = source

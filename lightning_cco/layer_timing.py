@@ -105,7 +105,7 @@ class FileTimer:
         written = Written(Path(self._folder.name) / f"{len(self._files)}.onnx")
         args, kwargs = self.call
         options: dict[str, Any] = {"network": self.network} if self.network is not None else {}
-        self.quantized.export_onnx(written.path, args, kwargs, check=False, int4=self.int4, written=written, **options)
+        self.quantized.export_onnx(written.path, args, kwargs, check=False, int4=self.int4, fp16=False, written=written, **options)
         self._files[name] = written
 
     def times(self) -> dict[str, Times]:

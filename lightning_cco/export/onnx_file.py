@@ -27,6 +27,7 @@ from lightning_cco.export.sizes import fixed_since, short_reason, sizes_to_vary
 from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.files import temporary_folder
 from lightning_cco.quantization.model import HookedModel
+from lightning_cco.quantization.plan import packs_weights
 from lightning_cco.quantization.targets import TARGETS
 
 
@@ -40,11 +41,11 @@ def export_onnx(
     check: bool = True,
     min_sqnr_db: float | None = None,
     max_mean_steps: float = MEAN_STEPS,
-    int4: bool = False,
+    int4: bool | None = None,
     network: StepNetwork | None = None,
     dynamic_sizes: bool | None = None,
     written: Written | None = None,
-    fp16: bool = False,
+    fp16: bool | None = None,
     **options: Any,
 ) -> ExportReport:
     """Write an INT8 ONNX file and compare it with the fake-quantized model.
@@ -63,18 +64,22 @@ def export_onnx(
         min_sqnr_db: The check fails below this signal-to-noise ratio of the outputs from end to end; `None`: the layers decide by themselves.
         max_mean_steps: The check fails if a quantized tensor is further off than this on average, in steps of its scale, computed from what the engine
             computed before it.
-        int4: Store weights of at most 4 bits in 4 bits (opset 21): half the size, but ONNX Runtime then computes those layers in float.
+        int4: Store weights of at most 4 bits in 4 bits (opset 21): half the size, but ONNX Runtime then computes those layers in float. `None`: as the
+            recipe says, in `deployment_settings` or by its budget.
         network: What the file holds in the place of the model's ``forward``, whose arguments the example then is: `network_of_the_step`.
         dynamic_sizes: Let the length of sequences, and height and width of images vary, where the model allows it. `None`: where it costs nothing. Fixed
             sizes let a first convolution of stride 2 read blocks of pixels.
         written: Filled with what the file was written of.
         fp16: Write floats of 16 bits for what stays in float, once the file with 32 bits is checked; for TensorRT, which computes in the types of the file.
+            `None`: as `deployment_settings` say.
         **options: Further arguments of `torch.onnx.export`, such as ``dynamic_shapes``.
 
     Raises:
         CCOError: A package is missing, the model was never calibrated, it can't be exported, the path can't be written, or the check fails; then no
             file is left.
     """
+    int4 = packs_weights(quantized.settings) if int4 is None else int4
+    fp16 = quantized.settings.deployment_settings.fp16 if fp16 is None else fp16
     taken = _checked(quantized, check, int4, fp16, options)
     args, kwargs = tuple(example_args), dict(example_kwargs or {})
     if not args and not kwargs:
