@@ -31,10 +31,8 @@ class _WrappedCallable:
         self.inner = inner
 
     def __getattr__(self, name: str) -> Any:
-        if name in (
-            "inner",
-            "__self__",
-        ):  # a copy in the making has none yet; to whom a method is bound, the compiler would call instead of this
+        # A copy in the making has no "inner" yet; to whom a method is bound, the compiler would call instead of this.
+        if name in ("inner", "__self__"):
             raise AttributeError(name)
         return getattr(self.inner, name)
 
