@@ -82,7 +82,7 @@ class _Planner:
         weight_groups: dict[str, int],
     ) -> None:
         self.weight_groups = weight_groups
-        self.kept_at_8_bits: dict[str, None] = {}
+        self.results_kept, self.weights_kept = set[str](), set[str]()
         self.graph, self.settings, self.target, self.said, self.skips, self.suggestions = graph, settings, target, said, skips, suggestions
         self.connections = Connections(graph)
         self.exact = ExactReaders(graph, {name for name, entry in said.items() if entry.asked_for})
@@ -115,7 +115,7 @@ class _Planner:
             self.fused_into,
             reads=placement.reads,
             at_readers=frozenset(at_readers),
-            kept_at_8_bits=tuple(name for name in self.graph.names if name in self.kept_at_8_bits),
+            kept_at_8_bits=tuple(name for name, decision in decisions.items() if self._kept(name, decision)),
         )
 
     def _spec(self, key: TensorKey) -> TensorSpec:
@@ -125,8 +125,11 @@ class _Planner:
             bits = INT8_BITS
         elif said is None and bits <= FEW_BITS and self._keeps_8_bits(key, bits):
             bits = INT8_BITS
-            self.kept_at_8_bits[key.layer] = None
+            self.results_kept.add(key.layer)
         return TensorSpec(key.layer, key.output, bits, self.target.symmetric_activations)
+
+    def _kept(self, name: str, decision: LayerDecision) -> bool:
+        return name in self.results_kept or (name in self.weights_kept and decision.weights_num_bits is not None)
 
     def _keeps_8_bits(self, key: TensorKey, bits: int) -> bool:
         """Whether few bits would only lose accuracy.
@@ -206,7 +209,7 @@ class _Planner:
         first = layer.kind == "conv" and bool(sources) and all(source.layer in self.exact.of_inputs for source in sources)
         if general > FEW_BITS or not first:
             return general
-        self.kept_at_8_bits[layer.name] = None
+        self.weights_kept.add(layer.name)
         return INT8_BITS
 
     def _decision(

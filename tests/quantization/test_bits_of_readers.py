@@ -158,6 +158,11 @@ def test_the_residual_stream_of_few_bits_stays_so() -> None:
     assert {plan.decisions[name].activations_num_bits for name in added} == {2}
 
 
+def test_a_skipped_convolution_has_no_bits_to_keep() -> None:
+    assert "conv" in planned("residual", 2).kept_at_8_bits
+    assert "conv" not in planned("residual", 2, [{"match": "conv", "skip_quantization": True}]).kept_at_8_bits
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_resolved_recipe_says_the_same(name: str) -> None:
     plan = planned(name, 3)
