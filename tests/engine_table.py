@@ -10,6 +10,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import re
 import sys
 import tempfile
 import warnings
@@ -133,11 +134,16 @@ def versions(engine: str) -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 
-def page(results: dict[str, Any], speeds: dict[str, Any]) -> str:
-    """The tables, as Markdown."""
-    lines = engine_speed.table(speeds)
-    for engine, result in results.items():
-        lines += [f"## {ENGINES[engine].title}", "", f"{result['versions']}; {result['machine']}.", ""]
+def page(results: dict[str, Any], speeds: dict[str, Any], before: str) -> str:
+    """The tables, as Markdown; those of engines that were not run stay as they stand in the page before."""
+    stood = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", before, re.M | re.S))
+    lines = engine_speed.table(speeds) if speeds else [f"## Speed\n{stood['Speed']}".rstrip(), ""] if "Speed" in stood else []
+    for engine in PACKAGES:
+        title, result = ENGINES[engine].title, results.get(engine)
+        if result is None:
+            lines += [f"## {title}\n{stood[title]}".rstrip(), ""] if title in stood else []
+            continue
+        lines += [f"## {title}", "", f"{result['versions']}; {result['machine']}.", ""]
         lines += ["| network | agreement, dB | most steps | in INT8 | in float | size |", "|---|---|---|---|---|---|"]
         for name, row in result["networks"].items():
             if "refused" in row:
@@ -184,8 +190,9 @@ def main() -> None:
         run(options.engine, keep, options.networks)
     if options.write:
         results, speeds = _kept(""), _kept(".speed")
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
-        PAGE.write_text(f"{before}{MARKS[0]}\n{page(results, speeds)}{MARKS[1]}{rest.partition(MARKS[1])[2]}", encoding="utf-8")
+        head, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
+        stood, _, tail = rest.partition(MARKS[1])
+        PAGE.write_text(f"{head}{MARKS[0]}\n{page(results, speeds, stood)}{MARKS[1]}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":
