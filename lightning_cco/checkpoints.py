@@ -38,7 +38,7 @@ def best_checkpoint(trainer: pl.Trainer) -> tuple[str, str]:
 
 
 def local_folder(folder: str, setting: str) -> str:
-    """A folder of this machine; ``file://`` in front is taken off.
+    """A folder of this machine; ``file://`` in front is taken off, ``~`` is the home directory.
 
     Raises:
         CCOError: It is elsewhere.
@@ -48,7 +48,7 @@ def local_folder(folder: str, setting: str) -> str:
         raise CCOError(
             f"{setting}: '{folder}' is not on a disk of this machine; a local folder was expected. Write one, and upload the file from there."
         )
-    return path
+    return os.path.expanduser(path)
 
 
 def check_callback_state(state: Any) -> None:

@@ -13,7 +13,7 @@ from lightning_cco.names import printable, shown
 
 
 def export_target(path: str | Path, ending: str) -> Path:
-    """The file that an export is to write, through symbolic links.
+    """The file that an export is to write, through symbolic links, and with ``~`` for the home directory.
 
     Args:
         path: What the user gave.
@@ -24,6 +24,7 @@ def export_target(path: str | Path, ending: str) -> Path:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise CCOError(f"export: a path was expected, {type(path).__name__} came: {shown(path)}. Write 'model{ending}'.")
+    path = os.path.expanduser(path)
     try:
         str(path).encode()
     except UnicodeEncodeError as error:

@@ -23,7 +23,7 @@ def start_monitor(trainer: pl.Trainer, settings: MonitoringSettings, history: Ma
         history: What an earlier monitor's `Monitor.state_dict` gave; `None` if there was none.
     """
     folder = trainer.log_dir if trainer.loggers else None  # broadcasts: on all ranks
-    base = Path(settings.output_dir) if settings.output_dir else Path(folder or trainer.default_root_dir) / "cco"
+    base = Path(settings.output_dir).expanduser() if settings.output_dir else Path(folder or trainer.default_root_dir) / "cco"
     loggers = [] if trainer.fast_dev_run else list(trainer.loggers)  # type: ignore[attr-defined]
     monitor = Monitor(base, loggers, enabled=trainer.is_global_zero, draw=settings.draw_graph)
     if not history:
