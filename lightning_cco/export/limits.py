@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.report import ExportReport, LayerDifference
@@ -37,6 +38,10 @@ class Limits:
     difference: float = LOCAL_DIFFERENCE
 
 
+_COARSER = {"float16": Limits(0.2, 0.01, 8.0, 0.01), "bfloat16": Limits(0.4, 0.05, 8.0, 0.05)}
+"""Beside types of 11 and 8 bits: of 255 steps, bfloat16 is off by up to half a one, and by a quarter on average where values are large."""
+
+
 def judge(report: ExportReport, min_sqnr_db: float | None = None, limits: Limits | None = None) -> None:
     """Refuse a file of which a layer is wrong.
 
@@ -48,7 +53,7 @@ def judge(report: ExportReport, min_sqnr_db: float | None = None, limits: Limits
     Raises:
         CCOError: It names the layer.
     """
-    limits = limits or Limits()
+    limits = _for_types(limits or Limits(), report.widened)
     wrong = [entry for entry in report.layers if _is_wrong(entry, limits)]
     first = wrong[0].layer if wrong else None
     if report.faults:
@@ -83,6 +88,14 @@ def judge(report: ExportReport, min_sqnr_db: float | None = None, limits: Limits
         f"export: the file differs from the fake-quantized model: {what}; {where}. No file was written. "
         "Skip that layer, or change the limit if the difference is known to be harmless."
     )
+
+
+def _for_types(limits: Limits, widened: Sequence[str]) -> Limits:
+    """Limits where the model itself computes coarser than the file."""
+    wider = [_COARSER[name] for name in widened if name in _COARSER]
+    if not wider or limits.mean_steps < MEAN_STEPS:
+        return limits  # what was asked for holds
+    return Limits(*(max(getattr(entry, name.name) for entry in (limits, *wider)) for name in fields(Limits)))
 
 
 def refuse_floats(report: ExportReport) -> None:

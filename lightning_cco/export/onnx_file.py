@@ -18,7 +18,14 @@ from lightning_cco.export.feeds import ForwardArguments, call_of
 from lightning_cco.export.half_precision import write_fp16
 from lightning_cco.export.limits import MEAN_STEPS, Limits, judge
 from lightning_cco.export.node_times import Written
-from lightning_cco.export.onnx_notes import notes_on_inputs, notes_on_weights, warn_of_floats, warn_of_groups, warn_of_integers
+from lightning_cco.export.onnx_notes import (
+    notes_on_inputs,
+    notes_on_types,
+    notes_on_weights,
+    warn_of_floats,
+    warn_of_groups,
+    warn_of_integers,
+)
 from lightning_cco.export.onnx_writer import write_onnx
 from lightning_cco.export.options import checked_options
 from lightning_cco.export.precision import float_bytes, in_float32, other_types
@@ -107,6 +114,7 @@ def export_onnx(
                             written.layers, written.example = dict(emitter.layers), [t.detach().cpu().numpy() for t in deployed.example]
                         report.size_bytes = size_of(temporary)
                         report.notes += notes_on_weights(quantized, emitter, int4) + notes_on_inputs(deployed, types) + said + notes
+                        report.notes += notes_on_types(report)
                         if check:
                             check_file(quantized, temporary, emitter, fitting, report, bool(sizes))
                             judge(report, min_sqnr_db, Limits(max_mean_steps))

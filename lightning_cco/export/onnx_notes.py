@@ -77,6 +77,15 @@ def notes_on_inputs(deployed: Deployed, types: list[str]) -> list[str]:
     return notes
 
 
+def notes_on_types(report: ExportReport) -> list[str]:
+    """What is said of floats that the file computes in another type than the model."""
+    if not report.widened:
+        return []
+    return [
+        f"what the model casts to {' and '.join(report.widened)} is computed in float32, as integers have no form of those: it is more exact"
+    ]
+
+
 def warn_of_floats(report: ExportReport) -> None:
     """Products that are planned in INT8 and run in float cost what the file is for."""
     layers = list(dict.fromkeys(layer for island in report.float_islands if island.unplanned for layer in island.layers))

@@ -77,7 +77,7 @@ def write_onnx(
             f"export: opset_version={opset} can't be written for this model: its operators need opset {written}. Leave opset_version out."
         )
     try:
-        rewrite(graph, stored.engine, int4, grouped)
+        report.widened = rewrite(graph, stored.engine, int4, grouped)
         RemoveUnusedNodesPass()(program.model)  # what the passes before put something else in place of
         onnx_passes.name_nodes(graph)
         emitter.layers = layers_of_nodes(graph, program.exported_program)

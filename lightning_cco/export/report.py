@@ -115,6 +115,7 @@ class ExportReport:
         target_nodes: How many products of each kind that computes in INT8; of an engine that tells of all its operators, how many of these.
         target_largest_steps: Largest difference of a rounded tensor in that, in steps of its scale, computed from its own tensors before it.
         target_floats: How many of each kind it computes in float.
+        widened: Types that the model casts to, and that the file computes in float32.
     """
 
     path: str
@@ -145,6 +146,7 @@ class ExportReport:
     target_largest_steps: float = float("nan")
     target_floats: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, list[int | str]] = field(default_factory=dict)
+    widened: list[str] = field(default_factory=list)
 
     @property
     def size_ratio(self) -> float:

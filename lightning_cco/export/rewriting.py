@@ -8,6 +8,7 @@ from typing import Any
 from lightning_cco.export import onnx_passes
 from lightning_cco.export.constants import arrange_integers
 from lightning_cco.export.engines import Engine, Form
+from lightning_cco.export.float_types import compute_in_float32
 from lightning_cco.export.products import fill_biases, split_products, store_transposed
 from lightning_cco.export.separated import keep_float_weights, separate_roundings
 from lightning_cco.export.weight_blocks import share_packed
@@ -25,7 +26,7 @@ _BEFORE_SHARING: tuple[tuple[Form, tuple[Callable[[Any], None], ...]], ...] = (
 """Passes for a form that an engine may want, in the order in which they run."""
 
 
-def rewrite(graph: Any, engine: Engine, int4: bool, grouped: bool) -> None:
+def rewrite(graph: Any, engine: Engine, int4: bool, grouped: bool) -> list[str]:
     """Rewrite a graph in place.
 
     Args:
@@ -33,7 +34,11 @@ def rewrite(graph: Any, engine: Engine, int4: bool, grouped: bool) -> None:
         engine: What the file is for.
         int4: Whether weights of at most 4 bits are stored in 4 bits.
         grouped: Whether some weights are in groups.
+
+    Returns:
+        The types of floats that it computed in beside float32, and that it has no longer.
     """
+    narrow = compute_in_float32(graph)
     onnx_passes.fix_shapes(graph)
     arrange_integers(graph)
     for form, passes in _BEFORE_SHARING:
@@ -46,3 +51,4 @@ def rewrite(graph: Any, engine: Engine, int4: bool, grouped: bool) -> None:
     if int4 or grouped:
         onnx_passes.pack_int4(graph, blocks_alone=not int4)
     share_packed(graph)
+    return narrow

@@ -110,7 +110,7 @@ def check_in_target(
 
 def _judge(local: LocalRun, outputs: Outputs, alike: Outputs, emitter: Emitter, report: ExportReport) -> None:
     """Refuse what is wrong in the engine, by the limits of the check in ONNX Runtime."""
-    own = ExportReport(report.path, outputs=outputs.differences())
+    own = ExportReport(report.path, outputs=outputs.differences(), widened=report.widened)
     for key, steps in local.steps.items():
         count = max(1, steps.count)
         own.layers.append(LayerDifference(key, steps.largest, steps.total / count, steps.far / count, steps.count))
