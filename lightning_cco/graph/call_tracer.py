@@ -22,6 +22,7 @@ from lightning_cco.graph.ops import DRAWS_WEIGHTS, MAKES_OF_DATA, OVERWRITES, RA
 from lightning_cco.graph.origins import DRAWN, Origin, is_constant
 from lightning_cco.graph.records import Operand, Seen, refuse_tensors
 from lightning_cco.graph.sources import Sources, names_of
+from lightning_cco.graph.spelling import is_custom
 
 
 class CallTracer:
@@ -36,6 +37,7 @@ class CallTracer:
     Attributes:
         calls: What was seen, in execution order.
         read: Names of the parameters that a call has read.
+        custom: Kinds of the layers that custom operators are.
         drawn: Paths of the modules that compute with parameters which the forward itself has drawn at random.
         between: The frame of what the step calls outside of any module.
         sources: Where tensors come from.
@@ -46,6 +48,7 @@ class CallTracer:
     def __init__(self, model: nn.Module, root: CallNode, carried: Carried, outer: list[OuterCall]) -> None:
         self.calls: list[Call] = []
         self.read: set[str] = set()
+        self.custom: set[str] = set()
         self.drawn: dict[str, None] = {}
         self.between = ModuleCall(CallNode(""), False)
         self.sources = Sources(model, root, self.calls, self.between, carried)
@@ -85,6 +88,8 @@ class CallTracer:
         if not args and getattr(func, "__module__", "") == "torch.nn.init" and "tensor" in kwargs:
             args, kwargs = (kwargs["tensor"],), {key: value for key, value in kwargs.items() if key != "tensor"}
         op = operation(name)
+        if is_custom(func):
+            self.custom.add(op.kind)
         function = running_function()
         if function is not None:
             return self._inside(function, frame, op, func, args, kwargs)

@@ -18,7 +18,7 @@ from lightning_cco.graph.failing import failing_module
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.made_weights import warn_of_weights_kept, warn_of_weights_made
 from lightning_cco.graph.modes import as_now, switch_training, uncollected
-from lightning_cco.graph.reached import is_within, only_asked, out_of_sight, used_unseen
+from lightning_cco.graph.reached import is_within, only_asked, out_of_sight, used_unseen, without_int8_form
 from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.graph.trace import Tracer
 
@@ -90,6 +90,7 @@ def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> C
             switch_training(model, False)
             hidden = used_unseen(model, evaluation, forward)
         _check(model, evaluation, hidden)
+        _warn_of_forms(model, evaluation)
         warn_of_weights_made(model, evaluation, late)
         training = _trace_training(model, forward, evaluation.frames.root, carried_now(constants, kept.changed()))
         warn_of_weights_kept(model, training or evaluation)
@@ -174,6 +175,18 @@ def _check(model: nn.Module, evaluation: Tracer, hidden: Sequence[str]) -> None:
         warnings.warn(
             f"{type(model).__name__}: modules with parameters are not in the layer graph, so they stay in float: {'; '.join(unseen)}. "
             "Write them with torch functions in Python, unscripted, to have them quantized.",
+            CCOWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_forms(model: nn.Module, evaluation: Tracer) -> None:
+    """Say which weights are in the layer graph, and have no INT8 form by what reads them."""
+    found = without_int8_form(model, evaluation)
+    if found:
+        warnings.warn(
+            f"{type(model).__name__}: weights stay in float, since what reads them has no INT8 form: {'; '.join(found)}. "
+            "Multiply by them with torch's functions on real numbers (linear, matmul, conv2d) to have them quantized.",
             CCOWarning,
             stacklevel=4,
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.graph.containers import tensors_held
+from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.network import is_metric
 from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.graph.trace import Tracer
@@ -49,6 +50,31 @@ def out_of_sight(model: nn.Module, tracer: Tracer) -> list[str]:
         if call.layer.kind == "custom_function" and weights:
             found.append(f"'{call.layer.path or 'the model itself'}' ({call.layer.note}; it reads {', '.join(weights)})")
     return found
+
+
+def without_int8_form(model: nn.Module, tracer: Tracer) -> list[str]:
+    """Say of each weight that custom operators or products of complex numbers alone read which one does.
+
+    Args:
+        model: The model.
+        tracer: What was seen of a forward of it.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    others = {name for call in tracer.calls if call.layer.weighted and not _is_complex(call.layer) for name in call.layer.parameters}
+    found: dict[str, None] = {}
+    for call in tracer.calls:
+        layer = call.layer
+        weights = [name for name in layer.parameters if name in named and named[name].dim() > 1 and name not in others]
+        if not weights or not call.reads or not (layer.kind in tracer.custom or _is_complex(layer)):
+            continue
+        what = f"{layer.kind}, a custom operator" if layer.kind in tracer.custom else f"{layer.kind} of complex numbers"
+        where = f"module '{layer.path}'" if layer.path else "the model itself"
+        found[f"{', '.join(map(repr, weights))} ({what}, in {where})"] = None
+    return list(found)
+
+
+def _is_complex(layer: Layer) -> bool:
+    return any("complex" in dtype for dtype in (*layer.input_dtypes, *layer.output_dtypes))
 
 
 def is_scripted(module: nn.Module) -> bool:

@@ -27,6 +27,20 @@ def is_operator(func: Any) -> bool:
     return isinstance(func, (OpOverload, OpOverloadPacket)) or func in _DIRECT
 
 
+def is_custom(func: Any) -> bool:
+    """Whether a function is an operator outside of PyTorch's own, as `torch.library.custom_op` makes them.
+
+    >>> is_custom(torch.ops.aten.add.Tensor), is_custom(torch.relu)
+    (False, False)
+    """
+    return isinstance(func, (OpOverload, OpOverloadPacket)) and _library(func)[0] not in ("aten", "prims", "prim")
+
+
+def _library(func: Any) -> tuple[str, str]:
+    library, _, name = (func._schema.name if isinstance(func, OpOverload) else func._qualified_op_name).partition("::")
+    return str(library), str(name)
+
+
 def name_of_operator(func: Any) -> str:
     """The name of an operator without its overload; outside of PyTorch's own, with its library in front, since ``mine::linear`` may compute anything.
 
@@ -35,8 +49,8 @@ def name_of_operator(func: Any) -> str:
     """
     if func in _DIRECT:
         return _DIRECT[func]
-    library, _, name = (func._schema.name if isinstance(func, OpOverload) else func._qualified_op_name).partition("::")
-    return str(name if library == "aten" else f"{library}_{name}")
+    library, name = _library(func)
+    return name if library == "aten" else f"{library}_{name}"
 
 
 def as_function(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:

@@ -34,6 +34,7 @@ class Tracer:
         ran: Paths of the modules that ran.
         with_gradients: Paths of those that ran while gradients were recorded.
         read: Names of the parameters that a call has read.
+        custom: Kinds of the layers that custom operators are.
         drawn: Paths of the modules that compute with parameters which the forward itself has drawn at random.
         left_out: Paths of modules with parameters whose calls serve losses alone.
         called: Paths of the modules that are called from outside of any other for the network.
@@ -47,6 +48,7 @@ class Tracer:
         self.called: tuple[str, ...] = ()
         self._outer: list[OuterCall] = []
         self._traced = CallTracer(model, root, carried, self._outer)
+        self.custom = self._traced.custom
         self.calls, self.read, self.drawn, self.made_of = self._traced.calls, self._traced.read, self._traced.drawn, self._traced.made_of
         self.frames = Frames(model, root, self._traced.handle)
         self.frames.growing = True
