@@ -25,6 +25,7 @@ from lightning_cco.export.report import ExportReport
 from lightning_cco.export_dir import check_export_dir
 from lightning_cco.handover import Handover
 from lightning_cco.initial_evaluation import InitialEvaluation
+from lightning_cco.level_use import warn_of_clipped
 from lightning_cco.lookahead import left_over, warn_of_left_over, why_empty
 from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.metric_modes import metric_directions
@@ -236,6 +237,8 @@ class CompressionRun:
             return
         if self.schedule.warn_if_never_started(trainer, self.quantized):
             return
+        if trainer.is_global_zero:
+            warn_of_clipped(self.measured.levels, self.quantized)
         if folder is not None and trainer.is_global_zero:
             self._handover().export_best(trainer, local_folder(folder, "deployment_settings.export_dir"), export)
 

@@ -6,6 +6,7 @@ A weight oscillates when it left its level of two epochs ago and is on it again:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.compiled import eager
+from lightning_cco.names import printable
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.qparams import quant_range
@@ -22,6 +25,9 @@ from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 from lightning_cco.tensor_views import TensorViews
 
 _MOST_VALUES = 65_536
+_TOO_MANY = 0.25
+"""From this share on a range no longer fits: of four levels the best for a normal distribution leave a twentieth beyond them."""
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -149,3 +155,26 @@ def worst_first(levels: Mapping[str, LayerLevels]) -> list[tuple[str, LayerLevel
         return max((share for share in vars(shares).values() if not math.isnan(share)), default=0.0)
 
     return sorted(levels.items(), key=lambda item: -largest(item[1]))
+
+
+def warn_of_clipped(levels: Mapping[str, LayerLevels], quantized: HookedModel) -> None:
+    """Say at the end of a training which ranges have stayed behind: those that do not follow it, and of whose values a quarter and more are clipped.
+
+    Args:
+        levels: What was seen in the last epoch.
+        quantized: The model.
+    """
+    fixed = {str(key) for key, quantizer in quantized.activations.items() if quantizer.frozen or quantizer.settled}
+    found = [
+        f"'{printable(name)}' ({100 * shares.clipped_activations:.0f} %)"
+        for name, shares in sorted(levels.items(), key=lambda item: -item[1].clipped_activations)
+        if name in fixed and shares.clipped_activations >= _TOO_MANY
+    ]
+    if found:
+        warnings.warn(
+            f"trainer.fit: activations are clipped in {', '.join(found[:_NAMED])}{f' and {len(found) - _NAMED} more' if len(found) > _NAMED else ''}: "
+            "their ranges stayed as the calibration found them, and the values have grown since. Let ranges follow the training (training_settings: "
+            "{range_estimator: moving_average}), or calibrate once it has settled (training_settings: {start_at_step: 1000}).",
+            CCOWarning,
+            stacklevel=3,
+        )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_modules import Classifier, batches, make_trainer, quick
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from lightning_cco import QuantizedModel, quantize
+from lightning_cco import CCOCallback, QuantizedModel, quantize
 from lightning_cco.level_use import LayerLevels, LevelWatch
 from lightning_cco.monitoring.tables import levels_lines, levels_rows
 
@@ -80,3 +83,46 @@ def test_a_training_shows_them(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert len(events.Scalars("cco-clipped_weights/conv_1")) == 3
     assert len(events.Scalars("cco-oscillating_weights/conv_1")) == 1
     assert module.training
+
+
+class Growing(Callback):
+    """Makes the weights of the first convolution ten times as large, behind the calibration."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        if trainer.global_step == 2:
+            layer = next(module for module in pl_module.modules() if isinstance(module, nn.Conv2d))
+            norms = [module for module in pl_module.modules() if isinstance(module, nn.BatchNorm2d)]
+            with torch.no_grad():
+                for tensor in (layer.weight, *(norm.weight for norm in norms)):
+                    tensor.mul_(self.factor)
+
+
+def grown(folder: Path, factor: float, range_estimator: str = "auto", bits: int = 4) -> list[str]:
+    cco = CCOCallback(
+        {
+            "global_quantization_settings": {"weights_num_bits": bits, "activations_num_bits": bits},
+            "training_settings": {"stats_steps": 2, "range_estimator": range_estimator},
+            "monitoring_settings": {"draw_graph": False},
+        }
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(folder, cco, Growing(factor), max_epochs=1).fit(Classifier(), batches())
+    return [str(warning.message) for warning in caught if "are clipped" in str(warning.message)]
+
+
+def test_ranges_that_stayed_behind_are_named_at_the_end(tmp_path: Path) -> None:
+    (said,) = grown(tmp_path, 10.0)
+    assert "'relu" in said or "'add" in said
+    assert "range_estimator: moving_average" in said
+
+
+def test_nothing_is_said_of_ranges_that_fit_or_follow(tmp_path: Path) -> None:
+    assert grown(tmp_path, 1.0) == []
+    assert grown(tmp_path, 1.0, bits=2) == []
+    assert grown(tmp_path, 10.0, range_estimator="moving_average") == []
