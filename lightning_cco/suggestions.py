@@ -82,6 +82,8 @@ def suggest_skips(
     )
     found: dict[str, Suggestion] = {}
     around = _Neighbours(plan)
+    if losses is None or general.automatic_skip_by != "loss":
+        above |= {name: entry for name, entry in _lost_on_readers(report, around, general).items() if name not in above}
     rises = losses.rises(plan) if losses is not None else {}
     sizes = _bytes_now(plan, elements or {})
     for name, (entry, said) in above.items():
@@ -138,6 +140,38 @@ def _above_of_qs(report: SensitivityReport, general: GlobalQuantizationSettings)
     return above
 
 
+_HARMLESS = 0.1
+"""Part of the threshold up to which the errors of what a layer reads say nothing of a loss."""
+
+
+def _lost_on_readers(
+    report: SensitivityReport, around: _Neighbours, general: GlobalQuantizationSettings
+) -> dict[str, tuple[LayerSensitivity, str]]:
+    """The tensors whose rounding a reader suffers from, though it is small beside the tensor itself: one huge column hides what the others have lost.
+
+    They are told by the reader: behind rounded layers its output is off, though its own rounding and what it reads are not.
+    """
+    threshold = general.quantization_sensitivity_relative_threshold
+    found: dict[str, tuple[LayerSensitivity, str]] = {}
+    if threshold is None:
+        return found
+    for reader, sources in around.sources.items():
+        entry, local = report.accumulated.get(reader), report.local.get(reader)
+        before = [report.accumulated.get(source) for source in sources]
+        if entry is None or local is None or not is_above(_worst(entry), threshold) or not _worst(local) <= threshold:
+            continue
+        if all(one is not None and _worst(one) <= _HARMLESS * threshold for one in before):
+            said = f"by its rounding the output of '{reader}' has a relative error of {figure(_worst(entry))}, above {figure(threshold)}"
+            for source in sources:
+                if source in around.outputs:
+                    found.setdefault(source, (replace(entry, name=source), said))
+    return found
+
+
+def _worst(entry: LayerSensitivity) -> float:
+    return max(entry.relative, 0.0 if math.isnan(entry.varying_relative) else entry.varying_relative)
+
+
 class _Neighbours:
     """What stands around a quantized tensor: the group that makes it, the INT8 layers that read it."""
 
@@ -145,9 +179,12 @@ class _Neighbours:
         self.plan = plan
         self.outputs = plan.output_bits()
         self.readers: dict[str, list[str]] = {}
+        self.sources: dict[str, list[str]] = {}
         for edge in plan.graph.edges:
             if edge.destination in plan.quantized and plan.origins.get(TensorKey(edge.destination)) == TensorKey(edge.destination):
-                self.readers.setdefault(plan.origins[TensorKey(edge.source, edge.source_output)].layer, []).append(edge.destination)
+                source = plan.origins[TensorKey(edge.source, edge.source_output)].layer
+                self.readers.setdefault(source, []).append(edge.destination)
+                self.sources.setdefault(edge.destination, []).append(source)
 
     def companions(self, name: str) -> list[tuple[str, str]]:
         """The layers that must be skipped with one for its output to stay in float, with their relation to it; none if it may be its weights."""

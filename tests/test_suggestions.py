@@ -127,3 +127,47 @@ def test_a_healthy_network_gets_no_suggestion() -> None:
     quantized = quantize(model, Settings(), (x,))
     quantized.calibrate([x])
     assert suggest_skips(quantized.sensitivity([x]), quantized.plan, quantized.settings) == []
+
+
+class Uneven(nn.Module):
+    """Features of which one column is a thousand times as large as the others, or all of which are shifted; the layer behind makes up for it."""
+
+    def __init__(self, factor: float = 1.0, shift: float = 0.0) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 3)
+        with torch.no_grad():
+            self.b.weight[5] *= factor
+            self.c.weight[:, 5] /= factor
+            self.b.bias += shift
+            self.c.bias -= self.c.weight.sum(1) * shift
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.c(torch.relu(self.b(torch.relu(self.a(x)))))))
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(1000.0, 0.0), (1.0, 100.0), (1.0, 0.0)], ids=["outlier", "offset", "healthy"])
+def test_what_a_coarse_scale_loses_is_suggested_and_its_skip_helps(factor: float, shift: float) -> None:
+    """Of a column that is much larger than the others, and of what varies beside a large constant."""
+    torch.manual_seed(0)
+    model, x = Uneven(factor, shift).eval(), torch.randn(128, 16)
+    with torch.no_grad():
+        expected = model(x)
+
+    def measured(names: list[str]) -> tuple[float, list[str]]:
+        quantized = quantize(model, Settings(layer_settings=[LayerRule(match=name, skip_quantization=True) for name in names]), (x,))
+        quantized.calibrate([x])
+        found = [suggestion.name for suggestion in suggest_skips(quantized.sensitivity([x]), quantized.plan, quantized.settings)]
+        with torch.no_grad():
+            got = model(x)
+        quantized.remove()
+        varying = expected - expected.mean(0)
+        return float((got - got.mean(0) - varying).norm() / varying.norm()), found
+
+    before, names = measured([])
+    if factor == 1 and shift == 0:
+        assert names == []
+        return
+    assert {"relu_1", "linear_1", "linear_2"} == set(names)
+    after, rest = measured(names)
+    assert after < 0.1 * before
+    assert rest == []
