@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_cco.compat.modules import OF_MODULES, buffers_of, cells_of, hooks_of
+from lightning_cco.compat.torch_modes import is_functorch_wrapped
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.containers import bytes_of, tensors_in
 from lightning_cco.graph.kept_attributes import KeptAttributes
@@ -172,6 +173,8 @@ class Snapshot:
             self._enter_object(value)
 
     def _enter_tensor(self, tensor: Tensor) -> None:
+        if type(tensor) not in (Tensor, nn.Parameter) or is_functorch_wrapped(tensor):
+            return  # somebody's trace or transform left it, in what a hook keeps: it has no values
         if bytes_of(tensor) <= self._most_bytes or tensor.device.type == "meta":
             self._keep_tensor(tensor)
         elif not tensor.is_inference():
