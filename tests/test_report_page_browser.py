@@ -18,6 +18,7 @@ from lightning_cco import load_settings
 from lightning_cco.budget.search import BudgetSearch
 from lightning_cco.budget.units import seconds_of_plan
 from lightning_cco.export.report import ExportReport, FloatIsland
+from lightning_cco.figures import per_cent
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.quantization.forward_call import call_with
@@ -70,6 +71,11 @@ def test_a_click_unfolds_a_module_and_shows_a_layer(opened: OpenPage) -> None:
     ):
         assert part in said, part
     assert opened.page.locator("#detail canvas[role=img]").count() == 3  # weights, QS and loss over the epochs
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.004, 0.3, 0.994, 0.996, 0.9999, 1.0])
+def test_shares_are_said_as_in_the_log(opened: OpenPage, share: float) -> None:
+    assert opened.page.evaluate(f"cco.share({share})") == per_cent(share)
 
 
 def test_search_unfolds_what_it_finds(opened: OpenPage) -> None:

@@ -19,6 +19,13 @@ cco.figure = (raw, digits = 4) => {
   return size >= 10 ** digits ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(digits)));
 };
 cco.bytes = (value) => (value >= 1e6 ? `${cco.figure(value / 1e6)} MB` : value >= 1e3 ? `${cco.figure(value / 1e3)} kB` : `${cco.figure(value)} bytes`);
+/* A part of a whole as the log says it (`figures.per_cent`): all and nothing are never said of what is not quite that. */
+cco.share = (value) => {
+  const part = cco.number(value);
+  if (!Number.isFinite(part)) return "–";
+  if (part >= 0.995 && part < 1) return "over 99 %";
+  return part > 0 && part < 0.005 ? "under 1 %" : `${Math.round(100 * part)} %`;
+};
 cco.percent = (value) => (Number.isFinite(cco.number(value)) ? `${cco.figure(100 * cco.number(value), 3)} %` : "–");
 
 /** A name on one line: what does not print is written as an escape. */

@@ -10,7 +10,7 @@
   const planned = cco.whatIf.planned;
   document.getElementById("figures").append(
     figure("layers with weights in INT8", `${counts.weighted_in_int8} of ${counts.weighted}`),
-    figure("of the multiplications in INT8", cco.percent(counts.share_of_multiplications)),
+    figure("of the multiplications in INT8", cco.share(counts.share_of_multiplications)),
     ...(report.export ? [figure("exported file", `${cco.bytes(report.export.size_bytes)}`)]
       : report.size.float_bytes ? [figure(`weights, of ${cco.bytes(report.size.float_bytes)} in float`, cco.bytes(planned.size))] : []),
     figure("engine", report.target),

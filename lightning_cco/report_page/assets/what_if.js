@@ -186,7 +186,7 @@
       ...(size ? [part(written ? "the file takes" : "weights take", cco.bytes(now.size), `${cco.percent(now.size / size)} of float; ${now.size === planned.size ? "no change" : `${now.size > planned.size ? "+" : "−"}${cco.bytes(Math.abs(now.size - planned.size))}`}`)] : []),
       ...(report.speed ? [part("predicted speed", Number.isFinite(now.seconds) ? `${cco.figure(report.speed.float_seconds / now.seconds, 3)} × float` : "not measured in this form",
         Number.isFinite(now.seconds) ? `${cco.figure(1e3 * now.seconds, 3)} ms; ${signed(1e3 * (now.seconds - planned.seconds))}` : "")] : []),
-      part("multiplications in INT8", cco.percent(now.share), ""),
+      part("multiplications in INT8", cco.share(now.share), ""),
       now.unknown > planned.unknown ? cco.el("span", { className: "bad" }, `${now.unknown - planned.unknown} of the changes were not measured`) : "");
     document.getElementById("yaml").textContent = yaml();
   };
