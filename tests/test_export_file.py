@@ -128,7 +128,7 @@ def test_tensorrts_file_follows_its_rules(name: str, tmp_path: Path) -> None:
 
 
 def test_weights_of_four_bits_in_four_bits(tmp_path: Path) -> None:
-    settings = {"global_quantization_settings": {"weights_num_bits": 4}}
+    settings = {"global_quantization_settings": {"weights_num_bits": 4}, "layer_settings": [{"match": "conv", "weights_num_bits": 4}]}
     quantized, x = calibrated(ResidualCNN(), ResidualCNN.example, settings)
     narrow = quantized.export(tmp_path / "int8.onnx")
     packed = quantized.export(tmp_path / "int4.onnx", int4=True)

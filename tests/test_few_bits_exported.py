@@ -19,7 +19,9 @@ def trained(bits: int, seed: int, vnni: bool | None = None) -> tuple[cc.Quantize
     torch.manual_seed(seed)
     model, x, labels = ResidualCNN(), torch.randn(16, 1, 16, 16), torch.randint(0, 10, (16,))
     general = {"weights_num_bits": bits, "activations_num_bits": bits, "residual_stream": "quantized"}
-    quantized = cc.quantize(model, {"global_quantization_settings": general, "deployment_settings": {"vnni": vnni}}, (x,))
+    rules = [{"match": "conv", "weights_num_bits": bits}]  # else it keeps 8
+    recipe = {"global_quantization_settings": general, "deployment_settings": {"vnni": vnni}, "layer_settings": rules}
+    quantized = cc.quantize(model, recipe, (x,))
     quantized.calibrate([x])
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
