@@ -82,7 +82,6 @@ class _Planner:
         weight_groups: dict[str, int],
     ) -> None:
         self.weight_groups = weight_groups
-        self.results_kept, self.weights_kept = set[str](), set[str]()
         self.graph, self.settings, self.target, self.said, self.skips, self.suggestions = graph, settings, target, said, skips, suggestions
         self.connections = Connections(graph)
         self.exact = ExactReaders(graph, {name for name, entry in said.items() if entry.asked_for})
@@ -104,6 +103,10 @@ class _Planner:
         made = {key for key in tensors if key not in at_readers}
         rounded = self._rounded(made, placement)
         decisions = {layer.name: self._decision(layer, tensors, rounded, made) for layer in self.graph}
+        kept = {key.layer for key in tensors if self._keeps_8_bits(TensorKey(key.layer, key.output))}
+        kept |= {
+            name for name, own in decisions.items() if own.weights_num_bits is not None and self._weights_keep_8_bits(self.graph[name])
+        }
         return QuantizationPlan(
             self.graph,
             self.settings,
@@ -115,28 +118,23 @@ class _Planner:
             self.fused_into,
             reads=placement.reads,
             at_readers=frozenset(at_readers),
-            kept_at_8_bits=tuple(name for name, decision in decisions.items() if self._kept(name, decision)),
+            kept_at_8_bits=tuple(name for name in self.graph.names if name in kept),
         )
 
     def _spec(self, key: TensorKey) -> TensorSpec:
-        said = self._said_bits(key.layer)
-        bits = self.settings.global_quantization_settings.activations_num_bits if said is None else said
-        if self.stream.keeps_8_bits(key, bits):
-            bits = INT8_BITS
-        elif said is None and bits <= FEW_BITS and self._keeps_8_bits(key, bits):
-            bits = INT8_BITS
-            self.results_kept.add(key.layer)
+        bits = self._activation_bits(key.layer)
+        bits = INT8_BITS if self.stream.keeps_8_bits(key, bits) or self._keeps_8_bits(key) else bits
         return TensorSpec(key.layer, key.output, bits, self.target.symmetric_activations)
 
-    def _kept(self, name: str, decision: LayerDecision) -> bool:
-        return name in self.results_kept or (name in self.weights_kept and decision.weights_num_bits is not None)
-
-    def _keeps_8_bits(self, key: TensorKey, bits: int) -> bool:
-        """Whether few bits would only lose accuracy.
+    def _keeps_8_bits(self, key: TensorKey) -> bool:
+        """Whether the few bits that the settings say for all would only lose accuracy.
 
         They save nothing where no layer sums integers of a tensor up. What a model is given is as fine as 8 bits (pixels) or finer, and at its first layer
         alone (Choi et al., "PACT", 2018; Esser et al., "LSQ", 2020).
         """
+        bits = self.settings.global_quantization_settings.activations_num_bits
+        if bits > FEW_BITS or self._said_bits(key.layer) is not None or self.stream.keeps_8_bits(key, bits):
+            return False
         if key.layer in self.exact.of_inputs:
             return True
         return not self._summed_up(key, bits) and not self.stream.keeps_few_bits(key)
@@ -200,17 +198,19 @@ class _Planner:
         return said
 
     def _weight_bits(self, layer: Layer) -> int:
-        """What the rules say of a layer's weights, else the global value; convolutions of what the model is given keep 8 bits, as what they read does."""
+        """What the rules say of a layer's weights, else the global value, or 8 where few bits would cost most."""
         said = self.said.get(layer.name, ResolvedRules()).weights_num_bits
         if said is not None:
             return said
-        general = self.settings.global_quantization_settings.weights_num_bits
+        return INT8_BITS if self._weights_keep_8_bits(layer) else self.settings.global_quantization_settings.weights_num_bits
+
+    def _weights_keep_8_bits(self, layer: Layer) -> bool:
+        """Whether a layer is a convolution of what the model is given, whose weights keep 8 bits as what they read does."""
+        few = self.settings.global_quantization_settings.weights_num_bits <= FEW_BITS
+        if not few or layer.kind != "conv" or self.said.get(layer.name, ResolvedRules()).weights_num_bits is not None:
+            return False
         sources = self.connections.sources(layer.name)
-        first = layer.kind == "conv" and bool(sources) and all(source.layer in self.exact.of_inputs for source in sources)
-        if general > FEW_BITS or not first:
-            return general
-        self.weights_kept.add(layer.name)
-        return INT8_BITS
+        return bool(sources) and all(source.layer in self.exact.of_inputs for source in sources)
 
     def _decision(
         self, layer: Layer, made: Mapping[TensorKey, TensorSpec], rounded: set[str], at_producers: Collection[TensorKey]
