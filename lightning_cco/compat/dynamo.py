@@ -25,7 +25,7 @@ def graph_being_traced() -> Any:
         return None
 
 
-_BODIES = frozenset({"cond", "while_loop", "scan", "associative_scan", "map", "map_impl", "flex_attention", "invoke_subgraph"})
+TAKE_FUNCTIONS = frozenset({"cond", "while_loop", "scan", "associative_scan", "map", "map_impl", "flex_attention", "invoke_subgraph"})
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -37,7 +37,7 @@ def traces_a_body() -> bool:
     """
     tracer = getattr(graph_being_traced(), "current_tracer", None)
     while tracer is not None:
-        if getattr(getattr(tracer, "source_target", None), "__name__", "") in _BODIES:
+        if getattr(getattr(tracer, "source_target", None), "__name__", "") in TAKE_FUNCTIONS:
             return True
         tracer = getattr(tracer, "parent", None)
     return False

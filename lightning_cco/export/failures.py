@@ -146,7 +146,7 @@ def _scripted(model: torch.nn.Module) -> list[str]:
 def inexpressible(model: torch.nn.Module, error: Exception) -> str:
     """A message for a traced program that torch.onnx could not convert."""
     text = str(error)
-    operators = re.findall(r"OpOverload\(op='([^']+)'", text) or re.findall(r"No ONNX function found for (\S+)", text)
+    operators = re.findall(r"OpOverload\(op='([^']+)'", text) or re.findall(r"No ONNX function found for <?([^\s>]+)", text)
     name = type(model).__name__
     if operators and ("No ONNX function" in text or not operators[0].startswith(("aten.", "prims."))):
         return (

@@ -19,6 +19,9 @@ def traced_program(
     Where a call fails whose hooks did not all run (that of a scripted module), function modes are taken off in another order than they came, and that of
     `torch.export` stays: it would see every torch call of this thread.
 
+    `torch.export` runs what the user has compiled eagerly by itself. What is traced by the compiler inside of it are the functions that `torch.cond` and its
+    like are given, whose weights it makes inputs of the program: run eagerly, these would be constants that nothing can store.
+
     Args:
         model: The model.
         args: Positional arguments of one forward.
@@ -27,7 +30,8 @@ def traced_program(
     """
     modes = function_mode_count()
     try:
-        return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
+        with torch.compiler.set_stance("default"):
+            return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
     except BaseException:
         while function_mode_count() > modes:
             pop_function_mode()

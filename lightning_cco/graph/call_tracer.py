@@ -16,6 +16,7 @@ from lightning_cco.graph.call_node import CallNode, ModuleCall
 from lightning_cco.graph.carried import Carried, drawn_apart
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.custom_functions import CustomCall, running_function
+from lightning_cco.graph.higher_order import IN_FLOAT, TAKE_FUNCTIONS, WatchedBodies
 from lightning_cco.graph.network import OuterCall, is_metric
 from lightning_cco.graph.operands import is_attention_mask, is_mask_like, operands_of
 from lightning_cco.graph.ops import DRAWS_WEIGHTS, MAKES_OF_DATA, OVERWRITES, RANDOM, READS_OUT, READS_VALUES, Category, Op, operation
@@ -94,6 +95,8 @@ class CallTracer:
         if function is not None:
             return self._inside(function, frame, op, func, args, kwargs)
         self._function = None
+        if name in TAKE_FUNCTIONS:
+            return self._with_bodies(Seen(frame, name, op, self._count(frame, op), args, kwargs, [], [], False, visible=False), func)
         if not self._is_of_network(frame, args, kwargs):
             self._count(frame, op)
             return func(*args, **kwargs)
@@ -116,6 +119,19 @@ class CallTracer:
             return result
         written = [t for (_, t), before in zip(operands_of(args, kwargs), versions, strict=True) if before not in (None, _version(t))]
         self._note_result(seen, result, written)
+        return result
+
+    def _with_bodies(self, seen: Seen, func: Callable[..., Any]) -> Any:
+        """A call of an operator that takes functions, whose weights are read out of sight."""
+        bodies = WatchedBodies()
+        operands = self._operands(seen.frame, seen.function, seen.args, seen.kwargs)
+        result = bodies.call(func, seen.args, seen.kwargs)
+        weights: list[Operand] = [(("functions", k), w, self.sources.find(w, seen.frame)) for k, w in enumerate(bodies.read.values())]
+        self.read.update(name for _, _, names in weights for name in names)
+        before = len(self.calls)
+        self._note_result(replace(seen, operands=operands + weights), result, [])
+        for call in self.calls[before:]:
+            call.layer = replace(call.layer, note=call.layer.note or IN_FLOAT.format(seen.op.kind))
         return result
 
     def _operands(self, frame: ModuleCall, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Operand]:

@@ -19,7 +19,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
 from lightning_cco.compat.autograd import graph_task, saved_hooks_on_top
-from lightning_cco.compat.dynamo import traces_a_body
+from lightning_cco.compat.dynamo import TAKE_FUNCTIONS, traces_a_body
 from lightning_cco.graph.attention import multi_head_attention
 from lightning_cco.graph.call_node import Arguments, ModuleCall
 from lightning_cco.graph.compiled import HiddenMode, hide_from_graph, mode_stack, restore_modes, told_of_graphs
@@ -65,7 +65,7 @@ class FrameMode(HiddenMode):
         if origin is not _MODEL:
             if origin is CallOwner.ENDED:
                 frames.drop_ended(stack)
-            if origin is CallOwner.FOREIGN or not stack:
+            if (origin is CallOwner.FOREIGN and name not in TAKE_FUNCTIONS) or not stack:
                 return func(*args, **kwargs)
             frame = stack[-1]
         if frame.records and (saved_hooks_on_top(False) is not None or not is_grad_enabled()):
@@ -77,7 +77,7 @@ class FrameMode(HiddenMode):
     def _compiled(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that a compiler traces."""
         stack, name = self.frames._main, getattr(func, "__name__", "")
-        if not stack or traces_a_body():
+        if not stack or name in TAKE_FUNCTIONS or traces_a_body():
             return func(*args, **kwargs)
         hide_from_graph(self.frames.name)
         if name in COMPILED_CHECKPOINTS:

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.graph.containers import tensors_held
+from lightning_cco.graph.higher_order import TAKE_FUNCTIONS
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.network import is_metric
 from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.graph.trace import Tracer
+
+_OUT_OF_SIGHT = TAKE_FUNCTIONS | {"custom_function"}
+"""Kinds of layers that run code which is not seen."""
 
 
 def out_of_sight(model: nn.Module, tracer: Tracer) -> list[str]:
@@ -47,7 +51,7 @@ def out_of_sight(model: nn.Module, tracer: Tracer) -> list[str]:
             )
     for call in tracer.calls:
         weights = [name for name in call.layer.parameters if name in named and named[name].dim() > 1]
-        if call.layer.kind == "custom_function" and weights:
+        if call.layer.kind in _OUT_OF_SIGHT and weights:
             found.append(f"'{call.layer.path or 'the model itself'}' ({call.layer.note}; it reads {', '.join(weights)})")
     return found
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from lightning_cco.graph.higher_order import TAKE_FUNCTIONS
 from lightning_cco.graph.layer import FLOATS
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, category_of
 from lightning_cco.quantization.tensor_key import TensorKey
 
-UNSEEN = frozenset({"input", "cast", "written", "unseen", "custom_function"})
+UNSEEN = TAKE_FUNCTIONS | {"input", "cast", "written", "unseen", "custom_function"}
 """Kinds of what no function mode sees being made at run time."""
 _STEPS = frozenset({
     "round", "floor", "ceil", "trunc", "fix", "frac", "sign", "sgn", "heaviside", "remainder", "fmod", "mod", "rmod", "imod", "floor_divide",
