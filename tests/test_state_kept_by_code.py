@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import threading
 from array import array
 from collections.abc import Callable
@@ -29,6 +31,7 @@ SKIPPED: dict[str, Any] = {
     "layer_settings": [{"match": "*", "skip_quantization": True}],
 }
 NUMBER = 0
+VARIABLE = "LIGHTNING_CCO_TEST_CALLS"
 NUMBERS: dict[str, Any] = {"calls": 0, "list": [], "tensor": torch.zeros(1), "once": None}
 LOCAL = threading.local()
 
@@ -95,7 +98,48 @@ def in_an_object(owner: Any) -> int:
     return int(owner.slots.calls + owner.space.calls + len(owner.array) + len(owner.bytes) + owner.text.tell() + len(owner.objects[0]))
 
 
-COUNTERS = (by_global_name, in_a_global_dict, in_a_class, in_a_singleton, in_the_function, in_a_default, in_the_thread)
+@functools.lru_cache
+def kept(_: str) -> list[int]:
+    return []
+
+
+@functools.cache
+def kept_for_all() -> InSlots:
+    return InSlots()
+
+
+class InItsCache:
+    @functools.cache  # noqa: B019
+    def state(self) -> dict[str, int]:
+        return {"calls": 0}
+
+
+IN_ITS_CACHE = InItsCache()
+
+
+def in_caches(_: Any) -> int:
+    kept("a").append(0)
+    kept_for_all().calls += 1
+    IN_ITS_CACHE.state()["calls"] += 1
+    return len(kept("a")) + kept_for_all().calls + IN_ITS_CACHE.state()["calls"]
+
+
+def in_the_environment(_: Any) -> int:
+    os.environ["LIGHTNING_CCO_TEST_CALLS"] = str(int(os.environ.get("LIGHTNING_CCO_TEST_CALLS", "0")) + 1)
+    return int(os.environ[VARIABLE])
+
+
+COUNTERS = (
+    by_global_name,
+    in_a_global_dict,
+    in_a_class,
+    in_a_singleton,
+    in_the_function,
+    in_a_default,
+    in_the_thread,
+    in_caches,
+    in_the_environment,
+)
 
 
 def count() -> int:
@@ -115,6 +159,9 @@ def begin() -> None:
     in_the_function.calls = 0  # type: ignore[attr-defined]
     in_a_default.__defaults__[0].clear()  # type: ignore[index]
     LOCAL.__dict__.clear()
+    for cache in (kept, kept_for_all, InItsCache.state):
+        cache.cache_clear()
+    os.environ.pop(VARIABLE, None)
 
 
 class Counting(pl.LightningModule):

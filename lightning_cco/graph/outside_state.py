@@ -51,24 +51,24 @@ def names_in(code: CodeType) -> frozenset[str]:
     return frozenset(code.co_names).union(*inner)
 
 
-def functions_of(owner: type) -> list[FunctionType]:
-    """The functions that stand in a class: methods, static and class methods, properties."""
+def functions_of(owner: type) -> list[Any]:
+    """The functions that stand in a class: methods, static and class methods, properties, and caches of them."""
     found: list[Any] = []
     for value in vars(owner).values():
         parts = (value.fget, value.fset, value.fdel) if isinstance(value, property) else (value,)
         found += [getattr(part, "__func__", getattr(part, "func", part)) for part in parts]
-    return [value for value in found if isinstance(value, FunctionType)]
+    return [value for value in found if isinstance(value, FunctionType) or hasattr(value, "cache_clear")]
 
 
 class Names(MutableMapping[str, Any]):
-    """Those names of a module that some code knows, as a mapping.
+    """Those names of a module, or of the environment, that some code knows, as a mapping.
 
     Args:
-        module: The names of the module, as its functions see them.
+        module: The names of the module, as its functions see them; `os.environ`.
         known: The names.
     """
 
-    def __init__(self, module: dict[str, Any], known: frozenset[str]) -> None:
+    def __init__(self, module: MutableMapping[str, Any], known: frozenset[str]) -> None:
         self._module, self._known = module, known
 
     def __getitem__(self, name: str) -> Any:

@@ -25,6 +25,7 @@ from lightning_cco.compat.torch_modes import is_functorch_wrapped
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.containers import bytes_of, tensors_in
 from lightning_cco.graph.kept_attributes import KeptAttributes
+from lightning_cco.graph.kept_caches import environment_of, held_by, is_cache, undo_cache
 from lightning_cco.graph.outside_state import (
     ClassAttributes,
     Names,
@@ -51,7 +52,7 @@ class Snapshot:
 
     Lists, dictionaries, sets, arrays and tensors get their contents back, not only attributes their objects. Objects of the user's own classes and what the
     user's hooks refer to are entered; those of libraries and data sets are not. So is what their code keeps elsewhere: attributes of classes and functions,
-    default arguments, and the global names that it knows.
+    default arguments, the global names that it knows, what its caches hold, and the variables of the environment that it names.
 
     Args:
         model: The model, as it is now; `None`: only ``others``.
@@ -167,6 +168,10 @@ class Snapshot:
             self._enter_container(value)
         elif isinstance(value, type):
             self._code.append(value)
+        elif is_cache(value):
+            self._undo.append(undo_cache(value))
+            for part in (value.__wrapped__, *held_by(value)):
+                self._enter(part)
         elif (undo := undo_value(value)) is not None:
             self._undo.append(undo)
         elif _is_of_user(value):
@@ -221,6 +226,8 @@ class Snapshot:
             self._enter(item)
         known = names_in(function.__code__)
         self._keep_attributes(Names(function.__globals__, known), stays=True)
+        if (environment := environment_of(function)) is not None:
+            self._keep_attributes(environment)
         for name in known:
             value = function.__globals__.get(name)
             if isinstance(value, ModuleType) and id(value) not in self._seen and is_own_code(value):
