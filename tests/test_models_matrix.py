@@ -25,6 +25,9 @@ from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.settings import Settings
 
+# Experts of transformers are multiplied by a function without an INT8 form, which is said.
+pytestmark = pytest.mark.filterwarnings("ignore:.*grouped_mm:lightning_cco.errors.CCOWarning")
+
 CASES = [*matrix_models.CASES, *matrix_code.CASES, *matrix_transformers.CASES]
 ALL = [pytest.param(case, id=case.name) for case in CASES]
 PICTURES = {"resnet", "transformer_encoder", "nested"}

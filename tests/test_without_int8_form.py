@@ -1,4 +1,4 @@
-"""Weights that only custom operators or products of complex numbers read stay in float, which is said once, by name."""
+"""Weights that only custom operators, products of complex numbers or functions without a row in the table read stay in float, which is said once."""
 
 from __future__ import annotations
 
@@ -56,6 +56,16 @@ NAMED: dict[str, tuple[Callable[[Reading, Tensor], Tensor], tuple[str, ...], str
         ("weight", "other"),
         "linear of complex numbers",
     ),
+    "distances": (lambda s, h: torch.exp(-torch.cdist(h, s.weight)), ("weight",), "(cdist, in the model itself)"),
+    "distances of a unit": (lambda s, h: torch.cdist(h, nn.functional.normalize(s.weight)), ("weight",), "(cdist,"),
+    "cosines": (lambda s, h: nn.functional.cosine_similarity(h[:, None], s.weight[None], dim=2), ("weight",), "cosine_similarity"),
+    "tensordot": (lambda s, h: torch.tensordot(h, s.weight, ([1], [1])), ("weight",), "tensordot"),
+    "rows by vectors": (lambda s, h: torch.stack([torch.mv(s.weight, row) for row in h]), ("weight",), "mv"),
+    "experts": (
+        lambda s, h: (s.pairs.transpose(1, 2)[h[:, 0].gt(0).long()] @ h[:, :8, None]).mean(1) + h,
+        ("pairs",),
+        "matrices chosen by indices",
+    ),
 }
 
 
@@ -76,6 +86,10 @@ SILENT: dict[str, Callable[[Reading, Tensor], Tensor]] = {
     "aten addmm": lambda s, h: torch.ops.aten.addmm.default(s.bias, h, s.weight),
     "a bias alone": lambda s, h: product(h, torch.diag(s.bias)),
     "read by a layer, too": lambda s, h: product(h, s.second.weight),
+    "a token in the place of others": lambda s, h: torch.where(h > 0, h, s.bias[None]),
+    "a table": lambda s, h: h + s.weight[h[:, 0].gt(0).long()],
+    "a map beside": lambda s, h: (h - s.weight[0]) * s.other[:4],
+    "a loss of its own": lambda s, h: h + 0 * torch.cdist(s.weight, s.other).mean(),
     "spectrum": lambda s, h: torch.fft.irfft(torch.fft.rfft(h), n=8) + s.bias,
 }
 

@@ -186,7 +186,8 @@ def _warn_of_forms(model: nn.Module, evaluation: Tracer) -> None:
     if found:
         warnings.warn(
             f"{type(model).__name__}: weights stay in float, since what reads them has no INT8 form: {'; '.join(found)}. "
-            "Multiply by them with torch's functions on real numbers (linear, matmul, conv2d) to have them quantized.",
+            "Multiply by them with torch's functions on real numbers (linear, matmul, conv2d) to have them quantized; squared distances are "
+            "products, too: x.square().sum(1, keepdim=True) - 2 * F.linear(x, w) + w.square().sum(1).",
             CCOWarning,
             stacklevel=4,
         )

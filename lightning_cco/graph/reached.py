@@ -13,11 +13,15 @@ from lightning_cco.graph.containers import tensors_held
 from lightning_cco.graph.higher_order import TAKE_FUNCTIONS
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.network import is_metric
+from lightning_cco.graph.operands import MASKING
+from lightning_cco.graph.ops import is_known_kind
 from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.graph.trace import Tracer
 
 _OUT_OF_SIGHT = TAKE_FUNCTIONS | {"custom_function"}
 """Kinds of layers that run code which is not seen."""
+_NAMED_APART = _OUT_OF_SIGHT | MASKING | {"unseen", "output"}
+"""What reads weights otherwise than by a function, is named by itself, or chooses between values."""
 
 
 def out_of_sight(model: nn.Module, tracer: Tracer) -> list[str]:
@@ -57,24 +61,38 @@ def out_of_sight(model: nn.Module, tracer: Tracer) -> list[str]:
 
 
 def without_int8_form(model: nn.Module, tracer: Tracer) -> list[str]:
-    """Say of each weight that custom operators or products of complex numbers alone read which one does.
+    """Say of each weight that no layer of the table reads which function does: a custom operator, one of complex numbers, `torch.cdist`.
 
     Args:
         model: The model.
         tracer: What was seen of a forward of it.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
-    others = {name for call in tracer.calls if call.layer.weighted and not _is_complex(call.layer) for name in call.layer.parameters}
+    others = {name for call in tracer.calls if _may_have_form(call.layer) for name in call.layer.parameters}
     found: dict[str, None] = {}
     for call in tracer.calls:
         layer = call.layer
-        weights = [name for name in layer.parameters if name in named and named[name].dim() > 1 and name not in others]
-        if not weights or not call.reads or not (layer.kind in tracer.custom or _is_complex(layer)):
+        weights = [name for name in layer.parameters if name in named and _is_matrix(named[name]) and name not in others]
+        if not weights or not call.reads or layer.kind in _NAMED_APART:
             continue
-        what = f"{layer.kind}, a custom operator" if layer.kind in tracer.custom else f"{layer.kind} of complex numbers"
+        what = f"{layer.kind} of complex numbers" if _is_complex(layer) else layer.kind
+        what = f"{layer.kind}, a custom operator" if layer.kind in tracer.custom else what
+        what = "matrices chosen by indices" if layer.kind == "lookup" else what
         where = f"module '{layer.path}'" if layer.path else "the model itself"
         found[f"{', '.join(map(repr, weights))} ({what}, in {where})"] = None
     return list(found)
+
+
+def _is_matrix(weight: Tensor) -> bool:
+    """Whether it has rows and columns: tokens that stand for what is missing, and factors of channels, are single rows."""
+    return sum(size > 1 for size in weight.shape) > 1
+
+
+def _may_have_form(layer: Layer) -> bool:
+    """Whether it is in the table, so that log and plan say what becomes of its weights."""
+    if layer.kind == "lookup":  # rows of a table are an embedding; matrices out of a stack of them are weights, chosen anew for each input
+        return len(layer.output_shapes[0]) - len(layer.input_shapes[0]) < 2
+    return (layer.weighted or is_known_kind(layer.kind)) and not _is_complex(layer)
 
 
 def _is_complex(layer: Layer) -> bool:
