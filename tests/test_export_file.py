@@ -67,11 +67,11 @@ def test_quantize_operators_stand_where_the_plan_has_them_and_nowhere_else(name:
         stem, _, number = key.rpartition(".")
         base[stem if number.isdigit() else key] += count
     assert base == expected
-    # Each, or what is picked from it, is dequantized once; all other dequantize operators read integers that the file holds.
+    # Each, or what is picked or repeated from it, is dequantized once; all other dequantize operators read integers that the file holds.
     stored = {entry.name: entry.data_type for entry in graph.initializer}
     levels = [node.output[0] for node in quantize_nodes]
     for node in graph.node:
-        if node.op_type in ("Gather", "Slice", "Split") and node.input[0] in levels:
+        if node.op_type in ("Gather", "Slice", "Split", "Resize") and node.input[0] in levels:
             levels += node.output
             levels.remove(node.input[0])
     dequantized = [node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"]
@@ -116,7 +116,7 @@ def test_tensorrts_file_follows_its_rules(name: str, tmp_path: Path) -> None:
             if node.op_type == "Conv":
                 assert next(a.i for a in maker.attribute if a.name == "axis") == 0  # the output channels
             assert makers[node.input[0]].op_type in ("DequantizeLinear", "Reshape", "Transpose", "MaxPool", "Flatten", "Slice", "Split")
-    # A bias stays in float, and so does a sum's other operand only where the plan leaves it.
+    # A bias stays in float.
     assert not any(array.dtype == np.int32 for array in stored.values())
     biased = [node for node in graph.node if node.op_type in ("Conv", "Gemm") and len(node.input) > 2]
     assert biased
@@ -124,7 +124,8 @@ def test_tensorrts_file_follows_its_rules(name: str, tmp_path: Path) -> None:
     if name == "residual":
         for node in graph.node:
             if node.op_type == "Add":
-                assert all(makers[x].op_type == "DequantizeLinear" for x in node.input)  # both sides of a residual sum
+                # A pair stands on the shortcut alone: TensorRT adds in the convolution's kernel, and rounds the sum.
+                assert sorted(makers[x].op_type for x in node.input) == ["Conv", "DequantizeLinear"]
 
 
 def test_weights_of_four_bits_in_four_bits(tmp_path: Path) -> None:
@@ -139,7 +140,9 @@ def test_weights_of_four_bits_in_four_bits(tmp_path: Path) -> None:
     stored = {entry.name: entry for entry in model.graph.initializer}
     weights = [node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored]
     assert {stored[name].data_type for name in weights} == {onnx.TensorProto.INT4, onnx.TensorProto.INT32}
-    np.testing.assert_allclose(run(tmp_path / "int4.onnx", x, optimize=False), run(tmp_path / "int8.onnx", x, optimize=False), atol=1e-5)
+    # The grid of a bias is finer in the file with bytes, so that a value on the edge between two levels may fall the other way.
+    expected = run(tmp_path / "int8.onnx", x, optimize=False)
+    assert np.square(run(tmp_path / "int4.onnx", x, optimize=False) - expected).sum() < 1e-4 * np.square(expected).sum()
 
 
 def test_tensorrt_takes_no_single_int4_weights(tmp_path: Path) -> None:
