@@ -44,14 +44,8 @@ def notes_on_weights(quantized: HookedModel, emitter: Emitter, int4: bool) -> li
     narrow = [key for key, quantizer in quantized.activations.items() if quantizer.num_bits < 8]
     if narrow:
         notes.append(f"activations of fewer than 8 bits are narrowed and stored in 8: {', '.join(narrow)}")
-    engine = emitter.stored.engine
-    if engine.dynamic_batch and emitter.reads_shapes and any(quantized.graph[layer].kind == "conv" for layer in emitter.stored.biases):
-        notes.append(
-            f"the size of the batch is computed with, and {engine.dynamic_batch}: "
-            "fix it with model.reshape(...) before compiling, or export with dynamic_batch=False"
-        )
-    if engine.not_run:
-        notes.append(engine.not_run)
+    if emitter.stored.engine.not_run:
+        notes.append(emitter.stored.engine.not_run)
     return notes
 
 

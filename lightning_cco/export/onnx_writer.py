@@ -82,7 +82,6 @@ def write_onnx(
         onnx_passes.name_nodes(graph)
         emitter.layers = layers_of_nodes(graph, program.exported_program)
         emitter.modules = onnx_passes.take_modules(graph)
-        emitter.reads_shapes = any(node.op_type == "Shape" for node in graph)
         onnx_passes.name_parameters(graph)
         onnx_passes.name_inputs(graph, inputs)
         onnx_passes.name_outputs(graph, outputs)

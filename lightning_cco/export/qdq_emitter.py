@@ -46,7 +46,6 @@ class Emitter:
         layers: Layer of each node of the file that belongs to one, by the node's name.
         reached: The last layer that a forward came to.
         model: The forward that is written.
-        reads_shapes: Whether the file computes with the sizes of tensors.
         look: Called with each layer's name and arguments before it is written; may refuse it.
     """
 
@@ -55,7 +54,6 @@ class Emitter:
         self.pairs = QdqPairs(quantized, stored, dialect)
         self.order = self.pairs.order
         self.reached = ""
-        self.reads_shapes = False
         self.look: Callable[[str, Sequence[Any]], None] | None = None
         self.modules: dict[str, str] = {}
         self.layers: dict[str, str] = {}

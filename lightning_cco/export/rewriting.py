@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_cco.export import onnx_passes
 from lightning_cco.export.constants import arrange_integers
+from lightning_cco.export.counted_sizes import count_sizes
 from lightning_cco.export.engines import Engine, Form
 from lightning_cco.export.float_types import compute_in_float32
 from lightning_cco.export.products import fill_biases, split_products, store_transposed
@@ -15,6 +16,7 @@ from lightning_cco.export.weight_blocks import share_packed
 from lightning_cco.export.wrapped import carry_pairs, clamp_between_pairs, round_tables
 
 _BEFORE_SHARING: tuple[tuple[Form, tuple[Callable[[Any], None], ...]], ...] = (
+    (Form.COUNTED_SIZES, (count_sizes,)),
     (Form.INTEGER_INDEXING, (onnx_passes.index_integers,)),
     (Form.UNITS, (carry_pairs, clamp_between_pairs, round_tables)),
     (Form.SPLIT_PRODUCTS, (split_products,)),

@@ -268,3 +268,33 @@ def test_openvino_sorted_maxima(by_sorting: bool, tmp_path: Path, without: Calla
         expected = quantized.model(x).numpy()
     got = load(tmp_path / "a.onnx").run({"x": x.numpy()})[0]
     assert (np.square(got - expected).sum() < 0.003 * np.square(expected).sum()) is np.bool_(by_sorting)
+
+
+class WithToken(torch.nn.Module):
+    """A convolution and a token that is expanded to the size of the batch, as in vision transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.token, self.head = torch.nn.Conv2d(3, 8, 4, 4), torch.nn.Parameter(torch.randn(1, 1, 8)), torch.nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.patches(x).flatten(2).transpose(1, 2)
+        return self.head(torch.cat([self.token.expand(x.shape[0], -1, -1), patches], 1))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("counted", [True, False])
+def test_openvino_counted_sizes(counted: bool, tmp_path: Path, without: Callable[[str, Form], None]) -> None:
+    pytest.importorskip("openvino")
+    if not counted:
+        without("openvino", Form.COUNTED_SIZES)
+    torch.manual_seed(0)
+    model, x = WithToken(), torch.randn(4, 3, 16, 16)
+    torch.nn.init.normal_(model.patches.bias)
+    quantized = exported(model, x, "openvino", 7, tmp_path / "a.onnx")
+    load = ENGINES["openvino"].load
+    assert load is not None
+    with torch.no_grad():
+        expected = quantized.model(x[:3]).numpy()
+    got = load(tmp_path / "a.onnx").run({"x": x[:3].numpy()})[0]
+    assert (np.square(got - expected).sum() < 0.003 * np.square(expected).sum()) is np.bool_(counted)

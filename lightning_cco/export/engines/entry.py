@@ -35,6 +35,7 @@ class Form(Enum):
     SEPARATE_ROUNDINGS = "an operator that changes nothing between a product and the rounding of its result, where others read it in float"
     UNITS = "quantize and dequantize operators around each operator on rounded tensors, also around those that move or clamp values alone"
     SORTED_MAXIMA = "the largest values along axes as the first ones of a TopK"
+    COUNTED_SIZES = "sizes of tensors as the number of their values along an axis, not as the result of a Shape"
     OPSET = "an opset of at most the amount where activations are symmetric"
 
 
@@ -139,7 +140,6 @@ class Engine:
         extra: The optional dependencies of lightning-cco that have the package.
         start: Starts it, where its files are made of programs (PT2E) instead of being ONNX files.
         plans: Targets whose plans it can compute, if not its own alone.
-        dynamic_batch: What it gets wrong where the size of a dynamic batch is computed with; empty: nothing.
         fixed_sizes: Why sizes of images are fixed unless they are asked to vary; empty: they vary where the model lets them.
         limits: What right files may differ by in it, if not what the check allows.
         strict: Whether a file must be run in it, and is refused if it computes a product in float that is planned in INT8; else both are said alone.
@@ -158,7 +158,6 @@ class Engine:
     extra: str = "export"
     start: Callable[[], Reader] | None = None
     plans: tuple[str, ...] = ()
-    dynamic_batch: str = ""
     fixed_sizes: str = ""
     limits: Limits = field(default_factory=Limits)
     strict: bool = False

@@ -47,9 +47,14 @@ OPENVINO = Engine(
             "it rounds the result of a ReduceMax of values below 0 wrongly: by 21 steps on average between a convolution and a linear layer",
             f"{_CANARIES}::test_openvino_sorted_maxima",
         ),
+        Want(
+            Form.COUNTED_SIZES,
+            "2026.4",
+            "it leaves out a convolution's bias where a tensor is expanded to a size that a Shape operator reads: a vision transformer, whose class token is "
+            "expanded to the size of the batch, agreed at 21 dB instead of 50",
+            f"{_CANARIES}::test_openvino_counted_sizes",
+        ),
     ),
     load=Compiled,
     package="openvino",
-    dynamic_batch="OpenVINO 2026.4 can then leave out a convolution's bias",
-    fixed_sizes="where they vary, OpenVINO 2026.4 can leave out a convolution's bias",
 )
