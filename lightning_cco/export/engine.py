@@ -42,7 +42,7 @@ def engine_session(model: Any, as_written: bool = False, entries: Mapping[str, s
     import onnxruntime as ort
 
     settings = ort.SessionOptions()
-    settings.log_severity_level = 3
+    settings.log_severity_level = 4  # errors are raised as well, with the same words
     if as_written:
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     for name, value in (entries or {}).items():
@@ -57,6 +57,11 @@ def constants(model: Any) -> dict[str, np.ndarray[Any, Any]]:
     import onnx
 
     return {entry.name: onnx.numpy_helper.to_array(entry) for entry in model.graph.initializer}
+
+
+def operand_name(layer: str, number: int) -> str:
+    """The quantizer, in a file, of a layer's constant operand that is computed there: ``concat.operand``, the second one ``concat.operand_2``."""
+    return f"{layer}.operand_{number + 1}" if number else f"{layer}.operand"
 
 
 def rounded_tensors(model: Any, keys: Iterable[str]) -> dict[str, list[QuantizeNode]]:

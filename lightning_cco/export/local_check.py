@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_cco.export.engine import QuantizeNode
+from lightning_cco.export.engine import QuantizeNode, operand_name
 from lightning_cco.quantization.model import HookedModel
 
 _MIDDLE = 1e-3
@@ -128,13 +128,14 @@ class LocalRun:
     def _weight_hook(self, layer: str, number: int, arrays: Arrays) -> Any:
         def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
             self.weights[layer, number] = args[0].detach(), output.detach()
-            rounded = self.rounded.get(f"{layer}.operand", [])
+            name = operand_name(layer, number)
+            rounded = self.rounded.get(name, [])
             for entry in rounded:  # computed from a parameter (a class token expanded to the batch): rounded in the file, by the same scale
                 levels = _arranged(arrays[entry.tensor], output.shape)
                 if levels is None:
                     continue
                 scale = float(module.scale(args[0]))
-                self._compare(f"{layer}.operand", output.detach().float().cpu() / scale, levels.to(torch.float32).sub_(entry.zero_point))
+                self._compare(name, output.detach().float().cpu() / scale, levels.to(torch.float32).sub_(entry.zero_point))
                 return
 
         return hook

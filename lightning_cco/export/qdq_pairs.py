@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_cco.export.dialects import Dialect, Format
+from lightning_cco.export.engine import operand_name
 from lightning_cco.export.engine_patterns import without_bound
 from lightning_cco.export.engines import Form
 from lightning_cco.export.fold_batch_norm import IntegerWeight
@@ -65,12 +66,12 @@ class QdqPairs:
             if site.layer in self.stored.biases:
                 args, kwargs = self._with_bias(site, args, kwargs)
         formats = iter(self._operands.get(site.layer, ()))
-        for weight, operand in zip(site.weights, self.stored.operands.get(site.layer, ()), strict=False):
+        for number, (weight, operand) in enumerate(zip(site.weights, self.stored.operands.get(site.layer, ()), strict=False)):
             if isinstance(operand, IntegerWeight):
                 args, kwargs = replaced(args, kwargs, weight.slot, lambda _, w=operand: self.dialect.weight(w, None))  # type: ignore[misc]
             else:
-                format = next(formats)
-                args, kwargs = replaced(args, kwargs, weight.slot, lambda x, f=format: self._pair(x, f, f"{site.layer}.operand"))  # type: ignore[misc]
+                format, name = next(formats), operand_name(site.layer, number)
+                args, kwargs = replaced(args, kwargs, weight.slot, lambda x, f=format, name=name: self._pair(x, f, name))  # type: ignore[misc]
         return args, kwargs
 
     def with_table(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
