@@ -33,6 +33,8 @@ def problem_with_rule(rule: Mapping[str, Any]) -> str:
         return f"{named}: weight_only says that the weights alone are quantized; skip_quantization says something else. Keep one of them."
     if rule.get("weights_group_size") and rule.get("weight_only") is False:
         return f"{named}: weights in groups (weights_group_size) are multiplied in float; weight_only: false says something else. Keep one of them."
+    if rule.get("activations_dynamic") and rule.get("weight_only") is False:
+        return f"{named}: activations_dynamic rounds what a layer reads when it runs; weight_only: false asks for ranges that are calibrated. Keep one of them."
     if until and downstream:
         return f"{named}: skip_quantization_until and skip_quantization_downstream contradict each other. Keep one of them."
     return ""

@@ -101,8 +101,8 @@ def _see_weight(seen: list[tuple[float, int, Tensor]], name: str, views: TensorV
         with torch.no_grad():
             weight = args[0].detach()
             integers, _ = quantizer.quantize(weight)
-            steps = quantizer.steps(weight)
-            beyond = _some(weight.float().abs() > steps * (quant_range(quantizer.num_bits, symmetric=True)[1] + 0.5))
+            steps, (first, last) = quantizer.steps(weight), quantizer.levels(weight)
+            beyond = _some((weight < (first - 0.5) * steps) | (weight > (last + 0.5) * steps))
             seen.append((float(beyond.sum()), beyond.numel(), _some(integers).cpu()))
             views.see_weight(name, quantizer, weight, steps)
 

@@ -21,6 +21,7 @@ from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.qparams import affine_qparams
 from lightning_cco.quantization.ranges import batch_range, best_clip_ratio, clip_errors, range_estimator, sample
+from lightning_cco.quantization.rounded_calls import with_dynamic
 from lightning_cco.quantization.sites import SiteQuantizers
 
 
@@ -230,6 +231,7 @@ class _LossRecorder:
             for slot, quantizer in site.weights:
                 same = quantizer if bits == quantizer.num_bits else quantizer.of_bits(bits, self._estimator())
                 other_args, other_kwargs = replaced(other_args, other_kwargs, slot, lambda weight, same=same: same(weight.detach()))  # type: ignore[misc]
+            other_args, other_kwargs = with_dynamic(site, other_args, other_kwargs)
             return func(*other_args, **other_kwargs)
 
         return call

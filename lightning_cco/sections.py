@@ -25,6 +25,8 @@ class LayerQuantizationSettings(Checked):
         weight_only: Quantize the weights alone: they are integers in the file, the layer is computed in float, and nothing is rounded for it. False: not, where
             it holds globally.
         weights_group_size: So many weights of an output share a scale, 16 to 256, as globally; 0: all of them; None: the global value.
+        weights_symmetric: Whether weights that are quantized alone have no zero points, as globally; None: the global value.
+        activations_dynamic: Whether what the layer reads is rounded by a range that is found when it runs, as globally; None: the global value.
 
     Example:
         >>> LayerQuantizationSettings(skip_quantization=True, skip_quantization_until=["add"]).skip_quantization_until
@@ -42,6 +44,8 @@ class LayerQuantizationSettings(Checked):
     activations_num_bits: int | None = None
     weight_only: bool | None = None
     weights_group_size: int | None = None
+    weights_symmetric: bool | None = None
+    activations_dynamic: bool | None = None
 
 
 @dataclass
@@ -72,6 +76,12 @@ class GlobalQuantizationSettings(Checked):
         weights_group_size: So many weights that an output is made of share a scale: 16, 32, 64, 128 or 256, of linear layers, products with a matrix of
             weights, and embeddings, whose weights alone are then quantized (as with ``weight_only``). It must divide the number of a layer's inputs. For
             few bits: of 4, with 32 in a group, little is lost. None: all weights of an output.
+        weights_symmetric: False: weights that are quantized alone (``weight_only``, ``weights_group_size``), of the kinds that can be in groups, have a zero
+            point beside each scale, and use all levels of their bits. At 2 to 4 bits they are off by a quarter to a third less (`benchmarks/weights_only.py`).
+            Weights that an engine multiplies as integers are always symmetric.
+        activations_dynamic: Round what linear layers and products with a matrix of weights read to 8 bits by a range that is found when they run, symmetric,
+            from the largest magnitude in each row, or in each block of one, as the engine has it; nothing is calibrated. Their weights are then quantized
+            alone.
         residual_stream: What residual additions make and read: ``quantized``: of ``activations_num_bits``, like all else; ``int8``: of 8 bits; ``float``: not
             rounded. Layers that multiply still read ``activations_num_bits``. ``auto``: ``int8`` up to 3 bits, ``quantized`` above (`benchmarks/fashion.py`).
         skip_tail_quantization: Skip the layers from each output up to the first weighted layer of every branch.
@@ -88,6 +98,8 @@ class GlobalQuantizationSettings(Checked):
     activations_num_bits: int = 8
     weight_only: bool = False
     weights_group_size: int | None = None
+    weights_symmetric: bool = True
+    activations_dynamic: bool = False
     residual_stream: str = "auto"
     skip_tail_quantization: bool = True
     automatic_skip_quantization: bool = False

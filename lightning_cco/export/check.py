@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.comparison import Comparison
+from lightning_cco.export.dynamic_reads import DynamicReads
 from lightning_cco.export.engine import engine_session, inspected_session, rounded_tensors
 from lightning_cco.export.engines import Form
 from lightning_cco.export.failures import does_not_run
@@ -52,12 +53,13 @@ def check_file(
         session = engine_session(str(path), optimized_model_filepath=str(optimized))
     written = onnx.load(str(path))
     read_optimized(quantized, onnx.load(str(optimized), load_external_data=False), written, emitter, report)
-    rounded = rounded_tensors(written, emitter.order)
+    reads = DynamicReads.of(written, emitter.layers, quantized.plan.dynamic)
+    rounded = rounded_tensors(written, emitter.order) | reads.compared
     names = [entry.tensor for entries in rounded.values() for entry in entries]
     # What is for another engine or another processor is run as it is written: this processor may have no exact product for int8 weights.
     as_written = not emitter.stored.engine.wanted(Form.UNSIGNED_WITHOUT_VNNI) or quantized.settings.deployment_settings.vnni is not None
     with _refused(emitter):
-        inspected = inspected_session(path, written, names, as_written)
+        inspected = inspected_session(path, written, names, as_written, reads.nodes, reads.copies)
     compared = Comparison(quantized, emitter.model, inspected, rounded, [entry.name for entry in session.get_outputs()])
     cases: list[Case] = []
     misfits: list[dict[str, list[int]]] = []

@@ -89,19 +89,33 @@ def _quantize_nodes(model: Any, known: Container[str]) -> dict[str, Any]:
     return made | clipped
 
 
-def inspected_session(path: Path, model: Any, tensors: Iterable[str], as_written: bool) -> Any:
-    """A session of a file that gives some of its integer tensors as further outputs; what the plan does not round is not rounded in it."""
+def inspected_session(
+    path: Path, model: Any, tensors: Iterable[str], as_written: bool, rounding: Container[str] = (), copies: Mapping[str, str] | None = None
+) -> Any:
+    """A session of a file that gives some of its integer tensors as further outputs; what the plan does not round is not rounded in it.
+
+    Args:
+        path: The file.
+        model: The same, loaded.
+        tensors: What it gives as well.
+        as_written: Whether each operator is computed as it stands there.
+        rounding: Names of nodes that round what they read, as planned.
+        copies: Names of floats among ``tensors``, and of which tensors they are copies.
+    """
     import onnx
 
     types = {entry.name: entry.data_type for entry in model.graph.initializer}
     made = {name: types[node.input[2]] for name, node in _quantize_nodes(model, types).items()}
     whole = onnx.ModelProto()
     whole.CopyFrom(model)
+    copies = copies or {}
+    whole.graph.node.extend(onnx.helper.make_node("Identity", [source], [name]) for name, source in copies.items())
     for name in tensors:
-        whole.graph.output.append(onnx.helper.make_tensor_value_info(name, made[name], None))
+        kind = onnx.TensorProto.FLOAT if name in copies else made[name]
+        whole.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     for node in whole.graph.node:
         for attribute in node.attribute:
-            if attribute.name == "accuracy_level":  # of a product in the engine's own form
+            if attribute.name == "accuracy_level" and node.name not in rounding:  # of a product in the engine's own form
                 attribute.i = int(FLOAT_PRODUCTS["session.qdq_matmulnbits_accuracy_level"])
     return session_of(whole, path.with_name("inspected.onnx"), as_written)
 

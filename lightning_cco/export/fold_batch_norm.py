@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_cco._values import GROUP_SIZES
 from lightning_cco.compat.modules import BatchNormBase
 from lightning_cco.errors import CCOError
 from lightning_cco.quantization.model import HookedModel
@@ -28,6 +29,7 @@ class IntegerWeight:
         bias: Bias of the layer after folding, float32, 1-d; `None`: none, or left as it is.
         folded: Name of the batch norm layer folded in, if any.
         zero_point: What stands for 0; `shifted` changes it.
+        zero_points: What stands for 0 beside each scale, of the type of the integers; `None`: ``zero_point`` for all.
         group: How many weights along ``axis`` share a scale; `None`: those of a channel.
     """
 
@@ -38,6 +40,7 @@ class IntegerWeight:
     folded: str | None = None
     zero_point: int = 0
     group: int | None = None
+    zero_points: Tensor | None = None
 
     def shifted(self, zero_point: int, dtype: torch.dtype) -> IntegerWeight:
         """The same values on a range with another zero point."""
@@ -67,9 +70,9 @@ def integer_weight(quantized: HookedModel, name: str, weight: Tensor, bias: Tens
     """
     quantizer = quantized.weights[name][number]
     integers, scale = quantizer.quantize(weight)
-    if quantizer.group is not None:  # computed in float: no batch norm goes into it
+    if quantizer.in_rows:  # computed in float: no batch norm goes into it
         bias = bias.detach().float() if bias is not None else None
-        return IntegerWeight(integers, scale, quantizer.blocks, bias, group=quantizer.group)
+        return _in_blocks(integers, scale, quantizer.zero_points(weight), quantizer.blocks or 0, bias)
     scale = scale.flatten() if quantizer.axis is not None else scale.reshape(())
     norm = batch_norm_after(quantized, name)
     bias = bias.detach().float() if bias is not None else None
@@ -97,6 +100,18 @@ def integer_weight(quantized: HookedModel, name: str, weight: Tensor, bias: Tens
     integers = integers * (~dead).to(torch.int8).reshape(shape)
     scale = torch.where(dead, scale, scale * factor.abs())
     return IntegerWeight(integers, scale, quantizer.axis, (bias * factor if bias is not None else 0.0) + shift, norm)
+
+
+def _in_blocks(integers: Tensor, scale: Tensor, zero_points: Tensor | None, axis: int, bias: Tensor | None) -> IntegerWeight:
+    """A matrix cut into groups along an axis, of a size that engines have: a whole channel is several with the same scale and zero point."""
+    inputs, groups = integers.shape[axis], scale.shape[axis]
+    size = inputs // groups
+    if size not in GROUP_SIZES:
+        size = next((known for known in reversed(GROUP_SIZES) if size % known == 0), size)
+        repeats = inputs // size // groups
+        scale = scale.repeat_interleave(repeats, axis)
+        zero_points = None if zero_points is None else zero_points.repeat_interleave(repeats, axis)
+    return IntegerWeight(integers, scale, axis, bias, group=size, zero_points=zero_points)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from lightning_cco.export.provenance import NodeLayers
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import UNASKED, UNPLANNED, ExportReport, FloatIsland
 from lightning_cco.export.value_types import float_nodes
-from lightning_cco.export.weight_blocks import LOOKUP, PRODUCT
+from lightning_cco.export.weight_blocks import LOOKUP, PRODUCT, rounds_as_it_runs
 from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.tensor_key import TensorKey
@@ -84,7 +84,10 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
         unexpected = f"planned in INT8 for {engine.name}; ONNX Runtime, in which the file is checked, computes it in float"
     blocks = emitter.stored.blocks
     packed = _packed(written, emitter) - set(blocks)
-    fused = {layers.of(node) for node in model.graph.node if node.op_type in (PRODUCT, LOOKUP)}
+    as_they_are = [(layers.of(node), node) for node in model.graph.node if node.op_type in (PRODUCT, LOOKUP)]
+    fused = {layer for layer, _ in as_they_are}
+    report.zero_points = len({layer for layer, node in as_they_are if len(node.input) > 3 and node.input[3] and layer in blocks})
+    report.dynamic = sorted({layer for layer, node in as_they_are if layer in quantized.plan.dynamic and rounds_as_it_runs(node)})
     wanted = [name for name, block in blocks.items() if block.as_it_is]
     report.in_groups, report.as_floats = len(wanted), [name for name in wanted if name not in fused]
     for operator, layer in heavy:
@@ -96,9 +99,9 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
     if unasked and engine.load is None and not engine.not_run:
         report.notes.append(f"{UNASKED} {list_names(unasked)} in INT8, which {'is' if len(unasked) == 1 else 'are'} to stay in float")
     report.integer_nodes = {kind: count for kind, count in kinds.items() if kind.startswith(_INTEGER)}
-    if kinds[PRODUCT] and not packed and engine.load is None and not engine.not_run:
-        rounding = list(dict.fromkeys(layers.of(node) for node in model.graph.node if node.op_type == PRODUCT))
-        own = any(node.op_type == PRODUCT for node in written.graph.node)
+    rounding = list(dict.fromkeys(layer for layer, node in as_they_are if node.op_type == PRODUCT and layer not in report.dynamic))
+    if rounding and not packed and engine.load is None and not engine.not_run:
+        own = any(node.op_type == PRODUCT and emitter.layers.get(node.name) in rounding for node in written.graph.node)
         report.notes.append(
             f"ONNX Runtime rounds to 8 bits what {list_names(rounding)} read{'s' if len(rounding) == 1 else ''}, although the weights alone are integers "
             '(MatMulNBits, seen in 1.32). To compute it in float, which takes many times longer: options.add_session_config_entry("session.'

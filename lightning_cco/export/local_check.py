@@ -16,8 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_cco.export.dynamic_reads import SUFFIX
 from lightning_cco.export.engine import QuantizeNode, operand_name
+from lightning_cco.quantization.dynamic_activations import DynamicQuantizer
 from lightning_cco.quantization.model import HookedModel
+from lightning_cco.quantization.sites import dynamic_quantizers
 
 _MIDDLE = 1e-3
 """How near to the middle between two levels, in steps, a value may go either way: sums of tensors whose scales are half of the result's lie there."""
@@ -73,6 +76,8 @@ class LocalRun:
             for key, quantizer in self.quantized.activations.items():
                 handles.append(quantizer.register_forward_pre_hook(self._find_ties))
                 handles.append(quantizer.register_forward_hook(self._activation_hook(key, arrays)))
+            for layer, dynamic in dynamic_quantizers(self.quantized.capture).items():
+                handles.append(dynamic.register_forward_pre_hook(self._read_hook(f"{layer}{SUFFIX}", arrays)))
             for layer, quantizers in self.quantized.weights.items():
                 for number, weight_quantizer in enumerate(quantizers):
                     handles.append(weight_quantizer.register_forward_hook(self._weight_hook(layer, number, arrays)))
@@ -122,6 +127,25 @@ class LocalRun:
             self._compare(key, output.detach().float().cpu() / float(module.scale), levels, self._ties)
             # In place: whoever overwrites its argument goes on with the argument.
             output.copy_(levels.mul_(entry.scale))
+
+        return hook
+
+    def _read_hook(self, key: str, arrays: Arrays) -> Any:
+        calls = 0
+        read = self.rounded.get(key, [])
+
+        def hook(module: DynamicQuantizer, args: tuple[Any, ...]) -> Any:
+            nonlocal calls
+            number, calls = calls, calls + 1
+            ours = args[0].detach()
+            theirs = _arranged(arrays[read[number].tensor], ours.shape) if number < len(read) else None
+            if theirs is None:
+                return None
+            steps = module.steps(theirs)
+            levels = ours.float().cpu() / steps
+            ties = (levels - levels.floor()).sub_(0.5).abs_() < _MIDDLE
+            self._compare(key, levels, (theirs / steps).round_(), ties)
+            return (theirs.to(args[0]),)
 
         return hook
 

@@ -149,7 +149,7 @@ def _checked(quantized: HookedModel, check: bool, int4: bool, fp16: bool, option
     reader = ENGINES[target.name]
     if check and reader.strict:
         need_engine(reader)
-    grouped = any(quantizers[0].group is not None for quantizers in quantized.weights.values())
+    grouped = any(quantizers[0].in_rows for quantizers in quantized.weights.values())
     taken = checked_options(options, int4 or grouped, target.symmetric_activations)
     if not quantized.calibrated:
         raise CCOError(

@@ -170,6 +170,12 @@ def own_zero_points(graph: Any) -> None:
                 node.replace_input_with(2, owned[key])
 
 
+def within_bits(integers: np.ndarray[Any, Any], bits: int) -> bool:
+    """Whether integers fit into so many bits of their kind, signed or not."""
+    first = -(1 << (bits - 1)) if integers.dtype.kind == "i" else 0
+    return bool(integers.min(initial=0) >= first and integers.max(initial=0) < first + (1 << bits))
+
+
 def pack_int4(graph: Any, blocks_alone: bool) -> None:
     """Store the integers of dequantized weights that fit into 4 bits so.
 
@@ -182,16 +188,21 @@ def pack_int4(graph: Any, blocks_alone: bool) -> None:
 
     for node in graph:
         value = node.inputs[0] if node.op_type == "DequantizeLinear" else None
-        if value is None or value.const_value is None or value.dtype != onnx_ir.DataType.INT8:
+        if value is None or value.const_value is None or value.dtype not in (onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8):
             continue
-        if blocks_alone and "block_size" not in node.attributes:
+        blocks = "block_size" in node.attributes
+        if not blocks and (blocks_alone or value.dtype == onnx_ir.DataType.UINT8):
             continue
-        integers = value.const_value.numpy()
-        if integers.min(initial=0) >= -8 and integers.max(initial=0) <= 7:
+        narrow = ml_dtypes.int4 if value.dtype == onnx_ir.DataType.INT8 else ml_dtypes.uint4
+        integers, zeros = value.const_value.numpy(), constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if within_bits(integers, 4) and (zeros is None or within_bits(zeros, 4)):
             # A tied embedding looks the same integers up in a wider type.
             name = f"{value.name}.int4"
-            node.replace_input_with(0, graph.initializers.get(name) or initializer(graph, name, integers.astype(ml_dtypes.int4)))
-            node.resize_inputs(2)  # its zero point was of the other type; 0 is the default
+            node.replace_input_with(0, graph.initializers.get(name) or initializer(graph, name, integers.astype(narrow)))
+            if zeros is not None and zeros.any():
+                node.replace_input_with(2, initializer(graph, f"{node.outputs[0].name}_zero_point_int4", zeros.astype(narrow)))
+            else:
+                node.resize_inputs(2)  # its zero point was of the other type; 0 is the default
 
 
 def name_nodes(graph: Any) -> None:

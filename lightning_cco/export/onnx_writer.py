@@ -50,7 +50,7 @@ def write_onnx(
     """Write the file, with the report's inputs; what wrote it, and what is to be said of axes that do not vary freely."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    grouped = any(quantizers[0].group is not None for quantizers in quantized.weights.values())
+    grouped = any(quantizers[0].in_rows for quantizers in quantized.weights.values())
     opset = options.get("opset_version", INT4_OPSET if int4 or grouped else OPSET)
     inputs, outputs = list(options.get("input_names", [])), list(options.get("output_names", []))
     _complete(inputs, deployed.names, "input")

@@ -156,7 +156,14 @@ class Emitter:
             return self._embedding(stored[0], args, kwargs, block)
         if kind == "embedding_bag" and is_bag(bag_arguments(args, kwargs)):
             return self._bags(site, bag_arguments(args, kwargs))
-        return None if block is None else self._block_product(site, block, args, kwargs)
+        result = None if block is None else self._block_product(site, block, args, kwargs)
+        if result is None and site.layer in self.quantized.plan.dynamic:
+            raise CCOError(
+                f"export: layer '{site.layer}' rounds what it reads when it runs (activations_dynamic), for which this file has no operator where it is called "
+                f"as {site.function}. Write activations_dynamic: false for it, call it as linear(x, weight), matmul(x, weight) or addmm(bias, x, weight), or "
+                "export an .onnx file."
+            )
+        return result
 
     def _as_engines_want(self, site: CallSite, func: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
         """The same function, spelled so that the exporter writes operators that engines run in integers."""

@@ -108,6 +108,8 @@ class ExportReport:
         float_islands: The layers behind those that it has an INT8 form of, and why.
         in_groups: How many layers have weights with a scale for each group of inputs that the engine can multiply, or look up, as they are.
         as_floats: Those of them whose weights it makes floats of in every run.
+        zero_points: How many of the others have zero points.
+        dynamic: Layers that round what they read to 8 bits when they run, as planned.
         conversions: Quantize and dequantize nodes left between them.
         notes: What a reader should know, such as bits stored in wider formats.
         target: The engine that the file is for and its version, if it was run in another than ONNX Runtime.
@@ -138,6 +140,8 @@ class ExportReport:
     float_islands: list[FloatIsland] = field(default_factory=list)
     in_groups: int = 0
     as_floats: list[str] = field(default_factory=list)
+    zero_points: int = 0
+    dynamic: list[str] = field(default_factory=list)
     conversions: int = 0
     notes: list[str] = field(default_factory=list)
     target: str = ""
@@ -201,8 +205,14 @@ class ExportReport:
                 *(
                     [
                         f"  weights in blocks   multiplied or looked up as they are in {self.in_groups - len(self.as_floats)} of {self.in_groups} layers"
+                        + (f", in {self.zero_points} of them with zero points" if self.zero_points else "")
                     ]
                     if self.in_groups
+                    else []
+                ),
+                *(
+                    [f"  rounded as it runs  what {len(self.dynamic)} products read, in int8 with a scale for each block of a row"]
+                    if self.dynamic
                     else []
                 ),
                 *(

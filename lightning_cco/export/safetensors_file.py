@@ -2,7 +2,8 @@
 
 A folder as ``save_pretrained`` writes it: ``model.safetensors`` and ``config.json``, whose ``quantization_config`` says which layers are compressed. Of each
 linear layer there are ``weight_packed`` (int32: integers of n bits, offset by half of their range, one after the other from the lowest bit on),
-``weight_scale`` (outputs, groups) and ``weight_shape``. Source of the layout: the format ``pack-quantized`` of compressed-tensors 0.20.
+``weight_scale`` (outputs, groups), ``weight_shape``, and of weights with zero points ``weight_zero_point`` (int32, packed in the same way along the
+outputs). Source of the layout: the format ``pack-quantized`` of compressed-tensors 0.20.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class WeightsReport:
         packed: The linear layers whose weights are integers in it, by their path in the network.
         rounded: Parameters that are rounded, and stored as floats.
         in_float: Linear layers that are not quantized.
+        zero_points: How many of those packed have zero points.
     """
 
     path: str
@@ -53,6 +55,7 @@ class WeightsReport:
     packed: tuple[str, ...] = ()
     rounded: tuple[str, ...] = ()
     in_float: tuple[str, ...] = ()
+    zero_points: int = 0
 
     def __str__(self) -> str:
         ratio = self.size_bytes / self.float_size_bytes if self.float_size_bytes else float("nan")
@@ -65,7 +68,16 @@ class WeightsReport:
             lines.append(f"  rounded, as floats  {list_names(list(self.rounded))}: the layout has integers for linear layers alone")
         if self.in_float:
             lines.append(f"  in float            {list_names(list(self.in_float))}")
+        if self.zero_points:
+            lines.append(
+                f"  zero points         in {self.zero_points} layers: transformers 5.23 loads them by from_pretrained(folder, quantization_config="
+                "CompressedTensorsConfig(dequantize=True)); without it they expect zero points that are not packed"
+            )
         return "\n".join(lines)
+
+
+Scheme = tuple[int, int | None, bool]
+"""Bits, size of the groups, and whether there are no zero points."""
 
 
 @dataclass
@@ -73,7 +85,7 @@ class _Contents:
     """What goes into the file: tensors by name, the scheme of each packed layer, and what else is said."""
 
     tensors: dict[str, Tensor]
-    schemes: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    schemes: dict[str, Scheme] = field(default_factory=dict)
     rounded: dict[str, None] = field(default_factory=dict)
 
 
@@ -104,6 +116,11 @@ def export_safetensors(quantized: HookedModel, path: str | Path, **options: Any)
             f"export: {NAME} holds integer weights alone, but the plan rounds activations: {names}. Write global_quantization_settings: {{weight_only: true}}, "
             "or export an .onnx file."
         )
+    if quantized.plan.dynamic:
+        raise CCOError(
+            f"export: {NAME} holds integer weights alone, but {list_names(sorted(quantized.plan.dynamic))} round what they read when they run "
+            "(activations_dynamic). Leave activations_dynamic out, or export an .onnx file."
+        )
     prefix, network = _network(quantized.model)
     _need_plain(network)
     contents = _contents(quantized, prefix, network)
@@ -124,7 +141,8 @@ def export_safetensors(quantized: HookedModel, path: str | Path, **options: Any)
                 os.replace(part, target.parent / part.name)
     except OSError as error:
         raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
-    return WeightsReport(str(path), size, float_bytes(network), tuple(contents.schemes), tuple(contents.rounded), in_float)
+    zero_points = sum(not symmetric for _, _, symmetric in contents.schemes.values())
+    return WeightsReport(str(path), size, float_bytes(network), tuple(contents.schemes), tuple(contents.rounded), in_float, zero_points)
 
 
 def pack(integers: Tensor, bits: int) -> Tensor:
@@ -207,7 +225,10 @@ def _contents(quantized: HookedModel, prefix: str, network: nn.Module) -> _Conte
         contents.tensors[f"{base}.weight_packed"] = pack(integers, quantizer.num_bits)
         contents.tensors[f"{base}.weight_scale"] = scale.reshape(len(integers), -1).to(weight.dtype)
         contents.tensors[f"{base}.weight_shape"] = torch.tensor(integers.shape)
-        contents.schemes[base] = quantizer.num_bits, quantizer.group
+        zeros = quantizer.zero_points(weight)
+        if zeros is not None:
+            contents.tensors[f"{base}.weight_zero_point"] = pack(zeros.reshape(len(integers), -1).t(), quantizer.num_bits).t().contiguous()
+        contents.schemes[base] = quantizer.num_bits, quantizer.group, quantizer.symmetric
     return contents
 
 
@@ -226,16 +247,16 @@ def _weight_name(quantized: HookedModel, layer: str, prefix: str, network: nn.Mo
     )
 
 
-def _configuration(schemes: Mapping[str, tuple[int, int | None]], ignored: list[str]) -> dict[str, Any]:
+def _configuration(schemes: Mapping[str, Scheme], ignored: list[str]) -> dict[str, Any]:
     """What config.json says of the weights: for each number of bits and size of groups the layers that have them."""
     kinds = sorted(set(schemes.values()), key=str)
     groups = {}
-    for number, (bits, group) in enumerate(kinds):
+    for number, (bits, group, symmetric) in enumerate(kinds):
         grouping = {"strategy": "channel"} if group is None else {"strategy": "group", "group_size": group}
-        targets = ["Linear"] if len(kinds) == 1 else [name for name, kind in schemes.items() if kind == (bits, group)]
+        targets = ["Linear"] if len(kinds) == 1 else [name for name, kind in schemes.items() if kind == (bits, group, symmetric)]
         groups[f"group_{number}"] = {
             "targets": targets,
-            "weights": {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **grouping},
+            "weights": {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False, **grouping},
             "input_activations": None,
             "output_activations": None,
         }

@@ -140,10 +140,11 @@ class StoredWeights:
         graph, sites = self.quantized.graph, self.quantized.capture.sites
         lookups = {name for name in self.weights if graph[name].kind in ("embedding", "embedding_bag")}
         behind_rounding = {name for name in self.weights if sites[name].sources and self.quantizer_of(sites[name]) is not None}
-        own = lookups | behind_rounding if self.engine.wanted(Form.BLOCK_OPERATORS) else None
+        dynamic = self.quantized.plan.dynamic & set(self.weights)
+        own = lookups | behind_rounding | dynamic if self.engine.wanted(Form.BLOCK_OPERATORS) else None
         # One scale for each channel is the same for each of its groups, if something needs the form of groups.
         sizes = {name: fitting_groups(graph[name])[-1:] for name in self.quantized.plan.weight_only if name in self.weights}
-        self.blocks = blocks_of(self.weights, lookups, own, {name: size[0] for name, size in sizes.items() if size})
+        self.blocks = blocks_of(self.weights, lookups, own, {name: size[0] for name, size in sizes.items() if size}, dynamic)
 
     @property
     def overflows_without_vnni(self) -> bool:

@@ -14,7 +14,7 @@ from lightning_cco.export.engine import QuantizeNode, constants
 from lightning_cco.export.engine_patterns import shortened
 from lightning_cco.export.fold_batch_norm import IntegerWeight
 from lightning_cco.export.qdq_emitter import Emitter
-from lightning_cco.export.weight_blocks import LOOKUP, PRODUCT, unpacked
+from lightning_cco.export.stored_blocks import ALMOST, StoredBlocks, attribute, stored_blocks
 from lightning_cco.graph.ops import operation_of_kind
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.tensor_key import TensorKey
@@ -22,10 +22,6 @@ from lightning_cco.quantization.tensor_key import TensorKey
 Array = np.ndarray[Any, Any]
 _TOLERANCE = 1e-5
 """Of a scale: what is left of computing one in float32 in another order."""
-_ALMOST = 1e-3
-"""Of a step: what float32 leaves of a weight."""
-_ROWS = 2048
-"""So many rows of a matrix are compared at a time: the tables of language models are large."""
 _FLOAT32 = 1e-6
 """Of a bias: what float32 leaves of it in 32 bits."""
 
@@ -66,19 +62,11 @@ def stored_faults(
 
 def _weight_fault(model: Any, values: Mapping[str, Any], node: Any, layer: str, expected: _Expected) -> str:
     """What is wrong with the weights that a node holds, in words; nothing if it holds none, or they are right."""
+    blocks = stored_blocks(model, values, node)
+    if blocks is not None:
+        return blocks if isinstance(blocks, str) else expected.in_blocks(layer, blocks)
     if node.op_type == "DequantizeLinear" and node.input[0] in values:
-        arrays = [values.get(name) for name in node.input]
-        axis, block = _number(node, "axis", 1), _number(node, "block_size", 0)
-        if block and arrays[0] is not None and arrays[1] is not None:
-            integers, scale = (array if axis == 1 else array.T for array in arrays[:2] if array is not None)
-            return expected.in_blocks(layer, integers, scale, block)
-        return expected.dequantized(layer, arrays, axis)
-    if node.op_type in (PRODUCT, LOOKUP):
-        packed, scales = (values.get(_constant_of(model, node.input[at])) for at in ((1, 2) if node.op_type == PRODUCT else (0, 2)))
-        if packed is None or scales is None:
-            return "its weights are no constants of the file"
-        integers, scale = unpacked(packed, _number(node, "bits", 4)), scales.reshape(len(packed), -1)
-        return expected.in_blocks(layer, integers, scale, _number(node, "block_size", 0))
+        return expected.dequantized(layer, [values.get(name) for name in node.input], attribute(node, "axis", 1))
     if node.op_type == "Gather" and node.input[0] in values:
         return expected.table(layer, values[node.input[0]])
     return ""
@@ -132,24 +120,9 @@ class _Expected:
                 got = quantized.weights[layer][number](given)
             self.weights.setdefault(layer, []).append((number, given, got))
 
-    def in_blocks(self, layer: str, integers: Array, scale: Array, block: int) -> str:
-        """What is wrong with a matrix in blocks; empty: nothing.
-
-        Args:
-            layer: Whose it is.
-            integers: (outputs, inputs).
-            scale: (outputs, blocks).
-            block: How many integers share a scale.
-        """
-        if integers.shape != (scale.shape[0], scale.shape[1] * block):
-            return f"it has {scale.shape} scales of {block} integers each, which are {integers.shape}"
-        worst = np.inf
-        for _, _, got in self.weights.get(layer, []):
-            wanted = got.float().cpu().numpy()
-            for form in (wanted, wanted.T):
-                if form.shape == integers.shape:
-                    worst = min(worst, max(_off_in_blocks(integers, scale, block, form), default=0.0))
-        return "" if worst <= _ALMOST else f"what is stored of it is up to {worst:.3g} steps of its scale off"
+    def in_blocks(self, layer: str, blocks: StoredBlocks) -> str:
+        """What is wrong with a layer's matrix in blocks; empty: nothing."""
+        return blocks.off(got.float().cpu().numpy() for _, _, got in self.weights.get(layer, []))
 
     def dequantized(self, layer: str, arrays: list[Array | None], axis: int) -> str:
         """What is wrong with constants that are dequantized; empty: nothing, or they are in a form that is not known here.
@@ -175,7 +148,7 @@ class _Expected:
         for form, form_step in forms:
             for wanted, allowed in self._candidates(layer):
                 steps = _steps_off(form, form_step, wanted, allowed, operation_of_kind(self.quantized.graph[layer].kind).recurrent)
-                if steps is not None and steps <= _ALMOST:
+                if steps is not None and steps <= ALMOST:
                     return ""
                 worst = min((entry for entry in (worst, steps) if entry is not None), default=None)
         return "" if worst is None else f"what is stored of it is up to {worst:.3g} steps of its scale off"
@@ -183,12 +156,14 @@ class _Expected:
     def table(self, layer: str, array: Array) -> str:
         """What is wrong with a table of integers, or of their scales, that is looked up."""
         for number, given, _ in self.weights.get(layer, []):
-            integers, scale = self.quantized.weights[layer][number].quantize(given)
+            quantizer = self.quantized.weights[layer][number]
+            (integers, scale), points = quantizer.quantize(given), quantizer.zero_points(given)
             rows = scale if scale.dim() == 2 and scale.shape[1] > 1 else scale.reshape(-1, 1).expand(integers.shape[0], 1)
-            for wanted in (integers, rows):
-                if tuple(wanted.shape) == array.shape and (array.dtype.kind == "i") == (wanted is integers):
+            zeros = [] if points is None else [points]
+            for wanted in (integers, rows, *zeros):
+                if tuple(wanted.shape) == array.shape and (array.dtype.kind == "i") == (wanted is not rows):
                     off = _most(array, wanted.cpu().numpy())
-                    if off > (0 if wanted is integers else _TOLERANCE * float(scale.max())):
+                    if off > (_TOLERANCE * float(scale.max()) if wanted is rows else 0):
                         rows_off = int((np.abs(array.astype(np.float64) - wanted.cpu().numpy()).max(-1) > 0).sum())
                         return f"{rows_off} rows of its table are not those of the model"
         return ""
@@ -237,25 +212,6 @@ class _Expected:
         needed = needed if stored.scale.dim() else needed.amax()
         coarse = torch.where(stored.scale.double() <= needed * (1 + _TOLERANCE), 0.5001 * needed, torch.zeros_like(needed))
         return coarse.reshape(shape if coarse.dim() else [1] * len(shape)).cpu().numpy()
-
-
-def _off_in_blocks(integers: Array, scale: Array, block: int, wanted: Array) -> Iterator[float]:
-    """How far a matrix is at most from the one expected, in steps of its scales, some rows after the other."""
-    for start in range(0, len(integers), _ROWS):
-        rows = slice(start, start + _ROWS)
-        step = np.repeat(scale[rows], block, 1)
-        off = np.abs(integers[rows].astype(np.float32) * step - wanted[rows]) / np.maximum(step, 1e-30)
-        yield float(off.max(initial=0.0))
-
-
-def _number(node: Any, name: str, otherwise: int) -> int:
-    """A whole number among the attributes of a node."""
-    return next((int(entry.i) for entry in node.attribute if entry.name == name), otherwise)
-
-
-def _constant_of(model: Any, name: str) -> str:
-    """The constant that a value is, seen through a Reshape."""
-    return next((str(node.input[0]) for node in model.graph.node if node.op_type == "Reshape" and name in node.output), name)
 
 
 def _steps_off(value: Array, step: Array, wanted: Array, allowed: Array | float, recurrent: bool) -> float | None:

@@ -163,6 +163,9 @@ def _count(loaded: Loaded, written: Any, emitter: Emitter, report: ExportReport)
     report.target_nodes, report.target_floats = dict(integer), dict(+others)
     products = [name for name, block in emitter.stored.blocks.items() if block.as_it_is]
     report.in_groups, report.as_floats = len(products), [name for name in products if name not in as_they_are]
+    if as_they_are and emitter.stored.engine.rounds_as_it_runs:
+        report.notes.append(emitter.stored.engine.rounds_as_it_runs)
+    report.zero_points = sum(emitter.stored.blocks[name].zeros is not None for name in products if name in as_they_are)
     report.float_islands = [entry for entry in report.float_islands if not entry.reason.startswith("planned in INT8 for")]
     for layer, operator in floats.items():
         if layer not in reached:

@@ -52,11 +52,16 @@ def plan_lines(plan: QuantizationPlan) -> list[str]:
 
 def _bits(plan: QuantizationPlan) -> list[str]:
     forms = {
-        name: (decision.weights_num_bits, decision.weights_group_size or 0)
+        name: (decision.weights_num_bits, decision.weights_group_size or 0, not decision.weights_symmetric)
         for name, decision in plan.decisions.items()
         if decision.weights_num_bits is not None
     }
-    said = {form: f"{form[0]} bits for Weight Quantization" + (f", in groups of {form[1]}" if form[1] else "") for form in forms.values()}
+    said = {
+        form: f"{form[0]} bits for Weight Quantization"
+        + (f", in groups of {form[1]}" if form[1] else "")
+        + (", with zero points" if form[2] else "")
+        for form in forms.values()
+    }
     if len(forms) <= _FEW:
         return [f"'{name}': using {said[form]}" for name, form in forms.items()]
     return [
@@ -76,6 +81,8 @@ def _left(plan: QuantizationPlan, name: str) -> str:
     reason = plan.skipped[name]
     if not plan.counts(name):
         return "Not counted (not part of the deployed model)"
+    if name in plan.dynamic:
+        return f"Integer weights ({reason})"
     if name in plan.weight_only:
         return f"Integer weights, computed in float ({reason})"
     bits = rounded_to(plan, name)

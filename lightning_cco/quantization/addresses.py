@@ -19,6 +19,17 @@ def within_int8(limit: int) -> int:
     raise CCOError(f"kernels: expected levels of at most 1 to 127, got {limit}. Nothing was read or written; write 2 to 8 bits.")
 
 
+def within_uint8(last: int) -> int:
+    """The last of levels that begin with 0, likewise.
+
+    Raises:
+        CCOError: It is another; nothing was read or written.
+    """
+    if 1 <= last <= 255:
+        return last
+    raise CCOError(f"kernels: expected levels from 0 to 1 to 255, got {last}. Nothing was read or written; write 2 to 8 bits.")
+
+
 def address_of(tensor: Tensor, dtype: torch.dtype, count: int) -> int:
     """Address of a tensor's values, for C.
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.captured import Capture
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
+from lightning_cco.quantization.affine_weight_quantizer import AffineWeightQuantizer
 from lightning_cco.quantization.learned_quantizers import LearnedActivationQuantizer, LearnedWeightQuantizer
-from lightning_cco.quantization.plan import QuantizationPlan, TensorSpec
+from lightning_cco.quantization.plan import LayerDecision, QuantizationPlan, TensorSpec
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 from lightning_cco.settings import Settings, TrainingSettings
@@ -48,7 +49,7 @@ def build_quantizers(
         bits = decision.weights_num_bits
         if bits is None:  # a constant operand of an addition: an activation that never changes
             bits = decision.activations_num_bits or settings.global_quantization_settings.activations_num_bits
-        made = [_weight_quantizer(name, bits, weight.axis, decision.weights_group_size, training) for weight in site.weights]
+        made = [_weight_quantizer(name, bits, weight.axis, decision, training) for weight in site.weights]
         before = known_weights.get(name)
         weights[name] = before if before is not None and before[0].kind == made[0].kind else made
         # What several layers multiply by is learned once, and stored once.
@@ -70,9 +71,17 @@ def _activation_quantizer(spec: TensorSpec, training: TrainingSettings) -> Activ
     )
 
 
-def _weight_quantizer(layer: str, bits: int, axis: int | None, group: int | None, training: TrainingSettings) -> WeightQuantizer:
+def _weight_quantizer(layer: str, bits: int, axis: int | None, decision: LayerDecision, training: TrainingSettings) -> WeightQuantizer:
+    group = decision.weights_group_size
     if training.weight_estimator != "learned":
-        return WeightQuantizer(bits, axis, training.weight_estimator, group)
+        if decision.weights_symmetric:
+            return WeightQuantizer(bits, axis, training.weight_estimator, group)
+        return AffineWeightQuantizer(bits, axis or 0, training.weight_estimator, group)
+    if not decision.weights_symmetric:
+        raise CCOError(
+            f"training_settings.weight_estimator: learned scales are those of symmetric weights, but those of layer '{layer}' have zero points "
+            "(weights_symmetric: false). Write weight_estimator: mse, or weights_symmetric: true for the layer."
+        )
     if group is not None:
         raise CCOError(
             f"training_settings.weight_estimator: learned scales are those of channels, but the weights of layer '{layer}' have one for each group of {group} "

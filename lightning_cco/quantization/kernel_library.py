@@ -32,6 +32,9 @@ _TYPES: dict[str, tuple[Any, list[Any]]] = {
     "mask_gradient": (None, [_pointer, _pointer, _pointer, _long, _int, _int]),
     "fake_quantize_weight": (None, [_pointer, _pointer, *[_long] * 3, _int, _float, _float, _int, _pointer, _int, _int]),
     "weight_scale": (None, [_pointer, *[_long] * 3, _int, _float, _float, _int, _pointer, _int]),
+    "affine_weight_scale": (None, [_pointer, _long, _long, _int, _int, _float, _int, _pointer, _pointer, _int]),
+    "fake_quantize_affine_weight": (None, [_pointer, _pointer, _long, _long, _int, _int, _float, _int, _pointer, _pointer, _int, _int]),
+    "fake_quantize_rows": (None, [_pointer, _pointer, _long, _long, _int, _float, _int]),
     "energies": (None, [_pointer, _pointer, _long, _int, *[_float] * 3, _pointer, _int]),
 }
 """Types of the result and of the arguments of each function."""

@@ -357,6 +357,125 @@ void fake_quantize_weight(const void *weight, void *result, int64_t outer, int64
     }
 }
 
+/* Scale and zero level of one row of weights on an affine grid of levels 0 ... last: (highest - lowest) / last, the range widened to contain 0. With `mse` the
+ * scale is the one of 1/48, 2/48, ... 1 of that at which rounding and clipping together lose least, the zero level staying; of equals the largest. Values
+ * count in whole numbers of last * 48 * unit for the range, whose sums are exact: the choice is that of affine_weights.py.
+ */
+static void affine_of(const void *weight, int64_t at, int64_t n, int half, int last, float smallest, int mse, float *scale_found, float *zero_found) {
+    float buffer[BLOCK], lowest = 0.0f, highest = 0.0f;
+    int broken = 0;
+    for (int64_t i = 0; i < n; i += BLOCK) {
+        const int count = n - i < BLOCK ? (int)(n - i) : BLOCK;
+        const float *value = half ? buffer : (const float *)weight + at + i;
+        if (half) load(weight, at + i, count, half, buffer);
+#pragma omp simd reduction(max : highest) reduction(min : lowest) reduction(| : broken)
+        for (int j = 0; j < count; j++) {
+            highest = value[j] > highest ? value[j] : highest;
+            lowest = value[j] < lowest ? value[j] : lowest;
+            broken |= value[j] != value[j];
+        }
+    }
+    const float span = highest - lowest;
+    float scale = span / (float)last;
+    if (broken) scale = NAN;
+    const float least = scale < smallest ? smallest : scale;
+    float zero = rintf(-lowest / least);
+    zero = zero > (float)last ? (float)last : zero;
+    if (mse && scale > smallest && scale < INFINITY) {
+        const int unit = last < 14 ? 14 / last : 1, most = last * RATIOS * unit;
+        const float inverse = 1.0f / span * (float)most, first = -zero, end = (float)last - zero;
+        int64_t errors[RATIOS + 1] = {0};
+        float whole[BLOCK];
+        for (int64_t i = 0; i < n; i += BLOCK) {
+            const int count = n - i < BLOCK ? (int)(n - i) : BLOCK;
+            const float *value = half ? buffer : (const float *)weight + at + i;
+            if (half) load(weight, at + i, count, half, buffer);
+            for (int j = 0; j < count; j++) whole[j] = rintf(value[j] * inverse);
+            for (int ratio = 1; ratio <= RATIOS; ratio++) {
+                const float step = (float)(ratio * unit), inverse_step = 1.0f / step;
+                int64_t sum = 0;
+                for (int from = 0; from < count; from += 16) { /* 16 squares of at most 12,240 fit into 32 bits */
+                    const int to = from + 16 < count ? from + 16 : count;
+                    uint32_t part = 0;
+#pragma omp simd reduction(+ : part)
+                    for (int j = from; j < to; j++) {
+                        float level = rintf(whole[j] * inverse_step);
+                        level = level < first ? first : level;
+                        level = level > end ? end : level;
+                        const int32_t error = (int32_t)(whole[j] - level * step);
+                        part += (uint32_t)(error * error);
+                    }
+                    sum += part;
+                }
+                errors[ratio] += sum;
+            }
+        }
+        int best = RATIOS;
+        for (int ratio = RATIOS - 1; ratio > 0; ratio--)
+            if (errors[ratio] < errors[best]) best = ratio;
+        scale *= (float)best / RATIOS;
+    }
+    *scale_found = scale < smallest ? smallest : scale;
+    *zero_found = zero;
+}
+
+/* Scale and zero level of all rows. */
+void affine_weight_scale(const void *weight, int64_t rows, int64_t n, int half, int last, float smallest, int mse, float *scales, float *zeros, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows * n, threads))
+    for (int64_t row = 0; row < rows; row++) affine_of(weight, row * n, n, half, last, smallest, mse, scales + row, zeros + row);
+}
+
+/* Round rows of n weights each to the affine grid of each row, by scale and zero level as `affine_of` gives them, or as they are `known`. */
+void fake_quantize_affine_weight(const void *weight, void *result, int64_t rows, int64_t n, int half, int last, float smallest, int mse, float *scales,
+                                 float *zeros, int known, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows * n, threads))
+    for (int64_t row = 0; row < rows; row++) {
+        if (!known) affine_of(weight, row * n, n, half, last, smallest, mse, scales + row, zeros + row);
+        const float scale = scales[row], inverse = 1.0f / scale, first = -zeros[row], end = (float)last - zeros[row];
+        for (int64_t i = 0; i < n; i += BLOCK) {
+            const int count = n - i < BLOCK ? (int)(n - i) : BLOCK;
+            if (half) {
+                float value[BLOCK];
+                load(weight, row * n + i, count, half, value);
+                round_floats(value, value, count, inverse, scale, first, end, first, end);
+                store(value, row * n + i, count, half, result);
+            } else {
+                round_floats((const float *)weight + row * n + i, (float *)result + row * n + i, count, inverse, scale, first, end, first, end);
+            }
+        }
+    }
+}
+
+/* Round rows of n values each to whole multiples of the row's largest magnitude / limit; the arithmetic is that of dynamic_activations.py. */
+void fake_quantize_rows(const void *x, void *y, int64_t rows, int64_t n, int half, float limit, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows * n, threads))
+    for (int64_t row = 0; row < rows; row++) {
+        float buffer[BLOCK], largest = 0.0f;
+        int broken = 0;
+        for (int64_t i = 0; i < n; i += BLOCK) {
+            const int count = n - i < BLOCK ? (int)(n - i) : BLOCK;
+            const float *value = half ? buffer : (const float *)x + row * n + i;
+            if (half) load(x, row * n + i, count, half, buffer);
+#pragma omp simd reduction(max : largest) reduction(| : broken)
+            for (int j = 0; j < count; j++) {
+                const float magnitude = fabsf(value[j]);
+                largest = magnitude > largest ? magnitude : largest;
+                broken |= magnitude != magnitude;
+            }
+        }
+        if (broken) largest = NAN;
+        const float scale = largest / limit, inverse = largest == 0.0f ? 0.0f : limit / largest;
+        for (int64_t i = 0; i < n; i += BLOCK) {
+            const int count = n - i < BLOCK ? (int)(n - i) : BLOCK;
+            const float *value = half ? buffer : (const float *)x + row * n + i;
+            float *target = half ? buffer : (float *)y + row * n + i;
+            if (half) load(x, row * n + i, count, half, buffer);
+            for (int j = 0; j < count; j++) target[j] = rintf(value[j] * inverse) * scale;
+            if (half) store(buffer, row * n + i, count, half, y);
+        }
+    }
+}
+
 /* Squared norms of y - x and of x, summed in float64 over blocks summed in float32. With a scale, y is x rounded to its grid, and need not be there. */
 void energies(const void *x, const void *y, int64_t n, int half, float scale, float first, float last, double *sums, int threads) {
     const int64_t blocks = (n + BLOCK - 1) / BLOCK;

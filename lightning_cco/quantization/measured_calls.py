@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_cco.compat.torch_modes import is_functorch_wrapped
 from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.quantization.arguments import at, renormalized, replaced
-from lightning_cco.quantization.rounded_calls import results_of
+from lightning_cco.quantization.rounded_calls import results_of, with_dynamic
 from lightning_cco.quantization.sites import SiteQuantizers
 from lightning_cco.quantization.tracing import behind_transforms
 
@@ -71,6 +71,7 @@ def measure_local(
         weighted_args, weighted_kwargs = args, kwargs
         for slot, weight_quantizer in site.weights:
             weighted_args, weighted_kwargs = replaced(weighted_args, weighted_kwargs, slot, weight_quantizer)
+        weighted_args, weighted_kwargs = with_dynamic(site, weighted_args, weighted_kwargs)
         if site.in_place:
             weighted_args = (weighted_args[0].clone(), *weighted_args[1:])
         if site.correction is not None:

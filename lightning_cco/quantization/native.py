@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_cco.quantization.addresses import address_like, address_of, within_int8
+from lightning_cco.quantization.addresses import address_like, address_of, within_int8, within_uint8
 from lightning_cco.quantization.kernel_library import declare_types, log, open_library
 from lightning_cco.quantization.layouts import around, is_dense
 from lightning_cco.quantization.native_check import wrong_function
@@ -57,6 +57,9 @@ class Kernels:
         self._mask_gradient = library.mask_gradient
         self._fake_quantize_weight = library.fake_quantize_weight
         self._weight_scale = library.weight_scale
+        self._affine_weight_scale = library.affine_weight_scale
+        self._fake_quantize_affine_weight = library.fake_quantize_affine_weight
+        self._fake_quantize_rows = library.fake_quantize_rows
         self._energies = library.energies
 
     def fake_quantize(
@@ -213,6 +216,41 @@ class Kernels:
             address_of(scales, torch.float32, weight.shape[axis]),
             torch.get_num_threads(),
         )
+
+    def fake_quantize_affine_weight(
+        self, rows: Tensor, out: Tensor, last: int, smallest_scale: float, qparams: Tensor, known: bool = False, mse: bool = False
+    ) -> None:
+        """Round the rows of a matrix, each to an affine grid of its own.
+
+        Args:
+            rows: (rows, values of each), contiguous.
+            out: The same shape and type, contiguous.
+            last: Last level, at most 255; the first one is 0.
+            smallest_scale: Least scale.
+            qparams: float32, (2, rows): scales, and the levels of 0; written unless they are known.
+            known: Whether to take them as they are.
+            mse: Whether the scales are those at which rounding and clipping lose least, instead of those of the range.
+        """
+        scales = address_of(qparams, torch.float32, 2 * rows.shape[0])
+        both = scales, scales + qparams.shape[1] * qparams.itemsize
+        address, target, form = address_of(rows, rows.dtype, rows.numel()), address_like(out, rows), FORMATS[rows.dtype]
+        self._fake_quantize_affine_weight(
+            address, target, *rows.shape, form, within_uint8(last), smallest_scale, mse, *both, known, torch.get_num_threads()
+        )
+
+    def affine_weight_scale(self, rows: Tensor, last: int, smallest_scale: float, qparams: Tensor, mse: bool = False) -> None:
+        """The scales and levels of 0 that `fake_quantize_affine_weight` takes, float32, (2, rows)."""
+        scales = address_of(qparams, torch.float32, 2 * rows.shape[0])
+        zeros = scales + qparams.shape[1] * qparams.itemsize
+        address, form = address_of(rows, rows.dtype, rows.numel()), FORMATS[rows.dtype]
+        self._affine_weight_scale(
+            address, *rows.shape, form, within_uint8(last), smallest_scale, mse, scales, zeros, torch.get_num_threads()
+        )
+
+    def fake_quantize_rows(self, rows: Tensor, out: Tensor, limit: int) -> None:
+        """Round the rows of a contiguous matrix, each to whole multiples of its largest magnitude divided by the largest level, into another one."""
+        address, target = address_of(rows, rows.dtype, rows.numel()), address_like(out, rows)
+        self._fake_quantize_rows(address, target, *rows.shape, FORMATS[rows.dtype], within_int8(limit), torch.get_num_threads())
 
     def energies(self, x: Tensor, y: Tensor) -> tuple[float, float]:
         """Squared norms of ``y - x`` and of ``x``, two tensors of the same type and strides."""

@@ -7,7 +7,7 @@ import struct
 
 import numpy as np
 
-from lightning_cco.quantization.kernel_check import best_scales, some_values
+from lightning_cco.quantization.kernel_check import Values, best_affine_scales, best_scales, some_values
 
 
 def wrong_function(library: ctypes.CDLL) -> str | None:
@@ -55,7 +55,31 @@ def wrong_function(library: ctypes.CDLL) -> str | None:
     library.weight_scale(weight.ctypes.data, 4, 12, 20, 0, 1.0, 1e-12, True, found.ctypes.data, 1)
     if not np.array_equal(found, best_scales(weight)):
         return "weight_scale"
+    rows = weight.reshape(48, 20)
+    library.fake_quantize_rows(rows.ctypes.data, result.ctypes.data, 48, 20, 0, 127.0, 1)
+    largest = np.abs(rows).max(1, keepdims=True)
+    if not np.array_equal(result.reshape(48, 20), np.rint(rows * (np.float32(127) / largest)) * (largest / np.float32(127))):
+        return "fake_quantize_rows"
+    if not _rounds_affinely(library, weight.reshape(48, 20) + np.float32(0.5)):
+        return "fake_quantize_affine_weight"
     sums = (ctypes.c_double * 2)()
     library.energies(x.ctypes.data, None, x.size, 0, scale, -90.0, 80.0, sums, 1)
     error, signal = float(((expected - x).astype(np.float64) ** 2).sum()), float((x.astype(np.float64) ** 2).sum())
     return None if np.allclose(list(sums), [error, signal], rtol=1e-5) else "energies"
+
+
+def _rounds_affinely(library: ctypes.CDLL, rows: Values) -> bool:
+    """Whether rows of 20 weights are rounded to affine grids of 2 bits as NumPy does it, by the scales of their ranges and by those that lose least."""
+    for mse in (False, True):
+        wanted, zeros = best_affine_scales(rows, mse)
+        found, result = np.empty((2, len(rows)), np.float32), np.empty_like(rows)
+        addresses = found[0].ctypes.data, found[1].ctypes.data
+        library.fake_quantize_affine_weight(rows.ctypes.data, result.ctypes.data, len(rows), 20, 0, 3, 1e-12, mse, *addresses, False, 1)
+        scale, zero = wanted[:, None], zeros[:, None]
+        expected = np.clip(np.rint(rows * (np.float32(1.0) / scale)), -zero, 3 - zero) * scale
+        if not (np.array_equal(found, [wanted, zeros]) and np.array_equal(result, expected)):
+            return False
+        library.affine_weight_scale(rows.ctypes.data, len(rows), 20, 0, 3, 1e-12, mse, *addresses, 1)
+        if not np.array_equal(found, [wanted, zeros]):
+            return False
+    return True

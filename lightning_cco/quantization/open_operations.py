@@ -53,7 +53,11 @@ def fake_quantize_weight_openly(weight: Tensor, num_bits: int, axis: int | None,
     """By differentiable operations alone, as `fake_quantize_openly`."""
     scale, limit = weight_scale(weight, num_bits, axis, mse), quant_range(num_bits, symmetric=True)[1]
     levels = _times(weight.detach(), scale.reciprocal()).round()
-    rounded = ((levels.clamp(-limit, limit) if mse else levels) * scale).to(weight.dtype)
+    return straight_through(((levels.clamp(-limit, limit) if mse else levels) * scale).to(weight.dtype), weight)
+
+
+def straight_through(rounded: Tensor, weight: Tensor) -> Tensor:
+    """A rounded tensor with the gradient of the identity, where one is wanted."""
     return rounded + (weight - weight.detach()) if _wants_gradient() else rounded
 
 

@@ -1,4 +1,4 @@
-"""Two of the kernels as operations of PyTorch, so that compilers can put them into their graphs.
+"""Some of the kernels as operations of PyTorch, so that compilers can put them into their graphs.
 
 A compiler fuses the rounding itself with what is around, which no kernel can. But its reductions are slow: over the channels of a weight, and over a whole
 activation, for which it computes all that is fused before it once more. What the operations return is equal to the last bit to what runs eagerly.
@@ -17,6 +17,7 @@ _TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)  # any layout w
 for _schema in (
     "widened(Tensor extrema, Tensor x, float below, float above) -> Tensor",
     "weight_scale(Tensor weight, int axis, int limit, float smallest, bool mse=False) -> Tensor",
+    "affine_weight_scale(Tensor rows, int last, float smallest, bool mse=False) -> Tensor",
 ):
     _library.define(_schema, tags=_TAGS)  # type: ignore[no-untyped-call]
 
@@ -62,6 +63,22 @@ def weight_scale(weight: Tensor, axis: int, limit: int, smallest: float, mse: bo
     return result
 
 
+def affine_weight_scale(rows: Tensor, last: int, smallest: float, mse: bool = False) -> Tensor:
+    """Scale and level of 0 of each row of weights.
+
+    Args:
+        rows: (rows, values of each).
+        last: Last level; the first one is 0.
+        smallest: Least scale.
+        mse: Whether the scales are those at which rounding and clipping lose least.
+
+    Returns:
+        float32, (2, rows).
+    """
+    result: Tensor = torch.ops.lightning_cco.affine_weight_scale(rows, last, smallest, mse)
+    return result
+
+
 def _kernels() -> Kernels:
     kernels = load()
     assert kernels is not None, "the graph was compiled where there were kernels"
@@ -80,6 +97,12 @@ def _run_weight_scale(weight: Tensor, axis: int, limit: int, smallest: float, ms
     return result
 
 
+def _run_affine_weight_scale(rows: Tensor, last: int, smallest: float, mse: bool = False) -> Tensor:
+    result = _fake_affine_weight_scale(rows, last, smallest)
+    _kernels().affine_weight_scale(rows.contiguous(), last, smallest, result, mse)
+    return result
+
+
 def _shape(weight: Tensor, axis: int) -> list[int]:
     return [size if dim == axis else 1 for dim, size in enumerate(weight.shape)]
 
@@ -92,6 +115,14 @@ def _fake_weight_scale(weight: Tensor, axis: int, limit: int, smallest: float, m
     return weight.new_empty(_shape(weight, axis), dtype=torch.float32)
 
 
-for _name, _run, _fake in (("widened", _run_widened, _fake_widened), ("weight_scale", _run_weight_scale, _fake_weight_scale)):
+def _fake_affine_weight_scale(rows: Tensor, last: int, smallest: float, mse: bool = False) -> Tensor:
+    return rows.new_empty((2, rows.shape[0]), dtype=torch.float32)
+
+
+for _name, _run, _fake in (
+    ("widened", _run_widened, _fake_widened),
+    ("weight_scale", _run_weight_scale, _fake_weight_scale),
+    ("affine_weight_scale", _run_affine_weight_scale, _fake_affine_weight_scale),
+):
     _library.impl(_name, _run, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"lightning_cco::{_name}", _fake, lib=_library)

@@ -25,6 +25,8 @@ class LayerDecision:
         weights_num_bits: Bits of its weight, also where only that is quantized; `None` without a quantized weight.
         activations_num_bits: Bits of the quantizer on its output; `None` if it has none of its own.
         weights_group_size: How many weights of an output share a scale; `None`: all of them.
+        weights_symmetric: Whether its weight has no zero points.
+        activations_block: How many values of a row of what it reads share a scale that is found when it runs; `None`: nothing is rounded so.
         read_num_bits: Bits that layers that multiply read its output with, where those of the residual stream are more; `None` where they are the same.
     """
 
@@ -35,6 +37,8 @@ class LayerDecision:
     activations_num_bits: int | None = None
     weights_group_size: int | None = None
     read_num_bits: int | None = None
+    weights_symmetric: bool = True
+    activations_block: int | None = None
 
     def bits(self, separator: str = "/") -> str:
         """Bits of weight and output in short; empty if it has neither.
@@ -114,6 +118,7 @@ class QuantizationPlan:
         packed: Those of them whose weights the file holds in 4 bits, for which no engine has an INT8 product.
         in_int8: The others, which run in INT8.
         weight_only: Layers in float with integer weights.
+        dynamic: Those of them that round what they read when they run.
         skipped: Why the others do not run in INT8, those with integer weights included.
     """
 
@@ -133,6 +138,7 @@ class QuantizationPlan:
     packed: set[str] = field(init=False)
     in_int8: set[str] = field(init=False)
     weight_only: set[str] = field(init=False)
+    dynamic: set[str] = field(init=False)
     skipped: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -141,6 +147,7 @@ class QuantizationPlan:
         self.packed = {name for name in self.quantized if packs and (self.decisions[name].weights_num_bits or 8) <= 4}
         self.in_int8 = self.quantized - self.packed
         self.weight_only = {name for name, decision in self.decisions.items() if decision.weight_only}
+        self.dynamic = {name for name, decision in self.decisions.items() if decision.activations_block is not None}
         self.skipped = {
             name: str(Skip(decision.reason, decision.detail))
             for name, decision in self.decisions.items()
@@ -171,7 +178,9 @@ class QuantizationPlan:
         count = sum(name in self.in_int8 for name in weighted)
         if self.packed:
             part += f"; {len(self.packed)} have weights packed in 4 bits, and {target} computes them in float"
-        only = f"; {len(self.weight_only)} more have integer weights and compute in float" if self.weight_only else ""
+        in_float = len(self.weight_only - self.dynamic)
+        only = f"; {in_float} more have integer weights and compute in float" if in_float else ""
+        only += f"; {len(self.dynamic)} more multiply integer weights with what they round when they run" if self.dynamic else ""
         return f"{count} of {len(weighted)} layers with weights run in INT8 in {target}{part}{only}"
 
     def left_for(self, reason: SkipReason) -> list[str]:
@@ -203,6 +212,8 @@ class QuantizationPlan:
         settings.global_quantization_settings.skip_tail_quantization = False
         settings.global_quantization_settings.weight_only = False
         settings.global_quantization_settings.weights_group_size = None
+        settings.global_quantization_settings.weights_symmetric = True
+        settings.global_quantization_settings.activations_dynamic = False
         settings.layer_settings = []
         bits = self.output_bits()
         for layer in self.graph:
@@ -218,6 +229,8 @@ class QuantizationPlan:
                 weights_num_bits=decision.weights_num_bits,
                 activations_num_bits=bits.get(layer.name),
                 weights_group_size=decision.weights_group_size,
+                weights_symmetric=None if decision.weights_symmetric else False,
+                activations_dynamic=True if layer.name in self.dynamic else None,
                 match=layer.name,
             )
             settings.layer_settings.append(rule)

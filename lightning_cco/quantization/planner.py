@@ -9,6 +9,7 @@ from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category
 from lightning_cco.quantization.connections import Connections
+from lightning_cco.quantization.dynamic_activations import find_dynamic
 from lightning_cco.quantization.exact import UNSEEN, ExactReaders, Placement
 from lightning_cco.quantization.int8_layers import Int8Layers
 from lightning_cco.quantization.plan import Boundary, LayerDecision, QuantizationPlan, TensorSpec
@@ -20,7 +21,7 @@ from lightning_cco.quantization.skip_reasons import Skip, SkipReason
 from lightning_cco.quantization.skips import find_skips
 from lightning_cco.quantization.targets import TARGETS, Target
 from lightning_cco.quantization.tensor_key import TensorKey
-from lightning_cco.quantization.weight_groups import find_weight_groups
+from lightning_cco.quantization.weight_groups import find_weight_groups, find_with_zero_points
 from lightning_cco.settings import Settings, load_settings
 
 
@@ -55,8 +56,10 @@ def plan_quantization(graph: LayerGraph, settings: Settings | None = None, sugge
             f"suggestions: no layer is named {unknown}. Suggestions are layer names of this graph, such as {list(graph.names[:3])}."
         )
     groups = find_weight_groups(graph, settings.global_quantization_settings, said, target)
-    skips, forced = find_skips(graph, settings, said, suggestions, target, groups)
-    plan = _Planner(graph, settings, target, said, skips, suggestions, groups).plan()
+    dynamic = find_dynamic(graph, settings.global_quantization_settings, said, target, groups)
+    skips, forced = find_skips(graph, settings, said, suggestions, target, groups, dynamic)
+    with_zeros = find_with_zero_points(graph, settings.global_quantization_settings, said, target, skips)
+    plan = _Planner(graph, settings, target, said, skips, suggestions, groups, with_zeros, dynamic).plan()
     plan.forced = forced
     warn_of_rules_without_effect(plan, said)
     return plan
@@ -80,8 +83,10 @@ class _Planner:
         skips: dict[str, Skip],
         suggestions: tuple[str, ...],
         weight_groups: dict[str, int],
+        with_zero_points: set[str],
+        dynamic: dict[str, int],
     ) -> None:
-        self.weight_groups = weight_groups
+        self.weight_groups, self.with_zero_points, self.dynamic = weight_groups, with_zero_points, dynamic
         self.graph, self.settings, self.target, self.said, self.skips, self.suggestions = graph, settings, target, said, skips, suggestions
         self.connections = Connections(graph)
         self.exact = ExactReaders(graph, {name for name, entry in said.items() if entry.asked_for})
@@ -233,7 +238,8 @@ class _Planner:
             skip = self.skips[name]
             if skip.reason is not SkipReason.WEIGHT_ONLY:
                 return LayerDecision(False, skip.reason, skip.detail, None, own, read_num_bits=read)
-            return LayerDecision(False, skip.reason, skip.detail, weights, own, self.weight_groups.get(name), read)
+            group, symmetric = self.weight_groups.get(name), name not in self.with_zero_points
+            return LayerDecision(False, skip.reason, skip.detail, weights, own, group, read, symmetric, self.dynamic.get(name))
         if layer.kind == "input" and TensorKey(name) not in made:
             return LayerDecision(False, SkipReason.ENGINE, "no INT8 layer reads it")
         if self.connections.passes(name) and name not in rounded:

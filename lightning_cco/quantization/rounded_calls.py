@@ -31,9 +31,17 @@ def with_inputs(
             args, kwargs = replaced(args, kwargs, slot, partial(weight_quantizer, recomputed=recomputed))
         for slot, _, quantizer in site.reads:
             args, kwargs = replaced(args, kwargs, slot, partial(quantizer, track=track, shared=True))
+    args, kwargs = with_dynamic(site, args, kwargs)
     if site.correction is not None:
         args, kwargs = site.correction.applied(args, kwargs)
     return saving_recomputed(func, recomputed) if recomputed else func, args, kwargs
+
+
+def with_dynamic(site: SiteQuantizers, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call that reads what is rounded by a range that is found now, if the plan says so."""
+    if site.dynamic is None:
+        return args, kwargs
+    return replaced(args, kwargs, *site.dynamic)
 
 
 def results_of(result: Any, args: tuple[Any, ...]) -> list[Any]:

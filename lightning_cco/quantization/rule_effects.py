@@ -10,10 +10,12 @@ from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, category_of
 from lightning_cco.names import list_names
+from lightning_cco.quantization.dynamic_activations import PRODUCTS, not_dynamic, wanted_dynamic
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.rules import ResolvedRules
-from lightning_cco.quantization.skip_reasons import SkipReason
-from lightning_cco.quantization.weight_groups import grouped_inputs, misfit, wanted_group
+from lightning_cco.quantization.skip_reasons import Skip, SkipReason
+from lightning_cco.quantization.targets import TARGETS
+from lightning_cco.quantization.weight_groups import grouped_inputs, misfit, wanted_group, wanted_zero_points, without_zero_points
 
 _NO_OUTPUT = (Category.PRESERVE, Category.IDENTITY)
 
@@ -38,7 +40,13 @@ def warn_of_rules_without_effect(plan: QuantizationPlan, resolved: Mapping[str, 
             _warn(f"the rule '{rule.match}' sets weights_group_size: {rule.weights_group_size}, but {why}")
         elif rule.weight_only and (why := _not_alone(plan, layers)):
             _warn(f"the rule '{rule.match}' sets weight_only: true, but {why}")
+        elif rule.weights_symmetric is False and (why := _no_zero_points(plan, layers)):
+            _warn(f"the rule '{rule.match}' sets weights_symmetric: false, but {why}")
+        elif rule.activations_dynamic and (why := _nothing_dynamic(plan, layers)):
+            _warn(f"the rule '{rule.match}' sets activations_dynamic: true, but {why}")
     _warn_of_misfits(plan, resolved)
+    _warn_of_symmetric(plan, resolved)
+    _warn_of_static(plan, resolved)
     others = (SkipReason.SUGGESTION, SkipReason.BUDGET)
     chosen = any(decision.reason in others for decision in plan.decisions.values())
     if not chosen and not plan.quantized and not plan.weight_only and any(rule.skip_quantization for rule in said):
@@ -103,6 +111,69 @@ def _not_alone(plan: QuantizationPlan, layers: Sequence[Layer]) -> str:
         have, run = ("has", "runs") if len(others) == 1 else ("have", "run")
         return f"{_names(others)} {have} no weights and {run} in INT8. To leave them in float, too, write skip_quantization: true for them"
     return ""
+
+
+def _no_zero_points(plan: QuantizationPlan, layers: Sequence[Layer]) -> str:
+    """Why no weight there can have zero points; empty if one can, of which `_warn_of_symmetric` tells."""
+    able = [layer for layer in layers if grouped_inputs(layer) is not None]
+    if any(plan.decisions[layer.name].weights_num_bits is not None or _suggested(plan, layer) for layer in able):
+        return ""
+    return f"{_stay(plan, able)}. {_WAY_OUT}" if able else _symmetric(plan, layers[0])
+
+
+def _symmetric(plan: QuantizationPlan, layer: Layer) -> str:
+    """Why a layer's weights have no zero points."""
+    decision = plan.decisions[layer.name]
+    skip = None if decision.reason is None else Skip(decision.reason, decision.detail)
+    return without_zero_points(layer, skip, TARGETS[plan.settings.deployment_settings.target_framework])
+
+
+def _nothing_dynamic(plan: QuantizationPlan, layers: Sequence[Layer]) -> str:
+    """Why no layer there can round what it reads when it runs; empty if one can, of which `_warn_of_static` tells."""
+    able = [layer for layer in layers if _is_product(layer)]
+    if any(plan.decisions[layer.name].weights_num_bits is not None or _suggested(plan, layer) for layer in able):
+        return ""
+    return f"{_stay(plan, able)}. {_WAY_OUT}" if able else not_dynamic(layers[0])
+
+
+def _is_product(layer: Layer) -> bool:
+    return layer.kind in PRODUCTS and grouped_inputs(layer) is not None
+
+
+def _warn_of_symmetric(plan: QuantizationPlan, resolved: Mapping[str, ResolvedRules]) -> None:
+    """Warn of layers whose weights are to have zero points and can't; those of other kinds, such as convolutions, never have."""
+    overall = plan.settings.global_quantization_settings
+    found = [layer for layer in plan.graph if plan.decisions[layer.name].weights_num_bits is not None and grouped_inputs(layer) is not None]
+    found = [layer for layer in found if wanted_zero_points(overall, resolved.get(layer.name, ResolvedRules()))]
+    left = [layer for layer in found if plan.decisions[layer.name].weights_symmetric]
+    if left:
+        others = f" (so are those of {_names(left[1:])})" if len(left) > 1 else ""
+        what = f"weights_symmetric: false, but {_symmetric(plan, left[0])}. Until then its weights are symmetric{others}."
+        warnings.warn(what, CCOWarning, stacklevel=4)
+    elif not overall.weights_symmetric and not found:
+        warnings.warn(
+            "weights_symmetric: false changes nothing: no linear layer, product with a matrix of weights or embedding is quantized.",
+            CCOWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_static(plan: QuantizationPlan, resolved: Mapping[str, ResolvedRules]) -> None:
+    """Warn of layers that are to round what they read when they run and can't, and where none does."""
+    overall = plan.settings.global_quantization_settings
+    quantized = [layer for layer in plan.graph if plan.decisions[layer.name].weights_num_bits is not None]
+    wanted = [layer for layer in quantized if wanted_dynamic(overall, resolved.get(layer.name, ResolvedRules()))]
+    left = [layer for layer in wanted if layer.name not in plan.dynamic and _is_product(layer)]
+    if left:
+        others = f" (so do {_names(left[1:])})" if len(left) > 1 else ""
+        what = f"activations_dynamic: true, but {not_dynamic(left[0])}. Until then it goes without{others}."
+        warnings.warn(what, CCOWarning, stacklevel=4)
+    elif overall.activations_dynamic and not plan.dynamic:
+        warnings.warn(
+            "activations_dynamic: true changes nothing: no linear layer or product with a matrix of weights is quantized.",
+            CCOWarning,
+            stacklevel=4,
+        )
 
 
 def _warn_of_misfits(plan: QuantizationPlan, resolved: Mapping[str, ResolvedRules]) -> None:

@@ -35,6 +35,12 @@ class ResolvedRules:
     weights_group_size: int | None = None
     groups_exactness: float = -1
     groups_by: str = ""
+    weights_symmetric: bool | None = None
+    symmetric_exactness: float = -1
+    symmetric_by: str = ""
+    activations_dynamic: bool | None = None
+    dynamic_exactness: float = -1
+    dynamic_by: str = ""
 
     @property
     def asked_for(self) -> bool:
@@ -93,14 +99,9 @@ def _apply(graph: LayerGraph, rule: LayerRule, say: Callable[[str, str, object, 
         exactness = _exactness(graph, rule.match, name)
         if rule.skip_quantization is not None:
             say(name, "skip", rule.skip_quantization, exactness, by)
-        if rule.weights_num_bits is not None:
-            say(name, "weights_num_bits", rule.weights_num_bits, exactness, by)
-        if rule.activations_num_bits is not None:
-            say(name, "activations_num_bits", rule.activations_num_bits, exactness, by)
-        if rule.weight_only is not None:
-            say(name, "weight_only", rule.weight_only, exactness, by)
-        if rule.weights_group_size is not None:
-            say(name, "weights_group_size", rule.weights_group_size, exactness, by)
+        for part in _SAID_AS_THEY_ARE:
+            if getattr(rule, part) is not None:
+                say(name, part, getattr(rule, part), exactness, by)
 
 
 _EXACTNESS = {
@@ -109,6 +110,8 @@ _EXACTNESS = {
     "activations_num_bits": "activations_exactness",
     "weight_only": "weight_only_exactness",
     "weights_group_size": "groups_exactness",
+    "weights_symmetric": "symmetric_exactness",
+    "activations_dynamic": "dynamic_exactness",
 }
 _BY = {
     "skip": "skip_by",
@@ -116,7 +119,10 @@ _BY = {
     "activations_num_bits": "activations_by",
     "weight_only": "weight_only_by",
     "weights_group_size": "groups_by",
+    "weights_symmetric": "symmetric_by",
+    "activations_dynamic": "dynamic_by",
 }
+_SAID_AS_THEY_ARE = tuple(part for part in _BY if part != "skip")
 _WORDS = {part: "skip_quantization" if part == "skip" else part for part in _BY}
 
 

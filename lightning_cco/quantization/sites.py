@@ -13,6 +13,7 @@ from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation_of_k
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.bias_correction import BiasCorrection
 from lightning_cco.quantization.clamp_limits import LIMITS, Limits
+from lightning_cco.quantization.dynamic_activations import DynamicQuantizer, dynamic_slot
 from lightning_cco.quantization.learned_quantizers import LearnedActivationQuantizer
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.tensor_key import TensorKey
@@ -25,6 +26,7 @@ class SiteQuantizers:
 
     Attributes:
         correction: What is added to the bias; `None`: nothing.
+        dynamic: What is rounded by a range that is found now, and by what; `None`: nothing.
         plain_slots: Whether all that is rounded before the call are positional arguments by themselves.
     """
 
@@ -33,6 +35,7 @@ class SiteQuantizers:
     reads: list[tuple[ArgPath, str, ActivationQuantizer]] = field(default_factory=list)
     outputs: list[tuple[int, ActivationQuantizer]] = field(default_factory=list)
     correction: BiasCorrection | None = None
+    dynamic: tuple[ArgPath, DynamicQuantizer] | None = None
     limits: Limits | None = None
     in_place: bool = False
     fresh: bool = False
@@ -92,6 +95,13 @@ def quiet_modules(capture: Capture, model: nn.Module) -> frozenset[str]:
     return frozenset((known & own) - heard)
 
 
+def dynamic_quantizers(capture: Capture) -> dict[str, DynamicQuantizer]:
+    """What rounds by ranges that are found when it runs, by layer."""
+    tables = (table for node in capture.root.walk() for table in node.tables.values())
+    sites = (site for table in tables for entry in table.values() for site in entry.sites.values())
+    return {site.layer: site.dynamic[1] for site in sites if site.dynamic is not None}
+
+
 def only_moves(kind: str) -> bool:
     """Whether an operation computes nothing, so that nobody minds how often it is called."""
     return operation_of_kind(kind).category in (Category.PRESERVE, Category.ALIAS, Category.IDENTITY)
@@ -126,6 +136,10 @@ def site_quantizers(
     )
     if site.layer in weights:
         found.weights = [(weight.slot, quantizer) for weight, quantizer in zip(site.weights, weights[site.layer], strict=True)]
+    block = plan.decisions[site.layer].activations_block
+    slot = None if block is None else dynamic_slot(site)
+    if block is not None and slot is not None:
+        found.dynamic = slot, DynamicQuantizer(block)
     for number, key in plan.reads.get(site.layer, {}).items():
         source, made_by = site.sources[number], plan.tensors[key].layer
         changed = site.in_place and source.slot == (0,)  # the caller's own tensor, which must be written to

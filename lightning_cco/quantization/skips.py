@@ -93,6 +93,7 @@ def find_skips(
     suggestions: Collection[str],
     target: Target,
     groups: Mapping[str, int],
+    dynamic: Mapping[str, int],
 ) -> tuple[dict[str, Skip], frozenset[str]]:
     """Find what is not to be quantized.
 
@@ -102,7 +103,8 @@ def find_skips(
         said: What its rules say of each layer.
         suggestions: Layers to skip because of their sensitivity.
         target: The engine.
-        groups: Layers whose weights are in groups, which no engine multiplies in INT8, and how many are in one.
+        groups: Layers whose weights are in groups, which no engine multiplies in INT8 with tensors of one scale, and how many are in one.
+        dynamic: Layers that round what they read when they run, and in blocks of how many values.
 
     Returns:
         The reason of every layer that is left in float; and the layers that are not only because a rule asks for them by name.
@@ -118,7 +120,9 @@ def find_skips(
         entry, intrinsic = said.get(layer.name, ResolvedRules()), _intrinsic(layer, target)
         if entry.asked_for:
             _refuse_impossible(graph, layer, entry, intrinsic)
-            alone = layer.name in groups or (overall.weight_only and layer.weighted and entry.weight_only is not False)
+            alone = (
+                layer.name in groups or layer.name in dynamic or (overall.weight_only and layer.weighted and entry.weight_only is not False)
+            )
             if _runs_if_asked(layer, intrinsic, target) and not alone:
                 forced.add(layer.name)
                 continue
@@ -126,6 +130,8 @@ def find_skips(
             skips[layer.name] = skip
             continue
         skip = _chosen(layer, entry, intrinsic, layer.name in suggestions, layer.name in tail)
+        if skip is None:
+            skip = _alone_when_it_runs(layer, dynamic.get(layer.name), target)
         if skip is None:
             skip = _alone_by_settings(layer, entry, overall.weight_only, groups.get(layer.name), target)
         if skip is not None and skip.reason is SkipReason.SUGGESTION and overall.automatic_skip_by == "loss":
@@ -165,6 +171,13 @@ def _weights_alone(layer: Layer, entry: ResolvedRules, intrinsic: Skip | None, t
             "weights as integers, or it has none. Name a layer with weights, such as a convolution or a linear layer."
         )
     return None
+
+
+def _alone_when_it_runs(layer: Layer, block: int | None, target: Target) -> Skip | None:
+    """That a layer which could run in INT8 rounds what it reads when it runs; `None`: it does not."""
+    if block is None or not target.stores_weights(layer):
+        return None
+    return Skip(SkipReason.WEIGHT_ONLY, f"what it reads is rounded to 8 bits when it runs, with a scale for each {block} values of a row")
 
 
 def _alone_by_settings(layer: Layer, entry: ResolvedRules, overall: bool, group: int | None, target: Target) -> Skip | None:

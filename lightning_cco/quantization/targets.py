@@ -46,7 +46,9 @@ class Target:
         integer_left: Which products with a weight on their left, which are computed in float, may have integers for it; `None`: all.
         narrow_without_vnni: Whether weights that are multiplied have 7 bits for processors without VNNI, whose sums of two products would overflow.
         refuses_int4: Why weights can't be stored in 4 bits for it; empty: they can.
-        refuses_groups: Why weights can't have a scale for each group of inputs for it, and what to write instead; empty: they can.
+        refuses_groups: Why weights can't have a scale for each group of inputs for it, nor zero points, and what to write instead; empty: they can.
+        refuses_dynamic: Why nothing is rounded by a range that is found when it runs, and what to write instead; empty: it rounds, in blocks of as many values
+            as there are weights in a group, what a product with weights alone in integers reads.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Target:
     narrow_without_vnni: bool = False
     refuses_int4: str = ""
     refuses_groups: str = ""
+    refuses_dynamic: str = "was not tried with it. Leave activations_dynamic out, or choose target_framework: ort"
 
     def computes_in_int8(self, layer: Layer) -> bool:
         """Whether a layer, all of whose floats are rounded, is computed in INT8."""
@@ -209,6 +212,7 @@ TARGETS: Mapping[str, Target] = {
         integer_outputs=_ELEMENTWISE | _SHAPING | _SMOOTH | {"conv", "batch_norm"},
         norms=True,
         made_weights=frozenset({"conv", "linear"}),
+        refuses_dynamic="",
         # 1.32 multiplies such a weight by rows that are rounded in an operator that refuses a scale for each of its rows, when the file runs.
         integer_left=lambda layer: len(layer.input_shapes[0]) > 2,
     ),
@@ -233,6 +237,8 @@ TARGETS: Mapping[str, Target] = {
         },
         float_outputs=_WEIGHTED | _MATMUL | {"batch_norm"},
         integer_left=lambda layer: False,  # 2026.4 refuses such a file, or is wrong by a tenth
+        refuses_dynamic="decides by itself, by processor and by its own settings, what it rounds when it runs. Leave activations_dynamic out, or choose "
+        "target_framework: ort",
         narrow_without_vnni=True,
     ),
     "tensorrt": Target(

@@ -6,6 +6,8 @@ and rounds the rest more finely (Sung et al., "Resiliency of Deep Neural Network
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,14 +39,41 @@ def clip_ratios_of_weight(weight: Tensor, largest: Tensor, limit: int, axis: int
     inverse = torch.where(counted, largest.reciprocal().mul(most), torch.zeros_like(largest))
     whole = (weight.float().abs() * inverse).round().clamp(max=most)
     whole = whole.reshape(1, -1) if axis is None else whole.movedim(axis, 0).unsqueeze(-1).flatten(1)
+    ratio = _best_ratios(whole, unit, lambda levels: levels.clamp(max=limit)).reshape(largest.shape)
+    return torch.where(counted, ratio, torch.ones_like(ratio))
+
+
+def best_affine_ratios(rows: Tensor, span: Tensor, zero: Tensor, last: int, smallest_scale: float) -> Tensor:
+    """The same for rows of weights on affine grids: the part of each row's range at which the sum of squared errors is least, with the same level of 0.
+
+    Args:
+        rows: (rows, values of each), any float type.
+        span: Width of each row's range, which contains 0; float32, (rows, 1).
+        zero: The level of 0; float32, (rows, 1).
+        last: Last level; the first one is 0.
+        smallest_scale: Scales that are not greater are left alone, like those that are not finite.
+
+    Returns:
+        float32 in (0, 1], (rows, 1).
+    """
+    unit = max(1, 2 * _FINENESS // last)
+    scale = span.div(last)
+    counted = torch.isfinite(scale) & (scale > smallest_scale)
+    inverse = torch.where(counted, span.reciprocal().mul(last * RATIOS * unit), torch.zeros_like(span))
+    whole = (rows.float() * inverse).round()
+    ratio = _best_ratios(whole, unit, lambda levels: torch.minimum(torch.maximum(levels, -zero), last - zero)).unsqueeze(-1)
+    return torch.where(counted, ratio, torch.ones_like(ratio))
+
+
+def _best_ratios(whole: Tensor, unit: int, clipped: Callable[[Tensor], Tensor]) -> Tensor:
+    """The best ratio of each row of values that count in whole numbers; ``clipped`` gives levels within the format."""
     at_once = RATIOS if torch.compiler.is_compiling() else max(1, min(RATIOS, _MOST_AT_ONCE // max(1, whole.numel())))
     found = []
     for start in range(0, RATIOS, at_once):
-        number = torch.arange(start, min(start + at_once, RATIOS), device=weight.device)  # from the largest ratio on
+        number = torch.arange(start, min(start + at_once, RATIOS), device=whole.device)  # from the largest ratio on
         steps = ((RATIOS - number) * unit).float().reshape(-1, 1, 1)
-        errors = (whole - (whole * steps.reciprocal()).round().clamp(max=limit) * steps).int()
+        errors = (whole - clipped((whole * steps.reciprocal()).round()) * steps).int()
         # One number tells the error and, of equal ones, the ratio.
         found.append((errors.square().sum(-1, dtype=torch.int64) * RATIOS + number.reshape(-1, 1)).amin(0))
     best = torch.stack(found).amin(0).remainder(RATIOS)
-    ratio = (RATIOS - best).float().div(RATIOS).reshape(largest.shape)
-    return torch.where(counted, ratio, torch.ones_like(ratio))
+    return (RATIOS - best).float().div(RATIOS)

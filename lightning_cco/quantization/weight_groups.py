@@ -1,4 +1,4 @@
-"""Weights with a scale for each group of inputs: which layers can have them, and in which groups."""
+"""Weights with a scale for each group of inputs, and with zero points: which layers can have them, and in which groups."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.quantization.rules import BY_ITSELF, ResolvedRules
+from lightning_cco.quantization.skip_reasons import Skip, SkipReason
 from lightning_cco.quantization.targets import Target
 from lightning_cco.settings import GlobalQuantizationSettings
 
@@ -65,6 +66,67 @@ def find_weight_groups(
         elif entry.weights_group_size and entry.groups_exactness >= BY_ITSELF:
             raise CCOError(f"layer_settings: {entry.groups_by} sets weights_group_size: {size}, but {misfit(layer)}.")
     return found
+
+
+def wanted_zero_points(overall: GlobalQuantizationSettings, entry: ResolvedRules) -> bool:
+    """Whether the settings want zero points for a layer's weights, whether they can have them or not."""
+    symmetric = entry.weights_symmetric if entry.weights_symmetric is not None else overall.weights_symmetric
+    return not symmetric
+
+
+def find_with_zero_points(
+    graph: LayerGraph, overall: GlobalQuantizationSettings, said: Mapping[str, ResolvedRules], target: Target, skips: Mapping[str, Skip]
+) -> set[str]:
+    """The layers whose weights have zero points: those that are to, and whose weights alone are quantized.
+
+    Args:
+        graph: The layer graph.
+        overall: What holds for all layers.
+        said: What the rules say of each.
+        target: The engine.
+        skips: Why layers are left in float, or have their weights alone quantized.
+
+    Raises:
+        CCOError: A rule names a layer itself that can't have them, or the engine can't.
+    """
+    found = set()
+    for layer in graph:
+        entry = said.get(layer.name, ResolvedRules())
+        if not wanted_zero_points(overall, entry):
+            continue
+        why = without_zero_points(layer, skips.get(layer.name), target)
+        if not why and target.refuses_groups:
+            raise CCOError(
+                f"weights_symmetric: false with target_framework: {target.name}, which was not tried with zero points of weights. Leave weights_symmetric "
+                "out, or choose target_framework: ort or openvino."
+            )
+        if not why:
+            found.add(layer.name)
+        elif entry.weights_symmetric is False and entry.symmetric_exactness >= BY_ITSELF:
+            raise CCOError(f"layer_settings: {entry.symmetric_by} sets weights_symmetric: false, but {why}.")
+    return found
+
+
+def without_zero_points(layer: Layer, skip: Skip | None, target: Target) -> str:
+    """Why a layer's weights can't have zero points, and what to write instead; empty if they can."""
+    if grouped_inputs(layer) is None:
+        return (
+            f"layer '{layer.name}' (kind {layer.kind}) can't have zero points: a linear layer, a product with a matrix of weights on its right or an embedding "
+            "was expected. Leave weights_symmetric out for it, or write true"
+        )
+    if skip is None or skip.reason is not SkipReason.WEIGHT_ONLY:
+        runs = (
+            f"stays in float ({skip})"
+            if skip is not None
+            else f"runs in INT8 in {target.name}, whose products of integers want symmetric weights"
+        )
+        return f"layer '{layer.name}' {runs}. Write weights_group_size: 32 or weight_only: true for it, or weights_symmetric: true"
+    if not fitting_groups(layer):
+        return (
+            f"layer '{layer.name}' has {grouped_inputs(layer)} inputs, and none of 16 to 256 divides them, as the blocks do in which engines multiply weights "
+            "with zero points. Write weights_symmetric: true for it"
+        )
+    return ""
 
 
 def misfit(layer: Layer) -> str:

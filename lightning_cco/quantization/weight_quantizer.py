@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
-from lightning_cco.quantization.qparams import quant_range, weight_scale
+from lightning_cco.quantization.qparams import Bound, quant_range, weight_scale
 from lightning_cco.quantization.ranges import weight_estimator
 from lightning_cco.quantization.tracing import runs_plainly
 from lightning_cco.quantization.weight_fake_quantize import fake_quantize_small_weight, fake_quantize_weight
@@ -34,7 +34,10 @@ class WeightQuantizer(nn.Module):
     Attributes:
         estimator: Which one it is; never ``auto``.
         blocks: The axis along which the weights are cut into groups; `None`: there are none.
+        symmetric: Whether 0 is the middle of the levels, and there are no zero points.
     """
+
+    symmetric = True
 
     def __init__(self, num_bits: int = 8, axis: int | None = 0, estimator: str = "minmax", group: int | None = None) -> None:
         super().__init__()
@@ -46,6 +49,11 @@ class WeightQuantizer(nn.Module):
     def kind(self) -> tuple[Any, ...]:
         """Bits, estimator, and size of the groups."""
         return self.num_bits, self.estimator, self.group
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether kernels are given rows of a matrix of weights, instead of the weight itself."""
+        return self.group is not None
 
     def of_bits(self, num_bits: int, estimator: str) -> WeightQuantizer:
         """One of the same weight with another number of bits."""
@@ -62,17 +70,18 @@ class WeightQuantizer(nn.Module):
         if not compiling:
             if not runs_plainly():  # first: traced weights have no numbers to compare
                 return self._rounded(weight)
-            if self.group is None and weight.requires_grad and weight.numel() < LEAST_RECOMPUTED:
+            if not self.in_rows and weight.requires_grad and weight.numel() < LEAST_RECOMPUTED:
                 rounded = fake_quantize_small_weight(weight, self.num_bits, self.axis, self.estimator == "mse")
                 if rounded is not None:
                     self._kept = None
                     return rounded
         room = None
         if recomputed is not None:
-            if self.group is None:
-                room = recomputed_weight(weight, self.axis)
+            if self.in_rows:
+                size = self._row_size(weight)
+                room = recomputed_weight(weight, 0, (self._rows, torch.Size((weight.numel() // size, size))), not self.symmetric)
             else:
-                room = recomputed_weight(weight, 0, (self._rows, torch.Size((weight.numel() // self.group, self.group))))
+                room = recomputed_weight(weight, self.axis)
         if room is not None and recomputed is not None:
             self._kept = None
             recomputed.append(room)
@@ -102,37 +111,57 @@ class WeightQuantizer(nn.Module):
         mse = self.estimator == "mse"
         if self.group is None:
             return fake_quantize_weight(weight, self.num_bits, self.axis, recomputed, mse)
-        rounded = fake_quantize_weight(self._rows(weight), self.num_bits, 0, recomputed, mse)
-        return rounded.view(weight.shape) if self.blocks == 1 else rounded.view(weight.shape[::-1]).t()
+        return self._from_rows(fake_quantize_weight(self._rows(weight), self.num_bits, 0, recomputed, mse), weight)
+
+    def _row_size(self, weight: Tensor) -> int:
+        """How many weights a row has."""
+        return self.group or weight.shape[self.blocks or 0]
 
     def _rows(self, weight: Tensor) -> Tensor:
         """The groups of a matrix as rows, which are to the kernels what channels are: a view, where inputs lie beside each other."""
-        assert self.group is not None
-        if weight.dim() != 2 or weight.shape[self.blocks or 0] % self.group:
+        size = self._row_size(weight)
+        if weight.dim() != 2 or weight.shape[self.blocks or 0] % size:
             raise CCOError(
-                f"weights_group_size: a matrix whose axis {self.blocks} is a multiple of {self.group} was expected, one of shape {tuple(weight.shape)} came. "
+                f"weights_group_size: a matrix whose axis {self.blocks} is a multiple of {size} was expected, one of shape {tuple(weight.shape)} came. "
                 "Weights have changed their shape since the layers were captured; capture anew, or write weights_group_size: 0 for the layer."
             )
-        return (weight if self.blocks == 1 else weight.t()).reshape(-1, self.group).contiguous()
+        return (weight if self.blocks == 1 else weight.t()).reshape(-1, size).contiguous()
+
+    def _from_rows(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """What was computed of each weight, or of each row, along the axes of the weight."""
+        if rows.numel() == weight.numel():
+            return rows.view(weight.shape) if self.blocks == 1 else rows.view(weight.shape[::-1]).t()
+        each = rows.reshape(weight.shape[1 - (self.blocks or 0)], -1)
+        return each if self.blocks == 1 else each.t()
 
     def scale(self, weight: Tensor) -> Tensor:
         """The scale of each channel, as `weight_scale` shapes it; in groups of each of them, along the axes of the weight."""
         mse = self.estimator == "mse"
         if self.group is None:
             return weight_scale(weight, self.num_bits, self.axis, mse)
-        scale = weight_scale(self._rows(weight.detach()), self.num_bits, 0, mse).reshape(weight.shape[1 - (self.blocks or 0)], -1)
-        return scale if self.blocks == 1 else scale.t()
+        return self._from_rows(weight_scale(self._rows(weight.detach()), self.num_bits, 0, mse), weight)
 
     def scales_of(self, weight: Tensor) -> int:
         """How many scales a weight has."""
-        if self.group is not None:
-            return weight.numel() // self.group
+        if self.in_rows:
+            return weight.numel() // self._row_size(weight)
         return 1 if self.axis is None else weight.shape[self.axis]
 
     def steps(self, weight: Tensor) -> Tensor:
         """The scale of each weight, in a shape that goes together with the weight's."""
-        scale = self.scale(weight)
-        return scale if self.group is None else scale.repeat_interleave(self.group, self.blocks)
+        return self._of_each(self.scale(weight))
+
+    def _of_each(self, values: Tensor) -> Tensor:
+        """Values of the groups, or of the channels, in a shape that goes together with the weight's."""
+        return values if self.group is None else values.repeat_interleave(self.group, self.blocks)
+
+    def levels(self, weight: Tensor) -> tuple[Bound, Bound]:
+        """First and last level of each weight with its zero point taken off, in shapes that go together with the weight's."""
+        return quant_range(self.num_bits, symmetric=True)
+
+    def zero_points(self, weight: Tensor) -> Tensor | None:
+        """What stands for 0 in each group, or in each channel, int8 as `scale` shapes it; `None`: 0 does."""
+        return None
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The integers themselves.
@@ -141,7 +170,7 @@ class WeightQuantizer(nn.Module):
             int8 of the weight's shape, and the scale as `scale` shapes it.
         """
         scale = self.scale(weight)
-        steps = scale if self.group is None else scale.repeat_interleave(self.group, self.blocks)
+        steps = self._of_each(scale)
         low, high = quant_range(self.num_bits, symmetric=True)
         return weight.detach().float().mul(steps.reciprocal()).round().clamp(low, high).to(torch.int8), scale
 

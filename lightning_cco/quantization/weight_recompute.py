@@ -46,18 +46,24 @@ class RecomputedWeight:
         axis: Axis of the output channels.
         kernels: What makes it.
         arranged: What the kernels read of the weight, and the shape of that; `None`: the weight itself.
+        affine: Whether the grids are affine.
 
     Attributes:
-        scales: float32 with one value for each channel.
+        scales: float32 with one value for each channel; of affine grids (2, channels), the scales and the levels of 0.
         limit: Largest level; both are written when the weight is made for the first time.
     """
 
-    def __init__(self, weight: Tensor, axis: int, kernels: Kernels | TritonKernels, arranged: Arranged | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, axis: int, kernels: Kernels | TritonKernels, arranged: Arranged | None = None, affine: bool = False
+    ) -> None:
         self.weight, self.axis, self.kernels = weight.detach(), axis, kernels
         self._arranged: Callable[[Tensor], Tensor] | None = None if arranged is None else arranged[0]
         self.shape = weight.shape if arranged is None else arranged[1]
         self._strides = weight.stride() if arranged is None else (self.shape[1], 1)
-        self.scales = torch.empty(self.shape[axis], dtype=torch.float32, device=weight.device)  # by name: the defaults are the user's
+        self.affine, channels = affine, self.shape[axis]
+        self.scales = torch.empty(
+            (2, channels) if affine else channels, dtype=torch.float32, device=weight.device
+        )  # by name: the defaults are the user's
         self.limit, self.address, self.version = 0, 0, weight._version
 
     def _read(self) -> Tensor:
@@ -84,22 +90,32 @@ class RecomputedWeight:
                 "gradient can't be computed, no more than in float. Run the backward before the weights change, or the forward again."
             )
         weight = self._read()
-        if not runs_plainly():  # the backward under a transform (vectorized autograd) or a mode
+        if not runs_plainly() and self.affine:  # the backward under a transform (vectorized autograd) or a mode
+            scales, zeros = self.scales.unsqueeze(-1)
+            levels = torch.minimum(torch.maximum((weight.float() * scales.reciprocal()).round(), -zeros), self.limit - zeros)
+            values: Tensor = (levels * scales).to(weight.dtype)
+            return values
+        if not runs_plainly():
             scales = self.scales.view([-1 if dim == self.axis else 1 for dim in range(weight.dim())])
             levels = (weight.float() * scales.reciprocal()).round().clamp(-self.limit, self.limit)
             return (levels * scales).to(weight.dtype)
         rounded = self.room()
+        if self.affine:
+            assert isinstance(self.kernels, Kernels)
+            self.kernels.fake_quantize_affine_weight(weight, rounded, self.limit, 0.0, self.scales, known=True)
+            return rounded
         self.kernels.fake_quantize_weight(weight, rounded, self.axis, self.limit, 0.0, self.scales, known=True)
         return rounded
 
 
-def recomputed_weight(weight: Tensor, axis: int | None, arranged: Arranged | None = None) -> RecomputedWeight | None:
+def recomputed_weight(weight: Tensor, axis: int | None, arranged: Arranged | None = None, affine: bool = False) -> RecomputedWeight | None:
     """What makes a rounded weight again in the backward.
 
     Args:
         weight: The weight.
         axis: Axis of the output channels.
         arranged: What the kernels read of it, as for `RecomputedWeight`.
+        affine: Whether the grids are affine, for which there are kernels on CPUs alone.
 
     `None` where that is not wanted: outside of an eager training forward, for small weights, and where somebody else, such as a checkpoint, handles
     what is saved, or nobody may.
@@ -113,9 +129,14 @@ def recomputed_weight(weight: Tensor, axis: int | None, arranged: Arranged | Non
     ):
         return None
     kernels = fitting_kernels(weight)
-    if kernels is None or not saved_hooks_enabled() or saved_hooks_on_top(False) is not None:
+    if (
+        kernels is None
+        or (affine and not isinstance(kernels, Kernels))
+        or not saved_hooks_enabled()
+        or saved_hooks_on_top(False) is not None
+    ):
         return None
-    return RecomputedWeight(weight, axis, kernels, arranged)
+    return RecomputedWeight(weight, axis, kernels, arranged, affine)
 
 
 def saving_recomputed(func: Callable[..., Any], weights: Sequence[RecomputedWeight]) -> Callable[..., Any]:

@@ -103,7 +103,8 @@ def rules_now(plan: QuantizationPlan) -> list[dict[str, str]]:
         if rule.by == "budget":
             known = said.get(rule.match, ResolvedRules())
             names = {"skip_quantization": known.skip, "weights_num_bits": known.weights_num_bits}
-            names |= {"weights_group_size": known.weights_group_size}
+            names |= {"weights_group_size": known.weights_group_size, "weights_symmetric": known.weights_symmetric}
+            names |= {"activations_dynamic": known.activations_dynamic}
             names |= {"activations_num_bits": known.activations_num_bits, "weight_only": known.weight_only}
             parts = {part: value for part, value in _parts(rule).items() if names.get(part) is None}
             found += [{"match": rule.match, **parts}] if parts else []

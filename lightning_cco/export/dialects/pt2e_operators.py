@@ -13,7 +13,7 @@ from lightning_cco.compat.decomposed import operators
 from lightning_cco.export.dialects.dialect import Format
 from lightning_cco.export.fold_batch_norm import IntegerWeight
 from lightning_cco.export.provenance import noting_pair
-from lightning_cco.export.weight_blocks import Block
+from lightning_cco.export.weight_blocks import Block, looked_up_integers
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 SHIFT = 128
@@ -71,8 +71,9 @@ class Pt2eDialect:
         integers, scale, dtype = weight.integers, weight.scale, weight.integers.dtype
         first, last = torch.iinfo(dtype).min, torch.iinfo(dtype).max
         if weight.group is not None:
-            integers, scale = (integers, scale) if weight.axis == 1 else (integers.t().contiguous(), scale.t().contiguous())
-            zeros = torch.zeros_like(scale, dtype=torch.int32)
+            zeros = torch.zeros_like(scale, dtype=torch.int32) if weight.zero_points is None else weight.zero_points.to(torch.int32)
+            if weight.axis == 0:
+                integers, scale, zeros = (part.t().contiguous() for part in (integers, scale, zeros))
             return self._operators.dequantize_groups, (integers, scale, zeros, first, last, dtype, weight.group, torch.float32)
         if weight.axis is None or scale.dim() == 0:
             return self._operators.dequantize, (integers, float(scale), weight.zero_point, first, last, dtype)
@@ -115,5 +116,5 @@ class Pt2eDialect:
 
     def rows(self, block: Block, indices: Tensor) -> Tensor:
         """Rows of integers, scaled group by group."""
-        values = F.embedding(indices, block.integers).to(torch.float32).view(*indices.shape, block.scale.shape[1], block.group)
+        values = looked_up_integers(block, indices)
         return (values * F.embedding(indices, block.scale).unsqueeze(-1)).flatten(-2)

@@ -140,6 +140,7 @@ class Engine:
         extra: The optional dependencies of lightning-cco that have the package.
         start: Starts it, where its files are made of programs (PT2E) instead of being ONNX files.
         plans: Targets whose plans it can compute, if not its own alone.
+        rounds_as_it_runs: What to say of products with weights alone in integers, where it may round what they read; empty: nothing.
         fixed_sizes: Why sizes of images are fixed unless they are asked to vary; empty: they vary where the model lets them.
         limits: What right files may differ by in it, if not what the check allows.
         strict: Whether a file must be run in it, and is refused if it computes a product in float that is planned in INT8; else both are said alone.
@@ -158,6 +159,7 @@ class Engine:
     extra: str = "export"
     start: Callable[[], Reader] | None = None
     plans: tuple[str, ...] = ()
+    rounds_as_it_runs: str = ""
     fixed_sizes: str = ""
     limits: Limits = field(default_factory=Limits)
     strict: bool = False
