@@ -94,6 +94,7 @@ def export_engine_file(
         report.notes += samples.notes + notes_on_bits(quantized)
         report.inputs = {name: list(tensor.shape) for name, tensor in zip(deployed.names, samples.example, strict=True)}
         written = write_program(quantized, deployed, [Axes(samples.example, [{} for _ in samples.example])], engine=engine)
+        report.widened = written.widened
         calls = [tensors for batch in batches if (tensors := deployed.tensors(*call_of(batch))) is not None] or [deployed.example]
         try:
             with temporary_folder(target.parent) as folder:

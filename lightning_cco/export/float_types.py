@@ -19,9 +19,9 @@ def compute_in_float32(graph: Any) -> list[str]:
     """
     import onnx_ir
 
-    if not any(_rounds(node) for node in graph) or any(_holds_graphs(node) for node in graph):
-        return []
     narrow = (onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16)
+    if not any(_rounds(node) for node in graph) or any(_body_computes_in(node, (*narrow, onnx_ir.DataType.DOUBLE)) for node in graph):
+        return []
     found = {value.dtype for node in graph for value in node.outputs if value.dtype in narrow}
     _widen(graph, narrow)
     _round_in_float32(graph)
@@ -33,10 +33,18 @@ def _rounds(node: Any) -> bool:
     return bool(node.op_type == "QuantizeLinear")
 
 
-def _holds_graphs(node: Any) -> bool:
+def _body_computes_in(node: Any, types: tuple[Any, ...]) -> bool:
+    """Whether a branch or a loop that a node holds reads or makes values of these types: both of its ends would have to change with it."""
     import onnx_ir
 
-    return any(entry.type in (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS) for entry in node.attributes.values())
+    bodies: list[Any] = []
+    for entry in node.attributes.values():
+        bodies += [entry.value] if entry.type == onnx_ir.AttributeType.GRAPH else []
+        bodies += list(entry.value) if entry.type == onnx_ir.AttributeType.GRAPHS else []
+    parts = [part for body in bodies for part in onnx_ir.traversal.RecursiveGraphIterator(body)]
+    values = [value for part in parts for value in (*part.inputs, *part.outputs) if value is not None]
+    values += [value for body in bodies for value in (*body.inputs, *body.outputs)] + (list(node.outputs) if bodies else [])
+    return any(value.dtype in types for value in values)
 
 
 def _widen(graph: Any, narrow: tuple[Any, ...]) -> None:

@@ -164,6 +164,7 @@ def _with_operators(
         if check:
             calls = [tensors for batch in batches if (tensors := deployed.tensors(*call_of(batch))) is not None]
             report = ExportReport(path)
+            report.widened = found.widened
             _compare(quantized, deployed, found, network, calls or [deployed.example], report)
             judge(report)
     return found.program

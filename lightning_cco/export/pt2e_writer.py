@@ -15,6 +15,7 @@ from lightning_cco.export.dialects import Pt2eDialect
 from lightning_cco.export.engine import QuantizeNode
 from lightning_cco.export.engines import ENGINES, PROGRAMS, Engine, Form
 from lightning_cco.export.failures import failed, untraceable
+from lightning_cco.export.pt2e_floats import compute_in_float32
 from lightning_cco.export.pt2e_passes import Passes
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.stored import StoredWeights
@@ -32,11 +33,13 @@ class WrittenProgram:
         program: What the file holds.
         emitter: What wrote its operators.
         axes: Its inputs, and which axes of them vary.
+        widened: Types that the model computes in, and the program in float32.
     """
 
     program: torch.export.ExportedProgram
     emitter: Emitter
     axes: Axes
+    widened: list[str]
 
     def inspected(self) -> tuple[torch.export.ExportedProgram, dict[str, list[QuantizeNode]]]:
         """The same with the rounded tensors as further outputs, as floats; and these by quantizer, each called after the number of its output."""
@@ -47,7 +50,7 @@ class WrittenProgram:
         rounded: dict[str, list[QuantizeNode]] = {}
         for number, (name, scale) in enumerate(pair for pair in dialect.pairs if self._is_compared(pair[0])):
             rounded.setdefault(name, []).append(QuantizeNode(str(number), scale, 0))
-        return _rewritten(program, self.emitter), rounded
+        return _rewritten(program, self.emitter)[0], rounded
 
     def _is_compared(self, name: str) -> bool:
         """Not what a parameter is rounded to before it is concatenated: converters round it once, as the result is, which is compared."""
@@ -98,7 +101,8 @@ def write_program(
         try:
             with emitter.emitting():
                 program = trace(axes) if trace is not None else traced(deployed, axes)
-            return WrittenProgram(_rewritten(program, emitter), emitter, axes)
+            rewritten, widened = _rewritten(program, emitter)
+            return WrittenProgram(rewritten, emitter, axes, widened)
         except Exception as error:
             failure = failure or error
     assert failure is not None
@@ -106,10 +110,10 @@ def write_program(
     raise CCOError(untraceable(quantized.model, where, failure, quantized.graph)) from failure
 
 
-def _rewritten(program: torch.export.ExportedProgram, emitter: Emitter) -> torch.export.ExportedProgram:
+def _rewritten(program: torch.export.ExportedProgram, emitter: Emitter) -> tuple[torch.export.ExportedProgram, list[str]]:
     try:
-        program = program.run_decompositions({})  # without operators in place
+        program, widened = compute_in_float32(program.run_decompositions({}))  # without operators in place
         Passes(program, emitter.stored.engine.wanted(Form.JOINED)).run()
     except Exception as error:
         raise CCOError(failed("rewriting the traced program", error)) from error
-    return program
+    return program, widened

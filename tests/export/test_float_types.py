@@ -89,3 +89,48 @@ def test_inputs_and_outputs_keep_their_types(tmp_path: Path) -> None:
     got, want = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0], model(x).detach().numpy()
     assert got.dtype == np.float16
     assert np.abs(got - want).max() < 0.1 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("form", [pytest.param(name, marks=() if name == "autocast" else pytest.mark.slow) for name in FORMS])
+def test_a_program_with_quantized_operators_computes_in_float32(form: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Casting(FORMS[form][0]).eval(), torch.randn(4, 8, 16)
+    quantized = quantize(model, {"deployment_settings": {"target_framework": "executorch"}}, (x,))
+    quantized.calibrate([x])
+    program = quantized.export(tmp_path / "a.pt2")
+    with torch.no_grad():
+        wanted = model(x)
+        assert float((program.module()(x) - wanted).abs().max()) < 0.03 * float(wanted.abs().max())
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    types = {node.meta["val"].dtype for node in calls if isinstance(node.meta.get("val"), Tensor)}
+    assert types.isdisjoint({torch.float16, torch.bfloat16})
+    linear = [node for node in calls if node.target is torch.ops.aten.linear.default]
+    assert len(linear) == len({node.args[1] for node in linear}) >= 3
+    planned = [layer for layer in quantized.plan.quantized if quantized.graph[layer].kind == "linear"]
+    integer = [node for node in linear if all("dequantize" in str(operand.target) for operand in node.args[:2])]
+    assert len(integer) == len(planned) == len(linear) - 1
+
+
+def test_types_of_inputs_and_outputs_of_a_program_stay(tmp_path: Path) -> None:
+    model, x = Casting(lambda s, h: s.second(s.other(h).bfloat16().float()), torch.float16).eval(), torch.randn(4, 8, 16)
+    quantized = quantize(model, {"deployment_settings": {"target_framework": "executorch"}}, (x,))
+    quantized.calibrate([x])
+    program = quantized.export(tmp_path / "a.pt2")
+    assert program.module()(x).dtype is torch.float16
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*runs functions out of sight")
+def test_a_branch_in_the_file_is_in_nobodys_way(tmp_path: Path) -> None:
+    def form(s: Casting, h: Tensor) -> Tensor:
+        h = torch.relu(s.other(h).half()).float()
+        return torch.cond(h.sum() > 0, lambda h: torch.relu(s.second(h)), lambda h: h * 2.0, (h,))
+
+    model, x = Casting(form).eval(), torch.randn(8, 16)
+    quantized = quantize(model, None, (x,))
+    quantized.calibrate([x])
+    report = quantized.export(tmp_path / "a.onnx")
+    assert report.integer_nodes == {"QGemm": 2}
+    session = ort.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
+    got, want = session.run(None, {"x": x.numpy()})[0], model(x).detach().numpy()
+    assert np.abs(got - want).max() < 0.1 * np.abs(want).max()

@@ -49,11 +49,13 @@ class Pt2eDialect:
         if limits is not None:
             x = x.clamp(format.value(limits[0]), format.value(limits[1]))
         numbers = self.stored(format)
+        double = x.dtype is torch.float64  # which the operator does not take
+        x = x.to(torch.float32) if double else x
         with noting_pair(name):
             levels = self._operators.quantize(x, *numbers)
         self._written.append((name, levels, numbers))
         values: Tensor = self._operators.dequantize(levels, *numbers)
-        return values
+        return values.to(torch.float64) if double else values
 
     def prepare(self, weights: Iterable[IntegerWeight]) -> None:
         """Scales as numbers, zero points as tensors."""
