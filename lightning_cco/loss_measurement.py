@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 from lightning_cco.compat.torch_modes import functorch_level
-from lightning_cco.errors import CCOError
+from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.loss_sensitivity import ACTIVATIONS_BITS, WEIGHTS_BITS, LossSensitivities, LossSensitivityReport, roundings_of
+from lightning_cco.names import list_names
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.arguments import renormalized, replaced
 from lightning_cco.quantization.fake_quantize import fake_quantize
@@ -51,7 +55,7 @@ def measure_loss(
     roundings = roundings_of(quantized.plan, quantized.weights, bits, weights_bits, activations_bits)
     with torch.device("cpu"):  # torchmetrics makes tensors of its own on the default device, which is the user's
         metric = LossSensitivities(roundings).to(quantized.device)
-    with quantized.evaluating():
+    with quantized.evaluating(), _unrecomputed():
         for number, batch in enumerate(batches):
             metric.start_batch()
             recorder = _LossRecorder(quantized, metric, weights_bits, activations_bits)
@@ -61,7 +65,32 @@ def measure_loss(
                 torch.manual_seed(number)
                 value, recorder.terms = divergence(result) if loss is None else (checked_loss(result), terms_of(batch))
                 recorder.collect(value)
+    unknown = dict.fromkeys(name.partition(".")[0] for _, name, _ in metric.unmeasured())
+    if unknown:
+        warnings.warn(
+            f"loss sensitivity: no gradient came back to {list_names(list(unknown))}: what rounding costs the loss there is unknown. Sums leave it out, and a "
+            "budget leaves these layers their bits. They run without gradients (torch.no_grad, detach, torch.vmap), or the loss does not depend on them.",
+            CCOWarning,
+            stacklevel=2,
+        )
     return metric.report("divergence" if loss is None else "loss")
+
+
+@contextmanager
+def _unrecomputed() -> Iterator[None]:
+    """Run what reentrant checkpoints hold as it is: they run it without gradients first, and refuse gradients with respect to certain tensors."""
+    kept = torch.utils.checkpoint.CheckpointFunction
+
+    class Direct:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            return function(*args)
+
+    torch.utils.checkpoint.CheckpointFunction = Direct  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        torch.utils.checkpoint.CheckpointFunction = kept  # type: ignore[misc]
 
 
 def checked_loss(result: Any) -> Tensor:

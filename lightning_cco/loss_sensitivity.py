@@ -169,6 +169,10 @@ class LossSensitivities(Metric):
         """The expected rise by each rounding, float64."""
         return self.changes[:, 1] / self.batches.clamp(min=1)
 
+    def unmeasured(self) -> list[Rounding]:
+        """What never ran in this process, or without a gradient."""
+        return [rounding for rounding, count in zip(self.roundings, self.changes[:, 2].tolist(), strict=True) if not count]
+
     def report(self, loss: str) -> LossSensitivityReport:
         """The report, summed over processes. What never ran is left out.
 

@@ -282,6 +282,7 @@ def test_a_size_is_chosen_again_until_its_export_fits(monkeypatch: pytest.Monkey
         search.find([torch.randn(8, 1, 8, 8)])
 
 
+@pytest.mark.filterwarnings("ignore:loss sensitivity. no gradient came back")
 def test_layers_that_no_gradient_reaches_are_named() -> None:
     class Frozen(nn.Module):
         def __init__(self) -> None:
@@ -295,3 +296,20 @@ def test_layers_that_no_gradient_reaches_are_named() -> None:
 
     with pytest.raises(CCOError, match=r"Not to choose: 'conv \(no gradient reaches it"):
         plan_for(Frozen(), torch.randn(8, 1, 8, 8), {"average_bits": 2})
+
+
+@pytest.mark.filterwarnings("ignore:loss sensitivity. no gradient came back")
+def test_tensors_that_no_gradient_reaches_keep_their_bits() -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.first(x))
+            return self.head(torch.relu(self.third(x + torch.relu(self.second(x)).detach())))
+
+    _, search = plan_for(Detached(), torch.randn(16, 8), {"bops": 0.05})
+    decisions = search.model.quantized.plan.decisions
+    assert decisions["relu_1"].activations_num_bits == 8
+    assert decisions["relu"].activations_num_bits == 4

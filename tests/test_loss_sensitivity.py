@@ -14,8 +14,9 @@ from brute_force import Batch, images, loss_of, measured_rises, quantized, texts
 from models import GuideCNN, ResidualCNN, TokenModel
 from scipy.stats import spearmanr
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lightning_cco import CCOError, quantize
+from lightning_cco import CCOError, CCOWarning, quantize
 from lightning_cco.loss_measurement import divergence
 from lightning_cco.loss_sensitivity import LossSensitivities, LossSensitivity, LossSensitivityReport
 
@@ -145,9 +146,53 @@ def test_what_the_step_freezes_is_named() -> None:
         Frozen(without_gradients=True), {"global_quantization_settings": {"skip_tail_quantization": False}}, (torch.randn(4, 1, 6, 6),)
     )
     hooked.calibrate([[torch.randn(4, 1, 6, 6)]])
-    report = hooked.loss_sensitivity([[torch.randn(4, 1, 6, 6)]])
+    with pytest.warns(CCOWarning, match="no gradient came back to 'conv'"):
+        report = hooked.loss_sensitivity([[torch.randn(4, 1, 6, 6)]])
     assert "conv" not in report.weights
     assert "linear" in report.weights
+
+
+class Within(nn.Module):
+    """Its middle runs in a way of its own."""
+
+    def __init__(self, way: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> None:
+        super().__init__()
+        self.way, self.first, self.middle, self.last, self.head = (
+            way,
+            nn.Linear(8, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.last(self.way(lambda x: torch.relu(self.middle(x)), torch.relu(self.first(x))))))
+
+
+def _measured_within(way: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> tuple[LossSensitivityReport, set[str]]:
+    torch.manual_seed(0)
+    hooked = quantize(Within(way), None, (torch.randn(8, 8),))
+    hooked.calibrate([torch.randn(8, 8)])
+    torch.manual_seed(1)
+    report = hooked.loss_sensitivity([torch.randn(16, 8)])
+    return report, set(hooked.plan.quantized) - set(report.rises(hooked.plan))
+
+
+@pytest.mark.parametrize("way", [torch.vmap, lambda f: lambda x: x + f(x).detach()], ids=["vmap", "detach"])
+def test_what_has_no_value_is_named(way: Callable[..., Callable[[Tensor], Tensor]]) -> None:
+    with pytest.warns(CCOWarning, match="no gradient came back to 'linear_1', 'relu_1': what rounding costs"):
+        _, unknown = _measured_within(lambda f, x: way(f)(x))
+    assert unknown == {"linear_1", "relu_1"}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_are_measured_as_what_they_hold(reentrant: bool) -> None:
+    wanted, unknown = _measured_within(lambda f, x: f(x))
+    assert not unknown
+    found, _ = _measured_within(lambda f, x: checkpoint(f, x, use_reentrant=reentrant))
+    assert found.weights == wanted.weights
+    assert found.activations == wanted.activations
 
 
 def test_says_what_no_loss_is() -> None:

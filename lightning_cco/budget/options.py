@@ -128,7 +128,8 @@ def choices(
             continue  # of the residual stream: it keeps 8 bits
         bits = said.get(key.layer, ResolvedRules()).activations_num_bits
         general = plan.tensors[key].num_bits == plan.settings.global_quantization_settings.activations_num_bits
-        allowed = (bits,) if bits is not None else tuple(activations_bits) if general else (plan.tensors[key].num_bits,)
+        known = general and bool(rises[key])  # where nothing was measured, nothing says that fewer would do
+        allowed = (bits,) if bits is not None else tuple(activations_bits) if known else (plan.tensors[key].num_bits,)
         tensors.append(TensorOptions(key, {b: _usable(rises[key].get(b, 0.0)) for b in allowed}, key in of_integers))
     elements = sum(facts[name].elements for group in groups for name in _once(group.layers, facts))
     own = sum(4.0 * facts[name].elements for group in groups for name in _once(group.layers, facts))
