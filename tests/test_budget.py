@@ -309,7 +309,8 @@ def test_tensors_that_no_gradient_reaches_keep_their_bits() -> None:
             x = torch.relu(self.first(x))
             return self.head(torch.relu(self.third(x + torch.relu(self.second(x)).detach())))
 
-    _, search = plan_for(Detached(), torch.randn(16, 8), {"bops": 0.05})
+    torch.manual_seed(0)
+    _, search = plan_for(Detached(), torch.randn(16, 8), {"bops": 0.03})
     decisions = search.model.quantized.plan.decisions
     assert decisions["relu_1"].activations_num_bits == 8
     assert decisions["relu"].activations_num_bits == 4

@@ -12,6 +12,7 @@ import torch
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.engines import Engine
+from lightning_cco.graph.failing import came_through, failing_line
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.operands import SPARSE_NOTE
 from lightning_cco.graph.reached import is_scripted
@@ -94,7 +95,12 @@ def untraceable(model: torch.nn.Module, where: str, error: Exception, graph: Lay
     said = f"{type(error).__name__}: {error}"
     branches, fixed, gradients, transformed = (any(word in said for word in words) for words in _EVIDENCE)
     scripted = _scripted(model) if "positional arguments" in said else []
-    if scripted:
+    if came_through(error, "copy", "deepcopy"):
+        advice = (
+            "Its forward copies by copy.deepcopy, for which a trace has no memory. Write tensor.clone() for a tensor; make the copy of a module in __init__, "
+            "or leave it out of the forward that is exported."
+        )
+    elif scripted:
         advice = (
             f"What torch.jit.script has made can't be traced: {list_names(scripted)}. Put the Python module that was scripted in its place, or what "
             "torch.jit.trace makes of it."
@@ -131,7 +137,7 @@ def untraceable(model: torch.nn.Module, where: str, error: Exception, graph: Lay
         )
     else:
         advice = f"Nothing shows that the model is at fault: it may be a limit of these versions ({versions()}), or of lightning_cco; please report it."
-    return f"export: {type(model).__name__} can't be traced by torch.export{where}: {first_paragraph(error)}. {advice}"
+    return f"export: {type(model).__name__} can't be traced by torch.export{where}{failing_line(error)}: {first_paragraph(error)}. {advice}"
 
 
 def _scripted(model: torch.nn.Module) -> list[str]:

@@ -82,6 +82,7 @@ class Emitter:
         self.stored.make_blocks()
         self.pairs.prepare()
         self._prepare()
+        self.reached = ""  # by the forward that was not traced
         with self._handling(self._emit):
             yield
 

@@ -30,11 +30,12 @@ def is_own_code(value: Any) -> bool:
     else:
         name = getattr(value, "__module__", None) or ""
         file = getattr(sys.modules.get(name), "__file__", None)
-    return name.partition(".")[0] not in NOT_ENTERED and not _is_installed(file or "")
+    return is_own_file(name, file or "")
 
 
-def _is_installed(file: str) -> bool:
-    return "site-packages" in file or "dist-packages" in file
+def is_own_file(module: str, file: str) -> bool:
+    """Whether code is of the user's own by the name of its module and its file."""
+    return module.partition(".")[0] not in NOT_ENTERED and "site-packages" not in file and "dist-packages" not in file
 
 
 @functools.lru_cache(maxsize=10_000)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -193,6 +195,29 @@ def test_sparse_tensors(layout: torch.layout, tmp_path: Path) -> None:
     quantized.calibrate([(x, matrix)])
     with pytest.raises(CCOError, match=r"argument 'matrix' has the layout torch.sparse"):
         quantized.export(tmp_path / "a.onnx")
+
+
+class Copies(nn.Module):
+    """A part of itself, or a tensor, copied in its forward."""
+
+    def __init__(self, of_module: bool) -> None:
+        super().__init__()
+        self.of_module = of_module
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = copy.deepcopy(self.first) if self.of_module else self.first
+        return self.last(F.relu(first(x if self.of_module else copy.deepcopy(x))))
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+@pytest.mark.parametrize("of_module", [True, False])
+def test_copies_made_in_a_forward(of_module: bool, ending: str, tmp_path: Path) -> None:
+    line = inspect.getsourcelines(Copies.forward)[1] + (1 if of_module else 2)
+    with pytest.raises(
+        CCOError, match=rf"by torch.export at line {line} of {Path(__file__).name}: .*copies by copy\.deepcopy.*tensor\.clone\(\)"
+    ):
+        _export(Copies(of_module), torch.randn(4, 8), tmp_path / f"a.{ending}")
 
 
 def test_packed_sequences(tmp_path: Path) -> None:
