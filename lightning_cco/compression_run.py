@@ -26,7 +26,7 @@ from lightning_cco.export_dir import check_export_dir
 from lightning_cco.handover import Handover
 from lightning_cco.initial_evaluation import InitialEvaluation
 from lightning_cco.level_use import warn_of_clipped
-from lightning_cco.lookahead import left_over, warn_of_left_over, why_empty
+from lightning_cco.lookahead import left_over, warn_of_left_over, why_empty, why_no_batch
 from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.metric_modes import metric_directions
 from lightning_cco.monitoring.metrics import numbers
@@ -229,8 +229,8 @@ class CompressionRun:
         if self.quantized is None:
             nothing = " and nothing was exported" if folder is not None else ""
             warnings.warn(
-                f"trainer.fit: it ended before its first batch (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
-                f"limit_train_batches={trainer.limit_train_batches}), so the model was not compressed{nothing}. Train for at least one batch.",
+                f"trainer.fit: it ended before its first batch ({why_no_batch(trainer)}), so the model was not compressed{nothing}. "
+                "Train for at least one batch.",
                 CCOWarning,
                 stacklevel=2,
             )

@@ -10,6 +10,7 @@ from itertools import chain, islice
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -117,6 +118,25 @@ def why_empty(trainer: pl.Trainer) -> str:
         f" The validation reads from the same object, a {type(shared).__name__}, which gives each sample once, and has taken all of it before the training "
         "began. Give training and validation streams of their own, or set Trainer(num_sanity_val_steps=...) and limit_val_batches to less than it has."
     )
+
+
+def why_no_batch(trainer: pl.Trainer) -> str:
+    """Why a fit has ended without a batch, as far as the Trainer tells."""
+    timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)
+    remaining = None if timer is None else timer.time_remaining()
+    if trainer.limit_train_batches == 0:
+        return "limit_train_batches is 0"
+    if trainer.max_epochs not in (None, -1) and trainer.current_epoch >= trainer.max_epochs:
+        begun = f", and the training is at epoch {trainer.current_epoch} by its checkpoint" if trainer.current_epoch else ""
+        return f"max_epochs is {trainer.max_epochs}{begun}"
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        begun = f", and the training is at step {trainer.global_step} by its checkpoint" if trainer.global_step else ""
+        return f"max_steps is {trainer.max_steps}{begun}"
+    if remaining is not None and remaining <= 0:
+        return "the time of the Timer (max_time) was over"
+    if trainer.should_stop:
+        return "trainer.should_stop was set before"
+    return "the training loader gave none" if trainer.num_training_batches == 0 else "the Trainer does not tell why"
 
 
 def _streams(loader: Any) -> list[Any]:

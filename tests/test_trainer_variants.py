@@ -80,11 +80,28 @@ def test_a_second_fit_of_another_model_begins_anew(tmp_path: Path) -> None:
     assert set(scales(cco)) != set(before)
 
 
-@pytest.mark.parametrize("options", [{"limit_train_batches": 0}, {"max_epochs": 0}, {"max_steps": 0}])
-def test_a_fit_without_a_batch_says_that_nothing_was_compressed(options: dict[str, int], tmp_path: Path) -> None:
+class Stopping(pl.Callback):
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"limit_train_batches": 0}, "limit_train_batches is 0"),
+        ({"max_epochs": 0}, "max_epochs is 0"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"max_time": {"seconds": 0}}, "the time of the Timer"),
+        ({"stopped": True}, "trainer.should_stop was set before"),
+    ],
+    ids=str,
+)
+def test_a_fit_without_a_batch_says_that_nothing_was_compressed(options: dict[str, Any], why: str, tmp_path: Path) -> None:
     cco = quick(deployment_settings={"export_dir": str(tmp_path / "int8")})
-    with pytest.warns(CCOWarning, match=r"ended before its first batch .* nothing was exported"):
-        make_trainer(tmp_path, cco, **options).fit(Classifier(), batches())
+    others = [Stopping()] if options.pop("stopped", False) else []
+    options = {"max_epochs": 2, "min_epochs": 0, **options}
+    with pytest.warns(CCOWarning, match=rf"ended before its first batch \({why}.* nothing was exported"):
+        make_trainer(tmp_path, cco, *others, **options).fit(Classifier(), batches())
     assert cco.quantized is None
     assert not (tmp_path / "int8").exists()
 
