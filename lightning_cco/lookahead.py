@@ -122,7 +122,7 @@ def why_empty(trainer: pl.Trainer) -> str:
 
 def why_no_batch(trainer: pl.Trainer) -> str:
     """Why a fit has ended without a batch, as far as the Trainer tells."""
-    timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)
+    timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)  # type: ignore[attr-defined]
     remaining = None if timer is None else timer.time_remaining()
     if trainer.limit_train_batches == 0:
         return "limit_train_batches is 0"

@@ -70,6 +70,7 @@ def write_onnx(
         except Exception as error:
             raise CCOError(inexpressible(quantized.model, error)) from error
     assert program is not None
+    emitter.warn_of_missing()
     graph = program.model.graph
     written = graph.opset_imports.get("", opset)
     if written != opset:  # the exporter leaves the opset that it works in where its converter fails

@@ -102,9 +102,11 @@ def write_program(
             with emitter.emitting():
                 program = trace(axes) if trace is not None else traced(deployed, axes)
             rewritten, widened = _rewritten(program, emitter)
-            return WrittenProgram(rewritten, emitter, axes, widened)
         except Exception as error:
             failure = failure or error
+            continue
+        emitter.warn_of_missing()
+        return WrittenProgram(rewritten, emitter, axes, widened)
     assert failure is not None
     where = f" behind layer '{emitter.reached}' (module '{quantized.graph[emitter.reached].path}')" if emitter.reached else ""
     raise CCOError(untraceable(quantized.model, where, failure, quantized.graph)) from failure

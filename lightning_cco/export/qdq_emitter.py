@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_cco.errors import CCOError
+from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.dialects import Dialect
 from lightning_cco.export.embedding_bags import bag_arguments, is_bag, reduced
 from lightning_cco.export.engine_patterns import added_apart, attention, averages_images, divided, sorted_maximum
@@ -27,6 +28,7 @@ from lightning_cco.graph.captured import CallSite
 from lightning_cco.graph.compiled import mode_stack, restore_modes
 from lightning_cco.graph.equations import einsum_by_matmul
 from lightning_cco.graph.ops import operation
+from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.tensor_key import TensorKey
 
@@ -58,6 +60,7 @@ class Emitter:
         self.modules: dict[str, str] = {}
         self.layers: dict[str, str] = {}
         self.model: nn.Module = quantized.model
+        self._ran: set[str] = set()
         self._norms: dict[str, IntegerWeight] = {}
         self._sites: dict[tuple[int, str, int], CallSite] = {
             (id(site.node), site.op.kind, site.positions[False]): site for site in quantized.capture.sites.values() if site.visible
@@ -75,6 +78,30 @@ class Emitter:
                 if not self.reached:
                     raise  # of the model's own
                 raise CCOError(untraceable(self.quantized.model, f" at the weights of layer '{self.reached}'", error)) from error
+        if (missing := self._missing()) and len(missing) == len(self._planned()):
+            raise CCOError(
+                f"export: the forward that is exported does not run {list_names(missing)} of the plan, nor any other layer of it with weights, so the file "
+                "would compute in float. The model is not the one that was quantized: adapters were merged, modules replaced, or another part is called. "
+                "Change the model first, then call quantize."
+            )
+
+    def warn_of_missing(self) -> None:
+        """Say which planned layers with weights the forward did not run."""
+        if missing := self._missing():
+            warnings.warn(
+                f"export: the forward that is exported does not run {list_names(missing)} of the plan. They were called in another way when the graph of "
+                "layers was captured; if the model was changed since, what took their place runs in float. Quantize the changed model.",
+                CCOWarning,
+                stacklevel=2,
+            )
+
+    def _planned(self) -> list[str]:
+        plan, sites = self.quantized.plan, self.quantized.capture.sites
+        planned = plan.quantized | plan.weight_only
+        return [layer.name for layer in self.quantized.graph if layer.weighted and layer.name in planned and sites[layer.name].visible]
+
+    def _missing(self) -> list[str]:
+        return [name for name in self._planned() if name not in self._ran]
 
     @contextmanager
     def emitting(self) -> Iterator[None]:
@@ -107,9 +134,10 @@ class Emitter:
             index = frame.counts.get(kind, 0)
             frame.counts[kind] = index + 1
             site = self._sites.get((id(frame.node), kind, index))
-            self.reached = site.layer if site is not None else self.reached
             if site is None:
                 return func(*args, **kwargs)
+            self.reached = site.layer
+            self._ran.add(site.layer)
             with noting(site.layer):
                 return handle(site, func, args, kwargs)
 

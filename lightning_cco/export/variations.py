@@ -58,7 +58,8 @@ def _rows(quantized: HookedModel) -> dict[int, int]:
     found = {}
     for number, layer in enumerate(entry for entry in graph if entry.kind == "input"):
         readers = [graph[name] for name in graph.successors(layer.name)]
-        tables = [parameters[reader.parameters[0]] for reader in readers if reader.kind == "embedding" and reader.parameters]
+        names = [reader.parameters[0] for reader in readers if reader.kind == "embedding" and reader.parameters]
+        tables = [parameters[name] for name in names if name in parameters]  # adapters that are merged after the training leave others
         if readers and len(tables) == len(readers):
             found[number] = min(len(table) for table in tables)
     return found

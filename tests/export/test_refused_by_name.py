@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_cco import quantize
-from lightning_cco.errors import CCOError
+from lightning_cco.errors import CCOError, CCOWarning
 
 
 class Ensemble(nn.Module):
@@ -218,6 +219,39 @@ def test_copies_made_in_a_forward(of_module: bool, ending: str, tmp_path: Path) 
         CCOError, match=rf"by torch.export at line {line} of {Path(__file__).name}: .*copies by copy\.deepcopy.*tensor\.clone\(\)"
     ):
         _export(Copies(of_module), torch.randn(4, 8), tmp_path / f"a.{ending}")
+
+
+class Outer(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*though never when")
+def test_a_model_that_was_changed_behind_its_plan(tmp_path: Path) -> None:
+    """As where adapters are merged: nothing is called where it was when the layers were captured."""
+    model, x = Outer(Outer(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)))).eval(), torch.randint(9, (4,))
+    quantized = quantize(model, None, (x,))
+    quantized.calibrate([x])
+    model.inner = model.inner.inner
+    with pytest.raises(
+        CCOError, match=r"does not run 'embedding', 'linear' of the plan, nor any other.*Change the model first, then call quantize"
+    ):
+        quantized.export(tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_a_part_of_a_model_that_was_changed_behind_its_plan(ending: str, tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(4, 8)
+    quantized = quantize(model, {"deployment_settings": {"target_framework": "ort" if ending == "onnx" else "executorch"}}, (x,))
+    quantized.calibrate([x])
+    model[2] = nn.Linear(8, 8)
+    with pytest.warns(CCOWarning) as given:
+        quantized.export(tmp_path / f"a.{ending}")
+    assert any(re.search(r"the forward that is exported does not run 'linear_1' of the plan\. ", str(warning.message)) for warning in given)
 
 
 def test_packed_sequences(tmp_path: Path) -> None:
