@@ -27,7 +27,7 @@ from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.graph.captured import CallSite
 from lightning_cco.graph.compiled import mode_stack, restore_modes
 from lightning_cco.graph.equations import einsum_by_matmul
-from lightning_cco.graph.ops import operation
+from lightning_cco.graph.ops import Category, operation
 from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.tensor_key import TensorKey
@@ -61,6 +61,7 @@ class Emitter:
         self.layers: dict[str, str] = {}
         self.model: nn.Module = quantized.model
         self._ran: set[str] = set()
+        self._others = False
         self._norms: dict[str, IntegerWeight] = {}
         self._sites: dict[tuple[int, str, int], CallSite] = {
             (id(site.node), site.op.kind, site.positions[False]): site for site in quantized.capture.sites.values() if site.visible
@@ -89,8 +90,8 @@ class Emitter:
         """Say which planned layers with weights the forward did not run."""
         if missing := self._missing():
             warnings.warn(
-                f"export: the forward that is exported does not run {list_names(missing)} of the plan. They were called in another way when the graph of "
-                "layers was captured; if the model was changed since, what took their place runs in float. Quantize the changed model.",
+                f"export: the forward that is exported does not run {list_names(missing)} of the plan. Layers that were not captured run in their place, in "
+                "float: the model was changed since, or is called in another way. Quantize the changed model.",
                 CCOWarning,
                 stacklevel=2,
             )
@@ -101,7 +102,8 @@ class Emitter:
         return [layer.name for layer in self.quantized.graph if layer.weighted and layer.name in planned and sites[layer.name].visible]
 
     def _missing(self) -> list[str]:
-        return [name for name in self._planned() if name not in self._ran]
+        """Planned layers that did not run, where others did that nobody has captured; a forward may well leave a part out, such as a discriminator."""
+        return [name for name in self._planned() if name not in self._ran] if self._others else []
 
     @contextmanager
     def emitting(self) -> Iterator[None]:
@@ -130,11 +132,12 @@ class Emitter:
         frames = self.quantized.runtime.frames
 
         def find(frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            kind = operation(name).kind
-            index = frame.counts.get(kind, 0)
-            frame.counts[kind] = index + 1
-            site = self._sites.get((id(frame.node), kind, index))
+            op = operation(name)
+            index = frame.counts.get(op.kind, 0)
+            frame.counts[op.kind] = index + 1
+            site = self._sites.get((id(frame.node), op.kind, index))
             if site is None:
+                self._others = self._others or op.category is Category.WEIGHTED
                 return func(*args, **kwargs)
             self.reached = site.layer
             self._ran.add(site.layer)
