@@ -152,3 +152,37 @@ def test_a_model_of_another_type_is_exported_in_float32_and_stays_as_it_is(dtype
     got = session.run(None, {"values": VALUES.numpy()})[0]
     with torch.no_grad():
         np.testing.assert_allclose(got, quantized.model(VALUES.to(dtype)).float().numpy(), atol=0.05)
+
+
+class NamedAsOperators(nn.Module):
+    """Arguments, results and parameters that are called as the exporter calls what is inside of a file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
+        self.first, self.second, self.last = nn.Linear(16, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, cat: Tensor, linear: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        h = torch.relu(self.first(torch.cat([cat, linear], 1)))
+        h = torch.relu(self.second(h) + weight @ self.weight + self.bias)
+        return {"relu": h, "linear_1": self.last(h), "bias": h * 2}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [{}, {"input_names": ["mean", "view", "last.weight"], "output_names": ["cat", "quantize_linear", "relu_1"]}],
+    ids=["own", "given"],
+)
+def test_names_that_are_those_of_operators(names: dict[str, Any], tmp_path: Path) -> None:
+    model, batch = NamedAsOperators().eval(), tuple(torch.randn(4, 8) for _ in range(3))
+    quantized = quantize(model, None, batch)
+    quantized.calibrate([batch])
+    quantized.export(tmp_path / "a.onnx", batch, **names)
+    session = ort.InferenceSession(tmp_path / "a.onnx")
+    assert [given.name for given in session.get_inputs()] == names.get("input_names", ["cat", "linear", "weight"])
+    assert [given.name for given in session.get_outputs()] == names.get("output_names", ["relu", "linear_1", "bias"])
+    found = session.run(None, {given.name: tensor.numpy() for given, tensor in zip(session.get_inputs(), batch, strict=True)})
+    with torch.no_grad():
+        wanted = model(*batch)
+    for got, want in zip(found, wanted.values(), strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), want, rtol=0, atol=1e-3)

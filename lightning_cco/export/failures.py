@@ -125,7 +125,7 @@ def untraceable(model: torch.nn.Module, where: str, error: Exception, graph: Lay
             "It packs sequences, by lengths that are numbers of Python while a file is written. Let the forward that is exported give the padded sequence to "
             "the recurrent layer, and choose by the lengths afterwards (a mask, gather)."
         )
-    elif fixed:
+    elif fixed and "data-dependent" not in said:
         advice = (
             "A size is fixed in the model's code, or computed to a number (int(x.shape[0]), a reshape to the example's size). Pass dynamic_batch=False, "
             "or dynamic_shapes={argument: {axis: Dim.DYNAMIC}} for the axes that may vary."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -231,6 +232,28 @@ def name_parameters(graph: Any) -> None:
         name = value.name.removeprefix(f"{PREFIX}.")
         if name != value.name and name not in graph.initializers:
             value.name = name
+
+
+def free_names(graph: Any, names: list[str]) -> None:
+    """Call what is inside of a graph otherwise than its inputs and outputs: an argument of the user's may be called as an operator's result is (``cat``)."""
+    import onnx_ir
+
+    ends = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    inner = [value for node in onnx_ir.traversal.RecursiveGraphIterator(graph) for value in node.outputs if id(value) not in ends]
+    held = [value for value in graph.initializers.values() if id(value) not in ends]
+    known = {value.name for value in (*inner, *held)} | set(names)
+    for value in (*inner, *held):
+        if value.name not in names:
+            continue
+        number = next(number for number in itertools.count(1) if f"{value.name}_{number}" not in known)
+        other = f"{value.name}_{number}"
+        known.add(other)
+        if value.is_initializer():
+            del graph.initializers[value.name]
+            value.name = other
+            graph.initializers[other] = value
+        else:
+            value.name = other
 
 
 def name_inputs(graph: Any, names: list[str]) -> None:

@@ -84,6 +84,7 @@ def write_onnx(
         emitter.layers = layers_of_nodes(graph, program.exported_program)
         emitter.modules = onnx_passes.take_modules(graph)
         onnx_passes.name_parameters(graph)
+        onnx_passes.free_names(graph, inputs + outputs)
         onnx_passes.name_inputs(graph, inputs)
         onnx_passes.name_outputs(graph, outputs)
         fixed = name_axes(graph, axes)
