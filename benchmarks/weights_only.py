@@ -1,8 +1,10 @@
 """What weights of few bits are worth to a decoder that gives one token at a time: a model of GPT-2's size with random weights, in ONNX Runtime.
 
-Size of the file, tokens per second and agreement with the fake-quantized model, against the same model in float.
+Size of the file, tokens per second and agreement with the fake-quantized model, against the same model in float; and what the accuracy level of the products
+is worth: 4 rounds what they read to 8 bits, 1 computes in float. What training gives is in `weights_training.py`.
 
-Run: ``python benchmarks/weights_only.py [--layers 12] [--threads 2] [--recipes w4_group32 w8_weights_only] [--unchecked]`` (about five minutes and 6 GB)
+Run: ``python benchmarks/weights_only.py [--layers 12] [--threads 2] [--rounds 9] [--recipes w4_group32 …] [--levels 4 1] [--unchecked] [--write]`` (ten minutes
+and 8 GB)
 """
 
 from __future__ import annotations
@@ -11,20 +13,33 @@ import argparse
 import statistics
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 import torch.nn.functional as F
+from report import Table, parser, publish
 from torch import Tensor, nn
 
 import lightning_cco as cc
-from lightning_cco.monitoring.tables import text_table
 
-PROMPT, TOKENS, RUNS = 32, 16, 5
+PROMPT, TOKENS = 32, 16
+ZERO_POINTS = "w4_group32, zero points"
+RECIPES: dict[str, Any] = {
+    ZERO_POINTS: {
+        "global_quantization_settings": {
+            "weights_num_bits": 4,
+            "weights_group_size": 32,
+            "weights_symmetric": False,
+            "weight_only": True,
+            "skip_tail_quantization": False,
+        }
+    }
+}
+"""Those that are not shipped under a name."""
 
 
 class Block(nn.Module):
@@ -81,28 +96,53 @@ class Decoder(nn.Module):
 
 
 class InEngine:
-    """A file in ONNX Runtime."""
+    """A file in ONNX Runtime.
 
-    def __init__(self, path: Path, threads: int) -> None:
+    Args:
+        path: The file.
+        threads: Of the session.
+        level: Accuracy level of its products with blocks; `None`: as the file and the engine have it.
+    """
+
+    def __init__(self, path: Path, threads: int, level: int | None = None) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
+        options.add_session_config_entry(
+            "session.intra_op.allow_spinning", "0"
+        )  # the threads of the others would wait on this one's processors
+        if level is not None:
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(level))
+            path = self._changed(path, level)
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    @staticmethod
+    def _changed(path: Path, level: int) -> Path:
+        """A copy of the file in which the products that are there already have the level."""
+        model = onnx.load(str(path))
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                    attribute.i = level
+        changed = path.with_name(f"{path.stem}.{level}.onnx")
+        onnx.save(model, str(changed))
+        return changed
 
     def __call__(self, ids: np.ndarray, past: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.session.run(None, {"ids": ids, "past": past})
 
 
-def tokens_per_second(files: dict[str, InEngine], prompt: Tensor, past: Tensor) -> dict[str, float]:
-    """The median over runs of the files one after the other, the same tokens for all."""
-    seconds: dict[str, list[float]] = {name: [] for name in files}
-    for _ in range(RUNS):
+def tokens_per_second(files: dict[str, InEngine], prompt: Tensor, past: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Of each round, in which the files come one after the other with the same tokens; the first round is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in files}
+    for number in range(rounds + 1):
         for name, file in files.items():
             _, cache = file(prompt.numpy(), past.numpy())
             start = time.perf_counter()
             for token in range(TOKENS):
                 _, cache = file(np.array([[token]]), cache)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: TOKENS / statistics.median(entries) for name, entries in seconds.items()}
+            if number:
+                found[name].append(TOKENS / (time.perf_counter() - start))
+    return found
 
 
 def agreement(file: InEngine, model: Decoder, prompt: Tensor, past: Tensor) -> float:
@@ -123,50 +163,69 @@ def float_file(model: Decoder, example: tuple[Tensor, Tensor], shapes: Any, path
     torch.onnx.export(model, example, path, dynamo=True, dynamic_shapes=shapes, input_names=["ids", "past"], verbose=False)
 
 
-def measure(layers: int, threads: int, recipes: list[str], check: bool) -> str:
-    """The table, as text."""
+def measure(options: argparse.Namespace) -> Table:
+    """The table."""
     torch.manual_seed(0)
-    torch.set_num_threads(threads)
-    model = Decoder(layers).eval()
+    torch.set_num_threads(options.threads)
+    model = Decoder(options.layers).eval()
     prompt = torch.randint(0, 50257, (1, PROMPT))
     past = model.no_past()
     with torch.no_grad():
         example = prompt[:, :3], model(prompt[:, :5], past)[1]
     shapes = {"ids": {1: torch.export.Dim("new", max=256)}, "past": {4: torch.export.Dim("before", max=512)}}
-    found: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         paths = {"float": Path(folder) / "float.onnx"}
         float_file(model, example, shapes, paths["float"])
-        decibels = {"float": ""}
-        for recipe in recipes:
-            paths[recipe] = Path(folder) / f"{recipe}.onnx"
-            quantized = cc.quantize(model, recipe, example)
+        decibels, files = {"float": ""}, {"float": InEngine(paths["float"], options.threads)}
+        for number, recipe in enumerate(options.recipes):
+            path = Path(folder) / f"{number}.onnx"
+            quantized = cc.quantize(model, RECIPES.get(recipe, recipe), example)
             quantized.calibrate([example])
-            report = quantized.export(paths[recipe], dynamic_shapes=shapes, dynamic_batch=False, check=check)
-            print(report, flush=True)
-            decibels[recipe] = f"{agreement(InEngine(paths[recipe], threads), model, prompt, past):.1f}"
+            print(quantized.export(path, dynamic_shapes=shapes, dynamic_batch=False, check=not options.unchecked), flush=True)
+            for level in options.levels:
+                name = recipe if len(options.levels) == 1 else f"{recipe}, level {level}"
+                paths[name], files[name] = path, InEngine(path, options.threads, level)
+                decibels[name] = f"{agreement(files[name], model, prompt, past):.1f}"
             quantized.remove()
-        sizes = {name: sum(part.stat().st_size for part in Path(folder).glob(f"{path.name}*")) for name, path in paths.items()}
+        sizes = {name: sum(part.stat().st_size for part in _parts(path)) for name, path in paths.items()}
         del model
-        speeds = tokens_per_second({name: InEngine(path, threads) for name, path in paths.items()}, prompt, past)
+        speeds = tokens_per_second(files, prompt, past, options.rounds)
+    rows = []
     for name in paths:
-        part, faster = sizes[name] / sizes["float"], speeds[name] / speeds["float"]
-        found[name] = [f"{sizes[name] / 1e6:.0f}", f"{part:.3f}", f"{speeds[name]:.1f}", f"{faster:.2f}", decibels[name]]
-    return text_table(
-        ["model", "MB", "of float", "tokens/s", "times float", "dB"], [[name, *row] for name, row in found.items()], right=[1, 2, 3, 4, 5]
+        ratios = sorted(mine / theirs for mine, theirs in zip(speeds[name], speeds["float"], strict=True))
+        low, middle, high = (ratios[round(part * (len(ratios) - 1))] for part in (0.25, 0.5, 0.75))
+        faster = "1" if name == "float" else f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        part = sizes[name] / sizes["float"]
+        rows.append([name, f"{sizes[name] / 1e6:.0f}", f"{part:.3f}", f"{statistics.median(speeds[name]):.1f}", faster, decibels[name]])
+    note = (
+        f"A decoder of {options.layers} blocks of width 768 with a tied head of 50,257 tokens, random weights, batch 1, a prompt of {PROMPT} tokens and then "
+        f"{TOKENS}, one at a time with a cache; ONNX Runtime {ort.__version__}. Times float: by turns, the median of {options.rounds} rounds, and their "
+        "quartiles. dB: the file's logits against the fake-quantized model's. Level: `accuracy_level` of `MatMulNBits`; 4 is what the engine takes by itself."
     )
+    return Table(
+        "weights-only",
+        "What are weights of few bits worth to a decoder that gives one token at a time?",
+        ["model", "MB", "of float", "tokens/s", "times float", "dB"],
+        rows,
+        [note],
+    )
+
+
+def _parts(path: Path) -> list[Path]:
+    """A file, and its data beside it."""
+    return [part for part in path.parent.glob(f"{path.name}*") if part.suffix != ".json"]
 
 
 def main() -> None:
     """Measure, and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--recipes", nargs="+", default=["w4_group32", "w8_weights_only"])
-    parser.add_argument("--unchecked", action="store_true", help="leave out the check of each file, which takes most of the time")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    print(measure(options.layers, options.threads, options.recipes, not options.unchecked))
+    arguments = parser(__doc__)
+    arguments.add_argument("--layers", type=int, default=12)
+    arguments.add_argument("--rounds", type=int, default=9)
+    arguments.add_argument("--recipes", nargs="+", default=["w4_group32", ZERO_POINTS, "w4a8_dynamic", "w8_weights_only", "w8a8_dynamic"])
+    arguments.add_argument("--levels", nargs="+", type=int, default=[4, 1])
+    arguments.add_argument("--unchecked", action="store_true", help="leave out the check of each file, which takes most of the time")
+    options = arguments.parse_args()
+    publish(measure(options), options)
 
 
 if __name__ == "__main__":

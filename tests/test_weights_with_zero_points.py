@@ -71,13 +71,18 @@ def test_rounding_and_gradient_are_pytorchs(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("estimator", ["minmax", "mse"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_kernels_and_torch_and_compiled_graphs_round_alike(bits: int, estimator: str, dtype: torch.dtype) -> None:
+def test_kernels_and_torch_and_compiled_graphs_round_alike(
+    bits: int, estimator: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = weight_of(0, dtype)
     weight[3], weight[4] = 0.0, weight[4].abs()
     for group in (16, 128, None):
         quantizer = AffineWeightQuantizer(bits, 0, estimator, group)
         rows = quantizer._rows(weight)
-        assert torch.equal(quantizer(weight), affine_weights._by_torch(rows, bits, estimator == "mse").view(weight.shape))
+        by_kernels = quantizer(weight)
+        with monkeypatch.context() as without:
+            without.setattr(affine_weights, "kernels_for", lambda tensor: None)
+            assert torch.equal(by_kernels, affine_weights._by_torch(rows, bits, estimator == "mse").view(weight.shape))
     torch.compiler.reset()
     traced = torch.compile(lambda w: quantizer(w), backend="aot_eager", fullgraph=True)
     assert torch.equal(traced(weight), quantizer(weight))

@@ -19,6 +19,7 @@ from lightning_cco.export.engine_patterns import added_apart, attention, average
 from lightning_cco.export.engines import Form
 from lightning_cco.export.failures import untraceable
 from lightning_cco.export.fold_batch_norm import IntegerWeight
+from lightning_cco.export.pooling import averaged, averaged_in_float, window_weight
 from lightning_cco.export.provenance import noting
 from lightning_cco.export.qdq_pairs import QdqPairs
 from lightning_cco.export.stored import StoredWeights
@@ -31,6 +32,8 @@ from lightning_cco.graph.ops import Category, operation
 from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.tensor_key import TensorKey
+
+_POOLS = ("avg_pool", "adaptive_avg_pool")
 
 
 class Emitter:
@@ -63,6 +66,7 @@ class Emitter:
         self._ran: set[str] = set()
         self._others = False
         self._norms: dict[str, IntegerWeight] = {}
+        self._windows: dict[str, IntegerWeight] = {}
         self._sites: dict[tuple[int, str, int], CallSite] = {
             (id(site.node), site.op.kind, site.positions[False]): site for site in quantized.capture.sites.values() if site.visible
         }
@@ -123,9 +127,14 @@ class Emitter:
             for name, (weight, *_) in stored.weights.items()
             if graph[name].kind == "batch_norm"
         }
+        if stored.engine.wanted(Form.POOLS_AS_CONVOLUTIONS):
+            found = {name: window_weight(graph[name]) for name in self.quantized.plan.quantized if graph[name].kind in _POOLS}
+            self._windows = {name: weight for name, weight in found.items() if weight is not None}
         operands = (weight for entries in stored.operands.values() for weight in entries if isinstance(weight, IntegerWeight))
         weights = (weight for entries in stored.weights.values() for weight in entries)
-        self.dialect.prepare([*weights, *operands, *self._norms.values(), *(weight for weight, _ in stored.blocked.values())])
+        self.dialect.prepare(
+            [*weights, *operands, *self._norms.values(), *self._windows.values(), *(weight for weight, _ in stored.blocked.values())]
+        )
 
     @contextmanager
     def _handling(self, handle: Callable[..., Any]) -> Iterator[None]:
@@ -182,6 +191,9 @@ class Emitter:
     def _in_own_operators(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a layer whose function is written with operators of its own; `None` of one whose function gets its stored weights."""
         kind, stored, block = site.op.kind, self.stored.weights.get(site.layer), self.stored.blocks.get(site.layer)
+        if site.layer in self._windows:
+            x, weight = args[0] if args else kwargs["input"], self._windows[site.layer]
+            return averaged(x, self.dialect.weight(weight, None), self.quantized.graph[site.layer])
         if kind == "batch_norm" and stored is not None:
             return self._scale_channels(site, args[0] if args else kwargs["input"])
         if kind == "embedding" and stored is not None:
@@ -202,6 +214,8 @@ class Emitter:
         kind = site.op.kind
         if kind == "addmm" and not site.in_place and (len(site.sources) > 1 or kwargs.get("beta", 1) != 1):
             return added_apart
+        if site.function == "avg_pool2d" and self.stored.engine.wanted(Form.POOLS_AS_CONVOLUTIONS):
+            return averaged_in_float
         if kind == "avg_pool":
             return divided(func)
         if kind == "amax" and self.stored.engine.wanted(Form.SORTED_MAXIMA):

@@ -37,6 +37,12 @@ def affine_weight_qparams(rows: Tensor, num_bits: int, mse: bool = False) -> tup
     if operations.has_operations(rows):
         scale, zero = operations.affine_weight_scale(rows, last, SMALLEST_SCALE, mse).unsqueeze(-1)
         return scale, zero
+    kernels = kernels_for(rows) if mse and rows.is_contiguous() else None
+    if kernels is not None:
+        qparams = torch.empty(2, len(rows), dtype=torch.float32, device="cpu")
+        kernels.affine_weight_scale(rows, last, SMALLEST_SCALE, qparams, mse)
+        scale, zero = qparams.unsqueeze(-1)
+        return scale, zero
     low, high = rows.amin(1, keepdim=True).float().clamp(max=0.0), rows.amax(1, keepdim=True).float().clamp(min=0.0)
     span = high - low
     scale = span.div(last)

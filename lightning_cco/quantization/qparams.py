@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_cco.quantization import operations
+from lightning_cco.quantization.native import kernels_for
 from lightning_cco.quantization.weight_clipping import clip_ratios_of_weight
 
 SMALLEST_SCALE = 1e-12
@@ -70,6 +71,11 @@ def weight_scale(weight: Tensor, num_bits: int, axis: int | None, mse: bool = Fa
     limit = quant_range(num_bits, symmetric=True)[1]
     if axis is not None and operations.has_operations(weight):
         return operations.weight_scale(weight, axis, limit, SMALLEST_SCALE, mse)
+    kernels = kernels_for(weight) if mse and axis is not None else None
+    if kernels is not None and axis is not None:
+        scales = torch.empty(weight.shape[axis], dtype=torch.float32, device="cpu")
+        kernels.weight_scale(weight, axis, limit, SMALLEST_SCALE, scales, mse)
+        return scales.view([-1 if dim == axis else 1 for dim in range(weight.dim())])
     if axis is None:
         high, low = weight.amax(), weight.amin()
     else:

@@ -137,6 +137,13 @@ def _divides_by_count(layer: Layer) -> bool:
     return layer.attributes.get("divisor_override") is None and not layer.attributes.get("ceil_mode")
 
 
+def _averages_windows(layer: Layer) -> bool:
+    """An average pooling of images in whole windows without a border, which is a convolution of each channel with equal weights."""
+    padding = layer.attributes.get("padding", 0)
+    whole = _pools_evenly(layer) if layer.kind == "adaptive_avg_pool" else _divides_by_count(layer)
+    return whole and len(layer.input_shapes[0]) == 4 and not any(padding if isinstance(padding, tuple) else (padding,))
+
+
 def _nearest(layer: Layer) -> bool:
     return str(layer.attributes.get("mode", "nearest")).startswith("nearest")
 
@@ -161,7 +168,7 @@ def _averages_to_one(layer: Layer) -> bool:
     return len(layer.output_shapes[0]) == 4 and tuple(layer.output_shapes[0][2:]) == (1, 1)
 
 
-def _program(name: str, *more: str) -> Target:
+def _program(name: str, *more: str, forms: Mapping[str, Int8Condition] | None = None) -> Target:
     """An engine that reads programs with quantized operators, and whose products in INT8 give rounded results alone (as XNNPACK's do)."""
     return Target(
         name,
@@ -177,6 +184,7 @@ def _program(name: str, *more: str) -> Target:
             "mul": _two_operands,
             "mean": _averages_images,
             "adaptive_avg_pool": _averages_to_one,
+            **(forms or {}),
         },
         float_outputs=frozenset(),
         integer_outputs=frozenset({"conv", "conv_transpose", "linear"}),
@@ -254,7 +262,7 @@ TARGETS: Mapping[str, Target] = {
         refuses_groups="was not tried with weights in groups. Leave weights_group_size out, or choose target_framework: ort or openvino",
     ),
     "executorch": _program("executorch", "conv_transpose"),
-    "litert": _program("litert"),
+    "litert": _program("litert", "avg_pool", forms=dict.fromkeys(("avg_pool", "adaptive_avg_pool"), _averages_windows)),
     "coreml": _program("coreml", "conv_transpose"),
     "qnn": Target(
         "qnn",

@@ -35,6 +35,7 @@ class Form(Enum):
     SEPARATE_ROUNDINGS = "an operator that changes nothing between a product and the rounding of its result, where others read it in float"
     UNITS = "quantize and dequantize operators around each operator on rounded tensors, also around those that move or clamp values alone"
     SORTED_MAXIMA = "the largest values along axes as the first ones of a TopK"
+    POOLS_AS_CONVOLUTIONS = "average pooling of windows as a convolution of each channel"
     COUNTED_SIZES = "sizes of tensors as the number of their values along an axis, not as the result of a Shape"
     OPSET = "an opset of at most the amount where activations are symmetric"
 

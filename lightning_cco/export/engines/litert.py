@@ -27,7 +27,15 @@ class LiteRT(ProgramReader):
 LITERT = Engine(
     "litert",
     "LiteRT",
-    (Want(Form.SIGNED, "2.3", "its kernels in INT8 take int8 alone", ""),),
+    (
+        Want(Form.SIGNED, "2.3", "its kernels in INT8 take int8 alone", ""),
+        Want(
+            Form.POOLS_AS_CONVOLUTIONS,
+            "2.3",
+            "its converter computes an average pooling between roundings in INT8, on the scale of what it reads: 9 steps off on average behind a ReLU",
+            "",
+        ),
+    ),
     package="litert_torch",
     ending=".tflite",
     extra="litert",
