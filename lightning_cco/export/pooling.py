@@ -61,7 +61,8 @@ def averaged_in_float(*args: Any, **kwargs: Any) -> Tensor:
     kernel, padding = _pair(call["kernel_size"]), _pair(call.get("padding", 0))
     stride, divisor = _pair(call.get("stride") or kernel), call.get("divisor_override")
     whole, counted = bool(call.get("ceil_mode")), bool(call.get("count_include_pad", True))
-    axes = [_axis(int(size), *parts, whole, counted) for size, *parts in zip(x.shape[2:], kernel, stride, padding, strict=True)]
+    sizes = zip(x.shape[2:], kernel, stride, padding, strict=True)
+    axes = [_axis(int(size), length, step, border, whole, counted) for size, length, step, border in sizes]
     (above, below, rows), (left, right, columns) = ((padding[axis], after, counts) for axis, (after, counts) in enumerate(axes))
     shares = torch.tensor([[1 / (divisor or row * column) for column in columns] for row in rows])
     weight = torch.ones(x.shape[1], 1, *kernel)
