@@ -37,7 +37,7 @@ def affine_weight_qparams(rows: Tensor, num_bits: int, mse: bool = False) -> tup
     if operations.has_operations(rows):
         scale, zero = operations.affine_weight_scale(rows, last, SMALLEST_SCALE, mse).unsqueeze(-1)
         return scale, zero
-    kernels = kernels_for(rows) if mse and rows.is_contiguous() else None
+    kernels = kernels_for(rows) if mse and not torch.compiler.is_compiling() and rows.is_contiguous() else None
     if kernels is not None:
         qparams = torch.empty(2, len(rows), dtype=torch.float32, device="cpu")
         kernels.affine_weight_scale(rows, last, SMALLEST_SCALE, qparams, mse)

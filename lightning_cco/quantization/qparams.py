@@ -71,7 +71,7 @@ def weight_scale(weight: Tensor, num_bits: int, axis: int | None, mse: bool = Fa
     limit = quant_range(num_bits, symmetric=True)[1]
     if axis is not None and operations.has_operations(weight):
         return operations.weight_scale(weight, axis, limit, SMALLEST_SCALE, mse)
-    kernels = kernels_for(weight) if mse and axis is not None else None
+    kernels = kernels_for(weight) if mse and axis is not None and not torch.compiler.is_compiling() else None
     if kernels is not None and axis is not None:
         scales = torch.empty(weight.shape[axis], dtype=torch.float32, device="cpu")
         kernels.weight_scale(weight, axis, limit, SMALLEST_SCALE, scales, mse)
