@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import yaml
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from models import GuideCNN, ResidualCNN, TokenModel
 from torch import Tensor, nn
 
-from lightning_cco import LayerQuantizationSettings, Settings, capture_graph, generate_default_settings, plan_quantization
+from lightning_cco import LayerQuantizationSettings, Settings, capture_graph, generate_default_settings, plan_quantization, quantize
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.quantization.plan import QuantizationPlan
@@ -357,3 +360,35 @@ def test_attention_in_one_call_is_in_int8_where_it_is_asked_for_alone(target: st
     found = plan_quantization(graph, load_settings({"deployment_settings": {"target_framework": target}, "layer_settings": rules}))
     assert ("scaled_dot_product_attention" in found.quantized) == asked
     assert ("linear" in found.tensors) == asked  # q, k and v, rounded where they are made
+
+
+class Checked(nn.Module):
+    """Two heads; the values of the first one's result are looked at before it is returned."""
+
+    def __init__(self, look: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.look, self.first, self.one, self.other = look, nn.Linear(8, 16), nn.Linear(16, 3), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> tuple[Any, Tensor]:
+        x = torch.relu(self.first(x))
+        return self.look(self.one(x)), self.other(x)
+
+
+def _finite(x: Tensor) -> Tensor:
+    assert torch.isfinite(x).all()
+    return x
+
+
+def _softmax_too(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x, x.softmax(1)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [_finite, _softmax_too, lambda x: (x, x.argmax(1)), lambda x: torch.distributions.Categorical(logits=x)],
+    ids=["assertion", "softmax", "argmax", "distribution"],
+)
+def test_a_look_at_an_output_does_not_take_it_out_of_the_tail(look: Callable[[Tensor], Any]) -> None:
+    quantized = quantize(Checked(look), None, (torch.randn(4, 8),))
+    assert {layer.name for layer in quantized.graph if layer.path in ("one", "other")} <= set(quantized.plan.skipped)
+    assert "linear" in quantized.plan.quantized

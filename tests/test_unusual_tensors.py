@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.masked import masked_tensor
 
 from lightning_cco import quantize
 from lightning_cco.errors import CCOError
@@ -123,8 +124,28 @@ def test_lazy_modules_are_named() -> None:
         quantize(nn.Sequential(nn.LazyLinear(4)), None, (X,))
 
 
-@pytest.mark.filterwarnings("ignore:.*nested:UserWarning")
-def test_nested_tensors_are_refused_by_name() -> None:
-    rows = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=torch.jagged)
-    with pytest.raises(CCOError, match="module '0': its 'linear' reads a nested tensor"):
+@pytest.mark.filterwarnings("ignore:.*(nested|prototype|MaskedTensor).*:UserWarning")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_are_refused_by_name(layout: torch.layout) -> None:
+    rows = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
+    with pytest.raises(CCOError, match="the model itself: its 'forward' reads a nested tensor"):
         quantize(nn.Sequential(nn.Linear(8, 4)), None, (rows,))
+
+
+class Masks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(x + masked_tensor(x, x > 0).mean(1, keepdim=True).to_tensor(0.0))
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|prototype|MaskedTensor).*:UserWarning")
+def test_masked_tensors_are_refused_by_name() -> None:
+    with pytest.raises(CCOError, match=r"the model itself: its 'mean' reads a MaskedTensor.*torch\.where"):
+        quantize(Masks(), None, (torch.randn(4, 8),))
+    x = torch.randn(4, 8)
+    with pytest.raises(CCOError, match="its 'forward' reads a MaskedTensor"):
+        quantize(nn.Sequential(nn.Linear(8, 4)), None, (masked_tensor(x, x > 0),))

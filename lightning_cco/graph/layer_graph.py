@@ -138,8 +138,11 @@ class LayerGraph:
         return {name for name in reached if self._by_name[name].kind not in ("input", "output")}
 
     def _ends(self) -> list[str]:
-        """Outputs that no layer reads on; all of them if there is no such output."""
-        read_on = {edge.source for edge in self.edges if self._by_name[edge.destination].kind != "output"}
+        """Outputs that no layer of the network reads on; all of them if there is no such output."""
+        readers = {
+            layer.name for layer in self if layer.kind != "output" and not layer.beside
+        }  # a check of values, or a loss, goes nowhere
+        read_on = {edge.source for edge in self.edges if edge.destination in readers}
         ends = [name for name in self.outputs if not read_on.intersection(self._predecessors[name])]
         return ends or list(self.outputs)
 

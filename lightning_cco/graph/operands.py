@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
 
 from lightning_cco.graph.call import ArgPath, Weight
 from lightning_cco.graph.containers import tensors_in
@@ -35,7 +36,9 @@ def dtype_name(tensor: Tensor) -> str:
 def is_mask_like(tensor: Tensor) -> bool:
     """Whether it holds the huge values that attention masks are made of: an INT8 scale over them would leave nothing of the rest."""
     tensor = unwrapped(tensor)
-    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta or tensor.layout is not torch.strided:
+    if not tensor.is_floating_point() or tensor.is_nested or isinstance(tensor, MaskedTensor) or tensor.layout is not torch.strided:
+        return False
+    if tensor.is_meta or tensor.numel() == 0:
         return False
     low, high = torch.aminmax(tensor.detach())
     limit = 0.1 * torch.finfo(tensor.dtype).max

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.masked import MaskedTensor
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.call import ArgPath, Call, Read
@@ -38,10 +39,10 @@ def refuse_tensors(path: str, kind: str, tensors: Iterable[Tensor], makes: bool 
         makes: Whether it makes them.
 
     Raises:
-        CCOError: One is distributed, or nested.
+        CCOError: One is distributed, nested, or masked.
     """
     for tensor in tensors:
-        if not (tensor.is_nested or isinstance(tensor, DTensor)):
+        if not (tensor.is_nested or isinstance(tensor, (DTensor, MaskedTensor))):
             continue
         where = f"module '{path}'" if path else "the model itself"
         what = f"{where}: its '{kind}' {'makes' if makes else 'reads'}"
@@ -49,6 +50,11 @@ def refuse_tensors(path: str, kind: str, tensors: Iterable[Tensor], makes: bool 
             raise CCOError(
                 f"{what} a nested tensor, which has no INT8 form; a padded one was expected. Give the example, and "
                 "train, with torch.nested.to_padded_tensor(x, 0.0) and a mask."
+            )
+        if isinstance(tensor, MaskedTensor):
+            raise CCOError(
+                f"{what} a MaskedTensor, which has no INT8 form; a tensor and its mask were expected. Write torch.where(mask, x, 0.0), or fill what is "
+                "masked by to_tensor(0.0) before a layer reads it."
             )
         raise CCOError(
             f"{what} a DTensor, cut over processes; whole tensors were expected. Shard the parameters with "

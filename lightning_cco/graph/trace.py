@@ -23,6 +23,7 @@ from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.network import End, OuterCall, find_network, has_parameters, is_metric
 from lightning_cco.graph.operands import dtype_name, is_quantizable
 from lightning_cco.graph.ops import Category, Op
+from lightning_cco.graph.records import refuse_tensors
 from lightning_cco.graph.spelling import as_function, is_operator, name_of_operator
 
 
@@ -94,7 +95,9 @@ class Tracer:
         if not learned:
             return
         with torch.DisableTorchFunction():  # what this looks at is no part of the model
-            for way, tensor in tensors_held([args, kwargs]):
+            given = tensors_held([args, kwargs])
+            refuse_tensors(frame.node.path, "forward", [tensor for _, tensor in given])
+            for way, tensor in given:
                 if self._origins.of(tensor) is None or (not frame.node.path and self._sources.is_attribute(tensor)):
                     self._sources.remember_input(tensor, ".".join(str(part) for part in way[1:]))
 
