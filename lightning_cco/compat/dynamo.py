@@ -26,6 +26,7 @@ def graph_being_traced() -> Any:
 
 
 TAKE_FUNCTIONS = frozenset({"cond", "while_loop", "scan", "associative_scan", "map", "map_impl", "flex_attention", "invoke_subgraph"})
+"""Names of operators that take functions. Without one of them: what it runs is not seen, and named as unseen."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

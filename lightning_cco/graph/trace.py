@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.compiler import is_compiling
+from torch.distributed.tensor import DTensor
 
 from lightning_cco.graph.beside import beside, looked_at, with_reader
 from lightning_cco.graph.call import Call, Read
@@ -96,7 +97,8 @@ class Tracer:
             return
         with torch.DisableTorchFunction():  # what this looks at is no part of the model
             given = tensors_held([args, kwargs])
-            refuse_tensors(frame.node.path, "forward", [tensor for _, tensor in given])
+            # What is cut over processes may be put together first; the others have no size to write down.
+            refuse_tensors(frame.node.path, "forward", [tensor for _, tensor in given if not isinstance(tensor, DTensor)])
             for way, tensor in given:
                 if self._origins.of(tensor) is None or (not frame.node.path and self._sources.is_attribute(tensor)):
                     self._sources.remember_input(tensor, ".".join(str(part) for part in way[1:]))
