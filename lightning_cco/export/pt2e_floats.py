@@ -83,7 +83,7 @@ def _widen_constants(program: torch.export.ExportedProgram) -> None:
             node.meta["val"] = node.meta["val"].to(torch.float32)
             continue
         with graph.inserting_before(placeholders[-1].next):
-            cast = graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float32})
+            cast = graph.call_function(torch.ops.aten.to.dtype, (node, torch.float32))
         cast.meta["leaves"] = True
         node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
 
@@ -96,7 +96,7 @@ def _keep_outputs(graph: torch.fx.Graph) -> None:
         if _dtype(value) not in _NARROW:
             return value
         with graph.inserting_before(output):
-            cast = graph.call_function(torch.ops.aten._to_copy.default, (value,), {"dtype": _dtype(value)})
+            cast = graph.call_function(torch.ops.aten.to.dtype, (value, _dtype(value)))
         cast.meta["leaves"] = True
         return cast
 

@@ -24,7 +24,7 @@ OUTSIDE = {name: source for name, source in FILES.items() if not name.startswith
 FOREIGN = {api.name.rpartition(".")[2] for api in TABLE}
 OWN = set().union(*(own_names(ast.parse(source)) for source in OUTSIDE.values()))
 PYTHONS_OWN = {(file, name) for file in ("data_apart.py", "one_shot.py") for name in ("__code__", "__closure__")} | {
-    (f"graph/{file}.py", "__code__") for file in ("outside_state", "snapshot")
+    (f"graph/{file}.py", "__code__") for file in ("kept_caches", "outside_state", "snapshot")
 }
 """Attributes that Python documents, by which a function of the user is made anew, or looked into."""
 IN_PLACE = {(file, api.name.rpartition(".")[2]) for api in TABLE for file in api.in_place}
