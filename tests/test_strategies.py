@@ -112,6 +112,15 @@ def test_a_budget_on_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_speed_on_two_processes(tmp_path: Path) -> None:
+    """Layers are timed by one of them; both train what it chose."""
+    found = ranks("ddp_speed", tmp_path)
+    assert found[0]["bits"] == found[1]["bits"]
+    assert found[0]["quantized"] == found[1]["quantized"]
+    assert_tested(found)
+
+
+@pytest.mark.slow
 def test_stages_on_two_processes(tmp_path: Path) -> None:
     """Fake-quantization starts, and a stage begins, in the midst of an epoch; each rank calibrates on batches of its own."""
     found = ranks("ddp_stages", tmp_path)

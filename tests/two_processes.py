@@ -77,6 +77,7 @@ CASES: dict[str, tuple[type[Classifier], Callable[[], Any], dict[str, Any]]] = {
     "ddp_distilled": (Classifier, ddp, {}),
     "ddp_distilled_unused": (Unused, lambda: ddp(find_unused_parameters=True), {}),
     "ddp_budget": (Classifier, ddp, {}),
+    "ddp_speed": (Classifier, ddp, {}),
     "ddp_stages": (Classifier, ddp, {}),
     "ddp_learned": (Classifier, ddp, {"accumulate_grad_batches": 2}),
     "ddp_static_graph": (Classifier, lambda: ddp(static_graph=True, gradient_as_bucket_view=True), {}),
@@ -116,6 +117,8 @@ def main(folder: Path, case: str, export_dir: str | None = None) -> None:
     settings: dict[str, Any] = {"distillation_settings": {"weight": 0.7}} if "distilled" in case else {}
     if "budget" in case:
         settings = {"budget_settings": {"average_bits": 4.6, "revise_every_n_epochs": 1}}
+    if "speed" in case:
+        settings = {"budget_settings": {"speed": 0.2, "size": 0.85}}
     if "stages" in case:
         stages = [{"at_step": 3, "weights_num_bits": 4, "activations_num_bits": 3}]
         settings = {"training_settings": {"stats_steps": 2, "start_at_step": 1, "stages": stages}}
