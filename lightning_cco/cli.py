@@ -88,7 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--example", metavar="FILE.pt", help="a tensor, a tuple or a mapping of tensors, saved with torch.save: the arguments of forward"
     )
-    export.add_argument("--dynamic-batch", action=argparse.BooleanOptionalAction, default=True, help="whether the batch size may vary")
+    export.add_argument(
+        "--dynamic-batch",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="whether the batch size varies; default: if it can",
+    )
     export.add_argument(
         "--trust", action="store_true", help="read checkpoints that hold objects of classes of one's own, which can run code"
     )
@@ -120,7 +125,7 @@ def _export(options: argparse.Namespace) -> None:
             f"{options.module} has no forward of its own: its step is run on a batch. Give --data PKG.CLASS, a data module or a function."
         )
     quantized = load_quantized(module, options.checkpoint, weights_only=not options.trust, **arguments)
-    more: dict[str, Any] = {} if not str(options.out).endswith(".onnx") or options.dynamic_batch else {"dynamic_batch": False}
+    more: dict[str, Any] = {} if options.dynamic_batch is None else {"dynamic_batch": options.dynamic_batch}
     if len(batches) > 1 and quantized.network is None and overrides_forward(module) and not str(options.out).endswith(".pt2"):
         calls = [forward_arguments(module, batch) for batch in batches]
         more["batches"] = [kwargs or args for args, kwargs in calls]

@@ -34,6 +34,33 @@ PRODUCTS: dict[str, tuple[tuple[int, int], tuple[int, ...], Callable[[Tensor, Te
 }
 
 
+class Fixed(nn.Module):
+    """The same by a matrix that is not trained: a buffer, or made in the forward."""
+
+    def __init__(self, made: bool) -> None:
+        super().__init__()
+        self.made = made
+        self.register_buffer("matrix", torch.tril(torch.ones(6, 6)) / 6)
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrix = torch.tril(torch.ones(6, 6)) / 6 if self.made else self.matrix
+        return self.last(F.relu(matrix @ F.relu(self.first(x))))
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_matrix_that_is_not_trained(made: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 8)
+    quantized = quantize(Fixed(made).eval(), {"global_quantization_settings": {"skip_tail_quantization": False}}, (x,))
+    quantized.calibrate([x])
+    report = quantized.export(tmp_path / "a.onnx", dynamic_batch=False)
+    assert {"linear", "linear_1"} <= quantized.plan.quantized
+    assert "matmul" not in quantized.plan.in_int8  # as the engine has no form for it
+    assert all(not island.unplanned for island in report.float_islands)
+    assert report.sqnr_db > 40
+
+
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_the_file_runs_and_agrees(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

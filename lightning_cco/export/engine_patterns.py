@@ -109,6 +109,29 @@ def divided(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return pooled
 
 
+def in_slices(split: Callable[..., Any]) -> Callable[..., Any]:
+    """A split (``chunk``, ``split``, …) by slices, where the sizes of its parts follow from that of the batch: the exporter can't write them.
+
+    >>> [len(part) for part in in_slices(torch.chunk)(torch.arange(5), 2)]
+    [3, 2]
+    """
+
+    def parts(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = split(x, *args, **kwargs)
+        if all(isinstance(size, int) for part in found for size in part.shape):
+            return found
+        varied = [axis for axis in range(x.dim()) if any(part.shape[axis] is not x.shape[axis] for part in found)]
+        axis = kwargs.get("dim", args[1] if len(args) > 1 else 0) if len(varied) != 1 else varied[0]
+        start, slices = 0, []
+        for part in found:
+            end = start + part.shape[axis]
+            slices.append(x[(slice(None),) * (axis % x.dim()) + (slice(start, end),)])
+            start = end
+        return type(found)(slices)
+
+    return parts
+
+
 def sorted_maximum(x: Tensor, dim: int | Sequence[int] = (), keepdim: bool = False) -> Tensor:
     """`torch.amax` by a TopK of the axes, laid out as one.
 

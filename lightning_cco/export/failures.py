@@ -27,7 +27,19 @@ _EVIDENCE = (
     ("vmap", "Batching rule", "functorch", "GradTrackingTensor", "BatchedTensor"),
 )
 """Words of errors that show that the model computes with values, that a size is fixed in its code, that it takes gradients or is transformed."""
+_ON_A_SIZE = ("SymbolicTensor", "SymInt")
+"""Words of errors of the exporter that show that what it wants as a number depends on a size."""
 _PACKED = frozenset({"pack_padded_sequence", "pad_packed_sequence", "_pack_padded_sequence", "_pad_packed_sequence"})
+
+
+class BatchDoesNotVary(CCOError):
+    """A file whose batch was to vary can't be written, or gives outputs of another size; one with the example's batch may do."""
+
+
+def kind_of(failure: Exception) -> type[CCOError]:
+    """`BatchDoesNotVary`, where an error of tracing or conversion shows that a size which was to vary is fixed."""
+    said = f"{type(failure).__name__}: {failure}"
+    return BatchDoesNotVary if any(word in said for word in (*_EVIDENCE[1], *_ON_A_SIZE)) else CCOError
 
 
 def need_packages(names: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnxruntime")) -> None:
@@ -160,7 +172,7 @@ def inexpressible(model: torch.nn.Module, error: Exception) -> str:
             "operations that ONNX has, pass custom_translation_table as in torch.onnx.export, or export a .pt2 file, which can hold any operation."
         )
     where = f" at {operators[0]}" if operators else ""
-    if "SymbolicTensor" in text or "SymInt" in text:
+    if any(word in text for word in _ON_A_SIZE):
         return (
             f"export: the conversion of {name} to ONNX failed{where}: {first_paragraph(error)}. Something that ONNX wants as a number (the groups of a "
             "convolution, a stride) depends on the size of an input. Pass dynamic_batch=False, which fixes the batch to the example's, or compute it otherwise."

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lightning_cco.errors import CCOError
+from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.check import check_file
 from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.destination import export_target, move, size_of
@@ -30,7 +31,7 @@ from lightning_cco.export.onnx_writer import write_onnx
 from lightning_cco.export.options import checked_options
 from lightning_cco.export.precision import float_bytes, in_float32, other_types
 from lightning_cco.export.report import ExportReport
-from lightning_cco.export.sizes import fixed_since, short_reason, sizes_to_vary
+from lightning_cco.export.sizes import Sizes, Ways, sizes_to_vary
 from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.files import temporary_folder
 from lightning_cco.quantization.model import HookedModel
@@ -44,7 +45,7 @@ def export_onnx(
     example_args: Sequence[Any] = (),
     example_kwargs: Mapping[str, Any] | None = None,
     batches: Iterable[Any] = (),
-    dynamic_batch: bool = True,
+    dynamic_batch: bool | None = None,
     check: bool = True,
     min_sqnr_db: float | None = None,
     max_mean_steps: float = MEAN_STEPS,
@@ -66,7 +67,7 @@ def export_onnx(
         example_args: Positional arguments of one forward.
         example_kwargs: Keyword arguments of it.
         batches: What the file is checked on, as in `QuantizedModel.calibrate`; by default the example.
-        dynamic_batch: Let the first axis of every input vary.
+        dynamic_batch: Let the first axis of every input vary. `None`: where the model allows it; report and a warning say where it does not.
         check: Run the file in ONNX Runtime and compare.
         min_sqnr_db: The check fails below this signal-to-noise ratio of the outputs from end to end; `None`: the layers decide by themselves.
         max_mean_steps: The check fails if a quantized tensor is further off than this on average, in steps of its scale, computed from what the engine
@@ -100,41 +101,55 @@ def export_onnx(
         calls = [deployed.tensors(*call_of(batch)) for batch in batches] if check else []
         notes = _not_checked_on(calls, deployed)
         fitting: list[ForwardArguments] = [(tensors, {}) for tensors in calls if tensors is not None] or [(deployed.example, {})]
-        vary, why_fixed = sizes_to_vary(quantized, deployed, dynamic_batch and not _says_axes(taken), dynamic_sizes, check)
+        says_axes = _says_axes(taken)
+        vary, why_fixed = sizes_to_vary(quantized, deployed, dynamic_batch is not False and not says_axes, dynamic_sizes, check)
+        ways = Ways(vary, True if says_axes else dynamic_batch, bool(dynamic_sizes), deployed.example, why_fixed)
+
+        def write(temporary: Path, sizes: Sizes, varies: bool) -> ExportReport:
+            report = ExportReport(str(path), float_size_bytes=float_size)
+            emitter, said = write_onnx(quantized, deployed, temporary, varies, int4, taken, sizes, bool(dynamic_sizes), report)
+            if written is not None:
+                written.layers, written.example = dict(emitter.layers), [t.detach().cpu().numpy() for t in deployed.example]
+            report.size_bytes = size_of(temporary)
+            report.notes += notes_on_weights(quantized, emitter, int4) + notes_on_inputs(deployed, types) + said + notes
+            report.notes += notes_on_types(report)
+            if check:
+                check_file(quantized, temporary, emitter, fitting, report, bool(sizes))
+                judge(report, min_sqnr_db, Limits(max_mean_steps))
+            if fp16:
+                write_fp16(quantized, temporary, emitter, fitting if check else (), report)
+            return report
+
         try:
             with temporary_folder(target.parent) as folder:
-                temporary = folder / target.name
-                for sizes in [vary, {}] if vary else [vary]:
-                    report = ExportReport(str(path), float_size_bytes=float_size)
-                    try:
-                        emitter, said = write_onnx(
-                            quantized, deployed, temporary, dynamic_batch, int4, taken, sizes, bool(dynamic_sizes), report
-                        )
-                        if written is not None:
-                            written.layers, written.example = dict(emitter.layers), [t.detach().cpu().numpy() for t in deployed.example]
-                        report.size_bytes = size_of(temporary)
-                        report.notes += notes_on_weights(quantized, emitter, int4) + notes_on_inputs(deployed, types) + said + notes
-                        report.notes += notes_on_types(report)
-                        if check:
-                            check_file(quantized, temporary, emitter, fitting, report, bool(sizes))
-                            judge(report, min_sqnr_db, Limits(max_mean_steps))
-                        if fp16:
-                            write_fp16(quantized, temporary, emitter, fitting if check else (), report)
-                        break
-                    except CCOError as error:
-                        if not sizes or dynamic_sizes:
-                            raise
-                        for part in folder.iterdir():
-                            part.unlink()
-                        why_fixed = fixed_since(short_reason(error))
-                if why_fixed:
-                    report.notes.append(why_fixed)
+                report = _by_the_best(ways, folder, lambda sizes, varies: write(folder / target.name, sizes, varies))
                 warn_of_floats(report)
                 warn_of_integers(report)
                 warn_of_groups(report)
-                move(temporary, target)
+                move(folder / target.name, target)
         except OSError as error:
             raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
+    return report
+
+
+def _by_the_best(ways: Ways, folder: Path, write: Callable[[Sizes, bool], ExportReport]) -> ExportReport:
+    """Write a file in the first way that works; the report says what is fixed in it.
+
+    Raises:
+        CCOError: None does.
+    """
+    while True:
+        try:
+            report = write(*ways.next())
+            break
+        except CCOError as error:
+            ways.failed(error)
+            for part in folder.iterdir():
+                part.unlink()
+    if ways.why:
+        report.notes.append(ways.why)
+    if ways.unvarying is not None:
+        warnings.warn(f"export: {ways.why}.", CCOWarning, stacklevel=4)
     return report
 
 

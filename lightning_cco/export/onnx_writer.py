@@ -19,7 +19,7 @@ from lightning_cco.export.axes import Axes, check_axis_names, name_axes, ways_to
 from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.dialects import OnnxDialect
 from lightning_cco.export.engines import ENGINES, Form
-from lightning_cco.export.failures import failed, inexpressible, untraceable
+from lightning_cco.export.failures import failed, inexpressible, kind_of, untraceable
 from lightning_cco.export.provenance import layers_of_nodes
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
@@ -68,7 +68,7 @@ def write_onnx(
         try:
             program = torch.onnx.export(traced, dynamo=True, opset_version=opset, **{"verbose": False, **conversion})
         except Exception as error:
-            raise CCOError(inexpressible(quantized.model, error)) from error
+            raise kind_of(error)(inexpressible(quantized.model, error)) from error
     assert program is not None
     emitter.warn_of_missing()
     graph = program.model.graph
@@ -139,7 +139,7 @@ def _traced(deployed: Deployed, emitter: Emitter, ways: Iterator[Axes], free: bo
     assert failure is not None
     reached, quantized = emitter.reached, emitter.quantized
     where = f" behind layer '{reached}' (module '{quantized.graph[reached].path}')" if reached else ""
-    raise CCOError(untraceable(quantized.model, where, failure, quantized.graph)) from failure
+    raise kind_of(failure)(untraceable(quantized.model, where, failure, quantized.graph)) from failure
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_cco.errors import CCOError
+from lightning_cco.export.failures import BatchDoesNotVary
 from lightning_cco.export.local_check import LocalRun
 from lightning_cco.export.report import ExportReport, LayerDifference, OutputDifference
 from lightning_cco.graph.containers import tensors_in
@@ -41,11 +41,11 @@ class Outputs:
             inspected: The file's in the same run as those.
 
         Raises:
-            CCOError: The numbers of outputs, or their shapes, are not the same.
+            BatchDoesNotVary: The numbers of outputs, or their shapes, are not the same.
         """
         shapes = [array.shape for array in expected], [array.shape for array in results]
         if shapes[0] != shapes[1]:
-            raise CCOError(
+            raise BatchDoesNotVary(
                 f"export: the file's outputs have the shapes {shapes[1]}, the model's {shapes[0]}. No file was written. "
                 "If the model gives another number of tensors in evaluation, export in that form; if a size is fixed in the code, pass dynamic_batch=False."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 
 import torch
 
-from lightning_cco.errors import CCOError
+from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.axes import Axes, ways_to_vary
 from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.destination import export_target
 from lightning_cco.export.engines import PROGRAMS, Form
-from lightning_cco.export.failures import need_packages, need_writable_names, untraceable
+from lightning_cco.export.failures import BatchDoesNotVary, kind_of, need_packages, need_writable_names, untraceable
 from lightning_cco.export.feeds import call_of
 from lightning_cco.export.limits import judge
 from lightning_cco.export.outputs import arrays_of
@@ -23,10 +24,12 @@ from lightning_cco.export.precision import in_float32, other_types
 from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, format_faults
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import ExportReport
+from lightning_cco.export.sizes import batch_fixed_since
 from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.export.tracing import traced_program
 from lightning_cco.files import temporary_folder
 from lightning_cco.graph.compiled import eager
+from lightning_cco.graph.containers import tensors_in
 from lightning_cco.quantization.model import HookedModel
 
 
@@ -35,7 +38,7 @@ def export_program(
     path: str | Path,
     example_args: Sequence[Any] = (),
     example_kwargs: Mapping[str, Any] | None = None,
-    dynamic_batch: bool = True,
+    dynamic_batch: bool | None = None,
     dynamic_shapes: Any = None,
     network: StepNetwork | None = None,
     pt2e: bool | None = None,
@@ -54,7 +57,7 @@ def export_program(
         path: Where to write.
         example_args: Positional arguments of one forward.
         example_kwargs: Keyword arguments of it.
-        dynamic_batch: Let the first axis of every input vary.
+        dynamic_batch: Let the first axis of every input vary. `None`: where the model allows it; a warning says where it does not.
         dynamic_shapes: What varies instead: axis → ``Dim`` or name, by argument.
         network: What the file holds in the place of the model's ``forward``, whose arguments the example then is: `network_of_the_step`.
         pt2e: Whether it has quantized operators. `None`: if ``target_framework`` is an engine that reads such programs.
@@ -76,10 +79,23 @@ def export_program(
     target = export_target(path, ".pt2")
     if pt2e is None:
         pt2e = quantized.settings.deployment_settings.target_framework in PROGRAMS
-    if pt2e:
-        program = _with_operators(quantized, (args, kwargs), dynamic_batch, dynamic_shapes, network, batches, check, str(path))
-    else:
-        program = _fake_quantized(quantized, args, kwargs, dynamic_batch, dynamic_shapes, network)
+
+    def made(dynamic_batch: bool) -> torch.export.ExportedProgram:
+        if pt2e:
+            return _with_operators(quantized, (args, kwargs), dynamic_batch, dynamic_shapes, network, batches, check, str(path))
+        return _fake_quantized(quantized, args, kwargs, dynamic_batch, dynamic_shapes, network)
+
+    try:
+        program = made(dynamic_batch is not False)
+    except BatchDoesNotVary as error:
+        if dynamic_batch is not None or dynamic_shapes is not None:
+            raise
+        try:
+            program = made(False)
+        except CCOError:
+            raise error from error.__cause__
+        tensors = [tensor for _, tensor in tensors_in([args, kwargs])]
+        warnings.warn(f"export: {batch_fixed_since(tensors, error)}.", CCOWarning, stacklevel=3)
     with written(target) as temporary:
         torch.export.save(program, temporary)
     return program
@@ -133,7 +149,7 @@ def _fake_quantized(
                 quantized.runtime.frames.reset()
                 failure = failure or error
     assert failure is not None
-    raise CCOError(untraceable(quantized.model, "", failure, quantized.graph)) from failure
+    raise kind_of(failure)(untraceable(quantized.model, "", failure, quantized.graph)) from failure
 
 
 def _traced(deployed: Deployed, network: StepNetwork | None, axes: Axes) -> torch.export.ExportedProgram:

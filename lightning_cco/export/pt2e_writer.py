@@ -14,7 +14,7 @@ from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.dialects import Pt2eDialect
 from lightning_cco.export.engine import QuantizeNode
 from lightning_cco.export.engines import ENGINES, PROGRAMS, Engine, Form
-from lightning_cco.export.failures import failed, untraceable
+from lightning_cco.export.failures import failed, kind_of, untraceable
 from lightning_cco.export.pt2e_floats import compute_in_float32
 from lightning_cco.export.pt2e_passes import Passes
 from lightning_cco.export.qdq_emitter import Emitter
@@ -109,7 +109,7 @@ def write_program(
         return WrittenProgram(rewritten, emitter, axes, widened)
     assert failure is not None
     where = f" behind layer '{emitter.reached}' (module '{quantized.graph[emitter.reached].path}')" if emitter.reached else ""
-    raise CCOError(untraceable(quantized.model, where, failure, quantized.graph)) from failure
+    raise kind_of(failure)(untraceable(quantized.model, where, failure, quantized.graph)) from failure
 
 
 def _rewritten(program: torch.export.ExportedProgram, emitter: Emitter) -> tuple[torch.export.ExportedProgram, list[str]]:

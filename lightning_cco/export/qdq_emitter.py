@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.dialects import Dialect
 from lightning_cco.export.embedding_bags import bag_arguments, is_bag, reduced
-from lightning_cco.export.engine_patterns import added_apart, attention, averages_images, divided, sorted_maximum
+from lightning_cco.export.engine_patterns import added_apart, attention, averages_images, divided, in_slices, sorted_maximum
 from lightning_cco.export.engines import Form
 from lightning_cco.export.failures import untraceable
 from lightning_cco.export.fold_batch_norm import IntegerWeight
@@ -220,6 +220,8 @@ class Emitter:
             return divided(func)
         if kind == "amax" and self.stored.engine.wanted(Form.SORTED_MAXIMA):
             return sorted_maximum
+        if kind in ("chunk", "split", "tensor_split"):
+            return in_slices(func)
         spelled: dict[str, Callable[..., Any]] = {"scaled_dot_product_attention": attention, "einsum": einsum_by_matmul}
         return spelled.get(kind, func)
 

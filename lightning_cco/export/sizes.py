@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_cco.errors import CCOError
 from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.engines import ENGINES
+from lightning_cco.export.failures import BatchDoesNotVary
 from lightning_cco.quantization.model import HookedModel
 
 _IMAGES: Mapping[int, tuple[str, ...]] = {4: ("height", "width"), 5: ("depth", "height", "width")}
@@ -148,9 +149,67 @@ def fixed_since(why: str) -> str:
     return f"the sizes of the example are fixed in the file: {why}; dynamic_sizes=True lets them vary"
 
 
+class Ways:
+    """Ways of writing a file, the best first: with all sizes that may vary, with the batch alone, with the sizes of the example.
+
+    Args:
+        sizes: The sizes beside the batch that may vary.
+        batch: Whether the batch does; `None`: where the model allows it.
+        at_any_price: Whether a file without these sizes is none.
+        example: The tensors that the file takes.
+        why: Why sizes beside the batch are fixed, where they are from the start.
+
+    Attributes:
+        why: What is to be said of sizes that do not vary.
+        unvarying: What came of a batch that does, where it is fixed.
+    """
+
+    def __init__(self, sizes: Sizes, batch: bool | None, at_any_price: bool, example: Sequence[Tensor], why: str = "") -> None:
+        self.why = why
+        self.unvarying: CCOError | None = None
+        self._may_fix_batch, self._example = batch is None, example
+        self._left: list[tuple[Sizes, bool]] = [(sizes, batch is not False)]
+        if sizes and not at_any_price:
+            self._left.append(({}, batch is not False))
+
+    def next(self) -> tuple[Sizes, bool]:
+        """The sizes that are to vary now, and whether the batch is."""
+        return self._left.pop(0)
+
+    def failed(self, error: CCOError) -> None:
+        """Note that the last way did not work; there is another one then.
+
+        Raises:
+            CCOError: There is none: what came of the last way; of a batch that varies, where none works without either.
+        """
+        if self.unvarying is not None:
+            raise self.unvarying from self.unvarying.__cause__
+        if self._left:
+            self.why = fixed_since(short_reason(error))
+        elif self._may_fix_batch and isinstance(error, BatchDoesNotVary):
+            self.unvarying, self.why = error, batch_fixed_since(self._example, error)
+            self._left.append(({}, False))
+        else:
+            raise error
+
+
+def batch_fixed_since(example: Sequence[Tensor], error: Exception) -> str:
+    """What the report says, and a warning, of a batch that does not vary.
+
+    Args:
+        example: The tensors that the file takes.
+        error: What came of a batch that does.
+    """
+    size = next((tensor.shape[0] for tensor in example if tensor.dim()), 1)
+    return (
+        f"the size of the batch is fixed in the file, at {size} as in the example, since no other could be written: {short_reason(error)}. Export with "
+        "example_args of the size that will come, or let the model compute with x.shape[0] as it is (dynamic_batch=True says more)"
+    )
+
+
 def short_reason(error: Exception) -> str:
     """The first sentence of an error."""
-    return str(error).removeprefix("export: ").partition(". ")[0].partition("\n")[0]
+    return str(error).removeprefix("export: ").partition(". ")[0].partition("\n")[0].partition("! For more information")[0]
 
 
 def limits_of(program: torch.export.ExportedProgram, names: Sequence[str]) -> list[str]:

@@ -154,7 +154,8 @@ class Seen:
             return layer
         # Which operand is constant decides what engines have a form for.
         first = call.weights[0].slot
-        where: dict[str, object] = {"weight_first": True} if layer.weighted and _before(first, call.reads[0].slot) else {}
+        product = self.op.category is Category.MATMUL
+        where: dict[str, object] = {"weight_first": True} if product and _before(first, call.reads[0].slot) else {}
         shapes = [tuple(t.shape) for slot, t, _ in self.constants if slot == first]
         return replace(layer, attributes={**layer.attributes, "operand_shape": shapes[0], **where})
 

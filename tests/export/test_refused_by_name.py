@@ -268,31 +268,6 @@ def test_packed_sequences(tmp_path: Path) -> None:
         _export(Packs(), torch.randn(2, 5, 8), tmp_path / "a.onnx")
 
 
-class GroupsOfTheBatch(nn.Module):
-    """Each sample has a kernel of its own: a convolution in as many groups as samples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernels, self.weights = nn.Parameter(torch.randn(4, 8 * 3 * 9) / 5), nn.Linear(3, 4)
-        self.conv, self.last = nn.Conv2d(8, 8, 3), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        count, _, height, width = x.shape
-        kernels = (self.weights(x.mean((2, 3))).softmax(1) @ self.kernels).view(count * 8, 3, 3, 3)
-        x = F.conv2d(x.reshape(1, count * 3, height, width), kernels, groups=count).view(count, 8, height - 2, width - 2)
-        return self.last(F.relu(self.conv(F.relu(x))).mean((2, 3)))
-
-
-@pytest.mark.slow
-def test_a_number_that_depends_on_the_batch(tmp_path: Path) -> None:
-    model, x = GroupsOfTheBatch().eval(), torch.randn(4, 3, 8, 8)
-    quantized = quantize(model, None, (x,))
-    quantized.calibrate([x])
-    with pytest.raises(CCOError, match="dynamic_batch=False"):
-        quantized.export(tmp_path / "a.onnx")
-    assert quantized.export(tmp_path / "a.onnx", dynamic_batch=False).sqnr_db > 40
-
-
 @torch.library.custom_op("lightning_cco_tests::relu_in_place", mutates_args=("x",))
 def relu_in_place(x: Tensor) -> None:
     x.clamp_(min=0)

@@ -1,0 +1,120 @@
+"""The batch varies in a file wherever the model allows it; elsewhere it is that of the example, and it is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_cco import CCOError, CCOWarning, QuantizedModel, quantize
+from lightning_cco.export.engine_patterns import in_slices
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
+
+
+class GroupsOfTheBatch(nn.Module):
+    """Each sample has a kernel of its own: a convolution in as many groups as samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels, self.weights = nn.Parameter(torch.randn(4, 8 * 3 * 9) / 5), nn.Linear(3, 4)
+        self.conv, self.last = nn.Conv2d(8, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, _, height, width = x.shape
+        kernels = (self.weights(x.mean((2, 3))).softmax(1) @ self.kernels).view(count * 8, 3, 3, 3)
+        x = F.conv2d(x.reshape(1, count * 3, height, width), kernels, groups=count).view(count, 8, height - 2, width - 2)
+        return self.last(F.relu(self.conv(F.relu(x))).mean((2, 3)))
+
+
+@pytest.mark.slow
+class Ordered(nn.Module):
+    """Each sample is mixed with those before it, by a matrix that is made for the size of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.relu(torch.tril(torch.ones(len(x), len(x))) @ F.relu(self.first(x))))
+
+
+class Pairs(nn.Module):
+    """Two views of each sample in one batch, as contrastive learning has them."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = F.relu(self.first(x))
+        if self.how == "chunk":
+            one, other = both.chunk(2)
+        elif self.how == "split":
+            one, other = torch.split(both, both.shape[0] // 2)
+        elif self.how == "sizes":
+            one, other = both.split([both.shape[0] // 2, both.shape[0] - both.shape[0] // 2], dim=0)
+        else:
+            one, other = torch.tensor_split(both, 2)
+        return self.last(F.relu(self.second(one - other)))
+
+
+def calibrated(model: nn.Module, x: Tensor) -> QuantizedModel:
+    quantized = quantize(model.eval(), {"global_quantization_settings": {"skip_tail_quantization": False}}, (x,))
+    quantized.calibrate([x])
+    return quantized
+
+
+@pytest.mark.parametrize("make", [GroupsOfTheBatch, Ordered])
+def test_a_batch_that_can_not_vary_is_fixed_and_said(make: type[nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8) if make is GroupsOfTheBatch else torch.randn(4, 8)
+    quantized = calibrated(make(), x)
+    with pytest.warns(CCOWarning, match=r"the size of the batch is fixed in the file, at 4 as in the example"):
+        report = quantized.export(tmp_path / "a.onnx")
+    assert any("the size of the batch is fixed in the file, at 4" in note for note in report.notes)
+    assert list(report.inputs.values()) == [list(x.shape)]
+    assert report.sqnr_db > 30
+    with pytest.raises(CCOError, match="dynamic_batch=False"):
+        quantized.export(tmp_path / "b.onnx", dynamic_batch=True)
+    assert not (tmp_path / "b.onnx").exists()
+
+
+def test_a_program_of_a_fixed_batch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    quantized = calibrated(Ordered(), x)
+    with pytest.warns(CCOWarning, match=r"the size of the batch is fixed in the file, at 4 as in the example"):
+        program = quantized.export(tmp_path / "a.pt2")
+    torch.testing.assert_close(program.module()(x), quantized.model(x))
+    with pytest.raises(CCOError, match="dynamic_batch=False"):
+        quantized.export(tmp_path / "b.pt2", dynamic_batch=True)
+
+
+@pytest.mark.parametrize("how", ["chunk", "split", "sizes", "tensor_split"])
+def test_parts_of_a_batch_that_varies(how: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    quantized = calibrated(Pairs(how), torch.randn(4, 8))
+    report = quantized.export(tmp_path / "a.onnx")
+    assert list(report.inputs.values()) == [["batch", 8]]
+    assert sum(report.integer_nodes.values()) >= 3
+    session, x = ort.InferenceSession(str(tmp_path / "a.onnx")), torch.randn(10, 8)
+    with torch.no_grad():
+        expected = quantized.model(x).numpy()
+    error = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0] - expected
+    assert np.square(error).sum() < 1e-3 * np.square(expected).sum()
+
+
+@pytest.mark.parametrize("size", [4, 5])
+@pytest.mark.parametrize("split", [torch.chunk, torch.tensor_split])
+def test_slices_are_the_parts(split: object, size: int) -> None:
+    x = torch.arange(size * 6).reshape(size, 6)
+    for dim in (0, 1, -1):
+        for mine, wanted in zip(in_slices(split)(x, 2, dim), split(x, 2, dim), strict=True):
+            assert torch.equal(mine, wanted)
