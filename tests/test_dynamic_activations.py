@@ -106,7 +106,6 @@ def test_what_products_read_is_rounded_and_nothing_else() -> None:
         ([{"match": "linear", "skip_quantization": True}], {"addmm", "matmul", "matmul_1"}),
         ([{"match": "linear", "weights_group_size": 0}], {"linear", "addmm", "matmul", "matmul_1"}),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("alone", [True, False])
 def test_rules(rules: list[dict[str, Any]], expected: set[str], alone: bool) -> None:

@@ -149,7 +149,6 @@ def test_recomputed_kept_and_compiled_weights_have_the_same_gradients(monkeypatc
         ([{"match": "*", "weights_symmetric": True}, {"match": "linear", "weights_symmetric": False}], {"linear"}),
         ([{"match": "linear", "skip_quantization": True}], {"embedding", "addmm", "matmul", "matmul_1"}),
     ],
-    ids=str,
 )
 def test_rules(rules: list[dict[str, Any]], expected: set[str]) -> None:
     plan = quantize(Decoder(), {"global_quantization_settings": AFFINE, "layer_settings": rules}, (IDS,)).plan
