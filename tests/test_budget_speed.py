@@ -185,6 +185,11 @@ def test_says_the_largest_speed_that_can_be_reached() -> None:
         CCOError, match=r"speed: 20 can't be reached: the largest is \d.*ms instead of .* in float.*Most of that time goes to.*VNNI"
     ):
         search.find([example])
+    search.times = table_for(search.model.quantized.graph.names, 1)
+    for forms in search.times.layers.values():
+        del forms["INT8"]
+    with pytest.raises(CCOError, match=r"with 0 of \d+ groups of layers in INT8\. Most of that time goes to"):
+        search.find([example])
     search.times = LayerTimes("e", "p", 1, [], {"conv_9": {"float": 1.0}})
     with pytest.raises(CCOError, match=r"no times in float of .*another model"):
         search.find([example])

@@ -9,7 +9,7 @@ from export_models import LSTMClassifier, MobileNetV2, TransformerBlock, UNet
 from models import ResidualCNN, TokenModel
 from torch import Tensor, nn, randint, randn
 
-from lightning_cco import CCOError, capture_graph, plan_quantization
+from lightning_cco import CCOError, CCOWarning, capture_graph, plan_quantization
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.skip_reasons import SkipReason
 from lightning_cco.quantization.tensor_key import TensorKey
@@ -85,7 +85,10 @@ def test_what_has_no_integer_form_is_in_float_with_float_weights() -> None:
 
 
 def test_weights_alone_are_not_stored_as_integers() -> None:
-    plan = planned(TokenModel(), TokenModel.example(), weight_only=True)
+    with pytest.warns(
+        CCOWarning, match=r"weight_only: true with target_framework: executorch, .* 'linear', .* stay in float\. Leave weight_only out"
+    ):
+        plan = planned(TokenModel(), TokenModel.example(), weight_only=True)
     assert set(plan.weight_only) == {"embedding"}
     assert plan.skipped["linear"].endswith("weight_only: true for all layers, and executorch multiplies no floats with integer weights")
 

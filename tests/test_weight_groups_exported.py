@@ -197,3 +197,14 @@ def test_a_tied_table_with_a_scale_for_each_row_is_stored_once(tmp_path: Path) -
     assert sum(integers(tmp_path / "a.onnx").values()) < 2 * 64 * 256 + 64 * 64 + 48 * 64 + 64 * 64 + 700  # and zero points
     with torch.no_grad():
         assert np.allclose(in_float(tmp_path / "a.onnx", IDS), model(IDS).numpy(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_module_is_checked_as_it_is_without(dynamic: bool, tmp_path: Path) -> None:
+    model = Decoder()
+    model.compile(backend="aot_eager")
+    overall = ALONE | {"activations_dynamic": dynamic}
+    _, report = exported(model, IDS, tmp_path / "a.onnx", {"global_quantization_settings": overall})
+    assert report.integer_nodes == {"MatMulNBits": 4, "GatherBlockQuantized": 1}
+    assert len(report.layers) == (4 if dynamic else 0)
+    assert report.faults == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lightning_cco.budget.limits import fastest, limit_of, measures, point_of
@@ -46,13 +47,14 @@ def too_slow(made: Choices, limit: float) -> str:
     best = fastest(made)
     seconds, whole = model.seconds(best.options), model.float_seconds
     everything = model.seconds(uniform(made, "W8A8", 8).options)
+    usual = f" (the recipe's usual choice, INT8 but for the tail: {figure(whole / everything, 3)})" if math.isfinite(everything) else ""
     shares = sorted(((share, name) for name, share in model.shares(best.options)), reverse=True)[:3]
     where = ", ".join(f"{name or 'the rest'} {100 * share:.0f} %" for share, name in shares)
     count = sum(option.form == INTEGER for option in best.options)
     return (
         f"budget_settings.speed: {limit:g} can't be reached: the largest is {figure(whole / seconds, 3)}, {figure(1e3 * seconds)} ms instead of "
-        f"{figure(1e3 * whole)} in float, with {count} of {len(best.options)} groups of layers in INT8 (the recipe's usual choice, INT8 but for the tail: "
-        f"{figure(whole / everything, 3)}). Most of that time goes to {where}. Write at most {figure(0.99 * whole / seconds, 3)}; for more, use a "
+        f"{figure(1e3 * whole)} in float, with {count} of {len(best.options)} groups of layers in INT8{usual}. "
+        f"Most of that time goes to {where}. Write at most {figure(0.99 * whole / seconds, 3)}; for more, use a "
         "processor whose products in INT8 are faster (x86 with VNNI: Intel since 2019, AMD since Zen 4; ARM with dot products), and give what was measured "
         f"there as layer_times; or make layers wider.{_kept(made)}"
     )

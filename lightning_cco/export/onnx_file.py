@@ -34,6 +34,7 @@ from lightning_cco.export.report import ExportReport
 from lightning_cco.export.sizes import Sizes, Ways, sizes_to_vary
 from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.files import temporary_folder
+from lightning_cco.graph.compiled import eager
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.plan import packs_weights
 from lightning_cco.quantization.targets import TARGETS
@@ -96,7 +97,7 @@ def export_onnx(
     target = export_target(path, ".onnx")
     types = other_types(quantized.model)
     float_size = float_bytes(quantized.model)
-    with in_float32(quantized.model), quantized.evaluating():
+    with in_float32(quantized.model), quantized.evaluating(), eager():
         deployed = Deployed(quantized.model, args, kwargs, cast=bool(types), network=network)
         calls = [deployed.tensors(*call_of(batch)) for batch in batches] if check else []
         notes = _not_checked_on(calls, deployed)

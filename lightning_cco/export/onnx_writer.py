@@ -27,7 +27,6 @@ from lightning_cco.export.rewriting import rewrite
 from lightning_cco.export.sizes import Sizes, SizesDoNotVary, limits_of, refuse_long_sizes
 from lightning_cco.export.stored import StoredWeights
 from lightning_cco.export.tracing import traced_program
-from lightning_cco.graph.compiled import eager
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.version import __version__
 
@@ -60,7 +59,7 @@ def write_onnx(
     stored = StoredWeights(quantized, int4)
     emitter = Emitter(quantized, stored, OnnxDialect(opset))
     emitter.model = deployed
-    with _quietly(), eager():
+    with _quietly():
         traced, axes = _traced(
             deployed, emitter, ways_to_vary(deployed, dynamic_batch, options, inputs, sizes), bool(sizes) and not at_any_price
         )

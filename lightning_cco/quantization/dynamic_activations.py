@@ -73,11 +73,13 @@ def _largest(rows: Tensor) -> Tensor:
 
 
 def _by_torch(rows: Tensor) -> Tensor:
-    """As the engine does it: by ``127 / max(|x|)``, which is not always ``1 / (max(|x|) / 127)``, and a value in the middle goes the other way."""
+    """As the engine does it: by ``127 / max(|x|)``, which is not always ``1 / (max(|x|) / 127)``, and a value in the middle goes the other way.
+
+    A block whose factor float32 can't hold (``max(|x|)`` below 3.8e-37: what GELU or a softmax leaves of values far off) is 0.
+    """
     largest = _largest(rows)
-    inverse = torch.where(
-        largest == 0, torch.zeros_like(largest), torch.full_like(largest, LIMIT).div(largest)
-    )  # a number by a tensor is two roundings
+    inverse = torch.full_like(largest, LIMIT).div(largest)  # a number by a tensor is two roundings
+    inverse = inverse.masked_fill(inverse.isposinf(), 0.0)
     values = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
     return ((values * inverse).round() * (largest / LIMIT)).to(rows.dtype)
 

@@ -4,6 +4,7 @@
  * the last bit whether a compiler is there or not. Tensors are dense: n values in storage order. Values come as float32 (half = 0) or bfloat16
  * (half = 1); the arithmetic is in float32.
  */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -464,7 +465,7 @@ void fake_quantize_rows(const void *x, void *y, int64_t rows, int64_t n, int hal
             }
         }
         if (broken) largest = NAN;
-        const float scale = largest / limit, inverse = largest == 0.0f ? 0.0f : limit / largest;
+        const float scale = largest / limit, by = limit / largest, inverse = by > FLT_MAX ? 0.0f : by;
         for (int64_t i = 0; i < n; i += BLOCK) {
             const int count = n - i < BLOCK ? (int)(n - i) : BLOCK;
             const float *value = half ? buffer : (const float *)x + row * n + i;

@@ -47,6 +47,7 @@ def warn_of_rules_without_effect(plan: QuantizationPlan, resolved: Mapping[str, 
     _warn_of_misfits(plan, resolved)
     _warn_of_symmetric(plan, resolved)
     _warn_of_static(plan, resolved)
+    _warn_of_unstored(plan)
     others = (SkipReason.SUGGESTION, SkipReason.BUDGET)
     chosen = any(decision.reason in others for decision in plan.decisions.values())
     if not chosen and not plan.quantized and not plan.weight_only and any(rule.skip_quantization for rule in said):
@@ -171,6 +172,20 @@ def _warn_of_static(plan: QuantizationPlan, resolved: Mapping[str, ResolvedRules
     elif overall.activations_dynamic and not plan.dynamic:
         warnings.warn(
             "activations_dynamic: true changes nothing: no linear layer or product with a matrix of weights is quantized.",
+            CCOWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_unstored(plan: QuantizationPlan) -> None:
+    """Warn of layers with weights that stay in float since all weights are to be quantized alone, and the engine has no such products."""
+    overall, target = plan.settings.global_quantization_settings, TARGETS[plan.settings.deployment_settings.target_framework]
+    left = [layer for layer in plan.graph if layer.weighted and plan.decisions[layer.name].reason is SkipReason.ENGINE]
+    left = [layer for layer in left if layer.kind in target.int8_kinds and not target.stores_weights(layer)]
+    if overall.weight_only and left:
+        warnings.warn(
+            f"weight_only: true with target_framework: {target.name}, which multiplies no floats with integer weights: {_names(left)} "
+            f"stay{'s' if len(left) == 1 else ''} in float. Leave weight_only out, so that they run in INT8, or choose target_framework: ort.",
             CCOWarning,
             stacklevel=4,
         )
