@@ -153,5 +153,5 @@ def test_integers_and_scale_are_those_of_the_training(shape: tuple[int, ...], ax
 @pytest.mark.parametrize("limit", [0, 128, 1000])
 def test_levels_beyond_the_kernels_tables_are_an_error(limit: int) -> None:
     weight, scales = torch.ones(8, 8), torch.ones(8)
-    with pytest.raises(CCOError, match="levels of at most 1 to 127"):
+    with pytest.raises(CCOError, match="a largest level of 1 to 127"):
         native.load().weight_scale(weight, 0, limit, 1e-12, scales, True)  # type: ignore[union-attr]

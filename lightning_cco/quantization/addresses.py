@@ -7,27 +7,19 @@ from torch import Tensor
 
 from lightning_cco.errors import CCOError
 
-
-def within_int8(limit: int) -> int:
-    """The largest level, for kernels, whose tables hold those of 8 bits.
-
-    Raises:
-        CCOError: It is another; nothing was read or written.
-    """
-    if 1 <= limit <= 127:
-        return limit
-    raise CCOError(f"kernels: expected levels of at most 1 to 127, got {limit}. Nothing was read or written; write 2 to 8 bits.")
+MOST_SIGNED, MOST_UNSIGNED = 127, 255
+"""Largest levels that the tables of kernels hold: of levels on both sides of 0, and of those that begin with it."""
 
 
-def within_uint8(last: int) -> int:
-    """The last of levels that begin with 0, likewise.
+def last_level(level: int, most: int) -> int:
+    """A largest level, for kernels, whose tables hold those of 8 bits.
 
     Raises:
-        CCOError: It is another; nothing was read or written.
+        CCOError: It is beyond them; nothing was read or written.
     """
-    if 1 <= last <= 255:
-        return last
-    raise CCOError(f"kernels: expected levels from 0 to 1 to 255, got {last}. Nothing was read or written; write 2 to 8 bits.")
+    if 1 <= level <= most:
+        return level
+    raise CCOError(f"kernels: expected a largest level of 1 to {most}, got {level}. Nothing was read or written; write 2 to 8 bits.")
 
 
 def address_of(tensor: Tensor, dtype: torch.dtype, count: int) -> int:

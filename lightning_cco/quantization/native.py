@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_cco.quantization.addresses import address_like, address_of, within_int8, within_uint8
+from lightning_cco.quantization.addresses import MOST_SIGNED, MOST_UNSIGNED, address_like, address_of, last_level
 from lightning_cco.quantization.kernel_library import declare_types, log, open_library
 from lightning_cco.quantization.layouts import around, is_dense
 from lightning_cco.quantization.native_check import wrong_function
@@ -182,7 +182,7 @@ class Kernels:
             address_like(out, weight),
             *around(weight, axis),
             FORMATS[weight.dtype],
-            within_int8(limit),
+            last_level(limit, MOST_SIGNED),
             smallest_scale,
             mse,
             None if scales is None else address_of(scales, torch.float32, weight.shape[axis]),
@@ -201,7 +201,7 @@ class Kernels:
         threads = torch.get_num_threads() if count > _GRAIN else 1
         form = FORMATS[made.dtype]
         self._fake_quantize_weight(
-            address, address, outer, channels, inner, form, within_int8(limit), smallest_scale, mse, None, False, threads
+            address, address, outer, channels, inner, form, last_level(limit, MOST_SIGNED), smallest_scale, mse, None, False, threads
         )
 
     def weight_scale(self, weight: Tensor, axis: int, limit: int, smallest_scale: float, scales: Tensor, mse: bool = False) -> None:
@@ -210,7 +210,7 @@ class Kernels:
             address_of(weight, weight.dtype, weight.numel()),
             *around(weight, axis),
             FORMATS[weight.dtype],
-            within_int8(limit),
+            last_level(limit, MOST_SIGNED),
             smallest_scale,
             mse,
             address_of(scales, torch.float32, weight.shape[axis]),
@@ -235,7 +235,7 @@ class Kernels:
         both = scales, scales + qparams.shape[1] * qparams.itemsize
         address, target, form = address_of(rows, rows.dtype, rows.numel()), address_like(out, rows), FORMATS[rows.dtype]
         self._fake_quantize_affine_weight(
-            address, target, *rows.shape, form, within_uint8(last), smallest_scale, mse, *both, known, torch.get_num_threads()
+            address, target, *rows.shape, form, last_level(last, MOST_UNSIGNED), smallest_scale, mse, *both, known, torch.get_num_threads()
         )
 
     def affine_weight_scale(self, rows: Tensor, last: int, smallest_scale: float, qparams: Tensor, mse: bool = False) -> None:
@@ -244,13 +244,13 @@ class Kernels:
         zeros = scales + qparams.shape[1] * qparams.itemsize
         address, form = address_of(rows, rows.dtype, rows.numel()), FORMATS[rows.dtype]
         self._affine_weight_scale(
-            address, *rows.shape, form, within_uint8(last), smallest_scale, mse, scales, zeros, torch.get_num_threads()
+            address, *rows.shape, form, last_level(last, MOST_UNSIGNED), smallest_scale, mse, scales, zeros, torch.get_num_threads()
         )
 
     def fake_quantize_rows(self, rows: Tensor, out: Tensor, limit: int) -> None:
         """Round the rows of a contiguous matrix, each to whole multiples of its largest magnitude divided by the largest level, into another one."""
         address, target = address_of(rows, rows.dtype, rows.numel()), address_like(out, rows)
-        self._fake_quantize_rows(address, target, *rows.shape, FORMATS[rows.dtype], within_int8(limit), torch.get_num_threads())
+        self._fake_quantize_rows(address, target, *rows.shape, FORMATS[rows.dtype], last_level(limit, MOST_SIGNED), torch.get_num_threads())
 
     def energies(self, x: Tensor, y: Tensor) -> tuple[float, float]:
         """Squared norms of ``y - x`` and of ``x``, two tensors of the same type and strides."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_cco.errors import CCOError
-from lightning_cco.quantization.addresses import within_int8
+from lightning_cco.quantization.addresses import MOST_SIGNED, last_level
 from lightning_cco.quantization.kernel_check import best_scales, some_values
 from lightning_cco.quantization.kernel_library import log
 from lightning_cco.quantization.layouts import around, is_dense
@@ -106,7 +106,7 @@ class TritonKernels:
         # Channels in several runs, and short ones, are worked on side by side.
         rows, columns = (16, 64) if outer > 1 or count < _LONG else (1, 1024)
         position = self._int32 if count < 2**31 - columns else self._int64
-        numbers = channels, inner, count, float(within_int8(limit)), smallest_scale, float(max(1, _FINENESS // limit))
+        numbers = channels, inner, count, float(last_level(limit, MOST_SIGNED)), smallest_scale, float(max(1, _FINENESS // limit))
         flags = outer > 1, mse, known, scales is not None and not known
         _launch(
             self._kernels.fake_quantize_weight,
