@@ -167,7 +167,7 @@ class Ways:
     def __init__(self, sizes: Sizes, batch: bool | None, at_any_price: bool, example: Sequence[Tensor], why: str = "") -> None:
         self.why = why
         self.unvarying: CCOError | None = None
-        self._may_fix_batch, self._example = batch is None, example
+        self._may_fix_batch, self._example = batch is None and not (sizes and at_any_price), example
         self._left: list[tuple[Sizes, bool]] = [(sizes, batch is not False)]
         if sizes and not at_any_price:
             self._left.append(({}, batch is not False))

@@ -86,6 +86,24 @@ def test_a_batch_that_can_not_vary_is_fixed_and_said(make: type[nn.Module], tmp_
     assert not (tmp_path / "b.onnx").exists()
 
 
+def test_sizes_that_were_asked_for_are_not_given_up(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        """Images of any size, of a batch whose size is a number."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.relu(self.first(x))) * torch.from_numpy(np.ones((len(x), 1, 1, 1), np.float32))
+
+    torch.manual_seed(0)
+    quantized = calibrated(Masked(), torch.randn(4, 3, 8, 8))
+    with pytest.raises(CCOError):
+        quantized.export(tmp_path / "a.onnx", dynamic_sizes=True)
+    assert not (tmp_path / "a.onnx").exists()
+
+
 def test_a_program_of_a_fixed_batch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 8)
