@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_cco.errors import CCOError
+from lightning_cco.export.failures import BatchDoesNotVary
 
 
 def has_matrix_units() -> bool:
@@ -114,6 +115,9 @@ def in_slices(split: Callable[..., Any]) -> Callable[..., Any]:
 
     >>> [len(part) for part in in_slices(torch.chunk)(torch.arange(5), 2)]
     [3, 2]
+
+    How many parts there are is fixed in the file. Where that holds for some sizes alone, so that the last part would be wrong in others, the batch is said not
+    to vary.
     """
 
     def parts(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -123,13 +127,36 @@ def in_slices(split: Callable[..., Any]) -> Callable[..., Any]:
         varied = [axis for axis in range(x.dim()) if any(part.shape[axis] is not x.shape[axis] for part in found)]
         axis = kwargs.get("dim", args[1] if len(args) > 1 else 0) if len(varied) != 1 else varied[0]
         start, slices = 0, []
-        for part in found:
-            end = start + part.shape[axis]
+        sizes = _sizes_of_parts(split.__name__, x.shape[axis], [part.shape[axis] for part in found], args, kwargs)
+        for size in sizes:
+            end = start + size
             slices.append(x[(slice(None),) * (axis % x.dim()) + (slice(start, end),)])
             start = end
         return type(found)(slices)
 
     return parts
+
+
+_SPLIT_BY = ("split_size_or_sections", "split_size", "chunks", "indices_or_sections")
+
+
+def _sizes_of_parts(name: str, whole: Any, sizes: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The sizes of the parts of an axis that varies, by formulas that hold for each of its sizes.
+
+    Raises:
+        BatchDoesNotVary: There are none, since the number of parts depends on the size.
+    """
+    given = args[0] if args else next((kwargs[key] for key in _SPLIT_BY if key in kwargs), None)
+    if not isinstance(given, (int, torch.SymInt)) or name in ("hsplit", "vsplit", "dsplit"):  # sizes, places, or parts of one size
+        return sizes
+    if name == "tensor_split":
+        return [(whole + len(sizes) - 1 - number) // len(sizes) for number in range(len(sizes))]
+    if given != len(sizes) if name == "chunk" else not isinstance(given, torch.SymInt):
+        raise BatchDoesNotVary(
+            f"how many parts {name}({given}) makes depends on the size of the batch, and a file has {len(sizes)}. Cut "
+            "it into a number of parts, as tensor_split(2) does, or export with example_args of the size that will come"
+        )
+    return sizes
 
 
 def sorted_maximum(x: Tensor, dim: int | Sequence[int] = (), keepdim: bool = False) -> Tensor:

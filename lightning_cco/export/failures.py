@@ -39,7 +39,8 @@ class BatchDoesNotVary(CCOError):
 def kind_of(failure: Exception) -> type[CCOError]:
     """`BatchDoesNotVary`, where an error of tracing or conversion shows that a size which was to vary is fixed."""
     said = f"{type(failure).__name__}: {failure}"
-    return BatchDoesNotVary if any(word in said for word in (*_EVIDENCE[1], *_ON_A_SIZE)) else CCOError
+    shows = isinstance(failure, BatchDoesNotVary) or any(word in said for word in (*_EVIDENCE[1], *_ON_A_SIZE))
+    return BatchDoesNotVary if shows else CCOError
 
 
 def need_packages(names: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnxruntime")) -> None:
@@ -137,6 +138,8 @@ def untraceable(model: torch.nn.Module, where: str, error: Exception, graph: Lay
             "It packs sequences, by lengths that are numbers of Python while a file is written. Let the forward that is exported give the padded sequence to "
             "the recurrent layer, and choose by the lengths afterwards (a mask, gather)."
         )
+    elif isinstance(error, BatchDoesNotVary):
+        advice = "Pass dynamic_batch=False, which fixes the batch to the example's."
     elif fixed and "data-dependent" not in said:
         advice = (
             "A size is fixed in the model's code, or computed to a number (int(x.shape[0]), a reshape to the example's size). Pass dynamic_batch=False, "

@@ -136,3 +136,37 @@ def test_slices_are_the_parts(split: object, size: int) -> None:
     for dim in (0, 1, -1):
         for mine, wanted in zip(in_slices(split)(x, 2, dim), split(x, 2, dim), strict=True):
             assert torch.equal(mine, wanted)
+
+
+class Centred(nn.Module):
+    """Parts of the batch from which their own mean is taken off: what is in which part matters."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.last = how, nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        parts = {"split": lambda: x.split(2), "chunk": lambda: x.chunk(3), "tensor_split": lambda: torch.tensor_split(x, 2)}[self.how]()
+        return self.last(torch.cat([part - part.mean(0) for part in parts]))
+
+
+@pytest.mark.parametrize(("how", "size"), [("split", 4), ("chunk", 4), ("chunk", 6), ("tensor_split", 4)])
+def test_each_row_of_another_batch_is_in_its_part(how: str, size: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Centred(how).eval(), torch.randn(size, 8)
+    quantized = quantize(model, {"global_quantization_settings": {"weight_only": True}}, (x,))
+    quantized.calibrate([x])
+    if size == 4 and how != "tensor_split":
+        with pytest.raises(CCOError, match=rf"how many parts {how}\(\d\) makes depends on the size of the batch, .*dynamic_batch=False"):
+            quantized.export(tmp_path / "a.onnx", dynamic_batch=True)
+        with pytest.warns(CCOWarning, match=rf"fixed in the file, at 4 as in the example.*how many parts {how}"):
+            report = quantized.export(tmp_path / "a.onnx")
+        assert report.inputs == {"x": [4, 8]}
+        return
+    quantized.export(tmp_path / "a.onnx", dynamic_batch=True)
+    session = ort.InferenceSession(str(tmp_path / "a.onnx"))
+    for other in (5, 6, 7, 9):
+        x = torch.randn(other, 8)
+        with torch.no_grad():
+            np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], model(x).numpy(), atol=0.02)
