@@ -46,6 +46,7 @@ class WeightView:
         smallest_scale: Smallest step of a channel.
         largest_scale: Largest step of a channel.
         histogram: Of the weights in steps of their own channel's scale: levels are whole numbers.
+        levels: The first and the last one, in steps; of weights with zero points those furthest from 0 in any group.
     """
 
     num_bits: int
@@ -56,6 +57,7 @@ class WeightView:
     smallest_scale: float
     largest_scale: float
     histogram: Histogram
+    levels: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class TensorViews:
         self._seen.add(id(quantizer))
         in_steps = _drawn(weight).float() / _drawn(steps.expand_as(weight)).float()
         low, high = weight.aminmax()
+        first, last = (torch.as_tensor(bound) for bound in quantizer.levels(weight))
         found = WeightView(
             quantizer.num_bits,
             weight.numel(),
@@ -119,6 +122,7 @@ class TensorViews:
             float(steps.amin()),
             float(steps.amax()),
             histogram(in_steps),
+            (float(first.amin()), float(last.amax())),
         )
         before = self.weights.get(name)
         self.weights[name] = found if before is None else _joined(before, found)
@@ -182,6 +186,7 @@ def _joined(first: WeightView, second: WeightView) -> WeightView:
         min(first.smallest_scale, second.smallest_scale),
         max(first.largest_scale, second.largest_scale),
         _added([first.histogram, second.histogram]),
+        (min(first.levels[0], second.levels[0]), max(first.levels[1], second.levels[1])),
     )
 
 

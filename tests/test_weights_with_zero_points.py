@@ -15,6 +15,7 @@ from lightning_cco.quantization import affine_weights, weight_quantizer
 from lightning_cco.quantization.affine_weight_quantizer import AffineWeightQuantizer
 from lightning_cco.quantization.planner import plan_quantization
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
+from lightning_cco.tensor_views import TensorViews
 
 AFFINE = GROUPS | {"weights_symmetric": False}
 
@@ -183,3 +184,13 @@ def test_where_they_can_not_be_is_said() -> None:
         planned({"weights_symmetric": False, "weight_only": True}, whole, deployment_settings={"target_framework": "tensorrt"})
     with pytest.raises(CCOError, match=r"learned scales are those of symmetric weights, but those of layer 'linear' have zero points"):
         planned({"weights_symmetric": False, "weight_only": True}, whole, training_settings={"weight_estimator": "learned"})
+
+
+def test_levels_that_are_shown_hold_the_weights() -> None:
+    weight = weight_of(0).abs() + 0.5
+    views, quantizer = TensorViews(), AffineWeightQuantizer(4, 0, group=32)
+    views.see_weight("linear", quantizer, weight, quantizer.steps(weight))
+    view = views.weights["linear"]
+    assert view.levels == (0.0, 15.0)  # symmetric ones would end at 7
+    assert view.levels[0] <= view.histogram.low
+    assert view.histogram.high <= view.levels[1] + 0.5

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.forward_signature import ForwardSignature
@@ -76,7 +77,7 @@ class Deployed(nn.Module):
         if not self._kept:
             raise CCOError(
                 f"export: {type(model).__name__}.forward returned {type(result).__name__} without a tensor in it; a tensor, or a tuple, mapping or dataclass "
-                "of tensors was expected."
+                f"of tensors was expected.{_instead_of(result)}"
             )
         names = [name_of(slot) for slot in self._kept]
         names = [name if name and not name[0].isdigit() else f"output_{number}" for number, name in enumerate(names)]
@@ -238,3 +239,14 @@ def _others(result: Any) -> list[str]:
     return [
         f"{name_of(slot)} ({type(value).__name__})" for slot, value in leaves(result) if not isinstance(value, (Tensor, int, float, str))
     ]
+
+
+def _instead_of(result: Any) -> str:
+    """What to return in the place of a distribution; empty if it is none."""
+    if not isinstance(result, Distribution):
+        return ""
+    names = [name for name in result.arg_constraints if name in vars(result)] or ["mean", "stddev"]
+    returned = ", ".join(f"distribution.{name}" for name in names[:1] if name == "logits") or ", ".join(
+        f"distribution.{name}" for name in names
+    )
+    return f" Return its parameters ({returned}), and make the distribution in the steps of the training."

@@ -113,6 +113,13 @@ def untraceable(model: torch.nn.Module, where: str, error: Exception, graph: Lay
             "Its forward copies by copy.deepcopy, for which a trace has no memory. Write tensor.clone() for a tensor; make the copy of a module in __init__, "
             "or leave it out of the forward that is exported."
         )
+    elif came_through(error, "torch.distributions.distribution", "__init__"):
+        advice = (
+            "A distribution of torch.distributions checks the values of its parameters, which a file can't. Make it with validate_args=False, or let the "
+            "forward that is exported return the parameters."
+        )
+    elif "torch.distributions" in said and "not a known type" in said:
+        advice = "The program keeps what forward returns, and a distribution is none of its types. Let the forward that is exported return its parameters."
     elif scripted:
         advice = (
             f"What torch.jit.script has made can't be traced: {list_names(scripted)}. Put the Python module that was scripted in its place, or what "

@@ -200,7 +200,7 @@ def _weights(state: RunState, name: str) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = {} if facts is None else dict(vars(facts))
     if view is not None:
-        found |= {**vars(view), "histogram": vars(view.histogram), "levels": levels(view.num_bits, symmetric=True)}
+        found |= {**vars(view), "histogram": vars(view.histogram)}
     return found
 
 

@@ -307,3 +307,34 @@ def test_what_comes_in_and_goes_out_by_one_name(tmp_path: Path) -> None:
     found = onnxruntime.InferenceSession(tmp_path / "a.onnx").run(None, {"x": batch[0].numpy(), "mask": batch[1].numpy()})
     torch.testing.assert_close(torch.from_numpy(found[0]), batch[0])
     torch.testing.assert_close(torch.from_numpy(found[2]), model(*batch)["scores"].detach(), rtol=0, atol=1e-3)
+
+
+class Policy(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.last, self.how = nn.Linear(8, 16), nn.Linear(16, 8), how
+
+    def forward(self, x: Tensor) -> object:
+        y = self.last(self.first(x).relu())
+        if self.how == "categorical":
+            return torch.distributions.Categorical(logits=y)
+        normal = torch.distributions.Normal(y[:, :4], y[:, 4:].exp(), validate_args=False if self.how == "unchecked" else None)
+        return {"checked": normal.mean, "unchecked": {"normal": normal, "value": y.mean(1)}, "normal": normal}[self.how]
+
+
+@pytest.mark.parametrize(
+    ("how", "ending", "message"),
+    [
+        ("categorical", "onnx", r"returned Categorical .* Return its parameters \(distribution\.logits\)"),
+        ("normal", "onnx", r"returned Normal .* Return its parameters \(distribution\.loc, distribution\.scale\)"),
+        ("checked", "onnx", r"at line .*validate_args=False, or let the forward"),
+        ("checked", "pt2", r"at line .*validate_args=False, or let the forward"),
+        ("unchecked", "pt2", r"a distribution is none of its types\. Let the forward that is exported return its parameters"),
+    ],
+)
+def test_what_to_return_instead_of_a_distribution_is_said(how: str, ending: str, message: str, tmp_path: Path) -> None:
+    x = torch.randn(4, 8)
+    quantized = quantize(Policy(how).eval(), None, (x,))
+    quantized.calibrate([x])
+    with pytest.raises(CCOError, match=message):
+        quantized.export(tmp_path / f"a.{ending}")
