@@ -149,7 +149,7 @@ def untraceable(model: torch.nn.Module, where: str, error: Exception, graph: Lay
         advice = "Pass dynamic_batch=False, which fixes the batch to the example's."
     elif fixed and "data-dependent" not in said:
         advice = (
-            "A size is fixed in the model's code, or computed to a number (int(x.shape[0]), a reshape to the example's size). Pass dynamic_batch=False, "
+            "A size is fixed in the model's code, or computed to a number (len(x), int(x.shape[0]), reshape to the example's size). Pass dynamic_batch=False, "
             "or dynamic_shapes={argument: {axis: Dim.DYNAMIC}} for the axes that may vary."
         )
     elif branches:

@@ -203,7 +203,7 @@ def batch_fixed_since(example: Sequence[Tensor], error: Exception) -> str:
     size = next((tensor.shape[0] for tensor in example if tensor.dim()), 1)
     return (
         f"the size of the batch is fixed in the file, at {size} as in the example, since no other could be written: {short_reason(error)}. Export with "
-        "example_args of the size that will come, or let the model compute with x.shape[0] as it is (dynamic_batch=True says more)"
+        "example_args of the size that will come, or let the model compute with x.shape[0] (not len(x), a number) as it is (dynamic_batch=True says more)"
     )
 
 
