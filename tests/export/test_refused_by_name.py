@@ -318,7 +318,7 @@ class Policy(nn.Module):
         y = self.last(self.first(x).relu())
         if self.how == "categorical":
             return torch.distributions.Categorical(logits=y)
-        normal = torch.distributions.Normal(y[:, :4], y[:, 4:].exp(), validate_args=False if self.how == "unchecked" else None)
+        normal = torch.distributions.Normal(y[:, :4], y[:, 4:].exp(), validate_args=self.how != "unchecked")
         return {"checked": normal.mean, "unchecked": {"normal": normal, "value": y.mean(1)}, "normal": normal}[self.how]
 
 
