@@ -146,8 +146,13 @@ def processor() -> str:
     return f"{name}, {'with' if adds_products_exactly() else 'without'} VNNI{' and AMX' if has_matrix_units() else ''}"
 
 
-def table(results: dict[str, Any]) -> list[str]:
-    """What the engines' results say, as lines of Markdown."""
+def table(results: dict[str, Any], before: str = "") -> list[str]:
+    """What the engines' results say, as lines of Markdown.
+
+    Args:
+        results: By engine.
+        before: The table as it stands. Its rows of other engines, and of the same ones on other processors, stay.
+    """
     if not results:
         return []
     lines = [
@@ -158,10 +163,18 @@ def table(results: dict[str, Any]) -> list[str]:
         "",
     ]
     lines += [f"| engine | {' | '.join(NETWORKS)} | processor |", f"|---|{'---|' * len(NETWORKS)}---|"]
+    titles = [engine.title for engine in ENGINES.values()]
+    stood = [line for line in before.splitlines() if line.startswith("| ") and any(line.startswith(f"| {title} ") for title in titles)]
+    rows = {(_title(line, titles), line.split(" | ")[-1]): line for line in stood}
     for engine, result in results.items():
         cells = [_cell(result["networks"].get(name)) for name in NETWORKS]
-        lines.append(f"| {ENGINES[engine].title} {result['version']} | {' | '.join(cells)} | {result['processor']} |")
-    return [*lines, ""]
+        line = f"| {ENGINES[engine].title} {result['version']} | {' | '.join(cells)} | {result['processor']} |"
+        rows[ENGINES[engine].title, line.split(" | ")[-1]] = line
+    return [*lines, *(rows[key] for key in sorted(rows, key=lambda key: (titles.index(key[0]), key[1]))), ""]
+
+
+def _title(line: str, titles: list[str]) -> str:
+    return next(title for title in titles if line.startswith(f"| {title} "))
 
 
 def _cell(row: dict[str, Any] | None) -> str:

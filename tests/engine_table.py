@@ -137,7 +137,13 @@ def versions(engine: str) -> str:
 def page(results: dict[str, Any], speeds: dict[str, Any], before: str) -> str:
     """The tables, as Markdown; those of engines that were not run stay as they stand in the page before."""
     stood = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", before, re.M | re.S))
-    lines = engine_speed.table(speeds) if speeds else [f"## Speed\n{stood['Speed']}".rstrip(), ""] if "Speed" in stood else []
+    lines = (
+        engine_speed.table(speeds, stood.get("Speed", ""))
+        if speeds
+        else [f"## Speed\n{stood['Speed']}".rstrip(), ""]
+        if "Speed" in stood
+        else []
+    )
     for engine in PACKAGES:
         title, result = ENGINES[engine].title, results.get(engine)
         if result is None:

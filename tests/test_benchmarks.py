@@ -103,3 +103,8 @@ def test_speeds_of_engines_are_ratios_by_turns_and_stand_beside_the_processor() 
     )
     assert len(NETWORKS) == 3
     assert table({}) == []
+    # The same engine on another processor is another row; what ran anew takes the place of what stood.
+    other = table({"ort": {"version": "1.33", "processor": "B, with VNNI", "networks": rows}}, "\n".join(lines))
+    assert [line.split(" | ")[0] for line in other if line.startswith("| ONNX")] == ["| ONNX Runtime 1.32", "| ONNX Runtime 1.33"]
+    again = table({"ort": {"version": "1.34", "processor": "B, with VNNI", "networks": {}}}, "\n".join(other))
+    assert [line.split(" | ")[0] for line in again if line.startswith("| ONNX")] == ["| ONNX Runtime 1.32", "| ONNX Runtime 1.34"]
