@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor
 
+from lightning_cco.compat.checkpointing import unrecomputed
 from lightning_cco.compat.torch_modes import functorch_level
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.loss_sensitivity import ACTIVATIONS_BITS, WEIGHTS_BITS, LossSensitivities, LossSensitivityReport, roundings_of
@@ -55,7 +54,7 @@ def measure_loss(
     roundings = roundings_of(quantized.plan, quantized.weights, bits, weights_bits, activations_bits)
     with torch.device("cpu"):  # torchmetrics makes tensors of its own on the default device, which is the user's
         metric = LossSensitivities(roundings).to(quantized.device)
-    with quantized.evaluating(), _unrecomputed():
+    with quantized.evaluating(), unrecomputed():
         for number, batch in enumerate(batches):
             metric.start_batch()
             recorder = _LossRecorder(quantized, metric, weights_bits, activations_bits)
@@ -74,23 +73,6 @@ def measure_loss(
             stacklevel=2,
         )
     return metric.report("divergence" if loss is None else "loss")
-
-
-@contextmanager
-def _unrecomputed() -> Iterator[None]:
-    """Run what reentrant checkpoints hold as it is: they run it without gradients first, and refuse gradients with respect to certain tensors."""
-    kept = torch.utils.checkpoint.CheckpointFunction
-
-    class Direct:
-        @staticmethod
-        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-            return function(*args)
-
-    torch.utils.checkpoint.CheckpointFunction = Direct  # type: ignore[misc, assignment]
-    try:
-        yield
-    finally:
-        torch.utils.checkpoint.CheckpointFunction = kept  # type: ignore[misc]
 
 
 def checked_loss(result: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -101,6 +102,16 @@ def test_a_tied_head_reads_the_rounded_table() -> None:
     assert torch.equal(rows(table), columns(table.t()).t())
 
 
+@torch.no_grad()
+def computes_with_weights_rounded(model: Decoder, expected: Decoder, rounded: Callable[[Tensor, int, int, int], Tensor]) -> bool:
+    """Whether it computes what its float twin does whose weights are rounded to 4 bits in groups of 32, and symmetrically where these are no matrices."""
+    for weight, axis in ((expected.embedding.weight, 0), (expected.up.weight, 0), (expected.down, 1), (expected.mix, 1)):
+        weight.copy_(rounded(weight, 4, 32, axis))
+    scale = expected.conv.weight.abs().amax((1, 2), keepdim=True) / 7
+    expected.conv.weight.copy_((expected.conv.weight / scale).round() * scale)
+    return torch.allclose(model(IDS), expected(IDS), rtol=1e-4, atol=1e-4)
+
+
 def test_the_model_computes_with_weights_rounded_by_pytorch() -> None:
     model, recipe = Decoder(), {"global_quantization_settings": GROUPS | {"weight_only": True}}
     recipe["training_settings"] = {"weight_estimator": "minmax"}
@@ -108,12 +119,7 @@ def test_the_model_computes_with_weights_rounded_by_pytorch() -> None:
     quantized = quantize(model, recipe, (IDS,))
     assert not quantized.plan.tensors  # weights alone
     quantized.calibrate([IDS])
-    with torch.no_grad():
-        for weight, axis in ((expected.embedding.weight, 0), (expected.up.weight, 0), (expected.down, 1), (expected.mix, 1)):
-            weight.copy_(by_pytorch(weight, 4, 32, axis))
-        scale = expected.conv.weight.abs().amax((1, 2), keepdim=True) / 7
-        expected.conv.weight.copy_((expected.conv.weight / scale).round() * scale)
-        assert torch.allclose(model(IDS), expected(IDS), rtol=1e-4, atol=1e-4)
+    assert computes_with_weights_rounded(model, expected, by_pytorch)
 
 
 def test_recomputed_and_kept_weights_have_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_weight_groups import GROUPS, IDS, Decoder
+from test_weight_groups import GROUPS, IDS, Decoder, computes_with_weights_rounded
 from torch import Tensor, nn
 
 from lightning_cco import CCOError, CCOWarning, quantize
@@ -110,12 +110,7 @@ def test_each_kind_of_layer_has_them_and_the_model_computes_with_them() -> None:
     recipe["global_quantization_settings"] |= {"weight_only": True}
     quantized = quantize(model, recipe, (IDS,))
     quantized.calibrate([IDS])
-    with torch.no_grad():
-        for weight, axis in ((expected.embedding.weight, 0), (expected.up.weight, 0), (expected.down, 1), (expected.mix, 1)):
-            weight.copy_(by_pytorch(weight, 4, 32, axis))
-        scale = expected.conv.weight.abs().amax((1, 2), keepdim=True) / 7
-        expected.conv.weight.copy_((expected.conv.weight / scale).round() * scale)
-        assert torch.allclose(model(IDS), expected(IDS), rtol=1e-4, atol=1e-4)
+    assert computes_with_weights_rounded(model, expected, by_pytorch)
 
 
 def test_recomputed_kept_and_compiled_weights_have_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,14 @@
-"""How activation checkpointing keeps the function that it runs again, found from inside of its forward."""
+"""How activation checkpointing keeps the function that it runs again, found from inside of its forward; and how to do without it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
+
+import torch.utils.checkpoint
 
 from lightning_cco.compat.resolve import needed
 
@@ -31,3 +35,34 @@ def reentrant_context(frame: FrameType) -> tuple[Any, str] | None:
     """
     context = frame.f_locals["ctx"]
     return (context, "run_function") if hasattr(context, "run_function") else None
+
+
+_RECOMPUTING = torch.utils.checkpoint.CheckpointFunction
+_threads: list[int] = []
+_lock = threading.Lock()
+
+
+class _Direct:
+    """Stands in for the function of a reentrant checkpoint: in the threads of `unrecomputed` it runs what the checkpoint holds, in others the checkpoint."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args) if threading.get_ident() in _threads else _RECOMPUTING.apply(function, preserve, *args)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def unrecomputed() -> Iterator[None]:
+    """Run what reentrant checkpoints hold as it is, in this thread: they run it without gradients first, and refuse gradients with respect to certain tensors.
+
+    Blocks of several threads may end in any order. Without the name ``CheckpointFunction`` there: PyTorch refuses these gradients.
+    """
+    with _lock:
+        _threads.append(threading.get_ident())
+        torch.utils.checkpoint.CheckpointFunction = _Direct  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        with _lock:
+            _threads.remove(threading.get_ident())
+            if not _threads:
+                torch.utils.checkpoint.CheckpointFunction = _RECOMPUTING  # type: ignore[misc]

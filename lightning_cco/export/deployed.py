@@ -246,7 +246,6 @@ def _instead_of(result: Any) -> str:
     if not isinstance(result, Distribution):
         return ""
     names = [name for name in result.arg_constraints if name in vars(result)] or ["mean", "stddev"]
-    returned = ", ".join(f"distribution.{name}" for name in names[:1] if name == "logits") or ", ".join(
-        f"distribution.{name}" for name in names
-    )
+    names = names[:1] if names[0] == "logits" else names  # the others follow from them
+    returned = ", ".join(f"distribution.{name}" for name in names)
     return f" Return its parameters ({returned}), and make the distribution in the steps of the training."

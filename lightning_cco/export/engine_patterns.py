@@ -113,11 +113,11 @@ def divided(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def in_slices(split: Callable[..., Any]) -> Callable[..., Any]:
     """A split (``chunk``, ``split``, …) by slices, where the sizes of its parts follow from that of the batch: the exporter can't write them.
 
-    >>> [len(part) for part in in_slices(torch.chunk)(torch.arange(5), 2)]
-    [3, 2]
-
     How many parts there are is fixed in the file. Where that holds for some sizes alone, so that the last part would be wrong in others, the batch is said not
     to vary.
+
+    >>> [len(part) for part in in_slices(torch.chunk)(torch.arange(5), 2)]
+    [3, 2]
     """
 
     def parts(x: Tensor, *args: Any, **kwargs: Any) -> Any:

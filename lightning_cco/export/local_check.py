@@ -101,8 +101,7 @@ class LocalRun:
     def _find_ties(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Note which values lie in the middle between two levels; before they are rounded, which may be done in place."""
         assert isinstance(module.scale, Tensor)
-        levels = args[0].detach().float().cpu() / float(module.scale)
-        self._ties = levels.sub_(levels.floor()).sub_(0.5).abs_() < _MIDDLE
+        self._ties = _in_the_middle(args[0].detach().float().cpu() / float(module.scale))
 
     def _activation_hook(self, key: str, arrays: Arrays) -> Any:
         calls = 0
@@ -143,8 +142,7 @@ class LocalRun:
                 return None
             steps = module.steps(theirs)
             levels = ours.float().cpu() / steps
-            ties = (levels - levels.floor()).sub_(0.5).abs_() < _MIDDLE
-            self._compare(key, levels, (theirs / steps).round_(), ties)
+            self._compare(key, levels, (theirs / steps).round_(), _in_the_middle(levels))
             return (theirs.to(args[0]),)
 
         return hook
@@ -171,6 +169,10 @@ class LocalRun:
         if not torch.isfinite(steps).all():
             steps = steps.nan_to_num_(nan=0.0, posinf=torch.inf)  # what is not a number has no level
         self.steps.setdefault(key, Steps()).add(steps)
+
+
+def _in_the_middle(levels: Tensor) -> Tensor:
+    return (levels - levels.floor()).sub_(0.5).abs_() < _MIDDLE
 
 
 def _arranged(array: np.ndarray[Any, Any], shape: torch.Size) -> Tensor | None:

@@ -12,8 +12,6 @@ from torch.overrides import TorchFunctionMode
 from lightning_cco.compat.dynamo import TAKE_FUNCTIONS
 from lightning_cco.graph.containers import tensors_in
 
-__all__ = ["IN_FLOAT", "TAKE_FUNCTIONS", "WatchedBodies"]
-
 IN_FLOAT = "{} runs functions out of sight; torch.where of both branches, or a loop in Python, can be quantized"
 """Why such an operator is left in float, by its name."""
 

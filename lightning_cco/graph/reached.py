@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_cco.compat.dynamo import TAKE_FUNCTIONS
 from lightning_cco.graph.containers import tensors_held
-from lightning_cco.graph.higher_order import TAKE_FUNCTIONS
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.network import is_metric
 from lightning_cco.graph.operands import MASKING

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from lightning_cco.graph.higher_order import TAKE_FUNCTIONS
+from lightning_cco.compat.dynamo import TAKE_FUNCTIONS
 from lightning_cco.graph.layer import FLOATS
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, category_of
