@@ -19,7 +19,7 @@ _SIZE, _SMALLEST_CROP = 224, 96
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution that pads as TensorFlow does, where the weights come from: with a stride of 2 one more zero behind than before."""
+    """A convolution that pads as TensorFlow does, where the weights come from: with a stride of 2 one more zero after than before."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)

@@ -91,7 +91,7 @@ def _conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1
 
 
 class TransformerBlock(nn.Module):
-    """Attention of 4 heads and two linear layers, each behind a layer norm and beside a shortcut."""
+    """Attention of 4 heads and two linear layers, each after a layer norm and beside a shortcut."""
 
     def __init__(self, width: int, heads: int = 4) -> None:
         super().__init__()

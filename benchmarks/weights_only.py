@@ -146,7 +146,7 @@ def tokens_per_second(files: dict[str, InEngine], prompt: Tensor, past: Tensor, 
 
 
 def agreement(file: InEngine, model: Decoder, prompt: Tensor, past: Tensor) -> float:
-    """Signal-to-noise ratio of the file's logits against the fake-quantized model's, in dB: of the prompt, and of one token after the other behind it."""
+    """Signal-to-noise ratio of the file's logits against the fake-quantized model's, in dB: of the prompt, and of one token after the other after it."""
     noise = signal = 0.0
     ours, theirs = past, past.numpy()
     with torch.no_grad():

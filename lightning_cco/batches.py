@@ -117,7 +117,7 @@ def forward_through_step(module: pl.LightningModule, batch: Any) -> Any:
 def capture_module(module: pl.LightningModule, batch: Any, forward_fn: ForwardFn | None = None) -> tuple[Capture, ForwardFn]:
     """Capture through ``forward``, or through the step if that reaches more of the parameters.
 
-    What is captured is the network: augmentations before it, losses and metrics behind it are no layers (`graph.network`).
+    What is captured is the network: augmentations before it, losses and metrics after it are no layers (`graph.network`).
 
     Args:
         module: The module.

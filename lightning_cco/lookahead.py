@@ -76,7 +76,7 @@ def look_ahead(trainer: pl.Trainer, begun: int | None = None) -> tuple[Lookahead
         set_sampler_epoch(loader, epoch)
     lookahead = Lookahead(fetcher, again)
     if epoch_loop.restarting and any(isinstance(loader, Stateful) for loader in combined.flattened) and not lookahead.draw():
-        # The place in a checkpoint was behind the last batch: an epoch without batches comes, then another iteration.
+        # The place in a checkpoint was after the last batch: an epoch without batches comes, then another iteration.
         lookahead, left = Lookahead(fetcher, again=True, before=lookahead), trainer.num_training_batches
     return lookahead, left, spare
 

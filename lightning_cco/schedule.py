@@ -227,7 +227,7 @@ class Schedule:
                 )
 
     def _warn_of_what_never_comes(self, trainer: pl.Trainer, quantized: QuantizedModel) -> None:
-        """Say before a training what lies behind its last step."""
+        """Say before a training what lies after its last step."""
         model = quantized.model
         assert isinstance(model, pl.LightningModule)
         last = trainer.estimated_stepping_batches if model.automatic_optimization else -1

@@ -89,7 +89,7 @@ class _Behind:
 
 
 def skip_batches(loader: Any, count: int) -> None:
-    """Let a spare loader begin behind its first batches, which are not loaded for it."""
+    """Let a spare loader begin after its first batches, which are not loaded for it."""
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
     if count:
         loader.__dict__[name] = _Behind(loader.__dict__[name], count)

@@ -149,7 +149,7 @@ def _lost_on_readers(
 ) -> dict[str, tuple[LayerSensitivity, str]]:
     """The tensors whose rounding a reader suffers from, though it is small beside the tensor itself: one huge column hides what the others have lost.
 
-    They are told by the reader: behind rounded layers its output is off, though its own rounding and what it reads are not.
+    They are told by the reader: after rounded layers its output is off, though its own rounding and what it reads are not.
     """
     threshold = general.quantization_sensitivity_relative_threshold
     found: dict[str, tuple[LayerSensitivity, str]] = {}

@@ -71,7 +71,7 @@ class ActivationView:
         high: Largest value of that range.
         scale: Step between two levels.
         zero_point: Level of 0.
-        histogram: Of the values themselves, behind the clamp that is folded into the rounding.
+        histogram: Of the values themselves, after the clamp that is folded into the rounding.
     """
 
     num_bits: int
@@ -134,7 +134,7 @@ class TensorViews:
         Args:
             name: The quantizer's name.
             quantizer: The quantizer.
-            values: Behind the clamp that is folded into it.
+            values: After the clamp that is folded into it.
         """
         low, high, scale, zero_point = torch.stack([quantizer.min_val, quantizer.max_val, quantizer.scale, quantizer.zero_point]).tolist()
         self.activations[name] = ActivationView(

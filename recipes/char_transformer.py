@@ -40,7 +40,7 @@ FILES = (
 
 
 class Block(nn.Module):
-    """Causal self-attention and a multilayer perceptron, each behind a layer norm and with a way around it."""
+    """Causal self-attention and a multilayer perceptron, each after a layer norm and with a way around it."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -96,7 +96,7 @@ def write_page(folder: Path, state: RunState) -> Path:
 
 
 def long_graph(layers: int) -> LayerGraph:
-    """Residual blocks in stages, without a model behind them."""
+    """Residual blocks in stages, without a model after them."""
     shape = (2, 16, 8, 8)
     made = [Layer("input_0", "", "input", output_shapes=(shape,), output_dtypes=("float32",))]
     edges, last, count = [], "input_0", 0

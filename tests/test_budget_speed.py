@@ -29,7 +29,7 @@ from lightning_cco.budget.units import seconds_of_plan, speed_model
 
 
 class Branches(nn.Module):
-    """Tensors that several layers read, an addition behind another, a concatenation and a pooling."""
+    """Tensors that several layers read, an addition after another, a concatenation and a pooling."""
 
     def __init__(self) -> None:
         super().__init__()

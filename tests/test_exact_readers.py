@@ -151,7 +151,7 @@ def test_a_file_that_would_need_gradients_is_refused_with_the_way_out(tmp_path: 
     quantized = quantize(model, None, (x.clone(),))
     quantized.calibrate([x.clone()])
     with pytest.raises(
-        CCOError, match=r"behind layer 'grad'.* takes gradients .* Export the submodule that computes what is differentiated"
+        CCOError, match=r"after layer 'grad'.* takes gradients .* Export the submodule that computes what is differentiated"
     ):
         quantized.export(tmp_path / "forces.onnx")
 

@@ -173,7 +173,7 @@ def test_what_stays_in_float_is_exported_in_float(what: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        (lambda x: x * float(x.max()), r"can't be traced .*behind layer '\w+'"),
+        (lambda x: x * float(x.max()), r"can't be traced .*after layer '\w+'"),
         (torch.special.bessel_j0, r"uses \S*bessel_j0, which ONNX has no operator for.*\.pt2"),
     ],
     ids=["control flow", "no operator"],

@@ -115,7 +115,7 @@ CASES: dict[str, tuple[str, Any, Harm, str]] = {
     "table": ("decoder", None, table("int8"), "embedding"),
     "scales of a table": ("lstm", None, table("float32"), "embedding"),
     "recurrent weight": ("lstm", None, lambda model: change(model, nodes(model, "LSTM")[0].input[1], one_weight), "lstm"),
-    "linear behind the LSTM": ("lstm", None, weight("Gemm", 0), "linear"),
+    "linear after the LSTM": ("lstm", None, weight("Gemm", 0), "linear"),
 }
 
 

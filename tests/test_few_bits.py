@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Clamped(nn.Module):
-    """Clamps of every form behind convolutions, a sum, a concat, a pooling."""
+    """Clamps of every form after convolutions, a sum, a concat, a pooling."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -86,7 +86,7 @@ def test_a_training_shows_them(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 
 class Growing(Callback):
-    """Makes the weights of the first convolution ten times as large, behind the calibration."""
+    """Makes the weights of the first convolution ten times as large, after the calibration."""
 
     def __init__(self, factor: float) -> None:
         self.factor = factor

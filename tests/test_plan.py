@@ -126,7 +126,7 @@ def test_a_layer_of_the_tail_can_be_asked_for(cnn: LayerGraph) -> None:
 
 def test_a_skipped_layer_keeps_what_its_neighbours_need(cnn: LayerGraph) -> None:
     found = plan(cnn, {"match": "conv_1", "skip_quantization": True})
-    # relu is read by the float conv_1 but ends the INT8 group of conv; relu_1 is a clamp behind a float layer: only its result is read in INT8.
+    # relu is read by the float conv_1 but ends the INT8 group of conv; relu_1 is a clamp after a float layer: only its result is read in INT8.
     assert "relu" in found.tensors
     assert "relu_1" in found.tensors
     assert "conv_1" not in found.tensors
@@ -208,7 +208,7 @@ def test_a_batch_norm_can_be_left_out_of_its_group(residual: LayerGraph) -> None
     found = plan(residual, {"match": "batch_norm_1", "skip_quantization": True})
     assert found.skipped["batch_norm_1"].startswith("setting")
     assert "conv_1" in found.tensors  # the convolution is rounded at its own end
-    assert "batch_norm_1" not in found.tensors  # the relu behind it is computed in float, and its result is rounded
+    assert "batch_norm_1" not in found.tensors  # the relu after it is computed in float, and its result is rounded
     assert residual.successors("batch_norm_1")[0] in found.tensors
     assert plan_quantization(residual, suggestions=["batch_norm_1"]).skipped["batch_norm_1"].startswith("suggestion")
 
@@ -346,7 +346,7 @@ def test_a_product_is_rounded_only_where_an_int8_layer_reads_it() -> None:
     graph = capture_graph(Residual(), torch.randn(2, 5, 8))
     found = plan_quantization(graph)
     assert list(found.tensors) == ["layer_norm", "scaled_dot_product_attention"]  # what the two linear layers read
-    assert found.skipped["add"] == "float layers are before and behind it"
+    assert found.skipped["add"] == "float layers are before and after it"
     assert found.skipped["scaled_dot_product_attention"] == "scaled_dot_product_attention is computed in float by ort"
     asked = plan_quantization(graph, load_settings({"layer_settings": [{"match": "add", "skip_quantization": False}]}))
     assert set(asked.tensors) == {"input_0", "layer_norm", "scaled_dot_product_attention", "linear_1", "add"}

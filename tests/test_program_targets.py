@@ -17,7 +17,7 @@ from lightning_cco.settings import load_settings
 
 
 class PostNorm(nn.Module):
-    """A block whose norms come behind the additions, as in the first transformers."""
+    """A block whose norms come after the additions, as in the first transformers."""
 
     def __init__(self) -> None:
         super().__init__()

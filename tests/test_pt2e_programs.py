@@ -55,7 +55,7 @@ def calls(program: torch.export.ExportedProgram, *names: str) -> list[Node]:
 
 
 def rounded(node: Node) -> bool:
-    """Whether all that reads a node quantizes it, behind a clamp or without."""
+    """Whether all that reads a node quantizes it, after a clamp or without."""
     users = list(node.users)
     return bool(users) and all(user.target is operators().quantize or (operator_of(user) in CLAMPS and rounded(user)) for user in users)
 

@@ -93,7 +93,7 @@ class Stream(IterableDataset):
 
 
 class Reading(pl.LightningModule):
-    """Notes ids and noise of each batch; ``hooks`` draw random numbers before the first batch of an epoch, ``dropout`` behind each."""
+    """Notes ids and noise of each batch; ``hooks`` draw random numbers before the first batch of an epoch, ``dropout`` after each."""
 
     def __init__(self, hooks: bool, dropout: bool) -> None:
         super().__init__()

@@ -165,7 +165,7 @@ def test_what_can_be_changed_can_be_planned() -> None:
     plan, data = quantized.plan, report_data(state_of(quantized, losses=False))
     may = {layer["name"]: layer.get("choices", {}) for layer in data["layers"]}
     assert may["conv"] == {"float": True, "weights": [2, 3, 4, 5, 6, 7, 8]}
-    assert "int8" not in may["conv_2"]  # the rule skips what is behind it as well
+    assert "int8" not in may["conv_2"]  # the rule skips what is after it as well
     back = [name for name, choice in may.items() if choice.get("int8")]
     assert "conv_3" in back
     rules = [*rules_now(plan), *({"match": name, "skip_quantization": "false"} for name in back)]

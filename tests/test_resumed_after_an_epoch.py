@@ -1,4 +1,4 @@
-"""A checkpoint may stand behind the last batch of an epoch: what is trained on afterwards is what the float run trains on."""
+"""A checkpoint may stand after the last batch of an epoch: what is trained on afterwards is what the float run trains on."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Counting(IterableDataset):
 
 
 class Stateful:
-    """Its place behind the last batch is not yet that of the next epoch."""
+    """Its place after the last batch is not yet that of the next epoch."""
 
     def __init__(self) -> None:
         self.at = self.skip = 0

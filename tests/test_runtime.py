@@ -425,7 +425,7 @@ def test_replanning_keeps_the_ranges_of_what_stays() -> None:
     new = quantized.replan({"layer_settings": [{"match": "linear", "skip_quantization": True}]})
     assert "linear" not in quantized.plan.quantized
     assert float(quantized.activations["relu"].scale) == before
-    assert new == []  # the relu behind the float linear is computed in float
+    assert new == []  # the relu after the float linear is computed in float
     new = quantized.replan({"layer_settings": [{"match": "relu_1", "activations_num_bits": 4}]})
     assert new == ["relu_1", "relu_2"]  # of other bits, and back again
     quantized.calibrate([(x,)], only=new)

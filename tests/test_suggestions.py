@@ -72,7 +72,7 @@ def test_what_was_skipped_by_itself_stays_in_the_yaml(plan: QuantizationPlan) ->
 
 
 def test_an_output_that_resists_names_what_rounds_it(plan: QuantizationPlan) -> None:
-    """max_pool and flatten only pass relu_1 on: the reader of its output is the linear layer behind them."""
+    """max_pool and flatten only pass relu_1 on: the reader of its output is the linear layer after them."""
     found = suggest_skips(report(relu_1=20_000.0, conv=12_000.0), plan, Settings())
     assert [(s.name, s.qs) for s in found] == [("relu_1", 20_000.0), ("conv_1", 20_000.0), ("linear", 20_000.0), ("conv", 12_000.0)]
     assert "fused with 'relu_1'" in found[1].reason
@@ -130,7 +130,7 @@ def test_a_healthy_network_gets_no_suggestion() -> None:
 
 
 class Uneven(nn.Module):
-    """Features of which one column is a thousand times as large as the others, or all of which are shifted; the layer behind makes up for it."""
+    """Features of which one column is a thousand times as large as the others, or all of which are shifted; the layer after makes up for it."""
 
     def __init__(self, factor: float = 1.0, shift: float = 0.0) -> None:
         super().__init__()

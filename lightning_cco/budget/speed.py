@@ -23,7 +23,7 @@ class FusedUnit:
         group: Number of the group whose option says how it runs; `None`: it has no weights to choose for.
         follows: Whether it runs as its neighbours do; else, without a group, always the same way.
         integer: How it runs then: in integers, or in float.
-        sources: Units whose results it reads, by number, that engines hand over in integers; `None` among them: a float that is never rounded.
+        sources: Units whose results it reads, by number, that engines give as integers; `None` among them: a float that is never rounded.
         only_behind: Whether only what it reads counts, not what reads it (clamps).
     """
 
@@ -43,9 +43,9 @@ class Passed:
     Attributes:
         maker: The unit that makes it.
         readers: Those that read it; `None`: the model's output.
-        float_output: Whether a product hands it over in float at no cost, so that only what reads it rounds it.
+        float_output: Whether a product gives it in float without a conversion, so that only what reads it rounds it.
         at_readers: Whether it is rounded for its readers in integers alone, so that others read it as it was.
-        entering: Seconds of a conversion to integers behind its maker.
+        entering: Seconds of a conversion to integers after its maker.
         leaving: Seconds of one to floats.
     """
 

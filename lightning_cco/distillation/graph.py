@@ -86,7 +86,7 @@ class LossGraph:
         return node is self._last or any(_COMPILED.search(user.name()) for user in users)
 
     def use_of(self, tensor: Tensor) -> Use:
-        """How the loss takes a tensor: the first operations behind it that are no mere change of shape, type or scale."""
+        """How the loss takes a tensor: the first operations after it that are no mere change of shape, type or scale."""
         found: set[Use] = set()
         other = False
         pending: list[Point] = [(tensor.grad_fn, tensor.output_nr)]

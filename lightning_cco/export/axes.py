@@ -25,7 +25,7 @@ class Axes:
         tensors: The inputs to trace with; torch.export takes an axis of size 1 for a constant, so the example's may have been doubled.
         specifications: Of each input, the axes that vary.
         names: What an axis is called, by number of the input and axis.
-        sizes: What an axis behind the batch is called if it varies: one that may be a length or a size.
+        sizes: What an axis after the batch is called if it varies: one that may be a length or a size.
     """
 
     tensors: tuple[Tensor, ...]

@@ -32,7 +32,7 @@ class Comparison:
     Args:
         quantized: The model.
         forward: Its forward, as the file has it.
-        inspected: A session of the file with the rounded tensors as outputs behind its own.
+        inspected: A session of the file with the rounded tensors as outputs after its own.
         rounded: These tensors.
         ends: Names of the file's outputs.
     """

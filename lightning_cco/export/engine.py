@@ -83,7 +83,7 @@ def rounded_tensors(model: Any, keys: Iterable[str]) -> dict[str, list[QuantizeN
 
 
 def _quantize_nodes(model: Any, known: Container[str]) -> dict[str, Any]:
-    """The QuantizeLinear behind each tensor of integers, seen through the Clip that narrows a format of fewer than 8 bits."""
+    """The QuantizeLinear after each tensor of integers, seen through the Clip that narrows a format of fewer than 8 bits."""
     made = {node.output[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[2] in known}
     clipped = {node.output[0]: made[node.input[0]] for node in model.graph.node if node.op_type == "Clip" and node.input[0] in made}
     return made | clipped

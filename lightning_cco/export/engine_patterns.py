@@ -89,7 +89,7 @@ def added_apart(addend: Tensor, left: Tensor, right: Tensor, *, beta: float = 1,
 
 
 def divided(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``avg_pool2d`` or ``avg_pool3d`` whose ``divisor_override``, which ONNX lacks, is a factor behind it."""
+    """``avg_pool2d`` or ``avg_pool3d`` whose ``divisor_override``, which ONNX lacks, is a factor after it."""
 
     def pooled(*args: Any, **kwargs: Any) -> Tensor:
         divisor = args[6] if len(args) > 6 else kwargs.get("divisor_override")

@@ -99,7 +99,7 @@ def _returned_as(graph: Any, node: Any, value: Any) -> None:
 
 
 def _round_in_float32(graph: Any) -> None:
-    """Convert what is still of another type before it is rounded, and back behind it: scales are float32."""
+    """Convert what is still of another type before it is rounded, and back after it: scales are float32."""
     import onnx_ir
 
     for node in list(graph):

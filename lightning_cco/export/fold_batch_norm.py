@@ -56,7 +56,7 @@ def batch_norm_after(quantized: HookedModel, name: str) -> str | None:
 
 @torch.no_grad()
 def integer_weight(quantized: HookedModel, name: str, weight: Tensor, bias: Tensor | None, number: int = 0) -> IntegerWeight:
-    """Quantize one weight of a layer, with the batch norm behind it folded in.
+    """Quantize one weight of a layer, with the batch norm after it folded in.
 
     Args:
         quantized: The model.

@@ -48,8 +48,8 @@ class FileTimes:
     Attributes:
         total: All of it, without a profiler.
         layers: What each layer computes, by the names of layers; fused operators count for one of theirs.
-        entering: Conversions to integers behind a layer in float, by the name of that layer.
-        leaving: Conversions to floats behind a layer in integers, likewise.
+        entering: Conversions to integers after a layer in float, by the name of that layer.
+        leaving: Conversions to floats after a layer in integers, likewise.
     """
 
     total: float = 0.0
@@ -141,7 +141,7 @@ def _attributed(total: float, nodes: Mapping[str, float], graph: Any, layers: No
         )  # an input of the model: quantize nodes have the names of their tensors
         kind = {"QuantizeLinear": "entering", "DequantizeLinear": "leaving"}.get(node.op_type, kind)
         maker.update(dict.fromkeys(node.output, (before, kind)))
-        # What only moves channels stands before a conversion or behind one; where there is none it is the layer's own.
+        # What only moves channels stands before a conversion or after one; where there is none it is the layer's own.
         kind = kind or _kind_behind(node, graph)
         into = {"entering": found.entering, "leaving": found.leaving}.get(kind, found.layers)
         into[before or layer] = into.get(before or layer, 0.0) + seconds

@@ -137,7 +137,7 @@ def _traced(deployed: Deployed, emitter: Emitter, ways: Iterator[Axes], free: bo
             failure = failure or error
     assert failure is not None
     reached, quantized = emitter.reached, emitter.quantized
-    where = f" behind layer '{reached}' (module '{quantized.graph[reached].path}')" if reached else ""
+    where = f" after layer '{reached}' (module '{quantized.graph[reached].path}')" if reached else ""
     raise kind_of(failure)(untraceable(quantized.model, where, failure, quantized.graph)) from failure
 
 

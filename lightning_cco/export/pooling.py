@@ -70,19 +70,19 @@ def averaged_in_float(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _axis(size: int, kernel: int, stride: int, padding: int, whole: bool, counted: bool) -> tuple[int, list[int]]:
-    """How many zeros an axis needs behind it, and how many values each window counts along it.
+    """How many zeros an axis needs after it, and how many values each window counts along it.
 
     Args:
         size: Values along it.
         kernel: Those of a window.
         stride: From one window to the next.
-        padding: Zeros before it, and behind it.
+        padding: Zeros before it, and after it.
         whole: Whether a window that does not fit in is there as well, if it begins within.
         counted: Whether zeros of the padding count.
     """
     room = size + 2 * padding - kernel
     number = (room + (stride - 1 if whole else 0)) // stride + 1
-    number -= (number - 1) * stride >= size + padding  # it would begin behind everything
+    number -= (number - 1) * stride >= size + padding  # it would begin after everything
     starts = [index * stride - padding for index in range(number)]
     first, last = (-padding, size + padding) if counted else (0, size)
     counts = [min(start + kernel, last) - max(start, first) for start in starts]

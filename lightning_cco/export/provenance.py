@@ -88,5 +88,5 @@ class NodeLayers:
 
 
 def _plain(name: str) -> tuple[str, ...]:
-    """The name of a value or a node, and without what the engine puts behind it."""
+    """The name of a value or a node, and without what the engine puts after it."""
     return name, re.sub(r"(_q_to_dq|_dq_to_q|/duplicated|_nchwc|_token_\d+)+$", "", name)

@@ -112,7 +112,7 @@ class Passes:
                 self.graph.erase_node(before)
 
     def carry_pairs(self) -> None:
-        """Quantize and dequantize once more behind what only moves values, where integers are read."""
+        """Quantize and dequantize once more after what only moves values, where integers are read."""
         for node in list(self.graph.nodes):
             if operator_of(node) not in _MOVES or not self._is_dequantized(node.args[0]) or not self._serves_integers(node):
                 continue
@@ -127,7 +127,7 @@ class Passes:
                     reader.replace_input_with(node, values)
 
     def join_formats(self) -> None:
-        """Round what is concatenated as the result is: engines join integers of one scale alone, and rounding before is the same as behind."""
+        """Round what is concatenated as the result is: engines join integers of one scale alone, and rounding before is the same as rounding after."""
         for node in list(self.graph.nodes):
             if operator_of(node) != "aten::cat" or not node.users:
                 continue

@@ -108,7 +108,7 @@ def write_program(
         emitter.warn_of_missing()
         return WrittenProgram(rewritten, emitter, axes, widened)
     assert failure is not None
-    where = f" behind layer '{emitter.reached}' (module '{quantized.graph[emitter.reached].path}')" if emitter.reached else ""
+    where = f" after layer '{emitter.reached}' (module '{quantized.graph[emitter.reached].path}')" if emitter.reached else ""
     raise kind_of(failure)(untraceable(quantized.model, where, failure, quantized.graph)) from failure
 
 

@@ -265,7 +265,7 @@ class Emitter:
         return self.dialect.convolution(blocks, self.dialect.weight(weight, None), bias, 1, pads)
 
     def _scale_channels(self, site: CallSite, x: Tensor) -> Tensor:
-        """A batch norm that no layer takes in, as a convolution of each channel with one number."""
+        """A batch norm that is folded into no layer, as a convolution of each channel with one number."""
         weight = self.dialect.weight(self._norms[site.layer], None)
         return self.dialect.convolution(x, weight, self.pairs.bias_value(site), x.shape[1], None)
 

@@ -91,7 +91,7 @@ class QdqPairs:
         return self.dialect.bias(*self.stored.biases[site.layer])
 
     def folded_clamp(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-        """First and last level of a rounded tensor behind a clamp that rounding does; `None`: the clamp is written as it is."""
+        """First and last level of a rounded tensor after a clamp that rounding does; `None`: the clamp is written as it is."""
         known = LIMITS.get(site.function) if site.op.category is Category.CLAMP else None
         key = TensorKey(site.layer)
         if known is None or not self.stored.engine.wanted(Form.INTEGER_CLIPS) or not self.quantized.plan.rounds(key):

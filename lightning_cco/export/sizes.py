@@ -21,7 +21,7 @@ _IMAGES: Mapping[int, tuple[str, ...]] = {4: ("height", "width"), 5: ("depth", "
 _SCALES = (0.5, 2.0, 1.5)
 _MOST_WAYS = 8
 _MOST_OPERATIONS = 100
-"""Behind one stride of 2 that pads as ``same`` does a size has 33 of them, behind two more than 100 (EfficientNet-Lite0)."""
+"""After one stride of 2 that pads as ``same`` does a size has 33 of them, after two more than 100 (EfficientNet-Lite0)."""
 
 Sizes = dict[tuple[int, int], str]
 """Name of each axis that may vary, by the number of its input and the axis."""
@@ -65,7 +65,7 @@ def _operations(expression: Any, most: int) -> int:
 
 
 def sizes_that_vary(quantized: HookedModel, deployed: Deployed) -> Sizes:
-    """The axes behind the batch along which the model takes other sizes, with the same calls as at those of the example; empty if there are none.
+    """The axes after the batch along which the model takes other sizes, with the same calls as at those of the example; empty if there are none.
 
     Height and width of images, the length of ids. Of three axes the second or the third may be the length, of floats with two the second: what the model
     says.
@@ -235,7 +235,7 @@ def limits_of(program: torch.export.ExportedProgram, names: Sequence[str]) -> li
 
 
 def other_sizes(tensors: Sequence[Tensor], shapes: Sequence[Sequence[Any]]) -> list[tuple[Tensor, ...]]:
-    """A batch with other sizes along each axis behind the batch that varies, in some ways: half, twice, one and a half times as long.
+    """A batch with other sizes along each axis after the batch that varies, in some ways: half, twice, one and a half times as long.
 
     Args:
         tensors: A batch.

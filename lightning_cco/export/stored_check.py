@@ -83,7 +83,7 @@ def _parameter_faults(quantized: HookedModel, values: Mapping[str, Any]) -> Iter
             continue
         layer = next((entry.name for entry in graph if name in entry.parameters), name)
         if layer in graph and any(graph[reader].kind == "batch_norm" for reader in graph.successors(layer)):
-            continue  # a layer in float, into whose weights the exporter may have folded the norm behind it
+            continue  # a layer in float, into whose weights the exporter may have folded the norm after it
         yield layer, f"the parameter '{name}' is off by up to {_most(values[name], wanted):.3g}"
 
 

@@ -10,7 +10,7 @@ from lightning_cco.export.onnx_passes import NAME, RESHAPES, constant, initializ
 
 
 def carry_pairs(graph: Any) -> None:
-    """Quantize and dequantize once more behind what only moves the values of a rounded tensor."""
+    """Quantize and dequantize once more after what only moves the values of a rounded tensor."""
     for node in list(graph):
         dequantize = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None and _moves(node) else None
         if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.inputs[0].producer() is None:

@@ -137,7 +137,7 @@ def _trace_evaluation(
 def _trace_later(
     model: nn.Module, forward: Callable[[], Any], gradients: bool, kept: Snapshot, first: Tracer
 ) -> tuple[Tracer, list[KeptConstant]]:
-    """What a forward behind the first one calls, and the constants that the first one has made for it.
+    """What a forward after the first one calls, and the constants that the first one has made for it.
 
     What the first one has made of parameters and constants alone is a constant, unless the next forward changes it.
     """

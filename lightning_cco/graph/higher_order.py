@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_cco.compat.dynamo import TAKE_FUNCTIONS
 from lightning_cco.graph.containers import tensors_in
 
-IN_FLOAT = "{} runs functions out of sight; torch.where of both branches, or a loop in Python, can be quantized"
+IN_FLOAT = "{} runs functions whose calls hooks don't see; torch.where of both branches, or a loop in Python, can be quantized"
 """Why such an operator is left in float, by its name."""
 
 

@@ -1,6 +1,6 @@
 """What of a step is the network: the calls of modules with parameters, and what stands between them.
 
-What comes before the first of them (augmentations) and behind the last one (losses, metrics) is no layer; nor is what inside of a module serves a loss alone.
+What comes before the first of them (augmentations) and after the last one (losses, metrics) is no layer; nor is what inside of a module serves a loss alone.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class OuterCall:
         module: The module.
         first: Number of the first call in it.
         learned: Whether it may be the network's: it has floating-point parameters, or the whole model has none, and is no metric.
-        end: Number of the first call behind it.
+        end: Number of the first call after it.
         returned: The tensors that it gave, and where each comes from.
     """
 
@@ -168,7 +168,7 @@ def _ends(outer: Sequence[OuterCall], calls: Sequence[Call], kept: set[int]) -> 
 
 
 def _loss_outputs(ends: dict[_Output, End], calls: Sequence[Call]) -> set[_Output]:
-    """Outputs that are single numbers made of many, beside outputs that are not or behind an operation that compares."""
+    """Outputs that are single numbers made of many, beside outputs that are not or after an operation that compares."""
     numbers = {origin for origin, end in ends.items() if end.is_number and _reduced(origin, calls)}
     if len(numbers) < len(ends) or _compared(numbers, calls):
         return numbers

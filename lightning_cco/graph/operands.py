@@ -18,7 +18,7 @@ from lightning_cco.graph.origins import unwrapped
 MASK_NOTE = "holds the huge values of a mask: an INT8 scale over them would leave nothing of the rest"
 SPARSE_NOTE = "sparse tensors have no INT8 form"
 _FIRST_INPUT = re.compile(r"\bweight_ih(?!_l[1-9])")
-"""Of `torch.nn.LSTM`, its like, and their cells; the layers behind the first read hidden states, all between -1 and 1."""
+"""Of `torch.nn.LSTM`, its like, and their cells; the layers after the first read hidden states, all between -1 and 1."""
 MASKING = {"masked_fill", "where", "triu", "tril", "setitem", "masked_scatter", "full"}
 
 

@@ -1,4 +1,4 @@
-"""A snapshot of all that running a model may write to in it, restored afterwards: a look at a model must not count as a step of it.
+"""A snapshot of all that running a model may write to in it, restored afterwards: a trial forward must not count as a step.
 
 A forward or a step may append to lists, count, move a queue, average a copy of the network, or draw from a generator of its own. What was run only to
 capture, to calibrate or to measure must leave none of that, or the training goes on from something else than the float run does.

@@ -17,7 +17,7 @@ def resolved_yaml(plan: QuantizationPlan, budget: BudgetPlan | None = None) -> s
     """A recipe with a rule for every layer; planning with it gives the plan again.
 
     Args:
-        plan: The plan; behind each rule stands the layer's module and what is done to it.
+        plan: The plan; after each rule stands the layer's module and what is done to it.
         budget: What a budget has chosen: with times of layers, they stand there too.
     """
     plain = plan.resolved_settings().to_dict()

@@ -165,7 +165,7 @@ class Placement:
     def place(self, key: TensorKey, quantizer: TensorKey | None = None) -> bool:
         """Round a tensor where INT8 layers read it, by a quantizer of its own name or another; returns whether there are any.
 
-        At once if nobody else reads it. Else behind all that moves its values, so that a range is that of the part which is read: a table's column of
+        At once if nobody else reads it. Else after all that moves its values, so that a range is that of the part which is read: a table's column of
         identifiers has no say in that of its measurements.
         """
         return self._place(key, quantizer or key, quantizer is None and self._leads_to_int8_alone(key))

@@ -85,7 +85,7 @@ class Groups:
         return fused
 
     def _adds_before_rounding(self, layer: Layer, addition: str) -> bool:
-        """Whether an addition of another activation of the same shape is computed together with a layer. Of two such layers it takes in the first."""
+        """Whether an addition of another activation of the same shape is computed together with a layer. Of two such layers it is computed with the first."""
         same = set(self._graph[addition].input_shapes) == set(self._graph[addition].output_shapes)
         two = len(self._connections.sources(addition)) == 2
         return layer.kind in self._target.adds_before_rounding and self._graph[addition].kind == "add" and same and two

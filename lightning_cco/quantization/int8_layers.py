@@ -131,7 +131,7 @@ class Int8Layers:
             if self.connections.category[name] is Category.CLAMP and self._groups.ends_at(name, int8):
                 continue
             int8.discard(name)
-            detail = "a float layer is before it" if only_behind else "float layers are before and behind it"
+            detail = "a float layer is before it" if only_behind else "float layers are before and after it"
             detail = "its result is in float (residual_stream: float)" if in_float else detail
             self._skips.setdefault(name, Skip(SkipReason.ENGINE, detail))
             neighbours = {

@@ -20,7 +20,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def around(weight: Tensor, axis: int) -> tuple[int, int, int]:
-    """How many values there are, in the order of memory, before an axis of a dense tensor, along it, and behind it.
+    """How many values there are, in the order of memory, before an axis of a dense tensor, along it, and after it.
 
     >>> around(torch.ones(4, 3, 2), 1), around(torch.ones(4, 3, 2, 2).to(memory_format=torch.channels_last), 0)
     ((4, 3, 2), (1, 4, 12))

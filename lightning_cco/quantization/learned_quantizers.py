@@ -20,7 +20,7 @@ from lightning_cco.quantization.weight_recompute import RecomputedWeight
 class LearnedActivationQuantizer(ActivationQuantizer):
     """Fake-quantizes an activation with a learned scale and, where the format is affine, a learned offset.
 
-    Behind a clamp at 0 (ReLU) the zero point is 0 and stays there, so that the scale alone is learned: the end of the range, as in PACT. Learns where
+    After a clamp at 0 (ReLU) the zero point is 0 and stays there, so that the scale alone is learned: the end of the range, as in PACT. Learns where
     something before it is trained, as long as the range is not frozen.
 
     Args:

@@ -112,7 +112,7 @@ class QuantizationPlan:
         groups: For each layer inside a fused group, the next one in it.
         forced: Layers that run in INT8 only because a rule asks for it by name.
         reads: For each layer, by the number of its input, the name of the quantizer that rounds that input.
-        at_readers: Names of the quantizers that stand there instead of behind the layer that makes the tensor, which somebody needs as it is.
+        at_readers: Names of the quantizers that stand there instead of after the layer that makes the tensor, which somebody needs as it is.
         kept_at_8_bits: Layers whose result, or whose weights, have 8 bits although the settings say fewer for all: fewer would save nothing, or cost most.
         quantized: Layers whose weights and activations are quantized.
         packed: Those of them whose weights the file holds in 4 bits, for which no engine has an INT8 product.

@@ -178,7 +178,7 @@ class _Planner:
         return found
 
     def _float_output(self, name: str) -> bool:
-        """Whether the engine hands a layer's result over in float. Behind a product with a clamp it does not: the rounding is the clamp."""
+        """Whether the engine gives a layer's result in float without a conversion. After a product with a clamp it does not: the rounding is the clamp."""
         return self.graph[name].kind in self.target.float_outputs
 
     def _wanted(self) -> set[TensorKey]:

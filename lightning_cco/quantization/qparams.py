@@ -79,7 +79,7 @@ def weight_scale(weight: Tensor, num_bits: int, axis: int | None, mse: bool = Fa
     if axis is None:
         high, low = weight.amax(), weight.amin()
     else:
-        # The axes behind the channels first: one reduction over axes on both sides of one that stays is many times slower.
+        # The axes after the channels first: one reduction over axes on both sides of one that stays is many times slower.
         high = low = weight
         for dims in (tuple(range(axis + 1, weight.dim())), tuple(range(axis))):
             if dims:

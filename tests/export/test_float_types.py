@@ -48,7 +48,7 @@ FORMS: dict[str, tuple[Form, int]] = {
     "half residual": (lambda s, h: s.second(h.half().float() + s.other(h)), 4),
     "added in half": (lambda s, h: s.second((h.half() + s.other(h).half()).float()), 4),
     "relu in half": (lambda s, h: s.second(torch.relu(s.other(h).half()).float()), 3),
-    "relu behind": (lambda s, h: s.second(torch.relu(s.other(h).half().float())), 3),
+    "relu after": (lambda s, h: s.second(torch.relu(s.other(h).half().float())), 3),
     "type_as": (lambda s, h: s.second(h + s.other(h).type_as(h.new_zeros(1, dtype=torch.float16)).type_as(h)), 4),
     "double": (lambda s, h: s.second(h + s.other(h).double().float()), 4),
     "in double": (lambda s, h: s.second(torch.cumsum(s.other(h).double(), -1).float()), 3),
@@ -120,7 +120,7 @@ def test_types_of_inputs_and_outputs_of_a_program_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*runs functions out of sight")
+@pytest.mark.filterwarnings("ignore:.*runs functions whose calls hooks")
 def test_a_branch_in_the_file_is_in_nobodys_way(tmp_path: Path) -> None:
     def form(s: Casting, h: Tensor) -> Tensor:
         h = torch.relu(s.other(h).half()).float()

@@ -115,7 +115,7 @@ def exported(model: nn.Module, x: list[Tensor], path: Path, **settings: Any) -> 
 def test_a_form_between_two_layers_runs_as_planned(form: str, dimensions: int, tmp_path: Path) -> None:
     x = [torch.randn(4, 16) if dimensions == 2 else torch.randn(4, 5, 16) for _ in range(3)]
     report = exported(Between({**ONCE_IN_FLOAT, **FORMS}[form]), x, tmp_path / "a.onnx")
-    assert sum(report.integer_nodes.values()) >= 2  # the layers before and behind it
+    assert sum(report.integer_nodes.values()) >= 2  # the layers before and after it
 
 
 class Book(nn.Module):

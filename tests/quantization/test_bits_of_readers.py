@@ -25,7 +25,7 @@ MOVES = {"flatten", "reshape", "view", "permute", "transpose", "max_pool", "geti
 
 
 class Gates(nn.Module):
-    """A SiLU behind each convolution, a gate that multiplies two activations, and two branches that are put together."""
+    """A SiLU after each convolution, a gate that multiplies two activations, and two branches that are put together."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -98,7 +98,7 @@ def test_weights_of_all_branches_are_named(model_class: type[nn.Module], shift: 
     torch.manual_seed(0)
     model = model_class()
     kind, weights = _INSIDE[model_class]
-    with pytest.warns(CCOWarning, match=rf"\({kind} runs functions out of sight.*it reads ") as given:
+    with pytest.warns(CCOWarning, match=rf"\({kind} runs functions whose calls hooks don't see.*it reads ") as given:
         quantized = quantize(model, None, (_example(model) + shift,))
     said = [str(warning.message) for warning in given if "it reads" in str(warning.message)]
     assert len(said) == 1
@@ -110,7 +110,7 @@ def test_weights_of_all_branches_are_named(model_class: type[nn.Module], shift: 
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*runs functions out of sight", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*runs functions whose calls hooks", "ignore::FutureWarning")
 @pytest.mark.parametrize("ending", ["onnx", "pt2", "pt2 with operators"])
 @pytest.mark.parametrize("model_class", _INSIDE)
 def test_files_hold_all_branches(model_class: type[nn.Module], ending: str, tmp_path: Path) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from lightning_cco.export.engines.entry import Converted, Engine, Form, Want
+from lightning_cco.export.engines.entry import Engine, Form, Want
 from lightning_cco.export.engines.program_reader import ProgramReader
-from lightning_cco.export.provenance import LAYER
 
 
 class CoreML(ProgramReader):
@@ -14,11 +11,6 @@ class CoreML(ProgramReader):
 
     def __init__(self) -> None:
         super().__init__("coreml_process")
-
-    def convert(self, program: Path, target: Path) -> Converted:
-        """Convert a program."""
-        said = self.worker.ask(("convert", (str(program), str(target), LAYER)))
-        return Converted(said["integer"], said["floats"], tuple(said["products"]), said["conversions"], faults=said["faults"])
 
 
 COREML = Engine(

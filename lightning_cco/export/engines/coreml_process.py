@@ -1,4 +1,4 @@
-"""Core ML: programs in, ``.mlpackage`` folders out, and what these hold. `program_process` loads it; it imports nothing of lightning_cco."""
+"""Core ML: programs in, ``.mlpackage`` folders out, and what these hold. `engine_process` loads it; it imports nothing of lightning_cco."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _read_by(operation: Any) -> list[Any]:
 
 
 def _is_dequantized(value: Any) -> bool:
-    """Whether a value is what a conversion makes of integers, or a clamp behind a product that reads such."""
+    """Whether a value is what a conversion makes of integers, or a clamp after a product that reads such."""
     made = value.op
     if made is None:
         return False
@@ -154,7 +154,7 @@ def _is_quantized(operation: Any) -> bool:
 
 
 def _behind(operation: Any) -> list[Any]:
-    """The quantize operators behind one, past clamps."""
+    """The quantize operators after one, past clamps."""
     found: list[Any] = []
     for reader in operation.outputs[0].child_ops:
         found += [reader] if reader.op_type == "quantize" else _behind(reader)

@@ -18,7 +18,7 @@ class ExecuTorch(ProgramReader):
 
     def convert(self, program: Path, target: Path) -> Converted:
         """Lower a program to XNNPACK, and what it has no operator for to ExecuTorch's own."""
-        said = self.worker.ask(("convert", (str(program), str(target), LAYER)))
+        said = self.call("convert", str(program), str(target), LAYER)
         integer = Counter(operator for operator, _, on_integers, _, _ in said["nodes"] if on_integers)
         floats = Counter(operator for operator, _, on_integers, _, _ in said["nodes"] if not on_integers)
         alone = Counter(operator for operator, delegated, *_ in said["nodes"] if not delegated)

@@ -1,4 +1,4 @@
-"""ExecuTorch with XNNPACK: programs in, ``.pte`` files out, and runs of them. `program_process` loads it; it imports nothing of lightning_cco."""
+"""ExecuTorch with XNNPACK: programs in, ``.pte`` files out, and runs of them. `engine_process` loads it; it imports nothing of lightning_cco."""
 
 from __future__ import annotations
 

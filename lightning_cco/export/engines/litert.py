@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_cco.export.engines.entry import Converted, Engine, Form, Want
+from lightning_cco.export.engines.entry import Engine, Form, Want
 from lightning_cco.export.engines.program_reader import ProgramReader
 from lightning_cco.export.limits import Limits
-from lightning_cco.export.provenance import LAYER
 
 
 class LiteRT(ProgramReader):
@@ -16,12 +15,10 @@ class LiteRT(ProgramReader):
     def __init__(self) -> None:
         super().__init__("litert_process")
 
-    def convert(self, program: Path, target: Path) -> Converted:
-        """Convert a program."""
-        said = self.worker.ask(("convert", (str(program), str(target), LAYER)))
-        formats = self.worker.ask(("formats", (str(target),)))
-        notes = [f"'{name}' of the file is int8: value = {scale:.6g} · (integer − {zero})" for name, (scale, zero) in formats.items()]
-        return Converted(said["integer"], said["floats"], tuple(said["products"]), said["conversions"], tuple(notes))
+    def notes(self, target: Path) -> list[str]:
+        """How the integers of inputs and outputs are to be read."""
+        formats = self.call("formats", str(target))
+        return [f"'{name}' of the file is int8: value = {scale:.6g} · (integer − {zero})" for name, (scale, zero) in formats.items()]
 
 
 LITERT = Engine(
@@ -32,7 +29,7 @@ LITERT = Engine(
         Want(
             Form.POOLS_AS_CONVOLUTIONS,
             "2.3",
-            "its converter computes an average pooling between roundings in INT8, on the scale of what it reads: 9 steps off on average behind a ReLU",
+            "its converter computes an average pooling between roundings in INT8, on the scale of what it reads: 9 steps off on average after a ReLU",
             "",
         ),
     ),

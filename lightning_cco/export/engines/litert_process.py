@@ -1,4 +1,4 @@
-"""LiteRT: programs in, ``.tflite`` files out, and runs of them. `program_process` loads it; it imports nothing of lightning_cco."""
+"""LiteRT: programs in, ``.tflite`` files out, and runs of them. `engine_process` loads it; it imports nothing of lightning_cco."""
 
 from __future__ import annotations
 

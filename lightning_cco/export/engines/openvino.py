@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_cco.export.engines import openvino_process
 from lightning_cco.export.engines.entry import Computed, Engine, Form, Want
 from lightning_cco.export.engines.worker import FileWorker
 
@@ -23,11 +22,11 @@ class Compiled(FileWorker):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(openvino_process.__file__, path)
+        super().__init__("openvino_process", path)
 
     def computed(self) -> list[Computed]:
         """What is executed, in order."""
-        return [Computed(kind, precision, kind in _PRODUCTS, names) for kind, precision, names in self.ask(None)]
+        return [Computed(kind, precision, kind in _PRODUCTS, names) for kind, precision, names in self.call("executed")]
 
 
 OPENVINO = Engine(

@@ -35,7 +35,7 @@ ORT = Engine(
         Want(
             Form.INTEGER_INDEXING,
             "1.20 to 1.32",
-            "it moves no conversion past what picks values, so the layer behind runs in float",
+            "it moves no conversion past what picks values, so the layer after it runs in float",
             f"{_CANARIES}::test_ort_integer_indexing",
         ),
         Want(
@@ -60,7 +60,7 @@ ORT = Engine(
             Form.STORED_TRANSPOSED,
             "1.20 to 1.32",
             "it fuses the Transpose of a weight into the product before it has moved the conversions of what the product reads next to it: the layer "
-            "behind PyTorch's multi-head attention ran in float",
+            "after PyTorch's multi-head attention ran in float",
             f"{_CANARIES}::test_ort_stored_transposed",
         ),
         Want(

@@ -9,23 +9,35 @@ from typing import Any
 import numpy as np
 
 from lightning_cco.compat.decomposed import HOME
-from lightning_cco.export.engines import program_process
-from lightning_cco.export.engines.worker import Worker
+from lightning_cco.export.engines.entry import Converted
+from lightning_cco.export.engines.worker import EngineWorker
+from lightning_cco.export.provenance import LAYER
 
 
-class ProgramReader:
-    """What such engines have in common: their files are run by the same request.
+class ProgramReader(EngineWorker):
+    """Converts programs into the engine's own files, and runs them where it can.
 
     Args:
-        process: Name of the module beside this one that answers them.
+        name: Name of the module beside this one that has ``convert`` and, where the engine can be run, ``run``.
 
     Raises:
         RuntimeError: The engine can't be loaded; the message is its own.
     """
 
-    def __init__(self, process: str) -> None:
-        self.worker = Worker(program_process.__file__, str(Path(__file__).with_name(f"{process}.py")), HOME)
+    def __init__(self, name: str) -> None:
+        super().__init__(name, HOME)
+
+    def convert(self, program: Path, target: Path) -> Converted:
+        """Convert a program, and write the engine's file."""
+        said = self.call("convert", str(program), str(target), LAYER)
+        return Converted(
+            said["integer"], said["floats"], tuple(said["products"]), said["conversions"], tuple(self.notes(target)), said.get("faults", {})
+        )
+
+    def notes(self, target: Path) -> list[str]:
+        """What else is to be said of a file."""
+        return []
 
     def run(self, path: Path, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """The outputs of a file."""
-        return self.worker.ask(("run", (str(path), list(arrays))))  # type: ignore[no-any-return]
+        return self.call("run", str(path), list(arrays))  # type: ignore[no-any-return]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lightning_cco.export.engines import qnn_process
 from lightning_cco.export.engines.entry import Computed, Engine, Form, Want
 from lightning_cco.export.engines.worker import FileWorker
 from lightning_cco.export.limits import Limits
@@ -25,13 +24,13 @@ class Compiled(FileWorker):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(qnn_process.__file__, path)
+        super().__init__("qnn_process", path)
 
     def computed(self) -> list[Computed]:
-        """What is executed: a node that is laid out otherwise than in the file has a number behind its name."""
+        """What is executed: a node that is laid out otherwise than in the file has a number after its name."""
         return [
             Computed(kind, precision, kind in _PRODUCTS, tuple(re.sub(r"_token_\d+$", "", name) for name in names), computes)
-            for kind, precision, computes, names in self.ask(None)
+            for kind, precision, computes, names in self.call("executed")
         ]
 
 
@@ -54,7 +53,7 @@ QNN = Engine(
         Want(
             Form.UNITS,
             "2.7",
-            "it has no operators on integers alone, and computes in float what is read past a Gather, Split or Resize without a pair behind it; of a table in "
+            "it has no operators on integers alone, and computes in float what is read past a Gather, Split or Resize without a pair after it; of a table in "
             "float whose rows are rounded it cuts the levels off instead of rounding them: half a step off on average",
             f"{_CANARIES}::test_qnn_units",
         ),

@@ -1,15 +1,11 @@
 """QNN's HTP (the NPU of Qualcomm's chips) by ONNX Runtime, in a process of its own; on other processors the library simulates it.
 
-Run as a script, with the path of a file; it imports nothing of lightning_cco. Messages are pickles of `None` (what is executed) or of arrays by the names of
-inputs (outputs), each answered by ``(result, error)``.
+`engine_process` loads it; it imports nothing of lightning_cco.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import pickle
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -39,25 +35,22 @@ _MOVES = frozenset(
 )
 
 
-def serve(path: str) -> None:
-    """Compile a file for HTP alone, and answer until standard input ends."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the library prints is no answer
-    try:
-        session, executed = _compiled(path)
-        _answer(answers, None, "")
-    except Exception as error:
-        _answer(answers, None, f"{type(error).__name__}: {error}")
-        return
-    while True:
-        try:
-            asked = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            _answer(answers, executed if asked is None else session.run(None, asked), "")
-        except Exception as error:
-            _answer(answers, None, f"{type(error).__name__}: {error}")
+_loaded: dict[str, Any] = {}
+
+
+def load(path: str) -> None:
+    """Compile a file for HTP alone; what is asked later is about it."""
+    _loaded["session"], _loaded["executed"] = _compiled(path)
+
+
+def run(feeds: dict[str, Any]) -> list[Any]:
+    """The outputs, in the file's order, of arrays by the names of inputs."""
+    return _loaded["session"].run(None, feeds)  # type: ignore[no-any-return]
+
+
+def executed() -> list[tuple[str, str, bool, tuple[str, ...]]]:
+    """Operator, precision, whether it computes (or only moves or converts values), and names of each node."""
+    return _loaded["executed"]  # type: ignore[no-any-return]
 
 
 def _compiled(path: str) -> tuple[Any, list[tuple[str, str, bool, tuple[str, ...]]]]:
@@ -98,13 +91,3 @@ def _executed(folder: Path) -> list[tuple[str, str, bool, tuple[str, ...]]]:
             precision = types.pop() if len(types) == 1 else "other"
             found.append((str(node["type"]), precision, node["type"] not in _MOVES, (name, *outputs)))
     return found
-
-
-def _answer(stream: Any, result: Any, error: str) -> None:
-    pickle.dump((result, error), stream)
-    stream.flush()
-
-
-if __name__ == "__main__":
-    del sys.path[0]  # this folder, in which modules have the names of engines
-    serve(sys.argv[1])

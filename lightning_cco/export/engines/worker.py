@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from lightning_cco.export.engines import engine_process
+
 
 class Worker:
     """A script that answers questions until it is dropped.
@@ -75,19 +77,43 @@ class Worker:
         return (own or said or [""])[-1].strip()[:300]
 
 
-class FileWorker(Worker):
-    """A file, loaded in a process of its own, whose script answers arrays by the names of inputs with outputs, and `None` with what it executes.
+class EngineWorker(Worker):
+    """An engine in a process of its own: the functions of a module there, which imports nothing of lightning_cco.
 
     Args:
-        script: Path of the script.
+        name: Name of the module beside this one, such as ``openvino_process``.
+        *imported: Modules that are imported there first.
+
+    Raises:
+        RuntimeError: The engine can't be loaded; the message is its own.
+    """
+
+    def __init__(self, name: str, *imported: str) -> None:
+        super().__init__(engine_process.__file__, str(Path(__file__).with_name(f"{name}.py")), *imported)
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """What a function of the module gives.
+
+        Raises:
+            RuntimeError: It failed, or the process has ended.
+        """
+        return self.ask((function, arguments))
+
+
+class FileWorker(EngineWorker):
+    """A file, loaded by an engine in a process of its own.
+
+    Args:
+        name: Name of the module beside this one that has ``load``, ``run`` and ``executed``.
         path: The file.
 
     Raises:
         RuntimeError: The engine can't load it; the message is its own.
     """
 
-    def __init__(self, script: str, path: Path) -> None:
-        super().__init__(script, str(path))
+    def __init__(self, name: str, path: Path) -> None:
+        super().__init__(name)
+        self.call("load", str(path))
 
     def run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """The outputs, in the file's order.
@@ -95,7 +121,7 @@ class FileWorker(Worker):
         Raises:
             RuntimeError: It failed, or the process has ended.
         """
-        return self.ask(dict(feeds))  # type: ignore[no-any-return]
+        return self.call("run", dict(feeds))  # type: ignore[no-any-return]
 
 
 def _end(process: subprocess.Popen[bytes], said: Any) -> None:

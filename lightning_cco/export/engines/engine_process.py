@@ -1,4 +1,4 @@
-"""Engines that read programs, in a process of its own.
+"""The loop of an engine's process: it answers until standard input ends.
 
 Run as a script; it imports nothing of lightning_cco. Messages are pickles of ``(function, arguments)``, each answered by ``(result, error)``.
 """
@@ -13,25 +13,26 @@ import sys
 from typing import Any
 
 
-def serve(module: str, operators: str) -> None:
+def serve(module: str, *imported: str) -> None:
     """Answer until standard input ends.
 
     Args:
-        module: Path of what answers.
-        operators: Module that registers the operators of programs.
+        module: Path of the module whose functions answer.
+        *imported: Modules that are imported first, such as the one that registers the operators of programs.
     """
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the engine prints is no answer
     try:
-        importlib.import_module(operators)
+        for name in imported:
+            importlib.import_module(name)
         spec = importlib.util.spec_from_file_location("engine", module)
         assert spec is not None
         assert spec.loader is not None
         engine: Any = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(engine)
-        answer(answers, None, "")
+        _answer(answers, None, "")
     except Exception as error:
-        answer(answers, None, _said(error))
+        _answer(answers, None, _named(error))
         return
     while True:
         try:
@@ -39,18 +40,17 @@ def serve(module: str, operators: str) -> None:
         except EOFError:
             return
         try:
-            answer(answers, getattr(engine, function)(*arguments), "")
+            _answer(answers, getattr(engine, function)(*arguments), "")
         except Exception as error:
-            answer(answers, None, _said(error))
+            _answer(answers, None, _named(error))
 
 
-def answer(stream: Any, result: Any, error: str) -> None:
-    """Send one answer."""
+def _answer(stream: Any, result: Any, error: str) -> None:
     pickle.dump((result, error), stream)
     stream.flush()
 
 
-def _said(error: Exception) -> str:
+def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
