@@ -43,7 +43,8 @@ def descriptions(kind: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for ancestor in reversed(kind.__mro__):
         text = inspect.cleandoc(ancestor.__doc__ or "")
-        entries = re.split(r"^    (?=\w+: )", text.partition("Attributes:\n")[2], flags=re.MULTILINE)
+        attributes = re.split(r"^(?=\S)", text.partition("Attributes:\n")[2], maxsplit=1, flags=re.MULTILINE)[0]  # up to the next section
+        entries = re.split(r"^    (?=\w+: )", attributes, flags=re.MULTILINE)
         for name, _, said in (entry.partition(": ") for entry in entries if entry.strip()):
             found[name] = " ".join(said.split())
     return found

@@ -43,6 +43,7 @@ def test_the_page_of_settings_is_as_the_code_says() -> None:
 
 def test_the_page_of_settings_names_every_setting_and_its_default() -> None:
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |<!--)", read("settings.md"), flags=re.DOTALL | re.MULTILINE))
+    assert not re.search(r">>>|(Example|Raises|Args):", "".join(sections.values()))  # a docstring's other parts are not a key's description
     defaults = cc.Settings().to_dict()
     assert set(defaults) <= set(sections)
     for section, values in defaults.items():
