@@ -129,6 +129,7 @@ def _export(options: argparse.Namespace) -> None:
     if len(batches) > 1 and quantized.network is None and overrides_forward(module) and not str(options.out).endswith(".pt2"):
         calls = [forward_arguments(module, batch) for batch in batches]
         more["batches"] = [kwargs or args for args, kwargs in calls]
+    print(f"Writing {options.out} and checking it; a large model takes minutes.", file=sys.stderr)
     written = quantized.export(options.out, **more)
     if isinstance(written, ExportReport):
         written.save(written.beside)

@@ -285,8 +285,8 @@ class CompressionRun:
     def export(self, path: str | Path, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: dict[str, Any]) -> Any:
         """Write a file and show what its check has found; see `Handover.export`."""
         written = self._handover().export(path, args, kwargs, options)
-        if isinstance(written, ExportReport) and self._monitor is not None:
-            self._monitor.on_export(written)
+        if isinstance(written, ExportReport):  # of a checkpoint that was only tested there is no run to show it in: log and JSON alone
+            (self._monitor or Monitor(written.beside.parent)).on_export(written)
         return written
 
     def _handover(self) -> Handover:

@@ -6,16 +6,18 @@ import math
 
 
 def figure(value: float, digits: int = 4) -> str:
-    """A figure in so many significant digits; no exponent where none is needed, thousands apart.
+    """A figure in so many significant digits; thousands apart; an exponent where people would have to count digits.
 
     >>> figure(12345.6), figure(1234.5), figure(0.00123456), figure(-31.4159), figure(9999.9), figure(float("nan"))
     ('12,346', '1,234', '0.001235', '-31.42', '10,000', 'nan')
     >>> figure(999.9, digits=3), figure(31.4159, digits=3)
     ('1,000', '31.4')
+    >>> figure(2837384517668543488.0), figure(123456789.0)
+    ('2.837e+18', '123,456,789')
     """
     if not math.isfinite(value):
         return str(value)
-    return f"{value:,.0f}" if abs(value) >= 10**digits - 0.5 else f"{value:,.{digits}g}"
+    return f"{value:,.0f}" if 10**digits - 0.5 <= abs(value) < 1e9 else f"{value:,.{digits}g}"
 
 
 def short_figure(value: float) -> str:

@@ -64,6 +64,7 @@ class Handover:
         """Write and check a file; see `CCOCallback.export`."""
         quantized = self.compressed()
         source = ""
+        rank_zero_info(f"Writing {path} and checking it; a large model takes minutes.")
         if holds_weights_alone(path):
             return quantized.export(path, **options)
         if not len(args) and not kwargs:

@@ -46,7 +46,7 @@ class Suggestion:
         'expected: -0.0123 of the loss, +3.1 % size of the weights'
         """
         parts = [] if math.isnan(self.wins) else [f"-{figure(self.wins, 3)} of the loss"]
-        parts += [] if math.isnan(self.costs) else [f"+{figure(100 * self.costs, 2)} % size of the weights"]
+        parts += [] if math.isnan(self.costs) or abs(self.costs) < 5e-5 else [f"+{figure(100 * self.costs, 2)} % size of the weights"]
         return f"expected: {', '.join(parts)}" if parts else ""
 
 

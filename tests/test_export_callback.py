@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -112,3 +113,15 @@ def test_export_dir_on_two_processes_is_written_once(tmp_path: Path) -> None:
     ]
     assert json.loads((tmp_path / "int8" / "Classifier_int8.onnx.export_report.json").read_text())["sqnr_db"] > 20
     assert (tmp_path / "rank1.pt").exists()
+
+
+def test_a_tested_checkpoint_is_exported_with_its_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints")
+    make_trainer(tmp_path, CCOCallback(QUICK), checkpoint, enable_checkpointing=True).fit(Classifier(), batches())
+    fresh = CCOCallback(QUICK)
+    make_trainer(tmp_path, fresh).test(Classifier(), batches(), ckpt_path=checkpoint.best_model_path)
+    with caplog.at_level(logging.INFO):
+        fresh.export(tmp_path / "model.onnx")
+    assert f"Writing {tmp_path / 'model.onnx'}" in caplog.text
+    assert "runs in INT8        5 QLinearConv" in caplog.text
+    assert json.loads((tmp_path / "model.onnx.export_report.json").read_text())["integer_nodes"]["QLinearConv"] == 5

@@ -254,6 +254,12 @@ def test_heat_map_colours_follow_the_values() -> None:
     assert red in colours(None, broken=float("nan"))
 
 
+def test_heat_map_explains_no_scale_where_every_cell_is_red() -> None:
+    red = heat_map([(0, {"conv": 2e18, "linear": 3e18})], threshold=1000.0)
+    colours = {tuple(pixel) for pixel in np.asarray(red).reshape(-1, 3)}
+    assert not any(blue > red + 40 for red, _, blue in ((int(r), int(g), int(b)) for r, g, b in colours))
+
+
 def test_heat_map_shows_the_modules() -> None:
     history = [(0, {"conv": 1.0, "linear": 2.0})]
     without, short = heat_map(history), heat_map(history, paths={"conv": "stem.0", "linear": "head"})

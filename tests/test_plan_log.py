@@ -54,6 +54,13 @@ def test_it_begins_with_the_layers_that_run_in_int8() -> None:
     assert {layer.name: layer.multiplications for layer in plan.graph if layer.multiplications} == multiplied
     share = sum(count for name, count in multiplied.items() if name in plan.quantized) / sum(multiplied.values())
     assert f"({100 * share:.0f} % of the multiplications)" in first
+    assert start_lines(plan.graph, plan)[0] == first
+
+
+def test_as_many_layers_are_parsed_as_the_map_has() -> None:
+    plan = planned(60)
+    rows = layers_text(plan).split("\n\n", 1)[1].strip().splitlines()[2:]
+    assert f"Parsed layers: {len(rows)};" in start_lines(plan.graph, plan)[1]
 
 
 def test_repeated_modules_are_one() -> None:

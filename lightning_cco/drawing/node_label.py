@@ -34,7 +34,19 @@ BLUE = Paint("#DCE9FF", "#2962D9", "#A9C4F5")
 GREEN = Paint("#DDF4E1", "#23934A", "#A3D9B1")
 YELLOW = Paint("#FFF1BF", "#C99700", "#E8CF7A")
 WHITE = Paint("#FFFFFF", "#7C8894", "#D5DBE1")
-MIXED = Paint("#F7F7EE", "#8C9A3A", "#D3D8B0")
+
+
+def mixed(share: float) -> Paint:
+    """The colours between yellow (0) and green (1)."""
+
+    def between(low: str, high: str) -> str:
+        parts = [(int(low[at : at + 2], 16), int(high[at : at + 2], 16)) for at in (1, 3, 5)]
+        return "#" + "".join(f"{round(start + share * (end - start)):02X}" for start, end in parts)
+
+    return Paint(between(YELLOW.fill, GREEN.fill), between(YELLOW.border, GREEN.border), between(YELLOW.rule, GREEN.rule))
+
+
+MIXED = mixed(0.5)
 
 
 def node_label(title: str, kind: str, path: str, rows: Iterable[str], paint: Paint, border: int = 1) -> str:

@@ -28,7 +28,8 @@ _WIDEST = 1250  # points from the first box to the last: what is wider is shrunk
 def draw_overview(graph: LayerGraph, plan: QuantizationPlan, qs: Mapping[str, float] | None = None, title: str = "") -> pydot.Dot:
     """Draw modules, at most a dozen boxes for any network; fewer where long names would make the whole too wide to be read.
 
-    A box is green if all of its multiplications are in INT8, yellow if none is; its bar shows the share. Modules without multiplications count layers.
+    A box is green if all of its multiplications are in INT8, yellow if none is, in between by their share, which its bar shows. Modules without
+    multiplications count layers.
 
     Args:
         graph: The layers.
@@ -94,7 +95,7 @@ def _box(graph: LayerGraph, plan: QuantizationPlan, box: Box, qs: Mapping[str, f
     if box.end:
         return html.node_label(box.label, "", "", marked, html.BLUE, border=4 if marked else 2), ", ".join(box.members)
     share = share_in_int8(graph, plan, box.members)
-    paint = html.WHITE if math.isnan(share) else html.GREEN if share == 1 else html.YELLOW if share == 0 else html.MIXED
+    paint = html.WHITE if math.isnan(share) else html.mixed(share)
     count = f"× {box.repeats} · " if box.repeats > 1 else ""
     rows = [html.text_row(f"{count}{len(box.members)} layers" if len(box.members) > 1 else graph[box.members[0]].kind, color=html.MUTED)]
     if not math.isnan(share):

@@ -236,9 +236,11 @@ class ExportReport:
         worst = max(self.layers, key=lambda entry: entry.mean_steps, default=None)
         if worst is None:
             return []
+        steps = f"{self.largest_steps:.0f} step{'' if round(self.largest_steps) == 1 else 's'}"
         return [
-            f"  layer by layer      at most {self.largest_steps:.0f} steps, {self.mean_steps:.3f} on average; "
-            f"most in '{worst.layer}': {worst.mean_steps:.3f} on average",
+            f"  layer by layer      at most {steps}, {self.mean_steps:.1g} on average; most in '{worst.layer}': {worst.mean_steps:.1g} on average"
+            if self.largest_steps
+            else f"  layer by layer      no difference in any of {len(self.layers)} rounded tensors",
             *(f"  not compared        {layer}: {why}" for layer, why in self.uncompared.items()),
         ]
 

@@ -136,8 +136,16 @@ def sizes_to_vary(quantized: HookedModel, deployed: Deployed, batch: bool, wante
 
 def _taken_by_none(deployed: Deployed) -> str:
     """What is said where images and ids have sizes of the example; of other inputs nobody knows which axis might be a size."""
-    named = [f"'{name}' {list(tensor.shape)}" for name, tensor in zip(deployed.names, deployed.example, strict=False) if _has_sizes(tensor)]
+    named = [
+        f"{_axes_of(tensor)} of '{name}'" for name, tensor in zip(deployed.names, deployed.example, strict=False) if _has_sizes(tensor)
+    ]
     return f"fixed, since the model took no other sizes that were tried: {', '.join(named)}" if named else ""
+
+
+def _axes_of(tensor: Tensor) -> str:
+    """The axes that might be sizes, with their lengths: ``height and width [224, 224]``."""
+    names = _IMAGES.get(tensor.dim(), ("sequence",))
+    return f"{', '.join(names[:-1])}{' and ' if names[1:] else ''}{names[-1]} {list(tensor.shape[-len(names) :])}"
 
 
 def _has_sizes(tensor: Tensor) -> bool:

@@ -64,14 +64,15 @@ def heat_map(
     shown = f"the {_MOST_LAYERS} most sensitive of {total} layers" if total > _MOST_LAYERS else f"{total} layers"
     title = f"{what} by epoch, {shown}"
     unknown = any(name not in values for _, values in epochs for name in names)
-    meaning = _meaning(threshold, unknown)
-    widest = max(_MARGIN + int(measure.textlength(title, font=font)), _LEGEND + int(measure.textlength(meaning, font=font)))
+    meaning, legend = _meaning(threshold, unknown, scale.known), _LEGEND if scale.known else _MARGIN
+    widest = max(_MARGIN + int(measure.textlength(title, font=font)), legend + int(measure.textlength(meaning, font=font)))
     top = 3 * _ROW + _MARGIN
     image = Image.new("RGB", (max(label + cell * len(epochs), widest) + _MARGIN, top + _ROW * len(names) + _MARGIN), "white")
     draw = ImageDraw.Draw(image)
     draw.text((_MARGIN, 6), title, fill="black", font=font)
-    scale.draw(draw, font)
-    draw.text((_LEGEND, 36), meaning, fill=_MUTED, font=font, anchor="lm")
+    if scale.known:
+        scale.draw(draw, font)
+    draw.text((legend, 36), meaning, fill=_MUTED, font=font, anchor="lm")
     draw.text((label - _MARGIN, top - 8), "epoch", fill="black", font=font, anchor="rb")
     for row, name in enumerate(names):
         y = top + _ROW * row
@@ -99,16 +100,16 @@ def _shown_layers(history: Sequence[tuple[int, Mapping[str, float]]]) -> tuple[l
     return [name for name in names if name in worst], len(names)
 
 
-def _meaning(threshold: float | None, unknown: bool) -> str:
-    said = "the darker the higher, logarithmic"
+def _meaning(threshold: float | None, unknown: bool, scale: bool) -> str:
+    said = ["the darker the higher, logarithmic"] if scale else []
     if threshold is not None:
-        said += f"; red: above {threshold:,.6g}"
-    return f"{said}; grey: in float, not measured" if unknown else said
+        said.append(f"red: above {threshold:,.6g}")
+    return "; ".join([*said, "grey: in float, not measured"] if unknown else said)
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """Logarithms of the least and of the largest value that has a colour of the scale, and what is red."""
+    """Logarithms of the least and of the largest value that has a colour of the scale (NaN: none has), and what is red."""
 
     low: float
     high: float
@@ -118,7 +119,12 @@ class _Scale:
     def of(cls, values: Sequence[float], threshold: float | None) -> _Scale:
         most = math.inf if threshold is None else threshold  # what is above is red anyway
         finite = [value for value in values if 0 < value < math.inf and value <= most]
-        return cls(math.log(min(finite)), math.log(max(finite)), threshold) if finite else cls(0.0, 1.0, threshold)
+        return cls(math.log(min(finite)), math.log(max(finite)), threshold) if finite else cls(math.nan, math.nan, threshold)
+
+    @property
+    def known(self) -> bool:
+        """Whether any value has a colour of the scale."""
+        return not math.isnan(self.low)
 
     def colours(self, value: float | None) -> tuple[tuple[int, int, int], str]:
         """Of a cell, and of the figure in it."""

@@ -21,12 +21,13 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def start_lines(graph: LayerGraph, plan: QuantizationPlan) -> list[str]:
-    """What the log says at the start: the map from modules to layers if it is short, and the plan."""
-    said = plan_lines(plan)
+    """What the log says at the start: how much runs in INT8, the map from modules to layers if it is short, and the plan."""
+    summary, *said = plan_lines(plan)
     table = parsed_layers(graph).splitlines()
-    if len(table) + 1 + len(said) <= MOST_LINES:
-        return ["Parsed layers:", *table, *said]
-    return [f"Parsed layers: {len(graph)}; the map from module to layer, with bits and reasons, is in layers.txt", *said]
+    if len(table) + 2 + len(said) <= MOST_LINES:
+        return [summary, "Parsed layers:", *table, *said]
+    count = sum(layer.kind != "output" for layer in graph)  # as many as the map has rows
+    return [summary, f"Parsed layers: {count}; the map from module to layer, with bits and reasons, is in layers.txt", *said]
 
 
 def plan_lines(plan: QuantizationPlan) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_cco import QuantizedModel, quantize
 from lightning_cco.drawing.modules_view import modules_view
+from lightning_cco.drawing.node_label import GREEN, YELLOW, mixed
 from lightning_cco.drawing.overview import HEIGHT, WIDTH, draw_overview, share_in_int8
 from lightning_cco.drawing.render import DPI, save_overview
 
@@ -125,6 +126,14 @@ def test_the_share_is_that_of_the_multiplications() -> None:
     work = {name: graph[name].multiplications for name in ("conv", "conv_1")}
     assert share_in_int8(graph, plan, ["conv", "conv_1"]) == work["conv"] / sum(work.values())
     assert share_in_int8(graph, plan, ["relu", "max_pool"]) == 1.0
+
+
+def test_colours_follow_the_share() -> None:
+    assert mixed(0.0) == YELLOW
+    assert mixed(1.0) == GREEN
+    redness = [int(mixed(share).fill[1:3], 16) for share in (0.0, 0.25, 0.5, 0.75, 0.995, 1.0)]
+    assert redness == sorted(redness, reverse=True)
+    assert redness[-2] - redness[-1] <= 1  # nearly all looks like all
 
 
 def test_nearly_all_is_not_all(tmp_path: Path) -> None:

@@ -172,7 +172,11 @@ def test_sizes_that_the_model_ties_are_named(tmp_path: Path) -> None:
     make, example, _ = MODELS["vit"]
     quantized, x = calibrated(make(), example)
     report = quantized.export(tmp_path / "model.onnx", batches=[(x,)])
-    assert any(note.startswith("fixed, since the model took no other sizes") and "'x'" in note for note in report.notes)
+    assert report.inputs["x"][0] == "batch"
+    assert any(
+        note.startswith("fixed, since the model took no other sizes") and note.endswith(f": height and width {list(x.shape[2:])} of 'x'")
+        for note in report.notes
+    )
     with pytest.raises(CCOError, match="took no other sizes"):
         quantized.export(tmp_path / "model.onnx", dynamic_sizes=True)
 
