@@ -95,6 +95,12 @@ class ActivationQuantizer(ActivationRange):
         """Scale and zero point as Python numbers, where reading them makes neither a compiler nor a device stop: eagerly and on the CPU."""
         return self._read(self.scale, self.zero_point) if not torch.compiler.is_compiling() and self.scale.is_cpu else None
 
+    def note_numbers(self, scale: float, zero_point: float) -> None:
+        """Keep what was just written to scale and zero point."""
+        buffers = self._buffers
+        versions = buffers["scale"]._version, buffers["zero_point"]._version  # type: ignore[union-attr]
+        object.__setattr__(self, "_numbers", (versions, (scale, zero_point)))  # a tenth of what a module's attribute takes
+
     def _read(self, scale: Tensor, zero_point: Tensor) -> tuple[float, float]:
         versions = scale._version, zero_point._version
         known, values = self._numbers

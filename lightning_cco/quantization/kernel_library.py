@@ -35,6 +35,7 @@ _TYPES: dict[str, tuple[Any, list[Any]]] = {
     "affine_weight_scale": (None, [_pointer, _long, _long, _int, _int, _float, _int, _pointer, _pointer, _int]),
     "fake_quantize_affine_weight": (None, [_pointer, _pointer, _long, _long, _int, _int, _float, _int, _pointer, _pointer, _int, _int]),
     "fake_quantize_rows": (None, [_pointer, _pointer, _long, _long, _int, _float, _int]),
+    "move_ranges": (None, [ctypes.c_char_p, _long, _int, _float, _int, _float, _pointer, _pointer, _pointer]),
     "energies": (None, [_pointer, _pointer, _long, _int, *[_float] * 3, _pointer, _int]),
 }
 """Types of the result and of the arguments of each function."""

@@ -477,6 +477,62 @@ void fake_quantize_rows(const void *x, void *y, int64_t rows, int64_t n, int hal
     }
 }
 
+/* Where the numbers of one quantizer's range are, and its format. */
+struct range {
+    float *extrema, *min_val, *max_val, *scale, *zero_point, *clip_ratio;
+    int64_t num_bits, symmetric;
+};
+
+static inline float width(float low, float high) { return (high < 0.0f ? 0.0f : high) - (low > 0.0f ? 0.0f : low); }
+
+static inline float towards(float from, float to, float share, int from_end) { return from_end ? to + (to - from) * share : from + (to - from) * share; }
+
+/* Let ranges follow their extrema, which are then forgotten; the arithmetic is that of range_updates.py and of `affine_qparams` in qparams.py.
+ *
+ * widens:   whether they widen to the extrema, instead of moving towards them by `share`, counted from there if `from_end`.
+ * outlier:  how many times as wide as a range an outlier is.
+ * before:   null, or which ranges met an outlier the last time; `outliers`: which do now.
+ * qparams:  takes the scales of all, then their zero points.
+ */
+void move_ranges(const struct range *ranges, int64_t n, int widens, float share, int from_end, float outlier, const uint8_t *before, uint8_t *outliers,
+                 float *qparams) {
+    int first = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const float low = ranges[i].extrema[0], high = ranges[i].extrema[1], least = *ranges[i].min_val, most = *ranges[i].max_val;
+        const int seen = isfinite(low) && isfinite(high) && (low != 0.0f || high != 0.0f), empty = least == 0.0f && most == 0.0f;
+        outliers[i] = seen && !empty && width(low, high) > outlier * width(least, most);
+        first |= outliers[i] && !(before && before[i]);
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const struct range *const range = ranges + i;
+        const float ratio = widens ? 1.0f : *range->clip_ratio, low = range->extrema[0] * ratio, high = range->extrema[1] * ratio;
+        float least = *range->min_val, most = *range->max_val;
+        const int seen = isfinite(range->extrema[0]) && isfinite(range->extrema[1]) && (range->extrema[0] != 0.0f || range->extrema[1] != 0.0f);
+        const int again = outliers[i] && before && before[i], empty = least == 0.0f && most == 0.0f;
+        if (again || (seen && !first)) {
+            if (widens) {
+                least = low < least ? low : least;
+                most = high > most ? high : most;
+            } else {
+                least = again || empty ? low : towards(least, low, share, from_end);
+                most = again || empty ? high : towards(most, high, share, from_end);
+            }
+        }
+        const int last = (1 << range->num_bits) - 1, limit = (1 << (range->num_bits - 1)) - 1;
+        const float bottom = least > 0.0f ? 0.0f : least, top = most < 0.0f ? 0.0f : most;
+        const float span = range->symmetric ? 2.0f * (-bottom > top || bottom != bottom ? -bottom : top) : top - bottom;
+        float scale = (span > 0.0f ? span : 1.0f) / (float)(range->symmetric ? 2 * limit : last), zero_point = 0.0f;
+        scale = scale < 1e-12f ? 1e-12f : scale;
+        if (!range->symmetric) {
+            zero_point = rintf(0.0f - bottom / scale);
+            zero_point = zero_point < 0.0f ? 0.0f : zero_point > (float)last ? (float)last : zero_point;
+        }
+        *range->min_val = least, *range->max_val = most;
+        *range->scale = qparams[i] = scale, *range->zero_point = qparams[n + i] = zero_point;
+        range->extrema[0] = INFINITY, range->extrema[1] = -INFINITY;
+    }
+}
+
 /* Squared norms of y - x and of x, summed in float64 over blocks summed in float32. With a scale, y is x rounded to its grid, and need not be there. */
 void energies(const void *x, const void *y, int64_t n, int half, float scale, float first, float last, double *sums, int threads) {
     const int64_t blocks = (n + BLOCK - 1) / BLOCK;

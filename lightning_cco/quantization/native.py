@@ -61,6 +61,7 @@ class Kernels:
         self._fake_quantize_affine_weight = library.fake_quantize_affine_weight
         self._fake_quantize_rows = library.fake_quantize_rows
         self._energies = library.energies
+        self.move_ranges = library.move_ranges  # called by range_kernel.py
 
     def fake_quantize(
         self,

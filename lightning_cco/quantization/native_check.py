@@ -62,6 +62,8 @@ def wrong_function(library: ctypes.CDLL) -> str | None:
         return "fake_quantize_rows"
     if not _rounds_affinely(library, weight.reshape(48, 20) + np.float32(0.5)):
         return "fake_quantize_affine_weight"
+    if not _moves_ranges(library):
+        return "move_ranges"
     sums = (ctypes.c_double * 2)()
     library.energies(x.ctypes.data, None, x.size, 0, scale, -90.0, 80.0, sums, 1)
     error, signal = float(((expected - x).astype(np.float64) ** 2).sum()), float((x.astype(np.float64) ** 2).sum())
@@ -83,3 +85,18 @@ def _rounds_affinely(library: ctypes.CDLL, rows: Values) -> bool:
         if not np.array_equal(found, [wanted, zeros]):
             return False
     return True
+
+
+def _moves_ranges(library: ctypes.CDLL) -> bool:
+    """Whether two ranges of 8 bits, [-1, 2] and, with a zero point of 0, [-3, 1], move a quarter towards [-2, 4] as NumPy has it."""
+    numbers = np.array([[-2, 4, -1, 2, 0, 0, 1], [-2, 4, -3, 1, 0, 0, 0.5]], np.float32)
+    described = b"".join(
+        struct.pack("8q", *(row.ctypes.data + 4 * at for at in (0, 2, 3, 4, 5, 6)), 8, symmetric) for symmetric, row in enumerate(numbers)
+    )
+    outliers, qparams = np.ones(2, np.uint8), np.empty((2, 2), np.float32)
+    library.move_ranges(described, 2, False, 0.25, False, 1000.0, None, outliers.ctypes.data, qparams.ctypes.data)
+    scale, symmetric_scale = np.float32(3.75) / np.float32(255), np.float32(5) / np.float32(254)
+    zero_point = np.rint(np.float32(1.25) / scale)
+    expected = [[np.inf, -np.inf, -1.25, 2.5, scale, zero_point, 1], [np.inf, -np.inf, -2.5, 1.25, symmetric_scale, 0, 0.5]]
+    same = np.array_equal(numbers, np.array(expected, np.float32)) and np.array_equal(qparams, numbers[:, 4:6].T)
+    return same and not outliers.any()

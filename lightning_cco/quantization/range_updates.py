@@ -15,6 +15,7 @@ from lightning_cco.errors import CCOWarning
 from lightning_cco.names import list_names
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.qparams import affine_qparams
+from lightning_cco.quantization.range_kernel import move_by_kernel
 from lightning_cco.quantization.ranges import says_something
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.tracing import reads_at_once
@@ -42,6 +43,18 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], outliers_before: Te
     moving = [quantizer for quantizer in quantizers if not quantizer.fixed]
     if not moving:
         return None
+    outliers = move_by_kernel(moving, _OUTLIER, outliers_before) if world_size() == 1 else None
+    if outliers is None:
+        outliers = _move(moving, outliers_before)
+        forget_batches(moving)
+    for quantizer in moving:
+        if quantizer.empty:
+            quantizer.notice_in_training()
+    return outliers
+
+
+def _move(moving: Sequence[ActivationQuantizer], outliers_before: Tensor | None) -> Tensor:
+    """By operations of PyTorch."""
     widens = moving[0].estimator == "min_max"
     low, high, seen = _batch_of_all_ranks(moving, widens)
     buffers = [buffers_of(quantizer) for quantizer in moving]  # read directly: a module's attributes take a microsecond each
@@ -51,7 +64,7 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], outliers_before: Te
         empty = (min_val == 0) & (max_val == 0)
     else:
         ratio, constant = torch.stack([held["clip_ratio"] for held in buffers]), moving[0].averaging_constant
-        new_min, new_max = torch.lerp(min_val, low * ratio, constant), torch.lerp(max_val, high * ratio, constant)
+        new_min, new_max = _towards(min_val, low * ratio, constant), _towards(max_val, high * ratio, constant)
         # What was all zeros so far (an adapter that begins at 0) has no range yet to move from.
         empty = (min_val == 0) & (max_val == 0)
         new_min, new_max = torch.where(empty, low * ratio, new_min), torch.where(empty, high * ratio, new_max)
@@ -75,13 +88,13 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], outliers_before: Te
             foreach_copy([buffers[position][name] for position in positions], list(values.unbind()))
         if reads_at_once(min_val.device):
             for position, scale, zero_point in zip(positions, *(values.tolist() for values in qparams), strict=True):
-                versions = buffers[position]["scale"]._version, buffers[position]["zero_point"]._version
-                moving[position]._numbers = versions, (scale, zero_point)
-    for quantizer in moving:
-        if quantizer.empty:
-            quantizer.notice_in_training()
-    forget_batches(moving)
+                moving[position].note_numbers(scale, zero_point)
     return outliers
+
+
+def _towards(start: Tensor, end: Tensor, share: float) -> Tensor:
+    """As `torch.lerp`, but of operations that round alike everywhere: that one rounds once where it could round twice on some processors."""
+    return start + (end - start) * share if share < 0.5 else end + (end - start) * (share - 1.0)
 
 
 def new_outliers(outliers: Tensor, before: Tensor | None) -> Tensor:
