@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_cco.errors import CCOError
+from lightning_cco.export.batch_check import check_other_batch
 from lightning_cco.export.comparison import Comparison
 from lightning_cco.export.dynamic_reads import DynamicReads
 from lightning_cco.export.engine import engine_session, inspected_session, rounded_tensors
@@ -44,6 +45,7 @@ def check_file(
 
     Raises:
         SizesDoNotVary: It can't be run on them.
+        BatchDoesNotVary: The batch varies in it, but it gives other outputs than the model with another one.
         CCOError: The file's outputs are not those of the model: another number, or another shape; or the engine that it is for refuses it.
     """
     import onnx
@@ -94,6 +96,7 @@ def check_file(
     except CCOError:
         return  # wrong in ONNX Runtime already; whoever asked for the check says so
     with quantized.evaluating():
+        check_other_batch(quantized, session, compared, calls[0], None if as_written else session, report)
         check_in_target(path, path.with_name("inspected.onnx"), written, emitter, cases, rounded, report)
 
 

@@ -46,9 +46,14 @@ class Comparison:
         ends: Sequence[str],
     ) -> None:
         self._quantized, self._forward, self._inspected, self._ends = quantized, forward, inspected, list(ends)
+        self._rounded = rounded
         self._names = [entry.tensor for entries in rounded.values() for entry in entries]
         self.local = LocalRun(quantized, rounded)
         self.outputs: Outputs | None = None
+
+    def anew(self) -> Comparison:
+        """Another comparison of the same two, which has found nothing yet."""
+        return Comparison(self._quantized, self._forward, self._inspected, self._rounded, self._ends)
 
     def run(self, arguments: ForwardArguments, feeds: Mapping[str, Array], plain: Any = None) -> Run:
         """Run both on a batch.

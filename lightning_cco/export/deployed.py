@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from lightning_cco.errors import CCOError
+from lightning_cco.export.failures import BatchDoesNotVary
 from lightning_cco.export.forward_signature import ForwardSignature
 from lightning_cco.export.labels import find_labels
 from lightning_cco.export.nested import ArgPath, follow, items_of, leaves, mapped, name_of
@@ -73,6 +74,7 @@ class Deployed(nn.Module):
         kept = [(slot, value) for slot, value in leaves(result) if isinstance(value, Tensor)]
         losses = [slot for slot, value in kept if slot and slot[-1] == "loss" and value.dim() == 0]
         self._kept = [slot for slot, _ in kept if slot not in losses or len(kept) == len(losses)]
+        self._given = {slot for slot, _ in kept}
         self.lost = [name_of(slot) for slot in losses if slot not in self._kept] + _others(result)
         if not self._kept:
             raise CCOError(
@@ -110,14 +112,17 @@ class Deployed(nn.Module):
         """Of what the model gives, the tensors that are outputs.
 
         Raises:
-            CCOError: One of the example's is missing.
+            BatchDoesNotVary: One of the example's is missing, or there is one more.
         """
         found = {slot: value for slot, value in leaves(result) if isinstance(value, Tensor)}
         missing = [slot for slot in self._kept if slot not in found]
-        if missing:
-            raise CCOError(
-                f"export: {type(self.model).__name__} gave no '{name_of(missing[0])}' on these inputs, but did on the example. "
-                "If the model gives another number of tensors in evaluation, export in that form."
+        more = [slot for slot in found if slot not in self._given]
+        if missing or more:
+            name, which = type(self.model).__name__, name_of((missing or more)[0])
+            said = f"gave no '{which}' on these inputs, but did" if missing else f"gave '{which}' on these inputs, but did not"
+            raise BatchDoesNotVary(
+                f"export: {name} {said} on the example. If the model gives another number of tensors in evaluation, export in that form; "
+                "if it depends on the size of the batch, pass dynamic_batch=False."
             )
         return tuple(found[slot] for slot in self._kept)
 

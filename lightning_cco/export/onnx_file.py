@@ -23,6 +23,7 @@ from lightning_cco.export.onnx_notes import (
     notes_on_inputs,
     notes_on_types,
     notes_on_weights,
+    warn_of_batches,
     warn_of_floats,
     warn_of_groups,
     warn_of_integers,
@@ -127,6 +128,7 @@ def export_onnx(
                 warn_of_floats(report)
                 warn_of_integers(report)
                 warn_of_groups(report)
+                warn_of_batches(report)
                 move(folder / target.name, target)
         except OSError as error:
             raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error

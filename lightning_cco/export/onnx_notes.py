@@ -109,3 +109,11 @@ def warn_of_groups(report: ExportReport) -> None:
             CCOWarning,
             stacklevel=3,
         )
+
+
+def warn_of_batches(report: ExportReport) -> None:
+    """Warn of batches for which a file gives other results than the model, where its batch varies: it would not say so itself."""
+    if report.batch_limits:
+        said = f"the file is for batches within these limits alone, beyond them its results are not the model's: {'; '.join(report.batch_limits)}"
+        report.notes.append(said)
+        warnings.warn(f"export: {said}. Give it such batches, or export with dynamic_batch=False.", CCOWarning, stacklevel=4)

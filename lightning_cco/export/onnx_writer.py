@@ -24,7 +24,7 @@ from lightning_cco.export.provenance import layers_of_nodes
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.rewriting import rewrite
-from lightning_cco.export.sizes import Sizes, SizesDoNotVary, limits_of, refuse_long_sizes
+from lightning_cco.export.sizes import Sizes, SizesDoNotVary, VaryingSizesCost, limits_of, refuse_long_sizes
 from lightning_cco.export.stored import StoredWeights
 from lightning_cco.export.tracing import traced_program
 from lightning_cco.quantization.model import HookedModel
@@ -102,7 +102,9 @@ def write_onnx(
     program.save(str(path), **saving)
     report.inputs = {str(value.name): [_size(size) for size in value.shape or ()] for value in graph.inputs}
     said = [f"fixed, since the model ties them to fixed sizes: {'; '.join(fixed)}"] if fixed else []
-    limits = limits_of(traced, inputs) if sizes else []
+    limits = limits_of(traced, inputs)
+    asked = options.get("dynamic_shapes") is not None
+    report.batch_limits += [words for words, axis in limits.items() if axis == 0 and not asked]
     return emitter, said + ([f"sizes within which the file holds: {'; '.join(limits)}"] if limits else [])
 
 
@@ -126,7 +128,7 @@ def _traced(deployed: Deployed, emitter: Emitter, ways: Iterator[Axes], free: bo
         with emitter.collecting():
             deployed(*axes.tensors)
         if free and emitter.stored.blocked:
-            raise SizesDoNotVary("the first convolution then reads blocks of 2 x 2 pixels, which is faster")
+            raise VaryingSizesCost("the first convolution then reads blocks of 2 x 2 pixels, which is faster")
         try:
             with emitter.emitting():
                 # By itself the ONNX exporter tries other ways of tracing when this one fails, which would lose the quantization.

@@ -15,6 +15,7 @@ from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, operation_of_kind
+from lightning_cco.names import list_names
 
 Arrays = list["np.ndarray[Any, Any]"]
 
@@ -46,7 +47,7 @@ class Outputs:
         shapes = [array.shape for array in expected], [array.shape for array in results]
         if shapes[0] != shapes[1]:
             raise BatchDoesNotVary(
-                f"export: the file's outputs have the shapes {shapes[1]}, the model's {shapes[0]}. No file was written. "
+                f"export: the file's outputs {list_names(self.names)} have the shapes {shapes[1]}, the model's {shapes[0]}. No file was written. "
                 "If the model gives another number of tensors in evaluation, export in that form; if a size is fixed in the code, pass dynamic_batch=False."
             )
         for sums, axis, *arrays in zip(self.sums, self.axes, expected, results, local, inspected, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.axes import Axes, ways_to_vary
+from lightning_cco.export.batch_check import check_program_batch
 from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.destination import export_target
 from lightning_cco.export.engines import PROGRAMS, Form
@@ -62,7 +63,7 @@ def export_program(
         network: What the file holds in the place of the model's ``forward``, whose arguments the example then is: `network_of_the_step`.
         pt2e: Whether it has quantized operators. `None`: if ``target_framework`` is an engine that reads such programs.
         batches: What a program with quantized operators is checked on; by default the example.
-        check: Run it, and compare it layer by layer with the fake-quantized model.
+        check: Run it, at another size of the batch as well, and, with quantized operators, compare it layer by layer with the fake-quantized model.
         **options: There are no others; what only an ONNX file has is refused by name.
 
     Raises:
@@ -83,7 +84,7 @@ def export_program(
     def made(dynamic_batch: bool) -> torch.export.ExportedProgram:
         if pt2e:
             return _with_operators(quantized, (args, kwargs), dynamic_batch, dynamic_shapes, network, batches, check, str(path))
-        return _fake_quantized(quantized, args, kwargs, dynamic_batch, dynamic_shapes, network)
+        return _fake_quantized(quantized, args, kwargs, dynamic_batch, dynamic_shapes, network, check)
 
     try:
         program = made(dynamic_batch is not False)
@@ -138,16 +139,21 @@ def _fake_quantized(
     dynamic_batch: bool,
     dynamic_shapes: Any,
     network: StepNetwork | None,
+    check: bool,
 ) -> torch.export.ExportedProgram:
     with quantized.evaluating(), eager():
         deployed = Deployed(quantized.model, args, kwargs, network=network)
         failure: Exception | None = None
         for axes in ways_to_vary(deployed, dynamic_batch, {"dynamic_shapes": dynamic_shapes}, []):
             try:
-                return _traced(deployed, network, axes)
+                program = _traced(deployed, network, axes)
             except Exception as error:
                 quantized.runtime.frames.reset()
                 failure = failure or error
+                continue
+            if check:
+                check_program_batch(program, deployed, *_called(deployed, network))
+            return program
     assert failure is not None
     raise kind_of(failure)(untraceable(quantized.model, "", failure, quantized.graph)) from failure
 
@@ -161,6 +167,11 @@ def _traced(deployed: Deployed, network: StepNetwork | None, axes: Axes) -> torc
         return traced_program(deployed.model, args, kwargs, shapes)
     shapes = (tuple(axes.specifications),)
     return traced_program(deployed, axes.tensors, None, shapes)
+
+
+def _called(deployed: Deployed, network: StepNetwork | None) -> tuple[Callable[[tuple[torch.Tensor, ...]], Any], bool]:
+    """How a program is called with tensors, and whether it gives all that the model does."""
+    return (deployed.call, True) if network is None else (lambda tensors: (tensors, {}), False)
 
 
 def _with_operators(
@@ -183,6 +194,7 @@ def _with_operators(
             report.widened = found.widened
             _compare(quantized, deployed, found, network, calls or [deployed.example], report)
             judge(report)
+            check_program_batch(found.program, deployed, *_called(deployed, network))
     return found.program
 
 
@@ -196,10 +208,11 @@ def _compare(
 ) -> None:
     program = RecordedProgram(found.program)
     comparison = Comparison(quantized, found.emitter, program.rounded, deployed.outputs)
+    arguments, whole = _called(deployed, network)
     for tensors in calls:
-        args, kwargs = deployed.call(tensors) if network is None else (tensors, {})
+        args, kwargs = arguments(tensors)
         given = program.run(args, kwargs)
-        results = arrays_of(deployed.kept(given) if network is None else given)
+        results = arrays_of(deployed.kept(given) if whole else given)
         comparison.add(tensors, results, results, program.levels)
     comparison.tell(report)
     report.faults = format_faults(quantized, program.rounded, found.emitter.stored.engine.wanted(Form.SIGNED))

@@ -117,6 +117,7 @@ class ExportReport:
         target_nodes: How many products of each kind that computes in INT8; of an engine that tells of all its operators, how many of these.
         target_largest_steps: Largest difference of a rounded tensor in that, in steps of its scale, computed from its own tensors before it.
         target_floats: How many of each kind it computes in float.
+        batch_limits: Which batches the file is not for, although its batch varies.
         widened: Types that the model casts to, and that the file computes in float32.
     """
 
@@ -150,6 +151,7 @@ class ExportReport:
     target_largest_steps: float = float("nan")
     target_floats: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, list[int | str]] = field(default_factory=dict)
+    batch_limits: list[str] = field(default_factory=list)
     widened: list[str] = field(default_factory=list)
 
     @property

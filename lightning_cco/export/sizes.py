@@ -31,6 +31,10 @@ class SizesDoNotVary(CCOError):
     """A file whose sizes were to vary can't be written, or is wrong at other sizes."""
 
 
+class VaryingSizesCost(SizesDoNotVary):
+    """Sizes could vary, but at a cost that only who asks for it takes."""
+
+
 def refuse_long_sizes(layer: str, values: Sequence[Any], most: int = _MOST_OPERATIONS) -> None:
     """Refuse sizes that have become long formulas of those of the inputs, while a model is traced.
 
@@ -43,12 +47,12 @@ def refuse_long_sizes(layer: str, values: Sequence[Any], most: int = _MOST_OPERA
         most: How many operations a size may have.
 
     Raises:
-        SizesDoNotVary: A size has more.
+        VaryingSizesCost: A size has more.
     """
     for value in values:
         for size in value.shape if isinstance(value, Tensor) else ():
             if isinstance(size, torch.SymInt) and (operations := _operations(size.node.expr, most)) > most:
-                raise SizesDoNotVary(
+                raise VaryingSizesCost(
                     f"the sizes that layer '{layer}' gets are formulas of more than {operations - 1} operations, "
                     "which PyTorch's exporter would take minutes for"
                 )
@@ -152,9 +156,9 @@ def _has_sizes(tensor: Tensor) -> bool:
     return tensor.dim() in _IMAGES or (tensor.dim() == 2 and not tensor.is_floating_point())
 
 
-def fixed_since(why: str) -> str:
-    """What the report says of sizes that do not vary."""
-    return f"the sizes of the example are fixed in the file: {why}; dynamic_sizes=True lets them vary"
+def fixed_since(why: str, could_vary: bool = True) -> str:
+    """What the report says of sizes that do not vary, though they could, or that can't."""
+    return f"the sizes of the example are fixed in the file: {why}" + ("; dynamic_sizes=True lets them vary" if could_vary else "")
 
 
 class Ways:
@@ -193,7 +197,7 @@ class Ways:
         if self.unvarying is not None:
             raise self.unvarying from self.unvarying.__cause__
         if self._left:
-            self.why = fixed_since(short_reason(error))
+            self.why = fixed_since(short_reason(error), isinstance(error, VaryingSizesCost))
         elif self._may_fix_batch and isinstance(error, BatchDoesNotVary):
             self.unvarying, self.why = error, batch_fixed_since(self._example, error)
             self._left.append(({}, False))
@@ -220,26 +224,28 @@ def short_reason(error: Exception) -> str:
     return str(error).removeprefix("export: ").partition(". ")[0].partition("\n")[0].partition("! For more information")[0]
 
 
-def limits_of(program: torch.export.ExportedProgram, names: Sequence[str]) -> list[str]:
-    """What limits the sizes that vary, in words: a table of positions has an end, a convolution reads at least as much as its kernel.
+def limits_of(program: torch.export.ExportedProgram, names: Sequence[str]) -> dict[str, int]:
+    """What limits the sizes that vary, in words: a table of positions has an end, a convolution reads at least as much as its kernel; and of which axis.
 
     Args:
         program: What was traced.
         names: Name of each input.
     """
-    words: dict[str, str] = {}
+    words: dict[str, int] = {}
+    seen = set()
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in program.graph_signature.user_inputs]
     ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
     for name, node in zip(names, placeholders, strict=False):
         for axis, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
             bounds = ranges.get(str(size))
-            if axis == 0 or bounds is None or str(size) in words:
+            if bounds is None or str(size) in seen:
                 continue
+            seen.add(str(size))
             least = f" {int(bounds.lower)} at least" if bounds.lower > 2 else ""
             most = f" {int(bounds.upper)} at most" if bounds.upper < 2**31 else ""
             if least or most:
-                words[str(size)] = f"axis {axis} of '{name}'{least}{' and' if least and most else ''}{most}"
-    return list(words.values())
+                words[f"axis {axis} of '{name}'{least}{' and' if least and most else ''}{most}"] = axis
+    return words
 
 
 def other_sizes(tensors: Sequence[Tensor], shapes: Sequence[Sequence[Any]]) -> list[tuple[Tensor, ...]]:
@@ -262,7 +268,16 @@ def _resized(tensor: Tensor, shape: Sequence[Any], scale: float) -> Tensor:
         if axis and isinstance(size, str):
             length = int(tensor.shape[axis] * scale)
             if length >= 2:
-                repeats = [1] * tensor.dim()
-                repeats[axis] = -(-length // tensor.shape[axis])
-                tensor = tensor.repeat(repeats).narrow(axis, 0, length)
+                tensor = lengthened(tensor, axis, length)
     return tensor
+
+
+def lengthened(tensor: Tensor, axis: int, length: int) -> Tensor:
+    """A tensor with another size along an axis, repeated from its beginning.
+
+    >>> lengthened(torch.tensor([[1, 2], [3, 4]]), 0, 3).tolist()
+    [[1, 2], [3, 4], [1, 2]]
+    """
+    repeats = [1] * tensor.dim()
+    repeats[axis] = -(-length // tensor.shape[axis])
+    return tensor.repeat(repeats).narrow(axis, 0, length)

@@ -32,7 +32,6 @@ class GroupsOfTheBatch(nn.Module):
         return self.last(F.relu(self.conv(F.relu(x))).mean((2, 3)))
 
 
-@pytest.mark.slow
 class Ordered(nn.Module):
     """Each sample is mixed with those before it, by a matrix that is made for the size of the batch."""
 
