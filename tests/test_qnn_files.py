@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,29 @@ def test_what_it_executes_is_read_from_its_own_graph(tmp_path: Path) -> None:
         ("Softmax", "f32", True, ("node_softmax", "softmax")),
         ("Transpose", "u8", False, ("Transpose_2", "moved")),
     ]
+
+
+LOG = """2026-01-01 [V:onnxruntime:, qnn_execution_provider.cc:1713 LogNodeSupport] Validation PASSED for 1 nodes in OrtNodeUnit (Relu) :
+\tOperator type: Relu Node name: node_relu Node index: 9
+
+2026-01-01 [V:onnxruntime:, qnn_execution_provider.cc:1713 LogNodeSupport] Validation FAILED for 1 nodes in OrtNodeUnit (Mod) :
+\tOperator type: Mod Node name: node_fmod Node index: 10
+\tREASON : QNN Mod Op only support fmod == 0 for now.
+
+"""
+
+
+def test_nodes_that_it_has_no_form_for_are_named_once_with_its_reason() -> None:
+    """ONNX Runtime's log has them at its lowest level alone, for each of its passes."""
+    assert qnn_process._refused(LOG + LOG) == "Mod 'node_fmod' (QNN Mod Op only support fmod == 0 for now.)"
+    assert qnn_process._refused(LOG.replace("FAILED", "PASSED")) == ""
+
+
+def test_what_fails_is_read_from_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    def fails() -> None:
+        os.write(2, b"why")
+        raise RuntimeError
+
+    assert qnn_process._printed(fails) == "why"
+    os.write(2, b"later")
+    assert capfd.readouterr().err == "later"

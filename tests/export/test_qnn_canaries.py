@@ -64,3 +64,11 @@ def test_qnn_units(pairs: bool, tmp_path: Path) -> None:
     parts = file.node("Gather", file.rounded("x"), file.constant(np.arange(3)), axis=1)
     made = convolution(file, file.rounded(parts) if pairs else parts, integer_bias(file))
     assert (precisions(file, file.rounded(made, 0.05), tmp_path).get("Conv2d") == {"u8"}) is pairs
+
+
+def test_what_htp_has_no_form_for_is_named(tmp_path: Path) -> None:
+    """Its log names the node, and the reason; a remainder of floats is one that version 2.7 lacks."""
+    file = File()
+    rest = file.node("Mod", file.rounded("x"), file.constant(np.float32(1.5)), fmod=1)
+    with pytest.raises(RuntimeError, match="HTP has no form for Mod "):
+        Compiled(file.save(tmp_path / "a.onnx", SHAPE, rest))
