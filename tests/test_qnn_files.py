@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from export_case import calibrated, run
@@ -18,7 +19,7 @@ from lightning_modules import Classifier, batches, make_trainer, quick
 from onnx import numpy_helper
 from torch import Tensor, nn, randint, randn
 
-from lightning_cco import CCOError, CCOWarning, capture_graph, plan_quantization
+from lightning_cco import CCOError, CCOWarning, capture_graph, plan_quantization, quantize
 from lightning_cco.export.engines import ENGINES, Computed, qnn_process
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.settings import load_settings
@@ -194,6 +195,54 @@ def test_what_is_wrong_is_refused_by_name(attributes: Any, message: str, tmp_pat
     with pytest.raises(CCOError, match=message):
         quantized.export(tmp_path / "model.onnx", dynamic_batch=False)
     assert not list(tmp_path.iterdir())
+
+
+class Reads(nn.Module):
+    """Takes any number of samples, or three alone."""
+
+    def __init__(self, three: bool) -> None:
+        super().__init__()
+        self.linear, self.out, self._three = nn.Linear(6, 8), nn.Linear(8, 3), three
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.out(torch.relu(self.linear(x)) * mask.reshape(3 if self._three else -1, 1))
+
+
+@pytest.mark.parametrize(
+    ("three", "asked", "samples", "said"),
+    [
+        (False, {}, 1, "the file takes one sample at once: HTP compiles a graph for sizes that are known"),
+        (False, {"dynamic_batch": False}, 3, ""),
+        (True, {}, 3, "the file takes 3 samples at once, not 1: the model does not take fewer"),
+    ],
+    ids=["one", "as the example", "no fewer"],
+)
+def test_its_files_have_a_fixed_number_of_samples(
+    three: bool, asked: dict[str, Any], samples: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_ort(monkeypatch)
+    torch.manual_seed(0)
+    x, mask = torch.randn(3, 6), torch.ones(3)
+    quantized = quantize(Reads(three).eval(), WHOLE, (x, mask))
+    quantized.calibrate([(x, mask)])
+    report: Any = quantized.export(tmp_path / "model.onnx", batches=[(x, mask), (2 * x, mask)], **asked)
+    assert report.inputs == {"x": [samples, 6], "mask": [samples]}
+    assert report.batches == 6 // samples
+    assert any(said in note for note in report.notes)
+    feeds = {"x": x[:samples].numpy(), "mask": mask[:samples].numpy()}
+    with torch.no_grad():
+        expected = quantized.model(x, mask)[:samples]
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # its int8 weights overflow in products without VNNI
+    [got] = ort.InferenceSession(tmp_path / "model.onnx", options).run(None, feeds)
+    torch.testing.assert_close(torch.from_numpy(got), expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("asked", [{"dynamic_batch": True}, {"dynamic_sizes": True}, {"dynamic_shapes": {"x": {0: "batch"}}}])
+def test_axes_that_vary_are_refused_before_anything_is_written(asked: dict[str, Any], tmp_path: Path) -> None:
+    quantized, _ = calibrated(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), lambda: randn(2, 3, 8, 8), WHOLE)
+    with pytest.raises(CCOError, match=rf"{next(iter(asked))}=.* with target_framework: qnn: HTP compiles .* Leave it out"):
+        quantized.export(tmp_path / "model.onnx", check=False, **asked)
 
 
 def test_a_missing_engine_is_said_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

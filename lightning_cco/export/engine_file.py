@@ -27,7 +27,7 @@ from lightning_cco.export.program import example_of
 from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, levels_of
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import UNASKED, ExportReport, FloatIsland
-from lightning_cco.export.samples import Samples
+from lightning_cco.export.samples import MOST_SAMPLES, Samples
 from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.export.variations import varied
 from lightning_cco.files import temporary_folder
@@ -35,9 +35,6 @@ from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
-
-_MOST_SAMPLES = 16
-"""So many samples are run in an engine at most: those for phones are slow on other processors."""
 
 
 def export_engine_file(
@@ -194,7 +191,7 @@ def _check_program(
     """Run the program that a file was made of, in PyTorch, where the file can't be run."""
     program = RecordedProgram(written.program)
     comparison = Comparison(quantized, written.emitter, program.rounded, samples.deployed.outputs)
-    pieces, left_out = samples.pieces(calls, _MOST_SAMPLES)
+    pieces, left_out = samples.pieces(calls, MOST_SAMPLES)
     for tensors in pieces:
         results = arrays_of(program.run(tensors, {}))
         comparison.add(tensors, results, results, program.levels)
@@ -221,7 +218,7 @@ def _check(
     _converted(reader, engine, program, path.with_name("inspected.pt2"), inspected)
     comparison = Comparison(quantized, written.emitter, rounded, samples.deployed.outputs)
     scales = {entry.tensor: entry.scale for entries in rounded.values() for entry in entries}
-    pieces, left_out = samples.pieces(calls, _MOST_SAMPLES)
+    pieces, left_out = samples.pieces(calls, MOST_SAMPLES)
     further = [piece for args, _ in varied(quantized, [(tensors, {}) for tensors in pieces[:1]]) for piece in [args]]
     for number, tensors in enumerate([*pieces, *further]):
         arrays = arrays_of(tensors)

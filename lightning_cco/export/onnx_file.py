@@ -16,6 +16,7 @@ from lightning_cco.export.destination import export_target, move, size_of
 from lightning_cco.export.engines import ENGINES
 from lightning_cco.export.failures import need_engine, need_packages, need_writable_names
 from lightning_cco.export.feeds import ForwardArguments, call_of
+from lightning_cco.export.fixed_batch import of_one_sample, refuse_varying
 from lightning_cco.export.half_precision import write_fp16
 from lightning_cco.export.limits import MEAN_STEPS, Limits, judge
 from lightning_cco.export.node_times import Written
@@ -69,7 +70,8 @@ def export_onnx(
         example_args: Positional arguments of one forward.
         example_kwargs: Keyword arguments of it.
         batches: What the file is checked on, as in `QuantizedModel.calibrate`; by default the example.
-        dynamic_batch: Let the first axis of every input vary. `None`: where the model allows it; report and a warning say where it does not.
+        dynamic_batch: Let the first axis of every input vary. `None`: where the model allows it; report and a warning say where it does not. Engines that
+            compile for known sizes (QNN) get a file of one sample then, and of as many as the example has with `False`.
         check: Run the file in ONNX Runtime and compare.
         min_sqnr_db: The check fails below this signal-to-noise ratio of the outputs from end to end; `None`: the layers decide by themselves.
         max_mean_steps: The check fails if a quantized tensor is further off than this on average, in steps of its scale, computed from what the engine
@@ -91,6 +93,9 @@ def export_onnx(
     int4 = packs_weights(quantized.settings) if int4 is None else int4
     fp16 = quantized.settings.deployment_settings.fp16 if fp16 is None else fp16
     taken = _checked(quantized, check, int4, fp16, options)
+    engine = ENGINES[quantized.settings.deployment_settings.target_framework]
+    asked = {name: taken.get(name) for name in ("dynamic_shapes", "dynamic_axes")}
+    refuse_varying(engine, {"dynamic_batch": dynamic_batch, "dynamic_sizes": dynamic_sizes, **asked})
     args, kwargs = tuple(example_args), dict(example_kwargs or {})
     if not args and not kwargs:
         raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
@@ -99,10 +104,19 @@ def export_onnx(
     types = other_types(quantized.model)
     float_size = float_bytes(quantized.model)
     with in_float32(quantized.model), quantized.evaluating(), eager():
-        deployed = Deployed(quantized.model, args, kwargs, cast=bool(types), network=network)
+
+        def forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deployed:
+            return Deployed(quantized.model, args, kwargs, cast=bool(types), network=network)
+
+        deployed = forward(args, kwargs)
         calls = [deployed.tensors(*call_of(batch)) for batch in batches] if check else []
         notes = _not_checked_on(calls, deployed)
-        fitting: list[ForwardArguments] = [(tensors, {}) for tensors in calls if tensors is not None] or [(deployed.example, {})]
+        taking = [tensors for tensors in calls if tensors is not None]
+        if engine.fixed_batch and dynamic_batch is None:
+            dynamic_batch = False
+            deployed, taking, said_of_batch = of_one_sample(deployed, taking or [deployed.example], engine.fixed_batch, forward)
+            notes += said_of_batch
+        fitting: list[ForwardArguments] = [(tensors, {}) for tensors in taking] or [(deployed.example, {})]
         says_axes = _says_axes(taken)
         vary, why_fixed = sizes_to_vary(quantized, deployed, dynamic_batch is not False and not says_axes, dynamic_sizes, check)
         ways = Ways(vary, True if says_axes else dynamic_batch, bool(dynamic_sizes), deployed.example, why_fixed)

@@ -9,6 +9,9 @@ from torch import Tensor
 from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.layouts import usual
 
+MOST_SAMPLES = 16
+"""So many samples are run in an engine at most: those for phones are slow on other processors."""
+
 
 class Samples:
     """The inputs of a file with so many samples.

@@ -143,6 +143,7 @@ class Engine:
         plans: Targets whose plans it can compute, if not its own alone.
         rounds_as_it_runs: What to say of products with weights alone in integers, where it may round what they read; empty: nothing.
         fixed_sizes: Why sizes of images are fixed unless they are asked to vary; empty: they vary where the model lets them.
+        fixed_batch: Why a file has no axis that varies, not even the batch; empty: it may.
         limits: What right files may differ by in it, if not what the check allows.
         strict: Whether a file must be run in it, and is refused if it computes a product in float that is planned in INT8; else both are said alone.
         remark: What to say of a file that was run in it.
@@ -162,6 +163,7 @@ class Engine:
     plans: tuple[str, ...] = ()
     rounds_as_it_runs: str = ""
     fixed_sizes: str = ""
+    fixed_batch: str = ""
     limits: Limits = field(default_factory=Limits)
     strict: bool = False
     remark: str = ""

@@ -61,7 +61,7 @@ QNN = Engine(
     load=Compiled,
     package="onnxruntime_qnn",
     extra="qnn",
-    fixed_sizes="HTP compiles a graph for sizes that are known",
+    fixed_batch="HTP compiles a graph for sizes that are known",
     # It multiplies by scales of few bits, looks smooth functions up, has floats of 16 bits, and rounds once where a convolution's result is concatenated: what
     # the convolution's own rounding would have clipped is not, then.
     limits=Limits(mean_steps=0.4, far_share=0.1, largest_steps=32.0, difference=0.01),
