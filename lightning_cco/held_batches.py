@@ -56,9 +56,9 @@ def checks_of(quantized: QuantizedModel, calls: Calls, validation: Sequence[Any]
             return [kwargs or args for args, kwargs in others], "validation batches, which the calibration has not seen"
     except Exception as error:  # a validation batch may hold something else than the step of the training takes
         rank_zero_debug(
-            f"The file is checked on training batches, since those of the validation do not go through the training's way: {error}"
+            f"The file is checked on the held batches, since those of the validation do not go through the training's way: {error}"
         )
-    return [kwargs or args for args, kwargs in calls], "training batches"
+    return [kwargs or args for args, kwargs in calls], "held batches"
 
 
 def _form(call: tuple[Sequence[Any], Mapping[str, Any]]) -> Any:

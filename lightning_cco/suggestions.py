@@ -132,7 +132,7 @@ def _above_of_qs(report: SensitivityReport, general: GlobalQuantizationSettings)
             _above("relative error", entry.relative, general.quantization_sensitivity_relative_threshold),
         ]
         if not math.isnan(entry.varying_relative):
-            what = "relative error of what varies between samples"
+            what = "relative error (of what varies between samples)"
             reasons.append(_above(what, entry.varying_relative, general.quantization_sensitivity_relative_threshold))
         said = " and ".join(reason for reason in reasons if reason)
         if said:

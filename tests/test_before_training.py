@@ -91,5 +91,5 @@ def test_a_file_is_checked_on_batches_that_the_calibration_has_not_seen(tmp_path
     seen = [images for images, _ in (validation if kind == "images" else batches())][:2]
     assert len(checked) == report.batches == 2
     assert all(torch.equal(args[0], images) for args, images in zip(checked, seen, strict=True))
-    said = "validation batches, which the calibration has not seen" if kind == "images" else "training batches"
+    said = "validation batches, which the calibration has not seen" if kind == "images" else "held batches"
     assert f"(2 {said}, " in str(report)

@@ -121,7 +121,10 @@ def test_a_tested_checkpoint_is_exported_with_its_report(tmp_path: Path, caplog:
     fresh = CCOCallback(QUICK)
     make_trainer(tmp_path, fresh).test(Classifier(), batches(), ckpt_path=checkpoint.best_model_path)
     with caplog.at_level(logging.INFO):
-        fresh.export(tmp_path / "model.onnx")
+        report = fresh.export(tmp_path / "model.onnx")
+    assert f"(1 held batch, {report.variations} variation" in str(
+        report
+    )  # one of the test: no batch of the training or the validation was there
     assert f"Writing {tmp_path / 'model.onnx'}" in caplog.text
     assert "runs in INT8        5 QLinearConv" in caplog.text
     assert json.loads((tmp_path / "model.onnx.export_report.json").read_text())["integer_nodes"]["QLinearConv"] == 5

@@ -1,4 +1,4 @@
-"""Norms that have seen no batch yet: their running statistics, 0 and 1, are nobody's, and a training normalizes by those of the batch."""
+"""Norms that have seen no batch yet, or few: their running statistics are 0 and 1, or half of them are, and a training normalizes by those of the batch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.tensor_key import TensorKey
 
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_MOST_OF_THE_BEGINNING = 0.05
+"""Part of the statistics that a norm begins with, 0 and 1, up to which those that it has are its own: reached after 29 batches at the usual momentum."""
 
 
 def fresh_norms(model: nn.Module) -> dict[str, Any]:
-    """The batch and instance norms that are in training mode, and whose running statistics are still those that they begin with, by path.
+    """The batch and instance norms that are in training mode, and whose running statistics are still, or in part, those that they begin with, by path.
+
+    Ranges that are calibrated with such statistics are not those of the training: it would clip nearly everything, and its gradients would explode where a
+    norm divides by what little varies of that.
 
     >>> list(fresh_norms(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval(), nn.BatchNorm1d(2, track_running_stats=False))))
     ['0']
@@ -31,11 +36,21 @@ def fresh_norms(model: nn.Module) -> dict[str, Any]:
         if not isinstance(module, (BatchNormBase, *_INSTANCE_NORMS)) or not module.training:
             continue
         mean, variance, count = module.running_mean, module.running_var, module.num_batches_tracked
-        if not isinstance(mean, Tensor) or not isinstance(variance, Tensor) or count is None or int(count):
+        if not isinstance(mean, Tensor) or not isinstance(variance, Tensor) or count is None:
             continue
-        if not bool(mean.any()) and torch.equal(variance, torch.ones_like(variance)):
+        untouched = not bool(mean.any()) and torch.equal(variance, torch.ones_like(variance))
+        if untouched if not int(count) else left_of_the_beginning(module.momentum, int(count)) > _MOST_OF_THE_BEGINNING:
             found[path] = module
     return found
+
+
+def left_of_the_beginning(momentum: float | None, batches: int) -> float:
+    """The part that the values which a running average began with have in it after so many batches.
+
+    >>> left_of_the_beginning(0.1, 6), left_of_the_beginning(None, 1)  # None: the average of all batches
+    (0.531441, 0.0)
+    """
+    return 0.0 if momentum is None else (1 - momentum) ** batches
 
 
 @contextmanager
@@ -60,7 +75,7 @@ def warn_of_frozen_ranges(norms: Mapping[str, Any], observed: Mapping[TensorKey,
     fixed = list(dict.fromkeys(key.layer for key, quantizer in observed.items() if quantizer.frozen or quantizer.settled))
     if norms and fixed:
         warnings.warn(
-            f"calibrate: the network is not trained yet (its norms have seen no batch: {list_names(list(norms))}), and at few bits the ranges of "
+            f"calibrate: the network is not trained yet (its norms have seen no batch, or few: {list_names(list(norms))}), and at few bits the ranges of "
             f"{list_names(fixed)} stay as the calibration finds them. Train in float first (training_settings: {{start_at_step: 1000}}, or a checkpoint), or "
             "let the ranges follow (range_estimator: moving_average).",
             CCOWarning,
