@@ -148,6 +148,9 @@ class _Drawing:
 
     def _module(self, group: LayerNode) -> tuple[str, str]:
         kinds = Counter(self.graph[name].kind for name in group.members)
+        if set(kinds) <= {"input", "output"}:
+            ends = " · ".join(f"{count} {kind}s" for kind, count in kinds.items())
+            return html.node_label(group.path or group.key, ends, "", [], html.BLUE, border=2), ", ".join(group.members)
         commonest = " · ".join(f"{count} {kind}" for kind, count in kinds.most_common(3)) + (" …" if len(kinds) > 3 else "")
         rows = [html.text_row(commonest, color=html.MUTED)]
         paint = html.WHITE

@@ -13,6 +13,7 @@ from lightning_cco.graph.select import containers
 
 MAX_NODES = 60  # what can be looked at as a whole
 FOLD_ABOVE = MAX_NODES
+_SIDE_BY_SIDE = 4  # outputs of one node that are shown apart
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class _Folding:
             group_of[position] = position if module is None else self.collapsed[module]
             if module is not None:
                 module_of[group_of[position]] = module
-        labels = self._merge_stretches(group_of, max_nodes)
+        labels = self._merge_outputs(group_of) | self._merge_stretches(group_of, max_nodes)
         shown_in: dict[int, list[int]] = {}
         for position, first in group_of.items():
             shown_in.setdefault(first, []).append(position)
@@ -171,6 +172,22 @@ class _Folding:
             groups.append(LayerNode(layers[first].name, names, path, repeats, is_layer=len(positions) == 1 and first not in labels))
         edges, behind = self._edges(group_of)
         return FoldedView(tuple(groups), edges, self._frames(0, 0, len(layers), shown_in, group_of), behind)
+
+    def _merge_outputs(self, group_of: dict[int, int]) -> dict[int, str]:
+        """Makes one node of many outputs of one node: side by side, the caches of a decoder are wider than any screen."""
+        position = {name: index for index, name in enumerate(self.graph.names)}
+        sources: dict[int, set[int]] = {}
+        for edge in self.graph.edges:
+            ends = self._edge(position[edge.source], position[edge.destination])
+            if ends is not None and self.graph.layers[ends[1]].kind == "output":
+                sources.setdefault(ends[1], set()).add(group_of[ends[0]])
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for output, read in sources.items():
+            alike.setdefault(tuple(sorted(read)), []).append(output)
+        many = [sorted(outputs) for outputs in alike.values() if len(outputs) > _SIDE_BY_SIDE]
+        for outputs in many:
+            group_of.update(dict.fromkeys(outputs, outputs[0]))
+        return {outputs[0]: f"{self.graph.names[outputs[0]]} … {self.graph.names[outputs[-1]]}" for outputs in many}
 
     def _merge_stretches(self, group_of: dict[int, int], max_nodes: int) -> dict[int, str]:
         """Merges neighbours in execution order until the view fits; inputs and outputs stay apart from what is between them."""

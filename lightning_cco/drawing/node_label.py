@@ -129,7 +129,7 @@ _IN_SHORT = {
     SkipReason.SETTING: "as your recipe says",
     SkipReason.SUGGESTION: "too sensitive",
     SkipReason.BUDGET: "by the budget",
-    SkipReason.ENGINE: "not by this engine",
+    SkipReason.ENGINE: "in float in this engine",
     SkipReason.WEIGHT_ONLY: "weights only",
     SkipReason.INTEGER: "holds integers",
     SkipReason.UNSUPPORTED: "no INT8 form",

@@ -115,6 +115,22 @@ def test_a_module_called_between_others_does_not_become_one_node() -> None:
     assert not any("relu" in group.path and len(group.members) > 1 for group in view.groups)
 
 
+@pytest.mark.parametrize("outputs", [3, 16])
+def test_many_outputs_of_one_node_are_one(outputs: int) -> None:
+    b = Builder()
+    x = b.add("input")
+    for number in range(70):
+        x = b.add("relu", b.add("conv", x, path=f"net.conv{number}", out_channels=number + 1), path=f"net.relu{number}")
+    for _ in range(outputs):
+        b.add("output", x)
+    graph = b.graph()
+    ends = [group for group in folded_view(graph, lambda layer: None).groups if "output" in group.key]
+    assert [len(group.members) for group in ends] == ([16] if outputs == 16 else [1, 1, 1])
+    drawn = words(labels(draw_graph(graph, plan_of(graph), fold=True))["output_0"])
+    assert ("16 outputs" in drawn) == (outputs == 16)
+    assert "quantized" not in drawn
+
+
 def test_a_folded_module_counts_its_decisions() -> None:
     graph = irregular(100, 12)
     block = [layer.name for layer in graph if ".block7." in layer.path]
@@ -125,7 +141,7 @@ def test_a_folded_module_counts_its_decisions() -> None:
         "net.stage0.block7",
         "12 layers",
         "9 of 12 quantized",
-        "not quantized: 2 not by this engine, 1 as your recipe says",
+        "not quantized: 2 in float in this engine, 1 as your recipe says",
         f"QS 20,000 in {block[5]}",
         node_label.RED,
     ):
