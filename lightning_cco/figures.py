@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 
 def figure(value: float, digits: int = 4) -> str:
@@ -44,6 +45,15 @@ def per_cent(share: float) -> str:
     if 0.995 <= share < 1:
         return "over 99 %"
     return "under 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
+
+
+def number_of(count: int, many: str, one: str) -> str:
+    """So many of something.
+
+    >>> number_of(1, "held batches", "batch"), number_of(2, "steps", "step")
+    ('1 held batch', '2 steps')
+    """
+    return f"{count} {re.sub(rf'{one}e?s', one, many, count=1) if count == 1 else many}"
 
 
 def badness(value: float) -> float:

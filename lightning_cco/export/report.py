@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lightning_cco.figures import number_of
 from lightning_cco.files import write_file
 
 UNPLANNED = "planned in INT8, but"
@@ -200,8 +200,8 @@ class ExportReport:
             agreement = f", same arg-max {100 * self.agreement:.1f} % over axis {axis}" if self.agreement == self.agreement else ""
             lines += [
                 f"  against fake-quant  SQNR {self.sqnr_db:.1f} dB{agreement}, outputs differ by {self.largest_difference:.3g} at most, "
-                f"{self.mean_difference:.3g} on average ({_number_of(self.batches, self.batches_from or 'batches', 'batch')}, "
-                f"{_number_of(self.variations, 'variations', 'variation')})",
+                f"{self.mean_difference:.3g} on average ({number_of(self.batches, self.batches_from or 'batches', 'batch')}, "
+                f"{number_of(self.variations, 'variations', 'variation')})",
                 *self._by_output(),
                 *self._by_tensor(),
                 f"  runs in INT8        {_counts(self.integer_nodes)}",
@@ -240,7 +240,7 @@ class ExportReport:
         worst = max(self.layers, key=lambda entry: entry.mean_steps, default=None)
         if worst is None:
             return []
-        steps = _number_of(round(self.largest_steps), "steps", "step")
+        steps = number_of(round(self.largest_steps), "steps", "step")
         return [
             f"  layer by layer      at most {steps}, {self.mean_steps:.1g} on average; most in '{worst.layer}': {worst.mean_steps:.1g} on average"
             if self.largest_steps
@@ -277,15 +277,6 @@ class ExportReport:
             shown = ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:2])}, … {names[-1]} ({len(names)} layers)"
             lines.append(f"  float island        {shown} ({', '.join(operators)}): {reason}")
         return lines
-
-
-def _number_of(count: int, many: str, one: str) -> str:
-    """So many of something.
-
-    >>> _number_of(1, "held batches", "batch"), _number_of(2, "steps", "step")
-    ('1 held batch', '2 steps')
-    """
-    return f"{count} {re.sub(rf'{one}e?s', one, many, count=1) if count == 1 else many}"
 
 
 def _counts(nodes: dict[str, int]) -> str:

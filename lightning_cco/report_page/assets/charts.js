@@ -52,7 +52,8 @@
     const points = (name) => epochs.map((epoch, i) => ({ x: epoch, y: cco.number(values[name][i]) })).filter(({ y }) => Number.isFinite(y) && (!options.log || y > 0));
     const said = names.slice(0, 3).map((name) => {
       const found = points(name);
-      return found.length ? `${cco.shown(name)}: ${cco.figure(found[0].y)} in epoch ${found[0].x}, ${cco.figure(found[found.length - 1].y)} in epoch ${found[found.length - 1].x}` : "";
+      const ends = found.length > 1 ? [found[0], found[found.length - 1]] : found;
+      return ends.length ? `${cco.shown(name)}: ${ends.map(({ x, y }) => `${cco.figure(y)} in epoch ${x}`).join(", ")}` : "";
     }).filter(Boolean).join("; ");
     return chart(title, said || "Nothing was measured.", () => ({
       type: "line",
