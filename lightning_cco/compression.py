@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_cco.automatic_skips import AutomaticSkips
 from lightning_cco.batches import ForwardFn, capture_module, model_context
 from lightning_cco.budgeted import recipe_of
-from lightning_cco.early_check import check_rules
+from lightning_cco.early_check import check_rules, unrepeated
 from lightning_cco.graph.hooks import release
 from lightning_cco.handover import apply_state
 from lightning_cco.held_batches import calibrate_on_held
@@ -39,6 +39,7 @@ class Compression:
         skips: Layers that the run skips by itself.
         outside: Whether weights outside of a training have ranges.
         rules_are_checked: Whether it was looked whether the rules fit the layers.
+        said_of_rules: The warnings that were given of them then, which are not repeated.
     """
 
     def __init__(self, settings: Settings, forward_fn: ForwardFn | None) -> None:
@@ -52,6 +53,7 @@ class Compression:
         self.skips = AutomaticSkips()
         self.outside = OutsideFit()
         self.rules_are_checked = False
+        self.said_of_rules: list[str] = []
 
     def is_of_another(self, module: pl.LightningModule) -> bool:
         """Whether what is hooked is not this module, or no longer."""
@@ -81,7 +83,8 @@ class Compression:
             with model_context(trainer):
                 captured, self.forward = capture_module(module, batch, self.forward_fn)
                 suggested = list(self.state["skips"]) if self.state else []
-                self.quantized = QuantizedModel(module, captured, recipe_of(self.settings, self.state), suggested)
+                with unrepeated(self.said_of_rules):
+                    self.quantized = QuantizedModel(module, captured, recipe_of(self.settings, self.state), suggested)
         if self.state is not None:
             self.take_over(self.state)
         return self.quantized
@@ -123,7 +126,7 @@ class Compression:
                 self.validation.append(copied(batch))
         if trainer.sanity_checking and not self.rules_are_checked and self.quantized is None and self.state is None:
             self.rules_are_checked = True
-            check_rules(trainer, module, batch, self.forward_fn, self.settings)
+            self.said_of_rules = check_rules(trainer, module, batch, self.forward_fn, self.settings)
         self.before_evaluation_batch(trainer, module, batch)
 
     def before_evaluation_batch(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:

@@ -46,6 +46,13 @@ def test_a_rule_without_effect_is_said_before_the_validation(tmp_path: Path) -> 
     assert (model.validated, model.trained) == (0, 0)
 
 
+def test_a_rule_without_effect_is_said_once(tmp_path: Path) -> None:
+    cco = quick(layer_settings=[{"match": "linear", "weights_num_bits": 4}])
+    with pytest.warns(CCOWarning, match="'linear' stays in float") as found:
+        make_trainer(tmp_path, cco, max_epochs=1).fit(Classifier(), batches(), batches(seed=5))
+    assert sum("'linear' stays in float" in str(warning.message) for warning in found) == 1
+
+
 def test_the_check_changes_nothing(tmp_path: Path) -> None:
     losses = []
     for rules in ([], [{"match": "conv", "weights_num_bits": 8}]):
