@@ -205,9 +205,13 @@ class Schedule:
         return count
 
     def _enter(self, trainer: pl.Trainer, quantized: QuantizedModel, skips: Sequence[str], recipe: Settings) -> None:
+        before, begun = _bits(quantized), self.stages
         self.stages = self._due(trainer)
         changed = staged(recipe, self.stages)
         quantized.uncalibrated = [*quantized.uncalibrated, *quantized.replan(changed, skips)]
+        for key, bits in _bits(quantized).items():
+            if bits == before[key] and any(getattr(stage, key) is not None for stage in self._training.stages[begun : self.stages]):
+                _warn_of_no_effect(self.stages - 1, key, bits)
         general = changed.global_quantization_settings
         rank_zero_info(
             f"Stage {self.stages} of {len(self._training.stages)} begins at step {trainer.global_step} (epoch {trainer.current_epoch}): weights of "
@@ -258,3 +262,21 @@ def _has_come(stage: BitsStage, trainer: pl.Trainer) -> bool:
     if stage.at_epoch is not None:
         return trainer.current_epoch >= stage.at_epoch
     return trainer.global_step >= (stage.at_step or 0)
+
+
+def _bits(quantized: QuantizedModel) -> dict[str, dict[str, int]]:
+    """The bits of what is rounded, by the key of a stage that sets them."""
+    return {
+        "weights_num_bits": {layer: quantizers[0].num_bits for layer, quantizers in quantized.weights.items()},
+        "activations_num_bits": {str(key): quantizer.num_bits for key, quantizer in quantized.activations.items()},
+    }
+
+
+def _warn_of_no_effect(number: int, key: str, bits: Mapping[str, int]) -> None:
+    what = key.partition("_")[0]
+    why = (
+        f"each of the {len(bits)} rounded {what} had these bits before, or has bits that a rule of layer_settings or the choice for few bits gives it"
+        if bits
+        else f"no {what} are rounded (weight_only: true, skips)"
+    )
+    warnings.warn(f"training_settings.stages[{number}].{key} changes nothing: {why}. Leave it out.", CCOWarning, stacklevel=3)

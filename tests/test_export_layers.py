@@ -104,3 +104,22 @@ def test_fixed_sizes_cost_no_integer_products(tmp_path: Path) -> None:
     products = sum(varying.values())
     assert products > 3
     assert sum(fixed.values()) >= products
+
+
+class Inverted(nn.Module):
+    """A layer whose weight is an inverse, for which ONNX has no operator: it is a constant, made of a parameter alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.matrix, self.last = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8) + 4 * torch.eye(8)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(nn.functional.linear(torch.relu(self.first(x)), torch.linalg.inv(self.matrix))))
+
+
+def test_a_weight_that_is_an_inverse_is_stored(tmp_path: Path) -> None:
+    quantized, x = calibrated(Inverted(), lambda: torch.randn(4, 8))
+    report = quantized.export(tmp_path / "model.onnx", (x,))
+    assert sum(report.integer_nodes.values()) >= 2
+    stored = [onnx.numpy_helper.to_array(entry) for entry in onnx.load(tmp_path / "model.onnx").graph.initializer]
+    assert sum(array.nbytes for array in stored if array.shape == (8, 8)) == 2 * 64  # as integers alone

@@ -252,6 +252,17 @@ def test_what_can_not_be(training: dict[str, Any], message: str) -> None:
         load_settings({"training_settings": training})
 
 
+@pytest.mark.parametrize(
+    ("general", "why"), [({"weight_only": True}, "no activations are rounded"), ({"activations_num_bits": 4}, "had these bits")]
+)
+def test_a_stage_that_changes_nothing_is_said(general: dict[str, Any], why: str, tmp_path: Path) -> None:
+    stages = [{"at_step": 2, "activations_num_bits": 4, "weights_num_bits": 4}]
+    cco = quick(training_settings={"stats_steps": 2, "stages": stages}, global_quantization_settings=general)
+    module = Module(Plain(), F.cross_entropy)
+    with pytest.warns(CCOWarning, match=rf"stages\[0\]\.activations_num_bits changes nothing: .*{why}"):
+        fit(tmp_path, module, cco, epochs=1).fit(module, loader(data()))
+
+
 def test_recipes_keep_their_stages(tmp_path: Path) -> None:
     settings = load_settings({"training_settings": {"stages": [FOUR, TWO]}})
     settings.save(tmp_path / "recipe.yaml")

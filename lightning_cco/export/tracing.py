@@ -31,8 +31,18 @@ def traced_program(
     modes = function_mode_count()
     try:
         with torch.compiler.set_stance("default"):
-            return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
+            program = torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
     except BaseException:
         while function_mode_count() > modes:
             pop_function_mode()
         raise
+    _drop_checks(program.graph)
+    return program
+
+
+def _drop_checks(graph: torch.fx.Graph) -> None:
+    """Leave out checks whether a matrix had an inverse, and what only they read: weights that are made of parameters are constants in a file."""
+    for node in reversed(graph.nodes):
+        if node.target is torch.ops.aten._linalg_check_errors.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()

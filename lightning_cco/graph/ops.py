@@ -192,8 +192,8 @@ _ROWS = (
     Op("expand", _P, ("expand", "expand_as", "broadcast_to")),
     Op("repeat", _P, ("repeat", "tile")),
     Op("movedim", _P, ("movedim", "moveaxis")),
-    Op("chunk", _P, ("chunk", "hsplit", "vsplit", "dsplit")),
-    Op("split", _P, ("split", "split_with_sizes")),
+    Op("chunk", _P, ("chunk", "unsafe_chunk", "hsplit", "vsplit", "dsplit")),
+    Op("split", _P, ("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")),
     Op("slice", _P, ("__getitem__", "slice")),
     *(
         Op(kind, _P, (kind,))

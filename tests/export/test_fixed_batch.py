@@ -55,6 +55,8 @@ class Pairs(nn.Module):
         both = F.relu(self.first(x))
         if self.how == "chunk":
             one, other = both.chunk(2)
+        elif self.how == "unsafe":
+            one, other = torch.unsafe_chunk(both, 2)
         elif self.how == "split":
             one, other = torch.split(both, both.shape[0] // 2)
         elif self.how == "sizes":
@@ -116,7 +118,7 @@ def test_a_program_of_a_fixed_batch(tmp_path: Path) -> None:
         quantized.export(tmp_path / "b.pt2", dynamic_batch=True)
 
 
-@pytest.mark.parametrize("how", ["chunk", "split", "sizes", "tensor_split"])
+@pytest.mark.parametrize("how", ["unsafe", pytest.param("chunk", marks=pytest.mark.slow), "split", "sizes", "tensor_split"])
 def test_parts_of_a_batch_that_varies(how: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     quantized = calibrated(Pairs(how), torch.randn(4, 8))
@@ -131,7 +133,7 @@ def test_parts_of_a_batch_that_varies(how: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [4, 5])
-@pytest.mark.parametrize("split", [torch.chunk, torch.tensor_split])
+@pytest.mark.parametrize("split", [torch.chunk, torch.unsafe_chunk, torch.tensor_split])
 def test_slices_are_the_parts(split: object, size: int) -> None:
     x = torch.arange(size * 6).reshape(size, 6)
     for dim in (0, 1, -1):
