@@ -88,9 +88,9 @@ def export_engine_file(
     with in_float32(quantized.model), in_usual_layout(quantized.model), quantized.evaluating(), eager():
         deployed = Deployed(quantized.model, args, kwargs, cast=bool(other_types(quantized.model)), network=network)
         samples = Samples(deployed, batch_size)
-        report.notes += samples.notes + notes_on_bits(quantized)
         report.inputs = {name: list(tensor.shape) for name, tensor in zip(deployed.names, samples.example, strict=True)}
         written = write_program(quantized, deployed, [Axes(samples.example, [{} for _ in samples.example])], engine=engine)
+        report.notes += samples.notes + notes_on_bits(quantized, written.emitter)
         report.widened = written.widened
         calls = [tensors for batch in batches if (tensors := deployed.tensors(*call_of(batch))) is not None] or [deployed.example]
         try:

@@ -35,13 +35,13 @@ def notes_on_weights(quantized: HookedModel, emitter: Emitter, int4: bool) -> li
     narrow = [
         name
         for name, quantizers in quantized.weights.items()
-        if quantizers[0].num_bits < 8 and (name not in blocks or blocks[name].bits == 8)
+        if quantizers[0].num_bits < 8 and name in emitter.ran and (name not in blocks or blocks[name].bits == 8)
     ]
     if narrow and int4:
         notes.append("weights of at most 4 bits are stored in int4; ONNX Runtime computes their layers in float")
     elif narrow:
         notes.append(f"weights of fewer than 8 bits are stored in int8 with a narrower range: {', '.join(narrow)}")
-    narrow = [key for key, quantizer in quantized.activations.items() if quantizer.num_bits < 8]
+    narrow = _narrow_activations(quantized, emitter)
     if narrow:
         notes.append(f"activations of fewer than 8 bits are narrowed and stored in 8: {', '.join(narrow)}")
     if emitter.stored.engine.not_run:
@@ -49,10 +49,16 @@ def notes_on_weights(quantized: HookedModel, emitter: Emitter, int4: bool) -> li
     return notes
 
 
-def notes_on_bits(quantized: HookedModel) -> list[str]:
+def _narrow_activations(quantized: HookedModel, emitter: Emitter) -> list[str]:
+    """Activations of fewer than 8 bits that the file rounds."""
+    written = set(emitter.order)
+    return [key for key, quantizer in quantized.activations.items() if quantizer.num_bits < 8 and key in written]
+
+
+def notes_on_bits(quantized: HookedModel, emitter: Emitter) -> list[str]:
     """Notes on formats of fewer than 8 bits in a file that has 8 for all."""
-    weights = [name for name, quantizers in quantized.weights.items() if quantizers[0].num_bits < 8]
-    activations = [key for key, quantizer in quantized.activations.items() if quantizer.num_bits < 8]
+    weights = [name for name, quantizers in quantized.weights.items() if quantizers[0].num_bits < 8 and name in emitter.ran]
+    activations = _narrow_activations(quantized, emitter)
     notes = [f"weights of fewer than 8 bits are stored in int8 with a narrower range: {list_names(weights)}"] if weights else []
     return notes + ([f"activations of fewer than 8 bits are narrowed and stored in 8: {list_names(activations)}"] if activations else [])
 

@@ -51,6 +51,7 @@ class Emitter:
         layers: Layer of each node of the file that belongs to one, by the node's name.
         reached: The last layer that a forward came to.
         model: The forward that is written.
+        ran: Captured layers that the forward came to.
         look: Called with each layer's name and arguments before it is written; may refuse it.
     """
 
@@ -63,7 +64,7 @@ class Emitter:
         self.modules: dict[str, str] = {}
         self.layers: dict[str, str] = {}
         self.model: nn.Module = quantized.model
-        self._ran: set[str] = set()
+        self.ran: set[str] = set()
         self._others = False
         self._norms: dict[str, IntegerWeight] = {}
         self._windows: dict[str, IntegerWeight] = {}
@@ -87,7 +88,7 @@ class Emitter:
             raise CCOError(
                 f"export: the forward that is exported does not run {list_names(missing)} of the plan, nor any other layer of it with weights, so the file "
                 "would compute in float. The model is not the one that was quantized: adapters were merged, modules replaced, or another part is called. "
-                "Change the model first, then call quantize."
+                "Call .remove(), then quantize the changed model and calibrate it."
             )
 
     def warn_of_missing(self) -> None:
@@ -95,7 +96,7 @@ class Emitter:
         if missing := self._missing():
             warnings.warn(
                 f"export: the forward that is exported does not run {list_names(missing)} of the plan. Layers that were not captured run in their place, in "
-                "float: the model was changed since, or is called in another way. Quantize the changed model.",
+                "float: the model was changed since, or is called in another way. Call .remove(), then quantize the changed model.",
                 CCOWarning,
                 stacklevel=2,
             )
@@ -107,7 +108,7 @@ class Emitter:
 
     def _missing(self) -> list[str]:
         """Planned layers that did not run, where others did that nobody has captured; a forward may well leave a part out, such as a discriminator."""
-        return [name for name in self._planned() if name not in self._ran] if self._others else []
+        return [name for name in self._planned() if name not in self.ran] if self._others else []
 
     @contextmanager
     def emitting(self) -> Iterator[None]:
@@ -149,7 +150,7 @@ class Emitter:
                 self._others = self._others or op.category is Category.WEIGHTED
                 return func(*args, **kwargs)
             self.reached = site.layer
-            self._ran.add(site.layer)
+            self.ran.add(site.layer)
             with noting(site.layer):
                 return handle(site, func, args, kwargs)
 

@@ -238,7 +238,7 @@ def test_a_model_that_was_changed_behind_its_plan(tmp_path: Path) -> None:
     quantized.calibrate([x])
     model.inner = model.inner.inner
     with pytest.raises(
-        CCOError, match=r"does not run 'embedding', 'linear' of the plan, nor any other.*Change the model first, then call quantize"
+        CCOError, match=r"does not run 'embedding', 'linear' of the plan, nor any other.*Call \.remove\(\), then quantize the changed model"
     ):
         quantized.export(tmp_path / "a.onnx")
 
@@ -246,11 +246,15 @@ def test_a_model_that_was_changed_behind_its_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])
 def test_a_part_of_a_model_that_was_changed_behind_its_plan(ending: str, tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(4, 8)
-    quantized = quantize(model, {"deployment_settings": {"target_framework": "ort" if ending == "onnx" else "executorch"}}, (x,))
+    deployment = {"target_framework": "ort" if ending == "onnx" else "executorch"}
+    quantized = quantize(model, {"deployment_settings": deployment, "global_quantization_settings": {"weights_num_bits": 4}}, (x,))
     quantized.calibrate([x])
     model[2] = nn.Linear(8, 8)
     with pytest.warns(CCOWarning) as given:
-        quantized.export(tmp_path / f"a.{ending}")
+        report = quantized.export(tmp_path / f"a.{ending}")
+    if ending == "onnx":
+        [note] = [note for note in report.notes if note.startswith("weights of fewer than 8 bits")]
+        assert note.endswith("narrower range: linear")
     assert any(re.search(r"the forward that is exported does not run 'linear_1' of the plan\. ", str(warning.message)) for warning in given)
 
 
