@@ -275,7 +275,7 @@ def _bits(quantized: QuantizedModel) -> dict[str, dict[str, int]]:
 def _warn_of_no_effect(number: int, key: str, bits: Mapping[str, int]) -> None:
     what = key.partition("_")[0]
     why = (
-        f"each of the {len(bits)} rounded {what} had these bits before, or has bits that a rule of layer_settings or the choice for few bits gives it"
+        f"each of the {len(bits)} rounded {what} had these bits before, or has bits of its own (a rule of layer_settings, a layer in which few bits cost most)"
         if bits
         else f"no {what} are rounded (weight_only: true, skips)"
     )
