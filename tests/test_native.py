@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lightning_cco.quantization import kernel_library, native
 from lightning_cco.quantization.fake_quantize import fake_quantize
-from lightning_cco.quantization.qparams import affine_qparams
+from lightning_cco.quantization.qparams import affine_qparams, grid_of, quant_range
 from lightning_cco.quantization.weight_fake_quantize import fake_quantize_weight
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no C compiler")
@@ -65,6 +66,25 @@ def test_any_values(values: list[float], scale: float, zero_point: int, dtype: t
     x = torch.tensor(values).to(dtype)
     parameters = torch.tensor(scale), torch.tensor(float(zero_point))
     assert_same(lambda t: fake_quantize(t, *parameters, 8, numbers=(scale, float(zero_point))), x, torch.ones_like(x))
+
+
+@given(
+    scale=st.floats(2.0**-20, 1024.0, width=32),
+    num_bits=st.sampled_from([2, 4, 8]),
+    symmetric=st.booleans(),
+    share=st.floats(0.0, 1.0),
+    clamp=st.sampled_from([(-INF, INF), (0.0, INF), (0.0, 6.0), (-1.0, 1.0), (-INF, 0.3), (-0.7, 2.5)]),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_grid_that_is_kept_ready(scale: float, num_bits: int, symmetric: bool, share: float, clamp: tuple[float, float]) -> None:
+    levels = quant_range(num_bits, symmetric)
+    zero_point = 0.0 if symmetric else float(round(share * levels[1]))
+    kernels = native.load()
+    assert kernels is not None
+    grid = grid_of(scale, zero_point, num_bits, symmetric, clamp)
+    ready = kernels.ready((scale, zero_point), levels, clamp, torch.float32)
+    limits = torch.tensor(clamp).tolist()
+    assert list(struct.unpack("7f", ready.numbers)) == [scale, grid.first, grid.last, grid.low, grid.high, *limits]
 
 
 @pytest.mark.parametrize(

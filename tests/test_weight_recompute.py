@@ -21,6 +21,12 @@ from lightning_cco.quantization.weight_recompute import RecomputedWeight
 pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no C compiler")
 
 
+@pytest.fixture(autouse=True)
+def weights_of_50_000_values_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (weight_quantizer, weight_recompute):
+        monkeypatch.setattr(module, "LEAST_RECOMPUTED", 50_000)
+
+
 class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_cco.quantization.activation_range import ActivationRange
 from lightning_cco.quantization.fake_quantize import fake_quantize, fake_quantize_small, widen
 from lightning_cco.quantization.native import Kernels, ReadyGrid
-from lightning_cco.quantization.qparams import NO_LIMITS, grid_of
+from lightning_cco.quantization.qparams import NO_LIMITS, quant_range
 from lightning_cco.quantization.ranges import percentile_range
 from lightning_cco.quantization.small_tensors import has_small_gradient
 from lightning_cco.quantization.tracing import behind_transforms
@@ -86,9 +86,8 @@ class ActivationQuantizer(ActivationRange):
         numbers, known = self._numbers[1], self._ready
         if known is not None and known[0] is numbers and known[1] == clamp and known[2] is dtype:
             return known[3]
-        grid = grid_of(*numbers, self.num_bits, self.symmetric, NO_LIMITS if clamp is None else clamp)
-        ready = kernels.ready(numbers[0], (grid.first, grid.last), (grid.low, grid.high), grid.limits, dtype)  # type: ignore[arg-type]
-        self._ready = numbers, clamp, dtype, ready  # at once: other threads use it as well
+        ready = kernels.ready(numbers, quant_range(self.num_bits, self.symmetric), NO_LIMITS if clamp is None else clamp, dtype)
+        object.__setattr__(self, "_ready", (numbers, clamp, dtype, ready))  # at once: other threads use it as well
         return ready
 
     def numbers(self) -> tuple[float, float] | None:
@@ -99,7 +98,7 @@ class ActivationQuantizer(ActivationRange):
         """Keep what was just written to scale and zero point."""
         buffers = self._buffers
         versions = buffers["scale"]._version, buffers["zero_point"]._version  # type: ignore[union-attr]
-        object.__setattr__(self, "_numbers", (versions, (scale, zero_point)))  # a tenth of what a module's attribute takes
+        object.__setattr__(self, "_numbers", (versions, (scale, zero_point)))  # past `nn.Module`, whose attributes take ten times as long
 
     def _read(self, scale: Tensor, zero_point: Tensor) -> tuple[float, float]:
         versions = scale._version, zero_point._version
@@ -107,5 +106,5 @@ class ActivationQuantizer(ActivationRange):
         if known != versions:
             # From memory, since somebody may be tracing. If another thread moves the range meanwhile, the versions tell so the next time.
             values = _number(scale), _number(zero_point)
-            self._numbers = versions, values
+            object.__setattr__(self, "_numbers", (versions, values))
         return values

@@ -27,6 +27,7 @@ _float, _int, _long, _pointer = ctypes.c_float, ctypes.c_int, ctypes.c_int64, ct
 _TYPES: dict[str, tuple[Any, list[Any]]] = {
     "fake_quantize": (_long, [_pointer, _pointer, _long, _int, *[_float] * 7, _pointer, _pointer, _int]),
     "round_to_grid": (_long, [_pointer, _pointer, _long, _int, ctypes.c_char_p, _pointer, _int]),
+    "ready_grid": (None, [*[_float] * 6, _int, _pointer]),
     "gradient_ends": (None, [ctypes.c_char_p, _int, _pointer]),
     "widen": (None, [_pointer, _long, _int, _float, _float, _pointer, _int]),
     "mask_gradient": (None, [_pointer, _pointer, _pointer, _long, _int, _int]),

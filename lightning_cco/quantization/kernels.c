@@ -195,6 +195,18 @@ void gradient_ends(const float *grid, int half, float *ends) {
     ends[1] = at_place(over, half);
 }
 
+/* What `round_to_grid` and autograd need of a format: scale, first, last, low, high, below, above, then the ends of `gradient_ends`. Nine numbers. The levels
+ * are those of `grid_of` in qparams.py. */
+void ready_grid(float scale, float zero_point, float quant_min, float quant_max, float below, float above, int half, float *grid) {
+    const float inverse = 1.0f / scale, low = quant_min - zero_point, high = quant_max - zero_point;
+    const float first = below > -INFINITY ? rintf(below * inverse) : low, last = above < INFINITY ? rintf(above * inverse) : high;
+    grid[0] = scale;
+    grid[1] = first > low ? first : low;
+    grid[2] = last < high ? last : high;
+    grid[3] = low, grid[4] = high, grid[5] = below, grid[6] = above;
+    gradient_ends(grid, half, grid + 7);
+}
+
 /* Widen two numbers to the smallest and the largest value of x, limited by below and above; NaN if there is one. */
 void widen(const void *x, int64_t n, int half, float below, float above, float *extrema, int threads) {
     const int64_t blocks = (n + BLOCK - 1) / BLOCK;

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import struct
 from typing import NamedTuple
 
 import torch
@@ -52,7 +51,7 @@ class Kernels:
         self._around: dict[tuple[torch.Size, tuple[int, ...], int], tuple[int, int, int]] = {}
         self._fake_quantize = library.fake_quantize
         self._round_to_grid = library.round_to_grid
-        self._gradient_ends = library.gradient_ends
+        self._ready_grid = library.ready_grid
         self._widen = library.widen
         self._mask_gradient = library.mask_gradient
         self._fake_quantize_weight = library.fake_quantize_weight
@@ -106,13 +105,11 @@ class Kernels:
         )
         return blocked
 
-    def ready(
-        self, scale: float, levels: tuple[float, float], ends: tuple[float, float], limits: tuple[float, float], dtype: torch.dtype
-    ) -> ReadyGrid:
-        """A grid, described as for `fake_quantize`, for `round_made`."""
-        numbers, found = struct.pack("7f", scale, *levels, *ends, *limits), (ctypes.c_float * 2)()
-        self._gradient_ends(numbers, FORMATS[dtype], found)
-        return ReadyGrid(numbers, found[0], found[1])
+    def ready(self, numbers: tuple[float, float], levels: tuple[int, int], limits: tuple[float, float], dtype: torch.dtype) -> ReadyGrid:
+        """A grid for `round_made`: scale and zero point, first and last level of the format, limits of the activation."""
+        found = (ctypes.c_float * 9)()
+        self._ready_grid(*numbers, *levels, *limits, FORMATS[dtype], ctypes.addressof(found))
+        return ReadyGrid(bytes(found)[:28], found[7], found[8])
 
     def round_made(self, x: Tensor, made: Tensor, grid: ReadyGrid, extrema: Tensor | None) -> bool:
         """Round into what an operation of PyTorch has just made of ``x``, value by value.

@@ -39,6 +39,10 @@ def wrong_function(library: ctypes.CDLL) -> str | None:
     library.gradient_ends(grid, 0, passing)
     if not (np.array_equal(y, expected) and np.array_equal(inside, (x > passing[0]) & (x < passing[1]))):
         return "round_to_grid"
+    ready = np.empty(9, np.float32)
+    library.ready_grid(scale, 30.0, 0.0, 255.0, -0.5, 1.7, 0, ready.ctypes.data)
+    if not np.array_equal(ready[:7], np.array([scale, -25, 85, -30, 225, -0.5, 1.7], np.float32)):
+        return "ready_grid"
     half, rounded = (x.view(np.uint32) >> 16).astype(np.uint16), np.empty(x.size, np.uint16)
     library.fake_quantize(half.ctypes.data, rounded.ctypes.data, x.size, 1, scale, *levels_and_limits, None, None, 1)
     bits = np.clip(np.rint((half.astype(np.uint32) << 16).view(np.float32) * (np.float32(1.0) / scale)), -90, 80) * scale

@@ -73,7 +73,8 @@ class WeightQuantizer(nn.Module):
             if not self.in_rows and weight.requires_grad and weight.numel() < LEAST_RECOMPUTED:
                 rounded = fake_quantize_small_weight(weight, self.num_bits, self.axis, self.estimator == "mse")
                 if rounded is not None:
-                    self._kept = None
+                    if self._kept is not None:  # setting a module's attribute takes a tenth of the rounding
+                        self._kept = None
                     return rounded
         room = None
         if recomputed is not None:

@@ -16,8 +16,8 @@ from lightning_cco.quantization.tracing import runs_plainly
 from lightning_cco.quantization.triton_calls import TritonKernels, fitting_kernels
 
 Arranged = tuple[Callable[[Tensor], Tensor], torch.Size]
-LEAST_RECOMPUTED = (3 << 14) + 1
-"""Values of a weight from which on its memory is worth the Python calls and the second rounding."""
+LEAST_RECOMPUTED = (1 << 17) + 1
+"""Values of a weight from which on its memory is worth the Python calls and the second rounding: half a megabyte."""
 
 
 class _Scratch(threading.local):
