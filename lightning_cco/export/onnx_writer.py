@@ -19,12 +19,13 @@ from lightning_cco.export.axes import Axes, check_axis_names, name_axes, ways_to
 from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.dialects import OnnxDialect
 from lightning_cco.export.engines import ENGINES, Form
-from lightning_cco.export.failures import failed, inexpressible, kind_of, untraceable
+from lightning_cco.export.failures import failed, inexpressible, kind_of
+from lightning_cco.export.first_way import first_way
 from lightning_cco.export.provenance import layers_of_nodes
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.rewriting import rewrite
-from lightning_cco.export.sizes import Sizes, SizesDoNotVary, VaryingSizesCost, limits_of, refuse_long_sizes
+from lightning_cco.export.sizes import Sizes, SizesDoNotVary, limits_of, refuse_long_sizes
 from lightning_cco.export.stored import StoredWeights
 from lightning_cco.export.tracing import traced_program
 from lightning_cco.quantization.model import HookedModel
@@ -60,9 +61,10 @@ def write_onnx(
     emitter = Emitter(quantized, stored, OnnxDialect(opset))
     emitter.model = deployed
     with _quietly():
-        traced, axes = _traced(
-            deployed, emitter, ways_to_vary(deployed, dynamic_batch, options, inputs, sizes), bool(sizes) and not at_any_price
-        )
+        free = bool(sizes) and not at_any_price
+        emitter.look = refuse_long_sizes if free else None
+        ways = ways_to_vary(deployed, dynamic_batch, options, inputs, sizes)
+        traced, axes = first_way(deployed, emitter, ways, lambda axes: _traced(deployed, emitter, axes, free))
         conversion = {name: options[name] for name in ("verbose", "optimize", "custom_translation_table") if name in options}
         try:
             program = torch.onnx.export(traced, dynamo=True, opset_version=opset, **{"verbose": False, **conversion})
@@ -120,27 +122,12 @@ def _size(size: Any) -> int | str:
     return size if isinstance(size, int) else str(size.value)
 
 
-def _traced(deployed: Deployed, emitter: Emitter, ways: Iterator[Axes], free: bool) -> tuple[torch.export.ExportedProgram, Axes]:
-    """The first way of tracing that works; ``free``: only if it costs nothing that sizes vary."""
-    failure: Exception | None = None
-    emitter.look = refuse_long_sizes if free else None
-    for axes in ways:
-        with emitter.collecting():
-            deployed(*axes.tensors)
-        if free and emitter.stored.blocked:
-            raise VaryingSizesCost("the first convolution then reads blocks of 2 x 2 pixels, which is faster")
-        try:
-            with emitter.emitting():
-                # By itself the ONNX exporter tries other ways of tracing when this one fails, which would lose the quantization.
-                return traced_program(deployed, axes.tensors, None, (tuple(axes.specifications),)), axes
-        except SizesDoNotVary:
-            raise
-        except Exception as error:
-            failure = failure or error
-    assert failure is not None
-    reached, quantized = emitter.reached, emitter.quantized
-    where = f" after layer '{reached}' (module '{quantized.graph[reached].path}')" if reached else ""
-    raise kind_of(failure)(untraceable(quantized.model, where, failure, quantized.graph)) from failure
+def _traced(deployed: Deployed, emitter: Emitter, axes: Axes, free: bool) -> torch.export.ExportedProgram:
+    """One way of tracing; ``free``: only if it costs nothing that sizes vary."""
+    if free and emitter.stored.blocked:
+        raise SizesDoNotVary("the first convolution then reads blocks of 2 x 2 pixels, which is faster")
+    with emitter.emitting():
+        return traced_program(deployed, axes.tensors, None, (tuple(axes.specifications),))
 
 
 @contextlib.contextmanager

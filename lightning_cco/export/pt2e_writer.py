@@ -14,7 +14,8 @@ from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.dialects import Pt2eDialect
 from lightning_cco.export.engine import QuantizeNode
 from lightning_cco.export.engines import ENGINES, PROGRAMS, Engine, Form
-from lightning_cco.export.failures import failed, kind_of, untraceable
+from lightning_cco.export.failures import failed
+from lightning_cco.export.first_way import first_way
 from lightning_cco.export.pt2e_floats import compute_in_float32
 from lightning_cco.export.pt2e_passes import Passes
 from lightning_cco.export.qdq_emitter import Emitter
@@ -94,22 +95,15 @@ def write_program(
     stored = StoredWeights(quantized, engine=engine if engine.name in PROGRAMS else ENGINES[PROGRAMS[0]])
     emitter = Emitter(quantized, stored, Pt2eDialect(stored.engine.wanted(Form.SIGNED)))
     emitter.model = deployed
-    failure: Exception | None = None
-    for axes in ways:
-        with emitter.collecting():
-            deployed(*axes.tensors)
-        try:
-            with emitter.emitting():
-                program = trace(axes) if trace is not None else traced(deployed, axes)
-            rewritten, widened = _rewritten(program, emitter)
-        except Exception as error:
-            failure = failure or error
-            continue
-        emitter.warn_of_missing()
-        return WrittenProgram(rewritten, emitter, axes, widened)
-    assert failure is not None
-    where = f" after layer '{emitter.reached}' (module '{quantized.graph[emitter.reached].path}')" if emitter.reached else ""
-    raise kind_of(failure)(untraceable(quantized.model, where, failure, quantized.graph)) from failure
+
+    def made(axes: Axes) -> tuple[torch.export.ExportedProgram, list[str]]:
+        with emitter.emitting():
+            program = trace(axes) if trace is not None else traced(deployed, axes)
+        return _rewritten(program, emitter)
+
+    (program, widened), axes = first_way(deployed, emitter, ways, made)
+    emitter.warn_of_missing()
+    return WrittenProgram(program, emitter, axes, widened)
 
 
 def _rewritten(program: torch.export.ExportedProgram, emitter: Emitter) -> tuple[torch.export.ExportedProgram, list[str]]:
