@@ -25,7 +25,7 @@ from lightning_cco.export.provenance import layers_of_nodes
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.rewriting import rewrite
-from lightning_cco.export.sizes import Sizes, SizesDoNotVary, limits_of, refuse_long_sizes
+from lightning_cco.export.sizes import Sizes, VaryingSizesCost, limits_of, refuse_long_sizes
 from lightning_cco.export.stored import StoredWeights
 from lightning_cco.export.tracing import traced_program
 from lightning_cco.quantization.model import HookedModel
@@ -125,7 +125,7 @@ def _size(size: Any) -> int | str:
 def _traced(deployed: Deployed, emitter: Emitter, axes: Axes, free: bool) -> torch.export.ExportedProgram:
     """One way of tracing; ``free``: only if it costs nothing that sizes vary."""
     if free and emitter.stored.blocked:
-        raise SizesDoNotVary("the first convolution then reads blocks of 2 x 2 pixels, which is faster")
+        raise VaryingSizesCost("the first convolution then reads blocks of 2 x 2 pixels, which is faster")
     with emitter.emitting():
         return traced_program(deployed, axes.tensors, None, (tuple(axes.specifications),))
 
