@@ -32,12 +32,14 @@ class Weight:
         parameters: Dotted names of the parameters it comes from; empty for a constant.
         axis: Axis that counts output channels; `None`: one scale for the whole tensor.
         shape: Its shape.
+        cut_from: Dotted name of the one tensor of a module that it is, or is cut from, if it is no weight of a product; `None`: there is none.
     """
 
     slot: ArgPath
     parameters: tuple[str, ...]
     axis: int | None
     shape: tuple[int, ...] = ()
+    cut_from: str | None = None
 
 
 @dataclass

@@ -178,6 +178,7 @@ class CallTracer:
             self._record(replace(seen, op=Op("cast", Category.COMPUTE), index=index, outputs=[result], visible=False))
         elif self._origins.of(result) is None:
             self._origins.remember(result, origin)
+            self._note_cut(replace(seen, outputs=[result]))
             if seen.function in ("clone", "__deepcopy__") and is_constant(origin) and origin:
                 self.alive.append(result)  # `nn.Parameter(copy)` and `copy.deepcopy` make another tensor in its memory
 
@@ -276,7 +277,11 @@ class CallTracer:
         ]
         for tensor, origin in zip(seen.outputs, origins, strict=True):
             self._origins.remember(tensor, origin)
+        self._note_cut(seen)
         return origins
+
+    def _note_cut(self, seen: Seen) -> None:
+        self.sources.cuts.note(seen.op, seen.args, seen.kwargs, [tensor for _, tensor, _ in seen.operands], seen.outputs)
 
 
 def _version(tensor: Tensor) -> int | None:

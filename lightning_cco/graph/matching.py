@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from lightning_cco.graph.beside import with_reader
@@ -23,6 +24,7 @@ def merge_repeats(calls: list[Call]) -> tuple[list[Call], dict[int, int]]:
             merged[number] = first[key]
             for output in call.layer.read_out:
                 with_reader(kept[first[key]], output)
+            _drop_other_cuts(kept[first[key]], call)
             continue
         if key is not None:
             first[key] = len(kept)
@@ -31,6 +33,12 @@ def merge_repeats(calls: list[Call]) -> tuple[list[Call], dict[int, int]]:
     gone = _read_by_repeats_alone(calls, kept, merged)
     positions = {k: position for position, k in enumerate(k for k in range(len(kept)) if k not in gone)}
     return [kept[k] for k in positions], {number: positions[k] for number, k in merged.items() if k in positions}
+
+
+def _drop_other_cuts(call: Call, repeated: Call) -> None:
+    """A constant that is cut from another parameter in each call of a module has the scale of what is read there."""
+    others = {weight.slot: weight.cut_from for weight in repeated.weights}
+    call.weights = [weight if others.get(weight.slot) == weight.cut_from else replace(weight, cut_from=None) for weight in call.weights]
 
 
 def _read_by_repeats_alone(calls: list[Call], kept: list[Call], merged: dict[int, int]) -> set[int]:

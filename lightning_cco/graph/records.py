@@ -119,6 +119,9 @@ class Seen:
         ]
         constants = [(slot, tensor, parameters_of([origin])) for slot, tensor, origin in self.constants]
         call.weights = weights_of(self.op, constants, self.args)
+        if self.op.constants:
+            tensors = {slot: tensor for slot, tensor, _ in constants}
+            call.weights = [replace(weight, cut_from=sources.cuts.of(tensors[weight.slot])) for weight in call.weights]
         if module is not None and not type(module).__module__.startswith("torch."):  # code of the user's own
             call.position = calling_position()
         call.layer = self._described(call, module)

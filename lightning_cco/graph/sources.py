@@ -15,6 +15,7 @@ from lightning_cco.graph.call_node import CallNode, ModuleCall
 from lightning_cco.graph.carried import Carried, KeptConstant
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.custom_functions import CustomCall
+from lightning_cco.graph.cuts import Cuts
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.operands import MASK_NOTE, dtype_name, is_quantizable
 from lightning_cco.graph.ops import Category, Op
@@ -33,12 +34,14 @@ class Sources:
 
     Attributes:
         origins: What is known of each tensor.
+        cuts: Which constants are cut from one parameter or buffer.
         kept_read: Those of `Carried.constants` that were read as they were.
     """
 
     def __init__(self, model: nn.Module, root: CallNode, calls: list[Call], between: ModuleCall, carried: Carried) -> None:
         self.model, self.calls = model, calls
         self.origins = Origins()
+        self.cuts = Cuts(model)
         self._root, self._between = root, between
         self._inputs = 0
         self._modules = dict(model.named_modules())
@@ -89,6 +92,7 @@ class Sources:
             return origin
         origins = [self.resolved(o, tensor) for o in self.origins.all_of(tensor)]
         origin = origins[0]
+        self.cuts.forget(tensor)
         if writes and all(is_constant(o) for o in origins):
             origin = names_of(origins)
         elif writes:

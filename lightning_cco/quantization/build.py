@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import nn
+
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.captured import Capture
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
@@ -16,6 +18,7 @@ from lightning_cco.settings import Settings, TrainingSettings
 
 
 def build_quantizers(
+    model: nn.Module,
     capture: Capture,
     plan: QuantizationPlan,
     settings: Settings,
@@ -25,6 +28,7 @@ def build_quantizers(
     """Make the quantizers that a plan asks for and that are not there yet.
 
     Args:
+        model: The model.
         capture: Where the layers are.
         plan: What is quantized.
         settings: The recipe.
@@ -50,6 +54,10 @@ def build_quantizers(
         if bits is None:  # a constant operand of an addition: an activation that never changes
             bits = decision.activations_num_bits or settings.global_quantization_settings.activations_num_bits
         made = [_weight_quantizer(name, bits, weight.axis, decision, training) for weight in site.weights]
+        for quantizer, weight in zip(made, site.weights, strict=True):
+            if weight.cut_from is not None:
+                path, _, attribute = weight.cut_from.rpartition(".")
+                quantizer.cut_from = model.get_submodule(path), attribute
         before = known_weights.get(name)
         weights[name] = before if before is not None and before[0].kind == made[0].kind else made
         # What several layers multiply by is learned once, and stored once.

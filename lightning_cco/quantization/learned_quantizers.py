@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
-from lightning_cco.quantization.learned_scales import learned_activation, learned_weight, rounded_weight
+from lightning_cco.quantization.learned_scales import learned_activation, learned_weight
+from lightning_cco.quantization.open_operations import rounded_weight
 from lightning_cco.quantization.qparams import SMALLEST_SCALE, quant_range, weight_scale
 from lightning_cco.quantization.tracing import runs_plainly
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
@@ -150,7 +151,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
     def see(self, weight: Tensor) -> None:
         """Begin at the scales that lose least of a weight, unless there are some."""
         if self.scales is None:
-            self._take(weight_scale(weight, self.num_bits, self.axis, mse=True), None)
+            self._take(weight_scale(self.whole(weight), self.num_bits, self.axis, mse=True), None)
 
     def _take(self, scales: Tensor, velocity: Tensor | None) -> None:
         self.scales = scales.detach().clone().float()
@@ -188,7 +189,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
     def scale(self, weight: Tensor) -> Tensor:
         """The scale of each channel, as `weight_scale` shapes it; of a weight that no calibration has seen the one that loses least."""
         if self.scales is None:
-            return weight_scale(weight, self.num_bits, self.axis, mse=True)
+            return weight_scale(self.whole(weight), self.num_bits, self.axis, mse=True).to(weight.device)
         return self.scales.to(weight.device).clamp(min=SMALLEST_SCALE)
 
     def learned(self) -> None:

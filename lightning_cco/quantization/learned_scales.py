@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_cco.quantization.fake_quantize import fake_quantize
+from lightning_cco.quantization.open_operations import rounded_weight
 from lightning_cco.quantization.qparams import INF, NO_LIMITS, quant_range
 
 
@@ -86,12 +87,6 @@ def learned_weight(weight: Tensor, probe: Tensor, scales: Tensor, limit: int) ->
     """
     result: Tensor = _LearnedWeight.apply(weight, probe, scales, limit)  # type: ignore[no-untyped-call]
     return result
-
-
-def rounded_weight(weight: Tensor, scales: Tensor, limit: int) -> Tensor:
-    """The values of `learned_weight`, by operations that any tracer records."""
-    steps = (weight if weight.dtype == torch.float64 else weight.float()) * scales.reciprocal()
-    return (steps.round().clamp(-limit, limit) * scales).to(weight.dtype)
 
 
 class _LearnedWeight(torch.autograd.Function):

@@ -69,7 +69,7 @@ class HookedModel:
         self.corrections: dict[str, BiasCorrection] = {}
         self.uncalibrated: list[str] = []
         self.example: tuple[Sequence[Any], Mapping[str, Any] | None] = ((), None)
-        self._activations, self.weights = build_quantizers(captured, self.plan, settings, {}, {})
+        self._activations, self.weights = build_quantizers(model, captured, self.plan, settings, {}, {})
         self._ranges = MovingRanges(model, self._activations, self.weights, settings.training_settings.scale_learning_rate)
         self.runtime = Runtime(model, captured, self.plan, self._activations, self.weights)
         self.runtime.phase = Phase.PASS
@@ -133,7 +133,7 @@ class HookedModel:
         self.settings = load_settings(settings) if settings is not None else self.settings
         self.plan = plan_quantization(self.graph, self.settings, suggestions)
         before = dict(self.activations)
-        self._activations, self.weights = build_quantizers(self.capture, self.plan, self.settings, self._activations, self.weights)
+        self._activations, self.weights = build_quantizers(self.model, self.capture, self.plan, self.settings, before, self.weights)
         self._ranges.load(self._activations, self.weights, self.settings.training_settings.scale_learning_rate)
         self.to(self.device)
         self._set_corrections({name: correction for name, correction in self.corrections.items() if name in self.weights})

@@ -56,6 +56,12 @@ def fake_quantize_weight_openly(weight: Tensor, num_bits: int, axis: int | None,
     return straight_through(((levels.clamp(-limit, limit) if mse else levels) * scale).to(weight.dtype), weight)
 
 
+def rounded_weight(weight: Tensor, scales: Tensor, limit: int) -> Tensor:
+    """A weight on symmetric grids of given scales; clipped at the last levels."""
+    steps = (weight if weight.dtype == torch.float64 else weight.float()) * scales.reciprocal()
+    return (steps.round().clamp(-limit, limit) * scales).to(weight.dtype)
+
+
 def straight_through(rounded: Tensor, weight: Tensor) -> Tensor:
     """A rounded tensor with the gradient of the identity, where one is wanted."""
     return rounded + (weight - weight.detach()) if _wants_gradient() else rounded

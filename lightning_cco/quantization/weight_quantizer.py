@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
+from lightning_cco.quantization.open_operations import rounded_weight, straight_through
 from lightning_cco.quantization.qparams import Bound, quant_range, weight_scale
 from lightning_cco.quantization.ranges import weight_estimator
 from lightning_cco.quantization.tracing import runs_plainly
@@ -35,6 +36,8 @@ class WeightQuantizer(nn.Module):
         estimator: Which one it is; never ``auto``.
         blocks: The axis along which the weights are cut into groups; `None`: there are none.
         symmetric: Whether 0 is the middle of the levels, and there are no zero points.
+        cut_from: Module and attribute of the tensor that this weight is cut from: its scale is that of the whole, whatever part of it comes. `None`: what
+            comes is the whole.
     """
 
     symmetric = True
@@ -43,6 +46,7 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.num_bits, self.axis, self.estimator = num_bits, axis, weight_estimator(estimator, num_bits)
         self.group, self.blocks = group, None if group is None or axis is None else 1 - axis
+        self.cut_from: tuple[nn.Module, str] | None = None
         self._kept: tuple[tuple[Any, ...], Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -57,7 +61,9 @@ class WeightQuantizer(nn.Module):
 
     def of_bits(self, num_bits: int, estimator: str) -> WeightQuantizer:
         """One of the same weight with another number of bits."""
-        return WeightQuantizer(num_bits, self.axis, estimator, self.group)
+        quantizer = WeightQuantizer(num_bits, self.axis, estimator, self.group)
+        quantizer.cut_from = self.cut_from
+        return quantizer
 
     def forward(self, weight: Tensor, recomputed: list[RecomputedWeight] | None = None) -> Tensor:
         """Fake-quantize; the gradient is that of the identity.
@@ -89,7 +95,8 @@ class WeightQuantizer(nn.Module):
             return self._rounded(weight, room)
         # What is computed from parameters (a parametrization) is a new tensor each time, often at the address of the last one: nothing to keep.
         owner = weight._base if weight._base is not None else weight
-        if torch.is_grad_enabled() or compiling or not isinstance(owner, nn.Parameter) or weight.is_inference():
+        changed_elsewhere = self.cut_from is not None  # in a part that does not come now
+        if torch.is_grad_enabled() or compiling or changed_elsewhere or not isinstance(owner, nn.Parameter) or weight.is_inference():
             self._kept = None
             return self._rounded(weight)
         version = weight.data_ptr(), weight._version, weight.shape
@@ -110,6 +117,10 @@ class WeightQuantizer(nn.Module):
 
     def _rounded(self, weight: Tensor, recomputed: RecomputedWeight | None = None) -> Tensor:
         mse = self.estimator == "mse"
+        if self.cut_from is not None:
+            return straight_through(
+                rounded_weight(weight.detach(), self.scale(weight), quant_range(self.num_bits, symmetric=True)[1]), weight
+            )
         if self.group is None:
             return fake_quantize_weight(weight, self.num_bits, self.axis, recomputed, mse)
         return self._from_rows(fake_quantize_weight(self._rows(weight), self.num_bits, 0, recomputed, mse), weight)
@@ -139,8 +150,13 @@ class WeightQuantizer(nn.Module):
         """The scale of each channel, as `weight_scale` shapes it; in groups of each of them, along the axes of the weight."""
         mse = self.estimator == "mse"
         if self.group is None:
-            return weight_scale(weight, self.num_bits, self.axis, mse)
+            return weight_scale(self.whole(weight), self.num_bits, self.axis, mse).to(weight.device)
         return self._from_rows(weight_scale(self._rows(weight.detach()), self.num_bits, 0, mse), weight)
+
+    def whole(self, weight: Tensor) -> Tensor:
+        """The tensor that a weight is cut from, as its module holds it now; the weight itself if it is the whole."""
+        held = None if self.cut_from is None else getattr(*self.cut_from, None)
+        return held if isinstance(held, Tensor) else weight
 
     def scales_of(self, weight: Tensor) -> int:
         """How many scales a weight has."""
