@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_cco.compat.distributed_checkpoint import read_all
 from lightning_cco.errors import CCOError
@@ -103,19 +103,51 @@ def read_checkpoint(path: str, weights_only: bool = False) -> dict[str, Any]:
         except Exception as error:
             if weights_only:
                 raise CCOError(
-                    f"the checkpoint {path} can't be read: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''} If it holds "
-                    "objects of classes of your own and you trust who wrote it, pass weights_only=False, which lets it run code."
+                    f"{_unreadable(path, error)} If it holds objects of classes of your own and you trust who wrote it, pass weights_only=False, "
+                    "which lets it run code."
                 ) from error
             file.seek(0)
-            saved = torch.load(file, map_location="cpu", weights_only=False)
+            try:
+                saved = torch.load(file, map_location="cpu", weights_only=False)
+            except Exception as again:
+                raise CCOError(f"{_unreadable(path, again)} The file is damaged, or is no checkpoint: choose another one.") from again
     if not isinstance(saved, dict) or "state_dict" not in saved:
         raise CCOError(f"the checkpoint {path} holds no 'state_dict'.")
     return saved
 
 
+def _unreadable(path: str, error: BaseException) -> str:
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"the checkpoint {path} can't be read: {type(error).__name__}: {first.rstrip('.')}."
+
+
+def load_weights(model: nn.Module, saved: dict[str, Any]) -> None:
+    """Load the weights of a checkpoint as Lightning does: a module may change what was saved first, and may say that some of it is left out.
+
+    Args:
+        model: The model.
+        saved: The checkpoint; ``on_load_checkpoint`` may change it.
+
+    Raises:
+        RuntimeError: The weights are not those of the model.
+    """
+    strict = True
+    if isinstance(model, pl.LightningModule):
+        model.on_load_checkpoint(saved)
+        strict = model.strict_loading
+    model.load_state_dict(saved["state_dict"], strict=strict)
+
+
 def _read_distributed(path: str, weights_only: bool) -> dict[str, Any]:
     """Gather a directory's parts, and the rest that Lightning saves beside them."""
-    weights = read_all(path)
+    if not any(Path(path).glob("*.metadata")):
+        raise CCOError(
+            f"the checkpoint {path} is a folder, but not one of a distributed checkpoint: it holds no .metadata. Choose another one."
+        )
+    try:
+        weights = read_all(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CCOError(f"{_unreadable(path, error)} Some part of the folder is missing or damaged: choose another checkpoint.") from error
     found = weights.get("state_dict", weights)
     prefix = "state_dict."
     flat = {key.removeprefix(prefix): value for key, value in found.items() if isinstance(value, Tensor)}

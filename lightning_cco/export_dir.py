@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 from lightning_cco.checkpoints import local_folder
 from lightning_cco.errors import CCOError
 from lightning_cco.export.engines import ENGINES, PROGRAMS
 from lightning_cco.export.failures import need_engine, need_packages
+from lightning_cco.graph.snapshot import Snapshot
+from lightning_cco.graph.undo import restore
 from lightning_cco.quantized_model import QuantizedModel
 
 
@@ -38,13 +41,22 @@ def check_export_dir(folder: str | None, target: str) -> None:
 
 @contextmanager
 def as_before(quantized: QuantizedModel) -> Iterator[None]:
-    """After the block, weights, plan and ranges are those of before."""
+    """After the block, weights, plan and ranges are those of before, and whatever else the model holds.
+
+    Its ``state_dict`` may leave something out, or hold what is no tensor; its ``on_load_checkpoint`` may set attributes.
+    """
     model, suggestions, settings = quantized.model, quantized.plan.suggestions, quantized.settings
-    weights, ranges = {name: value.detach().clone() for name, value in model.state_dict().items()}, quantized.state_dict()
+    ranges = quantized.state_dict()
+    values = [
+        (tensor, tensor.detach().clone()) for tensor in chain(model.parameters(), model.buffers())
+    ]  # a snapshot leaves out very large buffers
+    kept = Snapshot(model)
     try:
         yield
     finally:
-        model.load_state_dict(weights)
+        kept.restore()
+        for tensor, value in values:
+            restore(tensor, value)
         if quantized.plan.suggestions != suggestions or quantized.settings != settings:
             quantized.replan(settings, suggestions)
         quantized.load_state_dict(ranges)

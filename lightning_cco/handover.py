@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_cco.batches import ForwardFn
 from lightning_cco.budgeted import recipe_of
-from lightning_cco.checkpoints import best_checkpoint, check_callback_state, read_checkpoint
+from lightning_cco.checkpoints import best_checkpoint, check_callback_state, load_weights, read_checkpoint
 from lightning_cco.errors import CCOError
 from lightning_cco.export.destination import holds_weights_alone, is_program
 from lightning_cco.export.engines import ENGINES, PROGRAMS
@@ -132,7 +132,7 @@ class Handover:
     def _load(self, path: str) -> None:
         """Load a checkpoint's weights with the plan and the ranges that belong to them."""
         quantized, saved = self.compressed(), read_checkpoint(path)
-        quantized.model.load_state_dict(saved["state_dict"])
+        load_weights(quantized.model, saved)
         state = saved.get("callbacks", {}).get(self.state_key)
         if state:
             check_callback_state(state)

@@ -12,8 +12,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_modules import Classifier, batches, make_trainer, quick
+from torch import nn
 
 from lightning_cco import CCOCallback, CCOError, CCOWarning
+from lightning_cco.checkpoints import read_checkpoint
 from lightning_cco.handover import Handover
 
 
@@ -47,6 +49,8 @@ DAMAGES = {
     "zero_point": ranges("zero_point", torch.tensor(0.5)),
     "clip_ratio": ranges("clip_ratio", torch.ones(3)),
     "num_bits": ranges("num_bits", "8"),
+    "zero_point, not the range's": ranges("zero_point", torch.tensor(250.0)),
+    "scale, without values": ranges("scale", torch.ones((), device="meta")),
 }
 
 
@@ -113,6 +117,68 @@ def test_the_best_weights_are_exported(weights_only: bool, tmp_path: Path, monke
     if not weights_only:
         kept = saved["callbacks"][cco.state_key]["quantized"]["ranges"]
         assert all(torch.equal(value["scale"], kept[key]["scale"]) for key, value in exported[0][1].items())
+
+
+class Changes(nn.Module):
+    """Its extra state is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = {"epochs": 0}
+
+    def get_extra_state(self) -> dict[str, int]:
+        return dict(self.seen)
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.seen = dict(state)
+
+
+class Particular(Classifier):
+    """Saves its weights under other names and leaves some out; reads them back, and notes that it did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading, self.loaded, self.changes = False, 0, Changes()
+        self.kept = next(name for name, _ in self.named_parameters())
+
+    def on_train_epoch_end(self) -> None:
+        self.changes.seen["epochs"] += 1
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {f"old.{name}": value for name, value in checkpoint["state_dict"].items() if name != self.kept}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {name.removeprefix("old."): value for name, value in checkpoint["state_dict"].items()}
+        self.loaded += 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_that_reads_its_checkpoints_in_its_own_way_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cco = quick(deployment_settings={"export_dir": str(tmp_path / "int8")})
+    model, exported = Particular(), []
+    monkeypatch.setattr(cco, "export", lambda path: exported.append((copy.deepcopy(dict(model.state_dict())), model.loaded)))
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss", mode="min")  # the best is not the last
+    make_trainer(tmp_path, cco, checkpoint, max_epochs=2).fit(model, batches(), batches(seed=5))
+    saved = torch.load(checkpoint.best_model_path, weights_only=False)["state_dict"]
+    [(weights, loaded)] = exported
+    assert loaded == 1
+    names = {name for name, _ in model.named_parameters()} - {model.kept}
+    assert names
+    assert all(torch.equal(weights[name], saved[f"old.{name}"]) for name in names)
+    # The model is as the training left it.
+    assert model.loaded == 0
+    assert model.changes.seen == {"epochs": 2}
+    assert not all(torch.equal(value, saved[f"old.{name}"]) for name, value in model.named_parameters() if name in names)
+
+
+def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
+    (tmp_path / "empty.ckpt").touch()
+    (tmp_path / "folder.ckpt").mkdir()
+    (tmp_path / "broken.ckpt").mkdir()
+    (tmp_path / "broken.ckpt" / ".metadata").write_bytes(b"half")
+    for name, said in (("empty.ckpt", "can't be read"), ("folder.ckpt", "holds no .metadata"), ("broken.ckpt", "can't be read")):
+        with pytest.raises(CCOError, match=f"{name}.*{said}"):
+            read_checkpoint(str(tmp_path / name))
 
 
 def test_a_failed_export_puts_everything_back_and_says_what_is_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

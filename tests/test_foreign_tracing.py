@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_cco import CCOError, QuantizedModel, quantize
+from lightning_cco.export.step_network import network_of_the_step
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -241,6 +242,19 @@ def test_no_mode_is_left_when_the_interrupt_is_over() -> None:
     handle = model[3].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with contextlib.suppress(KeyboardInterrupt):
         model(x)
+    handle.remove()
+    assert torch._C._len_torch_function_stack() == 0
+
+
+@pytest.mark.parametrize("what", ["capture", "step of the export"])
+def test_no_mode_is_left_of_an_interrupt_under_a_mode_of_our_own(what: str) -> None:
+    """PyTorch's modes take off the topmost one when they end, which is not theirs then."""
+    model, x, quantized, _ = prepared()
+    if what == "capture":
+        quantized.remove()
+    handle = model[3].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, None, (x,)) if what == "capture" else network_of_the_step(quantized, lambda part, batch: part(batch + 1).sum(), x)
     handle.remove()
     assert torch._C._len_torch_function_stack() == 0
 

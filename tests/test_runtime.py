@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
 from typing import Any
@@ -372,6 +373,26 @@ def test_keyboard_interrupt_is_cleaned_up_by_reset() -> None:
     quantized.runtime.frames.reset()
     assert torch._C._len_torch_function_stack() == 0
     assert torch.equal(model(x), expected)
+
+
+class FactorAndMask(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.factor, self.mask = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.exp(torch.relu(self.first(x)) * self.factor + self.mask))
+
+
+@pytest.mark.parametrize(("name", "value"), [("factor", math.inf), ("factor", -math.inf), ("mask", math.inf), ("mask", math.nan)])
+def test_infinite_parameters_that_no_mask_has_are_named(name: str, value: float) -> None:
+    """Also in the tail, where nothing is rounded."""
+    model, x = FactorAndMask().eval(), torch.randn(4, 8)
+    quantized = quantize(model, None, (x,))
+    getattr(model, name).data[2] = value
+    with pytest.raises(CCOError, match=f"parameter '{name}'"):
+        quantized.calibrate([x])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -16,7 +16,20 @@ def read_all(path: str) -> dict[str, Any]:
 
     Private API: ``torch.distributed.checkpoint``'s ``default_planner._EmptyStateDictLoadPlanner`` and ``state_dict_loader._load_state_dict``. Without them: the
     same through a file that `dcp_to_torch_save` writes (slower, and as much room on disk once more).
+
+    Raises:
+        OSError: Some part of it can't be read.
     """
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        return _read(path)
+    except CheckpointException as error:  # which is no Exception
+        cause = next((found for found, _ in error.failures.values()), error)
+        raise OSError(f"{type(cause).__name__}: {cause}") from error
+
+
+def _read(path: str) -> dict[str, Any]:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     try:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.nested import leaves, mapped
+from lightning_cco.graph.compiled import BlockMode
 from lightning_cco.quantization.model import HookedModel
 
 _SIZED = {"view", "reshape", "expand"}
@@ -137,7 +137,7 @@ def _with_own_batch(event: _Event, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args[0], (args[0].shape[0], *sizes[1:])
 
 
-class _Watching(TorchFunctionMode):
+class _Watching(BlockMode):
     """Writes down what a step calls outside of modules."""
 
     def __init__(self, events: list[_Event]) -> None:

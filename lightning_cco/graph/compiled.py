@@ -24,6 +24,17 @@ class HiddenMode(TorchFunctionMode):
     """A function mode that compiled graphs run without."""
 
 
+class BlockMode(TorchFunctionMode):
+    """A function mode of a ``with`` block. At its end those above it are taken off, too.
+
+    PyTorch takes off the topmost one, whichever that is. After Ctrl-C it is that of the frames, whose hooks did not run: then this one would stay.
+    """
+
+    def __exit__(self, *_: object) -> None:
+        modes = mode_stack()
+        restore_modes(modes[: len(modes) - 1 - modes[::-1].index(self)])
+
+
 class _WrappedCallable:
     """Stands for a callable, its attributes included."""
 

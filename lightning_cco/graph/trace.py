@@ -17,7 +17,7 @@ from lightning_cco.graph.call import Call, Read
 from lightning_cco.graph.call_node import CallNode, ModuleCall
 from lightning_cco.graph.call_tracer import CallTracer
 from lightning_cco.graph.carried import NOTHING, Carried, KeptConstant
-from lightning_cco.graph.compiled import HiddenMode
+from lightning_cco.graph.compiled import BlockMode, HiddenMode
 from lightning_cco.graph.containers import tensors_held
 from lightning_cco.graph.frames import Frames
 from lightning_cco.graph.layer import Layer
@@ -165,7 +165,7 @@ class Tracer:
         return result
 
 
-class _Between(HiddenMode):
+class _Between(BlockMode, HiddenMode):
     """Shows a tracer what the step itself calls."""
 
     def __init__(self, tracer: Tracer) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.layer_graph import LayerGraph
@@ -31,14 +32,19 @@ def check_weights(model: nn.Module, graph: LayerGraph) -> None:
             if tensor is None or not tensor.is_floating_point():
                 continue
             if name not in finite:
-                # A mask that is added, or fills, may well be infinite; NaN is never meant.
-                values = tensor.detach()
-                finite[name] = not bool((values.isnan() if operation_of_kind(layer.kind).masks else ~values.isfinite()).any())
+                finite[name] = not bool(_diverged(tensor.detach(), layer.kind).any())
             if not finite[name]:
                 raise CCOError(
                     f"calibrate: the parameter '{name}' of layer '{layer.name}' holds NaN or infinite values; finite ones were expected. "
                     "Load a checkpoint from before the training diverged."
                 )
+
+
+def _diverged(values: Tensor, kind: str) -> Tensor:
+    """Which values of a parameter nobody meant. A mask that fills may well be infinite, one that is added -∞; a factor is neither."""
+    if kind == "mul" or not operation_of_kind(kind).masks:
+        return ~values.isfinite()
+    return values.isnan() | (values == math.inf) if kind == "add" else values.isnan()
 
 
 def chosen_quantizers(

@@ -84,10 +84,15 @@ def check_state(state: Any) -> None:
         _check_corrections(entry(state, "bias_corrections", Mapping, "quantized."), "quantized.bias_corrections")
 
 
+def _holds_floats(tensor: Tensor) -> bool:
+    """Floating-point numbers that are there: a tensor on ``meta`` has none."""
+    return tensor.is_floating_point() and not tensor.is_meta and tensor.layout is torch.strided
+
+
 def _check_corrections(corrections: Mapping[str, Any], path: str) -> None:
     """Check what is added to the bias of each layer."""
     for name, value in corrections.items():
-        if not isinstance(value, Tensor) or value.dim() != 1 or not value.is_floating_point() or not torch.isfinite(value).all():
+        if not isinstance(value, Tensor) or value.dim() != 1 or not _holds_floats(value) or not torch.isfinite(value).all():
             refuse(f"{path}.{name}", "finite numbers, one for each channel", str(getattr(value, "shape", value)))
 
 
@@ -100,7 +105,7 @@ def _check_weight_scales(scales: Any, path: str) -> None:
             refuse(f"{path}[{number}]", "a mapping", one)
         for key in ("scales", "velocity") if one else ():
             tensor = entry(one, key, Tensor, f"{path}[{number}].")
-            if not tensor.is_floating_point() or not torch.isfinite(tensor).all() or tensor.shape != one["scales"].shape:
+            if not _holds_floats(tensor) or not torch.isfinite(tensor).all() or tensor.shape != one["scales"].shape:
                 refuse(f"{path}[{number}].{key}", "finite numbers, one for each channel", f"{tensor.dtype} of shape {tuple(tensor.shape)}")
             if key == "scales" and not (tensor > 0).all():
                 refuse(f"{path}[{number}].{key}", "numbers above 0", float(tensor.min()))
@@ -127,8 +132,12 @@ def _check_ranges(ranges: Mapping[str, Any], path: str) -> None:
     value = {}
     for key in _NUMBERS:
         tensor = entry(ranges, key, Tensor, path)
-        if tensor.shape != () or not tensor.is_floating_point():
-            refuse(path + key, "a floating-point tensor without dimensions", f"{tensor.dtype} of shape {tuple(tensor.shape)}")
+        if tensor.shape != () or not _holds_floats(tensor):
+            refuse(
+                path + key,
+                "a floating-point tensor without dimensions",
+                f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}",
+            )
         value[key] = float(tensor)
         if not torch.isfinite(tensor):
             refuse(path + key, "a finite number", value[key])
@@ -138,7 +147,7 @@ def _check_ranges(ranges: Mapping[str, Any], path: str) -> None:
         if value[key] <= 0:
             refuse(path + key, "a number above 0", value[key])
     learned = ranges.get("learned", torch.zeros(3))
-    if not isinstance(learned, Tensor) or learned.shape != (3,) or not torch.isfinite(learned).all():
+    if not isinstance(learned, Tensor) or learned.shape != (3,) or not _holds_floats(learned) or not torch.isfinite(learned).all():
         refuse(path + "learned", "three finite numbers", str(getattr(learned, "shape", learned)))
     low, high = -(2 ** (bits - 1)), 2**bits - 1
     if value["zero_point"] != round(value["zero_point"]) or not low <= value["zero_point"] <= high:
@@ -146,13 +155,17 @@ def _check_ranges(ranges: Mapping[str, Any], path: str) -> None:
 
 
 def check_scale(ranges: Mapping[str, Any], name: str, symmetric: bool) -> None:
-    """Check that a scale is the one that follows from its range.
+    """Check that a scale and its zero point are those that follow from their range.
 
     Raises:
-        CCOError: It is another.
+        CCOError: One is another.
     """
-    if float(ranges["max_val"]) <= float(ranges["min_val"]):
-        return
-    scale, _ = affine_qparams(ranges["min_val"].float(), ranges["max_val"].float(), ranges["num_bits"], symmetric)
+    scale, zero_point = affine_qparams(ranges["min_val"].float(), ranges["max_val"].float(), ranges["num_bits"], symmetric)
     if abs(float(ranges["scale"]) / float(scale) - 1) > 0.01:
         refuse(f"quantized.ranges.{name}.scale", f"{float(scale):g}, which follows from min_val and max_val", float(ranges["scale"]))
+    if abs(float(ranges["zero_point"]) - float(zero_point)) > 1:
+        refuse(
+            f"quantized.ranges.{name}.zero_point",
+            f"{float(zero_point):g}, which follows from min_val and max_val",
+            float(ranges["zero_point"]),
+        )
