@@ -45,10 +45,17 @@ def buffers_of(module: nn.Module) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def hook_tables(module: nn.Module) -> dict[str, dict[int, Any]]:
+    """The tables of what is registered on a module to be called around its forward and backward, by the names of its attributes; by number what is called.
+
+    Private API: attributes such as ``nn.Module._forward_hooks``, told by their names. Without them: none, so hooks that a trial forward leaves stay.
+    """
+    return {name: hooks for name, hooks in vars(module).items() if name in OF_MODULES and "hooks" in name and isinstance(hooks, dict)}
+
+
 def hooks_of(module: nn.Module) -> list[Any]:
     """Everything that is registered on a module to be called around its forward and backward."""
-    found = [hooks for name, hooks in vars(module).items() if name in OF_MODULES and "hooks" in name and isinstance(hooks, dict)]
-    return [hook for hooks in found for hook in list(hooks.values())]
+    return [hook for hooks in hook_tables(module).values() for hook in list(hooks.values())]
 
 
 def cells_of(function: FunctionType) -> tuple[CellType, ...]:

@@ -26,6 +26,7 @@ from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.containers import bytes_of, tensors_in
 from lightning_cco.graph.kept_attributes import KeptAttributes
 from lightning_cco.graph.kept_caches import environment_of, held_by, is_cache, undo_cache
+from lightning_cco.graph.kept_hooks import undo_hooks
 from lightning_cco.graph.outside_state import (
     ClassAttributes,
     Names,
@@ -52,7 +53,8 @@ class Snapshot:
 
     Lists, dictionaries, sets, arrays and tensors get their contents back, not only attributes their objects. Objects of the user's own classes and what the
     user's hooks refer to are entered; those of libraries and data sets are not. So is what their code keeps elsewhere: attributes of classes and functions,
-    default arguments, the global names that it knows, what its caches hold, and the variables of the environment that it names.
+    default arguments, the global names that it knows, what its caches hold, and the variables of the environment that it names. Hooks that a forward registers
+    on modules are taken off, those that it takes off come back.
 
     Args:
         model: The model, as it is now; `None`: only ``others``.
@@ -206,6 +208,7 @@ class Snapshot:
         self._keep_attributes(vars(module), OF_MODULES, stays=True)
         self._keep_attributes(buffers_of(module), stays=True)
         self._code.append(type(module))
+        self._undo.append(undo_hooks(module))
         for hook in hooks_of(module):
             self._enter(hook)
         for child in module.children():
