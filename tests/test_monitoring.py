@@ -190,6 +190,15 @@ def test_sensitivity_table_is_sorted_and_says_what_it_leaves_out(quantized: Quan
     assert f"and {len(report.local) - 2} less sensitive" in table[-1]
 
 
+@pytest.mark.filterwarnings("ignore:.*no layer is quantized")
+def test_where_no_layer_is_quantized_the_table_says_so() -> None:
+    found = quantize(GuideCNN(), {"layer_settings": [{"match": "*", "skip_quantization": True}]}, (GuideCNN.example(),))
+    found.calibrate([(GuideCNN.example(),)])
+    table = sensitivity_table(found.sensitivity([(GuideCNN.example(),)]), found.plan)
+    assert "no layer is quantized" in table
+    assert len(table.splitlines()) == 1
+
+
 def test_files(quantized: QuantizedModel, tmp_path: Path) -> None:
     show_epochs(Monitor(tmp_path / "cco"), quantized)
     written = {path.name for path in (tmp_path / "cco").iterdir()}

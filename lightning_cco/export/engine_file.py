@@ -27,7 +27,7 @@ from lightning_cco.export.program import example_of
 from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, levels_of
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import UNASKED, ExportReport, FloatIsland
-from lightning_cco.export.samples import MOST_SAMPLES, Samples
+from lightning_cco.export.samples import MOST_SAMPLES, Samples, left_out_of_the_check
 from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.export.variations import varied
 from lightning_cco.files import temporary_folder
@@ -196,8 +196,7 @@ def _check_program(
         results = arrays_of(program.run(tensors, {}))
         comparison.add(tensors, results, results, program.levels)
         report.batches += 1
-    if left_out:
-        report.notes.append(f"{left_out} batches are of other sizes than the file takes and were left out of the check")
+    report.notes += left_out_of_the_check(left_out, len(calls))
     comparison.tell(report)
     if samples.size == 1:
         report.varying_sqnr_db = float("nan")  # nothing varies within one sample
@@ -232,8 +231,7 @@ def _check(
         comparison.add(tensors, results, values[: len(results)], levels_of(values[len(results) :], scales))
         report.batches += number < len(pieces)
         report.variations += number >= len(pieces)
-    if left_out:
-        report.notes.append(f"{left_out} batches are of other sizes than the file takes and were left out of the check")
+    report.notes += left_out_of_the_check(left_out, len(calls))
     comparison.tell(report)
     report.target_sqnr_db = report.sqnr_db
     if samples.size == 1:

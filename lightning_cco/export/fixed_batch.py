@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_cco.errors import CCOError
 from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.engines import Engine
-from lightning_cco.export.samples import MOST_SAMPLES, Samples
+from lightning_cco.export.samples import MOST_SAMPLES, Samples, left_out_of_the_check
 
 Call = tuple[Tensor, ...]
 
@@ -50,6 +50,4 @@ def of_one_sample(
     samples = Samples(deployed, 1)
     pieces, left_out = samples.pieces(calls, MOST_SAMPLES)
     notes = samples.notes or [f"the file takes one sample at once: {why}; dynamic_batch=False keeps the example's number of samples"]
-    if left_out:
-        notes.append(f"{left_out} of {len(calls)} batches have other sizes than the file, and were left out of the check")
-    return remade(*deployed.call(samples.example)), pieces, notes
+    return remade(*deployed.call(samples.example)), pieces, notes + left_out_of_the_check(left_out, len(calls))

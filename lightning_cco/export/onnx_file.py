@@ -216,4 +216,4 @@ def _not_checked_on(calls: Sequence[tuple[Tensor, ...] | None], deployed: Deploy
             f"export: batches: none of the {others} is what the file takes ({takes}). Expected the arguments of one forward in each, such as "
             "batches=[(x,), (x,)], with the example's keys and constants."
         )
-    return [f"{others} of {len(calls)} batches are of another form than the example ({takes}) and were left out of the check"]
+    return [f"{others} of {len(calls)} batches: of another form than the example ({takes}), left out of the check"]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.layouts import usual
+from lightning_cco.figures import number_of
 
 MOST_SAMPLES = 16
 """So many samples are run in an engine at most: those for phones are slow on other processors."""
@@ -69,3 +70,16 @@ class Samples:
         except Exception:  # the model does not take this size
             return False
         return True
+
+
+def left_out_of_the_check(left_out: int, count: int) -> list[str]:
+    """What is said of batches that a file of fixed sizes does not take.
+
+    >>> left_out_of_the_check(1, 3)
+    ['1 of 3 batches: other sizes than the file takes, left out of the check']
+    """
+    return (
+        [f"{left_out} of {number_of(count, 'batches', 'batch')}: other sizes than the file takes, left out of the check"]
+        if left_out
+        else []
+    )

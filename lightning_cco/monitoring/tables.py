@@ -105,6 +105,8 @@ def sensitivity_table(report: SensitivityReport, plan: QuantizationPlan, most: i
         most: How many layers at most.
     """
     rows = sensitivity_rows(report, plan)
+    if not rows:
+        return "Quantization Sensitivity (QS): nothing was measured, since no layer is quantized (layers.txt has the reasons)"
     title = "Quantization Sensitivity (QS): how far rounding moves a layer's output; the most sensitive layers first"
     table = f"{title}\n{text_table(SENSITIVITY_HEADER, rows[:most], right=[2, 3, 4, 5, 6])}"
     return table if len(rows) <= most else f"{table}\n… and {len(rows) - most} less sensitive layers (all are in sensitivity.csv)"
