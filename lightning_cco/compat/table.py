@@ -140,6 +140,7 @@ _DYNAMO = (
 _OPERATORS = (
     ("torch._ops.OpOverload", "tells calls of operators from those of functions", "`ImportError`"),
     ("torch._ops.OpOverloadPacket", "tells calls of operators from those of functions", "`ImportError`"),
+    ("torch.ops.aten._linalg_check_errors.default", "leaves checks of inverses out of traces", "a file with an inverse is refused"),
 )
 _TRAINER = (
     ("lightning.pytorch.LightningModule._on_before_batch_transfer", "a batch goes through the module's hooks", _START),
@@ -211,7 +212,7 @@ _OTHERS = (
 )
 _VERSION = (
     "distillation/recorder.py, export/step_network.py, graph/snapshot.py, graph/call_tracer.py, quantization/activation_quantizer.py, "
-    "quantization/moving_ranges.py, quantization/range_updates.py, quantization/weight_quantizer.py, quantization/weight_recompute.py"
+    "quantization/moving_ranges.py, quantization/weight_quantizer.py, quantization/weight_recompute.py"
 )
 _BASE = "quantization/gradient_holders.py, quantization/runtime.py, quantization/weight_quantizer.py"
 _IN_PLACE = (

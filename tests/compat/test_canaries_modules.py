@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from canary import tries
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from lightning_cco.compat import autograd, callers, checkpointing, dynamo, modules, operators
@@ -183,8 +184,11 @@ def test_the_graph_that_is_compiled() -> None:
     "torch._ops.OpOverloadPacket",
     "torch._ops.OpOverload._schema",
     "torch._ops.OpOverloadPacket._qualified_op_name",
+    "torch.ops.aten._linalg_check_errors.default",
 )
 def test_operators() -> None:
+    inverse = make_fx(torch.linalg.inv)(torch.eye(2))
+    assert operators.check_of_inverses in [node.target for node in inverse.graph.nodes]
     assert isinstance(torch.ops.aten.add.Tensor, operators.OpOverload)
     assert isinstance(torch.ops.aten.add, operators.OpOverloadPacket)
     assert torch.ops.aten.add.Tensor._schema.name == torch.ops.aten.add._qualified_op_name == "aten::add"
