@@ -28,7 +28,8 @@ class Cuts:
         self._held: dict[int, tuple[Tensor, str]] = {}
         self._cut: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         for path, module in model.named_modules():
-            for name, value in {**vars(module), **module._buffers, **module._parameters}.items():
+            own = {**dict(module.named_buffers(recurse=False)), **dict(module.named_parameters(recurse=False))}
+            for name, value in {**vars(module), **own}.items():
                 if isinstance(value, Tensor) and value.is_floating_point():
                     self._held.setdefault(id(value), (value, f"{path}.{name}" if path else name))
 
