@@ -25,7 +25,15 @@ hypothesis.settings.register_profile("same", derandomize=True)  # what fails onc
 hypothesis.settings.load_profile("same")
 
 _VARYING = frozenset(
-    {"test_sizes.py", "test_export.py", "test_batches_said.py", "test_export_local_check.py", "test_interpolation.py", "test_readme.py"}
+    {
+        "test_sizes.py",
+        "test_export.py",
+        "test_batches_said.py",
+        "test_export_local_check.py",
+        "test_interpolation.py",
+        "test_readme.py",
+        "test_cut_operands.py",
+    }
 )
 
 

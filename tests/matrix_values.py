@@ -78,6 +78,7 @@ def round_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation_quantizer, "has_small_gradient", lambda x: False)
     monkeypatch.setattr(weight_quantizer, "fake_quantize_weight", lambda weight, *_: weight.clone())
     monkeypatch.setattr(weight_quantizer, "fake_quantize_small_weight", lambda *_: None)
+    monkeypatch.setattr(weight_quantizer, "rounded_weight", lambda weight, *_: weight.clone())  # of what is cut from a table
 
 
 def identities(quantized: QuantizedModel, monkeypatch: pytest.MonkeyPatch) -> Seen:

@@ -107,7 +107,8 @@ EXPORT = ("export", "checkpoints/best.ckpt", "--module")
 )
 def test_export(run, tmp_path: Path, given: list[str]) -> None:
     status, said, error = run(*EXPORT, *given, "--out", str(tmp_path / "model.onnx"))
-    assert (status, error) == (0, "")
+    assert status == 0
+    assert error == f"Writing {tmp_path / 'model.onnx'} and checking it; a large model takes minutes.\n"
     assert "runs in INT8        2 " in said
     if "--data" in given:
         assert "(2 batches" in said

@@ -34,7 +34,7 @@ def expected_scales(cco: CCOCallback, model: pl.LightningModule) -> dict[str, fl
     from lightning_cco import quantize
 
     plain = Classifier()
-    plain.load_state_dict(model.state_dict())
+    plain.eval().load_state_dict(model.state_dict())  # as they are tested: by their running statistics
     twin = quantize(plain, cco.settings, (cco._run.compression.held[0][0],))
     twin.calibrate([batch[0] for batch in cco._run.compression.held])
     return {key: float(quantizer.scale.max()) for key, quantizer in twin.activations.items()}

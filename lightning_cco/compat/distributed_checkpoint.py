@@ -20,7 +20,7 @@ def read_all(path: str) -> dict[str, Any]:
     Raises:
         OSError: Some part of it can't be read.
     """
-    from torch.distributed.checkpoint import CheckpointException
+    from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         return _read(path)

@@ -160,6 +160,9 @@ def check_scale(ranges: Mapping[str, Any], name: str, symmetric: bool) -> None:
     Raises:
         CCOError: One is another.
     """
+    numbers = {key: float(ranges[key]) for key in _NUMBERS}
+    if numbers["min_val"] == numbers["max_val"] == numbers["zero_point"] == 0 and numbers["scale"] == 1:
+        return  # what a quantizer begins with: it has seen nothing yet
     scale, zero_point = affine_qparams(ranges["min_val"].float(), ranges["max_val"].float(), ranges["num_bits"], symmetric)
     if abs(float(ranges["scale"]) / float(scale) - 1) > 0.01:
         refuse(f"quantized.ranges.{name}.scale", f"{float(scale):g}, which follows from min_val and max_val", float(ranges["scale"]))

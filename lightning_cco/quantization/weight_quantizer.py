@@ -73,6 +73,9 @@ class WeightQuantizer(nn.Module):
             recomputed: Takes what makes the result again in the backward, if that is possible and worth it.
         """
         compiling = torch.compiler.is_compiling()
+        if self._is_part(weight):
+            self._kept = None  # the whole may change in a part that does not come now
+            return self._rounded(weight)
         if not compiling:
             if not runs_plainly():  # first: traced weights have no numbers to compare
                 return self._rounded(weight)
@@ -95,8 +98,7 @@ class WeightQuantizer(nn.Module):
             return self._rounded(weight, room)
         # What is computed from parameters (a parametrization) is a new tensor each time, often at the address of the last one: nothing to keep.
         owner = weight._base if weight._base is not None else weight
-        changed_elsewhere = self.cut_from is not None  # in a part that does not come now
-        if torch.is_grad_enabled() or compiling or changed_elsewhere or not isinstance(owner, nn.Parameter) or weight.is_inference():
+        if torch.is_grad_enabled() or compiling or not isinstance(owner, nn.Parameter) or weight.is_inference():
             self._kept = None
             return self._rounded(weight)
         version = weight.data_ptr(), weight._version, weight.shape
@@ -117,7 +119,7 @@ class WeightQuantizer(nn.Module):
 
     def _rounded(self, weight: Tensor, recomputed: RecomputedWeight | None = None) -> Tensor:
         mse = self.estimator == "mse"
-        if self.cut_from is not None:
+        if self._is_part(weight):
             return straight_through(
                 rounded_weight(weight.detach(), self.scale(weight), quant_range(self.num_bits, symmetric=True)[1]), weight
             )
@@ -157,6 +159,10 @@ class WeightQuantizer(nn.Module):
         """The tensor that a weight is cut from, as its module holds it now; the weight itself if it is the whole."""
         held = None if self.cut_from is None else getattr(*self.cut_from, None)
         return held if isinstance(held, Tensor) else weight
+
+    def _is_part(self, weight: Tensor) -> bool:
+        """Whether a weight is less than the tensor that it is cut from, so that its scale is another's."""
+        return self.cut_from is not None and (torch.compiler.is_compiling() or self.whole(weight) is not weight)
 
     def scales_of(self, weight: Tensor) -> int:
         """How many scales a weight has."""

@@ -60,7 +60,7 @@ def made(*names: str) -> QuantizedModel:
 def test_file_and_model_agree_at_other_sizes(tmp_path: Path) -> None:
     quantized = made(*CUTS)
     report = quantized.export(tmp_path / "model.onnx")
-    assert report.inputs == {"x": ["batch", 4, "sequence"]}
+    assert report.inputs == {"x": ["batch", 4, "sequence"]}, report.notes
     assert not any("at least" in note for note in report.notes)
     session = engine_session(str(tmp_path / "model.onnx"), as_written=True)
     for samples, length in ((1, 8), (3, 24), (7, 36)):
@@ -86,6 +86,31 @@ def test_the_scale_is_that_of_the_whole(learned: bool) -> None:
     expected = torch.fake_quantize_per_tensor_affine(whole, scale, 0, -127, 127)[:, :, :8]
     torch.testing.assert_close(seen[1].detach(), expected)
     assert quantized.model.pos.grad[:, :, :8].abs().sum() > 0
+
+
+class Rows(nn.Module):
+    """Positions whose first rows are one piece of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.pos = nn.Parameter(torch.randn(40, 8) * torch.linspace(0.2, 5, 40)[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu() + self.pos[: x.shape[1]])
+
+
+@pytest.mark.parametrize("length", [8, 40])
+def test_the_scale_in_a_training_is_that_of_the_whole(length: int) -> None:
+    torch.manual_seed(0)
+    quantized = quantize(Rows(), {"global_quantization_settings": {"skip_tail_quantization": False}}, (torch.randn(2, 16, 8),))
+    quantized.calibrate([torch.randn(2, 16, 8)])
+    seen: list[Tensor] = []
+    quantized.weights["add"][0].register_forward_hook(lambda _, args, result: seen.append(result))
+    quantized.model.train()(torch.randn(2, length, 8)).sum().backward()
+    whole = quantized.model.pos.detach()
+    expected = torch.fake_quantize_per_tensor_affine(whole, float(whole.abs().max()) / 127, 0, -127, 127)[:length]
+    torch.testing.assert_close(seen[0].detach(), expected)
 
 
 def test_the_scale_follows_a_part_that_is_not_read_now() -> None:
