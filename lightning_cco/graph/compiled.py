@@ -32,7 +32,8 @@ class BlockMode(TorchFunctionMode):
 
     def __exit__(self, *_: object) -> None:
         modes = mode_stack()
-        restore_modes(modes[: len(modes) - 1 - modes[::-1].index(self)])
+        if self in modes:
+            restore_modes(modes[: len(modes) - 1 - modes[::-1].index(self)])
 
 
 class _WrappedCallable:

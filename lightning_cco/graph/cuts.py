@@ -26,18 +26,19 @@ class Cuts:
 
     def __init__(self, model: nn.Module) -> None:
         self._held: dict[int, tuple[Tensor, str]] = {}
+        self._wholes: dict[str, Tensor] = {}
         self._cut: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         for path, module in model.named_modules():
             own = {**dict(module.named_buffers(recurse=False)), **dict(module.named_parameters(recurse=False))}
             for name, value in {**vars(module), **own}.items():
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    self._held.setdefault(id(value), (value, f"{path}.{name}" if path else name))
+                if isinstance(value, Tensor) and value.is_floating_point() and id(value) not in self._held:
+                    dotted = f"{path}.{name}" if path else name
+                    self._held[id(value)], self._wholes[dotted] = (value, dotted), value
 
     def of(self, tensor: Tensor) -> str | None:
         """Dotted name of what a tensor is cut from, or is; `None`: of nothing, of several, it is computed, or the whole holds a mask's huge values."""
         name = self._name(tensor)
-        whole = next((held for held, known in self._held.values() if known == name), None)
-        return None if whole is None or is_mask_like(whole) else name
+        return None if name is None or is_mask_like(self._wholes[name]) else name
 
     def _name(self, tensor: Tensor) -> str | None:
         held = self._held.get(id(tensor))
