@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lightning_cco.batches import forward_arguments, overrides_forward
 from lightning_cco.errors import CCOError
+from lightning_cco.export.destination import announcement
 from lightning_cco.export.report import ExportReport
 from lightning_cco.loading import load_quantized
 from lightning_cco.monitoring.run_report import run_report
@@ -129,7 +130,7 @@ def _export(options: argparse.Namespace) -> None:
     if len(batches) > 1 and quantized.network is None and overrides_forward(module) and not str(options.out).endswith(".pt2"):
         calls = [forward_arguments(module, batch) for batch in batches]
         more["batches"] = [kwargs or args for args, kwargs in calls]
-    print(f"Writing {options.out} and checking it; a large model takes minutes.", file=sys.stderr)
+    print(announcement(options.out), file=sys.stderr)
     written = quantized.export(options.out, **more)
     if isinstance(written, ExportReport):
         written.save(written.beside)

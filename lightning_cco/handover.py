@@ -15,7 +15,7 @@ from lightning_cco.batches import ForwardFn
 from lightning_cco.budgeted import recipe_of
 from lightning_cco.checkpoints import best_checkpoint, check_callback_state, load_weights, read_checkpoint
 from lightning_cco.errors import CCOError
-from lightning_cco.export.destination import holds_weights_alone, is_program
+from lightning_cco.export.destination import announcement, holds_weights_alone, is_program
 from lightning_cco.export.engines import ENGINES, PROGRAMS
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export_dir import as_before
@@ -64,7 +64,7 @@ class Handover:
         """Write and check a file; see `CCOCallback.export`."""
         quantized = self.compressed()
         source = ""
-        rank_zero_info(f"Writing {path} and checking it; a large model takes minutes.")
+        rank_zero_info(announcement(path))
         if holds_weights_alone(path):
             return quantized.export(path, **options)
         if not len(args) and not kwargs:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_cco.batches import ForwardFn, capture_module, overrides_forward
-from lightning_cco.checkpoints import check_callback_state, read_checkpoint
+from lightning_cco.checkpoints import check_callback_state, load_weights, read_checkpoint
 from lightning_cco.errors import CCOError
 from lightning_cco.example_input import example_of, shapes_of
 from lightning_cco.graph.capture import capture
@@ -91,7 +91,7 @@ def load_quantized(
     refuse_hooked(model)
     saved = read_checkpoint(str(checkpoint), weights_only=weights_only)
     state = _callback_state(saved, checkpoint)
-    _load_weights(model, saved["state_dict"], checkpoint)
+    _load_weights(model, saved, checkpoint)
     model.eval()
     recipe = load_settings(settings if settings is not None else state["settings"])
     if batch is not None:
@@ -129,9 +129,9 @@ def _callback_state(saved: Mapping[str, Any], checkpoint: str | Path) -> Mapping
     return found[0]
 
 
-def _load_weights(model: nn.Module, weights: Mapping[str, Any], checkpoint: str | Path) -> None:
+def _load_weights(model: nn.Module, saved: Mapping[str, Any], checkpoint: str | Path) -> None:
     """Load the weights, those under one prefix if the model is a part of what was trained."""
-    own = set(model.state_dict())
+    own, weights = set(model.state_dict()), saved["state_dict"]
     if not any("_orig_mod." in name for name in own):  # the training compiled the model, or a part of it
         weights = {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
     if own != set(weights) and own:
@@ -142,7 +142,7 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Any], checkpoint: str 
             weights = {name.removeprefix(whole[0]): value for name, value in weights.items() if name.startswith(whole[0])}
             rank_zero_info(f"load_quantized: the weights are those of '{whole[0][:-1]}' in {checkpoint}.")
     try:
-        model.load_state_dict(weights, strict=True)
+        load_weights(model, {**saved, "state_dict": weights})
     except RuntimeError as error:
         raise CCOError(
             f"load_quantized: the weights of {checkpoint} are not those of {type(model).__name__}: {error} "

@@ -144,6 +144,29 @@ def test_weights_of_a_compiled_module(trained: tuple[str, Tensor, Tensor], tmp_p
         assert torch.equal(model(images), expected)
 
 
+class Renaming(Classifier):
+    """Reads checkpoints whose names begin otherwise, and leaves a part out of them, as Lightning lets a module do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_out, self.strict_loading = nn.Linear(2, 2), False
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {name.removeprefix("old."): value for name, value in checkpoint["state_dict"].items()}
+
+
+@pytest.mark.filterwarnings("ignore:.*left_out")
+def test_weights_that_a_module_reads_in_its_own_way(trained: tuple[str, Tensor, Tensor], tmp_path: Path) -> None:
+    path, images, expected = trained
+    saved = torch.load(path, weights_only=True)
+    saved["state_dict"] = {f"old.{name}": value for name, value in saved["state_dict"].items()}
+    torch.save(saved, tmp_path / "old.ckpt")
+    model = Renaming()
+    cc.load_quantized(model, tmp_path / "old.ckpt", (images,))
+    with torch.no_grad():
+        assert torch.equal(model(images), expected)
+
+
 def test_another_recipe_is_planned_anew_and_said(trained: tuple[str, Tensor, Tensor], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
     path, images, _ = trained

@@ -12,6 +12,15 @@ from lightning_cco.files import real_file
 from lightning_cco.names import printable, shown
 
 
+def announcement(path: str | Path) -> str:
+    """What is said before a file is written.
+
+    >>> announcement("model.onnx")
+    'Writing model.onnx and checking it; a large model takes minutes.'
+    """
+    return f"Writing {path} and checking it; a large model takes minutes."
+
+
 def export_target(path: str | Path, ending: str) -> Path:
     """The file that an export is to write, through symbolic links, and with ``~`` for the home directory.
 
