@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_cco import quantize
 from lightning_cco.errors import CCOError, CCOWarning
+from lightning_cco.graph.capture import capture
 
 
 @torch.jit.script
@@ -120,6 +125,73 @@ def test_weights_that_a_part_of_a_model_uses_unseen_are_named(kind: str) -> None
 def test_weights_that_nobody_uses_are_not_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Block(F.linear), nn.ReLU(), nn.Linear(4, 2))
     assert {"linear_1", "linear_2"} <= set(quantize(model, None, (torch.randn(5, 4),)).plan.quantized)
+
+
+class Threaded(nn.Module):
+    """A branch of its forward runs in another thread."""
+
+    def __init__(self, beside: Callable[[Callable[[], Tensor]], Tensor], function: bool = False) -> None:
+        super().__init__()
+        self.stem, self.branch, self.head = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)
+        self.beside, self.weight = beside, nn.Parameter(torch.randn(4, 4)) if function else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.beside(lambda: self.branch(x) if self.weight is None else F.linear(x, self.weight)) + x)
+
+
+def _submitted(call: Callable[[], Tensor]) -> Tensor:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def _threaded(call: Callable[[], Tensor]) -> Tensor:
+    results: list[Tensor] = []
+    thread = threading.Thread(target=lambda: results.append(call()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+THREADS: dict[str, Callable[[Callable[[], Tensor]], Tensor]] = {
+    "submit": _submitted,
+    "thread": _threaded,
+    "asyncio": lambda call: asyncio.run(asyncio.to_thread(call)),
+    "in one another": lambda call: _submitted(lambda: _threaded(call)),
+    "checkpoint": lambda call: _submitted(lambda: checkpoint(call, use_reentrant=False)),
+}
+
+
+@pytest.mark.parametrize("kind", THREADS)
+def test_a_module_that_the_forward_calls_in_another_thread_is_named_and_stays_in_float(kind: str) -> None:
+    model, x = Threaded(THREADS[kind]), torch.randn(5, 4)
+    with pytest.warns(
+        CCOWarning, match=r"stay in float: 'branch' \(Sequential: it was called in another thread than the forward"
+    ) as caught:
+        quantized = quantize(model, None, (x,))
+    assert len(caught) == 1
+    assert [layer.path for layer in quantized.graph if layer.weighted] == ["stem", "head"]
+    assert sum(layer.kind == "output" for layer in quantized.graph) == 1
+    quantized.calibrate([(x,)])
+    seen: list[tuple[Tensor, Tensor]] = []
+    model.branch.register_forward_hook(lambda _module, args, output: seen.append((args[0], output)))
+    model(x).sum().backward()
+    given, made = seen[0]
+    assert torch.equal(made, F.relu(F.linear(given, model.branch[0].weight, model.branch[0].bias)))
+    assert model.branch[0].weight.grad is not None
+    assert quantized.drift == []
+
+
+def test_a_weight_that_only_another_thread_multiplies_by_is_named() -> None:
+    with pytest.warns(CCOWarning, match="stay in float: 'weight' "):
+        quantize(Threaded(_submitted, function=True), None, (torch.randn(5, 4),))
+
+
+def test_modules_that_a_step_calls_in_other_threads_are_captured() -> None:
+    """Nothing of the model runs around them, so they are the forward."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 4)
+    captured = capture(model, lambda: _submitted(lambda: model(x)))
+    assert [layer.path for layer in captured.graph if layer.weighted] == ["0", "2"]
 
 
 class Sometimes(nn.Module):

@@ -29,6 +29,17 @@ _EVIDENCE = (
 """Words of errors that show that the model computes with values, that a size is fixed in its code, that it takes gradients or is transformed."""
 _ON_A_SIZE = ("SymbolicTensor", "SymInt")
 """Words of errors of the exporter that show that what it wants as a number depends on a size."""
+_PLAIN = (
+    (
+        ("torch.distributions", "not a known type"),
+        "The program keeps what forward returns, and a distribution is none of its types. Let the forward that is exported return its parameters.",
+    ),
+    (
+        ("fake tensor in the exported program",),
+        "A part of its forward runs where a trace does not see it, such as another thread. Call it in the forward's own thread.",
+    ),
+)
+"""Words of errors that say enough by themselves, and what to do."""
 _PACKED = frozenset({"pack_padded_sequence", "pad_packed_sequence", "_pack_padded_sequence", "_pad_packed_sequence"})
 
 
@@ -107,6 +118,7 @@ def untraceable(model: torch.nn.Module, where: str, error: Exception, graph: Lay
     """
     said = f"{type(error).__name__}: {error}"
     branches, fixed, gradients, transformed = (any(word in said for word in words) for words in _EVIDENCE)
+    plain = next((advice for words, advice in _PLAIN if all(word in said for word in words)), "")
     scripted = _scripted(model) if "positional arguments" in said else []
     if came_through(error, "copy", "deepcopy"):
         advice = (
@@ -118,8 +130,8 @@ def untraceable(model: torch.nn.Module, where: str, error: Exception, graph: Lay
             "A distribution of torch.distributions checks the values of its parameters, which a file can't. Make it with validate_args=False, or let the "
             "forward that is exported return the parameters."
         )
-    elif "torch.distributions" in said and "not a known type" in said:
-        advice = "The program keeps what forward returns, and a distribution is none of its types. Let the forward that is exported return its parameters."
+    elif plain:
+        advice = plain
     elif scripted:
         advice = (
             f"What torch.jit.script has made can't be traced: {list_names(scripted)}. Put the Python module that was scripted in its place, or what "

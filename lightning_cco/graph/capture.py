@@ -18,7 +18,7 @@ from lightning_cco.graph.failing import failing_module
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.made_weights import warn_of_weights_kept, warn_of_weights_made
 from lightning_cco.graph.modes import as_now, switch_training, uncollected
-from lightning_cco.graph.reached import is_within, only_asked, out_of_sight, used_unseen, without_int8_form
+from lightning_cco.graph.reached import in_other_threads, is_within, only_asked, out_of_sight, used_unseen, without_int8_form
 from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.graph.trace import Tracer
 
@@ -99,6 +99,7 @@ def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> C
     captured.called = tuple(path for path in evaluation.called if not is_within(path, teachers))
     captured.needs_gradients = gradients
     captured.hooked = evaluation.hooked
+    captured.apart = tuple(in_other_threads(evaluation))
     captured.left_out = evaluation.left_out
     return captured
 
@@ -174,7 +175,7 @@ def _check(model: nn.Module, evaluation: Tracer, hidden: Sequence[str]) -> None:
     if unseen:
         warnings.warn(
             f"{type(model).__name__}: modules with parameters are not in the layer graph, so they stay in float: {'; '.join(unseen)}. "
-            "Write them with torch functions in Python, unscripted, to have them quantized.",
+            "Write them with torch functions in Python, unscripted and in the forward's own thread, to have them quantized.",
             CCOWarning,
             stacklevel=4,
         )

@@ -68,6 +68,7 @@ class Capture:
         needs_gradients: Whether the forward differentiates by itself, so that it fails where no gradients are recorded.
         left_out: Paths of modules with parameters that serve losses alone, so that they are no layers.
         called: Paths of the modules that were called from outside of any other, teachers not among them.
+        apart: Paths of the modules that the forward calls in other threads alone, so that they are no layers.
         hooked: Paths of the modules that had hooks of the user's own, which read the values of the float run.
     """
 
@@ -79,6 +80,7 @@ class Capture:
     left_out: list[str] = field(default_factory=list)
     called: tuple[str, ...] = ()
     hooked: frozenset[str] = frozenset()
+    apart: tuple[str, ...] = ()
 
 
 def assemble(root: CallNode, evaluation: Tracer, training: Tracer | None, frozen: list[str]) -> Capture:

@@ -52,6 +52,7 @@ class Frames(FrameStacks):
         growing: Whether new calls belong to the capture; what turns up later is marked as never captured.
         entered: Called with each frame pushed, and the arguments of its module.
         left: Called with each frame about to be popped, and its module's output.
+        apart: Called with the path of each module that a forward calls in another thread than its own; such calls then get no frame.
         owner: Refers to the object that these hooks belong to.
     """
 
@@ -60,6 +61,7 @@ class Frames(FrameStacks):
         self.root = root
         self.entered: Callable[[ModuleCall, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.left: Callable[[ModuleCall, Any], None] | None = None
+        self.apart: Callable[[str], None] | None = None
         self.quiet: frozenset[str] = frozenset()
         self.growing = False
         self.owner: weakref.ref[Any] | None = None
@@ -142,6 +144,9 @@ class Frames(FrameStacks):
     ) -> dict[str, Any] | None:
         """Push a thread's first frame."""
         stack = self.stack()
+        if self.apart is not None and self._runs_elsewhere(path):
+            self.apart(path)
+            return None
         if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
             raise CCOError(
                 f"module '{path or 'the root module'}' of a quantized model is traced by torch.fx, which has no values to round. {_TRACE_OTHERWISE}"
@@ -166,6 +171,13 @@ class Frames(FrameStacks):
         if self.entered is not None:
             self.entered(frame, args, kwargs)
         return replaced
+
+    def _runs_elsewhere(self, path: str) -> bool:
+        """Whether a module around this one is running in another thread, which has handed this call to a worker. Autograd's own threads recompute."""
+        if graph_task() != -1:
+            return False
+        outer = [stack[0].node.path for stack in (self._main, *list(self._others.values())) if stack]
+        return any(path != around and (not around or path.startswith(f"{around}.")) for around in outer)
 
     def _refuse_graph_around(self, path: str, training: bool) -> None:
         """A graph that somebody's `torch.fx` made of the model calls its modules, but not those around them, where something may be rounded.

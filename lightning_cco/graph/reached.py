@@ -33,7 +33,12 @@ def out_of_sight(model: nn.Module, tracer: Tracer) -> list[str]:
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     read = _read(named, tracer)
-    found: list[str] = []
+    apart = in_other_threads(tracer)
+    found = [
+        f"'{path}' ({type(module).__name__}: it was called in another thread than the forward, where calls are not captured)"
+        for path, module in model.named_modules()
+        if path in apart and any(p.is_floating_point() for p in module.parameters())
+    ]
     scripted = ""
     for path, module in model.named_modules():
         if scripted and path.startswith(f"{scripted}."):
@@ -57,6 +62,15 @@ def out_of_sight(model: nn.Module, tracer: Tracer) -> list[str]:
         weights = [name for name in call.layer.parameters if name in named and named[name].dim() > 1]
         if call.layer.kind in _OUT_OF_SIGHT and weights:
             found.append(f"'{call.layer.path or 'the model itself'}' ({call.layer.note}; it reads {', '.join(weights)})")
+    return found
+
+
+def in_other_threads(tracer: Tracer) -> list[str]:
+    """The outermost modules that the forward calls in other threads alone."""
+    found: list[str] = []
+    for path in sorted(tracer.apart - tracer.ran):
+        if not is_within(path, found):
+            found.append(path)
     return found
 
 
@@ -123,11 +137,12 @@ def used_unseen(model: nn.Module, tracer: Tracer, forward: Callable[[], Any]) ->
     scripted = [path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
     metrics = [path for path, module in model.named_modules() if is_metric(module)]
     leaves = [path for path, module in model.named_modules() if next(module.children(), None) is None and path in tracer.ran]
+    apart = in_other_threads(tracer)
     unread = [
         name
         for name, p in named.items()
         if id(p) not in read and p.dim() > 1 and p.is_floating_point() and type(p) is nn.Parameter and p.layout is torch.strided
-        if not is_within(name, [path for path in (*scripted, *metrics, *leaves) if path])  # these are named by themselves
+        if not is_within(name, [path for path in (*scripted, *metrics, *leaves, *apart) if path])  # these are named by themselves
     ]
     if not unread or "" in scripted:
         return []

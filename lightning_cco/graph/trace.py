@@ -40,6 +40,7 @@ class Tracer:
         drawn: Paths of the modules that compute with parameters which the forward itself has drawn at random.
         left_out: Paths of modules with parameters whose calls serve losses alone.
         called: Paths of the modules that are called from outside of any other for the network.
+        apart: Paths of the modules that the forward calls in other threads.
     """
 
     def __init__(self, model: nn.Module, root: CallNode, carried: Carried = NOTHING) -> None:
@@ -48,13 +49,14 @@ class Tracer:
         self.with_gradients: set[str] = set()
         self.left_out: list[str] = []
         self.called: tuple[str, ...] = ()
+        self.apart: set[str] = set()
         self._outer: list[OuterCall] = []
         self._traced = CallTracer(model, root, carried, self._outer)
         self.custom = self._traced.custom
         self.calls, self.read, self.drawn, self.made_of = self._traced.calls, self._traced.read, self._traced.drawn, self._traced.made_of
         self.frames = Frames(model, root, self._traced.handle)
         self.frames.growing = True
-        self.frames.entered, self.frames.left = self._entered, self._left
+        self.frames.entered, self.frames.left, self.frames.apart = self._entered, self._left, self.apart.add
         self._modules = dict(model.named_modules())
         self._sources, self._readers = self._traced.sources, self._traced.readers
         self._origins = self._sources.origins

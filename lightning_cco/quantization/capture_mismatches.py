@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,17 +36,18 @@ class CaptureMismatches:
     Args:
         model: The hooked model.
         root: The tree of captured calls.
+        apart: Paths of modules that have been named already, since the forward calls them in other threads.
 
     Attributes:
         found: What has been found, in words, by place.
     """
 
-    def __init__(self, model: nn.Module, root: CallNode) -> None:
+    def __init__(self, model: nn.Module, root: CallNode, apart: Sequence[str] = ()) -> None:
         self.found: dict[str, str] = {}
         self._model = model
-        frozen = frozen_modules(model)
+        known = [*frozen_modules(model), *apart]
         self._with_parameters = {
-            path for path, module in model.named_modules() if next(module.parameters(), None) is not None and not is_within(path, frozen)
+            path for path, module in model.named_modules() if next(module.parameters(), None) is not None and not is_within(path, known)
         }
         self._has_training_capture = any(node.seen[True] for node in root.walk())
 
