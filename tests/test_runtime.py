@@ -395,6 +395,56 @@ def test_infinite_parameters_that_no_mask_has_are_named(name: str, value: float)
         quantized.calibrate([x])
 
 
+class Normed(nn.Module):
+    """A norm, and a buffer of which some values are not there and none is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.register_buffer("table", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x + torch.nan_to_num(self.table, 1.0) - 1)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("running_mean", math.nan, "NaN or infinite"),
+        ("running_var", math.nan, "NaN or infinite"),
+        ("running_var", math.inf, "NaN or infinite"),
+        ("running_var", -1.0, "negative"),
+    ],
+)
+def test_running_statistics_that_can_not_be_are_named(name: str, value: float, said: str, training: bool) -> None:
+    model, x = Normed().train(training), torch.randn(4, 8)
+    getattr(model.body[1], name)[2] = value
+    with pytest.raises(CCOError, match=rf"buffer 'body\.1\.{name}' of layer 'batch_norm' holds {said}"):
+        quantize(model, None, (x,)).calibrate([x])
+
+
+def test_a_buffer_that_is_not_a_number_is_the_same_after_a_forward() -> None:
+    """It equals nothing, not even itself, and was taken for what a forward goes on from in the next one."""
+    model, x = Normed().eval(), torch.randn(4, 8)
+    expected = quantize(model, None, (x,))
+    layers = [layer.kind for layer in expected.graph]
+    expected.remove()
+    model.table[2] = math.nan
+    quantized = quantize(model, None, (x,))
+    assert [layer.kind for layer in quantized.graph] == layers
+    quantized.calibrate([x])
+
+
+def test_a_buffer_that_is_not_a_number_is_named_where_a_layer_makes_more_of_it() -> None:
+    model, x = FactorAndMask().eval(), torch.randn(4, 8)
+    del model.factor
+    model.register_buffer("factor", torch.full((8,), math.nan))
+    quantized = quantize(model, None, (x,))
+    with pytest.raises(CCOError, match=r"gave NaN .* buffers of the model 'factor'"):
+        quantized.calibrate([x])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_bad_activations_name_the_layer(value: float) -> None:
     model, x = GuideCNN().eval(), GuideCNN.example()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from lightning_cco.compat.modules import CONTENTS
 from lightning_cco.graph.call import Call
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.ops import RANDOM
+from lightning_cco.graph.undo import is_same
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,7 @@ def unchanged(constants: Sequence[KeptConstant], before: Sequence[Tensor], held:
         held: What the model holds after it.
     """
     still = set(map(id, held))
-    return [
-        kept
-        for kept, value in zip(constants, before, strict=True)
-        if id(kept.tensor) in still and kept.tensor.shape == value.shape and torch.equal(kept.tensor, value)
-    ]
+    return [kept for kept, value in zip(constants, before, strict=True) if id(kept.tensor) in still and is_same(kept.tensor, value)]
 
 
 def drawn_apart(calls: Sequence[Call]) -> dict[int, tuple[str, ...]]:

@@ -17,6 +17,7 @@ from lightning_cco.graph.operands import MASKING
 from lightning_cco.graph.ops import is_known_kind
 from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.graph.trace import Tracer
+from lightning_cco.graph.undo import is_same
 
 _OUT_OF_SIGHT = TAKE_FUNCTIONS | {"custom_function"}
 """Kinds of layers that run code which is not seen."""
@@ -166,7 +167,7 @@ def used_unseen(model: nn.Module, tracer: Tracer, forward: Callable[[], Any]) ->
 
         def matter(names: Sequence[str]) -> bool:
             now = output(names)
-            return len(now) != len(wanted) or any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(now, wanted, strict=True))
+            return len(now) != len(wanted) or not all(map(is_same, now, wanted))
 
         return (
             [] if matter([]) else _not_copied(_those_that(matter, unread), named, tracer)

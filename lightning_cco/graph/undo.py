@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def undo_contents(container: Any, stays: Callable[[Any], bool]) -> Callable[[], None]:
@@ -93,7 +95,19 @@ def undo_generator(generator: Any) -> Callable[[], None]:
 
 def is_same(tensor: Tensor, value: Tensor) -> bool:
     """Whether a tensor has the shape, type and values of another, wherever that one is."""
-    return tensor.shape == value.shape and tensor.dtype == value.dtype and torch.equal(tensor, value.to(tensor.device))
+    if tensor.shape != value.shape or tensor.dtype != value.dtype:
+        return False
+    value = value.to(tensor.device)
+    return torch.equal(tensor, value) or _is_same_with_nan(tensor, value)
+
+
+def _is_same_with_nan(tensor: Tensor, value: Tensor) -> bool:
+    """The same where not a number stands in the same places, which equals nothing, not even itself."""
+    if type(tensor) not in _PLAIN or not (tensor.is_floating_point() or tensor.is_complex()) or tensor.layout is not torch.strided:
+        return False
+    with torch.no_grad():
+        bytes_of = [plain.detach().contiguous().reshape(-1).view(torch.uint8) for plain in (tensor, value)]
+        return torch.equal(*bytes_of)
 
 
 def restore(tensor: Tensor, value: Tensor) -> None:

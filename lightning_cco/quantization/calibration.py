@@ -19,11 +19,12 @@ from lightning_cco.quantization.tensor_key import TensorKey
 
 
 def check_weights(model: nn.Module, graph: LayerGraph) -> None:
-    """Look at all parameters of layers, also of those in float: what they make out of them is calibrated all the same.
+    """Look at all parameters and running statistics of layers, also of those in float: what they make out of them is calibrated all the same.
 
     Raises:
         CCOError: One holds NaN or infinite values; the message names it and its layer.
     """
+    _check_statistics(model, graph)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     finite: dict[str, bool] = {}
     for layer in graph:
@@ -38,6 +39,32 @@ def check_weights(model: nn.Module, graph: LayerGraph) -> None:
                     f"calibrate: the parameter '{name}' of layer '{layer.name}' holds NaN or infinite values; finite ones were expected. "
                     "Load a checkpoint from before the training diverged."
                 )
+
+
+def _check_statistics(model: nn.Module, graph: LayerGraph) -> None:
+    """Look at the running statistics of norms: a single batch of infinite values, or that is not a number, stays in them for good."""
+    modules = dict(model.named_modules())
+    for layer in graph:
+        if layer.kind not in ("batch_norm", "instance_norm") or layer.path not in modules:
+            continue
+        for name, buffer in modules[layer.path].named_buffers(recurse=False):
+            if name not in ("running_mean", "running_var"):
+                continue
+            finite = bool(buffer.isfinite().all())
+            if finite and (name != "running_var" or bool((buffer >= 0).all())):
+                continue
+            holds = "holds negative values; variances were" if finite else "holds NaN or infinite values; finite ones were"
+            where = f"{layer.path}.{name}".lstrip(".")
+            raise CCOError(
+                f"calibrate: the buffer '{where}' of layer '{layer.name}' {holds} expected. Load a checkpoint from before the training diverged, or call "
+                "reset_running_stats() on that module and train on."
+            )
+
+
+def _broken_buffers(model: nn.Module) -> str:
+    """Names the buffers that hold what is not a number, in a sentence; infinite values may well be those of a mask."""
+    found = [name for name, buffer in model.named_buffers() if buffer.is_floating_point() and bool(buffer.isnan().any())]
+    return f" NaN is in the buffers of the model {list_names(found)}." if found else ""
 
 
 def _diverged(values: Tensor, kind: str) -> Tensor:
@@ -62,11 +89,12 @@ def chosen_quantizers(
     return found
 
 
-def finish_calibration(graph: LayerGraph, observed: Mapping[TensorKey, ActivationQuantizer], batches: int) -> None:
+def finish_calibration(model: nn.Module, graph: LayerGraph, observed: Mapping[TensorKey, ActivationQuantizer], batches: int) -> None:
     """Set the ranges from what the quantizers observed; under DDP equally on all ranks.
 
     Args:
-        graph: The layers, for messages.
+        model: The model, for messages.
+        graph: Its layers, likewise.
         observed: The calibrated quantizers by tensor.
         batches: How many batches they saw.
 
@@ -84,7 +112,7 @@ def finish_calibration(graph: LayerGraph, observed: Mapping[TensorKey, Activatio
             layer = graph[key.layer]
             where = f"module '{layer.path}', {layer.kind}" if layer.path else layer.kind
             raise CCOError(
-                f"calibrate: layer '{layer.name}' ({where}) gave NaN or infinite values; finite ones were expected. "
+                f"calibrate: layer '{layer.name}' ({where}) gave NaN or infinite values; finite ones were expected.{_broken_buffers(model)} "
                 "Check the float model on the same batch (learning rate, input scaling, loss of precision in float16) before quantizing, "
                 f"or skip the layer: {{match: {layer.name}, skip_quantization: true}}."
             )

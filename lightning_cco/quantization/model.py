@@ -174,7 +174,7 @@ class HookedModel:
                 self.runtime.batch += 1
                 forward(self.model, batch)
                 count += 1
-        finish_calibration(self.graph, observed, count)
+        finish_calibration(self.model, self.graph, observed, count)
         warn_of_zeros(self.plan, observed)
         warn_of_frozen_ranges(fresh, observed)
         self._ranges.calibrated = True
