@@ -186,7 +186,26 @@ def not_of_type(value: Any, kind: str) -> str:
     """What is wrong with a value that `converted` refuses, in words."""
     words = _WORDS[kind.removesuffix(" | None")] + (" or null" if kind.endswith("| None") else "")
     came = "str" if isinstance(value, str) else type(value).__name__
-    return f"{words} was expected, {came} came: {shown(value)}."
+    return f"{words} was expected, {came} came: {shown(value)}.{_instead(value, kind)}"
+
+
+def _instead(value: Any, kind: str) -> str:
+    """What to write instead of a value that YAML, or whoever wrote it, has made something else of; empty if nobody knows."""
+    if isinstance(value, Interpolated):
+        return ""  # what it stands for is not shown
+    if kind.startswith("int") and isinstance(value, str):
+        try:
+            number = float(value.replace(",", ""))
+        except ValueError:
+            return ""
+        return f" Write {int(number)}." if number.is_integer() and abs(number) < 2**53 else ""
+    if kind.startswith(("str", "list[str]")):
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(one, bool) for one in values):
+            return " YAML reads yes, no, on and off as true and false: write a name in quotes."
+        if any(isinstance(one, (int, float)) for one in values):
+            return " Write a name in quotes."
+    return ""
 
 
 class Checked:

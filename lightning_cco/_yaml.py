@@ -17,6 +17,7 @@ _DEEPEST = 20
 _LONGEST = 4096  # characters of a text: as long as a path may be
 _MOST = 10_000  # values that aliases or interpolations may add to those that are written
 _STANDARD = re.compile(r"!|tag:yaml\.org,2002:(null|bool|int|float|str|seq|map)")
+_RESOLVER = yaml.resolver.Resolver()
 _REFERENCE = re.compile(r"[\w.\-\[\]]+")
 
 
@@ -29,7 +30,7 @@ def parse_yaml(text: str, what: str) -> Any:
 
     Raises:
         CCOError: It is no YAML, or holds what no recipe needs: several documents, tags, a key twice, an alias of what is around it, nesting, texts
-            or aliases without bounds.
+            or aliases without bounds; or what YAML reads as something else than it says: ``1:30`` as 90, ``010`` as 8, a date.
     """
     try:
         _Check(what).run(text)
@@ -47,7 +48,7 @@ class _Open:
     anchor: str | None
     count: int = 0  # keys and values so far
     size: int = 1  # values in it, with those that aliases stand for
-    keys: set[str] = field(default_factory=set)
+    keys: set[Any] = field(default_factory=set)
     key: str = ""
 
 
@@ -97,14 +98,32 @@ class _Check:
         if len(event.value) > _LONGEST:
             raise self._refuse(f"a text of at most {_LONGEST:,} characters was expected, one of {len(event.value):,} came.")
         outer = self.around[-1] if self.around else None
+        value = self._read_as(event)
         if outer is not None and outer.is_mapping and outer.count % 2 == 0:
-            if event.value in outer.keys:
+            if value in outer.keys:
                 raise self._refuse(f"the key '{printable(event.value, 80)}' comes twice. Keep one of them.")
-            outer.keys.add(event.value)
+            outer.keys.add(value)
             outer.key = event.value
         if event.anchor:
             self.sizes[event.anchor] = 1
         self._took(1)
+
+    def _read_as(self, event: Any) -> Any:
+        """What YAML makes of a scalar: of one without quotes a number, a truth value or a date, where it looks like one."""
+        text = event.value
+        tag = _RESOLVER.resolve(yaml.ScalarNode, text, (True, False)) if event.implicit[0] else event.tag or ""
+        kind = tag.rpartition(":")[2]
+        if kind == "timestamp":
+            raise self._refuse(f"{printable(text, 80)} is a date to YAML. Write it in quotes.")
+        if kind not in ("bool", "int", "float"):
+            return text
+        value = yaml.load(text, yaml.SafeLoader)
+        if kind in ("int", "float") and (":" in text or _is_octal(text)):
+            base, number = ("60", "without colons") if ":" in text else ("8", "without leading zeros")
+            raise self._refuse(
+                f"{printable(text, 80)} is {printable(value, 80)} to YAML (a number to the base of {base}). Write a number {number}, or a name in quotes."
+            )
+        return value
 
     def _opened(self, event: Any) -> None:
         self._tag(event.tag)
@@ -126,6 +145,12 @@ class _Check:
         if self.around:
             self.around[-1].count += 1
             self.around[-1].size += size
+
+
+def _is_octal(text: str) -> bool:
+    """Whether it is a number with a leading zero, which YAML reads to the base of 8, and which that makes another one."""
+    digits = text.lstrip("+-").replace("_", "")
+    return digits.isdecimal() and digits[0] == "0" and len(digits.lstrip("0")) > 1
 
 
 def _where(around: list[_Open]) -> str:

@@ -18,9 +18,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import yaml
 from torch import Tensor, nn
 
+from lightning_cco._yaml import parse_yaml
 from lightning_cco.batches import forward_arguments, overrides_forward
 from lightning_cco.errors import CCOError
 from lightning_cco.export.destination import announcement
@@ -216,7 +216,7 @@ def _arguments(given: Sequence[str], option: str) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier():
             raise CCOError(f"{option} {pair}: expected NAME=VALUE, such as {option} width=64.")
-        found[name] = yaml.safe_load(value)
+        found[name] = parse_yaml(value, f"{option} {name}")
     return found
 
 

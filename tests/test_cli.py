@@ -130,6 +130,7 @@ def test_export_as_a_program(run, tmp_path: Path) -> None:
         ((*EXPORT, "Net"), "expected pkg.module.Class"),
         ((*EXPORT, "cli_project.number"), "expected a class of modules, got int"),
         ((*EXPORT, "cli_project.Net", "--arg", "width"), "expected NAME=VALUE"),
+        ((*EXPORT, "cli_project.Net", "--arg", "width=1:30"), "1:30 is 90 to YAML"),
         ((*EXPORT, "cli_project.Net", "--arg", "widht=3"), "does not take it. Did you mean 'width'?"),
         ((*EXPORT, "cli_project.Net", "--arg", "width=5"), "can't be built"),
         ((*EXPORT, "cli_project.Net", "--data", "cli_project.nothing"), "expected at least one batch, got none"),

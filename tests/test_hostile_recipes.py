@@ -44,6 +44,20 @@ def references(lines: int) -> str:
         ("layer_settings: [{match: '" + "*a" * 1000 + "'}]", "20 stars"),
         (references(60), "stand for more than can be resolved"),
         ("monitoring_settings: {output_dir: '${monitoring_settings.output_dir}'}", "can't be resolved"),
+        ("training_settings:\n  stats_steps: 1:30", r"line 2, training_settings\.stats_steps: 1:30 is 90 to YAML \(.*base of 60"),
+        ("training_settings: {averaging_constant: 0:0.5}", r"training_settings\.averaging_constant: 0:0\.5 is 0\.5 to YAML"),
+        ("training_settings: {stats_steps: 010}", r"training_settings\.stats_steps: 010 is 8 to YAML"),
+        ("training_settings: {stats_steps: !!int 010}", r"training_settings\.stats_steps: 010 is 8 to YAML"),
+        ("training_settings: {stats_steps: 1e3}", r"whole number was expected, str came: '1e3'\. Write 1000"),
+        ("layer_settings: {1:30: {skip_quantization: true}}", "1:30 is 90 to YAML.*in quotes"),
+        ("layer_settings: [{match: 2024-01-01, skip_quantization: true}]", r"match: 2024-01-01 is a date to YAML. Write it in quotes"),
+        (
+            "layer_settings: [{match: off, skip_quantization: true}]",
+            "match: text was expected, bool came: False. YAML reads yes, no, on and off",
+        ),
+        ("layer_settings: [{match: 1, skip_quantization: true}]", "match: text was expected, int came: 1. Write a name in quotes"),
+        ("layer_settings: [{match: a, skip_quantization_until: [no]}]", "until: a list of names was expected.*in quotes"),
+        ("distillation_settings: {on: layers, true: outputs}", "'true' comes twice"),
         ('monitoring_settings: {output_dir: "a\\0b"}', "output_dir.*path of a folder"),
     ],
 )
@@ -52,6 +66,20 @@ def test_a_file_is_refused(text: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(CCOError, match=said) as found:
         load_settings(tmp_path / "recipe.yaml")
     assert len(str(found.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("written", "steps"), [("1_000", 1000), ("0x10", 16), ("1.0e+3", 1000), ("+30", 30), ("007", 7), ("!!int '30'", 30)]
+)
+def test_numbers_that_yaml_reads_as_they_are_meant(written: str, steps: int, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"training_settings: {{stats_steps: {written}}}")
+    assert load_settings(tmp_path / "recipe.yaml").training_settings.stats_steps == steps
+
+
+@pytest.mark.parametrize("name", ["1:30", "010", "2024-01-01", "off", "1"])
+def test_names_in_quotes_are_names(name: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"layer_settings: [{{match: '{name}', skip_quantization: true}}]")
+    assert load_settings(tmp_path / "recipe.yaml").layer_settings[0].match == name
 
 
 def around() -> Any:
