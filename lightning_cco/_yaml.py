@@ -111,7 +111,7 @@ class _Check:
     def _read_as(self, event: Any) -> Any:
         """What YAML makes of a scalar: of one without quotes a number, a truth value or a date, where it looks like one."""
         text = event.value
-        tag = _RESOLVER.resolve(yaml.ScalarNode, text, (True, False)) if event.implicit[0] else event.tag or ""
+        tag = _RESOLVER.resolve(yaml.ScalarNode, text, (True, False)) if event.implicit[0] else event.tag or ""  # type: ignore[no-untyped-call]
         kind = tag.rpartition(":")[2]
         if kind == "timestamp":
             raise self._refuse(f"{printable(text, 80)} is a date to YAML. Write it in quotes.")

@@ -61,17 +61,19 @@ def check_callback_state(state: Any) -> None:
         refuse("callbacks.CCOCallback", "a mapping", state)
     check_state(entry(state, "quantized", Mapping))
     entry(state, "settings", Mapping)
+    later: dict[str, Any] = {"calibrated_metrics": {}, "distillation": {}, "stages": 0, "monitor": {}, "layer_times": None}
+    whole = state if state["quantized"]["version"] >= 2 else {**later, **state}  # states of version 1 may lack what came later
     for key in ("original_metrics", "calibrated_metrics"):
-        if key == "calibrated_metrics" and key not in state:
-            continue  # of an earlier version
-        for name, value in entry(state, key, Mapping).items():
+        for name, value in entry(whole, key, Mapping).items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 refuse(f"{key}.{name}", "a number", value)
-    for name, value in (entry(state, "distillation", Mapping) if "distillation" in state else {}).items():
+    for name, value in entry(whole, "distillation", Mapping).items():
         if not isinstance(value, str):
             refuse(f"distillation.{name}", "text", value)
-    if "stages" in state and entry(state, "stages", int) < 0:
+    if entry(whole, "stages", int) < 0:
         refuse("stages", "a number of at least 0", state["stages"])
+    entry(whole, "monitor", Mapping)
+    entry(whole, "layer_times", (Mapping, type(None)))
     known = state["quantized"]["kinds"]
     for key in ("skips", "pending_skips"):
         for name in names(state, key):

@@ -266,7 +266,7 @@ class CompressionRun:
             **self.compression.skips.state_dict(),
             "monitor": self._monitor.state_dict() if self._monitor is not None else {},
             "distillation": self.distiller.state_dict(),
-            **({"layer_times": self._times.to_plain()} if self._times is not None else {}),
+            "layer_times": self._times.to_plain() if self._times is not None else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -275,7 +275,7 @@ class CompressionRun:
         self.compression.outside.loaded()
         self.compression.state = state
         self.distiller.load_state_dict(state.get("distillation", {}))
-        self._times = from_plain(state["layer_times"], "of the checkpoint") if "layer_times" in state else self._times
+        self._times = from_plain(state["layer_times"], "of the checkpoint") if state.get("layer_times") is not None else self._times
         self.before_training.load(state["original_metrics"], state.get("calibrated_metrics", {}))
         self.schedule.stages = stages_in(state)
         self.compression.skips.load_state_dict(state)

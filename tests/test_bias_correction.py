@@ -99,7 +99,7 @@ def test_parameters_stay_and_remove_gives_the_float_model_back() -> None:
 def test_only_where_it_is_asked_for() -> None:
     quantized = calibrated(PLAIN)
     assert not quantized.corrections
-    assert "bias_corrections" not in quantized.state_dict()
+    assert quantized.state_dict()["bias_corrections"] == {}
 
 
 @pytest.mark.parametrize(("target", "everywhere"), [("ort", {}), ("ort", {"weight_only": True}), ("tensorrt", {"weights_num_bits": 8})])
@@ -150,6 +150,12 @@ def test_a_state_carries_them() -> None:
         broken["bias_corrections"]["conv"] = damage
         with pytest.raises(CCOError, match=r"bias_corrections\.conv"):
             second.load_state_dict(broken)
+    lost = {key: value for key, value in state.items() if key != "bias_corrections"}
+    with pytest.raises(CCOError, match=r"lacks 'quantized\.bias_corrections'"):
+        second.load_state_dict(lost)
+    assert second.corrections  # nothing was applied
+    second.load_state_dict({**lost, "version": 1})  # which had none where nothing was corrected
+    assert not second.corrections
     second.load_state_dict(calibrated(PLAIN).state_dict())
     assert not second.corrections
 

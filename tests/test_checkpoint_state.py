@@ -77,11 +77,34 @@ def test_a_damaged_state_is_refused_by_name_and_nothing_is_applied(name: str, fi
 
 
 def test_missing_keys_are_named(fitted: CCOCallback) -> None:
-    for key in ("quantized", "settings", "skips", "pending_skips", "original_metrics"):
-        state = copy.deepcopy(fitted.state_dict())
+    whole = copy.deepcopy(fitted.state_dict())
+    for key in whole:
+        state = copy.deepcopy(whole)
         del state[key]
         with pytest.raises(CCOError, match=f"lacks '{key}'"):
             fitted.load_state_dict(state)
+    for key in whole["quantized"]:
+        state = copy.deepcopy(whole)
+        del state["quantized"][key]
+        with pytest.raises(CCOError, match=rf"lacks 'quantized\.{key}'"):
+            fitted.load_state_dict(state)
+    for key in (ranges := whole["quantized"]["ranges"])[name := next(iter(ranges))]:
+        state = copy.deepcopy(whole)
+        del state["quantized"]["ranges"][name][key]
+        with pytest.raises(CCOError, match=rf"lacks 'quantized\.ranges\.{name}\.{key}'"):
+            fitted.load_state_dict(state)
+
+
+def test_states_of_version_1_may_lack_what_came_later(fitted: CCOCallback) -> None:
+    state = copy.deepcopy(fitted.state_dict())
+    for key in ("calibrated_metrics", "distillation", "stages", "monitor", "layer_times"):
+        del state[key]
+    for key in ("layers", "inputs", "suggestions", "weight_scales", "bias_corrections"):
+        del state["quantized"][key]
+    for ranges in state["quantized"]["ranges"].values():
+        del ranges["settled"]
+    state["quantized"]["version"] = 1
+    fitted.load_state_dict(state)
 
 
 def test_weights_alone_are_not_tested_in_float_without_a_word(tmp_path: Path) -> None:

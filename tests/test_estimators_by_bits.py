@@ -115,6 +115,7 @@ def test_checkpoints_keep_what_stands_still() -> None:
     assert before == scales(quantized)
     train(other, 3 * x)
     assert scales(other)["relu"] == before["relu"]
+    state["version"] = 1
     for ranges in state["ranges"].values():  # of a version whose ranges followed
         del ranges["settled"]
     other.load_state_dict(state)

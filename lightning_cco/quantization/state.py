@@ -27,7 +27,6 @@ def state_of(
 ) -> dict[str, Any]:
     """Plan and ranges as plain dicts, strings, numbers and tensors."""
     learned = {name: [q.get_scales() for q in found if isinstance(q, LearnedWeightQuantizer)] for name, found in weights.items()}
-    learned = {name: found for name, found in learned.items() if any(found)}
     return {
         "version": STATE_VERSION,
         "layers": list(plan.graph.names),
@@ -42,8 +41,8 @@ def state_of(
         "calibrated": calibrated,
         "frozen": frozen,
         "ranges": {str(key): quantizer.get_ranges() for key, quantizer in activations.items()},
-        **({"weight_scales": learned} if learned else {}),
-        **({"bias_corrections": {name: c.value.detach().clone().cpu() for name, c in corrections.items()}} if corrections else {}),
+        "weight_scales": {name: found for name, found in learned.items() if any(found)},
+        "bias_corrections": {name: c.value.detach().clone().cpu() for name, c in corrections.items()},
     }
 
 

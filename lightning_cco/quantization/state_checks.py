@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_cco.errors import CCOError
 from lightning_cco.quantization.qparams import affine_qparams
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+"""Since version 2 every key is there, also one that says nothing: of a key that is not, nobody could tell whether it was lost."""
 _NUMBERS = ("min_val", "max_val", "scale", "zero_point", "clip_ratio")
 _MOST_VALUES = 2**30
 _WAY_OUT = "Load another checkpoint, or only the weights of this one, and calibrate anew."
@@ -70,18 +71,23 @@ def check_state(state: Any) -> None:
         if not isinstance(name, str) or not isinstance(kind, str):
             refuse("quantized.kinds", "the kind of each layer by name", kind)
     names(state, "quantized", "quantized.")
-    _check_inputs(state.get("inputs", {}))
+    later: dict[str, Any] = {key: {} for key in ("inputs", "weight_scales", "bias_corrections") if version < 2 and key not in state}
+    for key in ("layers", "suggestions"):
+        if version >= 2 or key in state:
+            names(state, key, "quantized.")
+    _check_inputs(entry({**later, **state}, "inputs", Mapping, "quantized."))
     entry(state, "calibrated", bool, "quantized.")
     entry(state, "frozen", bool, "quantized.")
     for name, ranges in entry(state, "ranges", Mapping, "quantized.").items():
         path = f"quantized.ranges.{name}"
         if not isinstance(ranges, Mapping):
             refuse(path, "a mapping", ranges)
+        if version >= 2:
+            entry(ranges, "settled", object, path + ".")
         _check_ranges(ranges, path + ".")
-    for name, scales in (entry(state, "weight_scales", Mapping, "quantized.") if "weight_scales" in state else {}).items():
+    for name, scales in entry({**later, **state}, "weight_scales", Mapping, "quantized.").items():
         _check_weight_scales(scales, f"quantized.weight_scales.{name}")
-    if "bias_corrections" in state:
-        _check_corrections(entry(state, "bias_corrections", Mapping, "quantized."), "quantized.bias_corrections")
+    _check_corrections(entry({**later, **state}, "bias_corrections", Mapping, "quantized."), "quantized.bias_corrections")
 
 
 def _holds_floats(tensor: Tensor) -> bool:
