@@ -95,16 +95,30 @@ def refuse_hooked(model: nn.Module) -> None:
 
 
 def release(model: nn.Module) -> bool:
-    """Take the hooks off that a model carries from an earlier `quantize` or callback.
+    """Take the hooks off that a model carries from an earlier `quantize` or callback, of it or of a model around a part of it.
 
     Returns:
         Whether there were any.
+
+    Raises:
+        CCOError: A part of the model was quantized by itself: a teacher, say, would run in float from now on.
     """
-    hooks = hooks_on(model)
-    if hooks is None:
-        return False
-    hooks.detach()
-    return True
+    found = {
+        id(hooks): hooks
+        for module in model.modules()
+        for hook in forward_pre_hooks(module)
+        if isinstance(hook, _Enter)
+        for hooks in (hook.hooks,)
+    }
+    for path, module in model.named_modules():
+        if path and any(hooks.model is module for hooks in found.values()):
+            raise CCOError(
+                f"{type(model).__name__}: its part '{path}' ({type(module).__name__}) is quantized already, by itself. Take its hooks off first: call "
+                ".remove() on what quantize() returned, or on the callback's .quantized. To keep it quantized, hold it outside of this module."
+            )
+    for hooks in found.values():
+        hooks.detach()
+    return bool(found)
 
 
 class _Enter:

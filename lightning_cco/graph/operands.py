@@ -40,7 +40,10 @@ def is_mask_like(tensor: Tensor) -> bool:
         return False
     if tensor.is_meta or tensor.numel() == 0:
         return False
-    low, high = torch.aminmax(tensor.detach())
+    try:
+        low, high = torch.aminmax(tensor.detach())
+    except NotImplementedError:  # a class of tensors of its own, such as the integer weights of torchao
+        return False
     limit = 0.1 * torch.finfo(tensor.dtype).max
     return low.item() < -limit or high.item() > limit
 

@@ -15,7 +15,6 @@ from lightning_cco.errors import CCOError
 from lightning_cco.graph.captured import Capture
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.modes import evaluating, random_apart, uncollected
-from lightning_cco.graph.network import has_parameters
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.bias_correction import BiasCorrection, Shifts, corrected_channels
 from lightning_cco.quantization.build import build_quantizers
@@ -25,6 +24,7 @@ from lightning_cco.quantization.fresh_norms import by_batch_statistics, fresh_no
 from lightning_cco.quantization.moving_ranges import MovingRanges
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.planner import plan_quantization
+from lightning_cco.quantization.quantized_before import refuse_quantized_parts
 from lightning_cco.quantization.runtime import Runtime
 from lightning_cco.quantization.scale_learner import ScaleLearner
 from lightning_cco.quantization.state import check_fits, load_corrections, load_ranges, load_weight_scales, plan_differences, state_of
@@ -55,11 +55,7 @@ class HookedModel:
 
     @uncollected()
     def __init__(self, model: nn.Module, captured: Capture, settings: Settings, suggestions: Iterable[str] = ()) -> None:
-        if not has_parameters(model):
-            raise CCOError(
-                f"{type(model).__name__}: it has no floating-point parameter, so there is nothing to quantize. "
-                "Quantize the float model, before any other conversion, after its layers are built."
-            )
+        refuse_quantized_parts(model, captured)
         self.model = model
         self.capture = captured
         self.settings = settings
