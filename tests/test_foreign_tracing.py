@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_cco import CCOError, QuantizedModel, quantize
@@ -257,6 +258,76 @@ def test_no_mode_is_left_of_an_interrupt_under_a_mode_of_our_own(what: str) -> N
         quantize(model, None, (x,)) if what == "capture" else network_of_the_step(quantized, lambda part, batch: part(batch + 1).sum(), x)
     handle.remove()
     assert torch._C._len_torch_function_stack() == 0
+
+
+class Other(TorchFunctionMode):
+    """A function mode of the user's own."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return func(*args, **kwargs or {})
+
+
+def modes() -> list[Any]:
+    return [torch._C._get_function_stack_at(number) for number in range(torch._C._len_torch_function_stack())]
+
+
+AROUND: dict[str, Callable[[], list[Any]]] = {
+    "device": lambda: [torch.device("meta")],
+    "mode": lambda: [Other()],
+    "two": lambda: [torch.device("meta"), Other()],
+    "twice": lambda: [one := Other(), one],
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", AROUND)
+def test_an_interrupt_leaves_no_mode_of_a_block_around_the_call(kind: str, training: bool) -> None:
+    """PyTorch takes off the innermost mode at the end of such a block: after Ctrl-C that was ours, and the block's own stayed for good."""
+    model, x, _, expected = prepared()
+    handle = model[3].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with torch.set_grad_enabled(training), contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as blocks:
+        for block in AROUND[kind]():
+            blocks.enter_context(block)
+        model(x)
+    assert modes() == []
+    assert torch.zeros(1).device.type == "cpu"
+    handle.remove()
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+
+def test_blocks_that_go_on_after_an_interrupt_keep_their_modes() -> None:
+    model, x, _, expected = prepared()
+    handle = model[3].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    outer, inner, kept = Other(), Other(), None
+    with outer:
+        try:
+            with inner:
+                model(x)
+        except KeyboardInterrupt as error:
+            kept = error  # as a notebook does, so that nothing of the call ends
+        handle.remove()
+        with Other() as later, torch.no_grad():
+            assert torch.equal(model(x), expected)
+            assert modes() == [outer, later]
+        assert modes() == [outer]
+    assert modes() == []
+    assert kept is not None
+
+
+def test_an_interrupt_of_a_module_that_runs_without_the_mode_leaves_the_block_its_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(8, 6)
+    quantize(model, None, (x,)).calibrate([x])
+    for module in model:
+        handle = module.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with Other() as mode:
+            with contextlib.suppress(KeyboardInterrupt):
+                model(x)
+            assert modes() == [mode]
+        assert modes() == []
+        handle.remove()
 
 
 def test_disabled_in_overlapping_threads() -> None:

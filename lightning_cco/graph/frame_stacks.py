@@ -22,7 +22,7 @@ from lightning_cco.compat.autograd import graph_task, saved_hooks_on_top
 from lightning_cco.compat.dynamo import TAKE_FUNCTIONS, traces_a_body
 from lightning_cco.graph.attention import multi_head_attention
 from lightning_cco.graph.call_node import Arguments, ModuleCall
-from lightning_cco.graph.compiled import HiddenMode, hide_from_graph, mode_stack, restore_modes, told_of_graphs
+from lightning_cco.graph.compiled import BlockMode, HiddenMode, hide_from_graph, mode_stack, restore_modes, told_of_graphs
 from lightning_cco.graph.foreign import CallOwner, owner_of_call
 from lightning_cco.graph.hooks import Hooks
 from lightning_cco.graph.recompute import COMPILED_CHECKPOINTS, InContext, Resumed, UnderMode, running_checkpoint
@@ -97,6 +97,10 @@ class FrameMode(HiddenMode):
         return self.frames.handle(stack[-1], name, func, args, kwargs)
 
 
+def _of_others(modes: list[Any]) -> list[Any]:
+    return [mode for mode in modes if not isinstance(mode, FrameMode)]
+
+
 class FrameStacks(Hooks):
     """The stack of frames of each thread, and the function mode.
 
@@ -129,6 +133,7 @@ class FrameStacks(Hooks):
         self._thread = get_ident()
         self._others: dict[int, list[ModuleCall]] = {}
         self._resuming = 0
+        self._below: dict[int, list[Any]] = {}
 
     def reset(self) -> None:
         """Forget all frames."""
@@ -142,10 +147,32 @@ class FrameStacks(Hooks):
         if self.started is not None and self.attached and not (stack and stack[0].python) and graph_task() == -1:
             self.started()
 
-    def _leave_mode(self) -> None:
+    def _enter_mode(self) -> None:
+        """Make the mode the innermost of this thread, and remember those that it stands above."""
         modes = mode_stack()
+        if modes:
+            self._below[get_ident()] = modes
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def _leave_mode(self) -> None:
+        """Take the mode off, wherever it stands, after an interrupt that no hook was told of.
+
+        Where it is gone, the end of somebody's block around the call (``with torch.device(...)``) has taken it off instead of its own: PyTorch takes off the
+        innermost, whichever that is. Then the mode of that block has stayed, which is the innermost of those that were below.
+        """
+        modes, below = mode_stack(), self._below.pop(get_ident(), [])
         if self._mode in modes:
             restore_modes([mode for mode in modes if mode is not self._mode])
+            return
+        if not all(mode in modes for mode in below if isinstance(mode, BlockMode)):
+            return  # the end of such a block has put everything right
+        stayed = None
+        for was, number in zip(_of_others(below), (k for k, mode in enumerate(modes) if not isinstance(mode, FrameMode)), strict=False):
+            if modes[number] is not was:
+                break
+            stayed = number
+        if stayed is not None:
+            restore_modes(modes[:stayed] + modes[stayed + 1 :])
 
     def drop_ended(self, stack: list[ModuleCall]) -> None:
         """Drop the frames of calls that ended without our hooks: after Ctrl-C and the like PyTorch does not run them, ``always_call`` or not."""

@@ -110,7 +110,7 @@ class Frames(FrameStacks):
         if stack:
             if stack[-1].quiet:  # something has interrupted a quiet module
                 self._end_quiet(stack[-1])
-            if path in self.quiet and self.watched is not None and innermost_mode() is self._mode:
+            if path in self.quiet and self.watched is not None and not self._below and innermost_mode() is self._mode:
                 stack[-1].quiet = True
                 pop_function_mode()
                 return None
@@ -160,7 +160,7 @@ class Frames(FrameStacks):
             self.started()
         self._leave_mode()  # an interrupt may have left it
         if records or not self.passes():
-            self._mode.__enter__()  # type: ignore[no-untyped-call]
+            self._enter_mode()
         frame = ModuleCall(self._node_for_entry(path), module.training, records)
         replaced = None
         if own is not None:
@@ -237,6 +237,8 @@ class Frames(FrameStacks):
         if self.left is not None:
             self.left(stack[-1], output)
         stack.pop()
+        if not stack and self._below:
+            self._below.pop(get_ident(), None)
         if not stack and (compiling or innermost_mode() is self._mode):
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
