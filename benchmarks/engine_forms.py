@@ -1,6 +1,7 @@
 """What the forms are worth that files have for an engine's speed alone: the same network exported with each of them and without.
 
-Run: ``python benchmarks/engine_forms.py [norms]`` (a minute or so; `norms` measures batch norms in INT8 against float)
+Run: ``python benchmarks/engine_forms.py [norms | clamps]`` (a minute or so; `norms` measures batch norms in INT8 against float, `clamps` a ReLU between a
+linear layer and one in float, rounded against not)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lightning_cco.export import stored
 from lightning_cco.export.engine import engine_session
 from lightning_cco.export.engines import ENGINES, Form
 from lightning_cco.quantization import planner, targets
+from lightning_cco.quantization.groups import Groups
 
 
 class Stem(nn.Module):
@@ -60,6 +62,11 @@ def deep() -> nn.Module:
 
 def attention() -> nn.Module:
     return nn.TransformerEncoderLayer(192, 3, 768, 0.0, batch_first=True)
+
+
+def head() -> nn.Module:
+    """Linear layers in INT8, the last ReLU read by a layer in float."""
+    return nn.Sequential(nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
 
 
 def channel_multiple() -> tuple[nn.Module, Tensor]:
@@ -104,8 +111,20 @@ def norms(target: str, wanted: bool) -> Any:
         planner.TARGETS = old
 
 
-def exported(model: nn.Module, x: Tensor, path: Path, target: str = "ort") -> None:
-    settings = {"global_quantization_settings": {"skip_tail_quantization": False}, "deployment_settings": {"target_framework": target}}
+@contextmanager
+def clamps(rounded: bool) -> Any:
+    """Inside the block a ReLU after an INT8 layer belongs to it, and is rounded, or not."""
+    old = Groups.ends_at
+    if not rounded:
+        Groups.ends_at = lambda *arguments: False  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Groups.ends_at = old  # type: ignore[method-assign]
+
+
+def exported(model: nn.Module, x: Tensor, path: Path, target: str = "ort", tail: bool = False) -> None:
+    settings = {"global_quantization_settings": {"skip_tail_quantization": tail}, "deployment_settings": {"target_framework": target}}
     quantized = cc.quantize(model.eval(), settings, (x,))
     quantized.calibrate([x])
     quantized.export(path, check=False, dynamic_batch=False)
@@ -149,6 +168,14 @@ def main() -> None:
                     with norms(target, wanted):
                         exported(model, x, path, target)
                 print(f"norms in {target}: INT8 {{:.2f}} ms, float {{:.2f}} ms".format(*compared(paths, x, target)))
+            return
+        if sys.argv[1:] == ["clamps"]:
+            for batch in (1, 64):
+                model, x = head(), torch.randn(batch, 1024)
+                for path, wanted in zip(paths, (True, False), strict=True):
+                    with clamps(wanted):
+                        exported(model, x, path, tail=True)
+                print(f"clamps, batch {batch}: rounded {{:.3f}} ms, in float {{:.3f}} ms".format(*compared(paths, x)))
             return
         for form, make in CASES.items():
             model, x = make()

@@ -178,7 +178,11 @@ class _Planner:
         return found
 
     def _float_output(self, name: str) -> bool:
-        """Whether the engine gives a layer's result in float without a conversion. After a product with a clamp it does not: the rounding is the clamp."""
+        """Whether the engine gives a layer's result in float without a conversion.
+
+        After a product with a clamp it does not: the rounding is the clamp. Left in float, ONNX Runtime 1.32 fuses ReLU with the linear layer before it into
+        one operator on floats (`python benchmarks/engine_forms.py clamps`).
+        """
         return self.graph[name].kind in self.target.float_outputs
 
     def _wanted(self) -> set[TensorKey]:
