@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from lightning_cco.graph.containers import tensors_in
+from lightning_cco.graph.multiplications import multiplications
+from lightning_cco.graph.ops import operation_of_kind
 from lightning_cco.quantization.arguments import at
 from lightning_cco.quantization.forward_call import Forward
 from lightning_cco.quantization.model import HookedModel
@@ -47,12 +49,12 @@ def weight_facts(quantized: HookedModel, batch: Any, forward: Forward) -> dict[s
 
     def look(site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = [(at(args, kwargs, slot), quantizer) for slot, quantizer in site.weights]
-        read = next((value for value in args if isinstance(value, Tensor)), None)
         result = func(*args, **kwargs)
         if tensors:
-            kind = quantized.graph[site.layer].kind
             before = found.get(site.layer)
-            products = _products(kind, [tensor for tensor, _ in tensors], read, result) + (before.products if before else 0)
+            outputs = [value for _, value in tensors_in(result)]
+            products = multiplications(operation_of_kind(quantized.graph[site.layer].kind), args, outputs, [tensor for tensor, _ in tensors])
+            products += before.products if before else 0
             elements = sum(tensor.numel() for tensor, _ in tensors)
             channels = sum(quantizer.scales_of(tensor) for tensor, quantizer in tensors)
             grouped = any(quantizer.group is not None for _, quantizer in tensors)
@@ -63,22 +65,6 @@ def weight_facts(quantized: HookedModel, batch: Any, forward: Forward) -> dict[s
     with quantized.evaluating(), quantized.forked_random(), quantized.runtime.doing(Phase.DELEGATE, look):
         forward(quantized.model, batch)
     return found
-
-
-def _products(kind: str, weights: list[Tensor], read: Tensor | None, result: Any) -> int:
-    """How many multiplications a layer's call does with its weights."""
-    if kind in ("embedding", "embedding_bag"):
-        return 0
-    weight = weights[0]
-    if kind == "conv" and isinstance(result, Tensor):
-        return int(result.numel() * weight[0].numel())
-    if kind == "conv_transpose" and read is not None:
-        return int(read.numel() * weight[0].numel())
-    if kind in ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell") and read is not None:
-        return int(read.numel() // max(1, read.shape[-1])) * sum(tensor.numel() for tensor in weights)
-    if isinstance(result, Tensor) and weight.dim() >= 2:
-        return int(result.numel() * weight.shape[-1 if kind == "linear" else -2])
-    return int(result.numel()) if isinstance(result, Tensor) else 0
 
 
 def float_bytes(model: torch.nn.Module) -> int:

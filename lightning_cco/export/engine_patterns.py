@@ -127,8 +127,10 @@ def in_slices(split: Callable[..., Any]) -> Callable[..., Any]:
         found = split(x, *args, **kwargs)
         if all(isinstance(size, int) for part in found for size in part.shape):
             return found
-        varied = [axis for axis in range(x.dim()) if any(part.shape[axis] is not x.shape[axis] for part in found)]
-        axis = kwargs.get("dim", args[1] if len(args) > 1 else 0) if len(varied) != 1 else varied[0]
+        if split.__name__ in _AXES:
+            axis = min(_AXES[split.__name__], x.dim() - 1)
+        else:
+            axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
         start, slices = 0, []
         sizes = _sizes_of_parts(split.__name__, x.shape[axis], [part.shape[axis] for part in found], args, kwargs)
         for size in sizes:
@@ -140,17 +142,21 @@ def in_slices(split: Callable[..., Any]) -> Callable[..., Any]:
     return parts
 
 
+_AXES = {"vsplit": 0, "hsplit": 1, "dsplit": 2}
+"""The axis of those that are named after it; of a tensor of one axis, hsplit cuts that."""
 _SPLIT_BY = ("split_size_or_sections", "split_size", "chunks", "indices_or_sections")
 
 
 def _sizes_of_parts(name: str, whole: Any, sizes: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The sizes of the parts of an axis that varies, by formulas that hold for each of its sizes.
+    """The sizes of the parts of an axis; of one that varies, by formulas that hold for each of its sizes.
 
     Raises:
         BatchDoesNotVary: There are none, since the number of parts depends on the size.
     """
     given = args[0] if args else next((kwargs[key] for key in _SPLIT_BY if key in kwargs), None)
-    if not isinstance(given, (int, torch.SymInt)) or name in ("hsplit", "vsplit", "dsplit"):  # sizes, places, or parts of one size
+    if isinstance(whole, int):
+        return sizes
+    if not isinstance(given, (int, torch.SymInt)) or name in _AXES:  # sizes, places, or parts of one size
         return sizes
     if name == "tensor_split":
         return [(whole + len(sizes) - 1 - number) // len(sizes) for number in range(len(sizes))]

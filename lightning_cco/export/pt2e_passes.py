@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from lightning_cco.compat.decomposed import operators
+from lightning_cco.graph.ops import OPS, Category
 
-_MOVES = {
-    f"aten::{name}"
-    for name in (
-        *("view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand"),
-        *(
-            "clone",
-            "contiguous",
-            "alias",
-            "slice",
-            "select",
-            "max_pool1d",
-            "max_pool2d",
-            "constant_pad_nd",
-            "pixel_shuffle",
-            "pixel_unshuffle",
-        ),
-    )
-}
-"""Operators whose results are values of their first argument, or 0: rounding them once more changes nothing."""
+_SPELLED = (
+    *("_unsafe_view", "alias", "clone", "constant_pad_nd", "contiguous", "im2col", "index", "t", "view"),
+    *(f"{kind}_pad{number}d" for kind in ("reflection", "replication") for number in (1, 2, 3)),
+    *(f"{kind}{number}d" for kind in ("upsample_nearest", "_upsample_nearest_exact") for number in (1, 2, 3)),
+    *(f"{kind}max_pool{number}d{ending}" for kind, ending in (("adaptive_", ""), ("", "_with_indices")) for number in (1, 2, 3)),
+)
+_MOVES = {f"aten::{name}" for name in (*_SPELLED, *(name for name, op in OPS.items() if op.category is Category.PRESERVE))}
+"""Operators whose results are values of their first argument, or 0: rounding them once more changes nothing. What torch's functions become in a trace."""
 _CLAMPS = {"aten::relu", "aten::relu_", "aten::relu6", "aten::hardtanh", "aten::hardtanh_", "aten::clamp", "aten::clamp_"}
 _INTEGERS = {
     f"aten::{name}"
@@ -114,10 +106,11 @@ class Passes:
     def carry_pairs(self) -> None:
         """Quantize and dequantize once more after what only moves values, where integers are read."""
         for node in list(self.graph.nodes):
-            if operator_of(node) not in _MOVES or not self._is_dequantized(node.args[0]) or not self._serves_integers(node):
+            source = _moved_by(node)
+            if not self._is_dequantized(source) or not isinstance(node.meta.get("val"), Tensor) or not self._serves_integers(node):
                 continue
             readers = list(node.users)
-            numbers = node.args[0].args[1:]
+            numbers = source.args[1:]
             with self.graph.inserting_after(node):
                 levels = self._new(self._quantize, node, numbers)
             with self.graph.inserting_after(levels):
@@ -184,7 +177,7 @@ class Passes:
         """Whether something computes on integers with what a node gives."""
         return any(
             self._serves_integers(reader)
-            if operator_of(reader) in _MOVES
+            if _moved_by(reader) is not None
             else operator_of(reader) in _INTEGERS and self._is_rounded(reader)
             for reader in node.users
         )
@@ -210,6 +203,15 @@ class Passes:
         node.replace_all_uses_with(other)
         self.program.graph_signature.replace_all_uses(node.name, other.name)
         self.graph.erase_node(node)
+
+
+def _moved_by(node: Node) -> Any:
+    """The tensor whose values a node only moves, if need be through one of several results of an operator; None if it computes, or gives indices."""
+    if node.target is not operator.getitem:
+        return node.args[0] if operator_of(node) in _MOVES and node.args else None
+    whole = node.args[0]
+    indices = isinstance(whole, Node) and "max_pool" in operator_of(whole) and node.args[1] != 0
+    return _moved_by(whole) if isinstance(whole, Node) and not indices else None
 
 
 def _interval(node: Any) -> tuple[float, float] | None:

@@ -173,3 +173,30 @@ def test_each_row_of_another_batch_is_in_its_part(how: str, size: int, tmp_path:
         x = torch.randn(other, 8)
         with torch.no_grad():
             np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], model(x).numpy(), atol=0.02)
+
+
+def test_parts_along_other_axes_leave_the_batch_free(tmp_path: Path) -> None:
+    """Each function has an axis of its own; the number of parts of an axis whose size is fixed is fixed."""
+
+    class Parts(nn.Module):
+        """Parts of channels, rows and columns."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(16, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.first(x))
+            parts = [*x.hsplit(2), *x.hsplit([2, 6]), *x.split(3, dim=1)[:2]]
+            channels = torch.cat(parts, 1)
+            return self.last(torch.cat([channels[:, :16, :4], torch.cat(channels[:, 6:22].dsplit(2), 2)], 2))
+
+    torch.manual_seed(0)
+    quantized = calibrated(Parts(), torch.randn(4, 3, 8, 8))
+    report = quantized.export(tmp_path / "a.onnx", dynamic_sizes=False)
+    assert list(report.inputs.values()) == [["batch", 3, 8, 8]]
+    session, x = ort.InferenceSession(str(tmp_path / "a.onnx")), torch.randn(6, 3, 8, 8)
+    with torch.no_grad():
+        expected = quantized.model(x).numpy()
+    [found] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert np.square(found - expected).mean() < 1e-4 * np.square(expected).mean()
