@@ -32,13 +32,18 @@ def rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
-def test_the_page_of_settings_is_as_the_code_says() -> None:
-    spec = importlib.util.spec_from_file_location("settings_page", DOCS / "settings_page.py")
+@pytest.mark.parametrize("script", ["settings", "modules"])
+def test_the_pages_made_from_the_code_are_as_it_says(script: str) -> None:
+    spec = importlib.util.spec_from_file_location(f"{script}_page", DOCS / f"{script}_page.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.page() == read("settings.md"), "run: python docs/settings_page.py --write"
+    assert module.page() == read(f"{script}.md"), f"run: python docs/{script}_page.py --write"
+
+
+def test_every_module_says_what_it_is() -> None:
+    assert not [row for row in rows(read("modules.md")) if len(row) > 1 and not row[1] and row[0] != "module"]
 
 
 def test_the_page_of_settings_names_every_setting_and_its_default() -> None:
