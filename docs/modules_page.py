@@ -17,7 +17,9 @@ _TOP = "The modules at the top: the callback, what a run does when, settings, an
 
 def page() -> str:
     """The page as it should be now."""
-    folders = sorted({path.parent for path in PACKAGE.rglob("*.py")}, key=lambda folder: (len(folder.relative_to(PACKAGE).parts) > 0, folder))
+    folders = sorted(
+        {path.parent for path in PACKAGE.rglob("*.py")}, key=lambda folder: (len(folder.relative_to(PACKAGE).parts) > 0, folder)
+    )
     parts = [
         "# Modules",
         "Every file of the package by the first sentence of its docstring; [how it works](architecture.md) has the way of a model through them. "

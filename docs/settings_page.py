@@ -75,7 +75,7 @@ def _type(field: dataclasses.Field[object]) -> str:
     }
     words = ", ".join(named[part] for part in str(field.type).split(" | "))
     if field.name in BOUNDS:
-        bound = re.sub(r",? (was|were)$", "", BOUNDS[field.name][1])
+        bound = BOUNDS[field.name][1]
         words = bound if "null" in bound or "null" not in words else f"{bound}, null"
     return words
 

@@ -22,8 +22,8 @@ def problem_with_rule(rule: Mapping[str, Any]) -> str:
     for pattern in (match, *until):
         if isinstance(pattern, str) and (len(pattern) > _LONGEST_MATCH or pattern.count("*") > _MOST_STARS):
             return (
-                f"{named}: a name or glob of at most {_LONGEST_MATCH:,} characters and {_MOST_STARS} stars was expected, one of {len(pattern):,} characters "
-                f"and {pattern.count('*'):,} stars came."
+                f"{named}: expected a name or glob of at most {_LONGEST_MATCH:,} characters and {_MOST_STARS} stars, got one of {len(pattern):,} characters "
+                f"and {pattern.count('*'):,} stars."
             )
     downstream = rule.get("skip_quantization_downstream")
     reaching = "skip_quantization_until" if until else "skip_quantization_downstream" if downstream else ""
@@ -56,7 +56,7 @@ def problem_with_stage(values: Mapping[str, Any]) -> str:
     whens = [key for key in ("at_step", "at_epoch") if values.get(key) is not None]
     if len(whens) != 1:
         came = "both" if whens else "neither"
-        return f": at_step or at_epoch was expected, {came} came. Write {{at_step: 500, weights_num_bits: 4}}."
+        return f": expected at_step or at_epoch, got {came}. Write {{at_step: 500, weights_num_bits: 4}}."
     if values.get("weights_num_bits") is None and values.get("activations_num_bits") is None:
         return f": a stage without bits changes nothing. Write {{{whens[0]}: {values[whens[0]]}, weights_num_bits: 4}}."
     return ""
@@ -67,7 +67,7 @@ def problem_with_stages(stages: Sequence[Any]) -> str:
     for key in ("at_step", "at_epoch"):
         times = [time for stage in stages if (time := getattr(stage, key)) is not None]
         if any(later <= earlier for earlier, later in pairwise(times)):
-            return f"stages in the order of their time were expected, {key}: {', '.join(map(str, times))} came."
+            return f"expected stages in the order of their time, got {key}: {', '.join(map(str, times))}."
     return ""
 
 
@@ -75,10 +75,10 @@ def problem_with_budget(values: Mapping[str, Any]) -> str:
     """What is wrong with the values of a budget together, in words; empty if nothing is."""
     goals = [goal for goal in ("size", "average_bits", "bops", "accuracy_drop") if values.get(goal) is not None]
     if len(goals) > 1:
-        return f"one goal at a time was expected, {' and '.join(goals)} came. Keep one of them."
+        return f"expected one goal at a time, got {' and '.join(goals)}. Keep one of them."
     speed = values.get("speed") is not None
     if speed and goals and goals[0] not in ("size", "accuracy_drop"):
-        return f"speed goes alone, or together with size or accuracy_drop; {goals[0]} came. Keep one of them."
+        return f"speed goes alone, or together with size or accuracy_drop, got {goals[0]}. Keep one of them."
     goals += ["speed"] if speed else []
     if "accuracy_drop" in goals and not values.get("metric"):
         return "accuracy_drop is of a metric, which is missing. Write metric: val_acc, or what validation_step logs."

@@ -84,7 +84,7 @@ def _section(values: Any, kind: type, section: str) -> Any:
     if isinstance(values, kind):
         values = vars(values)
     if not isinstance(values, Mapping):
-        raise CCOError(f"{section}: a mapping was expected, {type(values).__name__} came: {shown(values)}.")
+        raise CCOError(f"{section}: expected a mapping, got {type(values).__name__}: {shown(values)}.")
     values = {"on" if key is True else key: value for key, value in values.items()}  # YAML reads the key `on` as true
     if section == "global_quantization_settings":
         if values.pop("method", "qat") != "qat":
@@ -123,7 +123,7 @@ def _stages(values: Any, where: str) -> list[BitsStage]:
         given = vars(value) if isinstance(value, BitsStage) else value
         if not isinstance(given, Mapping):
             raise CCOError(
-                f"{place}: a mapping was expected, {type(value).__name__} came: {shown(value)}. Write {{at_step: 500, weights_num_bits: 4}}."
+                f"{place}: expected a mapping, got {type(value).__name__}: {shown(value)}. Write {{at_step: 500, weights_num_bits: 4}}."
             )
         _check_keys(given, list(BitsStage.__dataclass_fields__), place)
         typed = _typed(BitsStage, given, place)
@@ -158,7 +158,7 @@ def _rules(raw: Any) -> list[LayerRule]:
         ]
     if not isinstance(raw, Sequence) or isinstance(raw, (str, bytes)):
         raise CCOError(
-            f"layer_settings: a list of rules was expected, {type(raw).__name__} came. Write [{{match: conv_1, skip_quantization: true}}]."
+            f"layer_settings: expected a list of rules, got {type(raw).__name__}. Write [{{match: conv_1, skip_quantization: true}}]."
         )
     return [parse_rule(rule, f"layer_settings[{number}]") for number, rule in enumerate(raw)]
 
@@ -176,7 +176,7 @@ def parse_rule(rule: Any, where: str) -> LayerRule:
     values = vars(rule) if isinstance(rule, LayerRule) else rule
     if not isinstance(values, Mapping):
         raise CCOError(
-            f"{where}: a mapping was expected, {type(rule).__name__} came: {shown(rule)}. Write {{match: conv_1, skip_quantization: true}}."
+            f"{where}: expected a mapping, got {type(rule).__name__}: {shown(rule)}. Write {{match: conv_1, skip_quantization: true}}."
         )
     values = dict(values)
     if isinstance(values.get("skip_quantization_until"), str):

@@ -50,8 +50,8 @@ def read(cfg: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
     if isinstance(cfg, (str, Path)):
         return _read_file(cfg)
     raise CCOError(
-        f"A recipe was expected: None, Settings, a mapping, a DictConfig, the path of a YAML file or the name of a shipped recipe; "
-        f"{type(cfg).__name__} came. Write CCOCallback('w8a8') or CCOCallback({{'global_quantization_settings': {{'weights_num_bits': 8}}}})."
+        "Expected a recipe (None, Settings, a mapping, a DictConfig, the path of a YAML file or the name of a shipped recipe), "
+        f"got {type(cfg).__name__}. Write CCOCallback('w8a8') or CCOCallback({{'global_quantization_settings': {{'weights_num_bits': 8}}}})."
     )
 
 
@@ -70,7 +70,7 @@ def _read_file(cfg: str | Path) -> dict[str, Any]:
     what = f"The recipe '{printable(cfg, 200)}'"
     try:
         if path.stat().st_size > _LARGEST:
-            raise CCOError(f"{what}: a file of at most {_LARGEST:,} bytes was expected, one of {path.stat().st_size:,} came.")
+            raise CCOError(f"{what}: expected a file of at most {_LARGEST:,} bytes, got one of {path.stat().st_size:,}.")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CCOError(f"{what} can't be read: {printable(error, 300)}") from error
@@ -79,7 +79,7 @@ def _read_file(cfg: str | Path) -> dict[str, Any]:
         content = _resolved(content, f"{what} is not valid YAML")
     if not isinstance(content, dict):
         came = "nothing" if content is None else f"a {type(content).__name__}"
-        raise CCOError(f"The recipe '{cfg}' holds {came}; a mapping with keys such as global_quantization_settings was expected.")
+        raise CCOError(f"The recipe '{cfg}' holds {came}: expected a mapping with keys such as global_quantization_settings.")
     return {key if isinstance(key, str) else shown(key): value for key, value in content.items()}
 
 

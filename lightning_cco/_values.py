@@ -33,36 +33,36 @@ GROUP_SIZES = (16, 32, 64, 128, 256)
 
 # What a number may be, wherever it comes from: whether it is right, the words for it, and what to write instead.
 BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
-    "weights_num_bits": (lambda bits: 2 <= bits <= 8, "2 to 8 bits were", "To leave a layer in float write skip_quantization: true."),
-    "activations_num_bits": (lambda bits: 2 <= bits <= 8, "2 to 8 bits were", "To leave a layer in float write skip_quantization: true."),
+    "weights_num_bits": (lambda bits: 2 <= bits <= 8, "2 to 8 bits", "To leave a layer in float write skip_quantization: true."),
+    "activations_num_bits": (lambda bits: 2 <= bits <= 8, "2 to 8 bits", "To leave a layer in float write skip_quantization: true."),
     "weights_group_size": (
         lambda size: size in (0, *GROUP_SIZES),
-        "16, 32, 64, 128 or 256, or null, was",
+        "16, 32, 64, 128 or 256, or null",
         "Write 32.",
     ),
-    "quantization_sensitivity_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
-    "quantization_sensitivity_relative_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
-    "loss_sensitivity_threshold": (lambda value: value >= 0, "a number of at least 0, or null, was", ""),
-    "scale_learning_rate": (lambda rate: 0 < rate < float("inf"), "a number above 0 was", "Write 0.001."),
-    "stats_steps": (lambda steps: 1 <= steps <= 10**6, "at least 1 calibration batch, and at most a million, was", "Write 20."),
-    "averaging_constant": (lambda value: 0 < value <= 1, "a number in (0, 1] was", "Write 0.05."),
-    "percentile": (lambda value: 50 < value <= 100, "per cent in (50, 100] was", "Write 99.99."),
-    "freeze_ranges_at_step": (lambda step: step >= 0, "a step of at least 0, or null, was", ""),
-    "weight": (lambda share: 0 <= share <= 1, "a number from 0 (no distillation) to 1 (nothing else) was", "Write 0.7."),
-    "temperature": (lambda value: 0 < value < float("inf"), "a number above 0 was", "Write 2."),
-    "start_at_step": (lambda step: step >= 0, "a step of at least 0, or null, was", ""),
-    "at_step": (lambda step: step >= 0, "a step of at least 0 was", ""),
-    "at_epoch": (lambda epoch: epoch >= 0, "an epoch of at least 0 was", ""),
-    "freeze_batch_norm_at_step": (lambda step: step >= 0, "a step of at least 0, or null, was", ""),
-    "size": (lambda part: 0 < part <= 1, "a part of the float file in (0, 1], or null, was", "Write 0.2."),
-    "average_bits": (lambda bits: 2 <= bits <= 32, "2 to 32 bits per weight, or null, were", "Write 4."),
-    "bops": (lambda part: 0 < part <= 1, "a part of the float model's operations in (0, 1], or null, was", "Write 0.1."),
-    "speed": (lambda times: 0 < times <= 1000, "a multiple of the float model's speed in (0, 1000], or null, was", "Write 2."),
-    "threads": (lambda count: 1 <= count <= 1024, "1 to 1024 threads were", "Write 1."),
-    "batch_size": (lambda count: 1 <= count <= 10**6, "1 to a million samples were", "Write 1."),
-    "accuracy_drop": (lambda drop: 0 <= drop < float("inf"), "a number of at least 0, or null, was", "Write 0.005."),
-    "revise_every_n_epochs": (lambda count: 1 <= count <= 10**6, "at least 1, or null, was", "Write 5."),
-    "sensitivity_batches": (lambda count: 1 <= count <= 10**6, "at least 1, and at most a million, was", "Write 2."),
+    "quantization_sensitivity_threshold": (lambda value: value >= 0, "a number of at least 0, or null", ""),
+    "quantization_sensitivity_relative_threshold": (lambda value: value >= 0, "a number of at least 0, or null", ""),
+    "loss_sensitivity_threshold": (lambda value: value >= 0, "a number of at least 0, or null", ""),
+    "scale_learning_rate": (lambda rate: 0 < rate < float("inf"), "a number above 0", "Write 0.001."),
+    "stats_steps": (lambda steps: 1 <= steps <= 10**6, "at least 1 calibration batch, and at most a million", "Write 20."),
+    "averaging_constant": (lambda value: 0 < value <= 1, "a number in (0, 1]", "Write 0.05."),
+    "percentile": (lambda value: 50 < value <= 100, "per cent in (50, 100]", "Write 99.99."),
+    "freeze_ranges_at_step": (lambda step: step >= 0, "a step of at least 0, or null", ""),
+    "weight": (lambda share: 0 <= share <= 1, "a number from 0 (no distillation) to 1 (nothing else)", "Write 0.7."),
+    "temperature": (lambda value: 0 < value < float("inf"), "a number above 0", "Write 2."),
+    "start_at_step": (lambda step: step >= 0, "a step of at least 0, or null", ""),
+    "at_step": (lambda step: step >= 0, "a step of at least 0", ""),
+    "at_epoch": (lambda epoch: epoch >= 0, "an epoch of at least 0", ""),
+    "freeze_batch_norm_at_step": (lambda step: step >= 0, "a step of at least 0, or null", ""),
+    "size": (lambda part: 0 < part <= 1, "a part of the float file in (0, 1], or null", "Write 0.2."),
+    "average_bits": (lambda bits: 2 <= bits <= 32, "2 to 32 bits per weight, or null", "Write 4."),
+    "bops": (lambda part: 0 < part <= 1, "a part of the float model's operations in (0, 1], or null", "Write 0.1."),
+    "speed": (lambda times: 0 < times <= 1000, "a multiple of the float model's speed in (0, 1000], or null", "Write 2."),
+    "threads": (lambda count: 1 <= count <= 1024, "1 to 1024 threads", "Write 1."),
+    "batch_size": (lambda count: 1 <= count <= 10**6, "1 to a million samples", "Write 1."),
+    "accuracy_drop": (lambda drop: 0 <= drop < float("inf"), "a number of at least 0, or null", "Write 0.005."),
+    "revise_every_n_epochs": (lambda count: 1 <= count <= 10**6, "at least 1, or null", "Write 5."),
+    "sensitivity_batches": (lambda count: 1 <= count <= 10**6, "at least 1, and at most a million", "Write 2."),
 }
 
 CHOICES: Mapping[str, Sequence[str]] = {
@@ -84,20 +84,20 @@ def problem_with(key: str, value: object) -> str:
     """What is wrong with the value of a setting, in words; empty if nothing is. Of its type it is already."""
     if key in BOUNDS and isinstance(value, (int, float)) and not isinstance(value, bool):
         right, expected, instead = BOUNDS[key]
-        return "" if right(value) else f"{expected} expected, {shown(value)} came. {instead}".rstrip()
+        return "" if right(value) else f"expected {expected}, got {shown(value)}. {instead}".rstrip()
     if key in CHOICES and isinstance(value, str):
         return _not_one_of(CHOICES[key], value, target_of(value) if key == "target_framework" else value)
     if key in CHOICES and isinstance(value, list):
         if not value:
-            return f"at least one of {list(CHOICES[key])} was expected, none came."
+            return f"expected at least one of {list(CHOICES[key])}, got none."
         return next((problem for word in value if isinstance(word, str) and (problem := _not_one_of(CHOICES[key], word, word))), "")
     if key in ("output_dir", "export_dir", "teacher", "layer_times") and isinstance(value, str) and "\0" in value:
-        return f"the path of a {'folder' if key.endswith('_dir') else 'file'} was expected, {shown(value)} came."
+        return f"expected the path of a {'folder' if key.endswith('_dir') else 'file'}, got {shown(value)}."
     return ""
 
 
 def _not_one_of(allowed: Sequence[str], written: str, meant: str) -> str:
-    return "" if meant in allowed else f"one of {list(allowed)} was expected, {shown(written)} came.{nearest(written, allowed)}"
+    return "" if meant in allowed else f"expected one of {list(allowed)}, got {shown(written)}.{nearest(written, allowed)}"
 
 
 def target_of(name: str) -> str:
@@ -186,7 +186,7 @@ def not_of_type(value: Any, kind: str) -> str:
     """What is wrong with a value that `converted` refuses, in words."""
     words = _WORDS[kind.removesuffix(" | None")] + (" or null" if kind.endswith("| None") else "")
     came = "str" if isinstance(value, str) else type(value).__name__
-    return f"{words} was expected, {came} came: {shown(value)}.{_instead(value, kind)}"
+    return f"expected {words}, got {came}: {shown(value)}.{_instead(value, kind)}"
 
 
 def _instead(value: Any, kind: str) -> str:

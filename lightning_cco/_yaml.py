@@ -81,7 +81,7 @@ class _Check:
     def _document(self, event: Any) -> None:
         self.documents += 1
         if self.documents > 1:
-            raise self._refuse("one document was expected, a second one begins here. Remove it.")
+            raise self._refuse("expected one document, a second one begins here. Remove it.")
 
     def _alias(self, event: Any) -> None:
         if event.anchor not in self.sizes:
@@ -96,7 +96,7 @@ class _Check:
     def _scalar(self, event: Any) -> None:
         self._tag(event.tag)
         if len(event.value) > _LONGEST:
-            raise self._refuse(f"a text of at most {_LONGEST:,} characters was expected, one of {len(event.value):,} came.")
+            raise self._refuse(f"expected a text of at most {_LONGEST:,} characters, got one of {len(event.value):,}.")
         outer = self.around[-1] if self.around else None
         value = self._read_as(event)
         if outer is not None and outer.is_mapping and outer.count % 2 == 0:
@@ -128,7 +128,7 @@ class _Check:
     def _opened(self, event: Any) -> None:
         self._tag(event.tag)
         if len(self.around) >= _DEEPEST:
-            raise self._refuse(f"values inside of each other at most {_DEEPEST} deep were expected, deeper ones came.")
+            raise self._refuse(f"expected values inside of each other at most {_DEEPEST} deep, got deeper ones.")
         self.around.append(_Open(isinstance(event, yaml.MappingStartEvent), event.anchor))
 
     def _closed(self, event: Any) -> None:
@@ -139,7 +139,7 @@ class _Check:
 
     def _tag(self, tag: str | None) -> None:
         if tag is not None and not _STANDARD.fullmatch(tag):
-            raise self._refuse(f"a plain value was expected, one with the tag '{printable(tag, 80)}' came. Remove the tag.")
+            raise self._refuse(f"expected a plain value, got one with the tag '{printable(tag, 80)}'. Remove the tag.")
 
     def _took(self, size: int) -> None:
         if self.around:

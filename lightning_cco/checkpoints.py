@@ -46,7 +46,7 @@ def local_folder(folder: str, setting: str) -> str:
     path = folder.removeprefix("file://")
     if "://" in path:
         raise CCOError(
-            f"{setting}: '{folder}' is not on a disk of this machine; a local folder was expected. Write one, and upload the file from there."
+            f"{setting}: '{folder}' is not on a disk of this machine: expected a local folder. Write one, and upload the file from there."
         )
     return os.path.expanduser(path)
 

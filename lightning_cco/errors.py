@@ -6,7 +6,7 @@ from lightning_cco.names import printable
 class CCOError(Exception):
     """Base of every error this package raises on purpose.
 
-    A message names the layer (or key, or file), what was expected, what came, and what to write instead. What does not print in it is escaped: names of modules
+    A message names the layer (or key, or file), "expected X, got Y", and what to write instead. What does not print in it is escaped: names of modules
     may hold anything.
 
     Example:

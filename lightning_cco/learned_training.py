@@ -23,7 +23,7 @@ def check_learned_scales(settings: Settings, trainer: pl.Trainer) -> None:
     said, instead = f"training_settings.{asked[0]}", "Write mse."
     if len(trainer.optimizers) > 1:
         raise CCOError(
-            f"{said}: one optimizer was expected, {len(trainer.optimizers)} came. The gradient of one loss would move the scales of layers that another "
+            f"{said}: expected one optimizer, got {len(trainer.optimizers)}. The gradient of one loss would move the scales of layers that another "
             f"optimizer trains. {instead}"
         )
     if getattr(trainer.precision_plugin, "scaler", None) is not None:

@@ -84,7 +84,7 @@ def checked_loss(result: Any) -> Tensor:
     value = result.get("loss") if isinstance(result, Mapping) else result
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise CCOError(f"loss sensitivity: the loss of a batch was expected, one number that depends on the layers; {what} came.")
+        raise CCOError(f"loss sensitivity: expected the loss of a batch (one number that depends on the layers), got {what}.")
     return value.reshape(())
 
 

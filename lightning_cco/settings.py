@@ -100,8 +100,8 @@ class Settings:
         """
         if not isinstance(name, str) or not isinstance(settings, LayerQuantizationSettings):
             raise CCOError(
-                "set_quantization_settings_for_layer(name, settings) expects a layer name and LayerQuantizationSettings, "
-                f"but {type(name).__name__} and {type(settings).__name__} came. Write "
+                "set_quantization_settings_for_layer(name, settings) expected a layer name and LayerQuantizationSettings, "
+                f"got {type(name).__name__} and {type(settings).__name__}. Write "
                 'set_quantization_settings_for_layer("conv_1", LayerQuantizationSettings(skip_quantization=True)).'
             )
         values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(LayerQuantizationSettings)}

@@ -160,8 +160,8 @@ def test_weights_alone_by_a_rule(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("goal", "said"),
     [
-        ({"size": 0.2, "average_bits": 4}, "one goal at a time was expected, size and average_bits came"),
-        ({"size": 1.5}, r"a part of the float file in \(0, 1\], or null, was expected, 1.5 came"),
+        ({"size": 0.2, "average_bits": 4}, "expected one goal at a time, got size and average_bits"),
+        ({"size": 1.5}, r"expected a part of the float file in \(0, 1\], or null, got 1.5"),
         ({"accuracy_drop": 0.01}, "accuracy_drop is of a metric, which is missing"),
         ({"metric": "val_acc"}, "is what accuracy_drop is of"),
         ({"revise_every_n_epochs": 2}, "there is no goal"),

@@ -186,7 +186,10 @@ def first_of(output: Any, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Module(Auxiliary(), first_of), r"output\[0\] of the model has the shape \(4, 5\) in training, but .* came no such output"),
+        (
+            lambda: Module(Auxiliary(), first_of),
+            r"output\[0\] of the model has the shape \(4, 5\) in training, and of the teacher.* no such output",
+        ),
         (Loose, "'decoder' reads a tensor of shape .4, 12. that the step itself computes"),
         (lambda: Unheard(Net(), F.cross_entropy), "never called self.manual_backward"),
         (lambda: Module(Net(), lambda logits, labels: F.cross_entropy(logits.mul_(2), labels)), "the step writes to what 'the model' gave"),

@@ -76,7 +76,7 @@ def test_layouts_in_memory_are_no_part_of_the_file(put: Any, tmp_path: Path, mon
         ({"crashes": "convert"}, {}, r"ExecuTorch \S+ can't convert the model: .*aten::erf.*No file was written"),
         ({"crashes": "run"}, {}, r"can't run the file: .*status -11.*No file was written"),
         ({}, {"opset_version": 20}, r"a \.pte file takes the options batches, batch_size.*got \['opset_version'\]"),
-        ({}, {"batch_size": 0}, r"batch_size: a number of samples of at least 1 was expected, got 0"),
+        ({}, {"batch_size": 0}, r"batch_size: expected a number of samples of at least 1, got 0"),
     ],
     ids=["wrong layer", "float layer", "start", "convert", "run", "option", "batch size"],
 )

@@ -55,6 +55,6 @@ def test_the_training_goes_on(tmp_path: Path) -> None:
     resumed = quick()
     resumed.load_state_dict(state)
     trainer = make_trainer(tmp_path, resumed)
-    with pytest.warns(CCOWarning, match=r"can't be read \(ValueError: count: int was expected, NoneType came\); it begins anew"):
+    with pytest.warns(CCOWarning, match=r"can't be read \(ValueError: count: expected int, got NoneType\); it begins anew"):
         trainer.fit(Classifier(), batches())
     assert trainer.global_step == 4

@@ -152,10 +152,10 @@ def test_resolved_text_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_a_number_out_of_bounds_is_refused_where_it_is_written(kind: type, key: str, value: float) -> None:
-    with pytest.raises(CCOError, match=rf"{key}: .* expected, .* came"):
+    with pytest.raises(CCOError, match=rf"{key}: expected .*, got .*"):
         kind(**{key: value})
     made = kind()
-    with pytest.raises(CCOError, match=rf"{key}: .* expected, .* came"):
+    with pytest.raises(CCOError, match=rf"{key}: expected .*, got .*"):
         setattr(made, key, value)
     assert made == kind()
 

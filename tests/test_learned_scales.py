@@ -302,14 +302,14 @@ class Adversarial(Classifier):
 
 
 def test_what_it_does_not_go_with(tmp_path: Path) -> None:
-    with pytest.raises(CCOError, match="range_estimator: learned: one optimizer was expected, 2 came"):
+    with pytest.raises(CCOError, match="range_estimator: learned: expected one optimizer, got 2"):
         make_trainer(tmp_path, learning()).fit(Adversarial(), batches())
     recipe = {"training_settings": LEARNED, "global_quantization_settings": {"weights_group_size": 16, "weights_num_bits": 4}}
     with pytest.raises(
         CCOError, match=r"learned scales are those of channels, but the weights of layer 'linear' have one for each group of 16"
     ):
         cc.quantize(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)), recipe, (torch.randn(4, 32),))
-    with pytest.raises(CCOError, match=r"scale_learning_rate: a number above 0 was expected, 0.0 came"):
+    with pytest.raises(CCOError, match=r"scale_learning_rate: expected a number above 0, got 0.0"):
         cc.load_settings({"training_settings": {"scale_learning_rate": 0}})
 
 
@@ -351,5 +351,5 @@ def test_damaged_scales_are_refused() -> None:
 def test_scales_of_another_width_are_refused() -> None:
     made = LearnedWeightQuantizer(4)
     made.see(torch.randn(6, 4))
-    with pytest.raises(CCOError, match="a weight of 6 channels was expected, one of 8 came"):
+    with pytest.raises(CCOError, match="expected a weight of 6 channels, got one of 8"):
         made(torch.randn(8, 4))

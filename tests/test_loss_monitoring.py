@@ -98,5 +98,5 @@ def test_what_a_skip_wins_and_costs(tmp_path: Path) -> None:
 
 
 def test_says_what_skips_can_be_by() -> None:
-    with pytest.raises(CCOError, match=r"automatic_skip_by: one of \['qs', 'loss'\] was expected"):
+    with pytest.raises(CCOError, match=r"automatic_skip_by: expected one of \['qs', 'loss'\]"):
         load_settings({"global_quantization_settings": {"automatic_skip_by": "lose"}})

@@ -200,7 +200,7 @@ def test_says_what_no_loss_is() -> None:
     with pytest.raises(CCOError, match="never calibrated"):
         hooked.loss_sensitivity([[torch.randn(3, 4)]])
     hooked.calibrate([[torch.randn(3, 4)]])
-    with pytest.raises(CCOError, match=r"one number that depends on the layers; a tensor of shape \(3, 2\) came"):
+    with pytest.raises(CCOError, match=r"one number that depends on the layers\), got a tensor of shape \(3, 2\)"):
         hooked.loss_sensitivity([[torch.randn(3, 4)]], loss=lambda net, batch: net(batch[0]))
     with pytest.raises(CCOError, match="returns no float"):
         divergence({"classes": torch.zeros(3, dtype=torch.int64)})

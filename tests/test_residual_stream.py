@@ -194,5 +194,5 @@ def test_a_layer_keeps_its_rule_in_a_stream_in_float() -> None:
 
 
 def test_what_the_setting_may_be() -> None:
-    with pytest.raises(cc.CCOError, match=r"residual_stream: one of .* was expected, 'floot' came.*float"):
+    with pytest.raises(cc.CCOError, match=r"residual_stream: expected one of .*, got 'floot'.*float"):
         cc.load_settings({"global_quantization_settings": {"residual_stream": "floot"}})

@@ -237,15 +237,15 @@ def test_a_training_that_ends_before_the_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("training", "message"),
     [
-        ({"start_at_step": -1}, r"start_at_step: a step of at least 0, or null, was expected, -1 came"),
-        ({"stages": [{"weights_num_bits": 4}]}, r"stages\[0\]: at_step or at_epoch was expected, neither came"),
-        ({"stages": [{"at_step": 1, "at_epoch": 1, "weights_num_bits": 4}]}, r"stages\[0\]: at_step or at_epoch was expected, both came"),
+        ({"start_at_step": -1}, r"start_at_step: expected a step of at least 0, or null, got -1"),
+        ({"stages": [{"weights_num_bits": 4}]}, r"stages\[0\]: expected at_step or at_epoch, got neither"),
+        ({"stages": [{"at_step": 1, "at_epoch": 1, "weights_num_bits": 4}]}, r"stages\[0\]: expected at_step or at_epoch, got both"),
         ({"stages": [{"at_step": 1}]}, r"stages\[0\]: a stage without bits changes nothing"),
-        ({"stages": [FOUR, {**FOUR, "at_step": 4}]}, r"stages: stages in the order of their time were expected, at_step: 4, 4 came"),
-        ({"stages": [{"at_step": 1, "weights_num_bits": 9}]}, r"stages\[0\].weights_num_bits: 2 to 8 bits were expected, 9 came"),
+        ({"stages": [FOUR, {**FOUR, "at_step": 4}]}, r"stages: expected stages in the order of their time, got at_step: 4, 4"),
+        ({"stages": [{"at_step": 1, "weights_num_bits": 9}]}, r"stages\[0\].weights_num_bits: expected 2 to 8 bits, got 9"),
         ({"stages": [{"at_stp": 1, "weights_num_bits": 4}]}, r"stages\[0\].at_stp: unknown key.*at_step"),
-        ({"stages": {"at_step": 1}}, r"stages: a list of stages, such as .* was expected, dict came"),
-        ({"stages": ["w4a4"]}, r"stages\[0\]: a mapping was expected, str came"),
+        ({"stages": {"at_step": 1}}, r"stages: expected a list of stages, such as .*, got dict"),
+        ({"stages": ["w4a4"]}, r"stages\[0\]: expected a mapping, got str"),
     ],
 )
 def test_what_can_not_be(training: dict[str, Any], message: str) -> None:

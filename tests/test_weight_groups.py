@@ -229,7 +229,7 @@ def test_sizes_that_do_not_fit_are_said() -> None:
         rule = {"match": layer, "weights_group_size": 32}
         with pytest.raises(CCOError, match=message):
             quantize(model, {"layer_settings": [rule]}, (x,))
-    with pytest.raises(CCOError, match="16, 32, 64, 128 or 256, or null, was expected, 24 came"):
+    with pytest.raises(CCOError, match="expected 16, 32, 64, 128 or 256, or null, got 24"):
         load_settings({"global_quantization_settings": {"weights_group_size": 24}})
     with pytest.raises(CCOError, match="weight_only: false says something else"):
         load_settings({"layer_settings": [{"match": "a", "weights_group_size": 32, "weight_only": False}]})

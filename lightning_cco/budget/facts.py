@@ -53,7 +53,9 @@ def weight_facts(quantized: HookedModel, batch: Any, forward: Forward) -> dict[s
         if tensors:
             before = found.get(site.layer)
             outputs = [value for _, value in tensors_in(result)]
-            products = multiplications(operation_of_kind(quantized.graph[site.layer].kind), args, outputs, [tensor for tensor, _ in tensors])
+            products = multiplications(
+                operation_of_kind(quantized.graph[site.layer].kind), args, outputs, [tensor for tensor, _ in tensors]
+            )
             products += before.products if before else 0
             elements = sum(tensor.numel() for tensor, _ in tensors)
             channels = sum(quantizer.scales_of(tensor) for tensor, quantizer in tensors)

@@ -124,19 +124,19 @@ def from_plain(raw: Any, path: str = "layer_times") -> LayerTimes:
 
     if not isinstance(raw, Mapping) or raw.get("version") != VERSION:
         came = raw.get("version") if isinstance(raw, Mapping) else type(raw).__name__
-        raise refuse(f"a mapping with version: {VERSION} was expected, {came!r} came")
+        raise refuse(f"expected a mapping with version: {VERSION}, got {came!r}")
     threads, inputs, layers = raw.get("threads"), raw.get("inputs", []), raw.get("layers")
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise refuse(f"threads: a whole number of at least 1 was expected, {threads!r} came")
+        raise refuse(f"threads: expected a whole number of at least 1, got {threads!r}")
     if not isinstance(layers, Mapping) or not layers or not isinstance(inputs, list):
-        raise refuse("layers: a mapping of layers to seconds by form was expected")
+        raise refuse("layers: expected a mapping of layers to seconds by form")
     for name, forms in layers.items():
         if not isinstance(forms, Mapping) or not set(forms) <= set(FORMS) or not all(map(_is_time, forms.values())):
-            raise refuse(f"layers.{name}: seconds (numbers of at least 0) by {', '.join(FORMS)} were expected, {forms!r} came")
+            raise refuse(f"layers.{name}: expected seconds (numbers of at least 0) by {', '.join(FORMS)}, got {forms!r}")
     conversions = {part: raw.get(part, {}) for part in ("entering", "leaving", "files")}
     for part, values in conversions.items():
         if not isinstance(values, Mapping) or not all(map(_is_time, values.values())):
-            raise refuse(f"{part}: seconds (numbers of at least 0) by name were expected, {values!r} came")
+            raise refuse(f"{part}: expected seconds (numbers of at least 0) by name, got {values!r}")
     return LayerTimes(
         str(raw.get("engine", "")),
         str(raw.get("processor", "")),

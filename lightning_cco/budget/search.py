@@ -61,9 +61,7 @@ class BudgetSearch:
         need_scipy()
         goal = goal_of(settings.budget_settings)
         if goal is None:
-            raise CCOError(
-                "budget_settings: a goal was expected, none came. Write one of size, average_bits, bops, accuracy_drop or speed."
-            )
+            raise CCOError("budget_settings: expected a goal, got none. Write one of size, average_bits, bops, accuracy_drop or speed.")
         self._known_curves: tuple[float, tuple[list[Point], list[Point], list[Point]]] | None = None
         self.timer, self.times, self.speed = timer, times, settings.budget_settings.speed
         self.model = PlannedModel(quantized, settings, calibrate, export_bytes, agree)

@@ -117,9 +117,9 @@ class StepComparison:
         found = {(number, way): tensor for number, call in enumerate(self.calls) for way, tensor in differentiable(call.output).items()}
         if not found:
             raise CCOError(
-                "distillation_settings: no output to compare with the teacher's: tensors of floats that depend on parameters were expected, of "
-                f"{self.names} came "
-                f"{', '.join(printable(type(call.output).__name__) for call in self.calls)} without. Return the logits, or write on: layers."
+                "distillation_settings: no output to compare with the teacher's: expected tensors of floats that depend on parameters, got of "
+                f"{self.names} "
+                f"{', '.join(printable(type(call.output).__name__) for call in self.calls)} without any. Return the logits, or write on: layers."
             )
         for call in self.calls:
             if call.output_versions and call.output_versions != versions_of(call.output):
@@ -150,9 +150,9 @@ class StepComparison:
         if mine is None or theirs is None or theirs.shape != mine.shape:
             came = "no such output" if theirs is None else f"the shape {tuple(theirs.shape)}"
             raise CCOError(
-                f"distillation_settings: {self.name_of(key)} has {'no tensor' if mine is None else f'the shape {tuple(mine.shape)}'} in training, but of the "
-                f"teacher, which runs in evaluation mode, came {came}. The same outputs in both modes were expected; "
-                "return them from both, or write on: layers."
+                f"distillation_settings: {self.name_of(key)} has {'no tensor' if mine is None else f'the shape {tuple(mine.shape)}'} in training, and of the "
+                f"teacher, which runs in evaluation mode, {came}: expected the same outputs in both modes. Return "
+                "them from both, or write on: layers."
             )
         return mine, theirs.detach()
 

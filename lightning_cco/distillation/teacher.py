@@ -104,11 +104,11 @@ def load_weights(teacher: nn.Module, path: str | Path, mark: str | None = None) 
         raise CCOError(f"the teacher's file {path} is not there. {_instead()}") from error
     except Exception as error:
         raise CCOError(
-            f"the teacher's file {path} can't be read: {type(error).__name__}: {printable(str(error), 300)} A checkpoint with plain hyperparameters, or a "
-            f"state_dict saved by torch.save, was expected. {_instead()}"
+            f"the teacher's file {path} can't be read: {type(error).__name__}: {printable(str(error), 300)} Expected a checkpoint with plain hyperparameters, "
+            f"or a state_dict saved by torch.save. {_instead()}"
         ) from error
     if not isinstance(saved, Mapping):
-        raise CCOError(f"the teacher's file {path}: a checkpoint or a state_dict was expected, {type(saved).__name__} came. {_instead()}")
+        raise CCOError(f"the teacher's file {path}: expected a checkpoint or a state_dict, got {type(saved).__name__}. {_instead()}")
     if mark is not None and saved.get("mark") != mark:
         raise CCOError(f"the teacher's file {path} is of another run than the checkpoint. {_instead()}")
     callbacks = saved.get("callbacks")

@@ -78,8 +78,8 @@ class Deployed(nn.Module):
         self.lost = [name_of(slot) for slot in losses if slot not in self._kept] + _others(result)
         if not self._kept:
             raise CCOError(
-                f"export: {type(model).__name__}.forward returned {type(result).__name__} without a tensor in it; a tensor, or a tuple, mapping or dataclass "
-                f"of tensors was expected.{_instead_of(result)}"
+                f"export: {type(model).__name__}.forward returned {type(result).__name__} without a tensor in it: expected a tensor, or a tuple, mapping or "
+                f"dataclass of tensors.{_instead_of(result)}"
             )
         names = [name_of(slot) for slot in self._kept]
         names = [name if name and not name[0].isdigit() else f"output_{number}" for number, name in enumerate(names)]

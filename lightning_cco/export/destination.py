@@ -32,23 +32,21 @@ def export_target(path: str | Path, ending: str) -> Path:
         CCOError: It ends in something else, or what is there is no file.
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise CCOError(f"export: a path was expected, {type(path).__name__} came: {shown(path)}. Write 'model{ending}'.")
+        raise CCOError(f"export: expected a path, got {type(path).__name__}: {shown(path)}. Write 'model{ending}'.")
     path = os.path.expanduser(path)
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise CCOError(f"export: '{printable(str(path), 160)}' is no text that engines can open: {error}. Give a path in UTF-8.") from error
     if "://" in str(path) or re.match(r"\w\w+:/", str(path)):
-        raise CCOError(
-            f"export: '{path}' is not on a disk of this machine; a local path was expected. Write the file there, and upload it."
-        )
+        raise CCOError(f"export: '{path}' is not on a disk of this machine: expected a local path. Write the file there, and upload it.")
     if Path(path).suffix.lower() != ending:
         given = Path(path)
         is_folder = str(path).endswith(("/", os.sep)) or given.is_dir()
         instead = given / f"model{ending}" if is_folder or not given.name else _other_ending(given, ending)
         raise CCOError(
-            "export: a path that ends in .onnx (a file for ONNX Runtime, OpenVINO and TensorRT, which build theirs from it), .pt2 (a torch.export "
-            f"program), .pte (for ExecuTorch), .tflite (for LiteRT), .mlpackage (for Core ML) or .safetensors (for transformers) was expected, '{path}' came. "
+            "export: expected a path that ends in .onnx (a file for ONNX Runtime, OpenVINO and TensorRT, which build theirs from it), .pt2 (a torch.export "
+            f"program), .pte (for ExecuTorch), .tflite (for LiteRT), .mlpackage (for Core ML) or .safetensors (for transformers), got '{path}'. "
             f"Write '{instead}'."
         )
     try:

@@ -78,7 +78,7 @@ def export_engine_file(
             "Leave them out, or export an .onnx file."
         )
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise CCOError(f"export: batch_size: a number of samples of at least 1 was expected, got {batch_size!r}. Write batch_size=1.")
+        raise CCOError(f"export: batch_size: expected a number of samples of at least 1, got {batch_size!r}. Write batch_size=1.")
     _need_plan(quantized, engine)
     need_engine(engine)
     args, kwargs = example_of(quantized, example_args, example_kwargs)

@@ -67,10 +67,10 @@ def need_packages(names: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnx
         found = _version(name)
         if _numbers(found) < _numbers(_NEEDED[name]):
             raise CCOError(
-                f"export: {name} {found} is too old; {name}>={_NEEDED[name]} was expected. Write: pip install -U '{name}>={_NEEDED[name]}'."
+                f"export: {name} {found} is too old: expected {name}>={_NEEDED[name]}. Write: pip install -U '{name}>={_NEEDED[name]}'."
             )
     if "onnx" in names and not hasattr(getattr(torch.onnx, "ops", None), "symbolic"):
-        raise CCOError(f"export: torch {_version('torch')} has no torch.onnx.ops.symbolic; torch>={_NEEDED['torch']} was expected.")
+        raise CCOError(f"export: torch {_version('torch')} has no torch.onnx.ops.symbolic: expected torch>={_NEEDED['torch']}.")
 
 
 def need_engine(engine: Engine) -> None:

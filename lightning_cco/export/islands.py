@@ -10,6 +10,7 @@ from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import UNASKED, UNPLANNED, ExportReport, FloatIsland
 from lightning_cco.export.value_types import float_nodes
 from lightning_cco.export.weight_blocks import LOOKUP, PRODUCT, rounds_as_it_runs
+from lightning_cco.graph.ops import Category, category_of
 from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.tensor_key import TensorKey
@@ -45,7 +46,9 @@ _HEAVY = {
     "GRU": {"gru"},
     "RNN": {"rnn"},
 }
-"""Operators that an engine has an INT8 form of, or that most of the time goes to, and the kinds of layer that they come from."""
+"""Operators that an engine has an INT8 form of, or that most of the time goes to, and the kinds of layer that they come from. Of layers that are planned in
+INT8 every operator counts."""
+_COMPUTING = frozenset({Category.WEIGHTED, Category.MATMUL, Category.CLAMP, Category.COMPUTE})
 
 
 def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Emitter, report: ExportReport) -> None:
@@ -59,6 +62,7 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
         report: Filled in place.
     """
     layers = NodeLayers(written, emitter.layers)
+    planned = {layer.name for layer in quantized.graph if layer.name in quantized.plan.quantized and category_of(layer) in _COMPUTING}
     kinds: Counter[str] = Counter()
     known = {entry.name for entry in model.graph.initializer}
     sizes: set[str] = set()
@@ -76,7 +80,7 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
             in_integers.add(layer)
         elif id(node) in on_floats:
             in_float[node.op_type] += 1
-            if node.op_type in _HEAVY:
+            if node.op_type in _HEAVY or layer in planned:
                 heavy.append((node.op_type, layer))
     engine = emitter.stored.engine
     unexpected = f"{UNPLANNED} the engine computes it in float"
@@ -144,7 +148,7 @@ def _island(quantized: HookedModel, operator: str, layer: str, partly_integer: b
         return FloatIsland(operator, (layer or "what is computed before any layer",), "no layer of the model")
     if layer in plan.skipped:
         return FloatIsland(operator, (layer,), plan.skipped[layer])
-    if quantized.graph[layer].kind in _HEAVY[operator]:
+    if quantized.graph[layer].kind in _HEAVY.get(operator, {quantized.graph[layer].kind}):
         return None if partly_integer else FloatIsland(operator, (layer,), _without_range(quantized, layer) or unexpected)
     return (
         None

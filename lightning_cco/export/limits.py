@@ -63,14 +63,14 @@ def judge(report: ExportReport, min_sqnr_db: float | None = None, limits: Limits
     elif wrong:
         entry = wrong[0]
         what = (
-            f"'{entry.layer}' is {entry.mean_steps:.2g} steps off on average (at most {limits.mean_steps:g}, max_mean_steps, was expected), "
+            f"'{entry.layer}' is {entry.mean_steps:.2g} steps off on average (expected at most {limits.mean_steps:g}, max_mean_steps), "
             f"{entry.largest_steps:.0f} at most, {figure(100 * entry.far_share, 2)} % of its values by more than one, computed from what the engine computed "
             "before it"
         )
     elif not report.local_difference <= limits.difference and report.outputs:
         output = max(report.outputs, key=lambda entry: entry.local_difference)
         what = (
-            f"the output '{output.name}' is {output.local_difference:.2g} of its largest value off (at most {limits.difference:g} was expected), "
+            f"the output '{output.name}' is {output.local_difference:.2g} of its largest value off (expected at most {limits.difference:g}), "
             "computed from the engine's own rounded tensors"
         )
         if output.integers:
@@ -80,7 +80,7 @@ def judge(report: ExportReport, min_sqnr_db: float | None = None, limits: Limits
                 "first. Return the values, or use the indices inside of the model"
             )
     elif min_sqnr_db is not None and report.sqnr_db < min_sqnr_db:
-        what = f"SQNR {report.sqnr_db:.1f} dB, at least {min_sqnr_db:.1f} (min_sqnr_db) was expected"
+        what = f"SQNR {report.sqnr_db:.1f} dB, expected at least {min_sqnr_db:.1f} (min_sqnr_db)"
     else:
         return
     where = f"the first layer that differs is '{first}'" if first else "no single layer stands out"

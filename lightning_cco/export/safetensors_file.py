@@ -108,7 +108,7 @@ def export_safetensors(quantized: HookedModel, path: str | Path, **options: Any)
     target = export_target(path, ".safetensors")
     if target.name != NAME:
         raise CCOError(
-            f"export: the path of a file named {NAME}, as transformers look for it, was expected, '{path}' came. Write '{target.with_name(NAME)}'."
+            f"export: expected the path of a file named {NAME}, as transformers look for it, got '{path}'. Write '{target.with_name(NAME)}'."
         )
     if quantized.activations:
         names = list_names(list(map(str, quantized.activations)))
@@ -180,8 +180,8 @@ def _network(model: nn.Module) -> tuple[str, Any]:
     if len(outermost) != 1:
         what = f"{len(outermost)} of them ({list_names(outermost)})" if outermost else "none"
         raise CCOError(
-            f"export: {NAME} is for a network of transformers, which is made again of its config.json; one in {type(model).__name__} was expected, {what} "
-            "came. Export an .onnx file."
+            f"export: {NAME} is for a network of transformers, which is made again of its config.json: expected one in {type(model).__name__}, got {what}. "
+            "Export an .onnx file."
         )
     return (f"{outermost[0]}." if outermost[0] else ""), found[outermost[0]]
 

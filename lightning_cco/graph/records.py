@@ -48,16 +48,16 @@ def refuse_tensors(path: str, kind: str, tensors: Iterable[Tensor], makes: bool 
         what = f"{where}: its '{kind}' {'makes' if makes else 'reads'}"
         if tensor.is_nested:
             raise CCOError(
-                f"{what} a nested tensor, which has no INT8 form; a padded one was expected. Give the example, and "
+                f"{what} a nested tensor, which has no INT8 form: expected a padded one. Give the example, and "
                 "train, with torch.nested.to_padded_tensor(x, 0.0) and a mask."
             )
         if isinstance(tensor, MaskedTensor):
             raise CCOError(
-                f"{what} a MaskedTensor, which has no INT8 form; a tensor and its mask were expected. Write torch.where(mask, x, 0.0), or fill what is "
+                f"{what} a MaskedTensor, which has no INT8 form: expected a tensor and its mask. Write torch.where(mask, x, 0.0), or fill what is "
                 "masked by to_tensor(0.0) before a layer reads it."
             )
         raise CCOError(
-            f"{what} a DTensor, cut over processes; whole tensors were expected. Shard the parameters with "
+            f"{what} a DTensor, cut over processes: expected whole tensors. Shard the parameters with "
             "fully_shard, which puts them together for each layer, or train with strategy='ddp'."
         )
 

@@ -70,19 +70,19 @@ class History:
         else:
             layers, rows, numbers = (_of(state, key, list) for key in ("layers", "qs", "epochs"))
             if len(rows) != len(numbers) or any(not isinstance(row, list) or len(row) != len(layers) for row in rows):
-                raise ValueError("qs: a row of one value for each layer was expected for each epoch")
+                raise ValueError("qs: expected a row of one value for each layer for each epoch")
             rows = [{name: value for name, value in zip(layers, row, strict=True) if value is not None} for row in rows]
             epochs = [
                 (_of({"epochs": number}, "epochs", int), _numbers({"qs": row}, "qs")) for number, row in zip(numbers, rows, strict=True)
             ]
         if any(later <= earlier for (earlier, _), (later, _) in pairwise(epochs)):
-            raise ValueError("epochs: each was expected once, in order")
+            raise ValueError("epochs: expected each once, in order")
         extremes = {name: _numbers({"extremes": best}, "extremes") for name, best in _of(state, "extremes", dict).items()}
         if any(set(best) != {"lowest", "lowest_epoch", "highest", "highest_epoch"} for best in extremes.values()):
-            raise ValueError("extremes: lowest and highest of each metric, and their epochs, were expected")
+            raise ValueError("extremes: expected lowest and highest of each metric, and their epochs")
         followed = _of(state, "followed", list)
         if not all(isinstance(name, str) for name in [*followed, *extremes]):
-            raise ValueError("followed, extremes: names were expected")
+            raise ValueError("followed, extremes: expected names")
         previous, count = _numbers(state, "previous"), _of(state, "count", int) if "count" in state else len(epochs)
         self.epochs = _thinned(epochs, _KEPT_FIRST, _KEPT_LAST)
         self.extremes, self.previous, self.followed, self.count = extremes, previous, list(followed), max(0, count)
@@ -91,7 +91,7 @@ class History:
 def _of(state: Any, key: str, kind: type) -> Any:
     value = state.get(key) if isinstance(state, Mapping) else None
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{key}: {kind.__name__} was expected, {type(value).__name__} came")
+        raise ValueError(f"{key}: expected {kind.__name__}, got {type(value).__name__}")
     return value
 
 
@@ -99,7 +99,7 @@ def _numbers(state: Any, key: str) -> dict[str, float]:
     found: dict[str, float] = dict(_of(state, key, dict))
     for name, value in found.items():
         if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{key}: numbers by name were expected, {type(value).__name__} came")
+            raise ValueError(f"{key}: expected numbers by name, got {type(value).__name__}")
     return found
 
 

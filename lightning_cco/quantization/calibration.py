@@ -36,7 +36,7 @@ def check_weights(model: nn.Module, graph: LayerGraph) -> None:
                 finite[name] = not bool(_diverged(tensor.detach(), layer.kind).any())
             if not finite[name]:
                 raise CCOError(
-                    f"calibrate: the parameter '{name}' of layer '{layer.name}' holds NaN or infinite values; finite ones were expected. "
+                    f"calibrate: the parameter '{name}' of layer '{layer.name}' holds NaN or infinite values: expected finite ones. "
                     "Load a checkpoint from before the training diverged."
                 )
 
@@ -85,7 +85,7 @@ def chosen_quantizers(
     chosen: set[str] = set(activations) if only is None else set(only)
     found = {key: quantizer for key, quantizer in activations.items() if key in chosen}
     if unknown := chosen.difference(found):
-        raise CCOError(f"calibrate: names of quantizers were expected, such as {list(activations)[:3]}; {sorted(unknown)} came.")
+        raise CCOError(f"calibrate: expected names of quantizers, such as {list(activations)[:3]}, got {sorted(unknown)}.")
     return found
 
 
@@ -112,7 +112,7 @@ def finish_calibration(model: nn.Module, graph: LayerGraph, observed: Mapping[Te
             layer = graph[key.layer]
             where = f"module '{layer.path}', {layer.kind}" if layer.path else layer.kind
             raise CCOError(
-                f"calibrate: layer '{layer.name}' ({where}) gave NaN or infinite values; finite ones were expected.{_broken_buffers(model)} "
+                f"calibrate: layer '{layer.name}' ({where}) gave NaN or infinite values: expected finite ones.{_broken_buffers(model)} "
                 "Check the float model on the same batch (learning rate, input scaling, loss of precision in float16) before quantizing, "
                 f"or skip the layer: {{match: {layer.name}, skip_quantization: true}}."
             )

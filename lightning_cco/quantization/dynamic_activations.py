@@ -135,7 +135,7 @@ def not_dynamic(layer: Layer) -> str:
     """Why a layer can't round what it reads when it runs, and what to write instead; empty if it can."""
     if layer.kind not in PRODUCTS or grouped_inputs(layer) is None or not layer.input_shapes:
         return (
-            f"layer '{layer.name}' (kind {layer.kind}) can't: a linear layer or a product with a matrix of weights on its right was expected. Leave "
+            f"layer '{layer.name}' (kind {layer.kind}) can't: expected a linear layer or a product with a matrix of weights on its right. Leave "
             "activations_dynamic out for it, or write false"
         )
     if not fitting_groups(layer):

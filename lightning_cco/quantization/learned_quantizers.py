@@ -178,7 +178,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
         channels = 1 if self.axis is None else weight.shape[self.axis]
         if self.scales is not None and self.scales.numel() != channels:
             raise CCOError(
-                f"weight_estimator: learned: a weight of {self.scales.numel()} channels was expected, one of {channels} came. The scales are those of another "
+                f"weight_estimator: learned: expected a weight of {self.scales.numel()} channels, got one of {channels}. The scales are those of another "
                 "model: build it as it was when they were saved, or calibrate anew."
             )
 

@@ -31,20 +31,21 @@ class Target:
         symmetric_activations: Whether activations must have zero point 0.
         int8_kinds: Layer kinds that the engine computes in INT8. It computes others in float.
         weight_only_kinds: Kinds with weights that it computes in float from integer weights: nothing is rounded for what they read.
-        forms: For kinds of which it computes only some layers in INT8, which those are; a weighted layer that is not one of them is weight-only.
+        forms: For kinds of which it computes only some layers in INT8, which those are; a weighted layer that is not one of them is weight-only, or in float
+            where `float_products` is false.
         float_outputs: Kinds among them whose result the engine gives in float without a conversion. It is rounded only where an INT8 layer reads it.
         integer_outputs: Kinds that it computes in INT8 only where their result is rounded.
         elementwise_kinds: Kinds that multiply no weights. They run in INT8 if all that they read is INT8 anyway or something that reads them is; between float
             layers (a residual stream between layer norms) the conversions would cost more than they save.
         adds_before_rounding: Kinds to whose result it adds another tensor before it rounds: such a result is not rounded, the other tensor is.
-        followed_in_float: Kinds with rounded results that an addition may read as floats all the same: it runs in INT8 only if an INT8 layer reads it. So a
+        followed_in_float: Kinds whose rounded result alone is no reason to run the addition after them in INT8: another INT8 layer has to read its sum. So a
             transformer's residual stream is not rounded where the engine wants the results of linear layers rounded.
         float_products: Whether it multiplies floats with weights that are stored as integers; else a layer in float has weights in float.
         norms: Whether a batch norm that is folded into no layer has an INT8 form: a convolution of each channel with one number. A dense block of six on one
             thread: 8.2 ms against 9.0 in float with ONNX Runtime 1.32, 7.7 against 8.5 with OpenVINO 2026.4 (``benchmarks/engine_forms.py norms``).
         made_weights: Kinds with weights of which it has an INT8 form also where another layer makes the weight; where one makes the bias it has none.
         integer_left: Which products with a weight on their left, which are computed in float, may have integers for it; `None`: all.
-        narrow_without_vnni: Whether weights that are multiplied have 7 bits for processors without VNNI, whose sums of two products would overflow.
+        narrow_without_vnni: Whether weights have 7 bits for x86 processors without VNNI, whose 16-bit sums of two 8-bit products saturate.
         refuses_int4: Why weights can't be stored in 4 bits for it; empty: they can.
         refuses_groups: Why weights can't have a scale for each group of inputs for it, nor zero points, and what to write instead; empty: they can.
         refuses_dynamic: Why nothing is rounded by a range that is found when it runs, and what to write instead; empty: it rounds, in blocks of as many values

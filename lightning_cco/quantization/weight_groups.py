@@ -111,8 +111,8 @@ def without_zero_points(layer: Layer, skip: Skip | None, target: Target) -> str:
     """Why a layer's weights can't have zero points, and what to write instead; empty if they can."""
     if grouped_inputs(layer) is None:
         return (
-            f"layer '{layer.name}' (kind {layer.kind}) can't have zero points: a linear layer, a product with a matrix of weights on its right or an embedding "
-            "was expected. Leave weights_symmetric out for it, or write true"
+            f"layer '{layer.name}' (kind {layer.kind}) can't have zero points: expected a linear layer, a product with a matrix of weights on its right or an "
+            "embedding. Leave weights_symmetric out for it, or write true"
         )
     if skip is None or skip.reason is not SkipReason.WEIGHT_ONLY:
         runs = (

@@ -136,7 +136,7 @@ class WeightQuantizer(nn.Module):
         size = self._row_size(weight)
         if weight.dim() != 2 or weight.shape[self.blocks or 0] % size:
             raise CCOError(
-                f"weights_group_size: a matrix whose axis {self.blocks} is a multiple of {size} was expected, one of shape {tuple(weight.shape)} came. "
+                f"weights_group_size: expected a matrix whose axis {self.blocks} is a multiple of {size}, got one of shape {tuple(weight.shape)}. "
                 "Weights have changed their shape since the layers were captured; capture anew, or write weights_group_size: 0 for the layer."
             )
         return (weight if self.blocks == 1 else weight.t()).reshape(-1, size).contiguous()

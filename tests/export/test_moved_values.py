@@ -60,7 +60,10 @@ class Branches(nn.Module):
 def test_each_product_of_a_program_reads_a_dequantize_operator(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, 8)
-    settings = {"global_quantization_settings": {"skip_tail_quantization": False}, "deployment_settings": {"target_framework": "executorch"}}
+    settings = {
+        "global_quantization_settings": {"skip_tail_quantization": False},
+        "deployment_settings": {"target_framework": "executorch"},
+    }
     quantized = quantize(Branches().eval(), settings, (x,))
     quantized.calibrate([x])
     assert sum(layer.kind == "conv" and layer.name in quantized.plan.quantized for layer in quantized.graph) == len(MOVES) + 1

@@ -145,7 +145,7 @@ def test_a_network_within_a_module_and_the_transposed_layers_of_gpt2(tmp_path: P
 def test_what_the_layout_does_not_hold_is_refused(tmp_path: Path) -> None:
     plain = quantize(nn.Sequential(nn.Linear(4, 4)), {"global_quantization_settings": ALONE}, (torch.randn(2, 4),))
     plain.calibrate([torch.randn(2, 4)])
-    with pytest.raises(CCOError, match="one in Sequential was expected, none"):
+    with pytest.raises(CCOError, match="expected one in Sequential, got none"):
         plain.export(tmp_path / "model.safetensors")
     with pytest.raises(CCOError, match=r"file named model\.safetensors"):
         planned(llama()).export(tmp_path / "other.safetensors")

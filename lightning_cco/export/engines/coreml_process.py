@@ -98,7 +98,7 @@ class _ConvertedProgram:
         read, weight = node.args[0], node.args[1]
         one = _numbers(operation.inputs["x"])
         if one is None or not _near(one[0], read.args[1]) or int(one[1]) != int(read.args[2]):
-            return f"what it reads has scale and zero point {one}, {(read.args[1], read.args[2])} was expected"
+            return f"what it reads has scale and zero point {one}, expected {(read.args[1], read.args[2])}"
         if "weight" in operation.inputs and getattr(weight.target, "__name__", "").startswith("dequantize"):
             stored = _constant(operation.inputs["weight"])
             wanted = [self._value(value) for value in weight.args]
@@ -116,7 +116,7 @@ class _ConvertedProgram:
         made = [_numbers_of(reader) for reader in behind]
         after = _quantizes_behind(node)
         if after is not None and any(found is None or not _near(found[0], after[0]) or int(found[1]) != int(after[1]) for found in made):
-            return f"its result is rounded to scale and zero point {made[0] if made else None}, {after} was expected"
+            return f"its result is rounded to scale and zero point {made[0] if made else None}, expected {after}"
         return ""
 
     def _value(self, value: Any) -> Any:
