@@ -112,12 +112,12 @@ def choices(
         activations_bits: Numbers of bits to choose from for activations.
         packed: Whether weights of at most 4 bits take half a byte in the file.
     """
-    said = apply_rules(plan.graph, [rule for rule in settings.layer_settings if rule.by != "budget"])
+    rules = apply_rules(plan.graph, [rule for rule in settings.layer_settings if rule.by != "budget"])
     tail = plan.graph.tail() if settings.global_quantization_settings.skip_tail_quantization else set()
     into: dict[str, list[Edge]] = {}
     for edge in plan.graph.edges:
         into.setdefault(edge.destination, []).append(edge)
-    maker = _Maker(plan, settings, facts, report, tail, said, weights_bits, activations_bits, packed, into)
+    maker = _Maker(plan, settings, facts, report, tail, rules, weights_bits, activations_bits, packed, into)
     members = _shared([name for name in plan.graph.names if name in facts and plan.graph[name].weighted], plan, facts, into)
     groups = [group for names in members if (group := maker.group(names)) is not None]
     of_integers = {key for group in groups for key in (*group.inputs, *group.outputs)}
@@ -126,7 +126,7 @@ def choices(
     for key in plan.tensors:
         if plan.as_read(key) != key:
             continue  # of the residual stream: it keeps 8 bits
-        bits = said.get(key.layer, ResolvedRules()).activations_num_bits
+        bits = rules.get(key.layer, ResolvedRules()).activations_num_bits
         general = plan.tensors[key].num_bits == plan.settings.global_quantization_settings.activations_num_bits
         known = general and bool(rises[key])  # where nothing was measured, nothing says that fewer would do
         allowed = (bits,) if bits is not None else tuple(activations_bits) if known else (plan.tensors[key].num_bits,)
@@ -144,7 +144,7 @@ class _Maker:
     facts: Mapping[str, WeightFacts]
     report: LossSensitivityReport
     tail: set[str]
-    said: Mapping[str, ResolvedRules]
+    rules: Mapping[str, ResolvedRules]
     weights_bits: Sequence[int]
     activations_bits: Sequence[int]
     packed: bool
@@ -154,7 +154,7 @@ class _Maker:
         plan, target = self.plan, TARGETS[self.settings.deployment_settings.target_framework]
         vnni = self.settings.deployment_settings.vnni
         weight_only = all(name in plan.weight_only for name in names)
-        entries = [self.said.get(name, ResolvedRules()) for name in names]
+        entries = [self.rules.get(name, ResolvedRules()) for name in names]
         fixed = next((entry.weights_num_bits for entry in entries if entry.weights_num_bits is not None), None)
         inputs = tuple(dict.fromkeys(key for name in names for key in self._reads(name))) if not weight_only else ()
         outputs = tuple(dict.fromkeys(key for name in names for key in self._makes(name))) if not weight_only else ()
@@ -207,7 +207,7 @@ class _Maker:
     def _input_bits(self, inputs: Sequence[TensorKey]) -> tuple[int, ...]:
         if not inputs:
             return ()
-        bits = self.said.get(inputs[0].layer, ResolvedRules()).activations_num_bits
+        bits = self.rules.get(inputs[0].layer, ResolvedRules()).activations_num_bits
         return (bits,) if bits is not None else tuple(self.activations_bits)
 
     def _reads(self, name: str) -> list[TensorKey]:

@@ -102,7 +102,7 @@ class _Round(torch.autograd.Function):
 
 
 def find_dynamic(
-    graph: LayerGraph, overall: GlobalQuantizationSettings, said: Mapping[str, ResolvedRules], target: Target, groups: Mapping[str, int]
+    graph: LayerGraph, overall: GlobalQuantizationSettings, rules: Mapping[str, ResolvedRules], target: Target, groups: Mapping[str, int]
 ) -> dict[str, int]:
     """The layers that round what they read when they run, and in blocks of how many values.
 
@@ -111,7 +111,7 @@ def find_dynamic(
     """
     found = {}
     for layer in graph:
-        entry = said.get(layer.name, ResolvedRules())
+        entry = rules.get(layer.name, ResolvedRules())
         if not wanted_dynamic(overall, entry):
             continue
         why = not_dynamic(layer)

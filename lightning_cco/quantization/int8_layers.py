@@ -22,7 +22,7 @@ class Int8Layers:
     Args:
         connections: Who makes and reads each tensor.
         target: The engine.
-        said: What the rules say of each layer.
+        rules: What the rules say of each layer.
         skips: Layers that are left in float; those that are found to be are added.
         exact: Who needs tensors as they are.
         stream: What residual additions read.
@@ -36,13 +36,13 @@ class Int8Layers:
         self,
         connections: Connections,
         target: Target,
-        said: Mapping[str, ResolvedRules],
+        rules: Mapping[str, ResolvedRules],
         skips: dict[str, Skip],
         exact: ExactReaders,
         stream: ResidualStream,
     ) -> None:
         self.graph, self.connections, self.target = connections.graph, connections, target
-        self._said, self._skips, self._exact, self._stream = said, skips, exact, stream
+        self._rules, self._skips, self._exact, self._stream = rules, skips, exact, stream
         self._groups = Groups(connections, target, skips)
         self._find()
         while self._leave_without_integer_outputs():
@@ -78,7 +78,7 @@ class Int8Layers:
         return found
 
     def _asked_for(self, name: str) -> bool:
-        return self._said.get(name, ResolvedRules()).asked_for
+        return self._rules.get(name, ResolvedRules()).asked_for
 
     def _allowed(self) -> set[str]:
         """Layers that compute in INT8: allowed to, and every float they read can be quantized."""

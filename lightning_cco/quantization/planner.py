@@ -48,20 +48,20 @@ def plan_quantization(graph: LayerGraph, settings: Settings | None = None, sugge
     """
     settings = load_settings(settings)
     target = TARGETS[settings.deployment_settings.target_framework]
-    said = apply_rules(graph, settings.layer_settings)
+    rules = apply_rules(graph, settings.layer_settings)
     suggestions = tuple(suggestions)
     unknown = [name for name in suggestions if name not in graph]
     if unknown:
         raise CCOError(
             f"suggestions: no layer is named {unknown}. Suggestions are layer names of this graph, such as {list(graph.names[:3])}."
         )
-    groups = find_weight_groups(graph, settings.global_quantization_settings, said, target)
-    dynamic = find_dynamic(graph, settings.global_quantization_settings, said, target, groups)
-    skips, forced = find_skips(graph, settings, said, suggestions, target, groups, dynamic)
-    with_zeros = find_with_zero_points(graph, settings.global_quantization_settings, said, target, skips)
-    plan = _Planner(graph, settings, target, said, skips, suggestions, groups, with_zeros, dynamic).plan()
+    groups = find_weight_groups(graph, settings.global_quantization_settings, rules, target)
+    dynamic = find_dynamic(graph, settings.global_quantization_settings, rules, target, groups)
+    skips, forced = find_skips(graph, settings, rules, suggestions, target, groups, dynamic)
+    with_zeros = find_with_zero_points(graph, settings.global_quantization_settings, rules, target, skips)
+    plan = _Planner(graph, settings, target, rules, skips, suggestions, groups, with_zeros, dynamic).plan()
     plan.forced = forced
-    warn_of_rules_without_effect(plan, said)
+    warn_of_rules_without_effect(plan, rules)
     return plan
 
 
@@ -79,7 +79,7 @@ class _Planner:
         graph: LayerGraph,
         settings: Settings,
         target: Target,
-        said: dict[str, ResolvedRules],
+        rules: dict[str, ResolvedRules],
         skips: dict[str, Skip],
         suggestions: tuple[str, ...],
         weight_groups: dict[str, int],
@@ -87,15 +87,22 @@ class _Planner:
         dynamic: dict[str, int],
     ) -> None:
         self.weight_groups, self.with_zero_points, self.dynamic = weight_groups, with_zero_points, dynamic
-        self.graph, self.settings, self.target, self.said, self.skips, self.suggestions = graph, settings, target, said, skips, suggestions
+        self.graph, self.settings, self.target, self.rules, self.skips, self.suggestions = (
+            graph,
+            settings,
+            target,
+            rules,
+            skips,
+            suggestions,
+        )
         self.connections = Connections(graph)
-        self.exact = ExactReaders(graph, {name for name, entry in said.items() if entry.asked_for})
-        self.stream = ResidualStream(self.connections, settings.global_quantization_settings.residual_stream, said)
+        self.exact = ExactReaders(graph, {name for name, entry in rules.items() if entry.asked_for})
+        self.stream = ResidualStream(self.connections, settings.global_quantization_settings.residual_stream, rules)
 
     def plan(self) -> QuantizationPlan:
         """Work it out."""
         self.skips.update({name: skip for name, skip in self.stream.skips().items() if name not in self.skips})
-        layers = Int8Layers(self.connections, self.target, self.said, self.skips, self.exact, self.stream)
+        layers = Int8Layers(self.connections, self.target, self.rules, self.skips, self.exact, self.stream)
         self.int8, self.fused_into = layers.names, layers.fused_into
         self.fused_from = {after: before for before, after in self.fused_into.items()}
         wanted = self._wanted()
@@ -138,7 +145,7 @@ class _Planner:
         alone (Choi et al., "PACT", 2018; Esser et al., "LSQ", 2020).
         """
         bits = self.settings.global_quantization_settings.activations_num_bits
-        if bits > FEW_BITS or self._said_bits(key.layer) is not None or self.stream.keeps_8_bits(key, bits):
+        if bits > FEW_BITS or self._ruled_bits(key.layer) is not None or self.stream.keeps_8_bits(key, bits):
             return False
         if key.layer in self.exact.of_inputs:
             return True
@@ -195,28 +202,28 @@ class _Planner:
 
     def _activation_bits(self, name: str) -> int:
         """What the rules say of a layer's result, else the global value."""
-        said = self._said_bits(name)
-        return self.settings.global_quantization_settings.activations_num_bits if said is None else said
+        bits = self._ruled_bits(name)
+        return self.settings.global_quantization_settings.activations_num_bits if bits is None else bits
 
-    def _said_bits(self, name: str) -> int | None:
+    def _ruled_bits(self, name: str) -> int | None:
         """The layer's own rule, else that of the group it ends."""
-        said = self.said.get(name, ResolvedRules()).activations_num_bits
-        while said is None and name in self.fused_from:
+        bits = self.rules.get(name, ResolvedRules()).activations_num_bits
+        while bits is None and name in self.fused_from:
             name = self.fused_from[name]
-            said = self.said.get(name, ResolvedRules()).activations_num_bits
-        return said
+            bits = self.rules.get(name, ResolvedRules()).activations_num_bits
+        return bits
 
     def _weight_bits(self, layer: Layer) -> int:
         """What the rules say of a layer's weights, else the global value, or 8 where few bits would cost most."""
-        said = self.said.get(layer.name, ResolvedRules()).weights_num_bits
-        if said is not None:
-            return said
+        bits = self.rules.get(layer.name, ResolvedRules()).weights_num_bits
+        if bits is not None:
+            return bits
         return INT8_BITS if self._weights_keep_8_bits(layer) else self.settings.global_quantization_settings.weights_num_bits
 
     def _weights_keep_8_bits(self, layer: Layer) -> bool:
         """Whether a layer is a convolution of what the model is given, whose weights keep 8 bits as what they read does."""
         few = self.settings.global_quantization_settings.weights_num_bits <= FEW_BITS
-        if not few or layer.kind != "conv" or self.said.get(layer.name, ResolvedRules()).weights_num_bits is not None:
+        if not few or layer.kind != "conv" or self.rules.get(layer.name, ResolvedRules()).weights_num_bits is not None:
             return False
         sources = self.connections.sources(layer.name)
         return bool(sources) and all(source.layer in self.exact.of_inputs for source in sources)

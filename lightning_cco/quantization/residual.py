@@ -28,18 +28,18 @@ class ResidualStream:
     Args:
         connections: The graph.
         setting: ``residual_stream`` of the recipe.
-        said: What the rules say of each layer.
+        rules: What the rules say of each layer.
 
     Attributes:
         additions: Names of the residual additions, without those that a rule quantizes by name where the stream is in float.
         tensors: What they read, by its origin: the results of the branches, and what earlier additions hand on.
     """
 
-    def __init__(self, connections: Connections, setting: str, said: Mapping[str, ResolvedRules]) -> None:
+    def __init__(self, connections: Connections, setting: str, rules: Mapping[str, ResolvedRules]) -> None:
         self._connections, self._setting = connections, setting
         self.additions = {layer.name for layer in connections.graph if self._adds(layer)}
         if self.in_float:
-            self.additions = {name for name in self.additions if not said.get(name, ResolvedRules()).asked_for}
+            self.additions = {name for name in self.additions if not rules.get(name, ResolvedRules()).asked_for}
         self.tensors = {key for name in self.additions for key in connections.sources(name)}
 
     def _adds(self, layer: Layer) -> bool:

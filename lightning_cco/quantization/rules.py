@@ -56,10 +56,10 @@ def apply_rules(graph: LayerGraph, rules: Sequence[LayerRule]) -> dict[str, Reso
     Raises:
         CCOError: A rule matches nothing, a destination can't be reached, or two equally exact rules contradict each other.
     """
-    said: dict[str, ResolvedRules] = {}
+    resolved: dict[str, ResolvedRules] = {}
 
     def say(name: str, part: str, value: object, exactness: float, by: str) -> None:
-        entry = said.setdefault(name, ResolvedRules())
+        entry = resolved.setdefault(name, ResolvedRules())
         known, known_exactness, known_by = getattr(entry, part), getattr(entry, _EXACTNESS[part]), getattr(entry, _BY[part])
         if by == BY_BUDGET and known is not None:
             return
@@ -81,7 +81,7 @@ def apply_rules(graph: LayerGraph, rules: Sequence[LayerRule]) -> dict[str, Reso
             if str(error).startswith("layer_settings"):
                 raise
             raise CCOError(f"layer_settings (match: {rule.match}): {error}") from None
-    return said
+    return resolved
 
 
 def _apply(graph: LayerGraph, rule: LayerRule, say: Callable[[str, str, object, float, str], None]) -> None:

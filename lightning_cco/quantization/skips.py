@@ -89,7 +89,7 @@ def _intrinsic(layer: Layer, target: Target) -> Skip | None:
 def find_skips(
     graph: LayerGraph,
     settings: Settings,
-    said: dict[str, ResolvedRules],
+    rules: dict[str, ResolvedRules],
     suggestions: Collection[str],
     target: Target,
     groups: Mapping[str, int],
@@ -100,7 +100,7 @@ def find_skips(
     Args:
         graph: The layer graph.
         settings: The recipe.
-        said: What its rules say of each layer.
+        rules: What its rules say of each layer.
         suggestions: Layers to skip because of their sensitivity.
         target: The engine.
         groups: Layers whose weights are in groups, which no engine multiplies in INT8 with tensors of one scale, and how many are in one.
@@ -117,7 +117,7 @@ def find_skips(
     skips: dict[str, Skip] = {}
     forced = set()
     for layer in graph:
-        entry, intrinsic = said.get(layer.name, ResolvedRules()), _intrinsic(layer, target)
+        entry, intrinsic = rules.get(layer.name, ResolvedRules()), _intrinsic(layer, target)
         if entry.asked_for:
             _refuse_impossible(graph, layer, entry, intrinsic)
             alone = (

@@ -45,7 +45,7 @@ def wanted_group(overall: GlobalQuantizationSettings, entry: ResolvedRules) -> i
 
 
 def find_weight_groups(
-    graph: LayerGraph, overall: GlobalQuantizationSettings, said: Mapping[str, ResolvedRules], target: Target
+    graph: LayerGraph, overall: GlobalQuantizationSettings, rules: Mapping[str, ResolvedRules], target: Target
 ) -> dict[str, int]:
     """The size of the groups of each layer whose weights are to be in groups that fit.
 
@@ -54,7 +54,7 @@ def find_weight_groups(
     """
     found = {}
     for layer in graph:
-        entry = said.get(layer.name, ResolvedRules())
+        entry = rules.get(layer.name, ResolvedRules())
         size = wanted_group(overall, entry)
         if size is None:
             continue
@@ -75,14 +75,14 @@ def wanted_zero_points(overall: GlobalQuantizationSettings, entry: ResolvedRules
 
 
 def find_with_zero_points(
-    graph: LayerGraph, overall: GlobalQuantizationSettings, said: Mapping[str, ResolvedRules], target: Target, skips: Mapping[str, Skip]
+    graph: LayerGraph, overall: GlobalQuantizationSettings, rules: Mapping[str, ResolvedRules], target: Target, skips: Mapping[str, Skip]
 ) -> set[str]:
     """The layers whose weights have zero points: those that are to, and whose weights alone are quantized.
 
     Args:
         graph: The layer graph.
         overall: What holds for all layers.
-        said: What the rules say of each.
+        rules: What the rules say of each.
         target: The engine.
         skips: Why layers are left in float, or have their weights alone quantized.
 
@@ -91,7 +91,7 @@ def find_with_zero_points(
     """
     found = set()
     for layer in graph:
-        entry = said.get(layer.name, ResolvedRules())
+        entry = rules.get(layer.name, ResolvedRules())
         if not wanted_zero_points(overall, entry):
             continue
         why = without_zero_points(layer, skips.get(layer.name), target)

@@ -97,11 +97,11 @@ def rules_now(plan: QuantizationPlan) -> list[dict[str, str]]:
     """
     rules = load_settings(plan.settings).layer_settings
     own = [rule for rule in rules if rule.by != "budget"]
-    said = apply_rules(plan.graph, own)
+    resolved = apply_rules(plan.graph, own)
     found = [{"match": rule.match, **_parts(rule)} for rule in own]
     for rule in rules:
         if rule.by == "budget":
-            known = said.get(rule.match, ResolvedRules())
+            known = resolved.get(rule.match, ResolvedRules())
             names = {"skip_quantization": known.skip, "weights_num_bits": known.weights_num_bits}
             names |= {"weights_group_size": known.weights_group_size, "weights_symmetric": known.weights_symmetric}
             names |= {"activations_dynamic": known.activations_dynamic}
