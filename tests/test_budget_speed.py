@@ -206,7 +206,7 @@ def test_says_what_is_wrong_with_a_table(tmp_path: Path) -> None:
         (json.dumps({**good.to_plain(), "version": 7}), "version: 1, got 7"),
         (json.dumps({**good.to_plain(), "threads": 0}), "threads: expected a whole number of at least 1, got 0"),
         (json.dumps({**good.to_plain(), "layers": {}}), "layers: expected a mapping"),
-        (json.dumps({**good.to_plain(), "layers": {"conv": {"float": -1}}}), r"layers\.conv: seconds"),
+        (json.dumps({**good.to_plain(), "layers": {"conv": {"float": -1}}}), r"layers\.conv: expected seconds"),
         (json.dumps({**good.to_plain(), "layers": {"conv": {"int8": 1}}}), "by float, INT8, weight-only, 4 bits, got"),
         (json.dumps({**good.to_plain(), "entering": {"conv": None}}), "entering: expected seconds"),
     ]:
