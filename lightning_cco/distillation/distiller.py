@@ -54,7 +54,7 @@ class Distiller:
         self._trainer: pl.Trainer | None = None
         self._student: HookedModel | None = None
         self._twins: dict[int, Tensor] = {}
-        self._heard = False
+        self._reached_backward = False
 
     @property
     def wanted(self) -> bool:
@@ -97,7 +97,7 @@ class Distiller:
         self.teacher.to(quantized.device)
         layers = {layer.path for layer in quantized.graph if layer.name in quantized.weights} if self.settings.on == "layers" else set()
         self._recorder = StudentRecorder(quantized.runtime.frames, _around(layer.path for layer in quantized.graph), layers)
-        self._trainer, self._student, self._heard = trainer, quantized, False
+        self._trainer, self._student, self._reached_backward = trainer, quantized, False
         self._twins = {id(mine): theirs for mine, theirs in zip(_tensors_of(model), _tensors_of(self.teacher), strict=True)}
         self._uses.clear()
         self._try(quantized, forward, batch)
@@ -210,7 +210,7 @@ class Distiller:
             return
         self._recorder.clear()
         self._recorder.on = True
-        if not self._heard and self._eager is None:
+        if not self._reached_backward and self._eager is None:
             self._eager = eager()
             self._eager.__enter__()
 
@@ -224,7 +224,7 @@ class Distiller:
             return
         self._leave_eager()
         self._recorder.on = False
-        if self._recorder.calls and not self._heard and not pl_module.automatic_optimization:
+        if self._recorder.calls and not self._reached_backward and not pl_module.automatic_optimization:
             raise CCOError(
                 "distillation_settings.weight: training_step optimizes by hand, but never called self.manual_backward(loss), by which distillation is added to "
                 "the loss. Write self.manual_backward(loss) instead of loss.backward()."
@@ -259,7 +259,7 @@ class Distiller:
                 if self.settings.on == "layers"
                 else outputs_term(comparison, self._uses_of(loss, comparison), self.settings.temperature)
             )
-            self._heard = True
+            self._reached_backward = True
             self._leave_eager()
             self.last = term.detach()
             # Lightning has divided the loss already; a loss of manual_backward is the user's as it is.

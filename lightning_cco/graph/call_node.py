@@ -66,11 +66,11 @@ class ModuleCall:
     Attributes:
         records: Whether gradients were recorded when the outermost frame began.
         python: Identity of the Python frame of the module's call; 0 if unknown, as in compiled code and in a recomputation.
-        quiet: Whether the mode is off, for a module in which nothing is rounded.
+        unwatched: Whether the mode is off, for a module in which nothing is rounded.
         token: Of a thread's first frame: ends with the Python frame, also where no hook says so.
     """
 
-    __slots__ = ("calls", "counts", "node", "python", "quiet", "records", "table", "token", "training")
+    __slots__ = ("calls", "counts", "node", "python", "records", "table", "token", "training", "unwatched")
 
     def __init__(self, node: CallNode, training: bool, records: bool = False) -> None:
         self.node = node
@@ -80,7 +80,7 @@ class ModuleCall:
         self.counts: dict[str, int] = {}
         self.calls: dict[str, int] = {}
         self.python = 0
-        self.quiet = False
+        self.unwatched = False
         self.token: weakref.ref[Arguments] | None = None
 
     def copy(self) -> ModuleCall:

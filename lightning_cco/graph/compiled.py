@@ -79,33 +79,33 @@ class _Graph(_WrappedCallable):
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for name in self.holds:
-            told = _told.get(name)
-            if told is not None:
-                told.graph_begins()
+            listener = _listeners.get(name)
+            if listener is not None:
+                listener.graph_begins()
         return self.inner(*args, **kwargs)
 
 
-class Told(Protocol):
-    """Somebody who is told when a compiled graph begins."""
+class GraphListener(Protocol):
+    """Who is called when a compiled graph begins."""
 
     def graph_begins(self) -> None:
         """A graph that holds calls of theirs is about to run."""
 
 
 _numbers = count()
-_told: weakref.WeakValueDictionary[str, Told] = weakref.WeakValueDictionary()
+_listeners: weakref.WeakValueDictionary[str, GraphListener] = weakref.WeakValueDictionary()
 
 
-def told_of_graphs(who: Told) -> str:
-    """Make a name for somebody, which a compiler takes for a constant: `hide_from_graph` says by it whose calls a graph holds."""
+def register_listener(who: GraphListener) -> str:
+    """Register a listener under a name, which a compiler takes for a constant: `hide_from_graph` says by it whose calls a graph holds."""
     name = f"model {next(_numbers)}"
-    _told[name] = who
+    _listeners[name] = who
     return name
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def hide_from_graph(name: str) -> bool:
-    """Let the graph that is traced now run without our modes, and tell whom `told_of_graphs` gave this name when it begins.
+    """Let the graph that is traced now run without our modes, and call the listener of this name when it begins.
 
     A compiler without the attributes that this takes costs speed, and ranges that move only when they are read.
     """

@@ -22,7 +22,7 @@ from lightning_cco.compat.autograd import graph_task, saved_hooks_on_top
 from lightning_cco.compat.dynamo import TAKE_FUNCTIONS, traces_a_body
 from lightning_cco.graph.attention import multi_head_attention
 from lightning_cco.graph.call_node import Arguments, ModuleCall
-from lightning_cco.graph.compiled import BlockMode, HiddenMode, hide_from_graph, mode_stack, restore_modes, told_of_graphs
+from lightning_cco.graph.compiled import BlockMode, HiddenMode, hide_from_graph, mode_stack, register_listener, restore_modes
 from lightning_cco.graph.foreign import CallOwner, owner_of_call
 from lightning_cco.graph.hooks import Hooks
 from lightning_cco.graph.recompute import COMPILED_CHECKPOINTS, InContext, Resumed, UnderMode, running_checkpoint
@@ -127,7 +127,7 @@ class FrameStacks(Hooks):
         self.opens: Callable[[ModuleCall], bool] = lambda _: True
         self.passes: Callable[[], bool] = lambda: False
         self.started: Callable[[], None] | None = None
-        self.name = told_of_graphs(self)
+        self.name = register_listener(self)
         self._mode = FrameMode(self)
         self._main: list[ModuleCall] = []
         self._thread = get_ident()

@@ -48,7 +48,7 @@ class Frames(FrameStacks):
         handle: Called for each torch function with ``(frame, function name, function, args, kwargs)``; returns its result.
 
     Attributes:
-        quiet: Paths of modules in which no call need be seen: the mode is off meanwhile, which is cheaper than to look at each.
+        unwatched: Paths of modules in which no call need be seen: the mode is off meanwhile, which is cheaper than to look at each.
         growing: Whether new calls belong to the capture; what turns up later is marked as never captured.
         entered: Called with each frame pushed, and the arguments of its module.
         left: Called with each frame about to be popped, and its module's output.
@@ -62,7 +62,7 @@ class Frames(FrameStacks):
         self.entered: Callable[[ModuleCall, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.left: Callable[[ModuleCall, Any], None] | None = None
         self.apart: Callable[[str], None] | None = None
-        self.quiet: frozenset[str] = frozenset()
+        self.unwatched: frozenset[str] = frozenset()
         self.growing = False
         self.owner: weakref.ref[Any] | None = None
         self._entries: dict[str, list[CallNode]] = {}
@@ -108,10 +108,10 @@ class Frames(FrameStacks):
             return None
         stack = self._main if get_ident() == self._thread else self.stack()
         if stack:
-            if stack[-1].quiet:  # something has interrupted a quiet module
-                self._end_quiet(stack[-1])
-            if path in self.quiet and self.watched is not None and not self._below and innermost_mode() is self._mode:
-                stack[-1].quiet = True
+            if stack[-1].unwatched:  # something has interrupted an unwatched module
+                self._watch_again(stack[-1])
+            if path in self.unwatched and self.watched is not None and not self._below and innermost_mode() is self._mode:
+                stack[-1].unwatched = True
                 pop_function_mode()
                 return None
         own: FrameType | None = _getframe(3)  # hooks are called by a function inside of it
@@ -225,9 +225,9 @@ class Frames(FrameStacks):
         if not stack:
             return
         frame = stack[-1]
-        if frame.quiet:
-            self._end_quiet(frame)
-            if path in self.quiet:
+        if frame.unwatched:
+            self._watch_again(frame)
+            if path in self.unwatched:
                 return
         if compiling or not frame.python:
             if frame.node.path != path:
@@ -242,8 +242,8 @@ class Frames(FrameStacks):
         if not stack and (compiling or innermost_mode() is self._mode):
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
-    def _end_quiet(self, frame: ModuleCall) -> None:
-        frame.quiet = False
+    def _watch_again(self, frame: ModuleCall) -> None:
+        frame.unwatched = False
         push_function_mode(self._mode)
 
     def _drop_interrupted(self, stack: list[ModuleCall], path: str, caller: FrameType) -> bool:

@@ -27,7 +27,7 @@ class Category(Enum):
     PRESERVE = "preserve"
     """Moves or selects values without changing them: what was on a quantization grid stays on it."""
     ALIAS = "alias"
-    """Returns its input in another guise (`contiguous`, `detach`); not worth a node of its own."""
+    """Returns the values of its input as another tensor (`contiguous`, `detach`); not shown as a layer."""
     IDENTITY = "identity"
     """Not part of a deployed model: dropout."""
 
@@ -48,7 +48,7 @@ class Op:
         recurrent: Whether it reads a sequence step by step; cells, which read one step, are not.
         adds_first: Whether its first operand is added to the product of the other two.
         mask: Position and keyword of a mask that is added in float between its products.
-        masks: Whether infinite constants are its business, as in ``masked_fill`` and added attention masks.
+        masks: Whether its constants may be infinite, as in ``masked_fill`` and added attention masks.
         constants: Whether its constant operands of more than one value are rounded like activations.
         arguments: Names of the positional arguments that a reader wants to see of a call; empty for tensors and others.
         fresh: Whether the result is new memory that the operation's own gradient does not read, so that it may be overwritten.
@@ -134,7 +134,7 @@ _ROWS = (
     ),
     Op("concat", _C, ("cat", "concat", "concatenate", "hstack", "vstack", "dstack"), constants=True, masks=True, fresh=True, arguments=("", "dim")),
     Op("stack", _C, ("stack",), constants=True, fresh=True),
-    Op("lookup", _C),  # written down for what selects from a constant by indices, which makes values
+    Op("lookup", _C),  # a constant indexed by a tensor (`table[ids]`): a layer of its own, since its result is a value
     Op("setitem", _C, ("__setitem__",), masks=True),
     Op("where", _C, masks=True),  # no engine has an INT8 form of these two
     Op("masked_fill", _C, masks=True),
@@ -266,7 +266,7 @@ def operation_of_kind(kind: str) -> Op:
 
 
 _HUGE = 1e4
-"""From which on the number of a border is there to be passed over, by a maximum."""
+"""A border of at least this size stands for infinity: a maximum never takes it, so it is no new value."""
 
 
 def category_of(layer: Layer) -> Category:

@@ -144,7 +144,7 @@ class Tracer:
             with_reader(self.calls[number], output)
 
     def _forget_measures(self, kept: set[int]) -> None:
-        """What a loss or a metric without parameters calls is nobody's business, however often that is."""
+        """What a loss or a metric without parameters calls is left out, however often that is."""
         nodes = {id(self.calls[number].node) for number in kept}
         for outer in self._outer:
             node = next((n for n in self.frames.root.children.values() if n.path == outer.path), None)

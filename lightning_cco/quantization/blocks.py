@@ -1,4 +1,4 @@
-"""Blocks in which something else is done for a while: they belong to a thread or an asynchronous task, and may end in any order and anywhere."""
+"""Blocks (`with`) inside of which the runtime does something else: each holds for its thread or asynchronous task, and they may end in any order."""
 
 from __future__ import annotations
 

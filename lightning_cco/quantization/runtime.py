@@ -34,7 +34,7 @@ from lightning_cco.quantization.measured_calls import (
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.rounded_calls import with_inputs, with_outputs
-from lightning_cco.quantization.sites import SiteQuantizers, fill_tables, quiet_modules
+from lightning_cco.quantization.sites import SiteQuantizers, fill_tables, unwatched_modules
 from lightning_cco.quantization.small_tensors import has_small_gradient
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.tracing import runs_plainly
@@ -89,7 +89,7 @@ class Runtime:
     ) -> None:
         """Fill the tables of every call node from a plan. Code compiled for another plan must be dropped by the caller."""
         fill_tables(self.capture, plan, activations, weights, corrections)
-        self.frames.quiet = quiet_modules(self.capture, self.frames.model)
+        self.frames.unwatched = unwatched_modules(self.capture, self.frames.model)
 
     def _handle(self, frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = frame.table.get(name)
@@ -171,7 +171,7 @@ class Runtime:
             fresh = site.fresh or (site.fresh_without_gradients and not torch.is_grad_enabled())
             if not fresh or is_compiling() or has_small_gradient(result) or not runs_plainly():
                 return site.outputs[0][1](result, track=track)
-            # Nobody but us holds a fresh result, and new memory would cost more than the rounding. A linear layer's is a view of its rows.
+            # Nothing else refers to a fresh result, and new memory would cost more than the rounding. A linear layer's is a view of its rows.
             base = result._base if result._is_view() else result
             if base is None or base.numel() != result.numel():
                 return site.outputs[0][1](result, track=track)

@@ -81,18 +81,18 @@ def fill_tables(
             node.tables[training] = {name: entry for name, entry in table.items() if entry.sites or not only_moves(entry.kind)}
 
 
-def quiet_modules(capture: Capture, model: nn.Module) -> frozenset[str]:
+def unwatched_modules(capture: Capture, model: nn.Module) -> frozenset[str]:
     """Paths of PyTorch's own modules in none of whose calls anything is rounded, once the tables are filled: most batch norms, poolings.
 
     What a module of the user's own calls may change from call to call: those are looked at, so that what the capture did not see is reported.
     """
     own = {path for path, module in model.named_modules() if type(module).__module__.startswith("torch.nn.")}
-    known, heard = set(), {""}
+    known, needed = set(), {""}
     for node in capture.root.walk():
         known.add(node.path)
         if not node.captured or node.children or any(entry.sites for table in node.tables.values() for entry in table.values()):
-            heard.add(node.path)
-    return frozenset((known & own) - heard)
+            needed.add(node.path)
+    return frozenset((known & own) - needed)
 
 
 def dynamic_quantizers(capture: Capture) -> dict[str, DynamicQuantizer]:

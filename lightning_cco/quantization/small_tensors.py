@@ -34,8 +34,8 @@ def round_small(x: Tensor, kernels: Kernels, grid: ReadyGrid, inplace: bool, ext
         extrema: float32 of 2, which widens to the smallest and the largest value after the clamp.
 
     Returns:
-        The rounded tensor, ``x`` itself if ``inplace``; `None`, and nothing is changed, where this is not the way: a NaN has no gradient, but one after a
-        clamp; views and leaves have rules of their own in place.
+        The rounded tensor, ``x`` itself if ``inplace``; `None`, and nothing is changed, where this can't be used: with a NaN, to which the kernel gives no
+        gradient and a clamp does; for views and leaves, which autograd does not let be overwritten.
     """
     if grid.low >= grid.high:
         return None
