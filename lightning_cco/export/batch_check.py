@@ -22,6 +22,7 @@ from lightning_cco.export.sizes import lengthened, short_reason
 from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
 
+_INSTEAD = "Pass dynamic_batch=False, which fixes the batch to the example's."
 Shapes = Sequence[Sequence[Any]]
 """Of each input, a number for an axis that is fixed, and a name for one that varies."""
 
@@ -49,7 +50,7 @@ def check_other_batch(
     if not others:
         return
     count = others[0].instead_of
-    taken = next((other for other in others if _agree(quantized, session, compared, other, plain)), None)
+    taken = next((other for other in others if agree(quantized, session, compared, other.tensors, other.where, plain)), None)
     if taken is None:
         sizes = ", ".join(str(other.size) for other in others)
         raise BatchDoesNotVary(
@@ -59,7 +60,7 @@ def check_other_batch(
         report.notes.append(f"the model took no larger batch that was tried, so the file was not run on more than {count} samples")
     try:
         for alone in other_batches(call[0], shapes, (1,) if count > 1 else ()):
-            _agree(quantized, session, compared, alone, plain)
+            agree(quantized, session, compared, alone.tensors, alone.where, plain)
     except BatchDoesNotVary as error:  # one sample is a case of its own to many models, and to who traces them
         report.batch_limits.append(f"2 samples at least, since {short_reason(error)}")
 
@@ -78,32 +79,49 @@ def check_program_batch(
     Raises:
         BatchDoesNotVary: They differ, or the program does not run.
     """
-    inputs = {*program.graph_signature.user_inputs}
-    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
-    shapes = [[size if isinstance(size, int) else str(size) for size in value.shape] for value in values if isinstance(value, Tensor)]
+    shapes = shapes_in(program)
     if len(shapes) != len(deployed.example):
         return
     for other in other_batches(deployed.example, shapes):
-        try:
-            expected = [tuple(tensor.shape) for tensor in deployed(*other.tensors)]
-        except BatchDoesNotVary as error:
-            raise BatchDoesNotVary(f"export: {other.where} {str(error).removeprefix('export: ')}") from error
-        except Exception:  # the model does not take it
-            continue
-        args, kwargs = arguments(other.tensors)
-        try:
-            given = program.module()(*args, **kwargs)
-        except Exception as error:
-            raise BatchDoesNotVary(f"export: {other.where} the program does not run: {first_paragraph(error)}. {_INSTEAD}") from error
-        found = [tuple(tensor.shape) for tensor in (deployed.kept(given) if whole else given)]
-        if found != expected:
-            raise BatchDoesNotVary(
-                f"export: {other.where} the program's outputs {list_names(deployed.outputs)} have the shapes {found}, the model's {expected}. {_INSTEAD}"
-            )
-        return
+        if program_agrees(program, deployed, arguments, whole, other.tensors, other.where):
+            return
 
 
-_INSTEAD = "Pass dynamic_batch=False, which fixes the batch to the example's."
+def shapes_in(program: torch.export.ExportedProgram) -> Shapes:
+    """Of each input of a program, its sizes."""
+    inputs = {*program.graph_signature.user_inputs}
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    return [[size if isinstance(size, int) else str(size) for size in value.shape] for value in values if isinstance(value, Tensor)]
+
+
+def program_agrees(
+    program: torch.export.ExportedProgram,
+    deployed: Deployed,
+    arguments: Callable[[tuple[Tensor, ...]], Any],
+    whole: bool,
+    tensors: tuple[Tensor, ...],
+    where: str,
+    instead: str = _INSTEAD,
+    kind: type[CCOError] = BatchDoesNotVary,
+) -> bool:
+    """Whether the model takes a batch; then the program gives outputs of the same shapes. Arguments as of `check_program_batch` and `agree`."""
+    try:
+        expected = [tuple(tensor.shape) for tensor in deployed(*tensors)]
+    except BatchDoesNotVary as error:
+        raise kind(f"export: {where} {str(error).removeprefix('export: ')}") from error
+    except Exception:  # the model does not take it
+        return False
+    args, kwargs = arguments(tensors)
+    try:
+        given = program.module()(*args, **kwargs)
+    except Exception as error:
+        raise kind(f"export: {where} the program does not run: {first_paragraph(error)}. {instead}") from error
+    found = [tuple(tensor.shape) for tensor in (deployed.kept(given) if whole else given)]
+    if found != expected:
+        raise kind(
+            f"export: {where} the program's outputs {list_names(deployed.outputs)} have the shapes {found}, the model's {expected}. {instead}"
+        )
+    return True
 
 
 class OtherBatch(NamedTuple):
@@ -138,9 +156,28 @@ def other_batches(tensors: Sequence[Tensor], shapes: Shapes, sizes: Sequence[int
             yield OtherBatch(changed, size, count)
 
 
-def _agree(quantized: HookedModel, session: Any, compared: Comparison, other: OtherBatch, plain: Any) -> bool:
-    """Whether the model takes a batch; then the file gives the same."""
-    tensors, where = other.tensors, other.where
+def agree(
+    quantized: HookedModel,
+    session: Any,
+    compared: Comparison,
+    tensors: tuple[Tensor, ...],
+    where: str,
+    plain: Any,
+    instead: str = _INSTEAD,
+    kind: type[CCOError] = BatchDoesNotVary,
+) -> bool:
+    """Whether the model takes a batch; then the file gives the same.
+
+    Args:
+        quantized: The model.
+        session: The file.
+        compared: A comparison of both.
+        tensors: The batch.
+        where: In which way it is another one, for errors.
+        plain: The session that gives the results; `None`: the one that `compared` inspects.
+        instead: What to do where they differ.
+        kind: The error that is raised then.
+    """
     mismatches = quantized.runtime.mismatches
     before = dict(mismatches.found)
     compared = compared.anew()
@@ -158,10 +195,10 @@ def _agree(quantized: HookedModel, session: Any, compared: Comparison, other: Ot
         compared.tell(found)
         judge(found)
     except CCOError as error:
-        raise BatchDoesNotVary(f"export: {where} {str(error).removeprefix('export: ')} {_INSTEAD}") from error
+        raise kind(f"export: {where} {str(error).removeprefix('export: ')} {instead}") from error
     except Exception as error:
         if type(error).__module__.startswith("onnxruntime"):
-            raise BatchDoesNotVary(f"export: {where} the file does not run: {first_paragraph(error)}. {_INSTEAD}") from error
+            raise kind(f"export: {where} the file does not run: {first_paragraph(error)}. {instead}") from error
         return False  # the model does not take it
     finally:
         mismatches.found = before

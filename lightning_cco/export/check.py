@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.batch_check import check_other_batch
+from lightning_cco.export.batch_check import agree, check_other_batch
 from lightning_cco.export.comparison import Comparison
 from lightning_cco.export.dynamic_reads import DynamicReads
 from lightning_cco.export.engine import engine_session, inspected_session, rounded_tensors
@@ -17,6 +18,7 @@ from lightning_cco.export.failures import does_not_run
 from lightning_cco.export.feeds import ForwardArguments, feeds_of, fits
 from lightning_cco.export.islands import read_optimized
 from lightning_cco.export.limits import judge
+from lightning_cco.export.named_axes import check_named_axes
 from lightning_cco.export.outputs import arrays_of
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
@@ -96,7 +98,20 @@ def check_file(
     except CCOError:
         return  # wrong in ONNX Runtime already; whoever asked for the check says so
     with quantized.evaluating():
-        check_other_batch(quantized, session, compared, calls[0], None if as_written else session, report)
+        plain = None if as_written else session
+        check_other_batch(quantized, session, compared, calls[0], plain, report)
+        if emitter.bounds:
+            inputs = session.get_inputs()
+            compare = partial(agree, quantized, session, compared, plain=plain, kind=SizesDoNotVary)
+            check_named_axes(
+                quantized,
+                emitter.model,
+                calls[0][0],
+                [entry.name for entry in inputs],
+                [entry.shape for entry in inputs],
+                emitter.bounds,
+                compare,
+            )
         check_in_target(path, path.with_name("inspected.onnx"), written, emitter, cases, rounded, report)
 
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import keyword
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -107,7 +107,7 @@ def need_writable_names(paths: Iterable[str]) -> None:
                 )
 
 
-def untraceable(model: torch.nn.Module, where: str, error: Exception, graph: LayerGraph | None = None) -> str:
+def untraceable(model: torch.nn.Module, where: str, error: Exception, graph: LayerGraph | None = None, inputs: Sequence[str] = ()) -> str:
     """A message for a forward that torch.export could not trace.
 
     Args:
@@ -115,6 +115,7 @@ def untraceable(model: torch.nn.Module, where: str, error: Exception, graph: Lay
         where: The last layer that the trace came to, in words; empty if none.
         error: What torch.export raised.
         graph: The model's layers.
+        inputs: Names of the tensors that were traced.
     """
     said = f"{type(error).__name__}: {error}"
     branches, fixed, gradients, transformed = (any(word in said for word in words) for words in _EVIDENCE)
@@ -171,7 +172,18 @@ def untraceable(model: torch.nn.Module, where: str, error: Exception, graph: Lay
         )
     else:
         advice = f"Nothing shows that the model is at fault: it may be a limit of these versions ({versions()}), or of lightning_cco; please report it."
-    return f"export: {type(model).__name__} can't be traced by torch.export{where}{failing_line(error)}: {first_paragraph(error)}. {advice}"
+    return f"export: {type(model).__name__} can't be traced by torch.export{where}{failing_line(error)}: {_with_axes(first_paragraph(error), inputs)}. {advice}"
+
+
+def _with_axes(said: str, inputs: Sequence[str]) -> str:
+    """What torch.export says, with ``L['tensors'][0].size()[2]`` as the axis of the input that it is."""
+
+    def axis(found: re.Match[str]) -> str:
+        number = int(found[2]) if found[2] else None
+        name = found[1] if number is None else inputs[number] if found[1] == "tensors" and number < len(inputs) else f"{found[1]}[{number}]"
+        return f"axis {found[3]} of '{name}'"
+
+    return re.sub(r"L\['(\w+)'\](?:\[(\d+)\])?\.size\(\)\[(\d+)\]", axis, said)
 
 
 def _scripted(model: torch.nn.Module) -> list[str]:

@@ -42,4 +42,4 @@ def first_way(deployed: Deployed, emitter: Emitter, ways: Iterable[Axes], made: 
     assert failure is not None
     reached, graph = emitter.reached, emitter.quantized.graph
     where = f" after layer '{reached}' (module '{graph[reached].path}')" if reached else ""
-    raise kind_of(failure)(untraceable(emitter.quantized.model, where, failure, graph)) from failure
+    raise kind_of(failure)(untraceable(emitter.quantized.model, where, failure, graph, deployed.names)) from failure

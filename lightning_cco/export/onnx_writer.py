@@ -21,6 +21,7 @@ from lightning_cco.export.dialects import OnnxDialect
 from lightning_cco.export.engines import ENGINES, Form
 from lightning_cco.export.failures import failed, inexpressible, kind_of
 from lightning_cco.export.first_way import first_way
+from lightning_cco.export.named_axes import bounds_of
 from lightning_cco.export.provenance import layers_of_nodes
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
@@ -106,6 +107,8 @@ def write_onnx(
     said = [f"fixed, since the model ties them to fixed sizes: {'; '.join(fixed)}"] if fixed else []
     limits = limits_of(traced, inputs)
     asked = options.get("dynamic_shapes") is not None
+    if asked or options.get("dynamic_axes") is not None:
+        emitter.bounds = bounds_of(traced)
     report.batch_limits += [words for words, axis in limits.items() if axis == 0 and not asked]
     return emitter, said + ([f"sizes within which the file holds: {'; '.join(limits)}"] if limits else [])
 

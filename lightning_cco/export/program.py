@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,20 @@ import torch
 
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.axes import Axes, ways_to_vary
-from lightning_cco.export.batch_check import check_program_batch
+from lightning_cco.export.batch_check import check_program_batch, program_agrees, shapes_in
 from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.destination import export_target
 from lightning_cco.export.engines import PROGRAMS, Form
 from lightning_cco.export.failures import BatchDoesNotVary, kind_of, need_packages, need_writable_names, untraceable
 from lightning_cco.export.feeds import call_of
 from lightning_cco.export.limits import judge
+from lightning_cco.export.named_axes import bounds_of, check_named_axes
 from lightning_cco.export.outputs import arrays_of
 from lightning_cco.export.precision import in_float32, other_types
 from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, format_faults
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import ExportReport
-from lightning_cco.export.sizes import batch_fixed_since
+from lightning_cco.export.sizes import SizesDoNotVary, batch_fixed_since
 from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.export.tracing import traced_program
 from lightning_cco.files import temporary_folder
@@ -152,7 +154,7 @@ def _fake_quantized(
                 failure = failure or error
                 continue
             if check:
-                check_program_batch(program, deployed, *_called(deployed, network))
+                _check_sizes(quantized, program, deployed, network, dynamic_shapes)
             return program
     assert failure is not None
     raise kind_of(failure)(untraceable(quantized.model, "", failure, quantized.graph)) from failure
@@ -167,6 +169,17 @@ def _traced(deployed: Deployed, network: StepNetwork | None, axes: Axes) -> torc
         return traced_program(deployed.model, args, kwargs, shapes)
     shapes = (tuple(axes.specifications),)
     return traced_program(deployed, axes.tensors, None, shapes)
+
+
+def _check_sizes(
+    quantized: HookedModel, program: torch.export.ExportedProgram, deployed: Deployed, network: StepNetwork | None, dynamic_shapes: Any
+) -> None:
+    """Run a program on other batches, and along the axes that were named at other sizes."""
+    called = _called(deployed, network)
+    check_program_batch(program, deployed, *called)
+    if dynamic_shapes is not None:
+        compare = partial(program_agrees, program, deployed, *called, kind=SizesDoNotVary)
+        check_named_axes(quantized, deployed, deployed.example, deployed.names, shapes_in(program), bounds_of(program), compare)
 
 
 def _called(deployed: Deployed, network: StepNetwork | None) -> tuple[Callable[[tuple[torch.Tensor, ...]], Any], bool]:
@@ -194,7 +207,7 @@ def _with_operators(
             report.widened = found.widened
             _compare(quantized, deployed, found, network, calls or [deployed.example], report)
             judge(report)
-            check_program_batch(found.program, deployed, *_called(deployed, network))
+            _check_sizes(quantized, found.program, deployed, network, dynamic_shapes)
     return found.program
 
 

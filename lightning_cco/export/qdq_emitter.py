@@ -52,6 +52,7 @@ class Emitter:
         reached: The last layer that a forward came to.
         model: The forward that is written.
         ran: Captured layers that the forward came to.
+        bounds: Of the axes of the inputs, the sizes that the trace holds for, where the user has said which vary; else empty.
         look: Called with each layer's name and arguments before it is written; may refuse it.
     """
 
@@ -64,6 +65,7 @@ class Emitter:
         self.modules: dict[str, str] = {}
         self.layers: dict[str, str] = {}
         self.model: nn.Module = quantized.model
+        self.bounds: Sequence[Sequence[tuple[int, int]]] = ()
         self.ran: set[str] = set()
         self._others = False
         self._norms: dict[str, IntegerWeight] = {}
