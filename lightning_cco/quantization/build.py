@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.captured import Capture
+from lightning_cco.graph.cuts import whole_of
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.affine_weight_quantizer import AffineWeightQuantizer
 from lightning_cco.quantization.learned_quantizers import LearnedActivationQuantizer, LearnedWeightQuantizer
@@ -56,8 +57,9 @@ def build_quantizers(
         made = [_weight_quantizer(name, bits, weight.axis, decision, training) for weight in site.weights]
         for quantizer, weight in zip(made, site.weights, strict=True):
             if weight.cut_from is not None:
-                path, _, attribute = weight.cut_from.rpartition(".")
-                quantizer.cut_from = model.get_submodule(path), attribute
+                held, indices = whole_of(weight.cut_from)
+                path, _, attribute = held.rpartition(".")
+                quantizer.cut_from = model.get_submodule(path), attribute, indices
         before = known_weights.get(name)
         weights[name] = before if before is not None and before[0].kind == made[0].kind else made
         # What several layers multiply by is learned once, and stored once.

@@ -36,8 +36,8 @@ class WeightQuantizer(nn.Module):
         estimator: Which one it is; never ``auto``.
         blocks: The axis along which the weights are cut into groups; `None`: there are none.
         symmetric: Whether 0 is the middle of the levels, and there are no zero points.
-        cut_from: Module and attribute of the tensor that this weight is cut from: its scale is that of the whole, whatever part of it comes. `None`: what
-            comes is the whole.
+        cut_from: Module and attribute of the tensor that this weight is cut from, and the indices of the piece of it: its scale is that of the whole, whatever
+            part of it comes. `None`: what comes is the whole.
     """
 
     symmetric = True
@@ -46,7 +46,7 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.num_bits, self.axis, self.estimator = num_bits, axis, weight_estimator(estimator, num_bits)
         self.group, self.blocks = group, None if group is None or axis is None else 1 - axis
-        self.cut_from: tuple[nn.Module, str] | None = None
+        self.cut_from: tuple[nn.Module, str, tuple[int, ...]] | None = None
         self._kept: tuple[tuple[Any, ...], Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -157,8 +157,13 @@ class WeightQuantizer(nn.Module):
 
     def whole(self, weight: Tensor) -> Tensor:
         """The tensor that a weight is cut from, as its module holds it now; the weight itself if it is the whole."""
-        held = None if self.cut_from is None else getattr(*self.cut_from, None)
-        return held if isinstance(held, Tensor) else weight
+        if self.cut_from is None:
+            return weight
+        module, name, indices = self.cut_from
+        held = getattr(module, name, None)
+        if not isinstance(held, Tensor):
+            return weight
+        return held.detach()[indices] if indices else held
 
     def _is_part(self, weight: Tensor) -> bool:
         """Whether a weight is less than the tensor that it is cut from, so that its scale is another's."""

@@ -25,6 +25,10 @@ CUTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "embedding": lambda m, x: m.embedding(torch.arange(x.shape[2])).t(),
     "transposed": lambda m, x: m.rows[: x.shape[2]].t().contiguous().unsqueeze(0),
     "batch": lambda m, x: m.samples[: x.shape[0]],
+    "row, then slice": lambda m, x: m.stack[1][:, : x.shape[2]][None],
+    "row and slice": lambda m, x: m.stack[-1, :, : x.shape[2]],
+    "row, transposed, slice": lambda m, x: m.stack[1].t()[: x.shape[2]].t(),
+    "rows of a row": lambda m, x: m.stack[1].t().index_select(0, torch.arange(x.shape[2])).t(),
     "channels": lambda m, x: m.bias[None, :, None].expand(-1, -1, x.shape[2]),
 }
 
@@ -38,6 +42,7 @@ class Cutting(nn.Module):
         self.second = nn.ModuleList(nn.Conv1d(8, 3, 1) for _ in names)
         table = torch.randn(1, 8, 40) * torch.linspace(0.2, 5, 40)  # other ranges in each slice
         self.pos, self.plain = nn.Parameter(table), table.clone()
+        self.stack = nn.Parameter(torch.cat([table * 100, table]))
         self.register_buffer("buffer", table.clone())
         self.register_buffer("rows", table[0].t().clone())
         self.embedding = nn.Embedding(40, 8, _weight=table[0].t().clone())
