@@ -250,6 +250,38 @@ def test_activation_checkpointing_gives_the_same_gradients(use_reentrant: bool) 
         torch.testing.assert_close(recomputed, plain)
 
 
+LEARNED = {"range_estimator": "learned", "weight_estimator": "learned"}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param({}, id="w8a8"),
+        pytest.param({"global_quantization_settings": {"weights_num_bits": 4}}, id="w4a8"),
+        pytest.param({"global_quantization_settings": {"weights_num_bits": 4}, "training_settings": LEARNED}, id="learned"),
+        pytest.param(
+            {"global_quantization_settings": {"weights_num_bits": 4, "weights_group_size": 16, "weights_symmetric": False}}, id="groups"
+        ),
+        pytest.param({"global_quantization_settings": {"activations_dynamic": True}}, id="dynamic activations"),
+    ],
+)
+def test_compiled_for_sizes_that_vary(recipe: dict[str, Any]) -> None:
+    """``dynamic=True`` makes an input of the graph of each number that is not written in the code."""
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4)), torch.randn(8, 16)
+    quantized = hooked(model, x, recipe)
+    quantized.freeze_ranges()
+    gradients: list[list[Tensor]] = []
+    torch._dynamo.reset()
+    for forward in (model, torch.compile(model, backend="eager", dynamic=True, fullgraph=True)):
+        model.zero_grad()
+        for rows in (8, 5):
+            forward(x[:rows]).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("model_class", MODELS)
 def test_compiled_in_one_graph_with_the_same_result(model_class: type[nn.Module], backend: str) -> None:

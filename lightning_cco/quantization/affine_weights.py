@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_cco.quantization import operations
 from lightning_cco.quantization.native import Kernels, kernels_for
 from lightning_cco.quantization.open_operations import straight_through
-from lightning_cco.quantization.qparams import SMALLEST_SCALE
+from lightning_cco.quantization.qparams import SMALLEST_SCALE, smallest_scale
 from lightning_cco.quantization.tracing import runs_plainly
 from lightning_cco.quantization.weight_clipping import best_affine_ratios
 from lightning_cco.quantization.weight_recompute import RecomputedWeight
@@ -35,7 +35,7 @@ def affine_weight_qparams(rows: Tensor, num_bits: int, mse: bool = False) -> tup
     """
     rows, last = rows.detach(), 2**num_bits - 1
     if operations.has_operations(rows):
-        scale, zero = operations.affine_weight_scale(rows, last, SMALLEST_SCALE, mse).unsqueeze(-1)
+        scale, zero = operations.affine_weight_scale(rows, last, smallest_scale(), mse).unsqueeze(-1)
         return scale, zero
     kernels = kernels_for(rows) if mse and not torch.compiler.is_compiling() and rows.is_contiguous() else None
     if kernels is not None:
@@ -46,10 +46,10 @@ def affine_weight_qparams(rows: Tensor, num_bits: int, mse: bool = False) -> tup
     low, high = rows.amin(1, keepdim=True).float().clamp(max=0.0), rows.amax(1, keepdim=True).float().clamp(min=0.0)
     span = high - low
     scale = span.div(last)
-    zero = (-low / scale.clamp(min=SMALLEST_SCALE)).round().clamp(max=last)
+    zero = (-low / scale.clamp(min=smallest_scale())).round().clamp(max=last)
     if mse:
-        scale = scale * best_affine_ratios(rows, span, zero, last, SMALLEST_SCALE)
-    return scale.clamp(min=SMALLEST_SCALE), zero
+        scale = scale * best_affine_ratios(rows, span, zero, last, smallest_scale())
+    return scale.clamp(min=smallest_scale()), zero
 
 
 def fake_quantize_affine_rows(rows: Tensor, num_bits: int, recomputed: RecomputedWeight | None = None, mse: bool = False) -> Tensor:

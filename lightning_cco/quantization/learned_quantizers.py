@@ -12,7 +12,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.learned_scales import learned_activation, learned_weight
 from lightning_cco.quantization.open_operations import rounded_weight
-from lightning_cco.quantization.qparams import SMALLEST_SCALE, quant_range, weight_scale
+from lightning_cco.quantization.qparams import quant_range, smallest_scale, weight_scale
 from lightning_cco.quantization.tracing import runs_plainly
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 from lightning_cco.quantization.weight_recompute import RecomputedWeight
@@ -190,7 +190,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
         """The scale of each channel, as `weight_scale` shapes it; of a weight that no calibration has seen the one that loses least."""
         if self.scales is None:
             return weight_scale(self.whole(weight), self.num_bits, self.axis, mse=True).to(weight.device)
-        return self.scales.to(weight.device).clamp(min=SMALLEST_SCALE)
+        return self.scales.to(weight.device).clamp(min=smallest_scale())
 
     def learned(self) -> None:
         """What was rounded by other scales is not kept."""

@@ -13,7 +13,17 @@ from lightning_cco.quantization import operations
 from lightning_cco.quantization.native import kernels_for
 from lightning_cco.quantization.weight_clipping import clip_ratios_of_weight
 
-SMALLEST_SCALE = 1e-12
+
+def smallest_scale() -> float:
+    """The least scale.
+
+    A function, for code that is compiled: ``torch.compile(dynamic=True)`` takes a global number for an input of its graph, which functions of autograd can't
+    read.
+    """
+    return 1e-12
+
+
+SMALLEST_SCALE = smallest_scale()
 INF = float("inf")
 NO_LIMITS = (-INF, INF)
 
@@ -50,7 +60,7 @@ def affine_qparams(min_val: Tensor, max_val: Tensor, num_bits: int, symmetric: b
     quant_min, quant_max = quant_range(num_bits, symmetric)
     low, high = min_val.clamp(max=0.0), max_val.clamp(min=0.0)
     span = 2.0 * torch.maximum(-low, high) if symmetric else high - low
-    scale = torch.where(span > 0, span, torch.ones_like(span)).div(quant_max - quant_min).clamp(min=SMALLEST_SCALE)
+    scale = torch.where(span > 0, span, torch.ones_like(span)).div(quant_max - quant_min).clamp(min=smallest_scale())
     zero_point = torch.zeros_like(scale) if symmetric else (quant_min - low / scale).round().clamp(quant_min, quant_max)
     return scale, zero_point
 
@@ -70,7 +80,7 @@ def weight_scale(weight: Tensor, num_bits: int, axis: int | None, mse: bool = Fa
     weight = weight.detach()
     limit = quant_range(num_bits, symmetric=True)[1]
     if axis is not None and operations.has_operations(weight):
-        return operations.weight_scale(weight, axis, limit, SMALLEST_SCALE, mse)
+        return operations.weight_scale(weight, axis, limit, smallest_scale(), mse)
     kernels = kernels_for(weight) if mse and axis is not None and not torch.compiler.is_compiling() else None
     if kernels is not None and axis is not None:
         scales = torch.empty(weight.shape[axis], dtype=torch.float32, device="cpu")
@@ -87,8 +97,8 @@ def weight_scale(weight: Tensor, num_bits: int, axis: int | None, mse: bool = Fa
     largest = torch.maximum(high, -low).float()
     scale = largest.div(limit)
     if mse:
-        scale = scale * clip_ratios_of_weight(weight, largest, limit, axis, SMALLEST_SCALE)
-    return scale.clamp(min=SMALLEST_SCALE)
+        scale = scale * clip_ratios_of_weight(weight, largest, limit, axis, smallest_scale())
+    return scale.clamp(min=smallest_scale())
 
 
 class Grid(NamedTuple):
