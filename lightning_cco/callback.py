@@ -153,8 +153,9 @@ class CCOCallback(pl.Callback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after each validation. Keeps the metrics of those before training."""
+        """Called after each validation. Keeps the metrics of those before training; ranges follow again."""
         self.before_training.keep(trainer)
+        self._run.evaluations.end(trainer)
 
     @override
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -204,17 +205,27 @@ class CCOCallback(pl.Callback):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called before each validation. Ranges are frozen in it, also where it records gradients (forces)."""
-        self._run.before_evaluation()
+        self._run.evaluations.begin()
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called before a test. Ranges are frozen in it."""
-        self._run.before_evaluation()
+        self._run.evaluations.begin()
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called before a prediction. Ranges are frozen in it."""
-        self._run.before_evaluation()
+        self._run.evaluations.begin()
+
+    @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after a test. Ranges follow again."""
+        self._run.evaluations.end(trainer)
+
+    @override
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after a prediction. Ranges follow again."""
+        self._run.evaluations.end(trainer)
 
     @override
     def on_validation_batch_start(

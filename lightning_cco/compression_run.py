@@ -20,6 +20,7 @@ from lightning_cco.compression import Compression
 from lightning_cco.distillation.distiller import Distiller
 from lightning_cco.epoch_measurement import EpochMeasurements
 from lightning_cco.errors import CCOError, CCOWarning
+from lightning_cco.evaluations import Evaluations
 from lightning_cco.example_input import check_example
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export_dir import check_export_dir
@@ -47,6 +48,7 @@ class CompressionRun:
 
     Attributes:
         compression: The module of the run.
+        evaluations: What is done around each validation, test and prediction.
         before_training: The metrics before training.
         measured: What was measured last.
         budget: What the budget has chosen; `None` without one.
@@ -61,6 +63,7 @@ class CompressionRun:
 
     def _begin_anew(self) -> None:
         self.compression = Compression(self.settings, self._forward_fn)
+        self.evaluations = Evaluations(self.compression, self.distiller)
         self.before_training = InitialEvaluation()
         self.measured = EpochMeasurements(self.settings)
         self.schedule = Schedule(self.settings)
@@ -174,12 +177,6 @@ class CompressionRun:
             self._monitor.on_plan(self.quantized.plan)
         self.distiller.before_batch()
 
-    def before_evaluation(self) -> None:
-        """Freeze the ranges, also where an evaluation records gradients (forces)."""
-        if self.quantized is not None:
-            self.quantized.follow_ranges(False)
-        self.distiller.pause()
-
     def before_epoch(self, trainer: pl.Trainer) -> None:
         """Apply the skips that the last measurement suggested, and plan a budget whose epoch has come."""
         self._apply_pending_skips(trainer)
@@ -245,6 +242,7 @@ class CompressionRun:
     def interrupt(self, trainer: pl.Trainer) -> None:
         """Forget the frames of the forward that did not end, and restore the model and the strategy."""
         self.release()
+        self.evaluations.interrupted()
         if count := left_over(trainer):  # no warning: as an error it would hide what has interrupted the run
             rank_zero_info(
                 f"CCOCallback: the run was interrupted before {count} batches of the training loader that the calibration had drawn were trained on. "

@@ -18,6 +18,7 @@ LAYERS = [
     ["cli"],
     ["callback", "loading"],
     ["compression_run"],
+    ["evaluations"],
     ["compression", "epoch_measurement"],
     ["handover", "outside_fit"],
     ["budgeted"],

@@ -16,15 +16,17 @@ class CallNode:
         tables: For evaluation (`False`) and training (`True`): what to do with each function, by name. Filled by the runtime.
         seen: Likewise: how often the capture saw each kind of operation.
         captured: Whether the capture saw this call; a call it never saw must not be quantized.
+        ran: Whether it has run, outside of compiled graphs, since somebody asked.
     """
 
-    __slots__ = ("captured", "children", "index", "parent", "path", "seen", "tables")
+    __slots__ = ("captured", "children", "index", "parent", "path", "ran", "seen", "tables")
 
     def __init__(self, path: str, index: int = 0, parent: CallNode | None = None, captured: bool = True) -> None:
         self.path = path
         self.index = index
         self.parent = parent
         self.captured = captured
+        self.ran = False
         self.children: dict[tuple[str, int], CallNode] = {}
         self.tables: dict[bool, dict[str, Any]] = {False: {}, True: {}}
         self.seen: dict[bool, dict[str, int]] = {False: {}, True: {}}

@@ -116,6 +116,7 @@ class FrameStacks(Hooks):
         passes: Whether nothing is done with any call now: without gradients the mode then stays off, since PyTorch has faster paths without one.
         started: Called before the first frame of a thread is pushed, and before a compiled graph runs that has the hooks of all its modules in it.
         name: What compiled graphs know these by.
+        graph_ran: Whether a compiled graph of the model has run since somebody asked.
     """
 
     def __init__(self, model: nn.Module, handle: Handler) -> None:
@@ -128,6 +129,7 @@ class FrameStacks(Hooks):
         self.passes: Callable[[], bool] = lambda: False
         self.started: Callable[[], None] | None = None
         self.name = register_listener(self)
+        self.graph_ran = False
         self._mode = FrameMode(self)
         self._main: list[ModuleCall] = []
         self._thread = get_ident()
@@ -143,6 +145,7 @@ class FrameStacks(Hooks):
 
     def graph_begins(self) -> None:
         """A compiled graph is about to run. Where the first frame was pushed eagerly, and in a recomputation, the forward's beginning has been."""
+        self.graph_ran = True
         stack = self.stack()
         if self.started is not None and self.attached and not (stack and stack[0].python) and graph_task() == -1:
             self.started()

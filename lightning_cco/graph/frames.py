@@ -82,6 +82,12 @@ class Frames(FrameStacks):
         self.graphs = frozenset(id(module) for module in self.model.modules() if isinstance(module, GraphModule))
         super().attach()
 
+    def forget_what_ran(self) -> None:
+        """Forget which modules have run, and whether a compiled graph has."""
+        self.graph_ran = False
+        for node in self.root.walk():
+            node.ran = False
+
     def _node_for_entry(self, path: str) -> CallNode:
         """The node of a module that is called from outside any frame."""
         known = self._entries.get(path)
@@ -131,6 +137,7 @@ class Frames(FrameStacks):
         index = above.calls.get(path, 0)
         above.calls[path] = index + 1
         node = above.node.children.get((path, index)) or above.node.child(path, index, self.growing)
+        node.ran = True
         frame = ModuleCall(node, module.training, records)
         if own is not None:
             frame.python = id(own)
@@ -161,7 +168,9 @@ class Frames(FrameStacks):
         self._leave_mode()  # an interrupt may have left it
         if records or not self.passes():
             self._enter_mode()
-        frame = ModuleCall(self._node_for_entry(path), module.training, records)
+        node = self._node_for_entry(path)
+        node.ran = True
+        frame = ModuleCall(node, module.training, records)
         replaced = None
         if own is not None:
             frame.python = id(own)

@@ -49,6 +49,7 @@ class CaptureMismatches:
         self._with_parameters = {
             path for path, module in model.named_modules() if next(module.parameters(), None) is not None and not is_within(path, known)
         }
+        self._captured = frozenset(node.path for node in root.walk() if node.captured)
         self._has_training_capture = any(node.seen[True] for node in root.walk())
 
     def unseen(self, frame: ModuleCall, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -60,12 +61,33 @@ class CaptureMismatches:
         floats = [tensor for _, tensor in tensors_in((*args, kwargs)) if tensor.is_floating_point()]
         if not floats or self._are_stored(floats):
             return  # weights are rounded where they are read, whatever makes them of others (pruning, a parametrization put on later)
+        kind = operation(name).kind
+        if not frame.node.captured:
+            self._unseen_module(frame.node, kind)
+            return
         where = frame.node.key or "the root module"
         again = " more often" if frame.table.get(name) is not None else ""
         self._note(
-            f"{where}:{operation(name).kind}{again}",
-            f"'{operation(name).kind}' was called{again or ''} in '{where}' {'than' if again else 'though never'} when the layer graph was captured; "
+            f"{where}:{kind}{again}",
+            f"'{kind}' was called{again or ''} in '{where}' {'than' if again else 'though never'} when the layer graph was captured; "
             "such calls run in float. Capture with an example that takes every path and the longest loop (`example_input_array` or `forward_fn`).",
+        )
+
+    def _unseen_module(self, node: CallNode, kind: str) -> None:
+        """Note, once for all that it holds, a call of a module that the capture did not see."""
+        inner = node.key
+        while node.parent is not None and not node.parent.captured:
+            node = node.parent
+        within = "" if inner == node.key else f" (in '{inner}')"
+        advice = (
+            "Capture with an example that takes every path and the longest loop (`example_input_array` or `forward_fn`)."
+            if node.path in self._captured
+            else f"Capture a forward that runs '{node.path}' (`forward_fn`). If it is a copy with averaged weights (EMA), leave the copy out: the callback "
+            "EMAWeightAveraging of Lightning puts them into the module that is quantized."
+        )
+        self._note(
+            node.key,
+            f"'{kind}' was called in '{node.key}'{within} though never when the layer graph was captured; such calls run in float. {advice}",
         )
 
     def moved(self, frame: ModuleCall, name: str, site: SiteQuantizers) -> None:
