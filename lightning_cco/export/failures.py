@@ -107,6 +107,23 @@ def need_writable_names(paths: Iterable[str]) -> None:
                 )
 
 
+def need_onnx_forms(model: torch.nn.Module, graph: LayerGraph) -> None:
+    """Check that ONNX has an operator for each recurrent layer: its LSTM has no projection, and the exporter writes one all the same, wrongly.
+
+    Raises:
+        CCOError: With the layer's name and what to write instead.
+    """
+    modules = dict(model.named_modules())
+    for layer in graph:
+        size = getattr(modules.get(layer.path), "proj_size", 0) if layer.kind == "lstm" else 0
+        if size:
+            raise CCOError(
+                f"export: layer '{layer.name}' (module '{layer.path}') is an LSTM with a projection (proj_size={size}), which ONNX has no operator for. Build "
+                "it with proj_size=0 and train it so, with a Linear behind it where its result is to be smaller, or export a .pt2 file, which can hold any "
+                "operation. With a translation of aten.lstm.input of your own, pass it as custom_translation_table."
+            )
+
+
 def untraceable(model: torch.nn.Module, where: str, error: Exception, graph: LayerGraph | None = None, inputs: Sequence[str] = ()) -> str:
     """A message for a forward that torch.export could not trace.
 

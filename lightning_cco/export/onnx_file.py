@@ -14,7 +14,7 @@ from lightning_cco.export.check import check_file
 from lightning_cco.export.deployed import Deployed
 from lightning_cco.export.destination import export_target, move, size_of
 from lightning_cco.export.engines import ENGINES
-from lightning_cco.export.failures import need_engine, need_packages, need_writable_names
+from lightning_cco.export.failures import need_engine, need_onnx_forms, need_packages, need_writable_names
 from lightning_cco.export.feeds import ForwardArguments, call_of
 from lightning_cco.export.fixed_batch import of_one_sample, refuse_varying
 from lightning_cco.export.half_precision import write_fp16
@@ -100,6 +100,8 @@ def export_onnx(
     if not args and not kwargs:
         raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
     need_writable_names(name for layer in quantized.graph for name in (layer.path, *layer.parameters))
+    if "custom_translation_table" not in taken:
+        need_onnx_forms(quantized.model, quantized.graph)
     target = export_target(path, ".onnx")
     types = other_types(quantized.model)
     float_size = float_bytes(quantized.model)

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -33,18 +34,19 @@ class Ensemble(nn.Module):
 class Projected(nn.Module):
     """An LSTM whose hidden state is projected, for which ONNX has no operator; the exporter writes one all the same."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.rnn, self.last = nn.LSTM(8, 12, proj_size=6, batch_first=True), nn.Linear(6, 3)
+        self.rnn = nn.LSTM(8, 12, proj_size=6, batch_first=True, **options)
+        self.last = nn.Linear(12 if self.rnn.bidirectional else 6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.rnn(x)[0])
 
 
-def _export(model: nn.Module, x: Tensor, path: Path) -> None:
+def _export(model: nn.Module, x: Tensor, path: Path, **options: Any) -> None:
     quantized = quantize(model.eval(), None, (x,))
     quantized.calibrate([x])
-    quantized.export(path)
+    quantized.export(path, **options)
 
 
 def test_weights_inside_a_vmap(tmp_path: Path) -> None:
@@ -57,7 +59,15 @@ def test_weights_inside_a_vmap(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_a_file_that_does_not_run(tmp_path: Path) -> None:
     with pytest.raises(CCOError, match="does not run in ONNX Runtime at layer 'lstm'"):
-        _export(Projected(), torch.randn(2, 5, 8), tmp_path / "a.onnx")
+        _export(Projected(), torch.randn(2, 5, 8), tmp_path / "a.onnx", custom_translation_table={})
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}, {"bias": False}])
+def test_an_lstm_with_a_projection(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CCOError, match=r"layer 'lstm' \(module 'rnn'\).*proj_size=6.*\.pt2"):
+        _export(Projected(**options), torch.randn(2, 5, 8), tmp_path / "a.onnx")
+    assert not (tmp_path / "a.onnx").exists()
     assert not (tmp_path / "a.onnx").exists()
 
 
