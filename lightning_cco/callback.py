@@ -80,6 +80,20 @@ class CCOCallback(pl.Callback):
         self.settings = load_settings(cfg)
         self._run = CompressionRun(self, self.settings, forward_fn)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: what a checkpoint holds. The hooks stay on the module of this run."""
+        own = {name: value for name, value in self.__dict__.items() if name != "_run"}
+        return {**own, "_forward_fn": self._run.forward_fn, "_state": self._run.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin as after a checkpoint was loaded, for tests and predictions; a training begins anew."""
+        kept = dict(state)
+        forward_fn, of_run = kept.pop("_forward_fn"), kept.pop("_state")
+        self.__dict__.update(kept)
+        self._run = CompressionRun(self, self.settings, forward_fn)
+        self.load_state_dict(of_run)
+        self._run.is_copy = True
+
     @property
     def quantized(self) -> QuantizedModel | None:
         """The module with its quantizers; `None` before its first batch."""

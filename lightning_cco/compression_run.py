@@ -47,6 +47,8 @@ class CompressionRun:
         forward_fn: The user's way of a batch through the model; `None`: found by the capture.
 
     Attributes:
+        forward_fn: That way.
+        is_copy: Whether its state is that of another callback's run, whose module this one's need not be.
         compression: The module of the run.
         evaluations: What is done around each validation, test and prediction.
         before_training: The metrics before training.
@@ -57,12 +59,12 @@ class CompressionRun:
     """
 
     def __init__(self, callback: pl.Callback, settings: Settings, forward_fn: ForwardFn | None) -> None:
-        self.settings, self._callback, self._forward_fn = settings, callback, forward_fn
+        self.settings, self._callback, self.forward_fn, self.is_copy = settings, callback, forward_fn, False
         self.distiller = Distiller(settings.distillation_settings)
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        self.compression = Compression(self.settings, self._forward_fn)
+        self.compression = Compression(self.settings, self.forward_fn)
         self.evaluations = Evaluations(self.compression, self.distiller)
         self.before_training = InitialEvaluation()
         self.measured = EpochMeasurements(self.settings)
@@ -78,6 +80,10 @@ class CompressionRun:
 
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Refuse what can't work; leave the model of an earlier run."""
+        if stage == "fit" and self.is_copy:
+            self._begin_anew()
+            self.distiller.forget()
+        self.is_copy = False
         self.compression.outside.begin(stage, None if self.quantized is None else self.quantized.model, module)
         if self.compression.is_of_another(module):
             self._leave(module, stage)
