@@ -56,6 +56,22 @@ class Hooks:
         """Whether the hooks are on."""
         return bool(self._handles)
 
+    def need_attached(self) -> None:
+        """Refuse to measure, to calibrate or to write a file of what would run in float.
+
+        Raises:
+            CCOError: The hooks are off.
+        """
+        if not self.attached:
+            raise CCOError(
+                f"{type(self.model).__name__}: its hooks are off, so it computes in float: remove() was called, another callback or quantize() has taken the "
+                "model over, or this is a copy. Call quantize() on the model again; load_state_dict(state) gives it the ranges of a state_dict()."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no hooks on the copied model, which is the plain float model."""
+        return {**self.__dict__, "_handles": []}
+
     def reset(self) -> None:
         """Forget what is running."""
         raise NotImplementedError

@@ -25,9 +25,17 @@ def _hardtanh_limits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[flo
     return float(low), float(high)
 
 
+def _relu_limits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float]:
+    return 0.0, float("inf")
+
+
+def _relu6_limits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float]:
+    return 0.0, 6.0
+
+
 LIMITS: dict[str, Limits] = {
-    **dict.fromkeys(("relu", "relu_"), lambda args, kwargs: (0.0, float("inf"))),
-    **dict.fromkeys(("relu6",), lambda args, kwargs: (0.0, 6.0)),
+    **dict.fromkeys(("relu", "relu_"), _relu_limits),
+    **dict.fromkeys(("relu6",), _relu6_limits),
     **dict.fromkeys(("hardtanh", "hardtanh_"), _hardtanh_limits),
     **dict.fromkeys(("clamp", "clamp_", "clip", "clip_"), _clamp_limits),
 }

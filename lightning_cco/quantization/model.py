@@ -68,8 +68,7 @@ class HookedModel:
         self._activations, self.weights = build_quantizers(model, captured, self.plan, settings, {}, {})
         self._ranges = MovingRanges(model, self._activations, self.weights, settings.training_settings.scale_learning_rate)
         self.runtime = Runtime(model, captured, self.plan, self._activations, self.weights)
-        self.runtime.phase = Phase.PASS
-        self._starts = 0
+        self.runtime.phase, self._starts = Phase.PASS, 0
         self.runtime.frames.started = self._forward_starts
         self.runtime.frames.owner = weakref.ref(self)
         self.runtime.frames.attach()
@@ -199,6 +198,7 @@ class HookedModel:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode inside the block, without gradients if the model's own forward needs none. Ranges are frozen; what forwards leave is put back."""
+        self.runtime.frames.need_attached()
         following, self.runtime.following = self.runtime.following, False
         try:
             with evaluating(self.model, self.capture.needs_gradients):
@@ -293,4 +293,5 @@ class HookedModel:
 
     def __repr__(self) -> str:
         state = "frozen" if self.frozen else "calibrated" if self.calibrated else "not calibrated"
+        state = state if self.attached else "hooks are off: it computes in float"
         return f"{type(self).__name__}({type(self.model).__name__}, {self.plan.summary}; {state})"
