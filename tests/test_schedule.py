@@ -206,6 +206,7 @@ def test_epochs_in_float_are_told_and_measure_nothing(tmp_path: Path, caplog: py
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*called none of the layers that are quantized")  # its validation runs no network
 def test_a_best_checkpoint_from_before_the_start_is_exported_calibrated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Worse(Classifier):
         """The first epoch counts as the best."""
