@@ -47,8 +47,9 @@ class Evaluations:
         noun = _NOUNS.get(str(getattr(trainer.state.stage, "name", "")).lower(), "evaluation")
         warnings.warn(
             f"trainer.{getattr(trainer.state.fn, 'value', '')}: the {noun} called none of the layers that are quantized, so what it gives is not that of the "
-            "compressed model: it runs no network, or another one, in float, such as a copy with averaged weights (EMA), a copy.deepcopy or an exported file. Call the "
-            "module's own layers. For averaged weights use the callback EMAWeightAveraging or WeightAveraging of Lightning: it puts them into the module.",
+            "compressed model: it runs no network, or another one, in float, such as a copy with averaged weights (EMA), a copy.deepcopy or an exported file. "
+            "Call the module's own layers. For averaged weights use the callback EMAWeightAveraging or WeightAveraging of Lightning: it puts them "
+            "into the module.",
             CCOWarning,
             stacklevel=3,
         )
