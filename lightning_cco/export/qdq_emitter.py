@@ -22,6 +22,7 @@ from lightning_cco.export.fold_batch_norm import IntegerWeight
 from lightning_cco.export.pooling import averaged, averaged_in_float, window_weight
 from lightning_cco.export.provenance import noting
 from lightning_cco.export.qdq_pairs import QdqPairs
+from lightning_cco.export.relu_on_floats import maximum, maximum_in_place, relus_on_floats
 from lightning_cco.export.stored import StoredWeights
 from lightning_cco.export.weight_blocks import Block
 from lightning_cco.graph.call_node import ModuleCall
@@ -130,6 +131,7 @@ class Emitter:
             for name, (weight, *_) in stored.weights.items()
             if graph[name].kind == "batch_norm"
         }
+        self._maxima = relus_on_floats(self.quantized.plan) if stored.engine.wanted(Form.RELU_AS_MAXIMUM) else frozenset()
         if stored.engine.wanted(Form.POOLS_AS_CONVOLUTIONS):
             found = {name: window_weight(graph[name]) for name in self.quantized.plan.quantized if graph[name].kind in _POOLS}
             self._windows = {name: weight for name, weight in found.items() if weight is not None}
@@ -219,6 +221,8 @@ class Emitter:
             return added_apart
         if site.function == "avg_pool2d" and self.stored.engine.wanted(Form.POOLS_AS_CONVOLUTIONS):
             return averaged_in_float
+        if site.layer in self._maxima:
+            return maximum_in_place if site.in_place else maximum
         if kind == "avg_pool":
             return divided(func)
         if kind == "amax" and self.stored.engine.wanted(Form.SORTED_MAXIMA):

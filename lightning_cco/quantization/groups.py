@@ -44,16 +44,15 @@ class Groups:
         skip = self._skips.get(name)
         return skip is None or skip.reason is SkipReason.ENGINE
 
-    def ends_at(self, clamp: str, int8: set[str]) -> bool:
-        """Whether a clamp is all that reads an INT8 layer's result, if need be after a batch norm."""
+    def clamped_by(self, clamp: str, int8: set[str]) -> str | None:
+        """The INT8 layer whose result a clamp alone reads, if need be after a batch norm; None if there is none."""
         reads = self._connections.reads
-        if len(reads[clamp]) != 1:
-            return False
+        if len(reads[clamp]) != 1 or self._connections.only_reader(reads[clamp][0].layer) != clamp:
+            return None
         source = reads[clamp][0].layer
-        if self._graph[source].kind == "batch_norm" and source not in int8 and len(reads[source]) == 1:
-            before = reads[source][0].layer
-            return self._connections.only_reader(source) == clamp and self.folds(before, source) and before in int8
-        return source in int8 and self._connections.only_reader(source) == clamp
+        if self._graph[source].kind == "batch_norm" and len(reads[source]) == 1 and self.folds(reads[source][0].layer, source):
+            source = reads[source][0].layer
+        return source if source in int8 else None
 
     def find(self, int8: set[str]) -> dict[str, str]:
         """For each layer inside a fused group the next one in it. Batch norms that fold join ``int8``, or leave it with a layer computed in float."""

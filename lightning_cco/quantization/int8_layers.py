@@ -128,17 +128,27 @@ class Int8Layers:
             only_behind = self.connections.category[name] is Category.CLAMP or self.graph[name].kind == "batch_norm"
             if not only_behind and not in_float and any(reader in int8 for reader in self.connections.consumers(name)):
                 continue
-            if self.connections.category[name] is Category.CLAMP and self._groups.ends_at(name, int8):
+            clamped = self._groups.clamped_by(name, int8) if self.connections.category[name] is Category.CLAMP else None
+            unrounded = self._unrounded(name) if clamped is not None else ""
+            # The clamp is part of the rounding. Where the layer before it gives a result that is not rounded, it is one on floats.
+            if clamped is not None and not (unrounded and self.graph[clamped].kind in self.target.float_outputs):
                 continue
             int8.discard(name)
             detail = "a float layer is before it" if only_behind else "float layers are before and after it"
-            detail = "its result is in float (residual_stream: float)" if in_float else detail
+            detail = "its result is in float (residual_stream: float)" if in_float else unrounded or detail
             self._skips.setdefault(name, Skip(SkipReason.ENGINE, detail))
             neighbours = {
                 *self.connections.consumers(name),
                 *(self.connections.origin[read].layer for read in self.connections.reads[name]),
             }
             pending += [other for other in neighbours if self._follows(other)]
+
+    def _unrounded(self, name: str) -> str:
+        """Why a layer's result is not rounded where it is made; empty if it may be."""
+        if self._stream.keeps_float(TensorKey(name)):
+            return "its result is in float (residual_stream: float)"
+        needed = self._exact.reads_for_output(TensorKey(name))
+        return f"its result is needed as it is, since it {needed}" if needed else ""
 
     def _follows(self, name: str) -> bool:
         kind = self.graph[name].kind

@@ -34,6 +34,7 @@ class Form(Enum):
     FLOAT_WEIGHTS = "an operator that changes nothing between a layer in float and the rounding of its result"
     SEPARATE_ROUNDINGS = "an operator that changes nothing between a product and the rounding of its result, where others read it in float"
     UNITS = "quantize and dequantize operators around each operator on rounded tensors, also around those that move or clamp values alone"
+    RELU_AS_MAXIMUM = "a ReLU on floats after a product in integers as a Max with 0"
     SORTED_MAXIMA = "the largest values along axes as the first ones of a TopK"
     POOLS_AS_CONVOLUTIONS = "average pooling of windows as a convolution of each channel"
     COUNTED_SIZES = "sizes of tensors as the number of their values along an axis, not as the result of a Shape"

@@ -95,6 +95,12 @@ ORT = Engine(
             f"{_CANARIES}::test_ort_separate_roundings",
         ),
         Want(
+            Form.RELU_AS_MAXIMUM,
+            "1.32",
+            "it fuses a linear layer with a ReLU after it that is not rounded into one operator on floats, before it looks for conversions",
+            "tests/export/test_relu_on_floats.py::test_ort_relu_as_maximum",
+        ),
+        Want(
             Form.OPSET,
             "1.32",
             "from opset 21 on it refuses its own rewriting of symmetric int8 pairs (output_dtype does not match y_zero_point)",
