@@ -1,4 +1,4 @@
-"""Writes docs/modules.md: every module of the package, with the first sentence of its docstring.
+"""Writes docs/modules.md: every module of the package, with the first paragraph of its docstring.
 
 Run: ``python docs/modules_page.py --write`` (without it, the page goes to the output). It reads the files without importing them.
 """
@@ -22,7 +22,7 @@ def page() -> str:
     )
     parts = [
         "# Modules",
-        "Every file of the package by the first sentence of its docstring; [how it works](architecture.md) has the way of a model through them. "
+        "Every file of the package by the first paragraph of its docstring; [how it works](architecture.md) has the way of a model through them. "
         "Made by `python docs/modules_page.py --write`.",
     ]
     for folder in folders:

@@ -346,7 +346,7 @@ def test_a_product_is_rounded_only_where_an_int8_layer_reads_it() -> None:
     graph = capture_graph(Residual(), torch.randn(2, 5, 8))
     found = plan_quantization(graph)
     assert list(found.tensors) == ["layer_norm", "scaled_dot_product_attention"]  # what the two linear layers read
-    assert found.skipped["add"] == "float layers are before and after it"
+    assert found.skipped["add"] == "the layers before and after it run in float"
     assert found.skipped["scaled_dot_product_attention"] == "scaled_dot_product_attention is computed in float by ort"
     asked = plan_quantization(graph, load_settings({"layer_settings": [{"match": "add", "skip_quantization": False}]}))
     assert set(asked.tensors) == {"input_0", "layer_norm", "scaled_dot_product_attention", "linear_1", "add"}

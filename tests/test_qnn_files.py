@@ -182,7 +182,7 @@ def test_it_is_run_in_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"floats": ("node_conv2d_1",)}, r"QNN \S+ computes in float what is planned in INT8: 'conv_1' \(Conv\), 1 in all\. No file"),
         (
             {"off": 2.0},
-            r"in QNN \S+, the target, the file differs .*'relu' is \S+ steps off on average \(at most 0\.4.*first layer that differs",
+            r"in QNN \S+, the target, the file differs .*'relu' is \S+ steps off on average \(expected at most 0\.4.*first layer that differs",
         ),
         ({"refuses": "node_conv2d"}, r"QNN \S+, the target, can't run the file at layer 'conv' \(module '0'\): .*default CPU EP"),
     ],

@@ -134,7 +134,7 @@ class Int8Layers:
             if clamped is not None and not (unrounded and self.graph[clamped].kind in self.target.float_outputs):
                 continue
             int8.discard(name)
-            detail = "a float layer is before it" if only_behind else "float layers are before and after it"
+            detail = "the layer before it runs in float" if only_behind else "the layers before and after it run in float"
             detail = "its result is in float (residual_stream: float)" if in_float else unrounded or detail
             self._skips.setdefault(name, Skip(SkipReason.ENGINE, detail))
             neighbours = {

@@ -16,7 +16,9 @@ from lightning_cco.export.limits import Limits
 class Form(Enum):
     """What an engine can want of a file. What it computes in INT8, and so what is planned, is a matter of `quantization.targets`."""
 
-    CHANNEL_MULTIPLE = "a first convolution on blocks of pixels, whose input channels are a multiple of the amount"
+    CHANNEL_MULTIPLE = (
+        "a first convolution of stride 2 on blocks of 2 × 2 pixels (space to depth), whose input channels are a multiple of the amount"
+    )
     MATRIX_UNITS = "on processors with AMX, convolutions of at least the amount of products per output with a zero point of their own"
     INTEGER_BIAS = "biases as integers on the grid of the accumulator"
     INTEGER_INDEXING = "operators that move values on integers, with the DequantizeLinear after them"
