@@ -10,7 +10,7 @@ from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import UNASKED, UNPLANNED, ExportReport, FloatIsland
 from lightning_cco.export.value_types import float_nodes
 from lightning_cco.export.weight_blocks import LOOKUP, PRODUCT, rounds_as_it_runs
-from lightning_cco.graph.ops import Category, category_of
+from lightning_cco.graph.ops import Category, category_of, operation_of_kind
 from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.tensor_key import TensorKey
@@ -19,35 +19,12 @@ _INT4 = 22
 """`onnx.TensorProto.INT4`."""
 _CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 _INTEGER = ("QLinear", "QGemm", "QAttention", "ConvInteger", "MatMulInteger", PRODUCT, LOOKUP, "QEmbed", "QOrdered")
-_PRODUCTS = {"linear", "matmul", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
-_AVERAGES = {"avg_pool", "adaptive_avg_pool", "mean"}
-_HEAVY = {
-    "Conv": {"conv"},
-    "FusedConv": {"conv"},
-    "NhwcFusedConv": {"conv"},
-    "ConvTranspose": {"conv_transpose"},
-    "Gemm": _PRODUCTS,
-    "FusedGemm": _PRODUCTS,
-    "MatMul": _PRODUCTS,
-    "FusedMatMul": _PRODUCTS,
-    "GlobalAveragePool": _AVERAGES,
-    "AveragePool": _AVERAGES,
-    "Einsum": _PRODUCTS,
-    "Add": {"add"},
-    "Sub": {"sub"},
-    "Mul": {"mul"},
-    "Div": {"div"},
-    "Concat": {"concat", "stack"},
-    "Resize": {"interpolate"},
-    "ReduceMean": _AVERAGES,
-    "Sigmoid": {"sigmoid"},
-    "LeakyRelu": {"leaky_relu"},
-    "LSTM": {"lstm"},
-    "GRU": {"gru"},
-    "RNN": {"rnn"},
-}
-"""Operators that an engine has an INT8 form of, or that most of the time goes to, and the kinds of layer that they come from. Of layers that are planned in
-INT8 every operator counts."""
+_HEAVY = frozenset({
+    "Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Einsum", "GlobalAveragePool", "AveragePool",
+    "ReduceMean", "Add", "Sub", "Mul", "Div", "Concat", "Resize", "Sigmoid", "LeakyRelu", "LSTM", "GRU", "RNN",
+})  # fmt: skip
+"""Operators that an engine has an INT8 form of, or that most of the time goes to: layers in float are named that have one. Of a layer that is planned in INT8
+every operator counts."""
 _COMPUTING = frozenset({Category.WEIGHTED, Category.MATMUL, Category.CLAMP, Category.COMPUTE})
 
 
@@ -148,10 +125,8 @@ def _island(quantized: HookedModel, operator: str, layer: str, partly_integer: b
         return FloatIsland(operator, (layer or "what is computed before any layer",), "no layer of the model")
     if layer in plan.skipped:
         return FloatIsland(operator, (layer,), plan.skipped[layer])
-    if quantized.graph[layer].kind in _HEAVY.get(operator, {quantized.graph[layer].kind}):
-        return None if partly_integer else FloatIsland(operator, (layer,), _without_range(quantized, layer) or unexpected)
-    return (
-        None
-        if partly_integer
-        else FloatIsland(operator, (layer,), "part of the layer's computation, for which the engine has no INT8 form")
-    )
+    if partly_integer:
+        return None
+    if operation_of_kind(quantized.graph[layer].kind).looks_up:
+        return FloatIsland(operator, (layer,), "dequantizes the rows that were looked up as integers")
+    return FloatIsland(operator, (layer,), _without_range(quantized, layer) or unexpected)
