@@ -125,12 +125,12 @@ def in_slices(split: Callable[..., Any]) -> Callable[..., Any]:
 
     def parts(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         found = split(x, *args, **kwargs)
-        if all(isinstance(size, int) for part in found for size in part.shape):
-            return found
         if split.__name__ in _AXES:
             axis = min(_AXES[split.__name__], x.dim() - 1)
         else:
             axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        if isinstance(x.shape[axis], int):
+            return found  # engines know a Split, also behind a product (`Form.SPLIT_PRODUCTS`)
         start, slices = 0, []
         sizes = _sizes_of_parts(split.__name__, x.shape[axis], [part.shape[axis] for part in found], args, kwargs)
         for size in sizes:
@@ -148,14 +148,12 @@ _SPLIT_BY = ("split_size_or_sections", "split_size", "chunks", "indices_or_secti
 
 
 def _sizes_of_parts(name: str, whole: Any, sizes: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The sizes of the parts of an axis; of one that varies, by formulas that hold for each of its sizes.
+    """The sizes of the parts of an axis that varies, by formulas that hold for each of its sizes.
 
     Raises:
         BatchDoesNotVary: There are none, since the number of parts depends on the size.
     """
     given = args[0] if args else next((kwargs[key] for key in _SPLIT_BY if key in kwargs), None)
-    if isinstance(whole, int):
-        return sizes
     if not isinstance(given, (int, torch.SymInt)) or name in _AXES:  # sizes, places, or parts of one size
         return sizes
     if name == "tensor_split":
