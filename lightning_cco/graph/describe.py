@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_cco.graph.ops import Op
+from lightning_cco.graph.ops import Category, Op
 
 _OF_MODULES = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "in_features", "out_features", "num_embeddings",
@@ -52,4 +52,10 @@ def attributes(
         found["running_statistics"] = False
     if weight is not None and op.biased:
         found["bias"] = isinstance(args[2] if len(args) > 2 else kwargs.get("bias"), Tensor)
-    return found
+    return found | _limits(op, args, kwargs)
+
+
+def _limits(op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, object]:
+    """Whether a clamp's limits are tensors: such a clamp has no operator of its own in files."""
+    given = (*args[1:], kwargs.get("min"), kwargs.get("max")) if op.category is Category.CLAMP else ()
+    return {"limits": "of a tensor"} if any(isinstance(limit, Tensor) for limit in given) else {}

@@ -209,8 +209,8 @@ TARGETS: Mapping[str, Target] = {
         forms={
             "add": _two_operands,
             "mul": _two_operands,
-            "concat": _floats_alone,
-            "stack": _floats_alone,
+            **dict.fromkeys(("concat", "stack"), _floats_alone),
+            "clamp": lambda layer: "limits" not in layer.attributes,  # a Max and a Min with tensors
             "matmul": _weight_last,
             "einsum": _by_a_matrix,
             "mean": _averages_images,
