@@ -29,7 +29,7 @@ from torch import nn
 from lightning_cco import QuantizedModel, load_settings, measure_layer_times, quantize
 from lightning_cco.budget import solver
 from lightning_cco.budget.choosing import trade_off
-from lightning_cco.budget.program import Choice
+from lightning_cco.budget.integer_program import Choice
 from lightning_cco.budget.search import BudgetSearch
 from lightning_cco.budget.units import seconds_of_plan, speed_model, timed
 from lightning_cco.layer_timing import FileTimer

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import lightning_cco as cc
-from lightning_cco.export import stored
-from lightning_cco.export.engine import engine_session
+from lightning_cco.export import stored_tensors
 from lightning_cco.export.engines import ENGINES, Form
+from lightning_cco.export.ort_session import engine_session
 from lightning_cco.quantization import planner, targets
 from lightning_cco.quantization.groups import Groups
 
@@ -91,13 +91,13 @@ CASES: dict[Form, Callable[[], tuple[nn.Module, Tensor]]] = {
 @contextmanager
 def without(form: Form) -> Any:
     """Inside the block ONNX Runtime wants everything else."""
-    old = stored.ENGINES
+    old = stored_tensors.ENGINES
     engine = ENGINES["ort"]
-    stored.ENGINES = {"ort": replace(engine, wants=tuple(want for want in engine.wants if want.form is not form))}
+    stored_tensors.ENGINES = {"ort": replace(engine, wants=tuple(want for want in engine.wants if want.form is not form))}
     try:
         yield
     finally:
-        stored.ENGINES = old
+        stored_tensors.ENGINES = old
 
 
 @contextmanager

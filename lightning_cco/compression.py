@@ -10,17 +10,17 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_cco.automatic_skips import AutomaticSkips
+from lightning_cco.batch_prefetch import copied
 from lightning_cco.batches import ForwardFn, capture_module, model_context
-from lightning_cco.budgeted import recipe_of
+from lightning_cco.budget_run import recipe_of
 from lightning_cco.early_check import check_rules, unrepeated
+from lightning_cco.example_batches import calibrate_on_held
 from lightning_cco.graph.hooks import release
-from lightning_cco.handover import apply_state
-from lightning_cco.held_batches import calibrate_on_held
-from lightning_cco.lookahead import copied
-from lightning_cco.outside_fit import OutsideFit
 from lightning_cco.quantized_model import QuantizedModel
+from lightning_cco.run_export import apply_state
 from lightning_cco.schedule import calibrate
 from lightning_cco.settings import Settings, changed_settings
+from lightning_cco.standalone_evaluation import OutsideFit
 
 
 class Compression:

@@ -10,10 +10,11 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_cco.batch_prefetch import left_over, warn_of_left_over, why_empty, why_no_batch
 from lightning_cco.batches import ForwardFn, training_batches
 from lightning_cco.budget.layer_times import LayerTimes, from_plain
 from lightning_cco.budget.plan import BudgetPlan
-from lightning_cco.budgeted import check_budget, is_due, lost_of, needs_plan, plan_budget
+from lightning_cco.budget_run import check_budget, is_due, lost_of, needs_plan, plan_budget
 from lightning_cco.checkpoints import check_callback_state, local_folder
 from lightning_cco.compat.lightning_trainer import logged_step
 from lightning_cco.compression import Compression
@@ -24,16 +25,15 @@ from lightning_cco.evaluations import Evaluations
 from lightning_cco.example_input import check_example
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export_dir import check_export_dir
-from lightning_cco.handover import Handover
 from lightning_cco.initial_evaluation import InitialEvaluation
 from lightning_cco.level_use import warn_of_clipped
-from lightning_cco.lookahead import left_over, warn_of_left_over, why_empty, why_no_batch
 from lightning_cco.monitoring import Monitor
 from lightning_cco.monitoring.metric_modes import metric_directions
 from lightning_cco.monitoring.metrics import numbers
 from lightning_cco.monitoring.start import start_monitor
 from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.report_page.facts import model_facts
+from lightning_cco.run_export import Handover
 from lightning_cco.schedule import Schedule, check_schedule, stages_in
 from lightning_cco.settings import Settings
 

@@ -11,10 +11,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_debug
 
+from lightning_cco.batch_prefetch import copied
 from lightning_cco.batches import ForwardFn, forward_through_model, model_context, overrides_forward, rehearsed
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.capture import capture
-from lightning_cco.lookahead import copied
 from lightning_cco.quantization.planner import plan_quantization
 from lightning_cco.settings import Settings
 

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_cco.batches import ForwardFn, model_context, on_a_copy
-from lightning_cco.budgeted import loss_of_step, measure_loss_sensitivity, measures_loss, weight_counts
+from lightning_cco.budget_run import loss_of_step, measure_loss_sensitivity, measures_loss, weight_counts
 from lightning_cco.compat.lightning_trainer import logged_step
 from lightning_cco.initial_evaluation import InitialEvaluation
 from lightning_cco.level_use import LayerLevels, LevelWatch

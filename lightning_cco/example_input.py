@@ -9,10 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
+from lightning_cco.batch_prefetch import copied
 from lightning_cco.batches import forward_arguments, model_context, overrides_forward, to_device
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.modes import switch_training, undisturbed
-from lightning_cco.lookahead import copied
 
 
 def example_of(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -10,8 +10,8 @@ from lightning_cco.checkpoints import local_folder
 from lightning_cco.errors import CCOError
 from lightning_cco.export.engines import ENGINES, PROGRAMS
 from lightning_cco.export.failures import need_engine, need_packages
+from lightning_cco.graph.saved_values import restore
 from lightning_cco.graph.snapshot import Snapshot
-from lightning_cco.graph.undo import restore
 from lightning_cco.quantized_model import QuantizedModel
 
 

@@ -11,11 +11,11 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lightning_cco.compat.lightning_trainer import sanity_check, validation_loader, validation_loader_replaced
 from lightning_cco.graph.snapshot import Snapshot
+from lightning_cco.loader_copy import outside_kept, spare_loader
 from lightning_cco.monitoring.metrics import numbers, sanity_check_metrics
-from lightning_cco.one_shot import gives_again
 from lightning_cco.random_numbers import isolated_random
+from lightning_cco.repeatable_data import gives_again
 from lightning_cco.settings import TrainingSettings
-from lightning_cco.spare_loader import outside_kept, spare_loader
 
 
 class InitialEvaluation:

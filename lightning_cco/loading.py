@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from lightning_cco.batches import ForwardFn, capture_module, overrides_forward
 from lightning_cco.checkpoints import check_callback_state, load_weights, read_checkpoint
 from lightning_cco.errors import CCOError
+from lightning_cco.example_batches import calls_of
 from lightning_cco.example_input import example_of, shapes_of
 from lightning_cco.graph.capture import capture
 from lightning_cco.graph.captured import Capture
 from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.hooks import refuse_hooked
-from lightning_cco.held_batches import calls_of
 from lightning_cco.names import list_names
 from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.settings import Settings, load_settings

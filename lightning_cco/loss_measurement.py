@@ -17,7 +17,7 @@ from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.loss_sensitivity import ACTIVATIONS_BITS, WEIGHTS_BITS, LossSensitivities, LossSensitivityReport, roundings_of
 from lightning_cco.names import list_names
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
-from lightning_cco.quantization.arguments import renormalized, replaced
+from lightning_cco.quantization.call_arguments import renormalized, replaced
 from lightning_cco.quantization.fake_quantize import fake_quantize
 from lightning_cco.quantization.forward_call import Forward
 from lightning_cco.quantization.model import HookedModel

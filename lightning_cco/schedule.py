@@ -15,11 +15,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_cco.batch_norms import BatchNorms
+from lightning_cco.batch_prefetch import copied
 from lightning_cco.batches import ForwardFn, model_context, training_batches
 from lightning_cco.budget.plan import goal_of
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.learned_training import check_learned_scales, follow_learning_rate
-from lightning_cco.lookahead import copied
 from lightning_cco.progress import with_progress
 from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.settings import BitsStage, Settings, load_settings

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_cco.compat.metrics import syncs
-from lightning_cco.figures import badness
+from lightning_cco.number_format import badness
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.native import kernels_for
 from lightning_cco.quantization.qparams import quant_range

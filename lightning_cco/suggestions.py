@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lightning_cco.figures import badness, figure, is_above
 from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.names import printable, yaml_value
+from lightning_cco.number_format import badness, figure, is_above
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.planner import plan_quantization
 from lightning_cco.quantization.tensor_key import TensorKey

@@ -14,7 +14,7 @@ from models import GuideCNN, ResidualCNN, TokenModel
 from torch import Tensor, nn
 
 from lightning_cco import QuantizedModel, quantize
-from lightning_cco.export.engine import engine_session
+from lightning_cco.export.ort_session import engine_session
 
 
 def images(size: int) -> Callable[[], Tensor]:

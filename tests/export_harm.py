@@ -12,7 +12,7 @@ import pytest
 
 from lightning_cco import QuantizedModel
 from lightning_cco.export import check
-from lightning_cco.export.limits import judge
+from lightning_cco.export.check_limits import judge
 from lightning_cco.export.report import ExportReport
 
 Harm = Callable[[onnx.ModelProto], None]

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from lightning_cco import CCOCallback, CCOError, load_quantized, load_settings, quantize
 from lightning_cco.budget.choosing import choose
+from lightning_cco.budget.integer_program import Choice
 from lightning_cco.budget.limits import measures
 from lightning_cco.budget.options import Choices, choices
 from lightning_cco.budget.plan import BudgetPlan
-from lightning_cco.budget.program import Choice
 from lightning_cco.budget.search import BudgetSearch
 from lightning_cco.budget.solver import rise_of, taken_of
 from lightning_cco.settings import load_settings as read

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_cco import CCOError
 from lightning_cco.budget.plan import BudgetPlan, LayerChoice, Point
-from lightning_cco.budgeted import lost_of
+from lightning_cco.budget_run import lost_of
 from lightning_cco.monitoring import trade_off as trade_off_module
 from lightning_cco.monitoring.trade_off import budget_csv, budget_lines, trade_off
 
@@ -54,7 +54,7 @@ def judged(folder: Path) -> tuple[Judged, DataLoader[Any]]:
 
 
 def test_the_smallest_plan_within_an_accuracy_drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_cco.budgeted.exported_bytes", lambda *args: 20_000)  # an export takes seconds
+    monkeypatch.setattr("lightning_cco.budget_run.exported_bytes", lambda *args: 20_000)  # an export takes seconds
     model, loader = judged(tmp_path)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     callback = quick(budget_settings={"accuracy_drop": 0.03, "metric": "val_acc"})

@@ -17,11 +17,11 @@ from test_budget import CALLS, plan_for, search_for
 from torch import Tensor, nn
 
 from lightning_cco import CCOError, CCOWarning, load_layer_times, load_settings, measure_layer_times, quantize
+from lightning_cco.budget.integer_program import Choice
 from lightning_cco.budget.layer_times import LayerTimes, processor_name
 from lightning_cco.budget.limits import fastest
 from lightning_cco.budget.options import Choices
 from lightning_cco.budget.plan import budget_rules
-from lightning_cco.budget.program import Choice
 from lightning_cco.budget.rules import rules_of
 from lightning_cco.budget.search import BudgetSearch
 from lightning_cco.budget.solver import rise_of, solve

@@ -78,7 +78,7 @@ def test_resumes_and_is_revised_by_the_same_table(tmp_path: Path, monkeypatch: p
     assert again.budget is None
     assert bits_of(again) == bits_of(first)
     # Without the file: the table of the checkpoint, and nothing is measured.
-    monkeypatch.setattr("lightning_cco.budgeted.FileTimer", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr("lightning_cco.budget_run.FileTimer", lambda *args: pytest.fail("measured"))
     found: list[BudgetPlan] = []
     monkeypatch.setattr("lightning_cco.monitoring.monitor.Monitor.on_budget", lambda self, budget, step: found.append(budget))
     moved = quick(budget_settings=goal)
@@ -88,7 +88,7 @@ def test_resumes_and_is_revised_by_the_same_table(tmp_path: Path, monkeypatch: p
 
 
 def test_within_an_accuracy_drop_the_fastest_or_one_that_is_fast_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_cco.budgeted.exported_bytes", lambda *args: 20_000)  # an export takes seconds
+    monkeypatch.setattr("lightning_cco.budget_run.exported_bytes", lambda *args: 20_000)  # an export takes seconds
     model, loader = judged(tmp_path)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     path, speeds = table_in(tmp_path), []

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_cco import CCOCallback, CCOError, CCOWarning
 from lightning_cco.checkpoints import read_checkpoint
-from lightning_cco.handover import Handover
+from lightning_cco.run_export import Handover
 
 
 def ranges(key: str, value: Any) -> Callable[[Any], None]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco import QuantizedModel, quantize
-from lightning_cco.export.engine import engine_session
+from lightning_cco.export.ort_session import engine_session
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 

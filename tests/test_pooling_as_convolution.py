@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_cco import quantize
-from lightning_cco.export.pooling import averaged_in_float
+from lightning_cco.export.pooling_as_convolution import averaged_in_float
 
 POOLS = {
     "whole": (nn.AvgPool2d(2), True),

@@ -72,7 +72,7 @@ class InOrt:
 def in_ort(monkeypatch: pytest.MonkeyPatch, **attributes: Any) -> None:
     made = type("InOrt", (InOrt,), attributes)
     engine = dataclasses.replace(ENGINES["qnn"], load=made, package="onnx")
-    monkeypatch.setattr("lightning_cco.export.stored.ENGINES", {"qnn": engine})
+    monkeypatch.setattr("lightning_cco.export.stored_tensors.ENGINES", {"qnn": engine})
     monkeypatch.setattr("lightning_cco.export.onnx_file.ENGINES", {"qnn": engine})
 
 

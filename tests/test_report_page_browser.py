@@ -18,9 +18,9 @@ from lightning_cco import load_settings
 from lightning_cco.budget.search import BudgetSearch
 from lightning_cco.budget.units import seconds_of_plan
 from lightning_cco.export.report import ExportReport, FloatIsland
-from lightning_cco.figures import per_cent
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.number_format import per_cent
 from lightning_cco.quantization.forward_call import call_with
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.planner import plan_quantization

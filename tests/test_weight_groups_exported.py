@@ -171,7 +171,7 @@ def test_wrong_values_are_found(layer: str, part: str, tmp_path: Path, monkeypat
             block.matrix[0][5, 3] ^= 1
         return found
 
-    monkeypatch.setattr("lightning_cco.export.stored.blocks_of", damaged)
+    monkeypatch.setattr("lightning_cco.export.stored_tensors.blocks_of", damaged)
     tied = layer in ("embedding", "matmul_1")  # one table
     with pytest.raises(CCOError, match="layer '(embedding|matmul_1)'" if tied else f"layer '{layer}'"):
         exported(Decoder(), IDS, tmp_path / "a.onnx")

@@ -82,7 +82,7 @@ def test_wrong_zero_points_are_found(layer: str, tmp_path: Path, monkeypatch: py
             found[layer].matrix[2][1, 1] ^= 1
         return found
 
-    monkeypatch.setattr("lightning_cco.export.stored.blocks_of", damaged)
+    monkeypatch.setattr("lightning_cco.export.stored_tensors.blocks_of", damaged)
     with pytest.raises(CCOError, match="layer '(embedding|matmul_1)'" if layer == "embedding" else f"layer '{layer}'"):
         exported(Decoder(), IDS, tmp_path / "a.onnx", ZEROS)
     assert not (tmp_path / "a.onnx").exists()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_cco.budget.integer_program import Choice
 from lightning_cco.budget.limits import limit_of, measures, point_of
 from lightning_cco.budget.options import UNIFORM, Choices
 from lightning_cco.budget.plan import Point
-from lightning_cco.budget.program import Choice
 from lightning_cco.budget.refusals import out_of_reach
 from lightning_cco.budget.solver import Limit, solve, spread, taken_of, uniform
 from lightning_cco.errors import CCOError

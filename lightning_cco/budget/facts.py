@@ -11,7 +11,7 @@ import torch
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.multiplications import multiplications
 from lightning_cco.graph.ops import operation_of_kind
-from lightning_cco.quantization.arguments import at
+from lightning_cco.quantization.call_arguments import at
 from lightning_cco.quantization.forward_call import Forward
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.phases import Phase

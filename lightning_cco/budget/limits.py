@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+from lightning_cco.budget.integer_program import Choice
 from lightning_cco.budget.options import Choices
 from lightning_cco.budget.plan import Point
-from lightning_cco.budget.program import Choice
 from lightning_cco.budget.solver import Limit, Measure, rise_of, solve, taken_of
 
 

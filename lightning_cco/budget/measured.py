@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from lightning_cco.budget.integer_program import Choice
 from lightning_cco.budget.layer_times import LayerTimes, from_plain, processor_name
 from lightning_cco.budget.option import FLOAT, INTEGER, WEIGHT_ONLY, Option
 from lightning_cco.budget.options import Choices
 from lightning_cco.budget.planned_model import PlannedModel
-from lightning_cco.budget.program import Choice
 from lightning_cco.budget.units import Probe, Times, layer_times
 from lightning_cco.errors import CCOError
 from lightning_cco.quantization.plan import QuantizationPlan, packs_weights

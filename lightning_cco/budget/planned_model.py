@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from lightning_cco.budget.integer_program import Choice
 from lightning_cco.budget.options import Choices, tail_rules
 from lightning_cco.budget.plan import budget_rules
-from lightning_cco.budget.program import Choice
 from lightning_cco.budget.rules import rules_of
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.quantization.model import HookedModel

@@ -9,8 +9,8 @@ from lightning_cco.budget.limits import fastest, limit_of, measures, point_of
 from lightning_cco.budget.option import FLOAT, INTEGER
 from lightning_cco.budget.options import Choices
 from lightning_cco.budget.solver import Limit, solve, taken_of, uniform
-from lightning_cco.figures import figure
 from lightning_cco.names import list_names
+from lightning_cco.number_format import figure
 
 
 def out_of_reach(made: Choices, goal: str, limit: float, overhead: float, also: Sequence[Limit]) -> str:

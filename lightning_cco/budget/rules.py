@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from lightning_cco.budget.integer_program import Choice
 from lightning_cco.budget.limits import measures
 from lightning_cco.budget.option import FLOAT, INTEGER, WEIGHT_ONLY, Option
 from lightning_cco.budget.options import Choices
 from lightning_cco.budget.plan import LayerChoice
-from lightning_cco.budget.program import Choice
 from lightning_cco.budget.speed import SpeedModel
-from lightning_cco.figures import figure
+from lightning_cco.number_format import figure
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.settings import LayerRule
 

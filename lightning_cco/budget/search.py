@@ -8,20 +8,20 @@ from typing import Any
 
 from lightning_cco.budget.choosing import choose, trade_off, uniform_points
 from lightning_cco.budget.facts import float_bytes, weight_facts
+from lightning_cco.budget.integer_program import Choice
 from lightning_cco.budget.layer_times import LayerTimes
 from lightning_cco.budget.limits import limit_of, measures, point_of, smallest
 from lightning_cco.budget.measured import LayerTimer, measured_times
 from lightning_cco.budget.options import Choices, choices
 from lightning_cco.budget.plan import BudgetPlan, Point, budget_rules, goal_of
 from lightning_cco.budget.planned_model import Calibrate, PlannedModel
-from lightning_cco.budget.program import Choice
 from lightning_cco.budget.refusals import too_slow
 from lightning_cco.budget.rules import as_planned, layer_choices, rules_of
 from lightning_cco.budget.solver import Limit, need_scipy, taken_of
 from lightning_cco.budget.units import seconds_of_plan, speed_model, timed
 from lightning_cco.errors import CCOError
-from lightning_cco.figures import figure
 from lightning_cco.loss_sensitivity import LossSensitivityReport
+from lightning_cco.number_format import figure
 from lightning_cco.quantization.forward_call import Forward
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.plan import QuantizationPlan, packs_weights

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from lightning_cco.budget.integer_program import Choice, IntegerProgram
 from lightning_cco.budget.option import FLOAT, INTEGER, Option
 from lightning_cco.budget.options import Choices
-from lightning_cco.budget.program import Choice, IntegerProgram
 from lightning_cco.budget.speed import SpeedModel
 from lightning_cco.errors import CCOError
 

@@ -229,13 +229,13 @@ _IN_PLACE = (
     ),
     (
         "torch.autograd.forward_ad._current_level",
-        "quantization/open_operations.py, quantization/tracing.py",
+        "quantization/differentiable_operations.py, quantization/tracing.py",
         "tells forward-mode AD",
         _ATTRIBUTE,
     ),
     (
         "torch.fx.GraphModule.forward.f_locals",
-        "graph/foreign.py",
+        "graph/framework_calls.py",
         "tells which graph runs",
         "a graph in the model is taken for the compiler's",
     ),
@@ -245,8 +245,8 @@ _IN_PLACE = (
         "reads what a Core ML file holds",
         "no such file is written: `AttributeError`, which names it",
     ),
-    ("torch._ops.OpOverload._schema", "graph/spelling.py", "the name of an operator", _ATTRIBUTE),
-    ("torch._ops.OpOverloadPacket._qualified_op_name", "graph/spelling.py", "the name of an operator", _ATTRIBUTE),
+    ("torch._ops.OpOverload._schema", "graph/operator_calls.py", "the name of an operator", _ATTRIBUTE),
+    ("torch._ops.OpOverloadPacket._qualified_op_name", "graph/operator_calls.py", "the name of an operator", _ATTRIBUTE),
 )
 
 

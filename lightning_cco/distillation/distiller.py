@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_cco.batches import ForwardFn, model_context, on_a_copy
-from lightning_cco.distillation.graph import Use
+from lightning_cco.distillation.autograd_graph import Use
 from lightning_cco.distillation.recorder import CallOfStudent, StudentRecorder
 from lightning_cco.distillation.step_comparison import Key, StepComparison, layers_term, outputs_term, uses_of
 from lightning_cco.distillation.teacher import SETTING, copy_of, load_weights, save_weights

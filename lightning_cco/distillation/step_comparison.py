@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.apply_func import apply_to_collection  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from lightning_cco.distillation.graph import LossGraph, Use, ends_among
+from lightning_cco.distillation.autograd_graph import LossGraph, Use, ends_among
 from lightning_cco.distillation.recorder import CallOfStudent, StudentRecorder, Way, differentiable, versions_of
 from lightning_cco.distillation.terms import binary_divergence, class_divergence, relative_error, squared_error
 from lightning_cco.errors import CCOError

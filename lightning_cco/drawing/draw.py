@@ -10,11 +10,11 @@ import pydot
 
 from lightning_cco.drawing import node_label as html
 from lightning_cco.drawing.fold_repeats import MAX_NODES, BlockBox, FoldedView, LayerNode, folded_view, whole_view
-from lightning_cco.figures import badness, figure
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.names import printable
+from lightning_cco.number_format import badness, figure
 from lightning_cco.quantization.plan import Boundary, LayerDecision, QuantizationPlan
 
 _LARGE = 1500  # nodes above which the layout takes short cuts

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from html import escape as html_escape
 from textwrap import wrap
 
-from lightning_cco.figures import figure, is_above, per_cent
 from lightning_cco.graph.layer import Shape
 from lightning_cco.names import printable
+from lightning_cco.number_format import figure, is_above, per_cent
 from lightning_cco.quantization.plan import LayerDecision
 from lightning_cco.quantization.skip_reasons import SkipReason
 

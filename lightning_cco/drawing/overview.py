@@ -11,9 +11,9 @@ import pydot
 from lightning_cco.drawing import node_label as html
 from lightning_cco.drawing.draw import quoted
 from lightning_cco.drawing.modules_view import Box, modules_view
-from lightning_cco.figures import badness, figure, is_above, per_cent
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.names import last_parts, printable
+from lightning_cco.number_format import badness, figure, is_above, per_cent
 from lightning_cco.quantization.plan import QuantizationPlan
 
 WIDTH, HEIGHT = 1400, 900

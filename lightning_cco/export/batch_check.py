@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_cco.errors import CCOError
+from lightning_cco.export.check_limits import judge
 from lightning_cco.export.comparison import Comparison
-from lightning_cco.export.deployed import Deployed
+from lightning_cco.export.deployed_forward import Deployed
+from lightning_cco.export.dynamic_sizes import lengthened, short_reason
 from lightning_cco.export.failures import BatchDoesNotVary, first_paragraph
 from lightning_cco.export.feeds import ForwardArguments, feeds_of
-from lightning_cco.export.limits import judge
 from lightning_cco.export.report import ExportReport
-from lightning_cco.export.sizes import lengthened, short_reason
 from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
 

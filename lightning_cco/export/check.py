@@ -10,19 +10,19 @@ from typing import Any
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.batch_check import agree, check_other_batch
+from lightning_cco.export.check_limits import judge
 from lightning_cco.export.comparison import Comparison
 from lightning_cco.export.dynamic_reads import DynamicReads
-from lightning_cco.export.engine import engine_session, inspected_session, rounded_tensors
+from lightning_cco.export.dynamic_sizes import SizesDoNotVary, other_sizes, takes
 from lightning_cco.export.engines import Form
 from lightning_cco.export.failures import does_not_run
 from lightning_cco.export.feeds import ForwardArguments, feeds_of, fits
-from lightning_cco.export.islands import read_optimized
-from lightning_cco.export.limits import judge
+from lightning_cco.export.float_islands import read_optimized
 from lightning_cco.export.named_axes import check_named_axes
+from lightning_cco.export.ort_session import engine_session, inspected_session, rounded_tensors
 from lightning_cco.export.outputs import arrays_of
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
-from lightning_cco.export.sizes import SizesDoNotVary, other_sizes, takes
 from lightning_cco.export.stored_check import stored_faults
 from lightning_cco.export.target_check import Case, check_in_target
 from lightning_cco.export.variations import varied

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightning_cco.export.engine import QuantizeNode
 from lightning_cco.export.feeds import ForwardArguments
 from lightning_cco.export.local_check import LocalRun
+from lightning_cco.export.ort_session import QuantizeNode
 from lightning_cco.export.outputs import Outputs, arrays_of, class_axes, tell
 from lightning_cco.export.report import ExportReport
 from lightning_cco.quantization.model import HookedModel

@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_cco.export.engine import QuantizeNode
+from lightning_cco.export.ort_session import QuantizeNode
 from lightning_cco.export.weight_blocks import PRODUCT
 
 SUFFIX = ".read"

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.axes import Axes
-from lightning_cco.export.deployed import Deployed
+from lightning_cco.export.batch_chunks import MOST_SAMPLES, Samples, left_out_of_the_check
+from lightning_cco.export.check_limits import judge, refuse_floats
+from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.destination import export_target, move
+from lightning_cco.export.dynamic_axes import Axes
 from lightning_cco.export.engines import BY_ENDING, Converted, Engine, Reader
 from lightning_cco.export.failures import first_paragraph, need_engine, need_writable_names
 from lightning_cco.export.feeds import call_of
 from lightning_cco.export.layouts import in_usual_layout
-from lightning_cco.export.limits import judge, refuse_floats
 from lightning_cco.export.onnx_notes import notes_on_bits
 from lightning_cco.export.outputs import arrays_of
 from lightning_cco.export.precision import float_bytes, in_float32, other_types
@@ -27,7 +28,6 @@ from lightning_cco.export.program import example_of
 from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, levels_of
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import UNASKED, ExportReport, FloatIsland
-from lightning_cco.export.samples import MOST_SAMPLES, Samples, left_out_of_the_check
 from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.export.variations import varied
 from lightning_cco.files import temporary_folder

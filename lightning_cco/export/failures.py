@@ -12,10 +12,10 @@ import torch
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.engines import Engine
-from lightning_cco.graph.failing import came_through, failing_line
+from lightning_cco.graph.capture_coverage import is_scripted
+from lightning_cco.graph.error_location import came_through, failing_line
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.operands import SPARSE_NOTE
-from lightning_cco.graph.reached import is_scripted
 from lightning_cco.names import list_names, quote
 
 _NEEDED = {"torch": "2.8", "onnx": "1.17", "onnxscript": "0.6", "onnxruntime": "1.20"}

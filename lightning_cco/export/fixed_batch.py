@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.deployed import Deployed
+from lightning_cco.export.batch_chunks import MOST_SAMPLES, Samples, left_out_of_the_check
+from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.engines import Engine
-from lightning_cco.export.samples import MOST_SAMPLES, Samples, left_out_of_the_check
 
 Call = tuple[Tensor, ...]
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.nested import ArgPath, mapped, name_of
+from lightning_cco.export.nested_tensors import ArgPath, mapped, name_of
 
 
 class ForwardSignature:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from lightning_cco.errors import CCOError
+from lightning_cco.export.check_limits import Limits, judge
 from lightning_cco.export.comparison import Comparison
 from lightning_cco.export.destination import size_of
-from lightning_cco.export.engine import constants, inspected_session, rounded_tensors, session_of
 from lightning_cco.export.feeds import ForwardArguments, feeds_of, fits
-from lightning_cco.export.limits import Limits, judge
+from lightning_cco.export.ort_session import constants, inspected_session, rounded_tensors, session_of
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
 from lightning_cco.quantization.model import HookedModel

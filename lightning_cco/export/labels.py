@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_cco.export.forward_signature import ForwardSignature
-from lightning_cco.export.nested import leaves
+from lightning_cco.export.nested_tensors import leaves
 
 _LABELS = ("label", "labels", "target", "targets", "y", "y_true", "start_positions", "end_positions")
 

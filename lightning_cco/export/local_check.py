@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.export.dynamic_reads import SUFFIX
-from lightning_cco.export.engine import QuantizeNode, operand_name
+from lightning_cco.export.ort_session import QuantizeNode, operand_name
 from lightning_cco.quantization.dynamic_activations import DynamicQuantizer
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.sites import dynamic_quantizers

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_cco.export.sizes import SizesDoNotVary, lengthened, other_sizes, takes
+from lightning_cco.export.dynamic_sizes import SizesDoNotVary, lengthened, other_sizes, takes
 from lightning_cco.quantization.model import HookedModel
 
 Shapes = Sequence[Sequence[Any]]

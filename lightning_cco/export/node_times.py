@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_cco.export.engine import engine_session
+from lightning_cco.export.ort_session import engine_session
 from lightning_cco.export.provenance import NodeLayers
 
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "ReorderInput", "ReorderOutput")

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.check import check_file
-from lightning_cco.export.deployed import Deployed
+from lightning_cco.export.check_limits import MEAN_STEPS, Limits, judge
+from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.destination import export_target, move, size_of
+from lightning_cco.export.dynamic_sizes import Sizes, Ways, sizes_to_vary
 from lightning_cco.export.engines import ENGINES
 from lightning_cco.export.failures import need_engine, need_onnx_forms, need_packages, need_writable_names
 from lightning_cco.export.feeds import ForwardArguments, call_of
 from lightning_cco.export.fixed_batch import of_one_sample, refuse_varying
 from lightning_cco.export.half_precision import write_fp16
-from lightning_cco.export.limits import MEAN_STEPS, Limits, judge
 from lightning_cco.export.node_times import Written
 from lightning_cco.export.onnx_notes import (
     notes_on_inputs,
@@ -33,7 +34,6 @@ from lightning_cco.export.onnx_writer import write_onnx
 from lightning_cco.export.options import checked_options
 from lightning_cco.export.precision import float_bytes, in_float32, other_types
 from lightning_cco.export.report import ExportReport
-from lightning_cco.export.sizes import Sizes, Ways, sizes_to_vary
 from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.files import temporary_folder
 from lightning_cco.graph.compiled import eager

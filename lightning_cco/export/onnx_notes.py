@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 from lightning_cco.errors import CCOWarning
-from lightning_cco.export.deployed import Deployed
+from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.engine_patterns import overflow_advice
 from lightning_cco.export.engines import Form
 from lightning_cco.export.qdq_emitter import Emitter

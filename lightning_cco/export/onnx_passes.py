@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lightning_cco.compat.onnx_exporter import scopes_text
-from lightning_cco.export.deployed import PREFIX
+from lightning_cco.export.deployed_forward import PREFIX
 
 NAME = "lightning_cco.quantizer"
 """Metadata of a QuantizeLinear: the name of its quantizer."""

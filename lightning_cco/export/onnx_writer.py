@@ -15,19 +15,19 @@ import torch
 from lightning_cco.compat.onnx_exporter import LOGGERS
 from lightning_cco.errors import CCOError
 from lightning_cco.export import onnx_passes
-from lightning_cco.export.axes import Axes, check_axis_names, name_axes, ways_to_vary
-from lightning_cco.export.deployed import Deployed
+from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.dialects import OnnxDialect
+from lightning_cco.export.dynamic_axes import Axes, check_axis_names, name_axes, ways_to_vary
+from lightning_cco.export.dynamic_sizes import Sizes, VaryingSizesCost, limits_of, refuse_long_sizes
 from lightning_cco.export.engines import ENGINES, Form
 from lightning_cco.export.failures import failed, inexpressible, kind_of
-from lightning_cco.export.first_way import first_way
 from lightning_cco.export.named_axes import bounds_of
 from lightning_cco.export.provenance import layers_of_nodes
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.rewriting import rewrite
-from lightning_cco.export.sizes import Sizes, VaryingSizesCost, limits_of, refuse_long_sizes
-from lightning_cco.export.stored import StoredWeights
+from lightning_cco.export.stored_tensors import StoredWeights
+from lightning_cco.export.trace_attempts import first_way
 from lightning_cco.export.tracing import traced_program
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.version import __version__

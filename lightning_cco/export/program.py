@@ -13,21 +13,21 @@ from typing import Any
 import torch
 
 from lightning_cco.errors import CCOError, CCOWarning
-from lightning_cco.export.axes import Axes, ways_to_vary
 from lightning_cco.export.batch_check import check_program_batch, program_agrees, shapes_in
-from lightning_cco.export.deployed import Deployed
+from lightning_cco.export.check_limits import judge
+from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.destination import export_target
+from lightning_cco.export.dynamic_axes import Axes, ways_to_vary
+from lightning_cco.export.dynamic_sizes import SizesDoNotVary, batch_fixed_since
 from lightning_cco.export.engines import PROGRAMS, Form
 from lightning_cco.export.failures import BatchDoesNotVary, kind_of, need_packages, need_writable_names, untraceable
 from lightning_cco.export.feeds import call_of
-from lightning_cco.export.limits import judge
 from lightning_cco.export.named_axes import bounds_of, check_named_axes
 from lightning_cco.export.outputs import arrays_of
 from lightning_cco.export.precision import in_float32, other_types
 from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, format_faults
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import ExportReport
-from lightning_cco.export.sizes import SizesDoNotVary, batch_fixed_since
 from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.export.tracing import traced_program
 from lightning_cco.files import temporary_folder

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_cco.export.dialects.pt2e_operators import SHIFT
-from lightning_cco.export.engine import QuantizeNode
 from lightning_cco.export.local_check import LocalRun
+from lightning_cco.export.ort_session import QuantizeNode
 from lightning_cco.export.outputs import Arrays, Outputs, arrays_of, class_axes, tell
 from lightning_cco.export.provenance import PAIR, noted
 from lightning_cco.export.qdq_emitter import Emitter

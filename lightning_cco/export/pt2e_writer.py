@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.axes import Axes
-from lightning_cco.export.deployed import Deployed
+from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.dialects import Pt2eDialect
-from lightning_cco.export.engine import QuantizeNode
+from lightning_cco.export.dynamic_axes import Axes
 from lightning_cco.export.engines import ENGINES, PROGRAMS, Engine, Form
 from lightning_cco.export.failures import failed
-from lightning_cco.export.first_way import first_way
+from lightning_cco.export.ort_session import QuantizeNode
 from lightning_cco.export.pt2e_floats import compute_in_float32
 from lightning_cco.export.pt2e_passes import Passes
 from lightning_cco.export.qdq_emitter import Emitter
-from lightning_cco.export.stored import StoredWeights
+from lightning_cco.export.stored_tensors import StoredWeights
+from lightning_cco.export.trace_attempts import first_way
 from lightning_cco.export.tracing import traced_program
 from lightning_cco.quantization.model import HookedModel
 

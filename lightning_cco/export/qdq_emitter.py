@@ -19,16 +19,16 @@ from lightning_cco.export.engine_patterns import added_apart, attention, average
 from lightning_cco.export.engines import Form
 from lightning_cco.export.failures import untraceable
 from lightning_cco.export.fold_batch_norm import IntegerWeight
-from lightning_cco.export.pooling import averaged, averaged_in_float, window_weight
+from lightning_cco.export.pooling_as_convolution import averaged, averaged_in_float, window_weight
 from lightning_cco.export.provenance import noting
 from lightning_cco.export.qdq_pairs import QdqPairs
 from lightning_cco.export.relu_on_floats import maximum, maximum_in_place, relus_on_floats
-from lightning_cco.export.stored import StoredWeights
+from lightning_cco.export.stored_tensors import StoredWeights
 from lightning_cco.export.weight_blocks import Block
 from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.graph.captured import CallSite
 from lightning_cco.graph.compiled import mode_stack, restore_modes
-from lightning_cco.graph.equations import einsum_by_matmul
+from lightning_cco.graph.einsum_equations import einsum_by_matmul
 from lightning_cco.graph.ops import Category, operation
 from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel

@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from lightning_cco.export.dialects import Dialect, Format
-from lightning_cco.export.engine import operand_name
 from lightning_cco.export.engine_patterns import without_bound
 from lightning_cco.export.engines import Form
 from lightning_cco.export.fold_batch_norm import IntegerWeight
-from lightning_cco.export.stored import StoredWeights
+from lightning_cco.export.ort_session import operand_name
+from lightning_cco.export.stored_tensors import StoredWeights
 from lightning_cco.graph.captured import CallSite
 from lightning_cco.graph.ops import Category
-from lightning_cco.quantization.arguments import replaced
+from lightning_cco.quantization.call_arguments import replaced
 from lightning_cco.quantization.clamp_limits import LIMITS
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.qparams import level_bounds, quant_range

@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lightning_cco.figures import number_of
 from lightning_cco.files import write_file
+from lightning_cco.number_format import number_of
 
 UNPLANNED = "planned in INT8, but"
 """How the reason begins of a layer that is planned in INT8 and that the engine computes in float."""

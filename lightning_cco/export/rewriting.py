@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_cco.export import onnx_passes
-from lightning_cco.export.constants import arrange_integers
 from lightning_cco.export.counted_sizes import count_sizes
 from lightning_cco.export.engines import Engine, Form
 from lightning_cco.export.float_types import compute_in_float32
-from lightning_cco.export.products import fill_biases, split_products, store_transposed
-from lightning_cco.export.separated import keep_float_weights, separate_roundings
+from lightning_cco.export.fusion_barriers import keep_float_weights, separate_roundings
+from lightning_cco.export.integer_constants import arrange_integers
+from lightning_cco.export.qdq_per_operator import carry_pairs, clamp_between_pairs, round_tables
+from lightning_cco.export.split_linear import fill_biases, split_products, store_transposed
 from lightning_cco.export.weight_blocks import share_packed
-from lightning_cco.export.wrapped import carry_pairs, clamp_between_pairs, round_tables
 
 _BEFORE_SHARING: tuple[tuple[Form, tuple[Callable[[Any], None], ...]], ...] = (
     (Form.COUNTED_SIZES, (count_sizes,)),

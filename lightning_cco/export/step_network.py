@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.nested import leaves, mapped
+from lightning_cco.export.nested_tensors import leaves, mapped
 from lightning_cco.graph.compiled import BlockMode
 from lightning_cco.quantization.model import HookedModel
 

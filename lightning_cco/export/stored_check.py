@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_cco.compat.modules import BatchNormBase
-from lightning_cco.export.engine import QuantizeNode, constants
 from lightning_cco.export.engine_patterns import shortened
 from lightning_cco.export.fold_batch_norm import IntegerWeight
+from lightning_cco.export.ort_session import QuantizeNode, constants
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.stored_blocks import ALMOST, StoredBlocks, attribute, stored_blocks
 from lightning_cco.graph.ops import operation_of_kind

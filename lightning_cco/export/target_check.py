@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from lightning_cco.errors import CCOError, CCOWarning
-from lightning_cco.export.engine import QuantizeNode
+from lightning_cco.export.check_limits import judge, refuse_floats
 from lightning_cco.export.engine_patterns import adds_products_exactly
 from lightning_cco.export.engines import Engine, Loaded
-from lightning_cco.export.limits import judge, refuse_floats
 from lightning_cco.export.local_check import LocalRun
+from lightning_cco.export.ort_session import QuantizeNode
 from lightning_cco.export.outputs import Arrays, Outputs
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import UNPLANNED, ExportReport, FloatIsland, LayerDifference

@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from lightning_cco.compat.autograd import applied
 from lightning_cco.compat.dynamo import TAKE_FUNCTIONS
-from lightning_cco.graph.beside import ValueReaders
 from lightning_cco.graph.call import Call
 from lightning_cco.graph.call_node import CallNode, ModuleCall
-from lightning_cco.graph.carried import Carried, drawn_apart
+from lightning_cco.graph.carried_state import Carried, drawn_apart
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.custom_functions import CustomCall, running_function
 from lightning_cco.graph.higher_order import IN_FLOAT, WatchedBodies
 from lightning_cco.graph.network import OuterCall, is_metric
 from lightning_cco.graph.operands import is_attention_mask, is_mask_like, operands_of
+from lightning_cco.graph.operator_calls import is_custom
 from lightning_cco.graph.ops import DRAWS_WEIGHTS, MAKES_OF_DATA, OVERWRITES, RANDOM, READS_OUT, READS_VALUES, Category, Op, operation
 from lightning_cco.graph.origins import DRAWN, Origin, is_constant
+from lightning_cco.graph.outside_readers import ValueReaders
 from lightning_cco.graph.records import Operand, Seen, refuse_tensors
 from lightning_cco.graph.sources import Sources, names_of
-from lightning_cco.graph.spelling import is_custom
 
 
 class CallTracer:

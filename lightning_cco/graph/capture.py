@@ -10,15 +10,15 @@ from torch import nn
 
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.call_node import CallNode
+from lightning_cco.graph.capture_coverage import in_other_threads, is_within, only_asked, out_of_sight, used_unseen, without_int8_form
 from lightning_cco.graph.captured import Capture, assemble
-from lightning_cco.graph.carried import NOTHING, Carried, KeptConstant, carried_now, unchanged
+from lightning_cco.graph.carried_state import NOTHING, Carried, KeptConstant, carried_now, unchanged
 from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.containers import LOOKED_INTO
-from lightning_cco.graph.failing import failing_module
+from lightning_cco.graph.error_location import failing_module
+from lightning_cco.graph.generated_weights import warn_of_weights_kept, warn_of_weights_made
 from lightning_cco.graph.layer_graph import LayerGraph
-from lightning_cco.graph.made_weights import warn_of_weights_kept, warn_of_weights_made
 from lightning_cco.graph.modes import as_now, switch_training, uncollected
-from lightning_cco.graph.reached import in_other_threads, is_within, only_asked, out_of_sight, used_unseen, without_int8_form
 from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.graph.trace import Tracer
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 
 from lightning_cco.graph.call import ArgPath, Weight
 from lightning_cco.graph.call_node import CallNode
+from lightning_cco.graph.capture_coverage import is_within
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.matching import match_training, merge_repeats, overwritten_calls
 from lightning_cco.graph.ops import Op
-from lightning_cco.graph.reached import is_within
 from lightning_cco.graph.trace import Tracer
 
 

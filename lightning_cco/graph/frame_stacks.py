@@ -23,10 +23,10 @@ from lightning_cco.compat.dynamo import TAKE_FUNCTIONS, traces_a_body
 from lightning_cco.graph.attention import multi_head_attention
 from lightning_cco.graph.call_node import Arguments, ModuleCall
 from lightning_cco.graph.compiled import BlockMode, HiddenMode, hide_from_graph, mode_stack, register_listener, restore_modes
-from lightning_cco.graph.foreign import CallOwner, owner_of_call
+from lightning_cco.graph.framework_calls import CallOwner, owner_of_call
 from lightning_cco.graph.hooks import Hooks
+from lightning_cco.graph.operator_calls import as_function, is_operator, name_of_operator
 from lightning_cco.graph.recompute import COMPILED_CHECKPOINTS, InContext, Resumed, UnderMode, running_checkpoint
-from lightning_cco.graph.spelling import as_function, is_operator, name_of_operator
 
 _FUNCTIONS = frozenset((BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType))
 """Types of torch functions whose name says what they do; operators have names of another form."""

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from lightning_cco.graph.beside import with_reader
 from lightning_cco.graph.call import Call
 from lightning_cco.graph.ops import Category
+from lightning_cco.graph.outside_readers import with_reader
 
 
 def merge_repeats(calls: list[Call]) -> tuple[list[Call], dict[int, int]]:

@@ -24,10 +24,7 @@ from lightning_cco.compat.modules import OF_MODULES, buffers_of, cells_of, hooks
 from lightning_cco.compat.torch_modes import is_functorch_wrapped
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.containers import bytes_of, tensors_in
-from lightning_cco.graph.kept_attributes import KeptAttributes
-from lightning_cco.graph.kept_caches import environment_of, held_by, is_cache, undo_cache
-from lightning_cco.graph.kept_hooks import undo_hooks
-from lightning_cco.graph.outside_state import (
+from lightning_cco.graph.global_state import (
     ClassAttributes,
     Names,
     Slots,
@@ -38,7 +35,10 @@ from lightning_cco.graph.outside_state import (
     slots_of,
 )
 from lightning_cco.graph.replayed_iterators import RecordingIterator, is_iterator
-from lightning_cco.graph.undo import is_same, restore, undo_array, undo_contents, undo_value
+from lightning_cco.graph.saved_attributes import KeptAttributes
+from lightning_cco.graph.saved_caches import environment_of, held_by, is_cache, undo_cache
+from lightning_cco.graph.saved_hooks import undo_hooks
+from lightning_cco.graph.saved_values import is_same, restore, undo_array, undo_contents, undo_value
 
 _MOST_ITEMS, _MOST_OBJECTS = 10_000, 50_000
 _LARGE, _LARGE_OUTSIDE = 1 << 28, 1 << 20

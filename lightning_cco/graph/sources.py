@@ -12,10 +12,10 @@ from lightning_cco.compat.modules import CONTENTS
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.call import Call, Read
 from lightning_cco.graph.call_node import CallNode, ModuleCall
-from lightning_cco.graph.carried import Carried, KeptConstant
+from lightning_cco.graph.carried_state import Carried, KeptConstant
+from lightning_cco.graph.constant_slices import Cuts
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.custom_functions import CustomCall
-from lightning_cco.graph.cuts import Cuts
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.operands import MASK_NOTE, dtype_name, is_quantizable
 from lightning_cco.graph.ops import Category, Op

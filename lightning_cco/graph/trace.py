@@ -12,20 +12,20 @@ from torch import nn
 from torch.compiler import is_compiling
 from torch.distributed.tensor import DTensor
 
-from lightning_cco.graph.beside import beside, looked_at, with_reader
 from lightning_cco.graph.call import Call, Read
 from lightning_cco.graph.call_node import CallNode, ModuleCall
 from lightning_cco.graph.call_tracer import CallTracer
-from lightning_cco.graph.carried import NOTHING, Carried, KeptConstant
+from lightning_cco.graph.carried_state import NOTHING, Carried, KeptConstant
 from lightning_cco.graph.compiled import BlockMode, HiddenMode
 from lightning_cco.graph.containers import tensors_held
 from lightning_cco.graph.frames import Frames
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.network import End, OuterCall, find_network, has_parameters, is_metric
 from lightning_cco.graph.operands import dtype_name, is_quantizable
+from lightning_cco.graph.operator_calls import as_function, is_operator, name_of_operator
 from lightning_cco.graph.ops import Category, Op
+from lightning_cco.graph.outside_readers import beside, looked_at, with_reader
 from lightning_cco.graph.records import refuse_tensors
-from lightning_cco.graph.spelling import as_function, is_operator, name_of_operator
 
 
 class Tracer:

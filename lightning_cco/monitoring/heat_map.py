@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lightning_cco.figures import badness, is_above, short_figure
 from lightning_cco.names import last_parts, printable
+from lightning_cco.number_format import badness, is_above, short_figure
 
 _MOST_LAYERS = 60
 _MOST_EPOCHS = 40

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from lightning_cco.figures import badness
+from lightning_cco.number_format import badness
 
 FOLLOWED = 30  # layers with a curve of their own: as many as a page can show
 _KEPT_FIRST, _KEPT_LAST = 10, 30  # epochs in memory: what the heat map shows

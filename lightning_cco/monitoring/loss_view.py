@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from PIL import Image
 
-from lightning_cco.figures import badness, figure
 from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.monitoring.heat_map import heat_map
 from lightning_cco.monitoring.history import History
 from lightning_cco.monitoring.sensitivity_csv import SensitivityCsv
 from lightning_cco.monitoring.tables import text_table
 from lightning_cco.names import csv_cell
+from lightning_cco.number_format import badness, figure
 from lightning_cco.quantization.plan import QuantizationPlan
 
 CSV_HEADER = ["epoch", "layer", "module", "rounded", "bits", "loss_rise", "slope", "planned"]

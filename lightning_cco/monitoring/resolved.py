@@ -7,9 +7,9 @@ import math
 import yaml
 
 from lightning_cco.budget.plan import BudgetPlan
-from lightning_cco.figures import figure
 from lightning_cco.monitoring.plan_log import rounded_to
 from lightning_cco.names import literal, printable, yaml_value
+from lightning_cco.number_format import figure
 from lightning_cco.quantization.plan import QuantizationPlan
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 
 from lightning_cco.errors import CCOError
-from lightning_cco.figures import figure
 from lightning_cco.monitoring.report_files import PAGE
 from lightning_cco.monitoring.sensitivity_csv import HEADER
 from lightning_cco.monitoring.tables import text_table
 from lightning_cco.names import printable
+from lightning_cco.number_format import figure
 
 _SHOWN = ("layer", "module", "qs", "relative", "sqnr_db", "varying_sqnr_db", "accumulated_qs")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lightning_cco.figures import figure
 from lightning_cco.monitoring import tables
 from lightning_cco.monitoring.epoch import EpochMetrics, EpochResults
 from lightning_cco.monitoring.metric_modes import best_of
 from lightning_cco.monitoring.plan_log import plan_lines
 from lightning_cco.names import markdown_cell
+from lightning_cco.number_format import figure
 
 _MOST = 10  # layers in the table
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from lightning_cco.figures import figure
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.level_use import LayerLevels, worst_first
 from lightning_cco.monitoring.epoch import EpochMetrics
 from lightning_cco.monitoring.metric_modes import best_of
 from lightning_cco.names import markdown_cell, printable
+from lightning_cco.number_format import figure
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings

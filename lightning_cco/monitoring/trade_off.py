@@ -11,9 +11,9 @@ from itertools import pairwise
 from PIL import Image, ImageDraw, ImageFont
 
 from lightning_cco.budget.plan import TITLES, BudgetPlan, Point
-from lightning_cco.figures import figure, short_figure
 from lightning_cco.monitoring.tables import text_table
 from lightning_cco.names import csv_cell, printable
+from lightning_cco.number_format import figure, short_figure
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 440, 90, 30, 44, 56
 _LINE, _CHOSEN, _UNIFORM, _GRID = (24, 66, 122), (198, 40, 40), (35, 147, 74), (222, 226, 230)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_cco.quantization.late_reads import LateRead
+from lightning_cco.quantization.async_reads import LateRead
 from lightning_cco.quantization.qparams import affine_qparams
 from lightning_cco.quantization.ranges import (
     FEW_BITS,

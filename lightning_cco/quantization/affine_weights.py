@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_cco.quantization import operations
+from lightning_cco.quantization.differentiable_operations import straight_through
 from lightning_cco.quantization.native import Kernels, kernels_for
-from lightning_cco.quantization.open_operations import straight_through
 from lightning_cco.quantization.qparams import SMALLEST_SCALE, smallest_scale
 from lightning_cco.quantization.tracing import runs_plainly
 from lightning_cco.quantization.weight_clipping import best_affine_ratios

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from lightning_cco.errors import CCOWarning
-from lightning_cco.graph.beside import hooked_modules
 from lightning_cco.graph.call_node import CallNode, ModuleCall
+from lightning_cco.graph.capture_coverage import frozen_modules, is_within
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.ops import OPS, Category, operation
-from lightning_cco.graph.reached import frozen_modules, is_within
+from lightning_cco.graph.outside_readers import hooked_modules
 from lightning_cco.names import list_names
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.sites import SiteQuantizers

@@ -18,8 +18,8 @@ from lightning_cco.graph.call import ArgPath
 from lightning_cco.graph.captured import CallSite
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.layer_graph import LayerGraph
+from lightning_cco.quantization.differentiable_operations import straight_through
 from lightning_cco.quantization.native import kernels_for
-from lightning_cco.quantization.open_operations import straight_through
 from lightning_cco.quantization.rules import BY_ITSELF, ResolvedRules
 from lightning_cco.quantization.targets import Target
 from lightning_cco.quantization.tracing import runs_plainly

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lightning_cco.compat.autograd import plain_apply
 from lightning_cco.quantization import operations
+from lightning_cco.quantization.differentiable_operations import fake_quantize_openly, where_clamp_passes
 from lightning_cco.quantization.gradient_holders import fewest_holders, holders
 from lightning_cco.quantization.native import Kernels, ReadyGrid, kernels_for
-from lightning_cco.quantization.open_operations import fake_quantize_openly, where_clamp_passes
 from lightning_cco.quantization.qparams import NO_LIMITS, Grid, grid_of, grid_of_numbers, quant_range
 from lightning_cco.quantization.small_tensors import round_small
 from lightning_cco.quantization.tracing import behind_transforms, runs_plainly

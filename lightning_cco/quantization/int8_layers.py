@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.quantization.connections import Connections
-from lightning_cco.quantization.exact import ExactReaders
+from lightning_cco.quantization.exact_readers import ExactReaders
 from lightning_cco.quantization.groups import Groups, has_statistics
-from lightning_cco.quantization.residual import ResidualStream
+from lightning_cco.quantization.residual_stream import ResidualStream
 from lightning_cco.quantization.rules import ResolvedRules
 from lightning_cco.quantization.skip_reasons import Skip, SkipReason
 from lightning_cco.quantization.targets import Target

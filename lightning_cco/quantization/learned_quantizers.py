@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
+from lightning_cco.quantization.differentiable_operations import rounded_weight
 from lightning_cco.quantization.learned_scales import learned_activation, learned_weight
-from lightning_cco.quantization.open_operations import rounded_weight
 from lightning_cco.quantization.qparams import quant_range, smallest_scale, weight_scale
 from lightning_cco.quantization.tracing import runs_plainly
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_cco.quantization.differentiable_operations import rounded_weight
 from lightning_cco.quantization.fake_quantize import fake_quantize
-from lightning_cco.quantization.open_operations import rounded_weight
 from lightning_cco.quantization.qparams import INF, NO_LIMITS, quant_range
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_cco.compat.torch_modes import is_functorch_wrapped
 from lightning_cco.graph.call_node import ModuleCall
-from lightning_cco.quantization.arguments import at, renormalized, replaced
+from lightning_cco.quantization.call_arguments import at, renormalized, replaced
 from lightning_cco.quantization.rounded_calls import results_of, with_dynamic
 from lightning_cco.quantization.sites import SiteQuantizers
 from lightning_cco.quantization.tracing import behind_transforms

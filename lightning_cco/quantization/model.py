@@ -16,19 +16,19 @@ from lightning_cco.graph.captured import Capture
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.modes import evaluating, random_apart, uncollected
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
+from lightning_cco.quantization.already_quantized import refuse_quantized_parts
 from lightning_cco.quantization.bias_correction import BiasCorrection, Shifts, corrected_channels
-from lightning_cco.quantization.build import build_quantizers
+from lightning_cco.quantization.build_quantizers import build_quantizers
 from lightning_cco.quantization.calibration import check_weights, chosen_quantizers, finish_calibration, warn_of_zeros
 from lightning_cco.quantization.forward_call import Forward, call_with
-from lightning_cco.quantization.fresh_norms import by_batch_statistics, fresh_norms, warn_of_frozen_ranges
 from lightning_cco.quantization.moving_ranges import MovingRanges
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.planner import plan_quantization
-from lightning_cco.quantization.quantized_before import refuse_quantized_parts
 from lightning_cco.quantization.runtime import Runtime
 from lightning_cco.quantization.scale_learner import ScaleLearner
 from lightning_cco.quantization.state import check_fits, load_corrections, load_ranges, load_weight_scales, plan_differences, state_of
 from lightning_cco.quantization.tensor_key import TensorKey
+from lightning_cco.quantization.untrained_norms import by_batch_statistics, fresh_norms, warn_of_frozen_ranges
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 from lightning_cco.settings import Settings, load_settings
 

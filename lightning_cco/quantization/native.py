@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_cco.quantization.addresses import MOST_SIGNED, MOST_UNSIGNED, address_like, address_of, last_level
 from lightning_cco.quantization.kernel_library import declare_types, log, open_library
 from lightning_cco.quantization.layouts import around, is_dense
 from lightning_cco.quantization.native_check import wrong_function
+from lightning_cco.quantization.pointer_checks import MOST_SIGNED, MOST_UNSIGNED, address_like, address_of, last_level
 from lightning_cco.quantization.tracing import is_plain, runs_plainly
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}

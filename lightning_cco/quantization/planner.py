@@ -10,11 +10,11 @@ from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category
 from lightning_cco.quantization.connections import Connections
 from lightning_cco.quantization.dynamic_activations import find_dynamic
-from lightning_cco.quantization.exact import UNSEEN, ExactReaders, Placement
+from lightning_cco.quantization.exact_readers import UNSEEN, ExactReaders, Placement
 from lightning_cco.quantization.int8_layers import Int8Layers
 from lightning_cco.quantization.plan import Boundary, LayerDecision, QuantizationPlan, TensorSpec
 from lightning_cco.quantization.ranges import FEW_BITS
-from lightning_cco.quantization.residual import INT8_BITS, ResidualStream
+from lightning_cco.quantization.residual_stream import INT8_BITS, ResidualStream
 from lightning_cco.quantization.rule_effects import warn_of_rules_without_effect
 from lightning_cco.quantization.rules import ResolvedRules, apply_rules
 from lightning_cco.quantization.skip_reasons import Skip, SkipReason

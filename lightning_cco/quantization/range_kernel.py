@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_cco.compat.modules import buffers_of
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
-from lightning_cco.quantization.addresses import address_of
 from lightning_cco.quantization.native import load
+from lightning_cco.quantization.pointer_checks import address_of
 from lightning_cco.quantization.tracing import is_plain, runs_plainly
 
 _BUFFERS = ("extrema", "min_val", "max_val", "scale", "zero_point", "clip_ratio")  # in the order of the C struct

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
-from lightning_cco.quantization.arguments import replaced
+from lightning_cco.quantization.call_arguments import replaced
 from lightning_cco.quantization.sites import SiteQuantizers
 from lightning_cco.quantization.weight_recompute import RecomputedWeight, saving_recomputed
 

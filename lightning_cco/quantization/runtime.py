@@ -18,9 +18,8 @@ from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.frames import Frames
 from lightning_cco.graph.python_calls import calling_position
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
-from lightning_cco.quantization.arguments import renormalized
 from lightning_cco.quantization.bias_correction import BiasCorrection
-from lightning_cco.quantization.blocks import Blocks
+from lightning_cco.quantization.call_arguments import renormalized
 from lightning_cco.quantization.capture_mismatches import COMPUTES, CaptureMismatches
 from lightning_cco.quantization.measured_calls import (
     OutputRecorder,
@@ -34,6 +33,7 @@ from lightning_cco.quantization.measured_calls import (
 from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.rounded_calls import with_inputs, with_outputs
+from lightning_cco.quantization.runtime_contexts import Blocks
 from lightning_cco.quantization.sites import SiteQuantizers, fill_tables, unwatched_modules
 from lightning_cco.quantization.small_tensors import has_small_gradient
 from lightning_cco.quantization.tensor_key import TensorKey

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from lightning_cco.graph.equations import matrix_product
+from lightning_cco.graph.einsum_equations import matrix_product
 from lightning_cco.graph.layer import FLOATS, Layer
 
 _CELLS = frozenset({"lstm_cell", "gru_cell", "rnn_cell"})

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from lightning_cco.errors import CCOError
-from lightning_cco.quantization.addresses import MOST_SIGNED, last_level
 from lightning_cco.quantization.kernel_check import best_scales, some_values
 from lightning_cco.quantization.kernel_library import log
 from lightning_cco.quantization.layouts import around, is_dense
 from lightning_cco.quantization.native import Kernels, kernels_for
+from lightning_cco.quantization.pointer_checks import MOST_SIGNED, last_level
 from lightning_cco.quantization.tracing import is_plain, runs_plainly
 
 FORMATS = frozenset((torch.float32, torch.bfloat16, torch.float16))

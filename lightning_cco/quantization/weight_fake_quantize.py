@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, is_grad_enabled
 
 from lightning_cco.compat.autograd import plain_apply
+from lightning_cco.quantization.differentiable_operations import fake_quantize_weight_openly
 from lightning_cco.quantization.native import Kernels
-from lightning_cco.quantization.open_operations import fake_quantize_weight_openly
 from lightning_cco.quantization.qparams import SMALLEST_SCALE, quant_range, weight_scale
 from lightning_cco.quantization.small_tensors import round_small_weight
 from lightning_cco.quantization.tracing import runs_plainly

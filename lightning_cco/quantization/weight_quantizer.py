@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
-from lightning_cco.quantization.open_operations import rounded_weight, straight_through
+from lightning_cco.quantization.differentiable_operations import rounded_weight, straight_through
 from lightning_cco.quantization.qparams import Bound, quant_range, weight_scale
 from lightning_cco.quantization.ranges import weight_estimator
 from lightning_cco.quantization.tracing import runs_plainly

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_cco import quantize
-from lightning_cco.graph.equations import einsum_by_matmul, matrix_product
+from lightning_cco.graph.einsum_equations import einsum_by_matmul, matrix_product
 
 MATRIX = {
     "bi,oi->bo": (8,),

@@ -97,7 +97,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Form], None]:
 
     def write(name: str, form: Form) -> None:
         engine = replace(ENGINES[name], wants=tuple(want for want in ENGINES[name].wants if want.form is not form))
-        monkeypatch.setattr("lightning_cco.export.stored.ENGINES", {**ENGINES, name: engine})
+        monkeypatch.setattr("lightning_cco.export.stored_tensors.ENGINES", {**ENGINES, name: engine})
 
     return write
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_cco import CCOError, CCOWarning, QuantizedModel, quantize
 from lightning_cco.export.batch_check import other_batches
-from lightning_cco.export.sizes import SizesDoNotVary, VaryingSizesCost, Ways
+from lightning_cco.export.dynamic_sizes import SizesDoNotVary, VaryingSizesCost, Ways
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 

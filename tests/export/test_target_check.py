@@ -68,7 +68,7 @@ def test_a_layer_that_the_target_computes_otherwise_is_named(tmp_path: Path, mon
     """Without the form of a maximum that OpenVINO computes rightly."""
     pytest.importorskip("openvino")
     wants = tuple(want for want in ENGINES["openvino"].wants if want.form is not Form.SORTED_MAXIMA)
-    monkeypatch.setattr("lightning_cco.export.stored.ENGINES", {"openvino": replace(ENGINES["openvino"], wants=wants)})
+    monkeypatch.setattr("lightning_cco.export.stored_tensors.ENGINES", {"openvino": replace(ENGINES["openvino"], wants=wants)})
     ids = torch.randint(0, 20, (4, 5))
     quantized = quantize(Largest().eval(), settings("openvino"), (ids,))
     quantized.calibrate([ids])
@@ -86,7 +86,7 @@ class Failing:
 
 def test_a_file_that_the_target_can_not_load_is_refused_with_the_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = replace(ENGINES["openvino"], load=Failing, package="numpy")
-    monkeypatch.setattr("lightning_cco.export.stored.ENGINES", {"openvino": engine})
+    monkeypatch.setattr("lightning_cco.export.stored_tensors.ENGINES", {"openvino": engine})
     x = torch.randn(2, 3, 8, 8)
     quantized = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval(), settings("openvino"), (x,))
     quantized.calibrate([x])
@@ -110,7 +110,7 @@ class Slow:
 
 def test_planned_products_in_float_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino")
-    monkeypatch.setattr("lightning_cco.export.stored.ENGINES", {"openvino": replace(ENGINES["openvino"], load=Slow)})
+    monkeypatch.setattr("lightning_cco.export.stored_tensors.ENGINES", {"openvino": replace(ENGINES["openvino"], load=Slow)})
     monkeypatch.setattr("lightning_cco.export.onnx_file.check_file", check.check_file)  # this test wants what no other may have
     x = torch.randn(2, 3, 8, 8)
     quantized = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval(), settings("openvino"), (x,))

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lightning_cco.export.limits import Limits
+from lightning_cco.export.check_limits import Limits
 
 
 class Form(Enum):

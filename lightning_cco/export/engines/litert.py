@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lightning_cco.export.check_limits import Limits
 from lightning_cco.export.engines.entry import Engine, Form, Want
 from lightning_cco.export.engines.program_reader import ProgramReader
-from lightning_cco.export.limits import Limits
 
 
 class LiteRT(ProgramReader):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from lightning_cco.export.check_limits import Limits
 from lightning_cco.export.engines.entry import Computed, Engine, Form, Want
 from lightning_cco.export.engines.worker import FileWorker
-from lightning_cco.export.limits import Limits
 
 _PRODUCTS = ("Conv2d", "Conv3d", "DepthWiseConv2d", "TransposeConv2d", "TransposeConv3d", "FullyConnected", "MatMul", "Lstm", "Gru")
 _CANARIES = "tests/export/test_qnn_canaries.py"

@@ -25,10 +25,10 @@ from lightning_cco.compat.lightning_loaders import (
     training_loader,
 )
 from lightning_cco.compat.lightning_trainer import validation_loader
-from lightning_cco.early_iterator import Begun, Lookahead
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.snapshot import Snapshot
-from lightning_cco.spare_loader import draws_by_a_known_order, read_apart, skip_batches, spare_loader
+from lightning_cco.loader_copy import draws_by_a_known_order, read_apart, skip_batches, spare_loader
+from lightning_cco.prefetch_iterator import Begun, Lookahead
 
 _KEPT_BYTES = 1 << 30
 """How much memory the batches that were drawn early may take until they are trained on."""

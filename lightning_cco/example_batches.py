@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_debug
 
 from lightning_cco.batches import ForwardFn, forward_arguments, forward_through_model, on_a_copy
 from lightning_cco.errors import CCOError, CCOWarning
-from lightning_cco.export.nested import leaves
+from lightning_cco.export.nested_tensors import leaves
 from lightning_cco.export.step_network import StepNetwork, network_of_the_step
 from lightning_cco.quantized_model import QuantizedModel
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_cco import QuantizedModel, quantize
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
-from lightning_cco.quantization.fresh_norms import by_batch_statistics, fresh_norms
 from lightning_cco.quantization.range_updates import new_outliers, update_ranges
+from lightning_cco.quantization.untrained_norms import by_batch_statistics, fresh_norms
 
 digits = load_digits()
 IMAGES, LABELS = torch.tensor(digits.images, dtype=torch.float32)[:512, None] / 16, torch.tensor(digits.target)[:512]

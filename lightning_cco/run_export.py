@@ -12,14 +12,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_cco.batches import ForwardFn
-from lightning_cco.budgeted import recipe_of
+from lightning_cco.budget_run import recipe_of
 from lightning_cco.checkpoints import best_checkpoint, check_callback_state, load_weights, read_checkpoint
 from lightning_cco.errors import CCOError
+from lightning_cco.example_batches import calibrate_on_held, calls_of, checks_of
 from lightning_cco.export.destination import announcement, holds_weights_alone, is_program
 from lightning_cco.export.engines import ENGINES, PROGRAMS
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export_dir import as_before
-from lightning_cco.held_batches import calibrate_on_held, calls_of, checks_of
 from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.settings import Settings
 from lightning_cco.strategies import is_sharded

@@ -17,10 +17,10 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import IterableDataset
 
 from lightning_cco.compat.lightning_loaders import NOT_BEGUN, is_plain_loader, mode_of
-from lightning_cco.data_apart import Apart, set_generator, state_of_generator
+from lightning_cco.dataset_copy import Apart, set_generator, state_of_generator
 from lightning_cco.graph.snapshot import Snapshot
-from lightning_cco.one_shot import gives_again
 from lightning_cco.random_numbers import RandomState, isolated_random
+from lightning_cco.repeatable_data import gives_again
 
 _OUTSIDE = "_lightning_cco_outside"
 """Where a spare loader keeps what its data may change outside of itself."""

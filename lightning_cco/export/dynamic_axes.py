@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.deployed import Deployed
+from lightning_cco.export.deployed_forward import Deployed
 
 Specification = dict[int, Any]
 """Axis → what `torch.export` is told of it: ``Dim.DYNAMIC``, ``Dim.AUTO`` or a ``Dim`` with a name."""

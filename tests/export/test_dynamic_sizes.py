@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import lightning_cco as cc
 from lightning_cco import CCOError
-from lightning_cco.export.engine import engine_session
 from lightning_cco.export.engines import ENGINES
+from lightning_cco.export.ort_session import engine_session
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 

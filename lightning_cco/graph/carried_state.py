@@ -11,7 +11,7 @@ from lightning_cco.compat.modules import CONTENTS
 from lightning_cco.graph.call import Call
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.ops import RANDOM
-from lightning_cco.graph.undo import is_same
+from lightning_cco.graph.saved_values import is_same
 
 
 @dataclass(frozen=True)

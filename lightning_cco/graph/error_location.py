@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 from torch import nn
 
 from lightning_cco.compat.modules import called_module
-from lightning_cco.graph.outside_state import is_own_file
+from lightning_cco.graph.global_state import is_own_file
 from lightning_cco.names import quote
 
 

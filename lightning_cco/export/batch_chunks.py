@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_cco.export.deployed import Deployed
+from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.layouts import usual
-from lightning_cco.figures import number_of
+from lightning_cco.number_format import number_of
 
 MOST_SAMPLES = 16
 """So many samples are run in an engine at most: those for phones are slow on other processors."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.captured import Capture
-from lightning_cco.graph.cuts import whole_of
+from lightning_cco.graph.constant_slices import whole_of
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.affine_weight_quantizer import AffineWeightQuantizer
 from lightning_cco.quantization.learned_quantizers import LearnedActivationQuantizer, LearnedWeightQuantizer

@@ -15,7 +15,7 @@ from lightning_cco.export.fold_batch_norm import BatchNorm, IntegerWeight, integ
 from lightning_cco.export.weight_blocks import Block, blocks_of
 from lightning_cco.graph.captured import CallSite
 from lightning_cco.graph.ops import Category, Op
-from lightning_cco.quantization.arguments import at
+from lightning_cco.quantization.call_arguments import at
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.targets import TARGETS
 from lightning_cco.quantization.tensor_key import TensorKey

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_cco.graph.outside_state import Names, is_own_code, names_in
+from lightning_cco.graph.global_state import Names, is_own_code, names_in
 
 _CACHE = type(functools.lru_cache(int))
 

@@ -15,10 +15,10 @@ from lightning_cco.errors import CCOError
 from lightning_cco.export.failures import BatchDoesNotVary
 from lightning_cco.export.forward_signature import ForwardSignature
 from lightning_cco.export.labels import find_labels
-from lightning_cco.export.nested import ArgPath, follow, items_of, leaves, mapped, name_of
+from lightning_cco.export.nested_tensors import ArgPath, follow, items_of, leaves, mapped, name_of
 from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.graph.containers import tensors_held
-from lightning_cco.graph.failing import failing_module
+from lightning_cco.graph.error_location import failing_module
 from lightning_cco.names import list_names
 
 PREFIX = "model"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from lightning_cco.export.axes import Axes
-from lightning_cco.export.deployed import Deployed
+from lightning_cco.export.deployed_forward import Deployed
+from lightning_cco.export.dynamic_axes import Axes
+from lightning_cco.export.dynamic_sizes import SizesDoNotVary
 from lightning_cco.export.failures import kind_of, untraceable
 from lightning_cco.export.qdq_emitter import Emitter
-from lightning_cco.export.sizes import SizesDoNotVary
 
 T = TypeVar("T")
 

@@ -15,9 +15,9 @@ from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.network import is_metric
 from lightning_cco.graph.operands import MASKING
 from lightning_cco.graph.ops import is_known_kind
+from lightning_cco.graph.saved_values import is_same
 from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.graph.trace import Tracer
-from lightning_cco.graph.undo import is_same
 
 _OUT_OF_SIGHT = TAKE_FUNCTIONS | {"custom_function"}
 """Kinds of layers that run code which is not seen."""

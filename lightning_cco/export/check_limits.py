@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from lightning_cco.errors import CCOError
 from lightning_cco.export.report import ExportReport, LayerDifference
-from lightning_cco.figures import figure
+from lightning_cco.number_format import figure
 
 MEAN_STEPS = 0.1
 """Most that a tensor may be off on average, in steps. Right layers of the networks of the tests: 0.002 at most."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.deployed import Deployed
+from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.engines import ENGINES
 from lightning_cco.export.failures import BatchDoesNotVary
 from lightning_cco.quantization.model import HookedModel

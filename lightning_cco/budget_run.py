@@ -18,8 +18,8 @@ from lightning_cco.budget.plan import BudgetPlan, budget_rules, goal_of
 from lightning_cco.budget.search import BudgetSearch
 from lightning_cco.budget.solver import need_scipy
 from lightning_cco.errors import CCOError, CCOWarning
+from lightning_cco.example_batches import calls_of
 from lightning_cco.export.engines import ENGINES, PROGRAMS
-from lightning_cco.held_batches import calls_of
 from lightning_cco.layer_timing import FileTimer, check_timing, engine_name
 from lightning_cco.loss_sensitivity import LossSensitivityReport
 from lightning_cco.quantization.plan import packs_weights

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from lightning_cco.errors import CCOWarning
-from lightning_cco.graph.carried import where_held
-from lightning_cco.graph.reached import is_within
+from lightning_cco.graph.capture_coverage import is_within
+from lightning_cco.graph.carried_state import where_held
 from lightning_cco.graph.trace import Tracer
 from lightning_cco.names import list_names
 
