@@ -17,7 +17,8 @@ from test_budget_speed import table_for
 from lightning_cco import load_settings
 from lightning_cco.budget.search import BudgetSearch
 from lightning_cco.budget.units import seconds_of_plan
-from lightning_cco.export.report import ExportReport, FloatIsland
+from lightning_cco.export.island_kinds import FloatIsland, IslandKind
+from lightning_cco.export.report import ExportReport
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.number_format import per_cent
@@ -320,7 +321,9 @@ def test_what_is_expected_follows_the_changes(opened: OpenPage, state: RunState)
 
 def test_an_exported_file_is_told_and_counted_with(browser: Any, state: RunState, tmp_path: Path) -> None:
     report = ExportReport("model_int8.onnx", 9000, 20000, sqnr_db=40.0, agreement=1.0, batches=2, integer_nodes={"QLinearConv": 5})
-    report.float_islands = [FloatIsland("Gemm", ("linear_1",), "tail: the last layer with weights before an output, or after it")]
+    report.float_islands = [
+        FloatIsland("Gemm", ("linear_1",), "tail: the last layer with weights before an output, or after it", IslandKind.PLANNED)
+    ]
     opened = OpenPage(browser, write_page(tmp_path, replace(state, export=report)))
     said = opened.page.inner_text("#export")
     for part in ("9 kB", "5 QLinearConv", "100 % the same arg-max", "Gemm", "linear_1"):

@@ -16,7 +16,8 @@ from lightning_cco.export.check_limits import judge
 from lightning_cco.export.comparison import Comparison
 from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.dynamic_sizes import lengthened, short_reason
-from lightning_cco.export.failures import BatchDoesNotVary, first_paragraph
+from lightning_cco.export.errors import BatchDoesNotVary, ExportError, quoted
+from lightning_cco.export.failures import first_paragraph
 from lightning_cco.export.feeds import ForwardArguments, feeds_of
 from lightning_cco.export.report import ExportReport
 from lightning_cco.names import list_names
@@ -53,9 +54,7 @@ def check_other_batch(
     taken = next((other for other in others if agree(quantized, session, compared, other.tensors, other.where, plain)), None)
     if taken is None:
         sizes = ", ".join(str(other.size) for other in others)
-        raise BatchDoesNotVary(
-            f"export: the model took no other batch than one of {count} ({sizes} were tried). No file was written. {_INSTEAD}"
-        )
+        raise BatchDoesNotVary(f"the model took no other batch than one of {count} ({sizes} were tried). No file was written. {_INSTEAD}")
     if taken.size < count and not report.batch_limits:
         report.notes.append(f"the model took no larger batch that was tried, so the file was not run on more than {count} samples")
     try:
@@ -102,24 +101,24 @@ def program_agrees(
     tensors: tuple[Tensor, ...],
     where: str,
     instead: str = _INSTEAD,
-    kind: type[CCOError] = BatchDoesNotVary,
+    kind: type[ExportError] = BatchDoesNotVary,
 ) -> bool:
     """Whether the model takes a batch; then the program gives outputs of the same shapes. Arguments as of `check_program_batch` and `agree`."""
     try:
         expected = [tuple(tensor.shape) for tensor in deployed(*tensors)]
     except BatchDoesNotVary as error:
-        raise kind(f"export: {where} {str(error).removeprefix('export: ')}") from error
+        raise kind(f"{where} {quoted(error)}") from error
     except Exception:  # the model does not take it
         return False
     args, kwargs = arguments(tensors)
     try:
         given = program.module()(*args, **kwargs)
     except Exception as error:
-        raise kind(f"export: {where} the program does not run: {first_paragraph(error)}. {instead}") from error
+        raise kind(f"{where} the program does not run: {first_paragraph(error)}. {instead}") from error
     found = [tuple(tensor.shape) for tensor in (deployed.kept(given) if whole else given)]
     if found != expected:
         raise kind(
-            f"export: {where} the program's outputs {list_names(deployed.outputs)} have the shapes {found}, the model's {expected}. {instead}"
+            f"{where} the program's outputs {list_names(deployed.outputs)} have the shapes {found}, the model's {expected}. {instead}"
         )
     return True
 
@@ -164,7 +163,7 @@ def agree(
     where: str,
     plain: Any,
     instead: str = _INSTEAD,
-    kind: type[CCOError] = BatchDoesNotVary,
+    kind: type[ExportError] = BatchDoesNotVary,
 ) -> bool:
     """Whether the model takes a batch; then the file gives the same.
 
@@ -189,16 +188,16 @@ def agree(
             return False  # as a standard deviation over one sample
         unseen = [key for key in mismatches.found if key not in before]
         if unseen:
-            raise CCOError(f"export: the model makes other calls than with that of the example, '{unseen[0]}'.")
+            raise ExportError(f"the model makes other calls than with that of the example, '{unseen[0]}'.")
         compared.add(ran)
         found = ExportReport("")
         compared.tell(found)
         judge(found)
     except CCOError as error:
-        raise kind(f"export: {where} {str(error).removeprefix('export: ')} {instead}") from error
+        raise kind(f"{where} {quoted(error)} {instead}") from error
     except Exception as error:
         if type(error).__module__.startswith("onnxruntime"):
-            raise kind(f"export: {where} the file does not run: {first_paragraph(error)}. {instead}") from error
+            raise kind(f"{where} the file does not run: {first_paragraph(error)}. {instead}") from error
         return False  # the model does not take it
     finally:
         mismatches.found = before

@@ -13,8 +13,9 @@ from lightning_cco.export.batch_check import agree, check_other_batch
 from lightning_cco.export.check_limits import judge
 from lightning_cco.export.comparison import Comparison
 from lightning_cco.export.dynamic_reads import DynamicReads
-from lightning_cco.export.dynamic_sizes import SizesDoNotVary, other_sizes, takes
+from lightning_cco.export.dynamic_sizes import other_sizes, takes
 from lightning_cco.export.engines import Form
+from lightning_cco.export.errors import SizesDoNotVary
 from lightning_cco.export.failures import does_not_run
 from lightning_cco.export.feeds import ForwardArguments, feeds_of, fits
 from lightning_cco.export.float_islands import read_optimized
@@ -83,7 +84,7 @@ def check_file(
                     with _refused(emitter):
                         raise
                 if number >= len(calls) + len(further):
-                    raise SizesDoNotVary(f"export: the file does not run at other sizes: {error}. Leave dynamic_sizes out.") from error
+                    raise SizesDoNotVary(f"the file does not run at other sizes: {error}. Leave dynamic_sizes out.") from error
                 continue  # the model does not take this variation
             compared.add(ran)
             if len(cases) < _CASES:
@@ -131,7 +132,7 @@ def _of_other_sizes(quantized: HookedModel, session: Any, emitter: Emitter, call
     ways = other_sizes(call[0], [entry.shape for entry in session.get_inputs()])
     found = next((tensors for tensors in ways if takes(quantized, emitter.model, tensors)), None)
     if ways and found is None:
-        raise SizesDoNotVary("export: the model took no other size that was tried. Leave dynamic_sizes out.")
+        raise SizesDoNotVary("the model took no other size that was tried. Leave dynamic_sizes out.")
     return [] if found is None else [(found, {})]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from lightning_cco.errors import CCOError
+from lightning_cco.export.errors import ExportError, FileDiffers
 from lightning_cco.export.report import ExportReport, LayerDifference
 from lightning_cco.number_format import figure
 
@@ -51,7 +51,7 @@ def judge(report: ExportReport, min_sqnr_db: float | None = None, limits: Limits
         limits: What it may differ by; `None`: the usual.
 
     Raises:
-        CCOError: It names the layer.
+        FileDiffers: It names the layer.
     """
     limits = _for_types(limits or Limits(), report.widened)
     wrong = [entry for entry in report.layers if _is_wrong(entry, limits)]
@@ -84,10 +84,7 @@ def judge(report: ExportReport, min_sqnr_db: float | None = None, limits: Limits
     else:
         return
     where = f"the first layer that differs is '{first}'" if first else "no single layer stands out"
-    raise CCOError(
-        f"export: the file differs from the fake-quantized model: {what}; {where}. No file was written. "
-        "Skip that layer, or change the limit if the difference is known to be harmless."
-    )
+    raise FileDiffers(f"{what}; {where}")
 
 
 def _for_types(limits: Limits, widened: Sequence[str]) -> Limits:
@@ -107,8 +104,8 @@ def refuse_floats(report: ExportReport) -> None:
     floats = [island for island in report.float_islands if island.unplanned]
     if floats:
         layers = ", ".join(f"'{island.layers[0]}' ({island.operator})" for island in floats[:4]) + (", …" if len(floats) > 4 else "")
-        raise CCOError(
-            f"export: {report.target} computes in float what is planned in INT8: {layers}, {len(floats)} in all. No file was written. Skip these layers "
+        raise ExportError(
+            f"{report.target} computes in float what is planned in INT8: {layers}, {len(floats)} in all. No file was written. Skip these layers "
             f"(layer_settings: {{match: {floats[0].layers[0]}, skip_quantization: true}}), or write the file unchecked with check=False."
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from lightning_cco.errors import CCOError
-from lightning_cco.export.failures import BatchDoesNotVary
+from lightning_cco.export.errors import BatchDoesNotVary, ExportError
 from lightning_cco.export.forward_signature import ForwardSignature
 from lightning_cco.export.labels import find_labels
 from lightning_cco.export.nested_tensors import ArgPath, follow, items_of, leaves, mapped, name_of
@@ -77,8 +77,8 @@ class Deployed(nn.Module):
         self._given = {slot for slot, _ in kept}
         self.lost = [name_of(slot) for slot in losses if slot not in self._kept] + _others(result)
         if not self._kept:
-            raise CCOError(
-                f"export: {type(model).__name__}.forward returned {type(result).__name__} without a tensor in it: expected a tensor, or a tuple, mapping or "
+            raise ExportError(
+                f"{type(model).__name__}.forward returned {type(result).__name__} without a tensor in it: expected a tensor, or a tuple, mapping or "
                 f"dataclass of tensors.{_instead_of(result)}"
             )
         names = [name_of(slot) for slot in self._kept]
@@ -90,15 +90,15 @@ class Deployed(nn.Module):
         """A tensor inside of an object would stay that of the example in the file; nor does a file take one that leaves zeros out."""
         for slot, value in found:
             if isinstance(value, Tensor) and value.layout is not torch.strided:
-                raise CCOError(
-                    f"export: the argument '{self._signature.input_name(slot)}' has the layout {value.layout}, but a file takes dense tensors alone. "
+                raise ExportError(
+                    f"the argument '{self._signature.input_name(slot)}' has the layout {value.layout}, but a file takes dense tensors alone. "
                     "Let the forward that is exported take it as x.to_dense(), or, of a graph, the pairs of nodes that are connected (index_add)."
                 )
             ways = [] if isinstance(value, (Tensor, nn.Module)) else [way for way, _ in tensors_held(value)]
             if ways:
                 names = [re.sub(r"\W", "_", "_".join(map(str, way))).lstrip("_") for way in ways]
-                raise CCOError(
-                    f"export: the argument '{self._signature.input_name(slot)}' is a {type(value).__name__} that holds the tensors {list_names(names)}, "
+                raise ExportError(
+                    f"the argument '{self._signature.input_name(slot)}' is a {type(value).__name__} that holds the tensors {list_names(names)}, "
                     "but a file takes tensors, and dictionaries, dataclasses and tuples of them. Let forward take the tensors themselves, "
                     f"`def forward(self, {', '.join(names)})`, and call it so in the steps: `self(batch.{names[0]}, ...)`."
                 )
@@ -121,7 +121,7 @@ class Deployed(nn.Module):
             name, which = type(self.model).__name__, name_of((missing or more)[0])
             said = f"gave no '{which}' on these inputs, but did" if missing else f"gave '{which}' on these inputs, but did not"
             raise BatchDoesNotVary(
-                f"export: {name} {said} on the example. If the model gives another number of tensors in evaluation, export in that form; "
+                f"{name} {said} on the example. If the model gives another number of tensors in evaluation, export in that form; "
                 "if it depends on the size of the batch, pass dynamic_batch=False."
             )
         return tuple(found[slot] for slot in self._kept)
@@ -157,8 +157,8 @@ class Deployed(nn.Module):
         arguments = {name: self._example.get(name) for name in self._signature.parameters}
         if not isinstance(shapes, Mapping):
             if not isinstance(shapes, (tuple, list)):
-                raise CCOError(
-                    f"export: {used} expects a mapping by argument or a tuple in the order of the arguments, got {type(shapes).__name__}."
+                raise ExportError(
+                    f"{used} expects a mapping by argument or a tuple in the order of the arguments, got {type(shapes).__name__}."
                 )
             shapes = self._signature.by_name(shapes)
         flat = {name: value for name, value in shapes.items() if name not in arguments}
@@ -171,7 +171,7 @@ class Deployed(nn.Module):
                 }
         unknown = [name for name in flat if name not in self.dropped]
         if unknown:
-            raise CCOError(f"export: {used} names {unknown}, but the forward's arguments are {list(arguments)}.")
+            raise ExportError(f"{used} names {unknown}, but the forward's arguments are {list(arguments)}.")
         return [follow(shapes, slot) for slot in self._slots]
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
@@ -214,8 +214,8 @@ class Deployed(nn.Module):
                 for slot, value in leaves(self._example)
                 if isinstance(value, Tensor)
             )
-            raise CCOError(
-                f"export: the forward of {type(self.model).__name__} failed on the example ({given or 'no tensor'}){failing_module(self.model, error)}: "
+            raise ExportError(
+                f"the forward of {type(self.model).__name__} failed on the example ({given or 'no tensor'}){failing_module(self.model, error)}: "
                 f"{type(error).__name__}: {error}. Give an example that it takes: example_args=(tensor, ...) or example_kwargs={{...}}."
             ) from error
 

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from lightning_cco.errors import CCOError
 from lightning_cco.export.engines import BY_ENDING
+from lightning_cco.export.errors import ExportError
 from lightning_cco.files import real_file
 from lightning_cco.names import printable, shown
 
@@ -32,20 +32,20 @@ def export_target(path: str | Path, ending: str) -> Path:
         CCOError: It ends in something else, or what is there is no file.
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise CCOError(f"export: expected a path, got {type(path).__name__}: {shown(path)}. Write 'model{ending}'.")
+        raise ExportError(f"expected a path, got {type(path).__name__}: {shown(path)}. Write 'model{ending}'.")
     path = os.path.expanduser(path)
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
-        raise CCOError(f"export: '{printable(str(path), 160)}' is no text that engines can open: {error}. Give a path in UTF-8.") from error
+        raise ExportError(f"'{printable(str(path), 160)}' is no text that engines can open: {error}. Give a path in UTF-8.") from error
     if "://" in str(path) or re.match(r"\w\w+:/", str(path)):
-        raise CCOError(f"export: '{path}' is not on a disk of this machine: expected a local path. Write the file there, and upload it.")
+        raise ExportError(f"'{path}' is not on a disk of this machine: expected a local path. Write the file there, and upload it.")
     if Path(path).suffix.lower() != ending:
         given = Path(path)
         is_folder = str(path).endswith(("/", os.sep)) or given.is_dir()
         instead = given / f"model{ending}" if is_folder or not given.name else _other_ending(given, ending)
-        raise CCOError(
-            "export: expected a path that ends in .onnx (a file for ONNX Runtime, OpenVINO and TensorRT, which build theirs from it), .pt2 (a torch.export "
+        raise ExportError(
+            "expected a path that ends in .onnx (a file for ONNX Runtime, OpenVINO and TensorRT, which build theirs from it), .pt2 (a torch.export "
             f"program), .pte (for ExecuTorch), .tflite (for LiteRT), .mlpackage (for Core ML) or .safetensors (for transformers), got '{path}'. "
             f"Write '{instead}'."
         )
@@ -54,7 +54,7 @@ def export_target(path: str | Path, ending: str) -> Path:
             return Path(os.path.realpath(path))  # an older one, which is a folder
         return real_file(path)
     except OSError as error:
-        raise CCOError(f"export: '{path}' can't be written: {error}. Give the path of a file in a folder that can be.") from error
+        raise ExportError(f"'{path}' can't be written: {error}. Give the path of a file in a folder that can be.") from error
 
 
 def _other_ending(path: Path, ending: str) -> Path:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_cco.errors import CCOError
 from lightning_cco.export.deployed_forward import Deployed
+from lightning_cco.export.errors import ExportError
 
 Specification = dict[int, Any]
 """Axis → what `torch.export` is told of it: ``Dim.DYNAMIC``, ``Dim.AUTO`` or a ``Dim`` with a name."""
@@ -94,7 +94,7 @@ def ways_to_vary(
 def _of_axes(axes: Any, deployed: Deployed, input_names: Sequence[str]) -> list[Any]:
     """``dynamic_axes`` of the older exporter: input or output → axes, or axis → name."""
     if not isinstance(axes, Mapping):
-        raise CCOError(f"export: dynamic_axes expects a mapping of input names to axes, got {type(axes).__name__}.")
+        raise ExportError(f"dynamic_axes expects a mapping of input names to axes, got {type(axes).__name__}.")
     found: list[Any] = [None] * len(deployed.names)
     for name, entries in axes.items():
         named = dict(entries) if isinstance(entries, Mapping) else {axis: f"{name}_{axis}" for axis in entries}
@@ -113,7 +113,7 @@ def check_axis_names(axes: Mapping[str, Any], inputs: Sequence[str], outputs: Se
     """
     unknown = [name for name in axes if name not in (*inputs, *outputs)]
     if unknown:
-        raise CCOError(f"export: dynamic_axes names {unknown}; the file's inputs are {list(inputs)}, its outputs {list(outputs)}.")
+        raise ExportError(f"dynamic_axes names {unknown}; the file's inputs are {list(inputs)}, its outputs {list(outputs)}.")
 
 
 def _asked(deployed: Deployed, entries: list[Any]) -> Axes:
@@ -123,14 +123,14 @@ def _asked(deployed: Deployed, entries: list[Any]) -> Axes:
         if isinstance(entry, (tuple, list)):
             entry = dict(enumerate(entry))
         if entry is not None and not isinstance(entry, Mapping):
-            raise CCOError(
-                f"export: the axes of '{deployed.names[number]}' are expected as {{axis: Dim or name}}, got {type(entry).__name__}: {entry!r}."
+            raise ExportError(
+                f"the axes of '{deployed.names[number]}' are expected as {{axis: Dim or name}}, got {type(entry).__name__}: {entry!r}."
             )
         specification: Specification = {}
         for axis, size in (entry or {}).items():
             if not isinstance(axis, int) or not -tensor.dim() <= axis < tensor.dim():
-                raise CCOError(
-                    f"export: '{deployed.names[number]}' has {tensor.dim()} axes, of the sizes {tuple(tensor.shape)}; got axis {axis!r}."
+                raise ExportError(
+                    f"'{deployed.names[number]}' has {tensor.dim()} axes, of the sizes {tuple(tensor.shape)}; got axis {axis!r}."
                 )
             axis %= tensor.dim()
             if size is None or size is torch.export.Dim.STATIC or (isinstance(size, int) and not isinstance(size, bool)):

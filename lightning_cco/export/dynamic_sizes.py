@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_cco.errors import CCOError
 from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.engines import ENGINES
-from lightning_cco.export.failures import BatchDoesNotVary
+from lightning_cco.export.errors import BatchDoesNotVary, SizesDoNotVary, VaryingSizesCost, quoted
 from lightning_cco.quantization.model import HookedModel
 
 _IMAGES: Mapping[int, tuple[str, ...]] = {4: ("height", "width"), 5: ("depth", "height", "width")}
@@ -25,14 +25,6 @@ _MOST_OPERATIONS = 100
 
 Sizes = dict[tuple[int, int], str]
 """Name of each axis that may vary, by the number of its input and the axis."""
-
-
-class SizesDoNotVary(CCOError):
-    """A file whose sizes were to vary can't be written, or is wrong at other sizes."""
-
-
-class VaryingSizesCost(SizesDoNotVary):
-    """Sizes could vary, but at a cost that only who asks for it takes."""
 
 
 def refuse_long_sizes(layer: str, values: Sequence[Any], most: int = _MOST_OPERATIONS) -> None:
@@ -132,7 +124,7 @@ def sizes_to_vary(quantized: HookedModel, deployed: Deployed, batch: bool, wante
     sizes = sizes_that_vary(quantized, deployed)
     if wanted and not sizes:
         raise SizesDoNotVary(
-            f"export: dynamic_sizes=True, but {type(deployed.model).__name__} took no other sizes than the example's. Leave it out, or name what varies: "
+            f"dynamic_sizes=True, but {type(deployed.model).__name__} took no other sizes than the example's. Leave it out, or name what varies: "
             "dynamic_shapes={argument: {axis: name}}."
         )
     return sizes, "" if sizes else _taken_by_none(deployed)
@@ -221,7 +213,7 @@ def batch_fixed_since(example: Sequence[Tensor], error: Exception) -> str:
 
 def short_reason(error: Exception) -> str:
     """The first sentence of an error."""
-    return str(error).removeprefix("export: ").partition(". ")[0].partition("\n")[0].partition("! For more information")[0]
+    return quoted(error).partition(". ")[0].partition("\n")[0].partition("! For more information")[0]
 
 
 def limits_of(program: torch.export.ExportedProgram, names: Sequence[str]) -> dict[str, int]:

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_cco.errors import CCOError
 from lightning_cco.export.batch_chunks import MOST_SAMPLES, Samples, left_out_of_the_check
 from lightning_cco.export.check_limits import judge, refuse_floats
 from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.destination import export_target, move
 from lightning_cco.export.dynamic_axes import Axes
 from lightning_cco.export.engines import BY_ENDING, Converted, Engine, Reader
+from lightning_cco.export.errors import ExportError
 from lightning_cco.export.failures import first_paragraph, need_engine, need_writable_names
 from lightning_cco.export.feeds import call_of
+from lightning_cco.export.island_kinds import FloatIsland, IslandKind
 from lightning_cco.export.layouts import in_usual_layout
 from lightning_cco.export.onnx_notes import notes_on_bits
 from lightning_cco.export.outputs import arrays_of
@@ -27,7 +28,7 @@ from lightning_cco.export.precision import float_bytes, in_float32, other_types
 from lightning_cco.export.program import example_of
 from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, levels_of
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
-from lightning_cco.export.report import UNASKED, ExportReport, FloatIsland
+from lightning_cco.export.report import ExportReport
 from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.export.variations import varied
 from lightning_cco.files import temporary_folder
@@ -73,12 +74,12 @@ def export_engine_file(
     """
     engine = BY_ENDING[Path(path).suffix.lower()]
     if options:
-        raise CCOError(
-            f"export: a {engine.ending} file takes the options batches, batch_size, check, min_sqnr_db and max_mean_steps; got {sorted(options)}. "
+        raise ExportError(
+            f"a {engine.ending} file takes the options batches, batch_size, check, min_sqnr_db and max_mean_steps; got {sorted(options)}. "
             "Leave them out, or export an .onnx file."
         )
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise CCOError(f"export: batch_size: expected a number of samples of at least 1, got {batch_size!r}. Write batch_size=1.")
+        raise ExportError(f"batch_size: expected a number of samples of at least 1, got {batch_size!r}. Write batch_size=1.")
     _need_plan(quantized, engine)
     need_engine(engine)
     args, kwargs = example_of(quantized, example_args, example_kwargs)
@@ -113,7 +114,7 @@ def export_engine_file(
                     refuse_floats(report)
                 move(temporary, target)
         except OSError as error:
-            raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
+            raise ExportError(f"'{path}' can't be written: {error}. Give a path in a folder that can be.") from error
     return report
 
 
@@ -126,8 +127,8 @@ def _size(path: Path) -> int:
 def _need_plan(quantized: HookedModel, engine: Engine) -> None:
     planned = quantized.settings.deployment_settings.target_framework
     if planned not in (engine.name, *engine.plans):
-        raise CCOError(
-            f"export: {engine.ending} files are {engine.title}'s, but the model is planned for target_framework: {planned}, whose layers {engine.title} "
+        raise ExportError(
+            f"{engine.ending} files are {engine.title}'s, but the model is planned for target_framework: {planned}, whose layers {engine.title} "
             f"computes otherwise. Write deployment_settings: {{target_framework: {engine.name}}} in the recipe before training, or export an .onnx file."
         )
 
@@ -137,7 +138,7 @@ def _started(engine: Engine) -> Reader:
     try:
         return engine.start()
     except RuntimeError as error:
-        raise CCOError(f"export: {engine.title} can't be loaded: {first_paragraph(error)}. {_reinstall(engine)}") from error
+        raise ExportError(f"{engine.title} can't be loaded: {first_paragraph(error)}. {_reinstall(engine)}") from error
 
 
 def _reinstall(engine: Engine) -> str:
@@ -149,8 +150,8 @@ def _converted(reader: Reader, engine: Engine, program: torch.export.ExportedPro
     try:
         return reader.convert(between, target)
     except RuntimeError as error:
-        raise CCOError(
-            f"export: {engine.title} {_version(engine)} can't convert the model: {first_paragraph(error)}. No file was written. Replace that operation by one "
+        raise ExportError(
+            f"{engine.title} {_version(engine)} can't convert the model: {first_paragraph(error)}. No file was written. Replace that operation by one "
             "that the engine has, leave it out of the exported module, or choose another target_framework. A .pt2 file can hold any operation."
         ) from error
 
@@ -171,9 +172,10 @@ def _count(quantized: HookedModel, engine: Engine, made: Converted, report: Expo
     reached = {layer for _, layer, on_integers in made.layers if on_integers}
     unasked = sorted(layer for layer in reached if layer in plan.skipped)
     if unasked:
+        report.unasked = unasked
         report.notes.append(
-            f"{UNASKED} in INT8 what the plan leaves in float, with weights that it rounds by itself: {list_names(unasked)}. The training has not seen that "
-            "rounding; compare the file's metric with the model's"
+            f"the engine computes in INT8 what the plan leaves in float: {list_names(unasked)}. It rounds their weights itself, which the training has not "
+            "seen: compare the file's metric with the model's"
         )
     report.target_nodes = dict(made.integer)
     for operator, layer, on_integers in made.layers:
@@ -182,7 +184,8 @@ def _count(quantized: HookedModel, engine: Engine, made: Converted, report: Expo
         planned = layer in plan.quantized and operation_of_kind(graph[layer].kind).category in (Category.WEIGHTED, Category.MATMUL)
         reason = f"planned in INT8, but {report.target} computes it in float" if planned else plan.skipped.get(layer, "")
         if reason:
-            report.float_islands.append(FloatIsland(operator, (layer,), reason))
+            kind = IslandKind.UNPLANNED if planned else IslandKind.PLANNED
+            report.float_islands.append(FloatIsland(operator, (layer,), reason, kind))
 
 
 def _check_program(
@@ -224,8 +227,8 @@ def _check(
         try:
             results, values = reader.run(path, arrays), reader.run(inspected, arrays)
         except RuntimeError as error:
-            raise CCOError(
-                f"export: {report.target} can't run the file: {first_paragraph(error)}. No file was written. Choose another target_framework, or leave the "
+            raise ExportError(
+                f"{report.target} can't run the file: {first_paragraph(error)}. No file was written. Choose another target_framework, or leave the "
                 "operation that it names out of the exported module. check=False writes the file unchecked."
             ) from error
         comparison.add(tensors, results, values[: len(results)], levels_of(values[len(results) :], scales))

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_cco.errors import CCOError
-from lightning_cco.export.failures import BatchDoesNotVary
+from lightning_cco.export.errors import BatchDoesNotVary, ExportError
 
 
 def has_matrix_units() -> bool:
@@ -98,9 +97,7 @@ def divided(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
         names = ("input", "kernel_size", "stride", "padding", "ceil_mode")
         call = {**dict(zip(names, args, strict=False)), **{name: kwargs[name] for name in names if name in kwargs}}
         if call.get("ceil_mode"):
-            raise CCOError(
-                "export: an average pooling with divisor_override= and ceil_mode=True has no form in ONNX. Leave one of them out."
-            )
+            raise ExportError("an average pooling with divisor_override= and ceil_mode=True has no form in ONNX. Leave one of them out.")
         kernel = call["kernel_size"]
         dimensions = 3 if "3d" in getattr(pool, "__name__", "") else 2
         sizes = [kernel] * dimensions if isinstance(kernel, int) else list(kernel) * (dimensions // len(kernel))

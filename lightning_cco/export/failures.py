@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from lightning_cco.errors import CCOError
 from lightning_cco.export.engines import Engine
+from lightning_cco.export.errors import BatchDoesNotVary, ExportError
 from lightning_cco.graph.capture_coverage import is_scripted
 from lightning_cco.graph.error_location import came_through, failing_line
 from lightning_cco.graph.layer_graph import LayerGraph
@@ -43,15 +43,11 @@ _PLAIN = (
 _PACKED = frozenset({"pack_padded_sequence", "pad_packed_sequence", "_pack_padded_sequence", "_pad_packed_sequence"})
 
 
-class BatchDoesNotVary(CCOError):
-    """A file whose batch was to vary can't be written, or gives outputs of another size; one with the example's batch may do."""
-
-
-def kind_of(failure: Exception) -> type[CCOError]:
+def kind_of(failure: Exception) -> type[ExportError]:
     """`BatchDoesNotVary`, where an error of tracing or conversion shows that a size which was to vary is fixed."""
     said = f"{type(failure).__name__}: {failure}"
     shows = isinstance(failure, BatchDoesNotVary) or any(word in said for word in (*_EVIDENCE[1], *_ON_A_SIZE))
-    return BatchDoesNotVary if shows else CCOError
+    return BatchDoesNotVary if shows else ExportError
 
 
 def need_packages(names: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnxruntime")) -> None:
@@ -62,15 +58,15 @@ def need_packages(names: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnx
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise CCOError(f"export: {', '.join(missing)} not installed. Write: pip install 'lightning-cco[export]'.")
+        raise ExportError(f"{', '.join(missing)} not installed. Write: pip install 'lightning-cco[export]'.")
     for name in names:
         found = _version(name)
         if _numbers(found) < _numbers(_NEEDED[name]):
-            raise CCOError(
-                f"export: {name} {found} is too old: expected {name}>={_NEEDED[name]}. Write: pip install -U '{name}>={_NEEDED[name]}'."
+            raise ExportError(
+                f"{name} {found} is too old: expected {name}>={_NEEDED[name]}. Write: pip install -U '{name}>={_NEEDED[name]}'."
             )
     if "onnx" in names and not hasattr(getattr(torch.onnx, "ops", None), "symbolic"):
-        raise CCOError(f"export: torch {_version('torch')} has no torch.onnx.ops.symbolic: expected torch>={_NEEDED['torch']}.")
+        raise ExportError(f"torch {_version('torch')} has no torch.onnx.ops.symbolic: expected torch>={_NEEDED['torch']}.")
 
 
 def need_engine(engine: Engine) -> None:
@@ -83,7 +79,7 @@ def need_engine(engine: Engine) -> None:
         does = f"in which files for {engine.title} are checked"
         if engine.start is not None:
             does = f"which writes {'' if engine.reads_alone else 'and runs '}{engine.ending} files"
-        raise CCOError(f"export: {engine.package}, {does}, is not installed. Write: pip install 'lightning-cco[{engine.extra}]'.")
+        raise ExportError(f"{engine.package}, {does}, is not installed. Write: pip install 'lightning-cco[{engine.extra}]'.")
 
 
 def need_writable_names(paths: Iterable[str]) -> None:
@@ -101,8 +97,8 @@ def need_writable_names(paths: Iterable[str]) -> None:
             if re.search(r"[\n\r\0\ud800-\udfff]", part):
                 why = "holds a line break, a NUL or a lone surrogate"
             if why:
-                raise CCOError(
-                    f"export: the module {quote(path)} can't be exported: its name {why}, which the code of a traced model can't spell. Rename it (letters, "
+                raise ExportError(
+                    f"the module {quote(path)} can't be exported: its name {why}, which the code of a traced model can't spell. Rename it (letters, "
                     "digits and underscores always work); the keys of a checkpoint's state_dict are renamed likewise."
                 )
 
@@ -117,8 +113,8 @@ def need_onnx_forms(model: torch.nn.Module, graph: LayerGraph) -> None:
     for layer in graph:
         size = getattr(modules.get(layer.path), "proj_size", 0) if layer.kind == "lstm" else 0
         if size:
-            raise CCOError(
-                f"export: layer '{layer.name}' (module '{layer.path}') is an LSTM with a projection (proj_size={size}), which ONNX has no operator for. Build "
+            raise ExportError(
+                f"layer '{layer.name}' (module '{layer.path}') is an LSTM with a projection (proj_size={size}), which ONNX has no operator for. Build "
                 "it with proj_size=0 and train it so, with a Linear behind it where its result is to be smaller, or export a .pt2 file, which can hold any "
                 "operation. With a translation of aten.lstm.input of your own, pass it as custom_translation_table."
             )

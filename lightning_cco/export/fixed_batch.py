@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_cco.errors import CCOError
 from lightning_cco.export.batch_chunks import MOST_SAMPLES, Samples, left_out_of_the_check
 from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.engines import Engine
+from lightning_cco.export.errors import ExportError
 
 Call = tuple[Tensor, ...]
 
@@ -27,8 +27,8 @@ def refuse_varying(engine: Engine, asked: Mapping[str, Any]) -> None:
     """
     wanted = [name for name, value in asked.items() if value]
     if engine.fixed_batch and wanted:
-        raise CCOError(
-            f"export: {wanted[0]}={asked[wanted[0]]!r} with target_framework: {engine.name}: {engine.fixed_batch}. Leave it out, and the file takes one "
+        raise ExportError(
+            f"{wanted[0]}={asked[wanted[0]]!r} with target_framework: {engine.name}: {engine.fixed_batch}. Leave it out, and the file takes one "
             "sample, or pass dynamic_batch=False, and it takes as many as the example has."
         )
 

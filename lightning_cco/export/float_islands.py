@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+from lightning_cco.export.island_kinds import FloatIsland, IslandKind
 from lightning_cco.export.provenance import NodeLayers
 from lightning_cco.export.qdq_emitter import Emitter
-from lightning_cco.export.report import UNASKED, UNPLANNED, ExportReport, FloatIsland
+from lightning_cco.export.report import ExportReport
 from lightning_cco.export.value_types import float_nodes
 from lightning_cco.export.weight_blocks import LOOKUP, PRODUCT, rounds_as_it_runs
 from lightning_cco.graph.ops import Category, category_of, operation_of_kind
@@ -25,6 +27,7 @@ _HEAVY = frozenset({
 })  # fmt: skip
 """Operators that an engine has an INT8 form of, or that most of the time goes to: layers in float are named that have one. Of a layer that is planned in INT8
 every operator counts."""
+_IN_FOUR_BITS = IslandKind.FOUR_BITS, "its weights are stored in 4 bits, for which the engine has no INT8 product"
 _COMPUTING = frozenset({Category.WEIGHTED, Category.MATMUL, Category.CLAMP, Category.COMPUTE})
 
 
@@ -60,9 +63,10 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
             if node.op_type in _HEAVY or layer in planned:
                 heavy.append((node.op_type, layer))
     engine = emitter.stored.engine
-    unexpected = f"{UNPLANNED} the engine computes it in float"
+    unexpected = IslandKind.UNPLANNED, "planned in INT8, but the engine computes it in float"
     if engine.load is not None or engine.not_run:
-        unexpected = f"planned in INT8 for {engine.name}; ONNX Runtime, in which the file is checked, computes it in float"
+        reason = f"planned in INT8 for {engine.name}; ONNX Runtime, in which the file is checked, computes it in float"
+        unexpected = IslandKind.IN_ORT_ALONE, reason
     blocks = emitter.stored.blocks
     packed = _packed(written, emitter) - set(blocks)
     as_they_are = [(layers.of(node), node) for node in model.graph.node if node.op_type in (PRODUCT, LOOKUP)]
@@ -72,13 +76,13 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
     wanted = [name for name, block in blocks.items() if block.as_it_is]
     report.in_groups, report.as_floats = len(wanted), [name for name in wanted if name not in fused]
     for operator, layer in heavy:
-        reason = "its weights are stored in 4 bits, for which the engine has no INT8 product" if layer in packed else unexpected
-        island = _island(quantized, operator, layer, layer in in_integers, reason)
+        island = _island(quantized, operator, layer, layer in in_integers, _IN_FOUR_BITS if layer in packed else unexpected)
         if island is not None and island not in report.float_islands:
             report.float_islands.append(island)
     unasked = sorted(name for name in in_integers if name in quantized.graph and _left_in_float(quantized, emitter, name))
     if unasked and engine.load is None and not engine.not_run:
-        report.notes.append(f"{UNASKED} {list_names(unasked)} in INT8, which {'is' if len(unasked) == 1 else 'are'} to stay in float")
+        report.unasked = unasked
+        report.notes.append(unasked_note(unasked))
     report.integer_nodes = {kind: count for kind, count in kinds.items() if kind.startswith(_INTEGER)}
     rounding = list(dict.fromkeys(layer for layer, node in as_they_are if node.op_type == PRODUCT and layer not in report.dynamic))
     if rounding and not packed and engine.load is None and not engine.not_run:
@@ -90,6 +94,11 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
         )
     report.float_nodes = dict(in_float)
     report.conversions = sum(count for kind, count in kinds.items() if kind in _CONVERSIONS)
+
+
+def unasked_note(layers: Sequence[str]) -> str:
+    """What the report and a warning say of layers that are computed in INT8 though the plan leaves them in float."""
+    return f"the engine computes {list_names(layers)} in INT8, which {'is' if len(layers) == 1 else 'are'} to stay in float"
 
 
 def _left_in_float(quantized: HookedModel, emitter: Emitter, name: str) -> bool:
@@ -118,15 +127,19 @@ def _without_range(quantized: HookedModel, layer: str) -> str:
     return f"'{empty[0]}' has no range, since nothing came there in calibration and training" if empty else ""
 
 
-def _island(quantized: HookedModel, operator: str, layer: str, partly_integer: bool, unexpected: str) -> FloatIsland | None:
+def _island(
+    quantized: HookedModel, operator: str, layer: str, partly_integer: bool, unexpected: tuple[IslandKind, str]
+) -> FloatIsland | None:
     """The layer behind a node that computes in float, and why; `None` for a part of a layer that runs in INT8, such as the bias of a product."""
     plan = quantized.plan
     if layer not in quantized.graph:
-        return FloatIsland(operator, (layer or "what is computed before any layer",), "no layer of the model")
+        return FloatIsland(operator, (layer or "what is computed before any layer",), "no layer of the model", IslandKind.NO_LAYER)
     if layer in plan.skipped:
-        return FloatIsland(operator, (layer,), plan.skipped[layer])
+        return FloatIsland(operator, (layer,), plan.skipped[layer], IslandKind.PLANNED)
     if partly_integer:
         return None
     if operation_of_kind(quantized.graph[layer].kind).looks_up:
-        return FloatIsland(operator, (layer,), "dequantizes the rows that were looked up as integers")
-    return FloatIsland(operator, (layer,), _without_range(quantized, layer) or unexpected)
+        return FloatIsland(operator, (layer,), "dequantizes the rows that were looked up as integers", IslandKind.LOOKUP)
+    without = _without_range(quantized, layer)
+    kind, reason = (IslandKind.NO_RANGE, without) if without else unexpected
+    return FloatIsland(operator, (layer,), reason, kind)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_cco._values import GROUP_SIZES
 from lightning_cco.compat.modules import BatchNormBase
-from lightning_cco.errors import CCOError
+from lightning_cco.export.errors import ExportError
 from lightning_cco.quantization.model import HookedModel
 
 
@@ -80,16 +80,16 @@ def integer_weight(quantized: HookedModel, name: str, weight: Tensor, bias: Tens
         return IntegerWeight(integers, scale, quantizer.axis, bias)
     module = quantized.model.get_submodule(quantized.graph[norm].path)
     if not isinstance(module, BatchNormBase) or module.running_mean is None or module.running_var is None:
-        raise CCOError(
-            f"export: layer '{norm}' (module '{quantized.graph[norm].path}') is a batch norm without running statistics, which can't be folded into "
+        raise ExportError(
+            f"layer '{norm}' (module '{quantized.graph[norm].path}') is a batch norm without running statistics, which can't be folded into "
             f"'{name}'. Use track_running_stats=True, or skip it: {{match: {norm}, skip_quantization: true}}."
         )
     factor, shift = BatchNorm(module.running_mean, module.running_var, module.weight, module.bias, module.eps).factor_and_shift()
     axis = quantizer.axis or 0
     groups = factor.numel() // integers.shape[axis]
     if groups > 1:  # a grouped transposed convolution shares the scale of a channel between groups; the factor does not
-        raise CCOError(
-            f"export: layer '{name}' is a grouped transposed convolution with a batch norm, which can't be folded. "
+        raise ExportError(
+            f"layer '{name}' is a grouped transposed convolution with a batch norm, which can't be folded. "
             f"Skip it: {{match: {name}, skip_quantization: true}}."
         )
     shape = [1] * integers.dim()

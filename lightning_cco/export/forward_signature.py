@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_cco.errors import CCOError
+from lightning_cco.export.errors import ExportError
 from lightning_cco.export.nested_tensors import ArgPath, mapped, name_of
 
 
@@ -37,8 +37,8 @@ class ForwardSignature:
         try:
             bound = dict(self._signature.bind(*args, **kwargs).arguments)
         except TypeError as error:
-            raise CCOError(
-                f"export: {self._owner}.forward does not take the example: {error}. It expects "
+            raise ExportError(
+                f"{self._owner}.forward does not take the example: {error}. It expects "
                 f"{self._signature}; got {len(args)} positional arguments and {list(kwargs)}. "
                 "Pass example_args=(tensor, ...) or example_kwargs={...}."
             ) from error
@@ -100,5 +100,5 @@ class ForwardSignature:
         """
         names = list(self.parameters)
         if len(entries) > len(names):
-            raise CCOError(f"export: dynamic_shapes has {len(entries)} entries, but the forward's arguments are {names}.")
+            raise ExportError(f"dynamic_shapes has {len(entries)} entries, but the forward's arguments are {names}.")
         return dict(zip(names, entries, strict=False))

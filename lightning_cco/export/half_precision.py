@@ -12,6 +12,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.export.check_limits import Limits, judge
 from lightning_cco.export.comparison import Comparison
 from lightning_cco.export.destination import size_of
+from lightning_cco.export.errors import ExportError
 from lightning_cco.export.feeds import ForwardArguments, feeds_of, fits
 from lightning_cco.export.ort_session import constants, inspected_session, rounded_tensors, session_of
 from lightning_cco.export.qdq_emitter import Emitter
@@ -111,8 +112,8 @@ def _need_small_values(model: Any, names: Sequence[str], path: Path, emitter: Em
             continue
         for name, array in zip(tensors, session.run(tensors, feeds), strict=True):
             if (largest := _largest(array)) > _LARGEST:
-                raise CCOError(
-                    f"export: fp16=True: '{emitter.layers.get(makers[name], name)}' makes values of {largest:,.0f}, and the largest float of 16 bits is "
+                raise ExportError(
+                    f"fp16=True: '{emitter.layers.get(makers[name], name)}' makes values of {largest:,.0f}, and the largest float of 16 bits is "
                     f"{_LARGEST:,.0f}. Scale what it reads, or leave fp16 out."
                 )
 
@@ -131,8 +132,8 @@ def _need_room(model: Any) -> None:
             _need_scales(node, known)
     for name, array in known.items():
         if array.dtype == np.float32 and _largest(array) > _LARGEST:
-            raise CCOError(
-                f"export: fp16=True: the constant '{name}' holds values beyond {_LARGEST:,.0f}, the largest of 16-bit floats. Leave fp16 out."
+            raise ExportError(
+                f"fp16=True: the constant '{name}' holds values beyond {_LARGEST:,.0f}, the largest of 16-bit floats. Leave fp16 out."
             )
 
 
@@ -145,7 +146,7 @@ def _need_scales(node: Any, known: Mapping[str, np.ndarray[Any, Any]]) -> None:
         used = np.asarray(np.count_nonzero(np.moveaxis(integers, axis, 0).reshape(scales.size, -1), axis=1)) > 0
     beyond = scales[used & ((scales < _SMALLEST) | (scales > _LARGEST))]
     if beyond.size:
-        raise CCOError(
-            f"export: fp16=True: '{node.name}' has a scale of {float(beyond[0]):.2g}, which a float of 16 bits holds only between {_SMALLEST:.1g} and "
+        raise ExportError(
+            f"fp16=True: '{node.name}' has a scale of {float(beyond[0]):.2g}, which a float of 16 bits holds only between {_SMALLEST:.1g} and "
             f"{_LARGEST:,.0f}. Skip its layer, or leave fp16 out."
         )

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_cco.export.dynamic_sizes import SizesDoNotVary, lengthened, other_sizes, takes
+from lightning_cco.export.dynamic_sizes import lengthened, other_sizes, takes
+from lightning_cco.export.errors import SizesDoNotVary
 from lightning_cco.quantization.model import HookedModel
 
 Shapes = Sequence[Sequence[Any]]
@@ -74,7 +75,7 @@ def check_named_axes(
         if not agrees_along(alone):
             number, axis = next((n, a) for n, shape in enumerate(alone) for a, size in enumerate(shape) if a and size == name)
             raise SizesDoNotVary(
-                f"export: axis {axis} of '{names[number]}' was to vary, but {type(quantized.model).__name__} took no other size there than "
+                f"axis {axis} of '{names[number]}' was to vary, but {type(quantized.model).__name__} took no other size there than "
                 f"{tensors[number].shape[axis]} that was tried, so nothing shows that a file would be right. {_INSTEAD}"
             )
 

@@ -16,6 +16,7 @@ from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.destination import export_target, move, size_of
 from lightning_cco.export.dynamic_sizes import Sizes, Ways, sizes_to_vary
 from lightning_cco.export.engines import ENGINES
+from lightning_cco.export.errors import ExportError
 from lightning_cco.export.failures import need_engine, need_onnx_forms, need_packages, need_writable_names
 from lightning_cco.export.feeds import ForwardArguments, call_of
 from lightning_cco.export.fixed_batch import of_one_sample, refuse_varying
@@ -98,7 +99,7 @@ def export_onnx(
     refuse_varying(engine, {"dynamic_batch": dynamic_batch, "dynamic_sizes": dynamic_sizes, **asked})
     args, kwargs = tuple(example_args), dict(example_kwargs or {})
     if not args and not kwargs:
-        raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
+        raise ExportError("an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
     need_writable_names(name for layer in quantized.graph for name in (layer.path, *layer.parameters))
     if "custom_translation_table" not in taken:
         need_onnx_forms(quantized.model, quantized.graph)
@@ -147,7 +148,7 @@ def export_onnx(
                 warn_of_batches(report)
                 move(folder / target.name, target)
         except OSError as error:
-            raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
+            raise ExportError(f"'{path}' can't be written: {error}. Give a path in a folder that can be.") from error
     return report
 
 
@@ -186,14 +187,12 @@ def _checked(quantized: HookedModel, check: bool, int4: bool, fp16: bool, option
     grouped = any(quantizers[0].in_rows for quantizers in quantized.weights.values())
     taken = checked_options(options, int4 or grouped, target.symmetric_activations)
     if not quantized.calibrated:
-        raise CCOError(
-            "export: the model was never calibrated, so its activations have no ranges. Run fit, or call calibrate(batches) first."
-        )
+        raise ExportError("the model was never calibrated, so its activations have no ranges. Run fit, or call calibrate(batches) first.")
     if int4 and target.refuses_int4:
-        raise CCOError(f"export: int4=True with target_framework: {target.name}, which {target.refuses_int4}. Leave int4 out.")
+        raise ExportError(f"int4=True with target_framework: {target.name}, which {target.refuses_int4}. Leave int4 out.")
     if fp16 and not reader.takes_fp16:
-        raise CCOError(
-            f"export: fp16=True with target_framework: {target.name}, which chooses by itself what it computes floats in. Leave fp16 out, or choose "
+        raise ExportError(
+            f"fp16=True with target_framework: {target.name}, which chooses by itself what it computes floats in. Leave fp16 out, or choose "
             "target_framework: tensorrt."
         )
     return taken
@@ -214,8 +213,8 @@ def _not_checked_on(calls: Sequence[tuple[Tensor, ...] | None], deployed: Deploy
         return []
     takes = ", ".join(f"{name}: {list(tensor.shape)}" for name, tensor in zip(deployed.names, deployed.example, strict=False))
     if others == len(calls):
-        raise CCOError(
-            f"export: batches: none of the {others} is what the file takes ({takes}). Expected the arguments of one forward in each, such as "
+        raise ExportError(
+            f"batches: none of the {others} is what the file takes ({takes}). Expected the arguments of one forward in each, such as "
             "batches=[(x,), (x,)], with the example's keys and constants."
         )
     return [f"{others} of {len(calls)} batches: of another form than the example ({takes}), left out of the check"]

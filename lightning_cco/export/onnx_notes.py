@@ -8,10 +8,13 @@ from lightning_cco.errors import CCOWarning
 from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.engine_patterns import overflow_advice
 from lightning_cco.export.engines import Form
+from lightning_cco.export.float_islands import unasked_note
 from lightning_cco.export.qdq_emitter import Emitter
-from lightning_cco.export.report import UNASKED, ExportReport
+from lightning_cco.export.report import ExportReport
 from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
+
+REPORT_IT = "Please open an issue with the code of such a layer and the versions of torch and of the engine."
 
 
 def notes_on_weights(quantized: HookedModel, emitter: Emitter, int4: bool) -> list[str]:
@@ -93,7 +96,7 @@ def warn_of_floats(report: ExportReport) -> None:
         named = ", ".join(f"'{layer}'" for layer in layers[:8]) + (f" and {len(layers) - 8} more" if len(layers) > 8 else "")
         warnings.warn(
             f"export: planned in INT8, but {report.target or 'ONNX Runtime'} computes in float: {named}. The file is right, and slower than planned. "
-            "Skip these layers, or report this form of the model.",
+            f"Skip these layers (skip_quantization: true). {REPORT_IT}",
             CCOWarning,
             stacklevel=3,
         )
@@ -101,9 +104,8 @@ def warn_of_floats(report: ExportReport) -> None:
 
 def warn_of_integers(report: ExportReport) -> None:
     """A layer that was skipped because rounding hurts it, and is rounded after all."""
-    for note in report.notes:
-        if note.startswith(UNASKED):
-            warnings.warn(f"export: {note}. Report this form of the model.", CCOWarning, stacklevel=3)
+    if report.unasked:
+        warnings.warn(f"export: {unasked_note(report.unasked)}. {REPORT_IT}", CCOWarning, stacklevel=3)
 
 
 def warn_of_groups(report: ExportReport) -> None:
@@ -111,7 +113,7 @@ def warn_of_groups(report: ExportReport) -> None:
     if report.as_floats:
         warnings.warn(
             f"export: {report.target or 'ONNX Runtime'} makes floats of the weights in groups of {list_names(report.as_floats)} in every run. The file is "
-            "right and small, but these layers are slower than in float. Write weights_group_size: 0 for them, or report this form of the model.",
+            "right and small, but these layers are slower than in float. Write weights_group_size: 0 for them. " + REPORT_IT,
             CCOWarning,
             stacklevel=3,
         )

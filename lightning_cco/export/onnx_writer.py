@@ -18,8 +18,9 @@ from lightning_cco.export import onnx_passes
 from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.dialects import OnnxDialect
 from lightning_cco.export.dynamic_axes import Axes, check_axis_names, name_axes, ways_to_vary
-from lightning_cco.export.dynamic_sizes import Sizes, VaryingSizesCost, limits_of, refuse_long_sizes
+from lightning_cco.export.dynamic_sizes import Sizes, limits_of, refuse_long_sizes
 from lightning_cco.export.engines import ENGINES, Form
+from lightning_cco.export.errors import ExportError, VaryingSizesCost
 from lightning_cco.export.failures import failed, inexpressible, kind_of
 from lightning_cco.export.named_axes import bounds_of
 from lightning_cco.export.provenance import layers_of_nodes
@@ -76,8 +77,8 @@ def write_onnx(
     graph = program.model.graph
     written = graph.opset_imports.get("", opset)
     if written != opset:  # the exporter leaves the opset that it works in where its converter fails
-        raise CCOError(
-            f"export: opset_version={opset} can't be written for this model: its operators need opset {written}. Leave opset_version out."
+        raise ExportError(
+            f"opset_version={opset} can't be written for this model: its operators need opset {written}. Leave opset_version out."
         )
     try:
         report.widened = rewrite(graph, stored.engine, int4, grouped)
@@ -116,7 +117,7 @@ def write_onnx(
 def _complete(given: list[str], names: list[str], what: str) -> None:
     """Add the names of tensors that the user has given none."""
     if len(given) > len(names):
-        raise CCOError(f"export: {what}_names has {len(given)} names, but the file has {len(names)} {what}s: {names}.")
+        raise ExportError(f"{what}_names has {len(given)} names, but the file has {len(names)} {what}s: {names}.")
     given += names[len(given) :]
 
 

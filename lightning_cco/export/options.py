@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_cco.errors import CCOError
+from lightning_cco.export.errors import ExportError
 
 HONOURED = (
     "opset_version",
@@ -76,31 +76,31 @@ def checked_options(options: Mapping[str, Any], int4: bool, symmetric: bool) -> 
         if name in HONOURED:
             taken[name] = value
         elif name in _REFUSED:
-            raise CCOError(f"export: the option {name}={_short(value)} of torch.onnx.export is not taken: {_REFUSED[name]}. Leave it out.")
+            raise ExportError(f"the option {name}={_short(value)} of torch.onnx.export is not taken: {_REFUSED[name]}. Leave it out.")
         elif name in _FIXED:
             allowed, reason = _FIXED[name]
             if str(value) not in allowed:
-                raise CCOError(f"export: {name}={_short(value)} is not possible, only {name}={allowed[0]}: {reason}. Leave it out.")
+                raise ExportError(f"{name}={_short(value)} is not possible, only {name}={allowed[0]}: {reason}. Leave it out.")
         else:
             known = [*_OWN, *HONOURED]
             near = difflib.get_close_matches(name, known, 1)
-            raise CCOError(f"export: unknown option '{name}'.{f' Did you mean {near[0]}?' if near else ''} Known ones: {', '.join(known)}.")
+            raise ExportError(f"unknown option '{name}'.{f' Did you mean {near[0]}?' if near else ''} Known ones: {', '.join(known)}.")
     opset = taken.get("opset_version")
     possible = [number for number in OPSETS if (number >= 21 or not int4) and (number < 21 or not symmetric or int4)]
     if opset is not None and opset not in possible:
         what = " with weights in 4 bits or in groups" if int4 else " with symmetric activations" if symmetric else ""
-        raise CCOError(
-            f"export: opset_version={_short(opset)} can't be written{what}. Expected one of {possible}: below 17 there is no layer normalization, from 21 on "
+        raise ExportError(
+            f"opset_version={_short(opset)} can't be written{what}. Expected one of {possible}: below 17 there is no layer normalization, from 21 on "
             "there are 4-bit integers and blocks of them, but ONNX Runtime 1.32 refuses its own rewriting of symmetric int8 pairs."
         )
     for name in ("input_names", "output_names"):
         names = taken.get(name)
         if names is not None and (isinstance(names, str) or not all(isinstance(entry, str) and entry for entry in names)):
-            raise CCOError(f"export: {name} expects a list of names, got {_short(names)}.")
+            raise ExportError(f"{name} expects a list of names, got {_short(names)}.")
         if names is not None and len(set(names)) != len(list(names)):
-            raise CCOError(f"export: {name} expects different names, got {_short(names)}.")
+            raise ExportError(f"{name} expects different names, got {_short(names)}.")
     if taken.get("dynamic_axes") is not None and taken.get("dynamic_shapes") is not None:
-        raise CCOError("export: dynamic_axes and dynamic_shapes say the same thing. Give one of them.")
+        raise ExportError("dynamic_axes and dynamic_shapes say the same thing. Give one of them.")
     return {name: value for name, value in taken.items() if value is not None}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_cco.export.failures import BatchDoesNotVary
+from lightning_cco.export.errors import BatchDoesNotVary
 from lightning_cco.export.local_check import LocalRun
 from lightning_cco.export.report import ExportReport, LayerDifference, OutputDifference
 from lightning_cco.graph.containers import tensors_in
@@ -47,7 +47,7 @@ class Outputs:
         shapes = [array.shape for array in expected], [array.shape for array in results]
         if shapes[0] != shapes[1]:
             raise BatchDoesNotVary(
-                f"export: the file's outputs {list_names(self.names)} have the shapes {shapes[1]}, the model's {shapes[0]}. No file was written. "
+                f"the file's outputs {list_names(self.names)} have the shapes {shapes[1]}, the model's {shapes[0]}. No file was written. "
                 "If the model gives another number of tensors in evaluation, export in that form; if a size is fixed in the code, pass dynamic_batch=False."
             )
         for sums, axis, *arrays in zip(self.sums, self.axes, expected, results, local, inspected, strict=True):

@@ -18,9 +18,10 @@ from lightning_cco.export.check_limits import judge
 from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.destination import export_target
 from lightning_cco.export.dynamic_axes import Axes, ways_to_vary
-from lightning_cco.export.dynamic_sizes import SizesDoNotVary, batch_fixed_since
+from lightning_cco.export.dynamic_sizes import batch_fixed_since
 from lightning_cco.export.engines import PROGRAMS, Form
-from lightning_cco.export.failures import BatchDoesNotVary, kind_of, need_packages, need_writable_names, untraceable
+from lightning_cco.export.errors import BatchDoesNotVary, ExportError, SizesDoNotVary
+from lightning_cco.export.failures import kind_of, need_packages, need_writable_names, untraceable
 from lightning_cco.export.feeds import call_of
 from lightning_cco.export.named_axes import bounds_of, check_named_axes
 from lightning_cco.export.outputs import arrays_of
@@ -73,8 +74,8 @@ def export_program(
     """
     need_packages(("torch",))
     if options:
-        raise CCOError(
-            "export: a .pt2 file takes the options dynamic_batch, dynamic_shapes, pt2e, batches and check; "
+        raise ExportError(
+            "a .pt2 file takes the options dynamic_batch, dynamic_shapes, pt2e, batches and check; "
             f"got {sorted(options)}. Leave them out, or export an .onnx file."
         )
     args, kwargs = example_of(quantized, example_args, example_kwargs)
@@ -111,11 +112,9 @@ def example_of(quantized: HookedModel, args: Sequence[Any], kwargs: Mapping[str,
         CCOError: It was never calibrated, or there are none.
     """
     if not quantized.calibrated:
-        raise CCOError(
-            "export: the model was never calibrated, so its activations have no ranges. Run fit, or call calibrate(batches) first."
-        )
+        raise ExportError("the model was never calibrated, so its activations have no ranges. Run fit, or call calibrate(batches) first.")
     if not len(args) and not kwargs:
-        raise CCOError("export: an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
+        raise ExportError("an example is needed to trace the forward. Pass example_args=(tensor, ...) or example_kwargs={...}.")
     return tuple(args), dict(kwargs or {})
 
 
@@ -131,7 +130,7 @@ def written(target: Path) -> Iterator[Path]:
             yield folder / target.name
             os.replace(folder / target.name, target)
     except (OSError, RuntimeError) as error:
-        raise CCOError(f"export: '{target}' can't be written: {error}. Give a path in a folder that can be.") from error
+        raise ExportError(f"'{target}' can't be written: {error}. Give a path in a folder that can be.") from error
 
 
 def _fake_quantized(

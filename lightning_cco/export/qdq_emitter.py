@@ -17,6 +17,7 @@ from lightning_cco.export.dialects import Dialect
 from lightning_cco.export.embedding_bags import bag_arguments, is_bag, reduced
 from lightning_cco.export.engine_patterns import added_apart, attention, averages_images, divided, in_slices, sorted_maximum
 from lightning_cco.export.engines import Form
+from lightning_cco.export.errors import ExportError
 from lightning_cco.export.failures import untraceable
 from lightning_cco.export.fold_batch_norm import IntegerWeight
 from lightning_cco.export.pooling_as_convolution import averaged, averaged_in_float, window_weight
@@ -88,8 +89,8 @@ class Emitter:
                     raise  # of the model's own
                 raise CCOError(untraceable(self.quantized.model, f" at the weights of layer '{self.reached}'", error)) from error
         if (missing := self._missing()) and len(missing) == len(self._planned()):
-            raise CCOError(
-                f"export: the forward that is exported does not run {list_names(missing)} of the plan, nor any other layer of it with weights, so the file "
+            raise ExportError(
+                f"the forward that is exported does not run {list_names(missing)} of the plan, nor any other layer of it with weights, so the file "
                 "would compute in float. The model is not the one that was quantized: adapters were merged, modules replaced, or another part is called. "
                 "Call .remove(), then quantize the changed model and calibrate it."
             )
@@ -207,8 +208,8 @@ class Emitter:
             return self._bags(site, bag_arguments(args, kwargs))
         result = None if block is None else self._block_product(site, block, args, kwargs)
         if result is None and site.layer in self.quantized.plan.dynamic:
-            raise CCOError(
-                f"export: layer '{site.layer}' rounds what it reads when it runs (activations_dynamic), for which this file has no operator where it is called "
+            raise ExportError(
+                f"layer '{site.layer}' rounds what it reads when it runs (activations_dynamic), for which this file has no operator where it is called "
                 f"as {site.function}. Write activations_dynamic: false for it, call it as linear(x, weight), matmul(x, weight) or addmm(bias, x, weight), or "
                 "export an .onnx file."
             )

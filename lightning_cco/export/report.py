@@ -6,13 +6,10 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lightning_cco.export.island_kinds import FloatIsland
 from lightning_cco.files import write_file
 from lightning_cco.number_format import number_of
 
-UNPLANNED = "planned in INT8, but"
-"""How the reason begins of a layer that is planned in INT8 and that the engine computes in float."""
-UNASKED = "the engine computes"
-"""How the note begins on layers that the plan leaves in float and that the engine computes in INT8."""
 LOW_SQNR_DB = 15.0
 """Below this the report says why outputs can differ while each layer is right."""
 _MOST_KINDS = 10
@@ -64,26 +61,6 @@ class OutputDifference:
     integers: bool = False
 
 
-@dataclass(frozen=True)
-class FloatIsland:
-    """A node that the engine computes in float, and the layers that cause it.
-
-    Attributes:
-        operator: What the node computes.
-        layers: The layers that it may come from.
-        reason: Why they are in float: the plan's reason, or the engine.
-    """
-
-    operator: str
-    layers: tuple[str, ...]
-    reason: str
-
-    @property
-    def unplanned(self) -> bool:
-        """Whether the plan has the layer in INT8."""
-        return self.reason.startswith(UNPLANNED)
-
-
 @dataclass
 class ExportReport:
     """A written file, compared with the fake-quantized model on held batches.
@@ -111,6 +88,7 @@ class ExportReport:
         as_floats: Those of them whose weights it makes floats of in every run.
         zero_points: How many of the others have zero points.
         dynamic: Layers that round what they read to 8 bits when they run, as planned.
+        unasked: Layers that the plan leaves in float and that the engine computes in INT8.
         conversions: Quantize and dequantize nodes left between them.
         notes: What a reader should know, such as bits stored in wider formats.
         target: The engine that the file is for and its version, if it was run in another than ONNX Runtime.
@@ -140,6 +118,7 @@ class ExportReport:
     integer_nodes: dict[str, int] = field(default_factory=dict)
     float_nodes: dict[str, int] = field(default_factory=dict)
     float_islands: list[FloatIsland] = field(default_factory=list)
+    unasked: list[str] = field(default_factory=list)
     in_groups: int = 0
     as_floats: list[str] = field(default_factory=list)
     zero_points: int = 0

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_cco.errors import CCOError
 from lightning_cco.export.destination import export_target
+from lightning_cco.export.errors import ExportError
 from lightning_cco.export.precision import float_bytes
 from lightning_cco.files import temporary_folder, write_file
 from lightning_cco.names import list_names
@@ -102,23 +102,23 @@ def export_safetensors(quantized: HookedModel, path: str | Path, **options: Any)
             `transformers` would make again; a package is missing; or the path can't be written.
     """
     if options:
-        raise CCOError(f"export: a .safetensors file takes no options, got {sorted(options)}. Leave them out, or export an .onnx file.")
+        raise ExportError(f"a .safetensors file takes no options, got {sorted(options)}. Leave them out, or export an .onnx file.")
     if importlib.util.find_spec("safetensors") is None:
-        raise CCOError("export: safetensors is not installed. Write: pip install safetensors.")
+        raise ExportError("safetensors is not installed. Write: pip install safetensors.")
     target = export_target(path, ".safetensors")
     if target.name != NAME:
-        raise CCOError(
-            f"export: expected the path of a file named {NAME}, as transformers look for it, got '{path}'. Write '{target.with_name(NAME)}'."
+        raise ExportError(
+            f"expected the path of a file named {NAME}, as transformers look for it, got '{path}'. Write '{target.with_name(NAME)}'."
         )
     if quantized.activations:
         names = list_names(list(map(str, quantized.activations)))
-        raise CCOError(
-            f"export: {NAME} holds integer weights alone, but the plan rounds activations: {names}. Write global_quantization_settings: {{weight_only: true}}, "
+        raise ExportError(
+            f"{NAME} holds integer weights alone, but the plan rounds activations: {names}. Write global_quantization_settings: {{weight_only: true}}, "
             "or export an .onnx file."
         )
     if quantized.plan.dynamic:
-        raise CCOError(
-            f"export: {NAME} holds integer weights alone, but {list_names(sorted(quantized.plan.dynamic))} round what they read when they run "
+        raise ExportError(
+            f"{NAME} holds integer weights alone, but {list_names(sorted(quantized.plan.dynamic))} round what they read when they run "
             "(activations_dynamic). Leave activations_dynamic out, or export an .onnx file."
         )
     prefix, network = _network(quantized.model)
@@ -140,7 +140,7 @@ def export_safetensors(quantized: HookedModel, path: str | Path, **options: Any)
             for part in sorted(folder.iterdir()):
                 os.replace(part, target.parent / part.name)
     except OSError as error:
-        raise CCOError(f"export: '{path}' can't be written: {error}. Give a path in a folder that can be.") from error
+        raise ExportError(f"'{path}' can't be written: {error}. Give a path in a folder that can be.") from error
     zero_points = sum(not symmetric for _, _, symmetric in contents.schemes.values())
     return WeightsReport(str(path), size, float_bytes(network), tuple(contents.schemes), tuple(contents.rounded), in_float, zero_points)
 
@@ -179,8 +179,8 @@ def _network(model: nn.Module) -> tuple[str, Any]:
     outermost = [name for name in found if not any(name.startswith(f"{other}." if other else "") for other in found if other != name)]
     if len(outermost) != 1:
         what = f"{len(outermost)} of them ({list_names(outermost)})" if outermost else "none"
-        raise CCOError(
-            f"export: {NAME} is for a network of transformers, which is made again of its config.json: expected one in {type(model).__name__}, got {what}. "
+        raise ExportError(
+            f"{NAME} is for a network of transformers, which is made again of its config.json: expected one in {type(model).__name__}, got {what}. "
             "Export an .onnx file."
         )
     return (f"{outermost[0]}." if outermost[0] else ""), found[outermost[0]]
@@ -192,8 +192,8 @@ def _need_plain(network: Any) -> None:
         again = type(network)(copy.deepcopy(network.config))
     unlike = sorted(set(network.state_dict()) ^ set(again.state_dict()))
     if unlike:
-        raise CCOError(
-            f"export: {NAME} is loaded into the network that config.json describes, but {type(network).__name__} has other parameters than that: "
+        raise ExportError(
+            f"{NAME} is loaded into the network that config.json describes, but {type(network).__name__} has other parameters than that: "
             f"{list_names(unlike)}. Merge adapters first (merge_and_unload), or export an .onnx file."
         )
 
@@ -206,8 +206,8 @@ def _contents(quantized: HookedModel, prefix: str, network: nn.Module) -> _Conte
         name = _weight_name(quantized, layer, prefix, network)
         known = owners.setdefault(name, quantizers[0])
         if known.kind != quantizers[0].kind or known.axis != quantizers[0].axis:
-            raise CCOError(
-                f"export: '{prefix}{name}' is read by layers with other bits or groups than '{layer}'. Give them the same, or skip one."
+            raise ExportError(
+                f"'{prefix}{name}' is read by layers with other bits or groups than '{layer}'. Give them the same, or skip one."
             )
     shared = Counter(id(parameters[name]) for name in parameters)
     for name, quantizer in owners.items():
@@ -241,8 +241,8 @@ def _weight_name(quantized: HookedModel, layer: str, prefix: str, network: nn.Mo
         module = network.get_submodule(path)
         if type(module) in (nn.Linear, nn.Embedding) or type(module).__name__ == _TRANSPOSED:
             return f"{path}.weight"
-    raise CCOError(
-        f"export: the weight of '{layer}' is not that of a linear layer or an embedding of the network, as {NAME} has them. Skip it (layer_settings: "
+    raise ExportError(
+        f"the weight of '{layer}' is not that of a linear layer or an embedding of the network, as {NAME} has them. Skip it (layer_settings: "
         f"{{match: {layer}, skip_quantization: true}}), or export an .onnx file."
     )
 
@@ -284,4 +284,4 @@ def _read_back(path: Path, contents: _Contents) -> None:
             if name in names and not torch.equal(file.get_tensor(name), tensor.cpu()):
                 wrong.append(name)
     if wrong:
-        raise CCOError(f"export: {path.name} does not hold what was to be written: {list_names(wrong)}. Export an .onnx file.")
+        raise ExportError(f"{path.name} does not hold what was to be written: {list_names(wrong)}. Export an .onnx file.")

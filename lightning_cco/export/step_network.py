@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_cco.errors import CCOError
+from lightning_cco.export.errors import ExportError
 from lightning_cco.export.nested_tensors import leaves, mapped
 from lightning_cco.graph.compiled import BlockMode
 from lightning_cco.quantization.model import HookedModel
@@ -218,8 +218,8 @@ def network_of_the_step(quantized: HookedModel, forward: Callable[[nn.Module, An
         if isinstance(event.call, str) and event.call in wanted:
             targets.setdefault(event.call, event)
     if not targets:
-        raise CCOError(
-            f"export: the step called none of {list(wanted)} on the held batch. Pass example_args=(tensor, ...) for a forward of its own."
+        raise ExportError(
+            f"the step called none of {list(wanted)} on the held batch. Pass example_args=(tensor, ...) for a forward of its own."
         )
     chosen = _needed(following, list(targets.values()))
     read = {id(tensor) for event in chosen for tensor in event.reads}

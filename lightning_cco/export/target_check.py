@@ -18,16 +18,19 @@ from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.check_limits import judge, refuse_floats
 from lightning_cco.export.engine_patterns import adds_products_exactly
 from lightning_cco.export.engines import Engine, Loaded
+from lightning_cco.export.errors import FileDiffers
+from lightning_cco.export.island_kinds import FloatIsland, IslandKind
 from lightning_cco.export.local_check import LocalRun
 from lightning_cco.export.ort_session import QuantizeNode
 from lightning_cco.export.outputs import Arrays, Outputs
 from lightning_cco.export.qdq_emitter import Emitter
-from lightning_cco.export.report import UNPLANNED, ExportReport, FloatIsland, LayerDifference
+from lightning_cco.export.report import ExportReport, LayerDifference
 from lightning_cco.graph.ops import Category, operation_of_kind
 
 _INTEGER = ("u8", "i8")
 _FLOATS = ("f32", "f16", "bf16")
 _WEIGHTS = (*_INTEGER, "u4", "i4")
+_SATURATES = "without them the sum of two int8 products saturates in 16 bits"
 _ALIKE_DB = 30.0
 """Below this, a file that gives other outputs once its rounded tensors are outputs as well is worth a warning."""
 
@@ -117,14 +120,13 @@ def _judge(local: LocalRun, outputs: Outputs, alike: Outputs, emitter: Emitter, 
     report.target_largest_steps = own.largest_steps
     try:
         judge(own, limits=emitter.stored.engine.limits)
-    except CCOError as error:
+    except FileDiffers as error:
         if emitter.stored.overflows_without_vnni and not adds_products_exactly():
             report.notes.append(
-                f"in {report.target} the outputs agree at {report.target_sqnr_db:.1f} dB only: this processor cuts its sums off"
+                f"in {report.target} the outputs agree at {report.target_sqnr_db:.1f} dB only: this processor has no VNNI instructions, and {_SATURATES}"
             )
             return
-        said = str(error).removeprefix("export: the file differs")
-        raise CCOError(f"export: in {report.target}, the target, the file differs{said}") from error
+        raise FileDiffers(error.what, report.target) from error
     if alike.sqnr_db < _ALIKE_DB and report.target_sqnr_db < report.sqnr_db - 10:
         warnings.warn(
             f"export: {report.target} gives outputs at {report.target_sqnr_db:.1f} dB of the fake-quantized model's, ONNX Runtime at {report.sqnr_db:.1f}, "
@@ -166,11 +168,11 @@ def _count(loaded: Loaded, written: Any, emitter: Emitter, report: ExportReport)
     if as_they_are and emitter.stored.engine.rounds_as_it_runs:
         report.notes.append(emitter.stored.engine.rounds_as_it_runs)
     report.zero_points = sum(emitter.stored.blocks[name].zeros is not None for name in products if name in as_they_are)
-    report.float_islands = [entry for entry in report.float_islands if not entry.reason.startswith("planned in INT8 for")]
+    report.float_islands = [entry for entry in report.float_islands if entry.kind is not IslandKind.IN_ORT_ALONE]
     for layer, operator in floats.items():
         if layer not in reached:
-            reason = f"{UNPLANNED} {report.target} computes it in float"
-            report.float_islands.append(FloatIsland(operator, (layer,), reason))
+            reason = f"planned in INT8, but {report.target} computes it in float"
+            report.float_islands.append(FloatIsland(operator, (layer,), reason, IslandKind.UNPLANNED))
 
 
 def _plain(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.dynamic_axes import Axes
-from lightning_cco.export.dynamic_sizes import SizesDoNotVary
+from lightning_cco.export.errors import SizesDoNotVary
 from lightning_cco.export.failures import kind_of, untraceable
 from lightning_cco.export.qdq_emitter import Emitter
 

@@ -73,7 +73,7 @@ class Int8Layers:
             reason = SkipReason.SETTING if by_setting else SkipReason.ENGINE
             reason = SkipReason.WEIGHT_ONLY if self.target.stores_weights(self.graph[name]) else reason
             why = "is in float (residual_stream: float)" if by_setting else f"is needed as it is, since it {needed}"
-            self._skips[name] = Skip(reason, f"its result {why}: {self.target.name} computes it in float")
+            self._skips[name] = Skip(reason, f"its result {why}: {self.target.name} computes it in float", by_setting)
             found = True
         return found
 

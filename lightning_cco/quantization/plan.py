@@ -28,6 +28,7 @@ class LayerDecision:
         weights_symmetric: Whether its weight has no zero points.
         activations_block: How many values of a row of what it reads share a scale that is found when it runs; `None`: nothing is rounded so.
         read_num_bits: Bits that layers that multiply read its output with, where those of the residual stream are more; `None` where they are the same.
+        weight_only_by_setting: Whether a setting asks for integer weights alone; otherwise the engine decides that of the layer.
     """
 
     quantized: bool
@@ -39,6 +40,7 @@ class LayerDecision:
     read_num_bits: int | None = None
     weights_symmetric: bool = True
     activations_block: int | None = None
+    weight_only_by_setting: bool = False
 
     def bits(self, separator: str = "/") -> str:
         """Bits of weight and output in short; empty if it has neither.
@@ -221,8 +223,7 @@ class QuantizationPlan:
                 continue
             decision = self.decisions[layer.name]
             skip = True if not (decision.quantized or decision.weight_only) else False if layer.name in self.forced else None
-            chosen = decision.detail.startswith("weight_only: true") or "residual_stream" in decision.detail  # else the engine decides
-            weight_only = True if decision.weight_only and chosen else None
+            weight_only = True if decision.weight_only and decision.weight_only_by_setting else None
             rule = LayerRule(
                 skip,
                 weight_only=weight_only,

@@ -250,7 +250,18 @@ class _Planner:
             if skip.reason is not SkipReason.WEIGHT_ONLY:
                 return LayerDecision(False, skip.reason, skip.detail, None, own, read_num_bits=read)
             group, symmetric = self.weight_groups.get(name), name not in self.with_zero_points
-            return LayerDecision(False, skip.reason, skip.detail, weights, own, group, read, symmetric, self.dynamic.get(name))
+            return LayerDecision(
+                False,
+                skip.reason,
+                skip.detail,
+                weights,
+                own,
+                group,
+                read,
+                symmetric,
+                self.dynamic.get(name),
+                weight_only_by_setting=skip.by_setting,
+            )
         if layer.kind == "input" and TensorKey(name) not in made:
             return LayerDecision(False, SkipReason.ENGINE, "no INT8 layer reads it")
         if self.connections.passes(name) and name not in rounded:

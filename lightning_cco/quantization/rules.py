@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from lightning_cco.errors import CCOError
@@ -76,26 +76,40 @@ def apply_rules(graph: LayerGraph, rules: Sequence[LayerRule]) -> dict[str, Reso
 
     for rule in sorted(rules, key=lambda rule: rule.by == "budget"):
         try:
-            _apply(graph, rule, say)
+            named = _named(graph, rule)
         except CCOError as error:
-            if str(error).startswith("layer_settings"):
-                raise
             raise CCOError(f"layer_settings (match: {rule.match}): {error}") from None
+        _apply(graph, rule, named, say)
     return resolved
 
 
-def _apply(graph: LayerGraph, rule: LayerRule, say: Callable[[str, str, object, float, str], None]) -> None:
-    by = BY_BUDGET if rule.by == "budget" else f"the rule '{rule.match}'"
-    names = graph.select(rule.match)
+@dataclass
+class _Named:
+    """The layers that a rule matches, and those that it skips with them."""
+
+    names: list[str]
+    until: Collection[str] = ()
+    downstream: Collection[str] = ()
+
+
+def _named(graph: LayerGraph, rule: LayerRule) -> _Named:
+    named = _Named(graph.select(rule.match))
     if rule.skip_quantization and rule.skip_quantization_until:
         until = list(dict.fromkeys(layer for pattern in rule.skip_quantization_until for layer in graph.select(pattern)))
-        targets = ", ".join(f"'{pattern}'" for pattern in rule.skip_quantization_until)
-        for inside in graph.between(names, until).difference(names):
-            say(inside, "skip", True, _WIDE, f"{by} until {targets}")
+        named.until = graph.between(named.names, until).difference(named.names)
     if rule.skip_quantization and rule.skip_quantization_downstream:
-        for inside in graph.downstream(names).difference(names):
-            say(inside, "skip", True, _WIDE, f"{by} and everything downstream")
-    for name in names:
+        named.downstream = graph.downstream(named.names).difference(named.names)
+    return named
+
+
+def _apply(graph: LayerGraph, rule: LayerRule, named: _Named, say: Callable[[str, str, object, float, str], None]) -> None:
+    by = BY_BUDGET if rule.by == "budget" else f"the rule '{rule.match}'"
+    targets = ", ".join(f"'{pattern}'" for pattern in rule.skip_quantization_until or ())
+    for inside in named.until:
+        say(inside, "skip", True, _WIDE, f"{by} until {targets}")
+    for inside in named.downstream:
+        say(inside, "skip", True, _WIDE, f"{by} and everything downstream")
+    for name in named.names:
         exactness = _exactness(graph, rule.match, name)
         if rule.skip_quantization is not None:
             say(name, "skip", rule.skip_quantization, exactness, by)

@@ -36,6 +36,11 @@ class SkipReason(str, Enum):
 class Skip:
     """A reason, and the same in a sentence.
 
+    Attributes:
+        reason: The kind of reason.
+        detail: A sentence for people.
+        by_setting: Of `SkipReason.WEIGHT_ONLY`: whether a setting asks for it; otherwise the engine has no other way.
+
     >>> print(Skip(SkipReason.ENGINE, "no INT8 layer reads it"))
     no INT8 layer reads it
     >>> print(Skip(SkipReason.SETTING, "layer_settings[0], match 'conv'"))
@@ -44,6 +49,7 @@ class Skip:
 
     reason: SkipReason
     detail: str = ""
+    by_setting: bool = False
 
     def __str__(self) -> str:
         if self.detail and self.reason in _SAID_IN_FULL:

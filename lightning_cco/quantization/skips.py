@@ -164,7 +164,7 @@ def _weights_alone(layer: Layer, entry: ResolvedRules, intrinsic: Skip | None, t
     if intrinsic is not None and (intrinsic.reason is not SkipReason.WEIGHT_ONLY) and layer.weighted:
         return None
     if target.stores_weights(layer):
-        return Skip(SkipReason.WEIGHT_ONLY, f"weight_only: true from {entry.weight_only_by}")
+        return Skip(SkipReason.WEIGHT_ONLY, f"weight_only: true from {entry.weight_only_by}", by_setting=True)
     if entry.weight_only_exactness >= BY_ITSELF and entry.weight_only_by != BY_BUDGET:
         raise CCOError(
             f"layer_settings: {entry.weight_only_by} asks for weight_only: true of layer '{layer.name}' (kind {layer.kind}), but {target.name} can't store its "
@@ -187,7 +187,7 @@ def _alone_by_settings(layer: Layer, entry: ResolvedRules, overall: bool, group:
     if not overall or entry.weight_only is False:
         return None
     if target.stores_weights(layer):
-        return Skip(SkipReason.WEIGHT_ONLY, "weight_only: true for all layers")
+        return Skip(SkipReason.WEIGHT_ONLY, "weight_only: true for all layers", by_setting=True)
     if _category(layer) is Category.PRESERVE or layer.kind == "input" or entry.skip is False:
         return None
     if layer.weighted:

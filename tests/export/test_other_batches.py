@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lightning_cco import CCOError, CCOWarning, QuantizedModel, quantize
 from lightning_cco.export.batch_check import other_batches
-from lightning_cco.export.dynamic_sizes import SizesDoNotVary, VaryingSizesCost, Ways
+from lightning_cco.export.dynamic_sizes import Ways
+from lightning_cco.export.errors import SizesDoNotVary, VaryingSizesCost
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 
