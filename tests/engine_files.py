@@ -1,4 +1,4 @@
-"""Small files made by hand, with and without a form that an engine wants, and what the engine makes of them."""
+"""Small files made by hand, with and without a feature that an engine requires, and what the engine makes of them."""
 
 from __future__ import annotations
 

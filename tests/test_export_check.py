@@ -46,7 +46,7 @@ def test_the_report_says_how_far_each_tensor_is_and_what_runs_where(tmp_path: Pa
     assert saved["largest_steps"] == report.largest_steps
 
 
-def test_float_islands_name_the_layers_that_the_engine_has_no_int8_form_of(tmp_path: Path) -> None:
+def test_float_islands_name_the_layers_that_the_engine_has_no_int8_kernel_of(tmp_path: Path) -> None:
     for name, operator, layer in (("lstm", "LSTM", "lstm"), ("unet", "ConvTranspose", "conv_transpose")):
         make, example, _ = MODELS[name]
         quantized, _ = calibrated(make(), example)

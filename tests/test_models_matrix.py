@@ -25,7 +25,7 @@ from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.settings import Settings
 
-# Experts of transformers are multiplied by a function without an INT8 form, which is said.
+# Experts of transformers are multiplied by a function without an INT8 kernel, which is said.
 pytestmark = pytest.mark.filterwarnings("ignore:.*grouped_mm:lightning_cco.errors.CCOWarning")
 
 CASES = [*matrix_models.CASES, *matrix_code.CASES, *matrix_transformers.CASES]

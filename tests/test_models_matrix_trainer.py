@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from lightning_cco import CCOCallback
 
-# Experts of transformers are multiplied by a function without an INT8 form, which is said.
+# Experts of transformers are multiplied by a function without an INT8 kernel, which is said.
 pytestmark = pytest.mark.filterwarnings("ignore:.*grouped_mm:lightning_cco.errors.CCOWarning")
 
 CASES = [*matrix_models.CASES, *matrix_code.CASES, *matrix_transformers.CASES]

@@ -303,7 +303,7 @@ def test_quantizing_an_index_input_is_refused(tokens: LayerGraph) -> None:
         pytest.param("output_0", r"only marks where the model returns.*'linear_1'", id="output"),
     ],
 )
-def test_asking_for_what_has_no_int8_form(cnn: LayerGraph, name: str, message: str) -> None:
+def test_asking_for_what_has_no_int8_kernel(cnn: LayerGraph, name: str, message: str) -> None:
     with pytest.raises(CCOError, match=message):
         plan(cnn, {"match": name, "skip_quantization": False})
 

@@ -56,7 +56,7 @@ def test_a_matrix_that_is_not_trained(made: bool, tmp_path: Path) -> None:
     quantized.calibrate([x])
     report = quantized.export(tmp_path / "a.onnx", dynamic_batch=False)
     assert {"linear", "linear_1"} <= quantized.plan.quantized
-    assert "matmul" not in quantized.plan.in_int8  # as the engine has no form for it
+    assert "matmul" not in quantized.plan.in_int8  # as the engine has no kernel for it
     assert all(not island.unplanned for island in report.float_islands)
     assert report.sqnr_db > 40
 

@@ -77,7 +77,7 @@ def test_what_has_no_integer_form_is_in_float_with_float_weights() -> None:
     assert kinds(plan, "conv_transpose") == {"conv_transpose": True}
     plan = planned(GroupedUp(), randn(1, 2, 8, 8), skip_tail_quantization=False)
     assert not plan.decisions["conv_transpose"].weight_only
-    assert plan.skipped["conv_transpose"] == "conv_transpose of this form is computed in float by executorch"
+    assert plan.skipped["conv_transpose"] == "conv_transpose with these arguments is computed in float by executorch"
     assert [name for name in plan.quantized if plan.graph[name].kind == "conv"] == ["conv"]
     plan = planned(LSTMClassifier(), randint(0, 30, (2, 5)))
     assert set(plan.weight_only) == {"embedding"}

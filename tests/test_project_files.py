@@ -35,7 +35,7 @@ def test_the_names_of_contributing_are_in_the_code() -> None:
     for name in (
         "int8_kinds",
         "weight_only_kinds",
-        "forms",
+        "int8_conditions",
         "TARGETS",
         "ENGINES",
         "TARGET_FRAMEWORKS",

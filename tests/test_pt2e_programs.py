@@ -1,4 +1,4 @@
-"""A program with quantized operators (PT2E) computes what the fake-quantized model computes, in the form whose integer operators engines recognize."""
+"""A program with quantized operators (PT2E) computes what the fake-quantized model computes, and engines recognize its integer operators."""
 
 from __future__ import annotations
 

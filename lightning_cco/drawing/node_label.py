@@ -132,7 +132,7 @@ _IN_SHORT = {
     SkipReason.ENGINE: "in float in this engine",
     SkipReason.WEIGHT_ONLY: "weights only",
     SkipReason.INTEGER: "holds integers",
-    SkipReason.UNSUPPORTED: "no INT8 form",
+    SkipReason.UNSUPPORTED: "no INT8 kernel",
     SkipReason.OUTPUT: "output",
 }
 

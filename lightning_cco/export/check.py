@@ -14,7 +14,7 @@ from lightning_cco.export.check_limits import judge
 from lightning_cco.export.comparison import Comparison
 from lightning_cco.export.dynamic_reads import DynamicReads
 from lightning_cco.export.dynamic_sizes import other_sizes, takes
-from lightning_cco.export.engines import Form
+from lightning_cco.export.engines import FileFeature
 from lightning_cco.export.errors import SizesDoNotVary
 from lightning_cco.export.failures import does_not_run
 from lightning_cco.export.feeds import ForwardArguments, feeds_of, fits
@@ -62,7 +62,9 @@ def check_file(
     rounded = rounded_tensors(written, emitter.order) | reads.compared
     names = [entry.tensor for entries in rounded.values() for entry in entries]
     # What is for another engine or another processor is run as it is written: this processor may have no exact product for int8 weights.
-    as_written = not emitter.stored.engine.wanted(Form.UNSIGNED_WITHOUT_VNNI) or quantized.settings.deployment_settings.vnni is not None
+    as_written = (
+        not emitter.stored.engine.requires(FileFeature.UNSIGNED_WITHOUT_VNNI) or quantized.settings.deployment_settings.vnni is not None
+    )
     with _refused(emitter):
         inspected = inspected_session(path, written, names, as_written, reads.nodes, reads.copies)
     compared = Comparison(quantized, emitter.model, inspected, rounded, [entry.name for entry in session.get_outputs()])

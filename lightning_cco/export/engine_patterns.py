@@ -1,4 +1,4 @@
-"""The same computation in the form that engines run fastest: products, poolings and first convolutions that they recognize."""
+"""The same computation in the operators that engines run fastest: products, poolings and first convolutions that they recognize."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` without dropout, as two products and a softmax.
 
-    The exporter's own form computes the shapes of the transposed key in every run.
+    What the exporter writes computes the shapes of the transposed key in every run.
     """
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
@@ -78,7 +78,7 @@ def attention(
 
 
 def added_apart(addend: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """`torch.addmm` as a product of three dimensions and an addition: engines have an INT8 form for a constant addend with factor 1 only.
+    """`torch.addmm` as a product of three dimensions and an addition: engines have an INT8 kernel for a constant addend with factor 1 only.
 
     Of two dimensions they would put product and addition together again.
     """
@@ -97,7 +97,9 @@ def divided(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
         names = ("input", "kernel_size", "stride", "padding", "ceil_mode")
         call = {**dict(zip(names, args, strict=False)), **{name: kwargs[name] for name in names if name in kwargs}}
         if call.get("ceil_mode"):
-            raise ExportError("an average pooling with divisor_override= and ceil_mode=True has no form in ONNX. Leave one of them out.")
+            raise ExportError(
+                "an average pooling with divisor_override= and ceil_mode=True has no operator in ONNX. Leave one of them out."
+            )
         kernel = call["kernel_size"]
         dimensions = 3 if "3d" in getattr(pool, "__name__", "") else 2
         sizes = [kernel] * dimensions if isinstance(kernel, int) else list(kernel) * (dimensions // len(kernel))
@@ -127,7 +129,7 @@ def in_slices(split: Callable[..., Any]) -> Callable[..., Any]:
         else:
             axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
         if isinstance(x.shape[axis], int):
-            return found  # engines know a Split, also behind a product (`Form.SPLIT_PRODUCTS`)
+            return found  # engines know a Split, also behind a product (`FileFeature.SPLIT_PRODUCTS`)
         start, slices = 0, []
         sizes = _sizes_of_parts(split.__name__, x.shape[axis], [part.shape[axis] for part in found], args, kwargs)
         for size in sizes:

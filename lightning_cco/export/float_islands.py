@@ -25,7 +25,7 @@ _HEAVY = frozenset({
     "Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Einsum", "GlobalAveragePool", "AveragePool",
     "ReduceMean", "Add", "Sub", "Mul", "Div", "Concat", "Resize", "Sigmoid", "LeakyRelu", "LSTM", "GRU", "RNN",
 })  # fmt: skip
-"""Operators that an engine has an INT8 form of, or that most of the time goes to: layers in float are named that have one. Of a layer that is planned in INT8
+"""Operators that an engine has an INT8 kernel of, or that most of the time goes to: layers in float are named that have one. Of a layer that is planned in INT8
 every operator counts."""
 _IN_FOUR_BITS = IslandKind.FOUR_BITS, "its weights are stored in 4 bits, for which the engine has no INT8 product"
 _COMPUTING = frozenset({Category.WEIGHTED, Category.MATMUL, Category.CLAMP, Category.COMPUTE})

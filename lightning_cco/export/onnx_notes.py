@@ -7,7 +7,7 @@ import warnings
 from lightning_cco.errors import CCOWarning
 from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.engine_patterns import overflow_advice
-from lightning_cco.export.engines import Form
+from lightning_cco.export.engines import FileFeature
 from lightning_cco.export.float_islands import unasked_note
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
@@ -27,7 +27,7 @@ def notes_on_weights(quantized: HookedModel, emitter: Emitter, int4: bool) -> li
         )
     if emitter.stored.unsigned:
         notes.append("weights are stored as uint8, for processors without VNNI; for others deployment_settings.vnni: true may be faster")
-    elif emitter.stored.engine.wanted(Form.UNSIGNED_WITHOUT_VNNI):
+    elif emitter.stored.engine.requires(FileFeature.UNSIGNED_WITHOUT_VNNI):
         notes.append("int8 weights are exact on ARM and on x86 with VNNI; for other processors set deployment_settings.vnni: false")
     elif emitter.stored.overflows_without_vnni:
         notes.append(f"{overflow_advice()} (calibrate again)")
@@ -85,7 +85,7 @@ def notes_on_types(report: ExportReport) -> list[str]:
     if not report.widened:
         return []
     return [
-        f"what the model casts to {' and '.join(report.widened)} is computed in float32, as integers have no form of those: it is more exact"
+        f"what the model casts to {' and '.join(report.widened)} is computed in float32, as quantize and dequantize operators take float32: it is more exact"
     ]
 
 

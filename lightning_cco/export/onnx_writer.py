@@ -19,7 +19,7 @@ from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.dialects import OnnxDialect
 from lightning_cco.export.dynamic_axes import Axes, check_axis_names, name_axes, ways_to_vary
 from lightning_cco.export.dynamic_sizes import Sizes, limits_of, refuse_long_sizes
-from lightning_cco.export.engines import ENGINES, Form
+from lightning_cco.export.engines import ENGINES, FileFeature
 from lightning_cco.export.errors import ExportError, VaryingSizesCost
 from lightning_cco.export.failures import failed, inexpressible, kind_of
 from lightning_cco.export.named_axes import bounds_of
@@ -34,7 +34,7 @@ from lightning_cco.quantization.model import HookedModel
 from lightning_cco.version import __version__
 
 INT4_OPSET = 21
-OPSET = ENGINES["ort"].amount(Form.OPSET, INT4_OPSET)
+OPSET = ENGINES["ort"].amount(FileFeature.OPSET, INT4_OPSET)
 """Whatever the target: each file is run in ONNX Runtime."""
 
 

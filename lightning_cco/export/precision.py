@@ -1,4 +1,4 @@
-"""A model in float32 for as long as it is exported: engines have no INT8 form that hands bfloat16, half or double over."""
+"""A model in float32 for as long as it is exported: no INT8 kernel of an engine takes or gives bfloat16, half or double."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.destination import export_target
 from lightning_cco.export.dynamic_axes import Axes, ways_to_vary
 from lightning_cco.export.dynamic_sizes import batch_fixed_since
-from lightning_cco.export.engines import PROGRAMS, Form
+from lightning_cco.export.engines import PROGRAMS, FileFeature
 from lightning_cco.export.errors import BatchDoesNotVary, ExportError, SizesDoNotVary
 from lightning_cco.export.failures import kind_of, need_packages, need_writable_names, untraceable
 from lightning_cco.export.feeds import call_of
@@ -227,4 +227,4 @@ def _compare(
         results = arrays_of(deployed.kept(given) if whole else given)
         comparison.add(tensors, results, results, program.levels)
     comparison.tell(report)
-    report.faults = format_faults(quantized, program.rounded, found.emitter.stored.engine.wanted(Form.SIGNED))
+    report.faults = format_faults(quantized, program.rounded, found.emitter.stored.engine.requires(FileFeature.SIGNED))

@@ -1,4 +1,4 @@
-"""Rewrites a traced program into the form whose integer operators engines recognize: dequantize, operator and quantize next to each other."""
+"""Rewrites a traced program so that engines recognize its integer operators: dequantize, operator and quantize next to each other."""
 
 from __future__ import annotations
 

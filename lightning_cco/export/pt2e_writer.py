@@ -12,7 +12,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.dialects import Pt2eDialect
 from lightning_cco.export.dynamic_axes import Axes
-from lightning_cco.export.engines import ENGINES, PROGRAMS, Engine, Form
+from lightning_cco.export.engines import ENGINES, PROGRAMS, Engine, FileFeature
 from lightning_cco.export.failures import failed
 from lightning_cco.export.ort_session import QuantizeNode
 from lightning_cco.export.pt2e_floats import compute_in_float32
@@ -93,7 +93,7 @@ def write_program(
     """
     engine = engine or ENGINES[quantized.settings.deployment_settings.target_framework]
     stored = StoredWeights(quantized, engine=engine if engine.name in PROGRAMS else ENGINES[PROGRAMS[0]])
-    emitter = Emitter(quantized, stored, Pt2eDialect(stored.engine.wanted(Form.SIGNED)))
+    emitter = Emitter(quantized, stored, Pt2eDialect(stored.engine.requires(FileFeature.SIGNED)))
     emitter.model = deployed
 
     def made(axes: Axes) -> tuple[torch.export.ExportedProgram, list[str]]:
@@ -109,7 +109,7 @@ def write_program(
 def _rewritten(program: torch.export.ExportedProgram, emitter: Emitter) -> tuple[torch.export.ExportedProgram, list[str]]:
     try:
         program, widened = compute_in_float32(program.run_decompositions({}))  # without operators in place
-        Passes(program, emitter.stored.engine.wanted(Form.JOINED)).run()
+        Passes(program, emitter.stored.engine.requires(FileFeature.JOINED)).run()
     except Exception as error:
         raise CCOError(failed("rewriting the traced program", error)) from error
     return program, widened

@@ -16,7 +16,7 @@ from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.dialects import Dialect
 from lightning_cco.export.embedding_bags import bag_arguments, is_bag, reduced
 from lightning_cco.export.engine_patterns import added_apart, attention, averages_images, divided, in_slices, sorted_maximum
-from lightning_cco.export.engines import Form
+from lightning_cco.export.engines import FileFeature
 from lightning_cco.export.errors import ExportError
 from lightning_cco.export.failures import untraceable
 from lightning_cco.export.fold_batch_norm import IntegerWeight
@@ -132,8 +132,8 @@ class Emitter:
             for name, (weight, *_) in stored.weights.items()
             if graph[name].kind == "batch_norm"
         }
-        self._maxima = relus_on_floats(self.quantized.plan) if stored.engine.wanted(Form.RELU_AS_MAXIMUM) else frozenset()
-        if stored.engine.wanted(Form.POOLS_AS_CONVOLUTIONS):
+        self._maxima = relus_on_floats(self.quantized.plan) if stored.engine.requires(FileFeature.RELU_AS_MAXIMUM) else frozenset()
+        if stored.engine.requires(FileFeature.POOLS_AS_CONVOLUTIONS):
             found = {name: window_weight(graph[name]) for name in self.quantized.plan.quantized if graph[name].kind in _POOLS}
             self._windows = {name: weight for name, weight in found.items() if weight is not None}
         operands = (weight for entries in stored.operands.values() for weight in entries if isinstance(weight, IntegerWeight))
@@ -220,13 +220,13 @@ class Emitter:
         kind = site.op.kind
         if kind == "addmm" and not site.in_place and (len(site.sources) > 1 or kwargs.get("beta", 1) != 1):
             return added_apart
-        if site.function == "avg_pool2d" and self.stored.engine.wanted(Form.POOLS_AS_CONVOLUTIONS):
+        if site.function == "avg_pool2d" and self.stored.engine.requires(FileFeature.POOLS_AS_CONVOLUTIONS):
             return averaged_in_float
         if site.layer in self._maxima:
             return maximum_in_place if site.in_place else maximum
         if kind == "avg_pool":
             return divided(func)
-        if kind == "amax" and self.stored.engine.wanted(Form.SORTED_MAXIMA):
+        if kind == "amax" and self.stored.engine.requires(FileFeature.SORTED_MAXIMA):
             return sorted_maximum
         if kind in ("chunk", "split", "tensor_split"):
             return in_slices(func)
@@ -293,4 +293,4 @@ class Emitter:
             if stored
             else F.embedding(call["input"], call["weight"])
         )
-        return reduced(rows, call, sorted_maximum if self.stored.engine.wanted(Form.SORTED_MAXIMA) else torch.amax)
+        return reduced(rows, call, sorted_maximum if self.stored.engine.requires(FileFeature.SORTED_MAXIMA) else torch.amax)

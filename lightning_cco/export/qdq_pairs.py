@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_cco.export.dialects import Dialect, Format
 from lightning_cco.export.engine_patterns import without_bound
-from lightning_cco.export.engines import Form
+from lightning_cco.export.engines import FileFeature
 from lightning_cco.export.fold_batch_norm import IntegerWeight
 from lightning_cco.export.ort_session import operand_name
 from lightning_cco.export.stored_tensors import StoredWeights
@@ -94,7 +94,7 @@ class QdqPairs:
         """First and last level of a rounded tensor after a clamp that rounding does; `None`: the clamp is written as it is."""
         known = LIMITS.get(site.function) if site.op.category is Category.CLAMP else None
         key = TensorKey(site.layer)
-        if known is None or not self.stored.engine.wanted(Form.INTEGER_CLIPS) or not self.quantized.plan.rounds(key):
+        if known is None or not self.stored.engine.requires(FileFeature.INTEGER_CLIPS) or not self.quantized.plan.rounds(key):
             return None
         quantizer, interval = self.quantized.activations[key], known(args, kwargs)
         if interval is None or quantizer.empty:
@@ -132,7 +132,7 @@ class QdqPairs:
             return x
         format = self._formats[key]
         levels = limits or format.levels
-        if levels is None or self.stored.engine.wanted(Form.INTEGER_CLIPS):
+        if levels is None or self.stored.engine.requires(FileFeature.INTEGER_CLIPS):
             return self._pair(x, format, key, levels)
         return self._pair(x.clamp(*map(format.value, levels)), format, key)
 

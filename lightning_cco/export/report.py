@@ -83,7 +83,7 @@ class ExportReport:
         uncompared: Quantized tensors that could not be compared, and why.
         integer_nodes: After the engine's optimization: how many nodes of each kind compute in INT8.
         float_nodes: How many nodes of each kind compute in float; what only moves values is left out.
-        float_islands: The layers behind those that it has an INT8 form of, and why.
+        float_islands: The layers behind those that it has an INT8 kernel of, and why.
         in_groups: How many layers have weights with a scale for each group of inputs that the engine can multiply, or look up, as they are.
         as_floats: Those of them whose weights it makes floats of in every run.
         zero_points: How many of the others have zero points.

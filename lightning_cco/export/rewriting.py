@@ -1,4 +1,4 @@
-"""The rewriting of an exported graph into the forms that the engine of a file wants, pass by pass."""
+"""The rewriting of an exported graph to have the features that its engine requires, pass by pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_cco.export import onnx_passes
 from lightning_cco.export.counted_sizes import count_sizes
-from lightning_cco.export.engines import Engine, Form
+from lightning_cco.export.engines import Engine, FileFeature
 from lightning_cco.export.float_types import compute_in_float32
 from lightning_cco.export.fusion_barriers import keep_float_weights, separate_roundings
 from lightning_cco.export.integer_constants import arrange_integers
@@ -15,15 +15,15 @@ from lightning_cco.export.qdq_per_operator import carry_pairs, clamp_between_pai
 from lightning_cco.export.split_linear import fill_biases, split_products, store_transposed
 from lightning_cco.export.weight_blocks import share_packed
 
-_BEFORE_SHARING: tuple[tuple[Form, tuple[Callable[[Any], None], ...]], ...] = (
-    (Form.COUNTED_SIZES, (count_sizes,)),
-    (Form.INTEGER_INDEXING, (onnx_passes.index_integers,)),
-    (Form.UNITS, (carry_pairs, clamp_between_pairs, round_tables)),
-    (Form.SPLIT_PRODUCTS, (split_products,)),
-    (Form.FULL_BIASES, (fill_biases,)),
-    (Form.STORED_TRANSPOSED, (store_transposed,)),
-    (Form.FLOAT_WEIGHTS, (keep_float_weights,)),
-    (Form.SEPARATE_ROUNDINGS, (separate_roundings,)),
+_BEFORE_SHARING: tuple[tuple[FileFeature, tuple[Callable[[Any], None], ...]], ...] = (
+    (FileFeature.COUNTED_SIZES, (count_sizes,)),
+    (FileFeature.INTEGER_INDEXING, (onnx_passes.index_integers,)),
+    (FileFeature.UNITS, (carry_pairs, clamp_between_pairs, round_tables)),
+    (FileFeature.SPLIT_PRODUCTS, (split_products,)),
+    (FileFeature.FULL_BIASES, (fill_biases,)),
+    (FileFeature.STORED_TRANSPOSED, (store_transposed,)),
+    (FileFeature.FLOAT_WEIGHTS, (keep_float_weights,)),
+    (FileFeature.SEPARATE_ROUNDINGS, (separate_roundings,)),
 )
 """Passes for a form that an engine may want, in the order in which they run."""
 
@@ -44,11 +44,11 @@ def rewrite(graph: Any, engine: Engine, int4: bool, grouped: bool) -> list[str]:
     onnx_passes.fix_shapes(graph)
     arrange_integers(graph)
     for form, passes in _BEFORE_SHARING:
-        if engine.wanted(form):
+        if engine.requires(form):
             for apply in passes:
                 apply(graph)
     onnx_passes.share_constants(graph)
-    if engine.wanted(Form.OWN_ZERO_POINTS):
+    if engine.requires(FileFeature.OWN_ZERO_POINTS):
         onnx_passes.own_zero_points(graph)
     if int4 or grouped:
         onnx_passes.pack_int4(graph, blocks_alone=not int4)

@@ -23,7 +23,7 @@ def split_products(graph: Any) -> None:
 
 
 def fill_biases(graph: Any) -> None:
-    """Give the bias of each product of fixed sizes and more than two dimensions as many; see `engines.Form.FULL_BIASES`."""
+    """Give the bias of each product of fixed sizes and more than two dimensions as many; see `engines.FileFeature.FULL_BIASES`."""
     for node in list(graph):
         if node.op_type != "Add":
             continue

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.export.engine_patterns import adds_products_exactly, blocked_convolution, bound_of, has_matrix_units, shortened
-from lightning_cco.export.engines import ENGINES, Engine, Form
+from lightning_cco.export.engines import ENGINES, Engine, FileFeature
 from lightning_cco.export.fold_batch_norm import BatchNorm, IntegerWeight, integer_weight, norm_weight
 from lightning_cco.export.weight_blocks import Block, blocks_of
 from lightning_cco.graph.captured import CallSite
@@ -36,7 +36,7 @@ def _overflows(weight: IntegerWeight) -> bool:
 
 
 class StoredWeights:
-    """What a file holds of the layers, in the form that its engine runs fastest.
+    """What a file holds of the layers, as its engine runs them fastest.
 
     Args:
         quantized: The calibrated model.
@@ -45,7 +45,7 @@ class StoredWeights:
 
     Attributes:
         target: What decided the plan.
-        engine: What the engine wants of the file.
+        engine: The engine, and what it requires of the file.
         int4: Whether weights of at most 4 bits are packed.
         weights: Integer weights by layer.
         blocks: Weights in groups by layer, in the forms of files.
@@ -70,15 +70,17 @@ class StoredWeights:
         self.operands: dict[str, list[IntegerWeight | Tensor]] = {}
         self.blocked: dict[str, tuple[IntegerWeight, tuple[int, int, int, int]]] = {}
         self.for_matrix_units: list[str] = []
-        self.operand_format = (0, torch.int8) if int4 or self.target.symmetric_activations or self.engine.wanted(Form.SIGNED) else UNSIGNED
+        self.operand_format = (
+            (0, torch.int8) if int4 or self.target.symmetric_activations or self.engine.requires(FileFeature.SIGNED) else UNSIGNED
+        )
         self.folded: set[str] = set()
         self.bounds: dict[str, tuple[float, float]] = {}
         self.tables: dict[str, Tensor] = {}
         amx = has_matrix_units() if deployment.amx is None else deployment.amx
-        self._uses_matrix_units = self.engine.wanted(Form.MATRIX_UNITS) and amx and not int4
+        self._uses_matrix_units = self.engine.requires(FileFeature.MATRIX_UNITS) and amx and not int4
         exact = adds_products_exactly() if deployment.vnni is None else deployment.vnni
         self.blocks: dict[str, Block] = {}
-        self.unsigned = self.engine.wanted(Form.UNSIGNED_WITHOUT_VNNI) and not exact
+        self.unsigned = self.engine.requires(FileFeature.UNSIGNED_WITHOUT_VNNI) and not exact
 
     def collect(self, site: CallSite, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take the weights that a layer is called with (parametrized, sliced, tied), and call it."""
@@ -141,7 +143,7 @@ class StoredWeights:
         lookups = {name for name in self.weights if graph[name].kind in ("embedding", "embedding_bag")}
         behind_rounding = {name for name in self.weights if sites[name].sources and self.quantizer_of(sites[name]) is not None}
         dynamic = self.quantized.plan.dynamic & set(self.weights)
-        own = lookups | behind_rounding | dynamic if self.engine.wanted(Form.BLOCK_OPERATORS) else None
+        own = lookups | behind_rounding | dynamic if self.engine.requires(FileFeature.BLOCK_OPERATORS) else None
         # One scale for each channel is the same for each of its groups, if something needs the form of groups.
         sizes = {name: fitting_groups(graph[name])[-1:] for name in self.quantized.plan.weight_only if name in self.weights}
         self.blocks = blocks_of(self.weights, lookups, own, {name: size[0] for name, size in sizes.items() if size}, dynamic)
@@ -180,7 +182,7 @@ class StoredWeights:
         """
         largest = int(weight.integers.abs().max()) if weight.integers.numel() else 0
         factor = (_MOST_IN_16_BITS // largest) if largest else 1
-        if factor < 2 or self.int4 or weight.group is not None or not self.engine.wanted(Form.INTEGER_BIAS):
+        if factor < 2 or self.int4 or weight.group is not None or not self.engine.requires(FileFeature.INTEGER_BIAS):
             return weight
         return replace(weight, integers=(weight.integers.to(torch.int16) * factor).to(torch.int8), scale=weight.scale / factor)
 
@@ -212,7 +214,7 @@ class StoredWeights:
         """
         key = self.quantizer_of(site)
         in_float = site.op.kind == "linear" and dimensions > 2 and not self.quantized.plan.rounds(site.layer)
-        if key is None or in_float or site.layer in self.quantized.plan.weight_only or not self.engine.wanted(Form.INTEGER_BIAS):
+        if key is None or in_float or site.layer in self.quantized.plan.weight_only or not self.engine.requires(FileFeature.INTEGER_BIAS):
             return bias, None
         if weight_scale.dim():
             weight_scale = weight_scale.repeat(bias.numel() // weight_scale.numel())
@@ -225,11 +227,11 @@ class StoredWeights:
         call = dict(zip(names, (1, 0, 1, 1), strict=True)) | dict(zip(names, args[3:], strict=False))
         call |= {name: value for name, value in kwargs.items() if name in names}
         if self._reads_input(site):
-            form = blocked_convolution(weight.integers, tuple(args[0].shape[2:]), call, self.engine.amount(Form.CHANNEL_MULTIPLE, 1))
+            form = blocked_convolution(weight.integers, tuple(args[0].shape[2:]), call, self.engine.amount(FileFeature.CHANNEL_MULTIPLE, 1))
             if form is not None:
                 self.blocked[site.layer] = replace(weight, integers=form.weight), form.pads
                 return weight
-        shallow = weight.integers[0].numel() < self.engine.amount(Form.MATRIX_UNITS, 1)
+        shallow = weight.integers[0].numel() < self.engine.amount(FileFeature.MATRIX_UNITS, 1)
         if not self._uses_matrix_units or shallow or call["groups"] != 1 or int(weight.integers.min()) == -128:
             return weight
         self.for_matrix_units.append(site.layer)

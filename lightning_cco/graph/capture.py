@@ -90,7 +90,7 @@ def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> C
             switch_training(model, False)
             hidden = used_unseen(model, evaluation, forward)
         _check(model, evaluation, hidden)
-        _warn_of_forms(model, evaluation)
+        _warn_of_weights_without_kernel(model, evaluation)
         warn_of_weights_made(model, evaluation, late)
         training = _trace_training(model, forward, evaluation.frames.root, carried_now(constants, kept.changed()))
         warn_of_weights_kept(model, training or evaluation)
@@ -181,12 +181,12 @@ def _check(model: nn.Module, evaluation: Tracer, hidden: Sequence[str]) -> None:
         )
 
 
-def _warn_of_forms(model: nn.Module, evaluation: Tracer) -> None:
-    """Say which weights are in the layer graph, and have no INT8 form by what reads them."""
+def _warn_of_weights_without_kernel(model: nn.Module, evaluation: Tracer) -> None:
+    """Say which weights are in the layer graph, and have no INT8 kernel by what reads them."""
     found = without_int8_form(model, evaluation)
     if found:
         warnings.warn(
-            f"{type(model).__name__}: weights stay in float, since what reads them has no INT8 form: {'; '.join(found)}. "
+            f"{type(model).__name__}: weights stay in float, since what reads them has no INT8 kernel: {'; '.join(found)}. "
             "Multiply by them with torch's functions on real numbers (linear, matmul, conv2d) to have them quantized; squared distances are "
             "products, too: x.square().sum(1, keepdim=True) - 2 * F.linear(x, w) + w.square().sum(1).",
             CCOWarning,

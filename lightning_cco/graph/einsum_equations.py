@@ -59,7 +59,7 @@ def _labels(term: str, dimensions: int) -> list[str]:
 
 
 def einsum_by_matmul(equation: Any, *operands: Any) -> Tensor:
-    """`torch.einsum`, written as a product with a matrix where it is one, which engines have an INT8 form of."""
+    """`torch.einsum`, written as a product with a matrix where it is one, which engines have an INT8 kernel of."""
     given = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     product = matrix_product(equation, given[0].dim(), given[1].dim()) if len(given) == 2 else None
     if product is None:

@@ -16,7 +16,7 @@ from lightning_cco.graph.ops import Category, Op
 from lightning_cco.graph.origins import unwrapped
 
 MASK_NOTE = "holds the huge values of a mask: an INT8 scale over them would leave nothing of the rest"
-SPARSE_NOTE = "sparse tensors have no INT8 form"
+SPARSE_NOTE = "no INT8 kernel takes sparse tensors"
 _FIRST_INPUT = re.compile(r"\bweight_ih(?!_l[1-9])")
 """Of `torch.nn.LSTM`, its like, and their cells; the layers after the first read hidden states, all between -1 and 1."""
 MASKING = {"masked_fill", "where", "triu", "tril", "setitem", "masked_scatter", "full"}
@@ -61,7 +61,7 @@ def is_attention_mask(op: Op, slot: ArgPath) -> bool:
 def note_of(quantizable: tuple[bool, ...], mask_like: bool, inputs: list[Tensor], outputs: list[Tensor]) -> str:
     """Why a layer can't be quantized whatever the settings say; empty when it can."""
     if any(t.is_complex() for t in [*inputs, *outputs]):
-        return "complex numbers have no INT8 form"
+        return "no INT8 kernel takes complex numbers"
     if mask_like or any(not ok and t.is_floating_point() for ok, t in zip(quantizable, outputs, strict=True)):
         return MASK_NOTE
     if any(t.layout is not torch.strided for t in [*inputs, *outputs]):

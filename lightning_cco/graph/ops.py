@@ -136,7 +136,7 @@ _ROWS = (
     Op("stack", _C, ("stack",), constants=True, fresh=True),
     Op("lookup", _C),  # a constant indexed by a tensor (`table[ids]`): a layer of its own, since its result is a value
     Op("setitem", _C, ("__setitem__",), masks=True),
-    Op("where", _C, masks=True),  # no engine has an INT8 form of these two
+    Op("where", _C, masks=True),  # no engine has an INT8 kernel of these two
     Op("masked_fill", _C, masks=True),
     # Averages and other poolings.
     Op("mean", _C, ("mean",), fresh=True, arguments=("", "dim", "keepdim")),

@@ -24,7 +24,7 @@ from lightning_cco.graph.python_calls import calling_position
 from lightning_cco.graph.sources import Sources, parameters_of
 
 _DRAWN = "the forward draws the weights that it multiplies by at random, each time anew: there is nothing to round or to store"
-_LOOKUP = "selects from a constant by indexing; torch.nn.functional.embedding(indices, weight) has an INT8 form"
+_LOOKUP = "selects from a constant by indexing; torch.nn.functional.embedding(indices, weight) has an INT8 kernel"
 Operand = tuple[ArgPath, Tensor, Origin]
 """A tensor that a call is given: where it stands, and where it comes from."""
 
@@ -48,12 +48,12 @@ def refuse_tensors(path: str, kind: str, tensors: Iterable[Tensor], makes: bool 
         what = f"{where}: its '{kind}' {'makes' if makes else 'reads'}"
         if tensor.is_nested:
             raise CCOError(
-                f"{what} a nested tensor, which has no INT8 form: expected a padded one. Give the example, and "
+                f"{what} a nested tensor, which no INT8 kernel takes: expected a padded one. Give the example, and "
                 "train, with torch.nested.to_padded_tensor(x, 0.0) and a mask."
             )
         if isinstance(tensor, MaskedTensor):
             raise CCOError(
-                f"{what} a MaskedTensor, which has no INT8 form: expected a tensor and its mask. Write torch.where(mask, x, 0.0), or fill what is "
+                f"{what} a MaskedTensor, which no INT8 kernel takes: expected a tensor and its mask. Write torch.where(mask, x, 0.0), or fill what is "
                 "masked by to_tensor(0.0) before a layer reads it."
             )
         raise CCOError(
@@ -155,7 +155,7 @@ class Seen:
             return replace(layer, attributes={**layer.attributes, **self._made_operands()})
         if not call.weights or self.op.category not in (Category.MATMUL, Category.COMPUTE):
             return layer
-        # Which operand is constant decides what engines have a form for.
+        # Which operand is constant decides what engines have a kernel for.
         first = call.weights[0].slot
         product = self.op.category is Category.MATMUL
         where: dict[str, object] = {"weight_first": True} if product and _before(first, call.reads[0].slot) else {}

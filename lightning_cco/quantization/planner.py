@@ -188,7 +188,7 @@ class _Planner:
         """Whether the engine gives a layer's result in float without a conversion.
 
         After a product with a clamp it does not: the rounding is the clamp. Left in float, ONNX Runtime 1.32 fuses ReLU with the linear layer before it into
-        one operator on floats (`python benchmarks/engine_forms.py clamps`).
+        one operator on floats (`python benchmarks/file_features.py clamps`).
         """
         return self.graph[name].kind in self.target.float_outputs
 

@@ -24,7 +24,7 @@ class SkipReason(str, Enum):
     INTEGER = "integer"
     """Its values are integers."""
     UNSUPPORTED = "unsupported"
-    """It has no INT8 form."""
+    """It has no INT8 kernel."""
     OUTPUT = "output"
     """It only marks where the model returns a tensor."""
 

@@ -71,9 +71,9 @@ def _in_float(layer: Layer, target: Target) -> Skip:
     if layer.kind == "batch_norm":
         return Skip(SkipReason.ENGINE, "batch norm runs in INT8 only where it folds into the quantized layer before it")
     if is_known_kind(layer.kind):
-        form = " of this form" if layer.kind in target.int8_kinds else ""
-        return Skip(SkipReason.ENGINE, f"{layer.kind}{form} is computed in float by {target.name}")
-    return Skip(SkipReason.UNSUPPORTED, f"{layer.kind} has no INT8 form here")
+        arguments = " with these arguments" if layer.kind in target.int8_kinds else ""
+        return Skip(SkipReason.ENGINE, f"{layer.kind}{arguments} is computed in float by {target.name}")
+    return Skip(SkipReason.UNSUPPORTED, f"{layer.kind} has no INT8 kernel here")
 
 
 def _intrinsic(layer: Layer, target: Target) -> Skip | None:

@@ -19,7 +19,7 @@ _SHAPING = frozenset({"concat", "stack", "interpolate", "avg_pool", "adaptive_av
 _SMOOTH = frozenset({"sigmoid", "leaky_relu", "tanh", "prelu", "hardswish", "hardsigmoid"})
 
 Int8Condition = Callable[[Layer], bool]
-"""Whether an engine has an INT8 form for a layer of some kind."""
+"""Whether an engine has an INT8 kernel for a layer of some kind."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Target:
         symmetric_activations: Whether activations must have zero point 0.
         int8_kinds: Layer kinds that the engine computes in INT8. It computes others in float.
         weight_only_kinds: Kinds with weights that it computes in float from integer weights: nothing is rounded for what they read.
-        forms: For kinds of which it computes only some layers in INT8, which those are; a weighted layer that is not one of them is weight-only, or in float
-            where `float_products` is false.
+        int8_conditions: For kinds of which it computes only some layers in INT8, which those are; another layer with weights is weight-only, or in
+            float where `float_products` is false.
         float_outputs: Kinds among them whose result the engine gives in float without a conversion. It is rounded only where an INT8 layer reads it.
         integer_outputs: Kinds that it computes in INT8 only where their result is rounded.
         elementwise_kinds: Kinds that multiply no weights. They run in INT8 if all that they read is INT8 anyway or something that reads them is; between float
@@ -41,9 +41,9 @@ class Target:
         followed_in_float: Kinds whose rounded result alone is no reason to run the addition after them in INT8: another INT8 layer has to read its sum. So a
             transformer's residual stream is not rounded where the engine wants the results of linear layers rounded.
         float_products: Whether it multiplies floats with weights that are stored as integers; else a layer in float has weights in float.
-        norms: Whether a batch norm that is folded into no layer has an INT8 form: a convolution of each channel with one number. A dense block of six on one
-            thread: 8.2 ms against 9.0 in float with ONNX Runtime 1.32, 7.7 against 8.5 with OpenVINO 2026.4 (``benchmarks/engine_forms.py norms``).
-        made_weights: Kinds with weights of which it has an INT8 form also where another layer makes the weight; where one makes the bias it has none.
+        norms: Whether a batch norm that is folded into no layer has an INT8 kernel: a convolution of each channel with one number. A dense block of six on one
+            thread: 8.2 ms against 9.0 in float with ONNX Runtime 1.32, 7.7 against 8.5 with OpenVINO 2026.4 (``benchmarks/file_features.py norms``).
+        made_weights: Kinds with weights of which it has an INT8 kernel also where another layer makes the weight; where one makes the bias it has none.
         integer_left: Which products with a weight on their left, which are computed in float, may have integers for it; `None`: all.
         narrow_without_vnni: Whether weights have 7 bits for x86 processors without VNNI, whose 16-bit sums of two 8-bit products saturate.
         refuses_int4: Why weights can't be stored in 4 bits for it; empty: they can.
@@ -56,7 +56,7 @@ class Target:
     symmetric_activations: bool
     int8_kinds: frozenset[str]
     weight_only_kinds: frozenset[str] = frozenset()
-    forms: Mapping[str, Int8Condition] | None = None
+    int8_conditions: Mapping[str, Int8Condition] | None = None
     float_outputs: frozenset[str] = _WEIGHTED - {"conv", "conv_transpose"} | _MATMUL
     integer_outputs: frozenset[str] = frozenset()
     elementwise_kinds: frozenset[str] = _ELEMENTWISE | _SHAPING | _SMOOTH
@@ -73,10 +73,10 @@ class Target:
 
     def computes_in_int8(self, layer: Layer) -> bool:
         """Whether a layer, all of whose floats are rounded, is computed in INT8."""
-        form = (self.forms or {}).get(layer.kind)
+        runs = (self.int8_conditions or {}).get(layer.kind)
         if layer.attributes.get("made_bias") or (layer.attributes.get("made_weight") and layer.kind not in self.made_weights):
             return False
-        return layer.kind in self.int8_kinds and (form is None or form(layer))
+        return layer.kind in self.int8_kinds and (runs is None or runs(layer))
 
     def weight_bits(self, layer: Layer, bits: int, vnni: bool | None) -> int:
         """Bits of a layer's weight where the settings say so many, for a processor with or without VNNI (`None`: not known)."""
@@ -169,14 +169,14 @@ def _averages_to_one(layer: Layer) -> bool:
     return len(layer.output_shapes[0]) == 4 and tuple(layer.output_shapes[0][2:]) == (1, 1)
 
 
-def _program(name: str, *more: str, forms: Mapping[str, Int8Condition] | None = None) -> Target:
+def _program(name: str, *more: str, int8_conditions: Mapping[str, Int8Condition] | None = None) -> Target:
     """An engine that reads programs with quantized operators, and whose products in INT8 give rounded results alone (as XNNPACK's do)."""
     return Target(
         name,
         False,
         frozenset({*more, "conv", "linear", "add", "sub", "mul", "concat", "mean", "adaptive_avg_pool"}) | _CLAMP,
         weight_only_kinds=frozenset({"embedding", "embedding_bag"}),
-        forms={
+        int8_conditions={
             "conv": _flat,
             "conv_transpose": _transposed_whole,
             "linear": _weight_last,
@@ -185,7 +185,7 @@ def _program(name: str, *more: str, forms: Mapping[str, Int8Condition] | None = 
             "mul": _two_operands,
             "mean": _averages_images,
             "adaptive_avg_pool": _averages_to_one,
-            **(forms or {}),
+            **(int8_conditions or {}),
         },
         float_outputs=frozenset(),
         integer_outputs=frozenset({"conv", "conv_transpose", "linear"}),
@@ -206,7 +206,7 @@ TARGETS: Mapping[str, Target] = {
         False,
         _ALL - _ORT_FLOAT - _ORT_WEIGHT_ONLY | {"sigmoid", "leaky_relu"},
         weight_only_kinds=_ORT_WEIGHT_ONLY,
-        forms={
+        int8_conditions={
             "add": _two_operands,
             "mul": _two_operands,
             **dict.fromkeys(("concat", "stack"), _floats_alone),
@@ -232,7 +232,7 @@ TARGETS: Mapping[str, Target] = {
         # It compiles LSTM, GRU and RNN from float constants only, and rounds what a cell multiplies with integer weights by itself.
         # Its transposed convolution in INT8 wants sizes that are fixed, and AVX-512.
         weight_only_kinds=frozenset({"conv_transpose", "embedding_bag"}),
-        forms={
+        int8_conditions={
             "add": _two_operands,
             "sub": _two_operands,
             "mul": _two_operands,
@@ -259,17 +259,17 @@ TARGETS: Mapping[str, Target] = {
         # Convolution, batch norm, addition and ReLU are one kernel where only the shortcut has a Q/DQ pair; one more before the addition is "suboptimal".
         adds_before_rounding=frozenset({"conv"}),
         refuses_int4="takes 4-bit weights in blocks only",
-        # It takes int4 in blocks of 64 or 128, and the file's opset of blocks goes together with no symmetric activations in ONNX Runtime (`Form.OPSET`).
+        # It takes int4 in blocks of 64 or 128, and the file's opset of blocks takes no symmetric activations in ONNX Runtime (`FileFeature.OPSET`).
         refuses_groups="was not tried with weights in groups. Leave weights_group_size out, or choose target_framework: ort or openvino",
     ),
     "executorch": _program("executorch", "conv_transpose"),
-    "litert": _program("litert", "avg_pool", forms=dict.fromkeys(("avg_pool", "adaptive_avg_pool"), _averages_windows)),
+    "litert": _program("litert", "avg_pool", int8_conditions=dict.fromkeys(("avg_pool", "adaptive_avg_pool"), _averages_windows)),
     "coreml": _program("coreml", "conv_transpose"),
     "qnn": Target(
         "qnn",
         False,
         frozenset({"conv", "conv_transpose", "linear", "matmul"}) | _CLAMP | _ELEMENTWISE | _SHAPING | _SMOOTH - {"prelu"},
-        forms={
+        int8_conditions={
             "conv_transpose": _ungrouped,
             "linear": _weight_last,
             "matmul": _weight_second,

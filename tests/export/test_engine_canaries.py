@@ -1,4 +1,4 @@
-"""Each form that an engine wants is still needed: a test that fails here says that its range of versions has ended, or that it must be written otherwise."""
+"""Each feature that an engine requires of its files is still needed: a test that fails here says that its range of versions has ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_cco import QuantizedModel, quantize
 from lightning_cco.export.engine_patterns import adds_products_exactly
-from lightning_cco.export.engines import ENGINES, Form
+from lightning_cco.export.engines import ENGINES, FileFeature
 
 ROOT = Path(__file__).resolve().parents[2]
 X = np.random.default_rng(1).standard_normal((2, 3, 16, 16)).astype(np.float32)
@@ -25,16 +25,16 @@ X = np.random.default_rng(1).standard_normal((2, 3, 16, 16)).astype(np.float32)
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_each_want_has_a_range_of_versions_and_a_canary(name: str) -> None:
-    wants = ENGINES[name].wants
-    assert len({want.form for want in wants}) == len(wants)
-    for want in wants:
-        assert want.versions
-        assert want.seen
-        path, _, test = want.canary.partition("::")
+    wants = ENGINES[name].requirements
+    assert len({entry.feature for entry in wants}) == len(wants)
+    for entry in wants:
+        assert entry.versions
+        assert entry.seen
+        path, _, test = entry.canary.partition("::")
         if not path:
             assert ENGINES[name].not_run
             continue
-        assert f"def {test or want.form.name.lower()}(" in (ROOT / path).read_text(encoding="utf-8"), want.form
+        assert f"def {test or entry.feature.name.lower()}(" in (ROOT / path).read_text(encoding="utf-8"), entry.feature
 
 
 def convolution(file: File, x: str, channels: int = 3, bias: bool = True) -> str:
@@ -92,11 +92,11 @@ def exported(model: torch.nn.Module, x: Tensor, target: str, bits: int, path: Pa
 
 
 @pytest.fixture
-def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Form], None]:
-    """Files are written for an engine that does not want a form."""
+def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, FileFeature], None]:
+    """Files are written for an engine that does not require a feature."""
 
-    def write(name: str, form: Form) -> None:
-        engine = replace(ENGINES[name], wants=tuple(want for want in ENGINES[name].wants if want.form is not form))
+    def write(name: str, feature: FileFeature) -> None:
+        engine = replace(ENGINES[name], requirements=tuple(entry for entry in ENGINES[name].requirements if entry.feature is not feature))
         monkeypatch.setattr("lightning_cco.export.stored_tensors.ENGINES", {**ENGINES, name: engine})
 
     return write
@@ -114,9 +114,9 @@ class Pooled(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
 @pytest.mark.skipif(adds_products_exactly(), reason="a processor with VNNI asks for no exact products")
 @pytest.mark.parametrize("own", [True, False])
-def test_ort_own_zero_points(own: bool, tmp_path: Path, without: Callable[[str, Form], None]) -> None:
+def test_ort_own_zero_points(own: bool, tmp_path: Path, without: Callable[[str, FileFeature], None]) -> None:
     if not own:
-        without("ort", Form.OWN_ZERO_POINTS)
+        without("ort", FileFeature.OWN_ZERO_POINTS)
     exported(Pooled(), torch.from_numpy(X), "ort", 8, tmp_path / "a.onnx")
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -191,9 +191,9 @@ class Text(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("stored", [True, False])
-def test_ort_stored_transposed(stored: bool, tmp_path: Path, without: Callable[[str, Form], None]) -> None:
+def test_ort_stored_transposed(stored: bool, tmp_path: Path, without: Callable[[str, FileFeature], None]) -> None:
     if not stored:
-        without("ort", Form.STORED_TRANSPOSED)
+        without("ort", FileFeature.STORED_TRANSPOSED)
     exported(Text(), torch.randint(0, 50, (2, 9)), "ort", 8, tmp_path / "a.onnx")
     assert (optimized(tmp_path / "a.onnx")["MatMulIntegerToFloat"] == 12) is stored
 
@@ -223,15 +223,15 @@ def test_ort_opset(opset: int, tmp_path: Path) -> None:
         loaded = True
     except Exception:  # of a type that it does not export
         loaded = False
-    assert loaded is (opset <= ENGINES["ort"].amount(Form.OPSET, 0))
+    assert loaded is (opset <= ENGINES["ort"].amount(FileFeature.OPSET, 0))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("integers", [True, False])
-def test_openvino_integer_clips(integers: bool, tmp_path: Path, without: Callable[[str, Form], None]) -> None:
+def test_openvino_integer_clips(integers: bool, tmp_path: Path, without: Callable[[str, FileFeature], None]) -> None:
     pytest.importorskip("openvino")
     if not integers:
-        without("openvino", Form.INTEGER_CLIPS)
+        without("openvino", FileFeature.INTEGER_CLIPS)
     x = torch.randn(4, 3, 16, 16)
     quantized = exported(settled(UNet()), x, "openvino", 4, tmp_path / "a.onnx")
     load = ENGINES["openvino"].load
@@ -255,10 +255,10 @@ class Largest(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("by_sorting", [True, False])
-def test_openvino_sorted_maxima(by_sorting: bool, tmp_path: Path, without: Callable[[str, Form], None]) -> None:
+def test_openvino_sorted_maxima(by_sorting: bool, tmp_path: Path, without: Callable[[str, FileFeature], None]) -> None:
     pytest.importorskip("openvino")
     if not by_sorting:
-        without("openvino", Form.SORTED_MAXIMA)
+        without("openvino", FileFeature.SORTED_MAXIMA)
     torch.manual_seed(0)
     x = torch.randn(4, 3, 16, 16)
     quantized = exported(Largest(), x, "openvino", 7, tmp_path / "a.onnx")
@@ -284,10 +284,10 @@ class WithToken(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("counted", [True, False])
-def test_openvino_counted_sizes(counted: bool, tmp_path: Path, without: Callable[[str, Form], None]) -> None:
+def test_openvino_counted_sizes(counted: bool, tmp_path: Path, without: Callable[[str, FileFeature], None]) -> None:
     pytest.importorskip("openvino")
     if not counted:
-        without("openvino", Form.COUNTED_SIZES)
+        without("openvino", FileFeature.COUNTED_SIZES)
     torch.manual_seed(0)
     model, x = WithToken(), torch.randn(4, 3, 16, 16)
     torch.nn.init.normal_(model.patches.bias)

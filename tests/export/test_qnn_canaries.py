@@ -1,4 +1,4 @@
-"""What QNN wants of a file, in its simulator: each test fails once a form is no longer needed. Skipped without onnxruntime-qnn (`make test-engines` has it)."""
+"""What QNN requires of a file, in its simulator: each test fails once a feature is no longer needed. Skipped without onnxruntime-qnn."""
 
 from __future__ import annotations
 
@@ -70,5 +70,5 @@ def test_what_htp_has_no_form_for_is_named(tmp_path: Path) -> None:
     """Its log names the node, and the reason; a remainder of floats is one that version 2.7 lacks."""
     file = File()
     rest = file.node("Mod", file.rounded("x"), file.constant(np.float32(1.5)), fmod=1)
-    with pytest.raises(RuntimeError, match="HTP has no form for Mod "):
+    with pytest.raises(RuntimeError, match="HTP has no kernel for Mod "):
         Compiled(file.save(tmp_path / "a.onnx", SHAPE, rest))

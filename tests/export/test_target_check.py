@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_cco import CCOError, CCOWarning, quantize
 from lightning_cco.export import check
-from lightning_cco.export.engines import ENGINES, Computed, Form
+from lightning_cco.export.engines import ENGINES, Computed, FileFeature
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 
@@ -65,10 +65,10 @@ def test_bags_load_in_openvino(mode: str, padding: int | None, offsets: list[int
 
 
 def test_a_layer_that_the_target_computes_otherwise_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the form of a maximum that OpenVINO computes rightly."""
+    """Without the operator for a maximum that OpenVINO computes rightly."""
     pytest.importorskip("openvino")
-    wants = tuple(want for want in ENGINES["openvino"].wants if want.form is not Form.SORTED_MAXIMA)
-    monkeypatch.setattr("lightning_cco.export.stored_tensors.ENGINES", {"openvino": replace(ENGINES["openvino"], wants=wants)})
+    wants = tuple(entry for entry in ENGINES["openvino"].requirements if entry.feature is not FileFeature.SORTED_MAXIMA)
+    monkeypatch.setattr("lightning_cco.export.stored_tensors.ENGINES", {"openvino": replace(ENGINES["openvino"], requirements=wants)})
     ids = torch.randint(0, 20, (4, 5))
     quantized = quantize(Largest().eval(), settings("openvino"), (ids,))
     quantized.calibrate([ids])

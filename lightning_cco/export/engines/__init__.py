@@ -1,11 +1,11 @@
-"""What each engine wants of a file: one entry an engine, which `export` asks and in which nothing is decided about the plan."""
+"""What each engine requires of a file: one entry an engine, which `export` asks and in which nothing is decided about the plan."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from lightning_cco.export.engines.coreml import COREML
-from lightning_cco.export.engines.entry import Computed, Converted, Engine, Form, Loaded, Reader, Want
+from lightning_cco.export.engines.entry import Computed, Converted, Engine, FileFeature, Loaded, Reader, Requirement
 from lightning_cco.export.engines.executorch import EXECUTORCH
 from lightning_cco.export.engines.litert import LITERT
 from lightning_cco.export.engines.openvino import OPENVINO
@@ -20,4 +20,4 @@ PROGRAMS = tuple(name for name, engine in ENGINES.items() if engine.start is not
 BY_ENDING: Mapping[str, Engine] = {ENGINES[name].ending: ENGINES[name] for name in PROGRAMS}
 """The engines that read programs, by the ending of their own files."""
 
-__all__ = ["BY_ENDING", "ENGINES", "PROGRAMS", "Computed", "Converted", "Engine", "Form", "Loaded", "Reader", "Want"]
+__all__ = ["BY_ENDING", "ENGINES", "PROGRAMS", "Computed", "Converted", "Engine", "FileFeature", "Loaded", "Reader", "Requirement"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_cco.export.engines.entry import Engine, Form, Want
+from lightning_cco.export.engines.entry import Engine, FileFeature, Requirement
 from lightning_cco.export.engines.program_reader import ProgramReader
 
 
@@ -16,7 +16,7 @@ class CoreML(ProgramReader):
 COREML = Engine(
     "coreml",
     "Core ML",
-    (Want(Form.SIGNED, "9.0", "not known; its own tools quantize to int8", ""),),
+    (Requirement(FileFeature.SIGNED, "9.0", "not known; its own tools quantize to int8", ""),),
     package="coremltools",
     ending=".mlpackage",
     extra="coreml",

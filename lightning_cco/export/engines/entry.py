@@ -13,8 +13,8 @@ import numpy as np
 from lightning_cco.export.check_limits import Limits
 
 
-class Form(Enum):
-    """What an engine can want of a file. What it computes in INT8, and so what is planned, is a matter of `quantization.targets`."""
+class FileFeature(Enum):
+    """What an engine can require of a file, since it computes wrongly, in float or slowly without it. What it computes in INT8 is in `quantization.targets`."""
 
     CHANNEL_MULTIPLE = (
         "a first convolution of stride 2 on blocks of 2 × 2 pixels (space to depth), whose input channels are a multiple of the amount"
@@ -44,19 +44,19 @@ class Form(Enum):
 
 
 @dataclass(frozen=True)
-class Want:
-    """One form that an engine wants.
+class Requirement:
+    """One feature that an engine requires of its files.
 
     Attributes:
-        form: The form.
-        versions: Versions of the engine that want it, as far as known: "1.20 to 1.32". The end is the newest version that was tried.
+        feature: The feature.
+        versions: Versions of the engine that require it, as far as known: "1.20 to 1.32". The end is the newest version that was tried.
         seen: What the engine does without it, and where that was seen.
         canary: The test that fails once the engine no longer needs it (``tests/export/…::name``), or the benchmark that measures it; empty where the
             engine can't be run.
-        amount: The number that belongs to some forms.
+        amount: The number that belongs to some features.
     """
 
-    form: Form
+    feature: FileFeature
     versions: str
     seen: str
     canary: str
@@ -132,12 +132,12 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine wants of a file.
+    """An engine, and what it requires of a file.
 
     Attributes:
         name: That of its `Target`.
         title: What it calls itself.
-        wants: The forms that it wants.
+        requirements: The features that it requires of its files.
         load: Loads a file as its users do; `None` where it can't be run here, or is ONNX Runtime, in which every file is checked.
         package: What must be installed for that.
         ending: How the names of the files that it runs end.
@@ -157,7 +157,7 @@ class Engine:
 
     name: str
     title: str
-    wants: tuple[Want, ...]
+    requirements: tuple[Requirement, ...]
     load: Load | None = None
     package: str = ""
     ending: str = ".onnx"
@@ -174,10 +174,10 @@ class Engine:
     not_run: str = ""
     takes_fp16: bool = False
 
-    def wanted(self, form: Form) -> bool:
-        """Whether it wants a form."""
-        return any(want.form is form for want in self.wants)
+    def requires(self, feature: FileFeature) -> bool:
+        """Whether its files need a feature."""
+        return any(entry.feature is feature for entry in self.requirements)
 
-    def amount(self, form: Form, otherwise: int) -> int:
-        """The number that belongs to a form; another where the engine does not want it."""
-        return next((want.amount for want in self.wants if want.form is form), otherwise)
+    def amount(self, feature: FileFeature, otherwise: int) -> int:
+        """The number that belongs to a feature; another where the engine does not require it."""
+        return next((entry.amount for entry in self.requirements if entry.feature is feature), otherwise)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from lightning_cco.export.engines.entry import Converted, Engine, Form, Want
+from lightning_cco.export.engines.entry import Converted, Engine, FileFeature, Requirement
 from lightning_cco.export.engines.program_reader import ProgramReader
 from lightning_cco.export.provenance import LAYER
 
@@ -35,8 +35,10 @@ EXECUTORCH = Engine(
     "executorch",
     "ExecuTorch",
     (
-        Want(Form.SIGNED, "1.5", "XNNPACK has no kernels for uint8: its partitioner leaves such operators to float", ""),
-        Want(Form.JOINED, "1.5", "XNNPACK joins integers of one scale alone; with others a file is written that does not load", ""),
+        Requirement(FileFeature.SIGNED, "1.5", "XNNPACK has no kernels for uint8: its partitioner leaves such operators to float", ""),
+        Requirement(
+            FileFeature.JOINED, "1.5", "XNNPACK joins integers of one scale alone; with others a file is written that does not load", ""
+        ),
     ),
     package="executorch",
     ending=".pte",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_cco.export.check_limits import Limits
-from lightning_cco.export.engines.entry import Engine, Form, Want
+from lightning_cco.export.engines.entry import Engine, FileFeature, Requirement
 from lightning_cco.export.engines.program_reader import ProgramReader
 
 
@@ -25,9 +25,9 @@ LITERT = Engine(
     "litert",
     "LiteRT",
     (
-        Want(Form.SIGNED, "2.3", "its kernels in INT8 take int8 alone", ""),
-        Want(
-            Form.POOLS_AS_CONVOLUTIONS,
+        Requirement(FileFeature.SIGNED, "2.3", "its kernels in INT8 take int8 alone", ""),
+        Requirement(
+            FileFeature.POOLS_AS_CONVOLUTIONS,
             "2.3",
             "its converter computes an average pooling between roundings in INT8, on the scale of what it reads: 9 steps off on average after a ReLU",
             "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_cco.export.engines.entry import Computed, Engine, Form, Want
+from lightning_cco.export.engines.entry import Computed, Engine, FileFeature, Requirement
 from lightning_cco.export.engines.worker import FileWorker
 
 _PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
@@ -33,21 +33,21 @@ OPENVINO = Engine(
     "openvino",
     "OpenVINO",
     (
-        Want(
-            Form.INTEGER_CLIPS,
+        Requirement(
+            FileFeature.INTEGER_CLIPS,
             "2026.4",
             "it takes a clamp of floats to the wrong bounds where the tensors of a concat before it have scales of their own: a U-Net of 4 bits agreed "
             "at 16 dB instead of 30",
             f"{_CANARIES}::test_openvino_integer_clips",
         ),
-        Want(
-            Form.SORTED_MAXIMA,
+        Requirement(
+            FileFeature.SORTED_MAXIMA,
             "2026.4",
             "it rounds the result of a ReduceMax of values below 0 wrongly: by 21 steps on average between a convolution and a linear layer",
             f"{_CANARIES}::test_openvino_sorted_maxima",
         ),
-        Want(
-            Form.COUNTED_SIZES,
+        Requirement(
+            FileFeature.COUNTED_SIZES,
             "2026.4",
             "it leaves out a convolution's bias where a tensor is expanded to a size that a Shape operator reads: a vision transformer, whose class token is "
             "expanded to the size of the batch, agreed at 21 dB instead of 50",

@@ -1,4 +1,4 @@
-"""QNN, the NPU of Qualcomm's chips, by ONNX Runtime. Sources: its execution provider's list of operators, and the graphs that it makes of each form."""
+"""QNN, the NPU of Qualcomm's chips, by ONNX Runtime. Sources: its execution provider's list of operators, and the graphs that it makes of files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from lightning_cco.export.check_limits import Limits
-from lightning_cco.export.engines.entry import Computed, Engine, Form, Want
+from lightning_cco.export.engines.entry import Computed, Engine, FileFeature, Requirement
 from lightning_cco.export.engines.worker import FileWorker
 
 _PRODUCTS = ("Conv2d", "Conv3d", "DepthWiseConv2d", "TransposeConv2d", "TransposeConv3d", "FullyConnected", "MatMul", "Lstm", "Gru")
@@ -38,20 +38,20 @@ QNN = Engine(
     "qnn",
     "QNN",
     (
-        Want(
-            Form.INTEGER_BIAS,
+        Requirement(
+            FileFeature.INTEGER_BIAS,
             "2.7",
             "units have biases of 32-bit integers; ONNX Runtime 1.32 makes them of a bias in float by itself",
             f"{_CANARIES}::test_qnn_integer_bias",
         ),
-        Want(
-            Form.INTEGER_CLIPS,
+        Requirement(
+            FileFeature.INTEGER_CLIPS,
             "2.7",
             "a clamp of floats before a rounding keeps the layer before it in float",
             f"{_CANARIES}::test_qnn_integer_clips",
         ),
-        Want(
-            Form.UNITS,
+        Requirement(
+            FileFeature.UNITS,
             "2.7",
             "it has no operators on integers alone, and computes in float what is read past a Gather, Split or Resize without a pair after it; of a table in "
             "float whose rows are rounded it cuts the levels off instead of rounding them: half a step off on average",

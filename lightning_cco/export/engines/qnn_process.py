@@ -63,7 +63,7 @@ def _compiled(path: str) -> tuple[Any, list[tuple[str, str, bool, tuple[str, ...
     """A session in which no node runs on the CPU, and what QNN's graph executes.
 
     Raises:
-        RuntimeError: HTP has no form for some nodes; the message has their operators and names, and QNN's reasons.
+        RuntimeError: HTP has no kernel for some nodes; the message has their operators and names, and QNN's reasons.
     """
     import onnxruntime
     import onnxruntime_qnn
@@ -94,7 +94,7 @@ def _compiled(path: str) -> tuple[Any, list[tuple[str, str, bool, tuple[str, ...
         except Exception as error:
             refused = _refused(_printed(lambda: session(_ALL)))
             if refused:
-                raise RuntimeError(f"HTP has no form for {refused}") from error
+                raise RuntimeError(f"HTP has no kernel for {refused}") from error
             raise
 
 

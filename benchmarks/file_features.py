@@ -1,6 +1,6 @@
-"""What the forms are worth that files have for an engine's speed alone: the same network exported with each of them and without.
+"""What the features are worth that files have for an engine's speed alone: the same network exported with each of them and without.
 
-Run: ``python benchmarks/engine_forms.py [norms | clamps]`` (a minute or so; `norms` measures batch norms in INT8 against float, `clamps` a ReLU between a
+Run: ``python benchmarks/file_features.py [norms | clamps]`` (a minute or so; `norms` measures batch norms in INT8 against float, `clamps` a ReLU between a
 linear layer and one in float, rounded against not)
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import lightning_cco as cc
 from lightning_cco.export import stored_tensors
-from lightning_cco.export.engines import ENGINES, Form
+from lightning_cco.export.engines import ENGINES, FileFeature
 from lightning_cco.export.ort_session import engine_session
 from lightning_cco.quantization import planner, targets
 from lightning_cco.quantization.groups import Groups
@@ -81,19 +81,21 @@ def split_products() -> tuple[nn.Module, Tensor]:
     return attention(), torch.randn(1, 197, 192)
 
 
-CASES: dict[Form, Callable[[], tuple[nn.Module, Tensor]]] = {
-    Form.CHANNEL_MULTIPLE: channel_multiple,
-    Form.MATRIX_UNITS: matrix_units,
-    Form.SPLIT_PRODUCTS: split_products,
+CASES: dict[FileFeature, Callable[[], tuple[nn.Module, Tensor]]] = {
+    FileFeature.CHANNEL_MULTIPLE: channel_multiple,
+    FileFeature.MATRIX_UNITS: matrix_units,
+    FileFeature.SPLIT_PRODUCTS: split_products,
 }
 
 
 @contextmanager
-def without(form: Form) -> Any:
-    """Inside the block ONNX Runtime wants everything else."""
+def without(feature: FileFeature) -> Any:
+    """Inside the block ONNX Runtime requires everything else."""
     old = stored_tensors.ENGINES
     engine = ENGINES["ort"]
-    stored_tensors.ENGINES = {"ort": replace(engine, wants=tuple(want for want in engine.wants if want.form is not form))}
+    stored_tensors.ENGINES = {
+        "ort": replace(engine, requirements=tuple(entry for entry in engine.requirements if entry.feature is not feature))
+    }
     try:
         yield
     finally:
@@ -177,12 +179,12 @@ def main() -> None:
                         exported(model, x, path, tail=True)
                 print(f"clamps, batch {batch}: rounded {{:.3f}} ms, in float {{:.3f}} ms".format(*compared(paths, x)))
             return
-        for form, make in CASES.items():
+        for feature, make in CASES.items():
             model, x = make()
             exported(model, x, paths[0])
-            with without(form):
+            with without(feature):
                 exported(model, x, paths[1])
-            print(f"{form.name}: with {{:.3f}} ms, without {{:.3f}} ms".format(*compared(paths, x)))
+            print(f"{feature.name}: with {{:.3f}} ms, without {{:.3f}} ms".format(*compared(paths, x)))
 
 
 if __name__ == "__main__":

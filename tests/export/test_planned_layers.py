@@ -1,6 +1,6 @@
-"""What is planned in INT8 runs in INT8, and what is skipped runs in float: forms of operations between layers, in ONNX Runtime.
+"""What is planned in INT8 runs in INT8, and what is skipped runs in float: operations between layers, in ONNX Runtime.
 
-That no layer is planned in INT8 and computed in float, or the other way round, is asserted for each export of the tests (`conftest`). Here are the forms.
+That no layer is planned in INT8 and computed in float, or the other way round, is asserted for each export of the tests (`conftest`). Here are the operations.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from torch import Tensor, nn
 from lightning_cco import quantize
 from lightning_cco.export.report import ExportReport
 
-Form = Callable[[Any, Tensor, Tensor], Tensor]
+Operation = Callable[[Any, Tensor, Tensor], Tensor]
 CLASSES = 10
 
 
 class Between(nn.Module):
-    """A form between two layers that run in INT8; ``h`` is what it reads, ``x`` the input of the model."""
+    """An operation between two layers that run in INT8; ``h`` is what it reads, ``x`` the input of the model."""
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, operation: Operation) -> None:
         super().__init__()
-        self.form = form
+        self.operation = operation
         self.first, self.other, self.second, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
         self.weight, self.bias, self.table = nn.Parameter(torch.randn(16, 16) / 4), nn.Parameter(torch.randn(16)), nn.Embedding(CLASSES, 8)
         self.register_buffer("keep", torch.arange(16) % 2 == 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(F.relu(self.second(self.form(self, F.relu(self.first(x)), x))))
+        return self.last(F.relu(self.second(self.operation(self, F.relu(self.first(x)), x))))
 
     def rows(self, x: Tensor) -> Tensor:
         return self.table((x[..., 0].abs() * 5).long().clamp(0, CLASSES - 1))
@@ -45,7 +45,7 @@ def _exact(z: Tensor) -> Tensor:
     return z + (z.round() - z).detach()
 
 
-ONCE_IN_FLOAT: dict[str, Form] = {
+ONCE_IN_FLOAT: dict[str, Operation] = {
     "times a mask": lambda s, h, x: h * (x[..., :1] > 0),
     "times integers": lambda s, h, x: h * (x[..., :1] > 0).long(),
     "plus a mask": lambda s, h, x: h + (x[..., :1] > 0),
@@ -56,7 +56,7 @@ ONCE_IN_FLOAT: dict[str, Form] = {
     "addmm with factors": lambda s, h, x: torch.addmm(s.bias, h, s.weight, beta=0.5, alpha=2.0),
     "rounded in the open": lambda s, h, x: _exact(s.other(h)),
 }
-FORMS: dict[str, Form] = {
+OPERATIONS: dict[str, Operation] = {
     "times a float mask": lambda s, h, x: h * (x[..., :1] > 0).float(),
     "times a buffer": lambda s, h, x: h * s.keep,
     "gated": lambda s, h, x: h * torch.sigmoid(s.other(h)),
@@ -105,16 +105,16 @@ def exported(model: nn.Module, x: list[Tensor], path: Path, **settings: Any) -> 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    ("form", "dimensions"),
+    ("operation", "dimensions"),
     [
         *((name, 2) for name in ONCE_IN_FLOAT),
         *(pytest.param(name, 3, marks=pytest.mark.slow) for name in ONCE_IN_FLOAT if "addmm" not in name),
-        *(pytest.param(name, size, marks=pytest.mark.slow) for name in FORMS for size in (2, 3) if name != "addmm" or size == 2),
+        *(pytest.param(name, size, marks=pytest.mark.slow) for name in OPERATIONS for size in (2, 3) if name != "addmm" or size == 2),
     ],
 )
-def test_a_form_between_two_layers_runs_as_planned(form: str, dimensions: int, tmp_path: Path) -> None:
+def test_an_operation_between_two_layers_runs_as_planned(operation: str, dimensions: int, tmp_path: Path) -> None:
     x = [torch.randn(4, 16) if dimensions == 2 else torch.randn(4, 5, 16) for _ in range(3)]
-    report = exported(Between({**ONCE_IN_FLOAT, **FORMS}[form]), x, tmp_path / "a.onnx")
+    report = exported(Between({**ONCE_IN_FLOAT, **OPERATIONS}[operation]), x, tmp_path / "a.onnx")
     assert sum(report.integer_nodes.values()) >= 2  # the layers before and after it
 
 

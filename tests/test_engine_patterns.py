@@ -1,4 +1,4 @@
-"""The forms that engines run fastest compute what PyTorch's own operations compute."""
+"""The operators that engines run fastest compute what PyTorch's own operations compute."""
 
 from __future__ import annotations
 

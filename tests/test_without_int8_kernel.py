@@ -70,7 +70,7 @@ NAMED: dict[str, tuple[Callable[[Reading, Tensor], Tensor], tuple[str, ...], str
 
 
 @pytest.mark.parametrize("form", NAMED)
-def test_weights_of_what_has_no_int8_form_are_named_once(form: str) -> None:
+def test_weights_of_what_has_no_int8_kernel_are_named_once(form: str) -> None:
     function, names, what = NAMED[form]
     with pytest.warns(CCOWarning, match="stay in float") as caught:
         quantize(Reading(function).eval(), None, (torch.randn(4, 8),))
