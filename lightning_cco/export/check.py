@@ -15,7 +15,7 @@ from lightning_cco.export.comparison import Comparison
 from lightning_cco.export.dynamic_reads import DynamicReads
 from lightning_cco.export.dynamic_sizes import other_sizes, takes
 from lightning_cco.export.engines import FileFeature
-from lightning_cco.export.errors import SizesDoNotVary
+from lightning_cco.export.errors import ExportError, SizesDoNotVary
 from lightning_cco.export.failures import does_not_run
 from lightning_cco.export.feeds import ForwardArguments, feeds_of, fits
 from lightning_cco.export.float_islands import read_optimized
@@ -125,7 +125,7 @@ def _refused(emitter: Emitter) -> Iterator[None]:
         yield
     except Exception as error:
         if type(error).__module__.startswith("onnxruntime"):
-            raise CCOError(does_not_run(emitter.layers, error)) from error
+            raise ExportError(does_not_run(emitter.layers, error)) from error
         raise
 
 

@@ -185,7 +185,7 @@ def untraceable(model: torch.nn.Module, where: str, error: Exception, graph: Lay
         )
     else:
         advice = f"Nothing shows that the model is at fault: it may be a limit of these versions ({versions()}), or of lightning_cco; please report it."
-    return f"export: {type(model).__name__} can't be traced by torch.export{where}{failing_line(error)}: {_with_axes(first_paragraph(error), inputs)}. {advice}"
+    return f"{type(model).__name__} can't be traced by torch.export{where}{failing_line(error)}: {_with_axes(first_paragraph(error), inputs)}. {advice}"
 
 
 def _with_axes(said: str, inputs: Sequence[str]) -> str:
@@ -215,17 +215,17 @@ def inexpressible(model: torch.nn.Module, error: Exception) -> str:
     name = type(model).__name__
     if operators and ("No ONNX function" in text or not operators[0].startswith(("aten.", "prims."))):
         return (
-            f"export: {name} can't be converted to ONNX: it uses {', '.join(dict.fromkeys(operators))}, which ONNX has no operator for. Replace it by "
+            f"{name} can't be converted to ONNX: it uses {', '.join(dict.fromkeys(operators))}, which ONNX has no operator for. Replace it by "
             "operations that ONNX has, pass custom_translation_table as in torch.onnx.export, or export a .pt2 file, which can hold any operation."
         )
     where = f" at {operators[0]}" if operators else ""
     if any(word in text for word in _ON_A_SIZE):
         return (
-            f"export: the conversion of {name} to ONNX failed{where}: {first_paragraph(error)}. Something that ONNX wants as a number (the groups of a "
+            f"the conversion of {name} to ONNX failed{where}: {first_paragraph(error)}. Something that ONNX wants as a number (the groups of a "
             "convolution, a stride) depends on the size of an input. Pass dynamic_batch=False, which fixes the batch to the example's, or compute it otherwise."
         )
     return (
-        f"export: the conversion of {name} to ONNX failed{where}: {first_paragraph(error)}. Nothing shows that the model is at fault: it may be a limit of "
+        f"the conversion of {name} to ONNX failed{where}: {first_paragraph(error)}. Nothing shows that the model is at fault: it may be a limit of "
         f"these versions ({versions()}), or of lightning_cco; please report it. A .pt2 file can hold any operation."
     )
 
@@ -241,14 +241,14 @@ def does_not_run(layers: Mapping[str, str], error: Exception) -> str:
     layer = layers.get(node[1], "") if node else ""
     where = f" at layer '{layer}'" if layer else ""
     return (
-        f"export: the file does not run in ONNX Runtime{where}: {first_paragraph(error)}. These versions ({versions()}) make of "
+        f"the file does not run in ONNX Runtime{where}: {first_paragraph(error)}. These versions ({versions()}) make of "
         "this layer what they can't run. Compute it otherwise, or export a .pt2 file. No file was written."
     )
 
 
 def failed(phase: str, error: Exception) -> str:
     """A message for any other step that failed."""
-    return f"export: {phase} failed: {first_paragraph(error)}. It may be a limit of these versions ({versions()}), or of lightning_cco; please report it."
+    return f"{phase} failed: {first_paragraph(error)}. It may be a limit of these versions ({versions()}), or of lightning_cco; please report it."
 
 
 def versions() -> str:

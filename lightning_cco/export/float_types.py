@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_cco.export.onnx_passes import RESHAPES, picks
+from lightning_cco.export.moving_operators import RESHAPES
+from lightning_cco.export.onnx_passes import picks
 
 
 def compute_in_float32(graph: Any) -> list[str]:

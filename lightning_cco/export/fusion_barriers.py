@@ -11,14 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from lightning_cco.export.moving_operators import PASSED
 from lightning_cco.export.onnx_passes import NAME, constant
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_MOVES = frozenset({
-    "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "MaxPool", "Slice", "Gather", "DepthToSpace", "SpaceToDepth", "Expand", "Pad",
-    "Dropout", "Cast",
-})  # fmt: skip
-"""Operators past which the engine moves the conversions."""
 _FOLDED = frozenset({"BatchNormalization", "Add", "Sub", "Mul", "Div"})
 """Operators that it takes into the weights, or into the bias, where all else that they read is constant."""
 _CLAMPS = frozenset({"Relu", "Clip"})
@@ -65,7 +61,7 @@ def _separate(graph: Any, node: Any, uses: Iterable[tuple[Any, int]]) -> None:
 def _reads_rounded(value: Any) -> bool:
     """Whether a value comes out of a DequantizeLinear, past what only moves values."""
     maker = value.producer()
-    while maker is not None and maker.op_type in _MOVES:
+    while maker is not None and maker.op_type in PASSED:
         maker = maker.inputs[0].producer()
     return maker is not None and maker.op_type == "DequantizeLinear"
 
@@ -78,8 +74,8 @@ def _is_rounded(node: Any) -> bool:
         readers = [reader for reader, _ in output.uses()]
         if output.is_graph_output() or not readers:
             return False
-        pending += [reader for reader in readers if reader.op_type in _MOVES | _CLAMPS]
-        if any(reader.op_type not in _MOVES | _CLAMPS | {"QuantizeLinear"} for reader in readers):
+        pending += [reader for reader in readers if reader.op_type in PASSED | _CLAMPS]
+        if any(reader.op_type not in PASSED | _CLAMPS | {"QuantizeLinear"} for reader in readers):
             return False
     return True
 

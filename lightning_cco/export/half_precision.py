@@ -12,7 +12,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.export.check_limits import Limits, judge
 from lightning_cco.export.comparison import Comparison
 from lightning_cco.export.destination import size_of
-from lightning_cco.export.errors import ExportError
+from lightning_cco.export.errors import ExportError, quoted
 from lightning_cco.export.feeds import ForwardArguments, feeds_of, fits
 from lightning_cco.export.ort_session import constants, inspected_session, rounded_tensors, session_of
 from lightning_cco.export.qdq_emitter import Emitter
@@ -84,7 +84,9 @@ def _check(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequence
     try:
         judge(halved, limits=_LIMITS)
     except CCOError as error:
-        raise CCOError(f"{error} With fp16=True: a float of 16 bits has 11 of them for its digits, and ends at {_LARGEST:,.0f}.") from error
+        raise ExportError(
+            f"{quoted(error)} With fp16=True: a float of 16 bits has 11 of them for its digits, and ends at {_LARGEST:,.0f}."
+        ) from error
     report.notes.append(
         f"what is not in INT8 is in floats of 16 bits: SQNR {halved.sqnr_db:.1f} dB from end to end, layer by layer at most {halved.largest_steps:.0f} steps"
     )

@@ -11,15 +11,10 @@ import numpy as np
 
 from lightning_cco.compat.onnx_exporter import scopes_text
 from lightning_cco.export.deployed_forward import PREFIX
+from lightning_cco.export.moving_operators import PICKS, RESHAPES
 
 NAME = "lightning_cco.quantizer"
 """Metadata of a QuantizeLinear: the name of its quantizer."""
-
-
-_PICKS = ("Gather", "GatherElements", "GatherND", "Slice", "Split", "DepthToSpace", "Expand", "Tile")
-"""Operators that only say which values go where, and that engines also have for integers."""
-RESHAPES = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten")
-"""Operators past which engines move a conversion by themselves."""
 
 
 def constant(value: Any) -> np.ndarray[Any, Any] | None:
@@ -123,7 +118,7 @@ def picks(node: Any) -> bool:
     """Whether a node picks values of its first input, or repeats them."""
     if node.op_type == "Pad":
         return _mirrors(node) or _adds_zeros(node)
-    return node.op_type in _PICKS or (node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") == "nearest")
+    return node.op_type in PICKS or (node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") == "nearest")
 
 
 def _mirrors(pad: Any) -> bool:

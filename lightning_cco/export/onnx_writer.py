@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from lightning_cco.compat.onnx_exporter import LOGGERS
-from lightning_cco.errors import CCOError
 from lightning_cco.export import onnx_passes
 from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.dialects import OnnxDialect
@@ -28,7 +27,7 @@ from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.rewriting import rewrite
 from lightning_cco.export.stored_tensors import StoredWeights
-from lightning_cco.export.trace_attempts import first_way
+from lightning_cco.export.trace_attempts import first_emitted
 from lightning_cco.export.tracing import traced_program
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.version import __version__
@@ -66,7 +65,7 @@ def write_onnx(
         free = bool(sizes) and not at_any_price
         emitter.look = refuse_long_sizes if free else None
         ways = ways_to_vary(deployed, dynamic_batch, options, inputs, sizes)
-        traced, axes = first_way(deployed, emitter, ways, lambda axes: _traced(deployed, emitter, axes, free))
+        traced, axes = first_emitted(deployed, emitter, ways, lambda axes: _traced(deployed, emitter, axes, free))
         conversion = {name: options[name] for name in ("verbose", "optimize", "custom_translation_table") if name in options}
         try:
             program = torch.onnx.export(traced, dynamo=True, opset_version=opset, **{"verbose": False, **conversion})
@@ -93,7 +92,7 @@ def write_onnx(
         fixed = name_axes(graph, axes)
         onnx_passes.drop_traces(graph)
     except Exception as error:
-        raise CCOError(failed("rewriting the exporter's graph", error)) from error
+        raise ExportError(failed("rewriting the exporter's graph", error)) from error
     program.model.metadata_props.update(
         {
             "lightning_cco.version": __version__,

@@ -21,7 +21,7 @@ from lightning_cco.export.dynamic_axes import Axes, ways_to_vary
 from lightning_cco.export.dynamic_sizes import batch_fixed_since
 from lightning_cco.export.engines import PROGRAMS, FileFeature
 from lightning_cco.export.errors import BatchDoesNotVary, ExportError, SizesDoNotVary
-from lightning_cco.export.failures import kind_of, need_packages, need_writable_names, untraceable
+from lightning_cco.export.failures import need_packages, need_writable_names, untraceable
 from lightning_cco.export.feeds import call_of
 from lightning_cco.export.named_axes import bounds_of, check_named_axes
 from lightning_cco.export.outputs import arrays_of
@@ -30,6 +30,7 @@ from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, format_
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.step_network import StepNetwork
+from lightning_cco.export.trace_attempts import first_traced
 from lightning_cco.export.tracing import traced_program
 from lightning_cco.files import temporary_folder
 from lightning_cco.graph.compiled import eager
@@ -144,19 +145,19 @@ def _fake_quantized(
 ) -> torch.export.ExportedProgram:
     with quantized.evaluating(), eager():
         deployed = Deployed(quantized.model, args, kwargs, network=network)
-        failure: Exception | None = None
-        for axes in ways_to_vary(deployed, dynamic_batch, {"dynamic_shapes": dynamic_shapes}, []):
+
+        def trace(axes: Axes) -> torch.export.ExportedProgram:
             try:
-                program = _traced(deployed, network, axes)
-            except Exception as error:
+                return _traced(deployed, network, axes)
+            except Exception:
                 quantized.runtime.frames.reset()
-                failure = failure or error
-                continue
-            if check:
-                _check_sizes(quantized, program, deployed, network, dynamic_shapes)
-            return program
-    assert failure is not None
-    raise kind_of(failure)(untraceable(quantized.model, "", failure, quantized.graph)) from failure
+                raise
+
+        attempts = ways_to_vary(deployed, dynamic_batch, {"dynamic_shapes": dynamic_shapes}, [])
+        program, _ = first_traced(attempts, trace, lambda failure: untraceable(quantized.model, "", failure, quantized.graph))
+        if check:
+            _check_sizes(quantized, program, deployed, network, dynamic_shapes)
+    return program
 
 
 def _traced(deployed: Deployed, network: StepNetwork | None, axes: Axes) -> torch.export.ExportedProgram:

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_cco.errors import CCOError
 from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.dialects import Pt2eDialect
 from lightning_cco.export.dynamic_axes import Axes
 from lightning_cco.export.engines import ENGINES, PROGRAMS, Engine, FileFeature
+from lightning_cco.export.errors import ExportError
 from lightning_cco.export.failures import failed
 from lightning_cco.export.ort_session import QuantizeNode
 from lightning_cco.export.pt2e_floats import compute_in_float32
 from lightning_cco.export.pt2e_passes import Passes
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.stored_tensors import StoredWeights
-from lightning_cco.export.trace_attempts import first_way
+from lightning_cco.export.trace_attempts import first_emitted
 from lightning_cco.export.tracing import traced_program
 from lightning_cco.quantization.model import HookedModel
 
@@ -101,7 +101,7 @@ def write_program(
             program = trace(axes) if trace is not None else traced(deployed, axes)
         return _rewritten(program, emitter)
 
-    (program, widened), axes = first_way(deployed, emitter, ways, made)
+    (program, widened), axes = first_emitted(deployed, emitter, ways, made)
     emitter.warn_of_missing()
     return WrittenProgram(program, emitter, axes, widened)
 
@@ -111,5 +111,5 @@ def _rewritten(program: torch.export.ExportedProgram, emitter: Emitter) -> tuple
         program, widened = compute_in_float32(program.run_decompositions({}))  # without operators in place
         Passes(program, emitter.stored.engine.requires(FileFeature.JOINED)).run()
     except Exception as error:
-        raise CCOError(failed("rewriting the traced program", error)) from error
+        raise ExportError(failed("rewriting the traced program", error)) from error
     return program, widened

@@ -87,7 +87,7 @@ class Emitter:
             except Exception as error:
                 if not self.reached:
                     raise  # of the model's own
-                raise CCOError(untraceable(self.quantized.model, f" at the weights of layer '{self.reached}'", error)) from error
+                raise ExportError(untraceable(self.quantized.model, f" at the weights of layer '{self.reached}'", error)) from error
         if (missing := self._missing()) and len(missing) == len(self._planned()):
             raise ExportError(
                 f"the forward that is exported does not run {list_names(missing)} of the plan, nor any other layer of it with weights, so the file "

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_cco.export.onnx_passes import NAME, RESHAPES, constant, initializer, picks
+from lightning_cco.export.moving_operators import RESHAPES
+from lightning_cco.export.onnx_passes import NAME, constant, initializer, picks
 
 
 def carry_pairs(graph: Any) -> None:

@@ -18,7 +18,7 @@ from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.check_limits import judge, refuse_floats
 from lightning_cco.export.engine_patterns import adds_products_exactly
 from lightning_cco.export.engines import Engine, Loaded
-from lightning_cco.export.errors import FileDiffers
+from lightning_cco.export.errors import ExportError, FileDiffers
 from lightning_cco.export.island_kinds import FloatIsland, IslandKind
 from lightning_cco.export.local_check import LocalRun
 from lightning_cco.export.ort_session import QuantizeNode
@@ -102,7 +102,7 @@ def check_in_target(
     except CCOError:
         raise
     except Exception as error:
-        raise CCOError(_unloadable(report.target, written, emitter, error)) from error
+        raise ExportError(_unloadable(report.target, written, emitter, error)) from error
     _count(whole, written, emitter, report)
     report.target_sqnr_db = outputs.sqnr_db
     report.notes += [engine.remark] if engine.remark else []
@@ -186,7 +186,7 @@ def _unloadable(title: str, written: Any, emitter: Emitter, error: Exception) ->
     where = f" at layer '{layer}' (module '{emitter.quantized.graph[layer].path}')" if layer in emitter.quantized.graph else ""
     told = text[text.find("-- ") :] if "-- " in text else text
     return (
-        f"export: {title}, the target, can't run the file{where}: {told[:400]}. No file was written. Replace that layer by operations that the engine "
+        f"{title}, the target, can't run the file{where}: {told[:400]}. No file was written. Replace that layer by operations that the engine "
         "has, leave it out of the exported module, or choose another target_framework. check=False writes the file unchecked."
     )
 

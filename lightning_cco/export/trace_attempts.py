@@ -1,8 +1,8 @@
-"""The first of several ways of tracing a forward that works."""
+"""The first of several attempts to trace a forward that works: with all axes that may vary, with fewer of them, with none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from lightning_cco.export.deployed_forward import Deployed
@@ -14,32 +14,55 @@ from lightning_cco.export.qdq_emitter import Emitter
 T = TypeVar("T")
 
 
-def first_way(deployed: Deployed, emitter: Emitter, ways: Iterable[Axes], made: Callable[[Axes], T]) -> tuple[T, Axes]:
-    """What the first way of tracing gives that works, and its axes.
+def first_traced(attempts: Iterable[Axes], trace: Callable[[Axes], T], explain: Callable[[Exception], str]) -> tuple[T, Axes]:
+    """What the first attempt gives that works, and its axes.
 
-    By themselves exporters try other ways when one fails, which would lose the quantization.
+    Exporters make attempts of their own when one fails, which would lose the quantization.
 
     Args:
-        deployed: The forward, tensors in and out.
-        emitter: Collects the integers of an eager forward of each way, then writes them in a trace.
-        ways: Which axes vary; the best first.
-        made: Traces and whatever else belongs to a way, in one.
+        attempts: Which axes vary; the best first.
+        trace: Traces, with whatever else may fail of an attempt.
+        explain: The message for the error of the first attempt, where all fail.
 
     Raises:
-        SizesDoNotVary: Raised by ``made``, for the caller, who has others.
-        CCOError: No way works; of the first one, with the layer that its trace came to.
+        SizesDoNotVary: Raised by ``trace``, for the caller, who has others.
+        ExportError: No attempt works.
     """
     failure: Exception | None = None
-    for axes in ways:
-        with emitter.collecting():
-            deployed(*axes.tensors)
+    for axes in attempts:
         try:
-            return made(axes), axes
+            return trace(axes), axes
         except SizesDoNotVary:
             raise
         except Exception as error:
             failure = failure or error
     assert failure is not None
-    reached, graph = emitter.reached, emitter.quantized.graph
-    where = f" after layer '{reached}' (module '{graph[reached].path}')" if reached else ""
-    raise kind_of(failure)(untraceable(emitter.quantized.model, where, failure, graph, deployed.names)) from failure
+    raise kind_of(failure)(explain(failure)) from failure
+
+
+def first_emitted(deployed: Deployed, emitter: Emitter, attempts: Iterable[Axes], trace: Callable[[Axes], T]) -> tuple[T, Axes]:
+    """The same with quantize and dequantize operators.
+
+    Args:
+        deployed: The forward, tensors in and out.
+        emitter: Collects the integers of an eager forward before each attempt, then writes them in its trace.
+        attempts: Which axes vary; the best first.
+        trace: Traces, with whatever else may fail of an attempt.
+
+    Raises:
+        SizesDoNotVary: Raised by ``trace``, for the caller, who has others.
+        ExportError: No attempt works; with the layer that the last trace came to.
+    """
+
+    def collected() -> Iterator[Axes]:
+        for axes in attempts:
+            with emitter.collecting():
+                deployed(*axes.tensors)
+            yield axes
+
+    def explain(failure: Exception) -> str:
+        reached, graph = emitter.reached, emitter.quantized.graph
+        where = f" after layer '{reached}' (module '{graph[reached].path}')" if reached else ""
+        return untraceable(emitter.quantized.model, where, failure, graph, deployed.names)
+
+    return first_traced(collected(), trace, explain)

@@ -5,42 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from lightning_cco.export.moving_operators import COUNTS, MOVING
+
 _FLOATS = frozenset({1, 10, 11, 16})
 """FLOAT, FLOAT16, DOUBLE and BFLOAT16 of `onnx.TensorProto`."""
 _COMPARES = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf"}
-_COUNTS = {"Shape", "Size", "NonZero", "ArgMax", "ArgMin"}
-_GIVES_INTEGERS = _COMPARES | _COUNTS | {"QuantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
+_GIVES_INTEGERS = _COMPARES | COUNTS | {"QuantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
 _GIVES_FLOATS = {"DequantizeLinear", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention"}
 _BY_BLOCKS = {"MatMulNBits", "GatherBlockQuantized"}
-_RESHAPES = {
-    "Reshape",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Flatten",
-    "Identity",
-    "DepthToSpace",
-    "SpaceToDepth",
-    "ReorderInput",
-    "ReorderOutput",
-}
-_PICKS = {
-    "Slice",
-    "Split",
-    "Gather",
-    "GatherElements",
-    "GatherND",
-    "Compress",
-    "Trilu",
-    "ReverseSequence",
-    "Where",
-    "ScatterND",
-    "ScatterElements",
-}
-_REPEATS = {"Expand", "Tile", "Pad", "Constant", "ConstantOfShape", "Range", "OneHot"}
-_CONVERTS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Cast", "CastLike", "MemcpyToHost", "MemcpyFromHost"}
-_MOVES = _COUNTS | _RESHAPES | _PICKS | _REPEATS | _CONVERTS | {"GatherBlockQuantized", "Dropout", "If", "Loop", "Scan"}
-"""What moves values, makes sizes and masks, or converts."""
 
 
 def float_nodes(model: Any) -> Iterator[Any]:
@@ -63,7 +35,7 @@ def float_nodes(model: Any) -> Iterator[Any]:
             integers.update(node.output[1:])
         if node.op_type == "Split" and node.input[0] in integers:
             integers.update(node.output)
-        if node.op_type in _MOVES or node.op_type in _GIVES_INTEGERS or node.op_type.startswith("QLinear"):
+        if node.op_type in MOVING or node.op_type in _GIVES_INTEGERS or node.op_type.startswith("QLinear"):
             continue
         if varying and any(name not in integers for name in varying):
             yield node

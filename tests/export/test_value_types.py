@@ -13,7 +13,7 @@ from export_case import MODELS, calibrated
 from torch import nn
 
 import lightning_cco as cc
-from lightning_cco.export import value_types
+from lightning_cco.export.moving_operators import MOVING
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 
@@ -30,7 +30,7 @@ def profiled(path: Path, values: list[torch.Tensor]) -> Counter[str]:
         if event["name"].endswith("_kernel_time"):
             kind = event["args"]["op_name"]
             types = [next(iter(entry)) for entry in event["args"]["input_type_shape"] if entry]
-            if types and types[0] == "float" and kind not in value_types._MOVES and not kind.startswith("QLinear"):
+            if types and types[0] == "float" and kind not in MOVING and not kind.startswith("QLinear"):
                 kinds[kind] += 1
     return kinds
 
