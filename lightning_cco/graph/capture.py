@@ -21,6 +21,7 @@ from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.modes import as_now, switch_training, uncollected
 from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.graph.trace import Tracer
+from lightning_cco.names import list_names
 
 
 def capture_graph(model: nn.Module, /, *args: Any, **kwargs: Any) -> LayerGraph:
@@ -101,6 +102,7 @@ def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> C
     captured.hooked = evaluation.hooked
     captured.apart = tuple(in_other_threads(evaluation))
     captured.left_out = evaluation.left_out
+    _warn_of_two_networks(model, captured)
     return captured
 
 
@@ -192,6 +194,33 @@ def _warn_of_weights_without_kernel(model: nn.Module, evaluation: Tracer) -> Non
             CCOWarning,
             stacklevel=4,
         )
+
+
+def _warn_of_two_networks(model: nn.Module, captured: Capture) -> None:
+    """Say where training runs other weights than evaluation does: those are in float, and what is exported is not what was trained.
+
+    Auxiliary heads, which training alone has, and what evaluation alone adds at the end are no such network by themselves.
+    """
+    trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    apart = [
+        list(dict.fromkeys(call.layer.path or "the model itself" for call in calls))
+        for calls in (
+            [call for call in captured.evaluation_only if call.layer.weighted],
+            [call for call in captured.training_only if call.layer.weighted and trained.intersection(call.layer.parameters)],
+        )
+    ]
+    if not all(apart):
+        return
+    deployed, others = map(list_names, apart)
+    warnings.warn(
+        f"{type(model).__name__}: layers with weights in {deployed} run in evaluation mode alone, those in {others} in training mode alone. The layer graph "
+        "and the file are those of evaluation: what runs in training alone is trained in float, and what runs in evaluation alone is not trained with "
+        "rounded values. A layer of both modes is to be called in one place, outside of `if self.training`. If the copy for evaluation has averaged weights "
+        "(EMA), leave it out: the callback EMAWeightAveraging of Lightning puts them into the module that is quantized. Otherwise capture what is trained: "
+        "`forward_fn=lambda module, batch: ...`.",
+        CCOWarning,
+        stacklevel=4,
+    )
 
 
 def _trace_training(model: nn.Module, forward: Callable[[], Any], root: CallNode, carried: Carried) -> Tracer | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from lightning_cco.graph.call import ArgPath, Weight
+from lightning_cco.graph.call import ArgPath, Call, Weight
 from lightning_cco.graph.call_node import CallNode
 from lightning_cco.graph.capture_coverage import is_within
 from lightning_cco.graph.layer import Edge, Layer
@@ -64,7 +64,8 @@ class Capture:
         graph: The layers and edges.
         root: The tree of module calls.
         sites: Where each layer happens.
-        training_only: Calls that only training makes, in words; they are never quantized.
+        training_only: Calls that only training makes; they are never quantized.
+        evaluation_only: Calls that only evaluation makes, if a forward in training mode was seen.
         needs_gradients: Whether the forward differentiates by itself, so that it fails where no gradients are recorded.
         left_out: Paths of modules with parameters that serve losses alone, so that they are no layers.
         called: Paths of the modules that were called from outside of any other, teachers not among them.
@@ -75,7 +76,8 @@ class Capture:
     graph: LayerGraph
     root: CallNode
     sites: dict[str, CallSite]
-    training_only: list[str] = field(default_factory=list)
+    training_only: list[Call] = field(default_factory=list)
+    evaluation_only: list[Call] = field(default_factory=list)
     needs_gradients: bool = False
     left_out: list[str] = field(default_factory=list)
     called: tuple[str, ...] = ()
@@ -103,7 +105,7 @@ def assemble(root: CallNode, evaluation: Tracer, training: Tracer | None, frozen
         names[i] = f"{kind}_{count}" if count or kind in ("input", "output") else kind
     rank = {i: position for position, i in enumerate(order)}
 
-    positions, training_only = match_training(calls, None if training is None else training.calls)
+    matched = match_training(calls, None if training is None else training.calls)
     overwritten = {merged[number] for number in overwritten_calls(evaluation.calls) if number in merged}
     layers: list[Layer] = []
     edges: dict[Edge, None] = {}
@@ -121,7 +123,7 @@ def assemble(root: CallNode, evaluation: Tracer, training: Tracer | None, frozen
             call.node,
             call.op,
             call.function,
-            positions[i],
+            matched.positions[i],
             tuple(Source(read.slot, names[source], read.output, read.quantizable) for read, source in reads),
             tuple(call.weights),
             call.in_place,
@@ -129,4 +131,4 @@ def assemble(root: CallNode, evaluation: Tracer, training: Tracer | None, frozen
             call.visible,
             call.position,
         )
-    return Capture(LayerGraph(layers, list(edges)), root, sites, training_only)
+    return Capture(LayerGraph(layers, list(edges)), root, sites, matched.training_only, matched.evaluation_only)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_cco.graph.call import Call
@@ -72,20 +72,38 @@ def overwritten_calls(calls: list[Call]) -> set[int]:
     return found
 
 
-def match_training(calls: list[Call], trained: list[Call] | None) -> tuple[dict[int, dict[bool, int]], list[str]]:
+@dataclass
+class Matched:
+    """Which calls of evaluation are which of training.
+
+    Attributes:
+        positions: Of each call of evaluation its index within the frame, for evaluation (`False`) and training (`True`).
+        evaluation_only: The calls that evaluation alone makes.
+        training_only: Those that training alone makes.
+    """
+
+    positions: dict[int, dict[bool, int]]
+    evaluation_only: list[Call] = field(default_factory=list)
+    training_only: list[Call] = field(default_factory=list)
+
+
+def match_training(calls: list[Call], trained: list[Call] | None) -> Matched:
     """Find each call of evaluation in the training run, and note who else reads what it makes there.
 
     A branch under ``if self.training`` makes further calls and shifts the indices of those after it; the two sequences of calls of one
     operation within one frame are then aligned by what the calls look like.
     """
     positions = {i: {False: call.index, True: call.index} for i, call in enumerate(calls)}
+    found = Matched(positions)
     if trained is None:
-        return positions, []
+        return found
     kept, _ = merge_repeats(trained)
-    only: list[str] = []
     for numbers, theirs in _by_place(calls, kept):
-        if not theirs or not all(call.training for call in theirs):
-            continue  # not run, or run in evaluation mode (a frozen backbone): nothing to learn
+        if not theirs:
+            found.evaluation_only += [calls[i] for i in numbers]
+            continue
+        if not all(call.training for call in theirs):
+            continue  # run in evaluation mode (a frozen backbone): nothing to learn
         paired = _pair([_looks(calls[i]) for i in numbers], [_looks(call) for call in theirs])
         for position, i in enumerate(numbers):
             if position in paired:
@@ -94,9 +112,10 @@ def match_training(calls: list[Call], trained: list[Call] | None) -> tuple[dict[
                     with_reader(calls[i], output)
             else:
                 del positions[i][True]
+                found.evaluation_only.append(calls[i])
         matched = set(paired.values())
-        only += [_in_words(call) for k, call in enumerate(theirs) if k not in matched and _computes(call)]
-    return positions, only
+        found.training_only += [call for k, call in enumerate(theirs) if k not in matched and _computes(call)]
+    return found
 
 
 def _by_place(calls: list[Call], trained: list[Call]) -> Iterable[tuple[list[int], list[Call]]]:
@@ -113,10 +132,6 @@ def _by_place(calls: list[Call], trained: list[Call]) -> Iterable[tuple[list[int
 
 def _computes(call: Call) -> bool:
     return call.op.category is not Category.IDENTITY and call.layer.note != "integer"
-
-
-def _in_words(call: Call) -> str:
-    return f"{call.op.kind} in '{call.node.key or 'the root module'}'"
 
 
 def _looks(call: Call) -> str:
