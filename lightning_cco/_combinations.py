@@ -45,7 +45,7 @@ def problem_with_deployment(values: Mapping[str, Any]) -> str:
     target = values.get("target_framework")
     if values.get("fp16") and target != "tensorrt":
         return (
-            f".fp16: floats of 16 bits are for target_framework: tensorrt, not for {target}, which chooses by itself what it computes floats in. "
+            f".fp16: floats of 16 bits are for target_framework: tensorrt, not for {target}, which decides itself in which float type it computes. "
             "Leave fp16 out."
         )
     return ""

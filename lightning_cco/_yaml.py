@@ -85,12 +85,10 @@ class _Check:
 
     def _alias(self, event: Any) -> None:
         if event.anchor not in self.sizes:
-            raise self._refuse(
-                f"the alias *{printable(event.anchor, 40)} stands inside of what it stands for, or for nothing. Write it out."
-            )
+            raise self._refuse(f"the alias *{printable(event.anchor, 40)} refers to itself, or to nothing. Write it out.")
         self.by_aliases += self.sizes[event.anchor]
         if self.by_aliases > _MOST:
-            raise self._refuse(f"aliases stand for more than {_MOST:,} values. Write fewer of them.")
+            raise self._refuse(f"aliases expand to more than {_MOST:,} values. Write fewer of them.")
         self._took(self.sizes[event.anchor])
 
     def _scalar(self, event: Any) -> None:
@@ -186,7 +184,7 @@ def check_interpolations(content: Any) -> None:
                 sizes[path] = 1 + sum(size(f"{path}.{item}".lstrip("."), inside) for item in items)
             if sizes[path] > 100 * _MOST:
                 raise CCOError(
-                    f"{printable(path, 100) or 'The recipe'}: its interpolations stand for more than can be resolved. Write it out."
+                    f"{printable(path, 100) or 'The recipe'}: its interpolations refer to each other, or nest too deep. Write it out."
                 )
         return sizes[path]
 

@@ -132,7 +132,7 @@ def capture_module(module: pl.LightningModule, batch: Any, forward_fn: ForwardFn
     """
     captured, way = _captured(module, batch, forward_fn)
     if captured.left_out:
-        rank_zero_info(f"Left in float, since only losses are worked out of it: {', '.join(captured.left_out)}.")
+        rank_zero_info(f"Left in float, since only the loss is computed from it: {', '.join(captured.left_out)}.")
     return captured, way
 
 

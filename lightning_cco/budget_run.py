@@ -120,7 +120,7 @@ def loss_of_step(trainer: pl.Trainer, quantized: QuantizedModel, batch: Any) -> 
             found = way(quantized.model, batch)
     except Exception as error:
         rank_zero_info(
-            f"Loss sensitivity: the step gives no loss by itself ({type(error).__name__}: {error}), so it is that of the outputs' divergence."
+            f"Loss sensitivity: the step returns no loss ({type(error).__name__}: {error}), so the outputs' divergence is measured instead."
         )
         return None
     return way if isinstance(found, Tensor) and found.numel() == 1 and found.requires_grad else None

@@ -56,7 +56,7 @@ def checks_of(quantized: QuantizedModel, calls: Calls, validation: Sequence[Any]
             return [kwargs or args for args, kwargs in others], "validation batches, which the calibration has not seen"
     except Exception as error:  # a validation batch may hold something else than the step of the training takes
         rank_zero_debug(
-            f"The file is checked on the held batches, since those of the validation do not go through the training's way: {error}"
+            f"The file is checked on batches of the training, since the validation's do not fit the model as the training's do: {error}"
         )
     return [kwargs or args for args, kwargs in calls], "held batches"
 
@@ -77,7 +77,7 @@ def calibrate_on_held(quantized: QuantizedModel, held: Sequence[Any], forward: F
     """
     if not held or forward is None:
         warnings.warn(
-            f"{where}, and there are no held batches to calibrate on: the ranges are those of other weights. Test a whole checkpoint.",
+            f"{where}, and the callback keeps no batches to calibrate on: the ranges are those of other weights. Test a whole checkpoint.",
             CCOWarning,
             stacklevel=3,
         )
@@ -88,4 +88,4 @@ def calibrate_on_held(quantized: QuantizedModel, held: Sequence[Any], forward: F
         quantized.calibrate(batches, on_a_copy(forward))
     if frozen:
         quantized.freeze_ranges()
-    rank_zero_info(f"{where}: calibrated on the {len(batches)} held batches for its weights.")
+    rank_zero_info(f"{where}: calibrated on the {len(batches)} batches kept by the callback, for its weights.")

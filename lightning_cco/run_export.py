@@ -141,5 +141,5 @@ class Handover:
                 calibrate_on_held(quantized, self.held, self.forward, f"{path} is from before fake-quantization started (start_at_step)")
             return
         if not self.held:
-            raise CCOError(f"{path} holds no ranges (save_weights_only=True), and there are no held batches to calibrate on.")
+            raise CCOError(f"{path} holds no ranges (save_weights_only=True), and the callback keeps no batches to calibrate on.")
         calibrate_on_held(quantized, self.held, self.forward, f"{path} holds no ranges (save_weights_only=True)")

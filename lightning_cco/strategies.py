@@ -34,8 +34,8 @@ def check_strategy(trainer: pl.Trainer) -> None:
         )
     if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
         raise CCOError(
-            f"CCOCallback: tensor_parallel_size is {strategy.device_mesh['tensor_parallel'].size()}; expected 1. A layer cut over processes has no output of "
-            f"its own on any of them, so none could find its range. {_FULLY_SHARD}"
+            f"CCOCallback: tensor_parallel_size is {strategy.device_mesh['tensor_parallel'].size()}; expected 1. No process has the "
+            f"whole output of a sharded layer, so none could find its range. {_FULLY_SHARD}"
         )
 
 

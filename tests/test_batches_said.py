@@ -40,7 +40,7 @@ def test_a_file_is_not_checked_on_other_batches_in_silence(quantized: cc.Quantiz
     assert not (tmp_path / "model.onnx").exists()
     report = quantized.export(tmp_path / "model.onnx", batches=[(right,), (right, torch.zeros(5)), (wide,)])
     assert report.batches == 1
-    assert any("1 of 3 batches: of another form than the example" in note for note in report.notes)
+    assert any("1 of 3 batches: of another structure than the example" in note for note in report.notes)
     assert any("1 of 2 batches have sizes that the file does not take" in note and "[5, 6]" in note for note in report.notes)
     assert quantized.export(tmp_path / "model.onnx", batches=[(right,)]).notes == [note for note in report.notes if "batches" not in note]
 

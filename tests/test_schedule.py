@@ -218,7 +218,7 @@ def test_a_best_checkpoint_from_before_the_start_is_exported_calibrated(tmp_path
     saving = ModelCheckpoint(tmp_path / "ckpt", monitor="val_loss")
     with caplog.at_level(logging.INFO):
         make_trainer(tmp_path, cco, saving, max_epochs=2).fit(Worse(), batches(), batches())
-    assert "is from before fake-quantization started (start_at_step): calibrated on the 2 held batches" in caplog.text
+    assert "is from before fake-quantization started (start_at_step): calibrated on the 2 batches kept by the callback" in caplog.text
     assert (tmp_path / "out" / "Worse_int8.onnx").is_file()
     fresh = scheduled(start_at_step=4)
     with pytest.warns(CCOWarning, match="runs in float: the checkpoint is from before fake-quantization started"):

@@ -96,7 +96,7 @@ def _reason(options: tuple[Option, ...], chosen: Option, taken: Sequence[float],
         cost, place = min(larger)
         other = options[place]
         said.append(f"{_words(other)} would cost {figure(cost - now)} {unit} for {other.rise - chosen.rise:+.2g} of the loss")
-    return ", ".join(said) or "the only way that is possible"
+    return ", ".join(said) or "the only choice that is possible"
 
 
 def _words(option: Option) -> str:

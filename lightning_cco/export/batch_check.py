@@ -133,7 +133,7 @@ class OtherBatch(NamedTuple):
     @property
     def where(self) -> str:
         """In words."""
-        return f"with a batch of {self.size}, in the place of {self.instead_of},"
+        return f"with a batch of {self.size} instead of {self.instead_of},"
 
 
 def other_batches(tensors: Sequence[Tensor], shapes: Shapes, sizes: Sequence[int] | None = None) -> Iterator[OtherBatch]:
@@ -188,7 +188,7 @@ def agree(
             return False  # as a standard deviation over one sample
         unseen = [key for key in mismatches.found if key not in before]
         if unseen:
-            raise ExportError(f"the model makes other calls than with that of the example, '{unseen[0]}'.")
+            raise ExportError(f"the model calls other operations than with the example's batch, such as '{unseen[0]}'.")
         compared.add(ran)
         found = ExportReport("")
         compared.tell(found)

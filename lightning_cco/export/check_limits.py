@@ -75,7 +75,7 @@ def judge(report: ExportReport, min_sqnr_db: float | None = None, limits: Limits
         )
         if output.integers:
             what = (
-                f"{figure(100 * output.local_difference, 2)} % of the integers of the output '{output.name}' are others, computed from the engine's own "
+                f"{figure(100 * output.local_difference, 2)} % of the integers of the output '{output.name}' differ, computed from the engine's own "
                 "rounded tensors; if they are indices (topk, sort): of equal values, as rounding and ReLU make them, each library takes another one "
                 "first. Return the values, or use the indices inside of the model"
             )
@@ -83,7 +83,7 @@ def judge(report: ExportReport, min_sqnr_db: float | None = None, limits: Limits
         what = f"SQNR {report.sqnr_db:.1f} dB, expected at least {min_sqnr_db:.1f} (min_sqnr_db)"
     else:
         return
-    where = f"the first layer that differs is '{first}'" if first else "no single layer stands out"
+    where = f"the first layer that differs is '{first}'" if first else "no single layer exceeds its limits"
     raise FileDiffers(f"{what}; {where}")
 
 

@@ -121,7 +121,7 @@ class Deployed(nn.Module):
             name, which = type(self.model).__name__, name_of((missing or more)[0])
             said = f"gave no '{which}' on these inputs, but did" if missing else f"gave '{which}' on these inputs, but did not"
             raise BatchDoesNotVary(
-                f"{name} {said} on the example. If the model gives another number of tensors in evaluation, export in that form; "
+                f"{name} {said} on the example. If the model gives another number of tensors in evaluation, export it in that mode; "
                 "if it depends on the size of the batch, pass dynamic_batch=False."
             )
         return tuple(found[slot] for slot in self._kept)

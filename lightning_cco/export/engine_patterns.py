@@ -41,7 +41,7 @@ def overflow_advice() -> str:
     """What to set for processors on which OpenVINO's sums of 8-bit products overflow."""
     here = "" if adds_products_exactly() else ", so on this one"
     return (
-        f"on x86 processors without VNNI{here} OpenVINO's sums of 8-bit products overflow: for them set deployment_settings.vnni: false, "
+        f"on x86 processors without VNNI{here} OpenVINO's sums of 8-bit products overflow 16 bits: for them set deployment_settings.vnni: false, "
         "which gives weights 7 bits"
     )
 
@@ -159,8 +159,8 @@ def _sizes_of_parts(name: str, whole: Any, sizes: list[Any], args: tuple[Any, ..
         return [(whole + len(sizes) - 1 - number) // len(sizes) for number in range(len(sizes))]
     if given != len(sizes) if name == "chunk" else not isinstance(given, torch.SymInt):
         raise BatchDoesNotVary(
-            f"how many parts {name}({given}) makes depends on the size of the batch, and a file has {len(sizes)}. Cut "
-            "it into a number of parts, as tensor_split(2) does, or export with example_args of the size that will come"
+            f"how many parts {name}({given}) makes depends on the size of the batch, and a file has {len(sizes)}. Split "
+            "it into a fixed number of parts, as tensor_split(2) does, or export with example_args of the size that will come"
         )
     return sizes
 

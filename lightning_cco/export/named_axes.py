@@ -62,7 +62,7 @@ def check_named_axes(
             if _within(other, bounds) and takes(quantized, forward, other):
                 changed = next(number for number, (new, old) in enumerate(zip(other, tensors, strict=True)) if new.shape != old.shape)
                 sizes, before = list(other[changed].shape), list(tensors[changed].shape)
-                where = f"with '{names[changed]}' of the sizes {sizes}, in the place of {before},"
+                where = f"with '{names[changed]}' of the sizes {sizes} instead of {before},"
                 if agree(tensors=other, where=where, instead=_INSTEAD):
                     return True
         return False

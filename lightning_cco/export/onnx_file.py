@@ -192,7 +192,7 @@ def _checked(quantized: HookedModel, check: bool, int4: bool, fp16: bool, option
         raise ExportError(f"int4=True with target_framework: {target.name}, which {target.refuses_int4}. Leave int4 out.")
     if fp16 and not reader.takes_fp16:
         raise ExportError(
-            f"fp16=True with target_framework: {target.name}, which chooses by itself what it computes floats in. Leave fp16 out, or choose "
+            f"fp16=True with target_framework: {target.name}, which decides itself in which float type it computes. Leave fp16 out, or choose "
             "target_framework: tensorrt."
         )
     return taken
@@ -217,4 +217,4 @@ def _not_checked_on(calls: Sequence[tuple[Tensor, ...] | None], deployed: Deploy
             f"batches: none of the {others} is what the file takes ({takes}). Expected the arguments of one forward in each, such as "
             "batches=[(x,), (x,)], with the example's keys and constants."
         )
-    return [f"{others} of {len(calls)} batches: of another form than the example ({takes}), left out of the check"]
+    return [f"{others} of {len(calls)} batches: of another structure than the example ({takes}), left out of the check"]

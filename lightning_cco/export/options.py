@@ -41,20 +41,20 @@ _REFUSED: Mapping[str, str] = {
     "verify": "export checks the file by itself; write check=True or check=False",
     "profile": "it measures the exporter, not the file",
     "dump_exported_program": "export to a path that ends in .pt2 for the program",
-    "artifacts_dir": "nothing is written beside the file",
+    "artifacts_dir": "no further files are written",
     "custom_opsets": "the exporter that is used takes custom_translation_table instead",
 }
 """Arguments that do nothing here, whatever their value, and what to write instead."""
 _FIXED: Mapping[str, tuple[tuple[str, ...], str]] = {
     "dynamo": (("True",), "the TorchScript exporter can't write quantize operators where the plan has them"),
-    "fallback": (("False",), "the exporter's other ways of tracing would write a float model"),
+    "fallback": (("False",), "the exporter's other tracers would write a float model"),
     "export_params": (("True",), "a file without its INT8 weights is not compressed"),
     "keep_initializers_as_inputs": (("False",), "weights that a caller may replace are no constants, so that engines compute in float"),
     "do_constant_folding": (("True",), "write optimize=False for a graph that is not optimized"),
     "training": (("TrainingMode.EVAL", "None"), "a file holds the forward in evaluation mode"),
     "operator_export_type": (("OperatorExportTypes.ONNX",), "operators that ONNX lacks go into custom_translation_table"),
     "operator_export_types": (("OperatorExportTypes.ONNX",), "operators that ONNX lacks go into custom_translation_table"),
-    "export_modules_as_functions": (("False",), "quantize operators must stand beside the layers they belong to"),
+    "export_modules_as_functions": (("False",), "quantize operators must be next to the layers that they belong to"),
     "autograd_inlining": (("True",), "custom autograd functions are always written by what they compute"),
 }
 """Arguments with one value that is what happens anyway, and why no other is possible."""

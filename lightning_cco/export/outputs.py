@@ -48,7 +48,7 @@ class Outputs:
         if shapes[0] != shapes[1]:
             raise BatchDoesNotVary(
                 f"the file's outputs {list_names(self.names)} have the shapes {shapes[1]}, the model's {shapes[0]}. No file was written. "
-                "If the model gives another number of tensors in evaluation, export in that form; if a size is fixed in the code, pass dynamic_batch=False."
+                "If the model gives another number of tensors in evaluation, export it in that mode; if a size is fixed in the code, pass dynamic_batch=False."
             )
         for sums, axis, *arrays in zip(self.sums, self.axes, expected, results, local, inspected, strict=True):
             sums.add(axis, *arrays)

@@ -99,7 +99,7 @@ class Emitter:
         """Say which planned layers with weights the forward did not run."""
         if missing := self._missing():
             warnings.warn(
-                f"export: the forward that is exported does not run {list_names(missing)} of the plan. Layers that were not captured run in their place, in "
+                f"export: the forward that is exported does not run {list_names(missing)} of the plan. Layers that were not captured run instead, in "
                 "float: the model was changed since, or is called in another way. Call .remove(), then quantize the changed model.",
                 CCOWarning,
                 stacklevel=2,

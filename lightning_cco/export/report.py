@@ -239,7 +239,7 @@ class ExportReport:
             lines.append(f"  output {entry.name:<12} SQNR {entry.sqnr_db:.1f} dB{agreement}")
         if self.sqnr_db < LOW_SQNR_DB:
             lines.append(
-                "  though              each layer is right: roundings that fall the other way grow in this network, as they would on any other engine"
+                "  though              each layer is right: this network amplifies differences of one rounding step, on any engine"
             )
         return lines
 

@@ -47,7 +47,7 @@ class StoredBlocks:
             for wanted in (matrix, matrix.T):
                 if wanted.shape == integers.shape:
                     worst = min(worst, max(self._steps_off(integers, wanted), default=0.0))
-        return "" if worst <= ALMOST else f"what is stored of it is up to {worst:.3g} steps of its scale off"
+        return "" if worst <= ALMOST else f"its stored weights differ by up to {worst:.3g} steps of scale"
 
     def _steps_off(self, integers: Array, wanted: Array) -> Iterator[float]:
         """How far the matrix is at most from the one expected, in steps of its scales, some rows after the other."""

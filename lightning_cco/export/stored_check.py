@@ -156,7 +156,7 @@ class _Expected:
                 if steps is not None and steps <= ALMOST:
                     return ""
                 worst = min((entry for entry in (worst, steps) if entry is not None), default=None)
-        return "" if worst is None else f"what is stored of it is up to {worst:.3g} steps of its scale off"
+        return "" if worst is None else f"its stored weights differ by up to {worst:.3g} steps of scale"
 
     def table(self, layer: str, array: Array) -> str:
         """What is wrong with a table of integers, or of their scales, that is looked up."""

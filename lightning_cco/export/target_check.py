@@ -130,7 +130,7 @@ def _judge(local: LocalRun, outputs: Outputs, alike: Outputs, emitter: Emitter, 
     if alike.sqnr_db < _ALIKE_DB and report.target_sqnr_db < report.sqnr_db - 10:
         warnings.warn(
             f"export: {report.target} gives outputs at {report.target_sqnr_db:.1f} dB of the fake-quantized model's, ONNX Runtime at {report.sqnr_db:.1f}, "
-            "although each layer is right by itself: one of the operators that it fuses may be wrong. Compare on your own data before deploying.",
+            "although each layer alone is right: one of the operators that it fuses may be wrong. Compare on your own data before deploying.",
             CCOWarning,
             stacklevel=5,
         )

@@ -168,7 +168,7 @@ def _check(model: nn.Module, evaluation: Tracer, hidden: Sequence[str]) -> None:
     unseen = out_of_sight(model, evaluation)
     unseen += [f"'{name}' (what is returned depends on it, but no torch function was seen to read it)" for name in hidden]
     if not any(call.visible for call in evaluation.calls):
-        inside = f" Out of sight: {', '.join(unseen)}." if unseen else ""
+        inside = f" Not visible to the capture: {', '.join(unseen)}." if unseen else ""
         raise CCOError(
             f"{type(model).__name__}: no layer was captured: its forward called no torch function on the example's tensors.{inside} "
             "Check that the example reaches the layers (`forward_fn`), and that they exist when the capture runs. "

@@ -129,7 +129,7 @@ def release(model: nn.Module) -> bool:
     for path, module in model.named_modules():
         if path and any(hooks.model is module for hooks in found.values()):
             raise CCOError(
-                f"{type(model).__name__}: its part '{path}' ({type(module).__name__}) is quantized already, by itself. Take its hooks off first: call "
+                f"{type(model).__name__}: its part '{path}' ({type(module).__name__}) is quantized already, separately. Take its hooks off first: call "
                 ".remove() on what quantize() returned, or on the callback's .quantized. To keep it quantized, hold it outside of this module."
             )
     for hooks in found.values():

@@ -15,7 +15,7 @@ from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.ops import Category, Op
 from lightning_cco.graph.origins import unwrapped
 
-MASK_NOTE = "holds the huge values of a mask: an INT8 scale over them would leave nothing of the rest"
+MASK_NOTE = "holds the huge values of a mask: with an INT8 scale for them all other values would round to 0"
 SPARSE_NOTE = "no INT8 kernel takes sparse tensors"
 _FIRST_INPUT = re.compile(r"\bweight_ih(?!_l[1-9])")
 """Of `torch.nn.LSTM`, its like, and their cells; the layers after the first read hidden states, all between -1 and 1."""

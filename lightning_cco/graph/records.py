@@ -57,7 +57,7 @@ def refuse_tensors(path: str, kind: str, tensors: Iterable[Tensor], makes: bool 
                 "masked by to_tensor(0.0) before a layer reads it."
             )
         raise CCOError(
-            f"{what} a DTensor, cut over processes: expected whole tensors. Shard the parameters with "
+            f"{what} a DTensor, sharded over processes: expected whole tensors. Shard the parameters with "
             "fully_shard, which puts them together for each layer, or train with strategy='ddp'."
         )
 

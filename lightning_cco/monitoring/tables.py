@@ -130,7 +130,7 @@ def levels_lines(levels: Mapping[str, LayerLevels], most: int = 5) -> list[str]:
         return []
     rows = levels_rows(shown)
     more = [f"… and {len(rows) - most} more of at least 1 %"] if len(rows) > most else []
-    title = "Use of the levels: shares that are clipped, or go to and fro between two levels; the largest first"
+    title = "Use of the levels: shares that are clipped, or oscillate between two levels; the largest first"
     return ["", title, text_table(LEVELS_HEADER, rows[:most], right=[1, 2, 3]), *more]
 
 

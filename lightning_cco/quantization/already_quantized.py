@@ -93,7 +93,7 @@ def _warn_of_integers(model: nn.Module, captured: Capture, modules: dict[str, nn
             found.update(dict.fromkeys(name for name, tensor in held.items() if len(weight.shape) > 1 and _is_stored(tensor, weight.shape)))
     if found:
         warnings.warn(
-            f"{type(model).__name__}: weights are made of integers, {list_names(list(found))}, so somebody has quantized them already. They are not trained, "
+            f"{type(model).__name__}: weights are made of integers, {list_names(list(found))}, so another tool has quantized them. They are not trained, "
             "and their values are rounded once more. Quantize the float model instead, or skip their layers: skip_quantization: true.",
             CCOWarning,
             stacklevel=4,

@@ -95,7 +95,7 @@ class CaptureMismatches:
         where = frame.node.key or "the root module"
         self._note(
             f"{where}:{site.layer} moved",
-            f"layer '{site.layer}': in '{where}' another call of '{operation(name).kind}' came in its place (a branch that depends on data); it runs in "
+            f"layer '{site.layer}': in '{where}' another call of '{operation(name).kind}' came instead (a branch that depends on data); it runs in "
             "float. Move the branch into a module of its own, or skip the layer: skip_quantization: true.",
         )
 

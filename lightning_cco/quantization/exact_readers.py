@@ -21,7 +21,7 @@ _STEPS = frozenset({
     "floordiv", "rfloordiv", "ifloordiv", "divmod", "rdivmod", "unique", "unique_consecutive", "histc", "histogram", "histogramdd",
 })  # fmt: skip
 INDEX, COMPLEX, READ = (
-    "serves an index, a mask or a step, which rounding would change",
+    "is used as an index, a mask or a step function, which rounding would change",
     "becomes complex numbers (an FFT), which stay in float",
     "is read by Python, a hook, a loss or a log, and by no layer",
 )

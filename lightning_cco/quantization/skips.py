@@ -51,7 +51,7 @@ def _is_between_modules(layer: Layer) -> Skip | None:
 
 
 def _is_beside(layer: Layer) -> Skip | None:
-    what = "no output depends on it, nor a layer with weights: it serves a loss, a statistic, or what is logged or kept"
+    what = "no output depends on it, nor a layer with weights: it is used for a loss, a statistic, or what is logged or kept"
     return Skip(SkipReason.ENGINE, what) if layer.beside and not layer.weighted else None
 
 

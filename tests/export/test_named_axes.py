@@ -75,7 +75,7 @@ def calibrated(model: nn.Module) -> tuple[QuantizedModel, Tensor]:
 def test_a_file_that_is_wrong_at_another_size_is_none(tmp_path: Path) -> None:
     quantized, x = calibrated(Windowed())
     with pytest.raises(
-        CCOError, match=r"with 'x' of the sizes \[4, 4, 8\], in the place of \[4, 4, 16\], the file differs .*Leave it out of the axes"
+        CCOError, match=r"with 'x' of the sizes \[4, 4, 8\] instead of \[4, 4, 16\], the file differs .*Leave it out of the axes"
     ):
         quantized.export(tmp_path / "model.onnx", (x,), **TIME)
     assert not list(tmp_path.iterdir())

@@ -109,7 +109,7 @@ class Integers(nn.Module):
 
 @pytest.mark.parametrize("parameter", [False, True])
 def test_weights_that_are_made_of_integers_are_named(parameter: bool) -> None:
-    with pytest.warns(CCOWarning, match=r"made of integers, '1\.stored', so somebody has quantized"):
+    with pytest.warns(CCOWarning, match=r"made of integers, '1\.stored', so another tool has quantized"):
         quantize(around(Integers(parameter)), None, (X,))
 
 
@@ -118,6 +118,6 @@ def test_a_callback_does_not_take_the_hooks_off_a_part(tmp_path: Any) -> None:
     path, part = next((path, module) for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
     example = torch.randn(2, *((part.in_features,) if isinstance(part, nn.Linear) else (part.in_channels, 8, 8)))
     inner = quantize(part, None, (example,))
-    with pytest.raises(CCOError, match=rf"its part '{path}' \({type(part).__name__}\) is quantized already, by itself.*\.remove\(\)"):
+    with pytest.raises(CCOError, match=rf"its part '{path}' \({type(part).__name__}\) is quantized already, separately.*\.remove\(\)"):
         make_trainer(tmp_path, quick()).fit(model, batches(), batches(seed=5))
     assert hooks_on(part) is inner.runtime.frames
