@@ -27,17 +27,17 @@ from lightning_cco.compat.lightning_loaders import (
 from lightning_cco.compat.lightning_trainer import validation_loader
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.snapshot import Snapshot
-from lightning_cco.loader_copy import draws_by_a_known_order, read_apart, skip_batches, spare_loader
-from lightning_cco.prefetch_iterator import Begun, Lookahead
+from lightning_cco.loader_copy import copied_loader, draws_by_a_known_order, read_from_copy, skip_batches
+from lightning_cco.prefetch_iterator import Begun, PrefetchIterator
 
 _KEPT_BYTES = 1 << 30
 """How much memory the batches that were drawn early may take until they are trained on."""
 
 
-def look_ahead(trainer: pl.Trainer, begun: int | None = None) -> tuple[Lookahead | None, float, CombinedLoader | None]:
-    """The lookahead of the training loop, made at the first call; how many batches the epoch that begins, or runs, still has; a copy of the loaders.
+def prefetch(trainer: pl.Trainer, begun: int | None = None) -> tuple[PrefetchIterator | None, float, CombinedLoader | None]:
+    """The prefetching iterator of the training loop, made at the first call; how many batches the epoch that begins, or runs, still has; a copy of the loaders.
 
-    No lookahead where it matters when a batch is drawn; no copy where there can't be one.
+    No iterator where it matters when a batch is drawn; no copy where there can't be one.
 
     Args:
         trainer: The Trainer.
@@ -61,7 +61,7 @@ def look_ahead(trainer: pl.Trainer, begun: int | None = None) -> tuple[Lookahead
         again, left = False, trainer.num_training_batches - begun
     elif left <= 0 or ended:  # the checkpoint is from the end of an epoch: the loop goes on with the next one
         again, left, epoch = True, trainer.num_training_batches, epoch + 1
-    spare = spare_loader(trainer, combined)
+    spare = copied_loader(trainer, combined)
     in_process = not all(getattr(loader, "num_workers", 0) for loader in combined.flattened)
     if spare is not None and (again or in_process or not draws_by_a_known_order(combined)):
         for loader in spare.flattened:
@@ -69,24 +69,26 @@ def look_ahead(trainer: pl.Trainer, begun: int | None = None) -> tuple[Lookahead
             skip_batches(loader, begun or 0)
         return None, left, spare
     waiting = loader_of(fetcher)
-    current = fetcher.iterator if isinstance(fetcher.iterator, Lookahead) else waiting.lookahead if isinstance(waiting, Begun) else None
+    current = (
+        fetcher.iterator if isinstance(fetcher.iterator, PrefetchIterator) else waiting.prefetched if isinstance(waiting, Begun) else None
+    )
     if current is not None and current.in_front:
         return current.following or current, left, spare
     for loader in combined.flattened if begun is None else ():
         set_sampler_epoch(loader, epoch)
-    lookahead = Lookahead(fetcher, again)
-    if epoch_loop.restarting and any(isinstance(loader, Stateful) for loader in combined.flattened) and not lookahead.draw():
+    prefetched = PrefetchIterator(fetcher, again)
+    if epoch_loop.restarting and any(isinstance(loader, Stateful) for loader in combined.flattened) and not prefetched.draw():
         # The place in a checkpoint was after the last batch: an epoch without batches comes, then another iteration.
-        lookahead, left = Lookahead(fetcher, again=True, before=lookahead), trainer.num_training_batches
-    return lookahead, left, spare
+        prefetched, left = PrefetchIterator(fetcher, again=True, before=prefetched), trainer.num_training_batches
+    return prefetched, left, spare
 
 
 def left_over(trainer: pl.Trainer) -> int:
     """How many batches of a stream have been drawn and not been trained on."""
     fetcher = training_fetcher(trainer)
-    lookahead = fetcher.iterator if fetcher is not None else None
-    if isinstance(lookahead, Lookahead) and lookahead.kept and spare_loader(trainer, lookahead.combined) is None:
-        return len(lookahead.kept)
+    prefetched = fetcher.iterator if fetcher is not None else None
+    if isinstance(prefetched, PrefetchIterator) and prefetched.kept and copied_loader(trainer, prefetched.combined) is None:
+        return len(prefetched.kept)
     return 0
 
 
@@ -154,17 +156,17 @@ def upcoming_batches(trainer: pl.Trainer, count: int, begun: int | None = None) 
     from a copy of the loaders. So do those that would take too much memory. Streams can't be copied: theirs are always drawn early, fewer of them if they are
     large; where that changes random numbers, a warning says so.
     """
-    lookahead, left, spare = look_ahead(trainer, begun)
-    if lookahead is None:
-        return islice(read_apart(spare), int(min(count, left))) if spare is not None else iter(())
+    prefetched, left, spare = prefetch(trainer, begun)
+    if prefetched is None:
+        return islice(read_from_copy(spare), int(min(count, left))) if spare is not None else iter(())
     if spare is None and trainer.max_steps >= 0:  # what a stream gives and nobody trains on is lost
         left = min(left, max(1, (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches))
     count = int(min(count, left))
-    while len(lookahead.upcoming) < count and lookahead.kept_bytes < _KEPT_BYTES and lookahead.draw():
+    while len(prefetched.upcoming) < count and prefetched.kept_bytes < _KEPT_BYTES and prefetched.draw():
         pass
-    early = [item[0] for item in lookahead.upcoming[:count]]
-    more = spare is not None and not lookahead.exhausted and len(early) < count
-    rest = islice(read_apart(spare), len(early), count) if spare is not None and more else iter(())
+    early = [item[0] for item in prefetched.upcoming[:count]]
+    more = spare is not None and not prefetched.exhausted and len(early) < count
+    rest = islice(read_from_copy(spare), len(early), count) if spare is not None and more else iter(())
     return (copied(batch) for batch in chain(early, rest))
 
 

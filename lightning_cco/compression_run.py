@@ -33,7 +33,7 @@ from lightning_cco.monitoring.metrics import numbers
 from lightning_cco.monitoring.start import start_monitor
 from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.report_page.facts import model_facts
-from lightning_cco.run_export import Handover
+from lightning_cco.run_export import RunExport
 from lightning_cco.schedule import Schedule, check_schedule, stages_in
 from lightning_cco.settings import Settings
 
@@ -243,7 +243,7 @@ class CompressionRun:
         if trainer.is_global_zero:
             warn_of_clipped(self.measured.levels, self.quantized)
         if folder is not None and trainer.is_global_zero:
-            self._handover().export_best(trainer, local_folder(folder, "deployment_settings.export_dir"), export)
+            self._run_export().export_best(trainer, local_folder(folder, "deployment_settings.export_dir"), export)
 
     def interrupt(self, trainer: pl.Trainer) -> None:
         """Forget the frames of the forward that did not end, and restore the model and the strategy."""
@@ -287,14 +287,14 @@ class CompressionRun:
             self.compression.take_over(state)
 
     def export(self, path: str | Path, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: dict[str, Any]) -> Any:
-        """Write a file and show what its check has found; see `Handover.export`."""
-        written = self._handover().export(path, args, kwargs, options)
+        """Write a file and show what its check has found; see `RunExport.export`."""
+        written = self._run_export().export(path, args, kwargs, options)
         if isinstance(written, ExportReport):  # of a checkpoint that was only tested there is no run to show it in: log and JSON alone
             (self._monitor or Monitor(written.beside.parent)).on_export(written)
         return written
 
-    def _handover(self) -> Handover:
+    def _run_export(self) -> RunExport:
         compression = self.compression
-        return Handover(
+        return RunExport(
             self.quantized, self.settings, compression.held, compression.validation, compression.forward, self._callback.state_key
         )

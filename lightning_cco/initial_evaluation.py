@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lightning_cco.compat.lightning_trainer import sanity_check, validation_loader, validation_loader_replaced
 from lightning_cco.graph.snapshot import Snapshot
-from lightning_cco.loader_copy import outside_kept, spare_loader
+from lightning_cco.loader_copy import copied_loader, keeping_global_state
 from lightning_cco.monitoring.metrics import numbers, sanity_check_metrics
 from lightning_cco.random_numbers import isolated_random
 from lightning_cco.repeatable_data import gives_again
@@ -40,7 +40,7 @@ class InitialEvaluation:
         if self._apart is not None or trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
             return
         loader = validation_loader(trainer)
-        if loader is None or spare_loader(trainer, loader, streams=True) is not None or not all(map(gives_again, loader.flattened)):
+        if loader is None or copied_loader(trainer, loader, streams=True) is not None or not all(map(gives_again, loader.flattened)):
             return
         self._steps = trainer.num_sanity_val_steps
         trainer.num_sanity_val_steps = float("inf")
@@ -98,9 +98,9 @@ class InitialEvaluation:
                 stack.enter_context(kept)
 
                 def copy_of(loader: CombinedLoader) -> CombinedLoader | None:
-                    spare = spare_loader(trainer, loader, streams=True)
+                    spare = copied_loader(trainer, loader, streams=True)
                     if spare is not None:
-                        stack.enter_context(outside_kept(spare))
+                        stack.enter_context(keeping_global_state(spare))
                     return spare
 
                 if stack.enter_context(validation_loader_replaced(trainer, copy_of)):
@@ -112,7 +112,7 @@ class InitialEvaluation:
     @staticmethod
     def _is_read_apart(trainer: pl.Trainer) -> bool:
         loader = validation_loader(trainer)
-        return loader is None or spare_loader(trainer, loader, streams=True) is not None
+        return loader is None or copied_loader(trainer, loader, streams=True) is not None
 
     def load(self, original: Mapping[str, float], calibrated: Mapping[str, float]) -> None:
         """Go on with the metrics of a checkpoint."""

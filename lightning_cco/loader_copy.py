@@ -26,7 +26,7 @@ _OUTSIDE = "_lightning_cco_outside"
 """Where a spare loader keeps what its data may change outside of itself."""
 
 
-def spare_loader(trainer: pl.Trainer, combined: CombinedLoader, streams: bool = False) -> CombinedLoader | None:
+def copied_loader(trainer: pl.Trainer, combined: CombinedLoader, streams: bool = False) -> CombinedLoader | None:
     """A loader of the same data with samplers, generators and workers of its own, or with what data keep between samples; `None` where there can't be one.
 
     Only a `DataLoader` of a dataset with indices can be copied: a stream may give each sample once, and of other iterables nothing is known.
@@ -107,7 +107,7 @@ def draws_by_a_known_order(combined: CombinedLoader) -> bool:
     return True
 
 
-def read_apart(spare: CombinedLoader) -> Iterator[Any]:
+def read_from_copy(spare: CombinedLoader) -> Iterator[Any]:
     """The batches of a spare loader, the same ones each time: under a random state, a default type and a gradient mode of their own.
 
     The iteration may be used inside of any context, such as one with another default type.
@@ -141,7 +141,7 @@ def read_apart(spare: CombinedLoader) -> Iterator[Any]:
     return read()
 
 
-def outside_kept(spare: CombinedLoader) -> AbstractContextManager[None]:
+def keeping_global_state(spare: CombinedLoader) -> AbstractContextManager[None]:
     """Put what a spare loader's data may change outside of itself back at the end of the block."""
     return _Outside(spare).put_back()
 

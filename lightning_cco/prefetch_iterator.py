@@ -28,7 +28,7 @@ _Item = tuple[Any, int, int]
 """What a `CombinedLoader` gives: batch, its index, and that of its loader."""
 
 
-class Lookahead:
+class PrefetchIterator:
     """Stands in front of the Trainer's own iterator: what was drawn early comes first, then the rest.
 
     So each batch is drawn once, in the order and from the iterator of a run without anybody looking ahead, whatever kind of loader it is.
@@ -44,12 +44,12 @@ class Lookahead:
         exhausted: Whether nothing more comes.
     """
 
-    def __init__(self, fetcher: Any, again: bool, before: Lookahead | None = None) -> None:
+    def __init__(self, fetcher: Any, again: bool, before: PrefetchIterator | None = None) -> None:
         self.fetcher = fetcher
         self.combined: CombinedLoader = fetcher.combined_loader if before is None else before.combined
         self.kept: deque[_Item] = deque()
         self.exhausted = False
-        self.following: Lookahead | None = None
+        self.following: PrefetchIterator | None = None
         self._random = DrawnEarly()
         self._warned = False
         self._used: deque[bool] = deque()
@@ -83,7 +83,7 @@ class Lookahead:
             # A checkpoint holds the place of what is trained on, not of what was drawn.
             replace_loader_states(self.combined, self._place)
 
-    def __iter__(self) -> Lookahead:
+    def __iter__(self) -> PrefetchIterator:
         return self
 
     def __next__(self) -> _Item:
@@ -137,7 +137,7 @@ class Lookahead:
         self._remember_place()
         return True
 
-    def begin(self) -> Lookahead:
+    def begin(self) -> PrefetchIterator:
         """The loop begins to iterate once more: what it gets."""
         if self._random.used:
             self._warn_unless_due()
@@ -172,19 +172,19 @@ class Lookahead:
 class Begun:
     """In the place of a loader until it is iterated the next time, which gives the iteration that was begun."""
 
-    def __init__(self, lookahead: Lookahead) -> None:
-        self.lookahead = lookahead
-        self.then: Any = lookahead.combined
+    def __init__(self, prefetched: PrefetchIterator) -> None:
+        self.prefetched = prefetched
+        self.then: Any = prefetched.combined
 
-    def __iter__(self) -> Lookahead:
-        set_loader_of(self.lookahead.fetcher, self.then)
-        return self.lookahead.begin()
+    def __iter__(self) -> PrefetchIterator:
+        set_loader_of(self.prefetched.fetcher, self.then)
+        return self.prefetched.begin()
 
     def __len__(self) -> int:
-        return len(self.lookahead.combined)
+        return len(self.prefetched.combined)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.lookahead.combined, name)
+        return getattr(self.prefetched.combined, name)
 
 
 def _bytes(batch: Any) -> int:

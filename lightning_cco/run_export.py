@@ -41,7 +41,7 @@ def apply_state(quantized: QuantizedModel, state: Mapping[str, Any], settings: S
 
 
 @dataclass
-class Handover:
+class RunExport:
     """What is known when a compressed model is exported.
 
     Attributes:

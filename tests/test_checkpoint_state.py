@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_cco import CCOCallback, CCOError, CCOWarning
 from lightning_cco.checkpoints import read_checkpoint
-from lightning_cco.run_export import Handover
+from lightning_cco.run_export import RunExport
 
 
 def ranges(key: str, value: Any) -> Callable[[Any], None]:
@@ -210,13 +210,13 @@ def test_a_failed_export_puts_everything_back_and_says_what_is_safe(tmp_path: Pa
     model = Classifier()
     before: list[Any] = []
 
-    def load(handover: Handover, path: str) -> None:
+    def load(export: RunExport, path: str) -> None:
         before.append({name: value.clone() for name, value in model.state_dict().items()})
         with torch.no_grad():
             next(model.parameters()).zero_()
         raise KeyError("callbacks")
 
-    monkeypatch.setattr(Handover, "_load", load)
+    monkeypatch.setattr(RunExport, "_load", load)
     with pytest.raises(CCOError, match="its checkpoints are saved"):
         make_trainer(tmp_path, cco, checkpoint).fit(model, batches(), batches(seed=5))
     assert all(torch.equal(value, before[0][name]) for name, value in model.state_dict().items())

@@ -153,7 +153,7 @@ def fixed_since(why: str, could_vary: bool = True) -> str:
     return f"the sizes of the example are fixed in the file: {why}" + ("; dynamic_sizes=True lets them vary" if could_vary else "")
 
 
-class Ways:
+class ExportAttempts:
     """Ways of writing a file, the best first: with all sizes that may vary, with the batch alone, with the sizes of the example.
 
     Args:

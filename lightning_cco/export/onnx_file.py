@@ -14,7 +14,7 @@ from lightning_cco.export.check import check_file
 from lightning_cco.export.check_limits import MEAN_STEPS, Limits, judge
 from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.destination import export_target, move, size_of
-from lightning_cco.export.dynamic_sizes import Sizes, Ways, sizes_to_vary
+from lightning_cco.export.dynamic_sizes import ExportAttempts, Sizes, sizes_to_vary
 from lightning_cco.export.engines import ENGINES
 from lightning_cco.export.errors import ExportError
 from lightning_cco.export.failures import need_engine, need_onnx_forms, need_packages, need_writable_names
@@ -122,7 +122,7 @@ def export_onnx(
         fitting: list[ForwardArguments] = [(tensors, {}) for tensors in taking] or [(deployed.example, {})]
         says_axes = _says_axes(taken)
         vary, why_fixed = sizes_to_vary(quantized, deployed, dynamic_batch is not False and not says_axes, dynamic_sizes, check)
-        ways = Ways(vary, True if says_axes else dynamic_batch, bool(dynamic_sizes), deployed.example, why_fixed)
+        ways = ExportAttempts(vary, True if says_axes else dynamic_batch, bool(dynamic_sizes), deployed.example, why_fixed)
 
         def write(temporary: Path, sizes: Sizes, varies: bool) -> ExportReport:
             report = ExportReport(str(path), float_size_bytes=float_size)
@@ -152,7 +152,7 @@ def export_onnx(
     return report
 
 
-def _by_the_best(ways: Ways, folder: Path, write: Callable[[Sizes, bool], ExportReport]) -> ExportReport:
+def _by_the_best(ways: ExportAttempts, folder: Path, write: Callable[[Sizes, bool], ExportReport]) -> ExportReport:
     """Write a file in the first way that works; the report says what is fixed in it.
 
     Raises:

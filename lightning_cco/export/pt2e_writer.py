@@ -84,7 +84,7 @@ def write_program(
     Args:
         quantized: The model, evaluating, in float32.
         deployed: Its forward, tensors in and out.
-        ways: Ways of tracing, the best first.
+        ways: ExportAttempts of tracing, the best first.
         trace: Traces what the program is to hold, if not that forward.
         engine: What reads it, if not the engine that it was planned for.
 

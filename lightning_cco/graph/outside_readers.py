@@ -110,7 +110,7 @@ def _outputs(origins: Iterable[Any]) -> list[Output]:
     return [origin for origin in origins if isinstance(origin, tuple) and not is_constant(origin)]
 
 
-def beside(calls: Sequence[Call]) -> set[int]:
+def read_outside(calls: Sequence[Call]) -> set[int]:
     """Numbers of the calls that serve neither an output nor a layer with weights: losses, statistics, what is logged or kept."""
     ends = {number for number, call in enumerate(calls) if call.layer.kind == "output"}
     if not ends:

@@ -24,7 +24,7 @@ from lightning_cco.graph.network import End, OuterCall, find_network, has_parame
 from lightning_cco.graph.operands import dtype_name, is_quantizable
 from lightning_cco.graph.operator_calls import as_function, is_operator, name_of_operator
 from lightning_cco.graph.ops import Category, Op
-from lightning_cco.graph.outside_readers import beside, looked_at, with_reader
+from lightning_cco.graph.outside_readers import looked_at, read_outside, with_reader
 from lightning_cco.graph.records import refuse_tensors
 
 
@@ -137,7 +137,7 @@ class Tracer:
             call = Call(layer, self.frames.root, "", Op("output", Category.COMPUTE), 0, visible=False)
             call.reads = [Read((0,), renumbered[number], output, end.quantizable)]
             self.calls.append(call)
-        aside = beside(self.calls)
+        aside = read_outside(self.calls)
         for number in aside:
             self.calls[number].layer = replace(self.calls[number].layer, beside=True)
         for number, output in looked_at(aside, self.calls):

@@ -28,7 +28,7 @@ from lightning_cco.quantization.runtime import Runtime
 from lightning_cco.quantization.scale_learner import ScaleLearner
 from lightning_cco.quantization.state import check_fits, load_corrections, load_ranges, load_weight_scales, plan_differences, state_of
 from lightning_cco.quantization.tensor_key import TensorKey
-from lightning_cco.quantization.untrained_norms import by_batch_statistics, fresh_norms, warn_of_frozen_ranges
+from lightning_cco.quantization.untrained_norms import by_batch_statistics, untrained_norms, warn_of_frozen_ranges
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 from lightning_cco.settings import Settings, load_settings
 
@@ -162,7 +162,7 @@ class HookedModel:
         if corrects:
             batches = list(batches)  # they are gone through twice
             self._set_corrections({})
-        count, fresh = 0, fresh_norms(self.model)
+        count, fresh = 0, untrained_norms(self.model)
         as_trained, observing = by_batch_statistics(fresh.values()), self.runtime.doing(Phase.OBSERVE, only=observed.values())
         with self.evaluating(), self.forked_random(), as_trained, observing:
             for batch in batches:

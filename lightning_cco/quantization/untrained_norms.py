@@ -21,13 +21,13 @@ _MOST_OF_THE_BEGINNING = 0.05
 """Part of the statistics that a norm begins with, 0 and 1, up to which those that it has are its own: reached after 29 batches at the usual momentum."""
 
 
-def fresh_norms(model: nn.Module) -> dict[str, Any]:
+def untrained_norms(model: nn.Module) -> dict[str, Any]:
     """The batch and instance norms that are in training mode, and whose running statistics are still, or in part, those that they begin with, by path.
 
     Ranges that are calibrated with such statistics are not those of the training: it would clip nearly everything, and its gradients would explode where a
     norm divides by what little varies of that.
 
-    >>> list(fresh_norms(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval(), nn.BatchNorm1d(2, track_running_stats=False))))
+    >>> list(untrained_norms(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval(), nn.BatchNorm1d(2, track_running_stats=False))))
     ['0']
     """
     found: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_cco import CCOError, CCOWarning, QuantizedModel, quantize
 from lightning_cco.export.batch_check import other_batches
-from lightning_cco.export.dynamic_sizes import Ways
+from lightning_cco.export.dynamic_sizes import ExportAttempts
 from lightning_cco.export.errors import SizesDoNotVary, VaryingSizesCost
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
@@ -108,7 +108,7 @@ def test_every_axis_of_the_batch_has_the_other_size() -> None:
 
 def test_only_sizes_that_could_vary_are_said_to() -> None:
     for error, could in ((SizesDoNotVary("can't be traced"), False), (VaryingSizesCost("it is slower"), True)):
-        ways = Ways({(0, 2): "height"}, None, False, (torch.ones(1, 3, 8, 8),))
+        ways = ExportAttempts({(0, 2): "height"}, None, False, (torch.ones(1, 3, 8, 8),))
         ways.next()
         ways.failed(error)
         assert ("dynamic_sizes=True lets them vary" in ways.why) is could

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_cco import QuantizedModel, quantize
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.range_updates import new_outliers, update_ranges
-from lightning_cco.quantization.untrained_norms import by_batch_statistics, fresh_norms
+from lightning_cco.quantization.untrained_norms import by_batch_statistics, untrained_norms
 
 digits = load_digits()
 IMAGES, LABELS = torch.tensor(digits.images, dtype=torch.float32)[:512, None] / 16, torch.tensor(digits.target)[:512]
@@ -85,16 +85,16 @@ def test_a_network_is_trained_from_its_first_step() -> None:
 
 def test_norms_in_evaluation_or_with_statistics_keep_these() -> None:
     model = network(depth=2).train()
-    assert list(fresh_norms(model)) == ["1", "4"]
+    assert list(untrained_norms(model)) == ["1", "4"]
     model[1].eval()
     for _ in range(29):  # 0.9 ** 28 of what it begins with is 5.2 %
-        assert list(fresh_norms(model)) == ["4"]
+        assert list(untrained_norms(model)) == ["4"]
         model[4](torch.randn(4, 16, 3, 3))
-    assert not fresh_norms(model)
-    assert not fresh_norms(network().eval())
+    assert not untrained_norms(model)
+    assert not untrained_norms(network().eval())
     loaded = network(depth=1).train()  # of a checkpoint that counts no batches
     loaded[1].running_var.mul_(2.0)
-    assert not fresh_norms(loaded)
+    assert not untrained_norms(loaded)
     x = torch.randn(4, 16, 3, 3)
     model = network(depth=1).eval()
     with by_batch_statistics([model[1]]):
