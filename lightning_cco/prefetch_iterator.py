@@ -133,7 +133,7 @@ class PrefetchIterator:
         except StopIteration:
             self.exhausted = True
             return False
-        self._used.append(RandomState() != before)
+        self._used.append(bool(RandomState().differs(before)))
         self._remember_place()
         return True
 

@@ -17,18 +17,15 @@ class RandomState:
     def __init__(self) -> None:
         self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, RandomState):
-            return NotImplemented
+    def differs(self, other: RandomState) -> set[str]:
+        """Whose numbers another state has not the same of: ``python``, ``numpy``, ``torch``."""
         (name, keys, *rest), (other_name, other_keys, *other_rest) = self._numpy, other._numpy
-        return (
-            self._python == other._python
-            and (name, rest) == (other_name, other_rest)
-            and np.array_equal(keys, other_keys)
-            and torch.equal(self._torch, other._torch)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
+        same = {
+            "python": self._python == other._python,
+            "numpy": (name, rest) == (other_name, other_rest) and np.array_equal(keys, other_keys),
+            "torch": torch.equal(self._torch, other._torch),
+        }
+        return {library for library, equal in same.items() if not equal}
 
     def restore(self) -> None:
         """Draw from here on."""
@@ -60,7 +57,7 @@ class DrawnEarly:
     """
 
     def __init__(self) -> None:
-        self.used = False
+        self._drawn: set[str] = set()
         self._after = RandomState()
 
     def __enter__(self) -> None:
@@ -68,9 +65,14 @@ class DrawnEarly:
 
     def __exit__(self, *_: object) -> None:
         self._after = RandomState()
-        self.used |= self._after != self._before
+        self._drawn |= self._after.differs(self._before)
+
+    @property
+    def used(self) -> bool:
+        """Whether any were drawn."""
+        return bool(self._drawn)
 
     @property
     def due(self) -> bool:
-        """Whether they are those that would be drawn now: nothing else has drawn since."""
-        return RandomState() == self._after
+        """Whether they are those that would be drawn now: nothing else has drawn any of that library since."""
+        return not RandomState().differs(self._after) & self._drawn

@@ -227,3 +227,24 @@ def test_whatever_the_engine_runs_in_int8_is_drift_when_it_runs_unseen(kind: str
     with pytest.warns(CCOWarning, match="though never"):
         model(x)
     assert any(f"'{kind}'" in message for message in quantized.drift)
+
+
+def test_what_no_engine_runs_in_int8_is_none_however_often_it_runs() -> None:
+    class Measured(nn.Module):
+        """Looks at its values, as a loop that ends when they settle does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.times = nn.Linear(4, 4), nn.Linear(4, 4), 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.first(x))
+            sizes = [float(y.norm()) * len(y) for _ in range(self.times)]
+            return self.second(y * (sizes[0] > 0.0))
+
+    model, x = Measured(), torch.randn(5, 4)
+    quantized = quantize(model, None, (x,))
+    quantized.calibrate([(x,)])
+    model.times = 3
+    model(x)
+    assert quantized.drift == []

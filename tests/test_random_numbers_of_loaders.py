@@ -224,6 +224,23 @@ def test_a_stream_whose_numbers_are_those_of_the_float_run_is_not(steps: int, dr
         assert seen(tmp_path / "cco", stream, callback(steps, min(steps, 2)), dropout=dropout) == wanted
 
 
+class DrawsOfNumPy(IterableDataset):
+    """Its numbers are NumPy's, which dropout does not draw."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((torch.linspace(-1, 1, 8) * i, i, float(np.random.rand())) for i in range(24))
+
+
+def test_a_stream_that_draws_of_another_library_than_dropout_is_not(tmp_path: Path) -> None:
+    def stream() -> DataLoader:
+        return DataLoader(DrawsOfNumPy(), 4)
+
+    wanted = seen(tmp_path / "float", stream, None, dropout=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CCOWarning)
+        assert seen(tmp_path / "cco", stream, callback(), dropout=True) == wanted
+
+
 def test_what_an_interrupt_loses_of_a_stream_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Interrupted(Reading):
         def on_train_batch_end(self, *_: Any) -> None:
