@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,14 @@ def test_the_changelog_knows_the_version() -> None:
 @pytest.mark.parametrize("name", [".pre-commit-config.yaml", ".github/ISSUE_TEMPLATE/bug.yml", ".github/ISSUE_TEMPLATE/feature.yml"])
 def test_the_forms_are_yaml(name: str) -> None:
     assert yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_no_link_is_a_file_of_the_repository() -> None:
+    """A link to an environment elsewhere, which the targets of the Makefile would take for one of their own."""
+    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    assert not [line for line in listed.stdout.splitlines() if line.startswith("120000")]
 
 
 def test_every_public_docstring_has_an_example() -> None:
