@@ -17,10 +17,11 @@ from lightning_cco.batch_prefetch import copied, hooks_undone, upcoming_batches
 from lightning_cco.compat.lightning_trainer import batch_to_device, configured_optimizers
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.capture import capture
-from lightning_cco.graph.capture_coverage import frozen_modules, is_within
+from lightning_cco.graph.capture_coverage import frozen_modules
 from lightning_cco.graph.captured import Capture
 from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.snapshot import Snapshot
+from lightning_cco.names import is_within
 from lightning_cco.random_numbers import isolated_random
 
 ForwardFn = Callable[[Any, Any], Any]

@@ -54,6 +54,11 @@ def last_parts(path: str, most: int) -> str:
     return f"…{kept}" if parts else kept
 
 
+def is_within(path: str, modules: Iterable[str]) -> bool:
+    """Whether a path is that of one of the modules, or of a part of one."""
+    return any(path == module or path.startswith(f"{module}.") for module in modules)
+
+
 def markdown_cell(text: object) -> str:
     r"""A cell of a Markdown table.
 

@@ -182,6 +182,30 @@ def test_a_module_that_the_forward_calls_in_another_thread_is_named_and_stays_in
     assert quantized.drift == []
 
 
+class PartlyThreaded(Threaded):
+    """The same branch, called once in the forward's own thread as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.relu(self.branch(x)))
+
+
+@pytest.mark.parametrize("kind", THREADS)
+def test_a_module_that_is_called_in_both_threads_is_named_and_in_float_in_the_other(kind: str) -> None:
+    model, x = PartlyThreaded(THREADS[kind]), torch.randn(5, 4)
+    with pytest.warns(CCOWarning, match=r"stay in float: 'branch' \(Sequential: some of its calls are made in another thread") as caught:
+        quantized = quantize(model, None, (x,))
+    assert len(caught) == 1
+    assert [layer.path for layer in quantized.graph if layer.weighted] == ["branch.0", "stem", "head"]
+    quantized.calibrate([(x,)])
+    seen: list[tuple[Tensor, Tensor]] = []
+    model.branch[0].register_forward_hook(lambda _module, args, output: seen.append((args[0], output)))
+    model(x).sum().backward()
+    weight, bias = model.branch[0].weight, model.branch[0].bias
+    in_float = [torch.equal(made, given @ weight.T + bias) or torch.equal(made, torch.addmm(bias, given, weight.T)) for given, made in seen]
+    assert in_float[:2] == [False, True]
+    assert in_float[2:] == [True] * (kind == "checkpoint")  # and once more in the backward
+
+
 def test_a_weight_that_only_another_thread_multiplies_by_is_named() -> None:
     with pytest.warns(CCOWarning, match="stay in float: 'weight' "):
         quantize(Threaded(_submitted, function=True), None, (torch.randn(5, 4),))

@@ -10,7 +10,14 @@ from torch import nn
 
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.call_node import CallNode
-from lightning_cco.graph.capture_coverage import in_other_threads, is_within, only_asked, out_of_sight, used_unseen, without_int8_form
+from lightning_cco.graph.capture_coverage import (
+    in_other_threads,
+    only_asked,
+    out_of_sight,
+    partly_in_other_threads,
+    used_unseen,
+    without_int8_form,
+)
 from lightning_cco.graph.captured import Capture, assemble
 from lightning_cco.graph.carried_state import NOTHING, Carried, KeptConstant, carried_now, unchanged
 from lightning_cco.graph.compiled import eager
@@ -21,7 +28,7 @@ from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.modes import as_now, switch_training, uncollected
 from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.graph.trace import Tracer
-from lightning_cco.names import list_names
+from lightning_cco.names import is_within, list_names
 
 
 def capture_graph(model: nn.Module, /, *args: Any, **kwargs: Any) -> LayerGraph:
@@ -100,7 +107,7 @@ def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> C
     captured.called = tuple(path for path in evaluation.called if not is_within(path, teachers))
     captured.needs_gradients = gradients
     captured.hooked = evaluation.hooked
-    captured.apart = tuple(in_other_threads(evaluation))
+    captured.apart, captured.partly_apart = tuple(in_other_threads(evaluation)), tuple(partly_in_other_threads(evaluation))
     captured.left_out = evaluation.left_out
     _warn_of_two_networks(model, captured)
     return captured

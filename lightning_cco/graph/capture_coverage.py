@@ -18,6 +18,7 @@ from lightning_cco.graph.ops import is_known_kind
 from lightning_cco.graph.saved_values import is_same
 from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.graph.trace import Tracer
+from lightning_cco.names import is_within
 
 _OUT_OF_SIGHT = TAKE_FUNCTIONS | {"custom_function"}
 """Kinds of layers that run code which is not seen."""
@@ -34,11 +35,16 @@ def out_of_sight(model: nn.Module, tracer: Tracer) -> list[str]:
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     read = _read(named, tracer)
-    apart = in_other_threads(tracer)
+    apart, partly = in_other_threads(tracer), partly_in_other_threads(tracer)
     found = [
         f"'{path}' ({type(module).__name__}: it was called in another thread than the forward, where calls are not captured)"
         for path, module in model.named_modules()
         if path in apart and any(p.is_floating_point() for p in module.parameters())
+    ]
+    found += [
+        f"'{path}' ({type(module).__name__}: some of its calls are made in another thread than the forward, where calls are not captured)"
+        for path, module in model.named_modules()
+        if path in partly and any(p.is_floating_point() for p in module.parameters())
     ]
     scripted = ""
     for path, module in model.named_modules():
@@ -68,9 +74,19 @@ def out_of_sight(model: nn.Module, tracer: Tracer) -> list[str]:
 
 def in_other_threads(tracer: Tracer) -> list[str]:
     """The outermost modules that the forward calls in other threads alone."""
+    return _outermost(tracer.apart - tracer.ran)
+
+
+def partly_in_other_threads(tracer: Tracer) -> list[str]:
+    """The outermost modules that it calls both there and in its own."""
+    return _outermost(tracer.apart & tracer.ran, in_other_threads(tracer))
+
+
+def _outermost(paths: Iterable[str], around: Sequence[str] = ()) -> list[str]:
+    """Those of some modules that are no parts of others of them, nor of those that are given as well."""
     found: list[str] = []
-    for path in sorted(tracer.apart - tracer.ran):
-        if not is_within(path, found):
+    for path in sorted(paths):
+        if not is_within(path, [*around, *found]):
             found.append(path)
     return found
 
@@ -208,11 +224,6 @@ def frozen_modules(model: nn.Module) -> list[str]:
         if path and parameters and not any(p.requires_grad for p in parameters) and not is_within(path, found):
             found.append(path)
     return found
-
-
-def is_within(path: str, modules: Iterable[str]) -> bool:
-    """Whether a path is that of one of the modules, or of a part of one."""
-    return any(path == module or path.startswith(f"{module}.") for module in modules)
 
 
 def only_asked(model: nn.Module, evaluation: Tracer, training: Tracer | None) -> list[str]:

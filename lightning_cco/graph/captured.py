@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 
 from lightning_cco.graph.call import ArgPath, Call, Weight
 from lightning_cco.graph.call_node import CallNode
-from lightning_cco.graph.capture_coverage import is_within
 from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.matching import match_training, merge_repeats, overwritten_calls
 from lightning_cco.graph.ops import Op
 from lightning_cco.graph.trace import Tracer
+from lightning_cco.names import is_within
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Capture:
         left_out: Paths of modules with parameters that serve losses alone, so that they are no layers.
         called: Paths of the modules that were called from outside of any other, teachers not among them.
         apart: Paths of the modules that the forward calls in other threads alone, so that they are no layers.
+        partly_apart: Paths of those that it calls there and in its own thread: the calls there are no layers, and in float.
         hooked: Paths of the modules that had hooks of the user's own, which read the values of the float run.
     """
 
@@ -83,6 +84,7 @@ class Capture:
     called: tuple[str, ...] = ()
     hooked: frozenset[str] = frozenset()
     apart: tuple[str, ...] = ()
+    partly_apart: tuple[str, ...] = ()
 
 
 def assemble(root: CallNode, evaluation: Tracer, training: Tracer | None, frozen: list[str]) -> Capture:

@@ -30,6 +30,7 @@ from lightning_cco.graph.compiled import innermost_mode
 from lightning_cco.graph.frame_stacks import FrameStacks, Handler
 from lightning_cco.graph.hooks import inert as _inert  # noqa: F401, models pickled by earlier versions name it here
 from lightning_cco.graph.python_calls import called_by_graph, module_call
+from lightning_cco.names import is_within
 
 _getframe = sys._getframe
 
@@ -53,6 +54,7 @@ class Frames(FrameStacks):
         entered: Called with each frame pushed, and the arguments of its module.
         left: Called with each frame about to be popped, and its module's output.
         apart: Called with the path of each module that a forward calls in another thread than its own; such calls then get no frame.
+        partly_apart: Modules that a forward calls in its own thread and in others: the calls in others, which the capture did not see, get no frame.
         owner: Refers to the object that these hooks belong to.
     """
 
@@ -62,6 +64,7 @@ class Frames(FrameStacks):
         self.entered: Callable[[ModuleCall, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.left: Callable[[ModuleCall, Any], None] | None = None
         self.apart: Callable[[str], None] | None = None
+        self.partly_apart: tuple[str, ...] = ()
         self.unwatched: frozenset[str] = frozenset()
         self.growing = False
         self.owner: weakref.ref[Any] | None = None
@@ -154,6 +157,8 @@ class Frames(FrameStacks):
         if self.apart is not None and self._runs_elsewhere(path):
             self.apart(path)
             return None
+        if self.partly_apart and is_within(path, self.partly_apart) and (self._runs_elsewhere(path) or self._recomputes_alone()):
+            return None
         if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
             raise CCOError(
                 f"module '{path or 'the root module'}' of a quantized model is traced by torch.fx, which has no values to round. {_TRACE_OTHERWISE}"
@@ -187,6 +192,10 @@ class Frames(FrameStacks):
             return False
         outer = [stack[0].node.path for stack in (self._main, *list(self._others.values())) if stack]
         return any(path != around and (not around or path.startswith(f"{around}.")) for around in outer)
+
+    def _recomputes_alone(self) -> bool:
+        """Whether a checkpoint runs again whose forward had no frames."""
+        return graph_task() != -1 and not self._resuming
 
     def _refuse_graph_around(self, path: str, training: bool) -> None:
         """A graph that somebody's `torch.fx` made of the model calls its modules, but not those around them, where something may be rounded.

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from lightning_cco.errors import CCOWarning
-from lightning_cco.graph.capture_coverage import is_within
 from lightning_cco.graph.carried_state import where_held
 from lightning_cco.graph.trace import Tracer
-from lightning_cco.names import list_names
+from lightning_cco.names import is_within, list_names
 
 
 def warn_of_weights_kept(model: nn.Module, tracer: Tracer) -> None:

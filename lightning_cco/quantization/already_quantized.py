@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError, CCOWarning
-from lightning_cco.graph.capture_coverage import is_within
 from lightning_cco.graph.captured import Capture
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.network import has_parameters
-from lightning_cco.names import list_names
+from lightning_cco.names import is_within, list_names
 
 _MODULES = re.compile(
     r"torch\.ao\.nn\.(intrinsic\.|sparse\.)?(quantized|qat)\b|torch\.ao\.quantization\.(observer|fake_quantize)\b"

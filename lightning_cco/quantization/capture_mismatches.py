@@ -11,11 +11,11 @@ from torch.compiler import is_compiling
 
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.call_node import CallNode, ModuleCall
-from lightning_cco.graph.capture_coverage import frozen_modules, is_within
+from lightning_cco.graph.capture_coverage import frozen_modules
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.ops import OPS, Category, operation
 from lightning_cco.graph.outside_readers import hooked_modules
-from lightning_cco.names import list_names
+from lightning_cco.names import is_within, list_names
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.sites import SiteQuantizers
 from lightning_cco.quantization.targets import TARGETS

@@ -70,6 +70,7 @@ class Runtime:
         self.capture = capture
         self.frames = Frames(model, capture.root, self._handle)
         self.frames.watched = COMPUTES | {"multi_head_attention_forward"}
+        self.frames.partly_apart = capture.partly_apart
         self.mismatches = CaptureMismatches(model, capture.root, capture.apart)
         self._blocks = Blocks()
         self.phase = Phase.QUANTIZE
