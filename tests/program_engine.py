@@ -45,8 +45,9 @@ class InTorch:
             raise RuntimeError("RuntimeError: Missing out variants: {'aten::erf'}")
         loaded = torch.export.load(program)
         products = [node for node in loaded.graph.nodes if operator_of(node) in PRODUCTS]
-        layers = tuple((operator_of(node), noted(node, LAYER), noted(node, LAYER) not in self.floats) for node in products)
-        integer = Counter(operator for operator, _, on_integers in layers if on_integers)
+        summed = [node for node in loaded.graph.nodes if operator_of(node) == "aten::add"]
+        layers = tuple((operator_of(node), noted(node, LAYER), noted(node, LAYER) not in self.floats) for node in [*products, *summed])
+        integer = Counter(operator for operator, _, on_integers in layers[: len(products)] if on_integers)
         target.write_bytes(program.read_bytes())
         return Converted(integer, {}, layers, 2, ("it ran in PyTorch",))
 

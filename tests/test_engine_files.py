@@ -89,6 +89,14 @@ def test_it_is_refused_by_name(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_multiplies_no_weights_is_refused_by_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized, _ = calibrated(ResidualCNN(), ResidualCNN.example, PROGRAM)
+    assert "add" in quantized.plan.quantized
+    in_torch(monkeypatch, floats=("add",))
+    with pytest.raises(CCOError, match=r"computes in float what is planned in INT8: 'add' \(aten::add\), 1 in all"):
+        quantized.export(tmp_path / "model.pte")
+
+
 def test_unchecked_it_is_written_all_the_same(cnn: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_torch(monkeypatch, floats=("conv_1",), crashes="run")
     report = cnn.export(tmp_path / "model.pte", check=False, batch_size=2)

@@ -22,8 +22,9 @@ from lightning_cco.export.failures import first_paragraph, need_engine, need_wri
 from lightning_cco.export.feeds import call_of
 from lightning_cco.export.island_kinds import FloatIsland, IslandKind
 from lightning_cco.export.layouts import in_usual_layout
-from lightning_cco.export.onnx_notes import notes_on_bits
+from lightning_cco.export.onnx_notes import notes_on_bits, warn_of_empty_inputs
 from lightning_cco.export.outputs import arrays_of
+from lightning_cco.export.planned_floats import Executed, planned_floats
 from lightning_cco.export.precision import float_bytes, in_float32, other_types
 from lightning_cco.export.program import example_of
 from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, levels_of
@@ -112,6 +113,7 @@ def export_engine_file(
                         report, min_sqnr_db, engine.limits if max_mean_steps is None else replace(engine.limits, mean_steps=max_mean_steps)
                     )
                     refuse_floats(report)
+                warn_of_empty_inputs(report)
                 move(temporary, target)
         except OSError as error:
             raise ExportError(f"'{path}' can't be written: {error}. Give a path in a folder that can be.") from error
@@ -170,7 +172,7 @@ def _count(quantized: HookedModel, engine: Engine, made: Converted, report: Expo
     report.notes += made.notes
     plan, graph = quantized.plan, quantized.graph
     reached = {layer for _, layer, on_integers in made.layers if on_integers}
-    unasked = sorted(layer for layer in reached if layer in plan.skipped)
+    unasked = sorted(layer for layer in reached if layer in plan.skipped and graph[layer].weighted)
     if unasked:
         report.unasked = unasked
         report.notes.append(
@@ -178,14 +180,13 @@ def _count(quantized: HookedModel, engine: Engine, made: Converted, report: Expo
             "seen: compare the file's metric with the model's"
         )
     report.target_nodes = dict(made.integer)
-    for operator, layer, on_integers in made.layers:
-        if on_integers or layer not in graph or layer in reached:
-            continue
-        planned = layer in plan.quantized and operation_of_kind(graph[layer].kind).category in (Category.WEIGHTED, Category.MATMUL)
-        reason = f"planned in INT8, but {report.target} computes it in float" if planned else plan.skipped.get(layer, "")
-        if reason:
-            kind = IslandKind.UNPLANNED if planned else IslandKind.PLANNED
-            report.float_islands.append(FloatIsland(operator, (layer,), reason, kind))
+    executed = [Executed(operator, (layer,), on_integers) for operator, layer, on_integers in made.layers]
+    report.float_islands += planned_floats(quantized, executed, report.target)
+    products = {layer.name for layer in graph if operation_of_kind(layer.kind).category in (Category.WEIGHTED, Category.MATMUL)}
+    left = {layer: operator for operator, layer, _ in reversed(made.layers) if layer in products - reached and layer in plan.skipped}
+    report.float_islands += [
+        FloatIsland(operator, (layer,), plan.skipped[layer], IslandKind.PLANNED) for layer, operator in reversed(left.items())
+    ]
 
 
 def _check_program(

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_cco.export.island_kinds import FloatIsland, IslandKind
+from lightning_cco.export.planned_floats import planned_to_compute, without_range
 from lightning_cco.export.provenance import NodeLayers
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.value_types import float_nodes
 from lightning_cco.export.weight_blocks import LOOKUP, PRODUCT, rounds_as_it_runs
-from lightning_cco.graph.ops import Category, category_of, operation_of_kind
+from lightning_cco.graph.ops import operation_of_kind
 from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
-from lightning_cco.quantization.tensor_key import TensorKey
 
 _INT4 = 22
 """`onnx.TensorProto.INT4`."""
@@ -28,7 +28,6 @@ _HEAVY = frozenset({
 """Operators that an engine has an INT8 kernel of, or that most of the time goes to: layers in float are named that have one. Of a layer that is planned in INT8
 every operator counts."""
 _IN_FOUR_BITS = IslandKind.FOUR_BITS, "its weights are stored in 4 bits, for which the engine has no INT8 product"
-_COMPUTING = frozenset({Category.WEIGHTED, Category.MATMUL, Category.CLAMP, Category.COMPUTE})
 
 
 def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Emitter, report: ExportReport) -> None:
@@ -42,7 +41,7 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
         report: Filled in place.
     """
     layers = NodeLayers(written, emitter.layers)
-    planned = {layer.name for layer in quantized.graph if layer.name in quantized.plan.quantized and category_of(layer) in _COMPUTING}
+    planned = planned_to_compute(quantized)
     kinds: Counter[str] = Counter()
     known = {entry.name for entry in model.graph.initializer}
     sizes: set[str] = set()
@@ -118,15 +117,6 @@ def _packed(written: Any, emitter: Emitter) -> set[str]:
     return layers
 
 
-def _without_range(quantized: HookedModel, layer: str) -> str:
-    """Why a layer reads or makes a tensor that is not rounded though it is planned to be: nothing has come there (an expert that no token went to)."""
-    plan = quantized.plan
-    made = [TensorKey(edge.source, edge.source_output) for edge in quantized.graph.edges if edge.destination == layer]
-    keys = [*plan.reads.get(layer, {}).values(), *(plan.origins.get(key, key) for key in made), TensorKey(layer)]
-    empty = [str(key) for key in keys if key in quantized.activations and quantized.activations[key].empty]
-    return f"'{empty[0]}' has no range, since nothing came there in calibration and training" if empty else ""
-
-
 def _island(
     quantized: HookedModel, operator: str, layer: str, partly_integer: bool, unexpected: tuple[IslandKind, str]
 ) -> FloatIsland | None:
@@ -140,6 +130,6 @@ def _island(
         return None
     if operation_of_kind(quantized.graph[layer].kind).looks_up:
         return FloatIsland(operator, (layer,), "dequantizes the rows that were looked up as integers", IslandKind.LOOKUP)
-    without = _without_range(quantized, layer)
+    without = without_range(quantized, layer)
     kind, reason = (IslandKind.NO_RANGE, without) if without else unexpected
     return FloatIsland(operator, (layer,), reason, kind)

@@ -27,6 +27,7 @@ from lightning_cco.export.onnx_notes import (
     notes_on_types,
     notes_on_weights,
     warn_of_batches,
+    warn_of_empty_inputs,
     warn_of_floats,
     warn_of_groups,
     warn_of_integers,
@@ -144,6 +145,7 @@ def export_onnx(
                 report = _by_the_best(ways, folder, lambda sizes, varies: write(folder / target.name, sizes, varies))
                 warn_of_floats(report)
                 warn_of_integers(report)
+                warn_of_empty_inputs(report)
                 warn_of_groups(report)
                 warn_of_batches(report)
                 move(folder / target.name, target)

@@ -90,13 +90,26 @@ def notes_on_types(report: ExportReport) -> list[str]:
 
 
 def warn_of_floats(report: ExportReport) -> None:
-    """Products that are planned in INT8 and run in float cost what the file is for."""
+    """Layers that are planned in INT8 and run in float cost what the file is for."""
     layers = list(dict.fromkeys(layer for island in report.float_islands if island.unplanned for layer in island.layers))
     if layers:
         named = ", ".join(f"'{layer}'" for layer in layers[:8]) + (f" and {len(layers) - 8} more" if len(layers) > 8 else "")
         warnings.warn(
             f"export: planned in INT8, but {report.target or 'ONNX Runtime'} computes in float: {named}. The file is right, and slower than planned. "
             f"Skip these layers (skip_quantization: true). {REPORT_IT}",
+            CCOWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_empty_inputs(report: ExportReport) -> None:
+    """A file whose input has no values, such as a cache before the first step, takes no others: a size of 0 does not vary."""
+    empty = {name: sizes for name, sizes in report.inputs.items() if 0 in sizes}
+    if empty:
+        taken = ", ".join(f"{name} {sizes}".replace("'", "") for name, sizes in empty.items())
+        warnings.warn(
+            f"export: the file takes nothing but empty tensors for {list_names(list(empty))} ({taken}), since those of the example are empty. Give an "
+            "example with values there, such as a cache of a few steps.",
             CCOWarning,
             stacklevel=3,
         )

@@ -7,7 +7,7 @@ import importlib.util
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from lightning_cco.export.check_limits import judge, refuse_floats
 from lightning_cco.export.engine_patterns import adds_products_exactly
 from lightning_cco.export.engines import Engine, Loaded
 from lightning_cco.export.errors import ExportError, FileDiffers
-from lightning_cco.export.island_kinds import FloatIsland, IslandKind
+from lightning_cco.export.island_kinds import IslandKind
 from lightning_cco.export.local_check import LocalRun
 from lightning_cco.export.ort_session import QuantizeNode
 from lightning_cco.export.outputs import Arrays, Outputs
+from lightning_cco.export.planned_floats import Executed, planned_floats
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport, LayerDifference
-from lightning_cco.graph.ops import Category, operation_of_kind
+from lightning_cco.export.value_types import computes
 
 _INTEGER = ("u8", "i8")
 _FLOATS = ("f32", "f16", "bf16")
@@ -137,42 +138,40 @@ def _judge(local: LocalRun, outputs: Outputs, alike: Outputs, emitter: Emitter, 
 
 
 def _count(loaded: Loaded, written: Any, emitter: Emitter, report: ExportReport) -> None:
-    """What the engine computes in INT8, and which products it computes in float that are planned in INT8."""
-    layers = dict(emitter.layers)
-    layers |= {value: emitter.layers[node.name] for node in written.graph.node if node.name in emitter.layers for value in node.output}
-    plan, graph = emitter.quantized.plan, emitter.quantized.graph
+    """What the engine computes in INT8, and which layers it computes in float that are planned in INT8."""
+    layers, computing = _layers(written.graph.node, emitter), _layers(filter(computes, written.graph.node), emitter)
     integer: Counter[str] = Counter()
-    floats: dict[str, str] = {}
-    reached: set[str] = set()
     as_they_are: set[str] = set()
     others: Counter[str] = Counter()
+    executed: list[Executed] = []
     for node in loaded.computed():
-        others[node.operator] += node.precision in _FLOATS and (node.computes or node.product)
-        if not node.product:
-            if node.computes and node.precision in _INTEGER:
-                integer[node.operator] += 1
+        if not (node.product or node.computes):
             continue
-        found = next((layers[name] for name in map(_plain, node.names) if name in layers), "")
-        if found in plan.weight_only:
+        names = [_plain(name) for name in node.names]
+        others[node.operator] += node.precision in _FLOATS
+        found = next((layers[name] for name in names if name in layers), "")
+        if node.product and found in emitter.quantized.plan.weight_only:
             if node.precision in _WEIGHTS:
                 integer[f"{node.operator} with weights in {node.precision}"] += 1
                 as_they_are.add(found)
-        elif node.precision in _INTEGER:
-            integer[node.operator] += 1
-            reached.add(found)
-        elif found in plan.quantized and operation_of_kind(graph[found].kind).category in (Category.WEIGHTED, Category.MATMUL):
-            floats[found] = node.operator
-    report.target_nodes, report.target_floats = dict(integer), dict(+others)
+            continue
+        if node.precision in (*_INTEGER, *_FLOATS):
+            own = dict.fromkeys(computing[name] for name in names if name in computing)
+            executed.append(Executed(node.operator, tuple(own), node.precision in _INTEGER))
+        integer[node.operator] += node.precision in _INTEGER
+    report.target_nodes, report.target_floats = dict(+integer), dict(+others)
     products = [name for name, block in emitter.stored.blocks.items() if block.as_it_is]
     report.in_groups, report.as_floats = len(products), [name for name in products if name not in as_they_are]
     if as_they_are and emitter.stored.engine.rounds_as_it_runs:
         report.notes.append(emitter.stored.engine.rounds_as_it_runs)
     report.zero_points = sum(emitter.stored.blocks[name].zeros is not None for name in products if name in as_they_are)
     report.float_islands = [entry for entry in report.float_islands if entry.kind is not IslandKind.IN_ORT_ALONE]
-    for layer, operator in floats.items():
-        if layer not in reached:
-            reason = f"planned in INT8, but {report.target} computes it in float"
-            report.float_islands.append(FloatIsland(operator, (layer,), reason, IslandKind.UNPLANNED))
+    report.float_islands += planned_floats(emitter.quantized, executed, report.target)
+
+
+def _layers(nodes: Iterable[Any], emitter: Emitter) -> dict[str, str]:
+    """The layers of nodes, by the nodes' names and by those of what they make."""
+    return {name: emitter.layers[node.name] for node in nodes if node.name in emitter.layers for name in (node.name, *node.output)}
 
 
 def _plain(name: str) -> str:

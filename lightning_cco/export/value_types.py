@@ -15,6 +15,11 @@ _GIVES_FLOATS = {"DequantizeLinear", "MatMulIntegerToFloat", "DynamicQuantizeMat
 _BY_BLOCKS = {"MatMulNBits", "GatherBlockQuantized"}
 
 
+def computes(node: Any) -> bool:
+    """Whether a node of a written file computes; it only moves values, makes sizes or masks, or converts, otherwise."""
+    return node.op_type not in MOVING and node.op_type not in _GIVES_INTEGERS
+
+
 def float_nodes(model: Any) -> Iterator[Any]:
     """The nodes that compute on floats which depend on the model's input, in order; what only moves values and the conversions left out.
 

@@ -5,8 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from lightning_cco.graph.einsum_equations import matrix_product
-from lightning_cco.graph.layer import FLOATS, Layer
+from lightning_cco.graph.layer import Layer
+from lightning_cco.quantization.int8_conditions import (
+    averages_images,
+    averages_to_one,
+    averages_windows,
+    by_a_matrix,
+    divides_by_count,
+    flat,
+    floats_alone,
+    nearest,
+    pools_evenly,
+    transposed_whole,
+    two_activations_or_channels,
+    two_operands,
+    ungrouped,
+    weight_last,
+    weight_second,
+)
 
 _CELLS = frozenset({"lstm_cell", "gru_cell", "rnn_cell"})
 _RECURRENT = frozenset({"lstm", "gru", "rnn"}) | _CELLS
@@ -85,88 +101,9 @@ class Target:
 
     def stores_weights(self, layer: Layer) -> bool:
         """Whether a layer that is computed in float has integer weights in the file."""
-        if self.integer_left is not None and not _weight_last(layer) and not self.integer_left(layer):
+        if self.integer_left is not None and not weight_last(layer) and not self.integer_left(layer):
             return False
         return layer.weighted and (layer.kind in self.weight_only_kinds or (self.float_products and layer.kind in self.int8_kinds))
-
-
-def _two_operands(layer: Layer) -> bool:
-    """Two tensors of floats, or one and a parameter: a number, a mask or integers beside it make no INT8 operator, nor does a factor of the second."""
-    two = len(layer.input_shapes) > 1 or "operand_shape" in layer.attributes
-    return two and _floats_alone(layer) and layer.attributes.get("alpha", 1) == 1
-
-
-def _floats_alone(layer: Layer) -> bool:
-    """No mask and no integers, which PyTorch makes floats of, among the tensors that it reads."""
-    return all(dtype in FLOATS for dtype in layer.input_dtypes)
-
-
-def _weight_last(layer: Layer) -> bool:
-    return not layer.attributes.get("weight_first")
-
-
-def _weight_second(layer: Layer) -> bool:
-    """A product with a weight on its right; of two activations the second would need zero point 0."""
-    return layer.weighted and _weight_last(layer)
-
-
-def _by_a_matrix(layer: Layer) -> bool:
-    """An einsum that is a product with a matrix of weights on its right."""
-    shape = layer.attributes.get("operand_shape")
-    if not layer.weighted or not _weight_last(layer) or not isinstance(shape, tuple):
-        return False
-    return matrix_product(layer.attributes.get("equation"), len(layer.input_shapes[0]), len(shape)) is not None
-
-
-def _averages_images(layer: Layer) -> bool:
-    """The mean of each whole channel of a batch of images."""
-    axes, shape = layer.attributes.get("dim"), layer.input_shapes[0] if layer.input_shapes else ()
-    return len(shape) == 4 and isinstance(axes, tuple) and sorted(axis % 4 for axis in axes) == [2, 3]
-
-
-def _pools_evenly(layer: Layer) -> bool:
-    """An adaptive pooling whose windows are all of one size and do not overlap; one window for all is known for images only."""
-    before, after = layer.input_shapes[0], layer.output_shapes[0]
-    spatial = list(zip(before[2:], after[2:], strict=False))
-    if len(before) != len(after) or any(size % parts for size, parts in spatial):
-        return False
-    return len(before) == 4 or any(parts != 1 for _, parts in spatial)
-
-
-def _divides_by_count(layer: Layer) -> bool:
-    """An average pooling of whole windows, by their size: those that ``ceil_mode`` adds at the end are smaller."""
-    return layer.attributes.get("divisor_override") is None and not layer.attributes.get("ceil_mode")
-
-
-def _averages_windows(layer: Layer) -> bool:
-    """An average pooling of images in whole windows without a border, which is a convolution of each channel with equal weights."""
-    padding = layer.attributes.get("padding", 0)
-    whole = _pools_evenly(layer) if layer.kind == "adaptive_avg_pool" else _divides_by_count(layer)
-    return whole and len(layer.input_shapes[0]) == 4 and not any(padding if isinstance(padding, tuple) else (padding,))
-
-
-def _nearest(layer: Layer) -> bool:
-    return str(layer.attributes.get("mode", "nearest")).startswith("nearest")
-
-
-def _flat(layer: Layer) -> bool:
-    """A convolution of one or two dimensions."""
-    return bool(layer.input_shapes) and len(layer.input_shapes[0]) <= 4
-
-
-def _transposed_whole(layer: Layer) -> bool:
-    """A transposed convolution of images without groups, whose weights may have a scale for each channel."""
-    return bool(layer.input_shapes) and len(layer.input_shapes[0]) == 4 and layer.attributes.get("groups", 1) == 1
-
-
-def _ungrouped(layer: Layer) -> bool:
-    """A convolution without groups."""
-    return bool(layer.attributes.get("groups", 1) == 1)
-
-
-def _averages_to_one(layer: Layer) -> bool:
-    """An adaptive pooling of images to one value a channel."""
-    return len(layer.output_shapes[0]) == 4 and tuple(layer.output_shapes[0][2:]) == (1, 1)
 
 
 def _program(name: str, *more: str, int8_conditions: Mapping[str, Int8Condition] | None = None) -> Target:
@@ -177,14 +114,14 @@ def _program(name: str, *more: str, int8_conditions: Mapping[str, Int8Condition]
         frozenset({*more, "conv", "linear", "add", "sub", "mul", "concat", "mean", "adaptive_avg_pool"}) | _CLAMP,
         weight_only_kinds=frozenset({"embedding", "embedding_bag"}),
         int8_conditions={
-            "conv": _flat,
-            "conv_transpose": _transposed_whole,
-            "linear": _weight_last,
-            "add": _two_operands,
-            "sub": _two_operands,
-            "mul": _two_operands,
-            "mean": _averages_images,
-            "adaptive_avg_pool": _averages_to_one,
+            "conv": flat,
+            "conv_transpose": transposed_whole,
+            "linear": weight_last,
+            "add": two_operands,
+            "sub": two_operands,
+            "mul": two_operands,
+            "mean": averages_images,
+            "adaptive_avg_pool": averages_to_one,
             **(int8_conditions or {}),
         },
         float_outputs=frozenset(),
@@ -207,16 +144,16 @@ TARGETS: Mapping[str, Target] = {
         _ALL - _ORT_FLOAT - _ORT_WEIGHT_ONLY | {"sigmoid", "leaky_relu"},
         weight_only_kinds=_ORT_WEIGHT_ONLY,
         int8_conditions={
-            "add": _two_operands,
-            "mul": _two_operands,
-            **dict.fromkeys(("concat", "stack"), _floats_alone),
+            "add": two_operands,
+            "mul": two_operands,
+            **dict.fromkeys(("concat", "stack"), floats_alone),
             "clamp": lambda layer: "limits" not in layer.attributes,  # a Max and a Min with tensors
-            "matmul": _weight_last,
-            "einsum": _by_a_matrix,
-            "mean": _averages_images,
-            "adaptive_avg_pool": _pools_evenly,
-            "avg_pool": _divides_by_count,
-            "interpolate": _nearest,
+            "matmul": weight_last,
+            "einsum": by_a_matrix,
+            "mean": averages_images,
+            "adaptive_avg_pool": pools_evenly,
+            "avg_pool": divides_by_count,
+            "interpolate": nearest,
         },
         integer_outputs=_ELEMENTWISE | _SHAPING | _SMOOTH | {"conv", "batch_norm"},
         norms=True,
@@ -228,21 +165,22 @@ TARGETS: Mapping[str, Target] = {
     "openvino": Target(
         "openvino",
         False,
-        _ALL - _RECURRENT - {"scaled_dot_product_attention", "conv_transpose", "embedding_bag"},
+        # It makes a power and a product in float of a division.
+        _ALL - _RECURRENT - {"scaled_dot_product_attention", "conv_transpose", "embedding_bag", "div"},
         # It compiles LSTM, GRU and RNN from float constants only, and rounds what a cell multiplies with integer weights by itself.
         # Its transposed convolution in INT8 wants sizes that are fixed, and AVX-512.
         weight_only_kinds=frozenset({"conv_transpose", "embedding_bag"}),
         int8_conditions={
-            "add": _two_operands,
-            "sub": _two_operands,
-            "mul": _two_operands,
-            "div": _two_operands,
-            "matmul": _weight_second,
-            "einsum": _weight_second,
-            "addmm": _weight_second,
-            "baddbmm": _weight_second,
-            "interpolate": _nearest,
-            "adaptive_avg_pool": _pools_evenly,
+            # A sum with a parameter is taken into the convolution before it, or into the rounding of its result, by channels; else it is one of floats.
+            "add": two_activations_or_channels,
+            "sub": two_activations_or_channels,
+            "mul": two_operands,
+            "matmul": weight_second,
+            "einsum": weight_second,
+            "addmm": weight_second,
+            "baddbmm": weight_second,
+            "interpolate": nearest,
+            "adaptive_avg_pool": pools_evenly,
         },
         float_outputs=_WEIGHTED | _MATMUL | {"batch_norm"},
         integer_left=lambda layer: False,  # 2026.4 refuses such a file, or is wrong by a tenth
@@ -263,26 +201,26 @@ TARGETS: Mapping[str, Target] = {
         refuses_groups="was not tried with weights in groups. Leave weights_group_size out, or choose target_framework: ort or openvino",
     ),
     "executorch": _program("executorch", "conv_transpose"),
-    "litert": _program("litert", "avg_pool", int8_conditions=dict.fromkeys(("avg_pool", "adaptive_avg_pool"), _averages_windows)),
+    "litert": _program("litert", "avg_pool", int8_conditions=dict.fromkeys(("avg_pool", "adaptive_avg_pool"), averages_windows)),
     "coreml": _program("coreml", "conv_transpose"),
     "qnn": Target(
         "qnn",
         False,
         frozenset({"conv", "conv_transpose", "linear", "matmul"}) | _CLAMP | _ELEMENTWISE | _SHAPING | _SMOOTH - {"prelu"},
         int8_conditions={
-            "conv_transpose": _ungrouped,
-            "linear": _weight_last,
-            "matmul": _weight_second,
-            "add": _two_operands,
-            "sub": _two_operands,
-            "mul": _two_operands,
-            "div": _two_operands,
-            "concat": _floats_alone,
-            "stack": _floats_alone,
-            "mean": _averages_images,
-            "adaptive_avg_pool": _averages_to_one,
-            "avg_pool": _divides_by_count,
-            "interpolate": _nearest,
+            "conv_transpose": ungrouped,
+            "linear": weight_last,
+            "matmul": weight_second,
+            "add": two_operands,
+            "sub": two_operands,
+            "mul": two_operands,
+            "div": two_operands,
+            "concat": floats_alone,
+            "stack": floats_alone,
+            "mean": averages_images,
+            "adaptive_avg_pool": averages_to_one,
+            "avg_pool": divides_by_count,
+            "interpolate": nearest,
         },
         float_outputs=frozenset(),
         integer_outputs=_WEIGHTED | _MATMUL | _ELEMENTWISE | _SHAPING | _SMOOTH,

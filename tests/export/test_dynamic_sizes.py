@@ -206,3 +206,27 @@ def test_sizes_that_become_long_formulas_stay_fixed_and_it_is_said(tmp_path: Pat
     assert any("formulas of more than 100 operations" in note for note in report.notes)
     assert report.varying_sqnr_db != report.varying_sqnr_db  # nothing differs within one sample
     assert "between samples" not in str(report)
+
+
+class Cached(nn.Module):
+    """Keys of the steps before are put before those of this one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        keys = torch.cat([keys, torch.relu(self.key(x))], 1)
+        return self.out(keys), keys
+
+
+@pytest.mark.parametrize("length", [0, 3])
+def test_a_file_that_takes_an_empty_cache_alone_is_a_warning(length: int, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    x, keys = torch.randn(2, 3, 4), torch.randn(2, length, 4)
+    quantized = cc.quantize(Cached().eval(), None, (x, keys))
+    quantized.calibrate([(x, keys)])
+    recwarn.clear()
+    quantized.export(tmp_path / "model.onnx")
+    said = [str(warning.message) for warning in recwarn if issubclass(warning.category, cc.CCOWarning)]
+    assert [message for message in said if "nothing but empty tensors for 'keys' (keys [batch, 0, 4])" in message] == said
+    assert bool(said) == (length == 0)

@@ -13,7 +13,7 @@ from export_case import run
 from export_models import ViT, settled
 from torch import Tensor, nn
 
-from lightning_cco import CCOError, CCOWarning, quantize
+from lightning_cco import CCOError, CCOWarning, QuantizedModel, quantize
 from lightning_cco.export import check
 from lightning_cco.export.engines import ENGINES, Computed, FileFeature
 
@@ -96,7 +96,7 @@ def test_a_file_that_the_target_can_not_load_is_refused_with_the_layer(tmp_path:
 
 
 class Slow:
-    """An engine that computes all products in float."""
+    """An engine that computes everything in float."""
 
     def __init__(self, path: Path) -> None:
         self.compiled = ENGINES["openvino"].load(path)  # type: ignore[misc]
@@ -108,16 +108,50 @@ class Slow:
         return [replace(node, precision="f32") for node in self.compiled.computed()]
 
 
-def test_planned_products_in_float_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Beside(nn.Module):
+    """Operators that multiply no weights, between convolutions: some with an INT8 form in OpenVINO, and some without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(24, 4, 1)])
+        self.table, self.shift = nn.Parameter(torch.rand(8, 8, 8)), nn.Parameter(torch.rand(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third, last = self.convs
+        a = torch.relu(first(x))
+        b = torch.relu(second(a))
+        c = torch.relu(third(a / (b + self.table)))
+        return last(torch.nn.functional.avg_pool2d(torch.cat([a + b, a * b, c + self.shift], 1), 2))
+
+
+def beside() -> QuantizedModel:
+    x = torch.randn(2, 3, 8, 8)
+    quantized = quantize(Beside().eval(), settings("openvino"), (x,))
+    assert {"add_1", "mul", "add_2", "concat", "avg_pool"} <= quantized.plan.quantized
+    quantized.calibrate([x])
+    return quantized
+
+
+def test_planned_layers_of_any_kind_in_float_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino")
     monkeypatch.setattr("lightning_cco.export.stored_tensors.ENGINES", {"openvino": replace(ENGINES["openvino"], load=Slow)})
     monkeypatch.setattr("lightning_cco.export.onnx_file.check_file", check.check_file)  # this test wants what no other may have
-    x = torch.randn(2, 3, 8, 8)
-    quantized = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval(), settings("openvino"), (x,))
-    quantized.calibrate([x])
+    quantized = beside()
     with pytest.warns(CCOWarning, match=r"OpenVINO .* computes in float: 'conv', 'conv_1'"):
         report = quantized.export(tmp_path / "model.onnx")
     assert report.target_nodes == {}
+    named = {layer for island in report.float_islands if island.unplanned for layer in island.layers}
+    assert {"conv", "conv_3", "mul", "concat", "avg_pool"} <= named <= quantized.plan.quantized
+
+
+def test_what_openvino_computes_in_float_is_planned_so(tmp_path: Path) -> None:
+    """That nothing which is planned in INT8 runs in float, is asserted for each export of the tests."""
+    pytest.importorskip("openvino")
+    quantized = beside()
+    assert {"add", "div"} <= quantized.plan.skipped.keys()  # of a parameter that has more values than channels, and a division
+    report = quantized.export(tmp_path / "model.onnx")
+    assert (report.target_nodes["Convolution"], report.target_nodes["Concatenation"], report.target_nodes["Pooling"]) == (4, 1, 1)
+    assert report.target_floats["Eltwise"] >= 1
 
 
 @pytest.mark.parametrize("fixed", [False, True])

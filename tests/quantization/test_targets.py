@@ -10,7 +10,7 @@ from lightning_cco.quantization.targets import TARGETS
 @pytest.mark.parametrize(
     ("target", "more", "fewer"),
     [
-        ("openvino", {"sub", "div"}, {"sigmoid", "leaky_relu"}),
+        ("openvino", {"sub"}, {"sigmoid", "leaky_relu"}),
         ("tensorrt", {"sub", "div", "conv_transpose", "embedding_bag"}, {"sigmoid", "leaky_relu"}),
         ("litert", {"sub"}, None),
         ("qnn", {"sub", "div", "conv_transpose", "hardsigmoid", "hardswish", "tanh"}, {"addmm", "baddbmm", "einsum", "embedding"}),

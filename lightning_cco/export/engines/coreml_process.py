@@ -42,8 +42,8 @@ def convert(source: str, target: str, layer_key: str) -> dict[str, Any]:
 
     Returns:
         ``integer`` and ``floats``: how many operators of each kind have rounded operands and results, and how many have not; ``conversions``: how many
-        quantize or dequantize; ``products``: operator, layer and whether it has INT8 feeds, of each product; ``faults``: by layer, what is stored otherwise
-        than the program has it.
+        quantize or dequantize; ``layers``: operator, layer and whether it has INT8 feeds, of each that computes; ``faults``: by layer, what is stored
+        otherwise than the program has it.
     """
     import coremltools
 
@@ -77,7 +77,7 @@ class _ConvertedProgram:
         """What `convert` gives."""
         integer: Counter[str] = Counter()
         floats: Counter[str] = Counter()
-        products, faults, conversions = [], {}, 0
+        layers, faults, conversions = [], {}, 0
         for operation in self._operations:
             kind = operation.op_type
             conversions += kind in ("quantize", "dequantize")
@@ -87,11 +87,10 @@ class _ConvertedProgram:
             (integer if on_integers else floats)[kind] += 1
             node = next((self._nodes[name] for name in (operation.name, operation.outputs[0].name) if name in self._nodes), None)
             layer = (node.meta.get("custom") or {}).get(self._layer_key, "") if node is not None else ""
-            if kind in _PRODUCTS:
-                products.append((kind, layer, on_integers))
-                if on_integers and layer and node is not None and (fault := self._fault(operation, node)):
-                    faults[layer] = fault
-        return {"integer": dict(integer), "floats": dict(floats), "conversions": conversions, "products": products, "faults": faults}
+            layers.append((kind, layer, on_integers))
+            if kind in _PRODUCTS and on_integers and layer and node is not None and (fault := self._fault(operation, node)):
+                faults[layer] = fault
+        return {"integer": dict(integer), "floats": dict(floats), "conversions": conversions, "layers": layers, "faults": faults}
 
     def _fault(self, operation: Any, node: Any) -> str:
         """What the converted product has otherwise than the program's node; empty: nothing."""

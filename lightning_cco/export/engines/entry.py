@@ -104,7 +104,7 @@ class Converted:
     Attributes:
         integer: How many operators of each kind compute on integers.
         floats: How many of each kind compute on floats.
-        layers: Of each product, its operator, its layer (empty: not known) and whether it computes on integers.
+        layers: Of each operator that computes, its name, its layer (empty: not known) and whether it computes on integers.
         conversions: How many operators quantize or dequantize between others.
         notes: What else is to be said.
         faults: By layer, what the file stores otherwise than the program has it; of an engine that can't be run.

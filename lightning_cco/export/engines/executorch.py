@@ -19,16 +19,16 @@ class ExecuTorch(ProgramReader):
     def convert(self, program: Path, target: Path) -> Converted:
         """Lower a program to XNNPACK, and what it has no operator for to ExecuTorch's own."""
         said = self.call("convert", str(program), str(target), LAYER)
-        integer = Counter(operator for operator, _, on_integers, _, _ in said["nodes"] if on_integers)
-        floats = Counter(operator for operator, _, on_integers, _, _ in said["nodes"] if not on_integers)
+        integer = Counter(operator for operator, _, on_integers, _ in said["nodes"] if on_integers)
+        floats = Counter(operator for operator, _, on_integers, _ in said["nodes"] if not on_integers)
         alone = Counter(operator for operator, delegated, *_ in said["nodes"] if not delegated)
-        products = tuple((operator, layer, on_integers) for operator, _, on_integers, product, layer in said["nodes"] if product)
+        layers = tuple((operator, layer, on_integers) for operator, _, on_integers, layer in said["nodes"])
         notes = [f"XNNPACK computes {said['parts']} part{'s' if said['parts'] != 1 else ''} of it"]
         if alone:
             notes[0] += (
                 f"; ExecuTorch's own kernels compute {', '.join(f'{count} {operator}' for operator, count in sorted(alone.items()))}"
             )
-        return Converted(integer, floats, products, said["conversions"], tuple(notes))
+        return Converted(integer, floats, layers, said["conversions"], tuple(notes))
 
 
 EXECUTORCH = Engine(

@@ -32,7 +32,7 @@ def convert(source: str, target: str, layer_key: str) -> dict[str, Any]:
     """Lower a program, and write it.
 
     Returns:
-        ``nodes``: operator, whether XNNPACK has it, whether it computes on integers, whether it is a product, and its layer, of each that computes;
+        ``nodes``: operator, whether XNNPACK has it, whether it computes on integers, and its layer, of each that computes;
         ``parts``: how many parts XNNPACK has; ``conversions``: how many operators quantize or dequantize between others.
     """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -63,7 +63,7 @@ def run(path: str, arrays: list[Any]) -> list[Any]:
     return [output.clone().numpy() if isinstance(output, torch.Tensor) else output for output in outputs]
 
 
-def _nodes(graph: Any, delegated: bool, layer_key: str) -> tuple[list[tuple[str, bool, bool, bool, str]], int]:
+def _nodes(graph: Any, delegated: bool, layer_key: str) -> tuple[list[tuple[str, bool, bool, str]], int]:
     found, conversions = [], 0
     for node in graph.nodes:
         name = _operator(node)
@@ -72,7 +72,7 @@ def _nodes(graph: Any, delegated: bool, layer_key: str) -> tuple[list[tuple[str,
             conversions += not all(_operator(other) and (_on_integers(other) or _operator(other) in _MOVES) for other in others)
         elif name and name not in _MOVES and name not in ("executorch_call_delegate", "dequantize_per_channel"):
             layer = (node.meta.get("custom") or {}).get(layer_key, "")
-            found.append((name, delegated, delegated and _on_integers(node), name in _PRODUCTS, layer))
+            found.append((name, delegated, delegated and _on_integers(node), layer))
     return found, conversions
 
 

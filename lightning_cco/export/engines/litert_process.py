@@ -43,7 +43,7 @@ def convert(source: str, target: str, layer_key: str) -> dict[str, Any]:
 
     Returns:
         ``integer`` and ``floats``: how many operators of each kind compute on integers and on floats; ``conversions``: how many quantize or dequantize;
-        ``products``: operator, layer (empty: not known) and whether it computes on integers, of each product.
+        ``layers``: operator, layer (empty: not known) and whether it computes on integers, of each product.
     """
     import litert_torch
     from litert_torch.quantize.pt2e_quantizer import PT2EQuantizer, get_symmetric_quantization_config
@@ -155,4 +155,4 @@ def _computed(path: str, layers: dict[str, list[str]]) -> dict[str, Any]:
     counts = Counter(_FAMILIES.get(name, name) for name, _ in products)
     known = {family: iter(names) for family, names in layers.items() if len(names) == counts[family]}
     named = [(name, next(known.get(_FAMILIES.get(name, name), iter(())), ""), on_integers) for name, on_integers in products]
-    return {"integer": dict(integer), "floats": dict(floats), "conversions": conversions, "products": named}
+    return {"integer": dict(integer), "floats": dict(floats), "conversions": conversions, "layers": named}

@@ -8,6 +8,10 @@ from lightning_cco.export.engines.entry import Computed, Engine, FileFeature, Re
 from lightning_cco.export.engines.worker import FileWorker
 
 _PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
+_MOVES = frozenset({
+    "Input", "Output", "Const", "Parameter", "Result", "Reorder", "Reshape", "Transpose", "Convert", "FakeQuantize", "Gather", "Split", "StridedSlice",
+    "Broadcast", "Tile", "Pad", "ShapeOf", "SpaceToDepth", "DepthToSpace", "MemoryInput", "MemoryOutput", "NonZero", "Range", "OneHot", "Unique",
+})  # fmt: skip
 _CANARIES = "tests/export/test_engine_canaries.py"
 
 
@@ -26,7 +30,7 @@ class Compiled(FileWorker):
 
     def computed(self) -> list[Computed]:
         """What is executed, in order."""
-        return [Computed(kind, precision, kind in _PRODUCTS, names) for kind, precision, names in self.call("executed")]
+        return [Computed(kind, precision, kind in _PRODUCTS, names, kind not in _MOVES) for kind, precision, names in self.call("executed")]
 
 
 OPENVINO = Engine(

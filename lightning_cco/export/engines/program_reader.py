@@ -31,7 +31,7 @@ class ProgramReader(EngineWorker):
         """Convert a program, and write the engine's file."""
         said = self.call("convert", str(program), str(target), LAYER)
         return Converted(
-            said["integer"], said["floats"], tuple(said["products"]), said["conversions"], tuple(self.notes(target)), said.get("faults", {})
+            said["integer"], said["floats"], tuple(said["layers"]), said["conversions"], tuple(self.notes(target)), said.get("faults", {})
         )
 
     def notes(self, target: Path) -> list[str]:
