@@ -78,3 +78,18 @@ def test_every_public_docstring_has_an_example() -> None:
     }
     assert len(described) > 15
     assert [name for name, value in described.items() if ">>>" not in (inspect.getdoc(value) or "")] == []
+
+
+def test_the_slow_tests_are_there() -> None:
+    """A test that was renamed, and not in the list, would run in `make test`."""
+    lines = [line for line in (ROOT / "tests/slow_tests.txt").read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    assert len(lines) == len(set(lines))
+    sources: dict[str, str] = {}
+    gone = []
+    for line in lines:
+        path, _, name = line.partition("::")
+        source = sources.setdefault(path, (ROOT / path).read_text(encoding="utf-8") if (ROOT / path).is_file() else "")
+        function = name.partition("[")[0]
+        if not (f"def {function}(" in source or function.startswith("lightning_cco.")):
+            gone.append(line)
+    assert gone == []
