@@ -184,7 +184,7 @@ def check_interpolations(content: Any) -> None:
                 sizes[path] = 1 + sum(size(f"{path}.{item}".lstrip("."), inside) for item in items)
             if sizes[path] > 100 * _MOST:
                 raise CCOError(
-                    f"{printable(path, 100) or 'The recipe'}: its interpolations refer to each other, or nest too deep. Write it out."
+                    f"{printable(path, 100) or 'The recipe'}: its interpolations expand to more than {100 * _MOST} values and characters. Write it out."
                 )
         return sizes[path]
 

@@ -27,8 +27,8 @@ def references(lines: int) -> str:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (bomb(9), "aliases stand for more"),
-        (bomb(9) + "x: ${y}", "aliases stand for more"),
+        (bomb(9), "aliases expand to more"),
+        (bomb(9) + "x: ${y}", "aliases expand to more"),
         ("layer_settings: &a [*a]", r"layer_settings.*\*a"),
         ("training_settings: &a {stats_steps: *a}", "training_settings.stats_steps"),
         ("training_settings: " + "[" * 100_000, r"training_settings.*20 deep"),
@@ -42,7 +42,7 @@ def references(lines: int) -> str:
         ("training_settings: {stats_steps: " + "9" * 4000 + "}", "stats_steps.*million"),
         ("layer_settings: [{match: '" + "z" * 100_000 + "'}]", "match.*4,096"),
         ("layer_settings: [{match: '" + "*a" * 1000 + "'}]", "20 stars"),
-        (references(60), "stand for more than can be resolved"),
+        (references(60), "expand to more than"),
         ("monitoring_settings: {output_dir: '${monitoring_settings.output_dir}'}", "can't be resolved"),
         ("training_settings:\n  stats_steps: 1:30", r"line 2, training_settings\.stats_steps: 1:30 is 90 to YAML \(.*base of 60"),
         ("training_settings: {averaging_constant: 0:0.5}", r"training_settings\.averaging_constant: 0:0\.5 is 0\.5 to YAML"),
