@@ -28,7 +28,7 @@ from lightning_cco.quantization.runtime import Runtime
 from lightning_cco.quantization.scale_learner import ScaleLearner
 from lightning_cco.quantization.state import check_fits, load_corrections, load_ranges, load_weight_scales, plan_differences, state_of
 from lightning_cco.quantization.tensor_key import TensorKey
-from lightning_cco.quantization.untrained_norms import by_batch_statistics, untrained_norms, warn_of_frozen_ranges
+from lightning_cco.quantization.untrained_norms import by_batch_statistics, untrained_norms, warn_of_evaluation_mode, warn_of_frozen_ranges
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 from lightning_cco.settings import Settings, load_settings
 
@@ -172,6 +172,7 @@ class HookedModel:
         finish_calibration(self.model, self.graph, observed, count)
         warn_of_zeros(self.plan, observed)
         warn_of_frozen_ranges(fresh, observed)
+        warn_of_evaluation_mode(self.model)
         self._ranges.calibrated = True
         self.runtime.phase = Phase.QUANTIZE
         if corrects:

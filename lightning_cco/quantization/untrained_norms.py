@@ -30,18 +30,17 @@ def untrained_norms(model: nn.Module) -> dict[str, Any]:
     >>> list(untrained_norms(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval(), nn.BatchNorm1d(2, track_running_stats=False))))
     ['0']
     """
-    found: dict[str, Any] = {}
-    module: Any
-    for path, module in model.named_modules():
-        if not isinstance(module, (BatchNormBase, *_INSTANCE_NORMS)) or not module.training:
-            continue
-        mean, variance, count = module.running_mean, module.running_var, module.num_batches_tracked
-        if not isinstance(mean, Tensor) or not isinstance(variance, Tensor) or count is None:
-            continue
-        untouched = not bool(mean.any()) and torch.equal(variance, torch.ones_like(variance))
-        if untouched if not int(count) else left_of_the_beginning(module.momentum, int(count)) > _MOST_OF_THE_BEGINNING:
-            found[path] = module
-    return found
+    return {path: module for path, module in model.named_modules() if module.training and _is_untrained(module)}
+
+
+def _is_untrained(module: Any) -> bool:
+    if not isinstance(module, (BatchNormBase, *_INSTANCE_NORMS)):
+        return False
+    mean, variance, count = module.running_mean, module.running_var, module.num_batches_tracked
+    if not isinstance(mean, Tensor) or not isinstance(variance, Tensor) or count is None:
+        return False
+    untouched = not bool(mean.any()) and torch.equal(variance, torch.ones_like(variance))
+    return untouched if not int(count) else left_of_the_beginning(module.momentum, int(count)) > _MOST_OF_THE_BEGINNING
 
 
 def left_of_the_beginning(momentum: float | None, batches: int) -> float:
@@ -78,6 +77,22 @@ def warn_of_frozen_ranges(norms: Mapping[str, Any], observed: Mapping[TensorKey,
             f"calibrate: the network is not trained yet (its norms have seen no batch, or few: {list_names(list(norms))}), and at few bits the ranges of "
             f"{list_names(fixed)} stay as the calibration finds them. Train in float first (training_settings: {{start_at_step: 1000}}, or a checkpoint), or "
             "let the ranges follow (range_estimator: moving_average).",
+            CCOWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_evaluation_mode(model: nn.Module) -> None:
+    """Say of an untrained network that is calibrated in evaluation mode that the ranges are not those of a training.
+
+    What is in evaluation mode may be meant to stay there, so it is calibrated as it evaluates.
+    """
+    norms = [] if model.training else [path for path, module in model.named_modules() if _is_untrained(module)]
+    if norms:
+        warnings.warn(
+            f"calibrate: the network is not trained yet (its norms have seen no batch, or few: {list_names(norms)}), and it is in evaluation mode, so "
+            "the ranges are those of running statistics that its training does not normalize by: it would clip most values. If it is to be trained, "
+            "call model.train() before calibrate().",
             CCOWarning,
             stacklevel=3,
         )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from lightning_cco import QuantizedModel, quantize
+from lightning_cco import CCOWarning, QuantizedModel, quantize
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.range_updates import new_outliers, update_ranges
 from lightning_cco.quantization.untrained_norms import by_batch_statistics, untrained_norms
@@ -162,3 +162,33 @@ def test_a_network_that_was_trained_for_a_few_steps_goes_on() -> None:
     F.cross_entropy(model(IMAGES[64:128]), LABELS[64:128]).backward()
     for name, parameter in model.named_parameters():
         assert gradients[name] < 10 * float(parameter.grad.abs().max()) + 0.1, name
+
+
+def test_a_network_that_is_calibrated_in_evaluation_mode_and_then_trained_is_said() -> None:
+    """Its ranges are too small for the training, by what the float network computes there; the advice makes them large enough."""
+    wanted, largest = max(largest_values(network(depth=2), IMAGES[:64])), []
+    for mode in (False, True):
+        model = network(depth=2).train(mode)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            quantized = calibrated(model)
+        largest.append(max(float(quantizer.max_val) for key, quantizer in quantized.activations.items() if key.layer.startswith("relu")))
+        said = [str(item.message) for item in caught if issubclass(item.category, CCOWarning)]
+        assert ["in evaluation mode" in message and "'1', '4'" in message and "model.train()" in message for message in said] == [True] * (
+            not mode
+        )
+    assert largest[0] < 0.5 * wanted < 0.9 * wanted < largest[1]
+
+
+def test_a_trained_network_and_one_with_given_statistics_may_be_calibrated_in_evaluation_mode() -> None:
+    for batches in (0, 100):
+        model = network(depth=1)
+        norm = model[1]
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None
+        assert norm.num_batches_tracked is not None
+        norm.running_mean.fill_(0.1)
+        norm.num_batches_tracked.fill_(batches)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", CCOWarning)
+            calibrated(model.eval())
