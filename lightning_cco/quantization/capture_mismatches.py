@@ -13,7 +13,7 @@ from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.call_node import CallNode, ModuleCall
 from lightning_cco.graph.capture_coverage import frozen_modules
 from lightning_cco.graph.containers import tensors_in
-from lightning_cco.graph.ops import OPS, Category, operation
+from lightning_cco.graph.ops import OPS, READS_VALUES, Category, operation
 from lightning_cco.graph.outside_readers import hooked_modules
 from lightning_cco.names import is_within, list_names
 from lightning_cco.quantization.plan import QuantizationPlan
@@ -56,6 +56,8 @@ class CaptureMismatches:
         """Note a call that the capture did not see, if the model computes floats by it."""
         if frame.training and not self._has_training_capture and not self._has_weights(name, args, kwargs):
             return  # the capture in training mode has failed, as that of a detector that wants targets: a loss may come here that it never saw
+        if name in READS_VALUES or name == "__len__":
+            return  # gives no tensor
         if not frame.node.captured and frame.node.path not in self._with_parameters:
             return  # a metric, a loss or a teacher, not the model
         floats = [tensor for _, tensor in tensors_in((*args, kwargs)) if tensor.is_floating_point()]

@@ -103,7 +103,7 @@ class Runtime:
         counts[kind] = index + 1
         site = entry.sites.get(index)
         if site is None:
-            if index >= entry.count and name in COMPUTES:  # others are in float, however often they are called
+            if index >= entry.count:
                 self.mismatches.unseen(frame, name, args, kwargs)
             return func(*args, **kwargs)
         here = site.code_position
