@@ -140,6 +140,7 @@ def _judge(local: LocalRun, outputs: Outputs, alike: Outputs, emitter: Emitter, 
 def _count(loaded: Loaded, written: Any, emitter: Emitter, report: ExportReport) -> None:
     """What the engine computes in INT8, and which layers it computes in float that are planned in INT8."""
     layers, computing = _layers(written.graph.node, emitter), _layers(filter(computes, written.graph.node), emitter)
+    planned = emitter.quantized.plan.quantized
     integer: Counter[str] = Counter()
     as_they_are: set[str] = set()
     others: Counter[str] = Counter()
@@ -155,10 +156,13 @@ def _count(loaded: Loaded, written: Any, emitter: Emitter, report: ExportReport)
                 integer[f"{node.operator} with weights in {node.precision}"] += 1
                 as_they_are.add(found)
             continue
-        if node.precision in (*_INTEGER, *_FLOATS):
-            own = dict.fromkeys(computing[name] for name in names if name in computing)
-            executed.append(Executed(node.operator, tuple(own), node.precision in _INTEGER))
-        integer[node.operator] += node.precision in _INTEGER
+        own = tuple(dict.fromkeys(computing[name] for name in names if name in computing))
+        on_integers = node.precision in _INTEGER and (
+            node.product or not planned.isdisjoint(own)
+        )  # others compute truth values, which are u8 too
+        if on_integers or node.precision in _FLOATS:
+            executed.append(Executed(node.operator, own, on_integers))
+        integer[node.operator] += on_integers
     report.target_nodes, report.target_floats = dict(+integer), dict(+others)
     products = [name for name, block in emitter.stored.blocks.items() if block.as_it_is]
     report.in_groups, report.as_floats = len(products), [name for name in products if name not in as_they_are]
