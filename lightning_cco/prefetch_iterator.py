@@ -20,6 +20,7 @@ from lightning_cco.compat.lightning_loaders import (
     replace_loader_states,
     set_loader_of,
 )
+from lightning_cco.data_settings import Settings, settings_of, warn_of_changes
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.containers import bytes_of
 from lightning_cco.random_numbers import DrawnEarly, RandomState
@@ -52,6 +53,7 @@ class PrefetchIterator:
         self.following: PrefetchIterator | None = None
         self._random = DrawnEarly()
         self._warned = False
+        self._settings: Settings | None = None
         self._used: deque[bool] = deque()
         waiting = loader_of(fetcher)
         if again:
@@ -95,6 +97,8 @@ class PrefetchIterator:
             return next(self.source)
         if self._used.popleft():
             self._warn_unless_due()
+        if self._settings is not None and warn_of_changes(self._settings, settings_of(self.combined), len(self.kept)):
+            self._settings = None
         item = self.kept.popleft()
         if self._states:
             self._states.popleft()
@@ -134,6 +138,7 @@ class PrefetchIterator:
             self.exhausted = True
             return False
         self._used.append(bool(RandomState().differs(before)))
+        self._settings = settings_of(self.combined)
         self._remember_place()
         return True
 

@@ -26,7 +26,7 @@ LAYERS = [
     ["automatic_skips", "batch_norms", "batches", "checkpoints", "layer_timing", "learned_training", "monitoring", "progress"],
     ["batch_prefetch", "quantized_model", "report_page", "strategies"],
     ["budget", "drawing", "export", "level_use", "loader_copy", "loss_measurement", "measurement", "prefetch_iterator", "suggestions"],
-    ["loss_sensitivity", "sensitivity", "tensor_views"],
+    ["data_settings", "loss_sensitivity", "sensitivity", "tensor_views"],
     ["quantization", "repeatable_data"],
     ["graph"],
     ["settings"],
