@@ -128,6 +128,20 @@ class QuantizedModel(HookedModel):
 
     network: StepNetwork | None = None
 
+    def hold_ranges(self, hold: bool) -> None:
+        """Say that an optimizer's step begins, or is over: forwards within it, of which LBFGS makes many, see one function of the weights. The callback does.
+
+        Example:
+            >>> x = torch.randn(16, 8)
+            >>> quantized = quantize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), None, (x,))
+            >>> optimizer = torch.optim.LBFGS(quantized.model.parameters())
+            >>> hooks = [optimizer.register_step_pre_hook(lambda *_: quantized.hold_ranges(True))]
+            >>> hooks += [optimizer.register_step_post_hook(lambda *_: quantized.hold_ranges(False))]
+        """
+        if hold:
+            self._ranges.move_if_due()
+        self._ranges.held = hold
+
     def sensitivity(
         self, batches: Iterable[Any], forward: Forward | None = None, modes: Sequence[str] = ("local", "accumulated")
     ) -> SensitivityReport:

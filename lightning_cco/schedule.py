@@ -20,6 +20,7 @@ from lightning_cco.batches import ForwardFn, model_context, training_batches
 from lightning_cco.budget.plan import goal_of
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.learned_training import check_learned_scales, follow_learning_rate
+from lightning_cco.optimizer_steps import OptimizerSteps
 from lightning_cco.progress import with_progress
 from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.settings import BitsStage, Settings, load_settings
@@ -96,6 +97,7 @@ class Schedule:
         self._settings = settings
         self._training = settings.training_settings
         self._batch_norms = BatchNorms()
+        self._steps = OptimizerSteps()
         self.stages = 0
 
     def waits(self, trainer: pl.Trainer, quantized: QuantizedModel) -> bool:
@@ -116,6 +118,7 @@ class Schedule:
             CCOError: A callback monitors what is measured once fake-quantization has started, before that.
         """
         check_learned_scales(self._settings, trainer)
+        self._steps.watch(trainer.optimizers, quantized)
         if self._due(trainer) > self.stages:
             self._enter(trainer, quantized, skips, recipe)
         if self.waits(trainer, quantized):
@@ -177,7 +180,8 @@ class Schedule:
             quantized.freeze_ranges()
 
     def release(self) -> None:
-        """The training is over: batch norms have their modes again."""
+        """The training is over: batch norms have their modes again, and optimizers are left."""
+        self._steps.release()
         self._batch_norms.release()
 
     def warn_if_never_started(self, trainer: pl.Trainer, quantized: QuantizedModel) -> bool:

@@ -31,6 +31,7 @@ class MovingRanges:
         scales: What moves learned scales.
         calibrated: Whether the ranges are known; before that nothing moves.
         frozen: Whether the ranges stay as they are.
+        held: Whether an optimizer is in the midst of a step, which may run the model several times.
     """
 
     scales: ScaleLearner
@@ -43,7 +44,7 @@ class MovingRanges:
         rate: float,
     ) -> None:
         self.calibrated = False
-        self.frozen = False
+        self.frozen = self.held = False
         self._model = model
         self._trained = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
         self._moved_at = self._weights_version()
@@ -79,7 +80,8 @@ class MovingRanges:
 
     def before_forward(self) -> None:
         """Follow, if it is due; forget what an evaluation has shown."""
-        self.move_if_due()
+        if not (self.held and torch.is_grad_enabled()):
+            self.move_if_due()
         if torch.is_grad_enabled() and self._mode != self._model.training:
             # What an evaluation that forgot `torch.no_grad` has shown is no part of the training, and the other way round.
             self._mode = self._model.training
