@@ -80,7 +80,7 @@ class _Values:
         elif isinstance(value, SynchronizedBase):
             self.values[name] = getattr(value, "value", None)
         elif isinstance(value, Tensor):
-            if value.numel() <= _MOST_ITEMS and (value.is_shared() or not self.only_shared):  # type: ignore[no-untyped-call]
+            if value.device.type == "cpu" and value.numel() <= _MOST_ITEMS and (value.is_shared() or not self.only_shared):  # type: ignore[no-untyped-call]
                 self.values[name] = value.tolist()
         elif id(value) not in self._seen and len(self._seen) < _MOST_OBJECTS and depth < _DEEPEST:
             self._seen[id(value)] = value
