@@ -23,9 +23,9 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") 
 OUTSIDE = {name: source for name, source in FILES.items() if not name.startswith("compat/")}
 FOREIGN = {api.name.rpartition(".")[2] for api in TABLE}
 OWN = set().union(*(own_names(ast.parse(source)) for source in OUTSIDE.values()))
-PYTHONS_OWN = {(file, name) for file in ("dataset_copy.py", "repeatable_data.py") for name in ("__code__", "__closure__")} | {
-    (f"graph/{file}.py", "__code__") for file in ("global_state", "saved_caches", "snapshot")
-}
+PYTHONS_OWN = {
+    (file, name) for file in ("data_settings.py", "dataset_copy.py", "repeatable_data.py") for name in ("__code__", "__closure__")
+} | {(f"graph/{file}.py", "__code__") for file in ("global_state", "saved_caches", "snapshot")}
 """Attributes that Python documents, by which a function of the user is made anew, or looked into."""
 IN_PLACE = {(file, api.name.rpartition(".")[2]) for api in TABLE for file in api.in_place}
 
