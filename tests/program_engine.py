@@ -28,12 +28,14 @@ class InTorch:
         floats: Layers that are said to be computed in float.
         factor: What the values of a pair are multiplied by, by quantizer's place among the quantize operators.
         crashes: In which step it fails.
+        said: What it says then, in converting.
     """
 
     started = 0
     floats: tuple[str, ...] = ()
     factor: tuple[int, float] | None = None
     crashes = ""
+    said = "Missing out variants: {'aten::erf'}"
 
     def __init__(self) -> None:
         type(self).started += 1
@@ -42,7 +44,7 @@ class InTorch:
 
     def convert(self, program: Path, target: Path) -> Converted:
         if self.crashes == "convert":
-            raise RuntimeError("RuntimeError: Missing out variants: {'aten::erf'}")
+            raise RuntimeError(self.said)
         loaded = torch.export.load(program)
         products = [node for node in loaded.graph.nodes if operator_of(node) in PRODUCTS]
         summed = [node for node in loaded.graph.nodes if operator_of(node) == "aten::add"]

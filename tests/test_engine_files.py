@@ -12,6 +12,7 @@ from export_case import calibrated
 from lightning_modules import Classifier, batches, make_trainer, quick
 from models import GuideCNN, ResidualCNN
 from program_engine import in_torch
+from torch import nn
 
 from lightning_cco import CCOError, QuantizedModel
 from lightning_cco.export.engines.worker import Worker
@@ -87,6 +88,20 @@ def test_it_is_refused_by_name(
     with pytest.raises(CCOError, match=message):
         cnn.export(tmp_path / "model.pte", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_layer_of_an_operator_that_can_not_be_converted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As LiteRT, Core ML and ExecuTorch name operators."""
+    quantized, _ = calibrated(nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveMaxPool2d(2)), lambda: torch.randn(1, 3, 4, 4), PROGRAM)
+    for said in (
+        "RuntimeError: Lowering not found: aten.adaptive_max_pool2d.default",
+        "NotImplementedError: Unsupported fx node pool, kind adaptive_max_pool2d.default",
+        "Missing out variants: {'aten::adaptive_max_pool2d'}",
+    ):
+        in_torch(monkeypatch, crashes="convert", said=said)
+        with pytest.raises(CCOError, match=r"ExecuTorch \S+ can't convert the model at 'adaptive_max_pool': ") as caught:
+            quantized.export(tmp_path / "model.pte")
+        assert said in str(caught.value)
 
 
 def test_what_multiplies_no_weights_is_refused_by_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

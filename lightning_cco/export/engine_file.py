@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,9 @@ from lightning_cco.export.outputs import arrays_of
 from lightning_cco.export.planned_floats import Executed, planned_floats
 from lightning_cco.export.precision import float_bytes, in_float32, other_types
 from lightning_cco.export.program import example_of
+from lightning_cco.export.provenance import LAYER, noted
 from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, levels_of
+from lightning_cco.export.pt2e_passes import operator_of
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.step_network import StepNetwork
@@ -152,10 +155,25 @@ def _converted(reader: Reader, engine: Engine, program: torch.export.ExportedPro
     try:
         return reader.convert(between, target)
     except RuntimeError as error:
+        said = first_paragraph(error)
         raise ExportError(
-            f"{engine.title} {_version(engine)} can't convert the model: {first_paragraph(error)}. No file was written. Replace that operation by one "
+            f"{engine.title} {_version(engine)} can't convert the model{_refused(program, said)}: {said}. No file was written. Replace that operation by one "
             "that the engine has, leave it out of the exported module, or choose another target_framework. A .pt2 file can hold any operation."
         ) from error
+
+
+def _refused(program: torch.export.ExportedProgram, said: str) -> str:
+    """Where a program has the operators that an error names: ``aten.erf.default``, ``aten::erf`` or ``erf.default``."""
+    layers: dict[str, None] = {}
+    for node in program.graph.nodes:
+        space, _, name = operator_of(node).partition("::")
+        if not name:
+            continue
+        overload = re.escape(str(node.target).rpartition(".")[2])
+        named = re.search(rf"\b{space}(\.|::){re.escape(name)}\b|(?<![\w.]){re.escape(name)}\.{overload}\b", said)
+        if named and (layer := noted(node, LAYER)):
+            layers[layer] = None
+    return f" at {list_names(list(layers))}" if layers else ""
 
 
 def _version(engine: Engine) -> str:

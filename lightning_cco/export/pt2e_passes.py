@@ -23,6 +23,14 @@ _SPELLED = (
 _MOVES = {f"aten::{name}" for name in (*_SPELLED, *(name for name, op in OPS.items() if op.category is Category.PRESERVE))}
 """Operators whose results are values of their first argument, or 0: rounding them once more changes nothing. What torch's functions become in a trace."""
 _CLAMPS = {"aten::relu", "aten::relu_", "aten::relu6", "aten::hardtanh", "aten::hardtanh_", "aten::clamp", "aten::clamp_"}
+_TAKES_CLAMPS = {
+    f"aten::{name}"
+    for name in (
+        *("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+        *("linear", "addmm", "matmul", "mm", "bmm", "add", "sub", "mul"),
+    )
+}
+"""Operators that engines take the clamp after them into, before they round."""
 _INTEGERS = {
     f"aten::{name}"
     for name in (
@@ -64,6 +72,7 @@ class Passes:
         self.drop_copies()
         self.merge_clamps()
         self.carry_pairs()
+        self.drop_free_clamps()
         if self._joined:
             self.join_formats()
         self.own_dequantize()
@@ -119,13 +128,25 @@ class Passes:
                 if reader.op != "output":
                     reader.replace_input_with(node, values)
 
+    def drop_free_clamps(self) -> None:
+        """Take out clamps at the ends of the levels that they are rounded to, since rounding clamps as they do, where they would run by themselves.
+
+        That would be on floats; or on integers, of which ExecuTorch 1.5.1 takes those of the result for levels of the operand.
+        """
+        for node in list(self.graph.nodes):
+            interval = _interval(node)
+            if interval is None or operator_of(node.args[0]) in _TAKES_CLAMPS:
+                continue
+            if node.users and all(reader.target is self._quantize and _ends_within(reader, *interval) for reader in node.users):
+                self._replace(node, node.args[0])
+
     def join_formats(self) -> None:
         """Round what is concatenated as the result is: engines join integers of one scale alone, and rounding before is the same as rounding after."""
         for node in list(self.graph.nodes):
             if operator_of(node) != "aten::cat" or not node.users:
                 continue
             clamp = next(iter(node.users))
-            between = clamp if operator_of(clamp) == "aten::hardtanh" and len(node.users) == 1 else None
+            between = clamp if operator_of(clamp) in _CLAMPS and len(node.users) == 1 else None
             readers = list(clamp.users) if between is not None else list(node.users)
             if (
                 not readers
@@ -231,6 +252,14 @@ def _interval(node: Any) -> tuple[float, float] | None:
         return None
     low, high = bounds
     return -math.inf if low is None else float(low), math.inf if high is None else float(high)
+
+
+def _ends_within(quantize: Node, low: float, high: float) -> bool:
+    """Whether the levels of a quantize operator end where an interval ends, or before."""
+    numbers: list[Any] = list(quantize.args[1:5])
+    scale, zero, first, last = numbers
+    rounded = 0.499 * scale  # a limit is rounded to the level at the end
+    return bool((first - zero) * scale >= low - rounded and (last - zero) * scale <= high + rounded)
 
 
 def _alike(one: Any, other: Any) -> bool:
