@@ -227,3 +227,46 @@ def test_no_warning_where_nothing_is_wrong() -> None:
         for factor in (1.0, 30.0, 0.01):
             model(factor * x)
             quantized.update_ranges()
+
+
+class Sliced(nn.Module):
+    """Two layers that read columns of one table."""
+
+    def __init__(self, cut: str, last: bool = False) -> None:
+        super().__init__()
+        self.last, self.cut, self.small, self.large, self.head = last, cut, nn.Linear(3, 8), nn.Linear(5, 8), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = 5 if self.last else 3
+        parts = (x[:, :first], x[:, first:]) if self.cut == "slice" else x.split([first, 8 - first], 1)
+        small, large = reversed(parts) if self.last else parts
+        return self.head(torch.cat([self.small(small).relu(), self.large(large).relu()], 1))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("cut", ["slice", "split"])
+@pytest.mark.parametrize("large", [1000.0, 10.0])
+def test_a_slice_that_is_much_narrower_than_the_others_is_named(cut: str, large: float, last: bool) -> None:
+    torch.manual_seed(0)
+    columns = torch.tensor([1.0] * 3 + [large] * 5)
+    model, x = Sliced(cut, last), torch.rand(64, 8) * (columns.flip(0) if last else columns)
+    quantized = quantize(model, TAIL, (x,))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quantized.calibrate([x])
+    said = [str(warning.message) for warning in caught if "read slices of 'input_0'" in str(warning.message)]
+    model(x).sum().backward()
+    learns = bool((model.small.weight.grad != 0).any())
+    assert len(said) == (large == 1000.0) == (not learns), "it is said where nothing is learned"
+    assert all("{match: linear, skip_quantization: true}" in text for text in said)
+
+
+def test_the_advice_for_a_narrow_slice_lets_its_layer_learn() -> None:
+    torch.manual_seed(0)
+    model, x = Sliced("slice"), torch.rand(64, 8) * torch.tensor([1.0] * 3 + [1000.0] * 5)
+    quantized = quantize(model, {**TAIL, "layer_settings": [{"match": "linear", "skip_quantization": True}]}, (x,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantized.calibrate([x])
+    model(x).sum().backward()
+    assert (model.small.weight.grad != 0).any()

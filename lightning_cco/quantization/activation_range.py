@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class ActivationRange(nn.Module):
         settled: Whether it does now. What the calibration says nothing about follows the training instead.
         empty: Whether nothing has said anything about the range yet.
         observed: How many calibration batches did.
+        widths: Of a tensor that its readers round: how wide the values are that each of them gets, or passes on as its outputs.
         saw_zeros: Whether zeros came in the calibration.
         min_val, max_val: The range, 0-d float32.
         scale, zero_point: What follows from it, 0-d float32.
@@ -83,6 +84,7 @@ class ActivationRange(nn.Module):
         self.empty = True
         self.observed = 0
         self.saw_zeros = False
+        self.widths: dict[tuple[str, int], Tensor] = {}
         # The calibration batch that was observed last: its number, its range, and the range before it.
         self._batch: int | None = None
         self._batch_range: tuple[Tensor, Tensor] | None = None
@@ -105,10 +107,22 @@ class ActivationRange(nn.Module):
         self.settled = False
         self.observed = 0
         self.saw_zeros = False
+        self.widths = {}
         self._batch = self._batch_range = self._range_before = None
         self._samples.clear()
         self.non_finite.zero_()
         self.clip_ratio.fill_(1.0)
+
+    @torch.no_grad()
+    def see_read(self, layer: str, values: Sequence[Tensor]) -> None:
+        """Note how wide the values are that one of the readers gets in the calibration: it may read a slice."""
+        if not runs_plainly():
+            return
+        for number, part in enumerate(values):
+            if part.numel() and part.is_floating_point():
+                low, high = batch_range(part)
+                width, key = high.clamp(min=0.0) - low.clamp(max=0.0), (layer, number)
+                self.widths[key] = torch.maximum(width, self.widths[key]) if key in self.widths else width
 
     @torch.no_grad()
     def observe(self, x: Tensor, batch: int | None = None) -> None:

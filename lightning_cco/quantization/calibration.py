@@ -17,6 +17,8 @@ from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.range_updates import sync_calibration
 from lightning_cco.quantization.tensor_key import TensorKey
 
+_NARROW = 64
+
 
 def check_weights(model: nn.Module, graph: LayerGraph) -> None:
     """Look at all parameters and running statistics of layers, also of those in float: what they make out of them is calibrated all the same.
@@ -116,6 +118,7 @@ def finish_calibration(model: nn.Module, graph: LayerGraph, observed: Mapping[Te
                 "Check the float model on the same batch (learning rate, input scaling, loss of precision in float16) before quantizing, "
                 f"or skip the layer: {{match: {layer.name}, skip_quantization: true}}."
             )
+    _warn_of_narrow_slices(graph, observed)
 
 
 def warn_of_zeros(plan: QuantizationPlan, observed: Mapping[TensorKey, ActivationQuantizer]) -> None:
@@ -136,6 +139,27 @@ def warn_of_zeros(plan: QuantizationPlan, observed: Mapping[TensorKey, Activatio
             CCOWarning,
             stacklevel=3,
         )
+
+
+def _warn_of_narrow_slices(graph: LayerGraph, observed: Mapping[TensorKey, ActivationQuantizer]) -> None:
+    """Name the layers that read a slice of a tensor whose other slices are so much wider that of 8 bits at most two are left to theirs."""
+    for key, quantizer in observed.items():
+        widths, quantizer.widths = {read: float(width) for read, width in quantizer.widths.items()}, {}
+        widest = max([*widths.values(), float(quantizer.max_val - quantizer.min_val)])
+        narrow = {read: width for read, width in widths.items() if 0.0 < width * _NARROW < widest < math.inf}
+        if narrow:
+            (layer, number), width = min(narrow.items(), key=lambda item: item[1])
+            readers = [edge.destination for edge in graph.edges if (edge.source, edge.source_output) == (layer, number)]
+            skipped = layer if graph[layer].weighted or not readers else readers[0]
+            names = list_names(list(dict.fromkeys(name for name, _ in narrow)))
+            warnings.warn(
+                f"calibrate: {names} read slices of '{key.layer}' with values less than 1/{_NARROW} as large as those of its other slices "
+                f"('{layer}': {width:.3g} of {widest:.3g}). All of them are rounded with one scale, so little or nothing is left of the small ones, and what "
+                "reads them learns nothing. Bring the columns of the input to one scale (normalize them), give the slices to the model as inputs of their "
+                f"own, or skip the layer that reads them: {{match: {skipped}, skip_quantization: true}}.",
+                CCOWarning,
+                stacklevel=4,
+            )
 
 
 def _makes_int8(plan: QuantizationPlan, name: str) -> bool:

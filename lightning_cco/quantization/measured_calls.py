@@ -47,6 +47,9 @@ def observe(
     for slot, weight_quantizer in site.weights:
         weight_quantizer.see(at(args, kwargs, slot))
     result = func(*args, **kwargs)
+    for slot, _source, quantizer in site.reads:
+        if only is None or id(quantizer) in only:
+            quantizer.see_read(site.layer, results_of(result, args) if site.passes else [at(args, kwargs, slot)])
     for position, quantizer in site.outputs:
         if only is None or id(quantizer) in only:
             quantizer.observe(results_of(result, args)[position], batch())

@@ -28,6 +28,7 @@ class SiteQuantizers:
         correction: What is added to the bias; `None`: nothing.
         dynamic: What is rounded by a range that is found now, and by what; `None`: nothing.
         plain_slots: Whether all that is rounded before the call are positional arguments by themselves.
+        passes: Whether the call only passes on values, or some of them.
     """
 
     layer: str
@@ -43,6 +44,7 @@ class SiteQuantizers:
     renormalizes: bool = False
     code_position: int = -1
     plain_slots: bool = False
+    passes: bool = False
 
 
 @dataclass(slots=True)
@@ -133,6 +135,7 @@ def site_quantizers(
         fresh_without_gradients=site.op.fresh_without_gradients,
         renormalizes=site.op.looks_up,
         code_position=site.code_position,
+        passes=site.op.category in (Category.PRESERVE, Category.IDENTITY),
     )
     if site.layer in weights:
         found.weights = [(weight.slot, quantizer) for weight, quantizer in zip(site.weights, weights[site.layer], strict=True)]
