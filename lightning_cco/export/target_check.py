@@ -157,9 +157,7 @@ def _count(loaded: Loaded, written: Any, emitter: Emitter, report: ExportReport)
                 as_they_are.add(found)
             continue
         own = tuple(dict.fromkeys(computing[name] for name in names if name in computing))
-        on_integers = node.precision in _INTEGER and (
-            node.product or not planned.isdisjoint(own)
-        )  # others compute truth values, which are u8 too
+        on_integers = node.precision in _INTEGER and (node.product or not planned.isdisjoint(own))  # truth values are u8 too
         if on_integers or node.precision in _FLOATS:
             executed.append(Executed(node.operator, own, on_integers))
         integer[node.operator] += on_integers
