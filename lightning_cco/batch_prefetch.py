@@ -29,7 +29,6 @@ from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.loader_copy import copied_loader, draws_by_a_known_order, read_from_copy, skip_batches
 from lightning_cco.prefetch_iterator import Begun, PrefetchIterator
-from lightning_cco.repeatable_data import reads_without_consequences
 
 _KEPT_BYTES = 1 << 30
 """How much memory the batches that were drawn early may take until they are trained on."""
@@ -62,9 +61,8 @@ def prefetch(trainer: pl.Trainer, begun: int | None = None) -> tuple[PrefetchIte
         again, left = False, trainer.num_training_batches - begun
     elif left <= 0 or ended:  # the checkpoint is from the end of an epoch: the loop goes on with the next one
         again, left, epoch = True, trainer.num_training_batches, epoch + 1
+    spare = copied_loader(trainer, combined)
     in_process = not all(getattr(loader, "num_workers", 0) for loader in combined.flattened)
-    # What a hook changes in a stream of this process before a batch is due, that batch shows. Of one that has begun, nobody knows how to go on.
-    spare = copied_loader(trainer, combined, streams=reads_without_consequences if in_process and begun is None else None)
     if spare is not None and (again or in_process or not draws_by_a_known_order(combined)):
         for loader in spare.flattened:
             set_sampler_epoch(loader, epoch)
@@ -155,8 +153,9 @@ def upcoming_batches(trainer: pl.Trainer, count: int, begun: int | None = None) 
 
     Where worker processes load in an order that is fixed when the iteration begins, they are drawn from the training's own iterator and given back to it.
     Else the order, or the samples, may follow from what this process's random numbers are, or what was trained, when a batch is due: then other batches come,
-    from a copy of the loaders. So do those that would take too much memory. Most streams can't be copied: theirs are always drawn early, fewer of them if they
-    are large; where that changes random numbers, or comes before what a hook changes in the data, a warning says so.
+    from a copy of the loaders. So do those that would take too much memory. Streams are not copied, since what they read
+    may be gone then (a queue, a place kept in a file): theirs are always drawn early, fewer of them if they are large; where that changes random numbers, or
+    comes before what a hook changes in the data, a warning says so.
     """
     prefetched, left, spare = prefetch(trainer, begun)
     if prefetched is None:

@@ -124,7 +124,11 @@ def _of_function(function: FunctionType) -> Settings:
 
 
 def _known(names: dict[str, Any], code: Any) -> Settings:
-    return {f": {name}": names[name] for name in names_in(code) if name in names and _is_plain(names[name])}
+    return {
+        f": {name}": names[name]
+        for name in names_in(code)
+        if name in names and (_is_plain(names[name]) or isinstance(names[name], (list, dict)))
+    }
 
 
 def _is_plain(value: Any) -> bool:

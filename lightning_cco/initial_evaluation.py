@@ -40,7 +40,7 @@ class InitialEvaluation:
         if self._apart is not None or trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
             return
         loader = validation_loader(trainer)
-        if loader is None or copied_loader(trainer, loader, streams=gives_again) is not None or not all(map(gives_again, loader.flattened)):
+        if loader is None or copied_loader(trainer, loader, streams=True) is not None or not all(map(gives_again, loader.flattened)):
             return
         self._steps = trainer.num_sanity_val_steps
         trainer.num_sanity_val_steps = float("inf")
@@ -98,7 +98,7 @@ class InitialEvaluation:
                 stack.enter_context(kept)
 
                 def copy_of(loader: CombinedLoader) -> CombinedLoader | None:
-                    spare = copied_loader(trainer, loader, streams=gives_again)
+                    spare = copied_loader(trainer, loader, streams=True)
                     if spare is not None:
                         stack.enter_context(keeping_global_state(spare))
                     return spare
@@ -112,7 +112,7 @@ class InitialEvaluation:
     @staticmethod
     def _is_read_apart(trainer: pl.Trainer) -> bool:
         loader = validation_loader(trainer)
-        return loader is None or copied_loader(trainer, loader, streams=gives_again) is not None
+        return loader is None or copied_loader(trainer, loader, streams=True) is not None
 
     def load(self, original: Mapping[str, float], calibrated: Mapping[str, float]) -> None:
         """Go on with the metrics of a checkpoint."""

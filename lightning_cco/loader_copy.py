@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Any
@@ -20,12 +20,13 @@ from lightning_cco.compat.lightning_loaders import NOT_BEGUN, is_plain_loader, m
 from lightning_cco.dataset_copy import Apart, set_generator, state_of_generator
 from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.random_numbers import RandomState, isolated_random
+from lightning_cco.repeatable_data import gives_again
 
 _OUTSIDE = "_lightning_cco_outside"
 """Where a spare loader keeps what its data may change outside of itself."""
 
 
-def copied_loader(trainer: pl.Trainer, combined: CombinedLoader, streams: Callable[[Any], bool] | None = None) -> CombinedLoader | None:
+def copied_loader(trainer: pl.Trainer, combined: CombinedLoader, streams: bool = False) -> CombinedLoader | None:
     """A loader of the same data with samplers, generators and workers of its own, or with what data keep between samples; `None` where there can't be one.
 
     Only a `DataLoader` of a dataset with indices can be copied: a stream may give each sample once, and of other iterables nothing is known.
@@ -33,7 +34,7 @@ def copied_loader(trainer: pl.Trainer, combined: CombinedLoader, streams: Callab
     Args:
         trainer: The Trainer.
         combined: The loaders.
-        streams: Which streams to copy, too: `gives_again`, or a stricter one. `None`: none.
+        streams: Whether to copy streams, too, that hold nothing which exists once.
     """
     copies, generators, code = [], list[Any](), list[Any]()
     for loader in combined.flattened:
@@ -68,10 +69,10 @@ def _samplers(sampler: Any) -> list[Any]:
     return [item for item in (sampler, getattr(sampler, "sampler", None)) if item is not None]
 
 
-def _can_be_copied(loader: Any, streams: Callable[[Any], bool] | None) -> bool:
+def _can_be_copied(loader: Any, streams: bool) -> bool:
     if not is_plain_loader(loader) or hasattr(loader, "state_dict"):
         return False
-    return not isinstance(loader.dataset, IterableDataset) or (streams is not None and streams([loader.dataset, loader.collate_fn]))
+    return not isinstance(loader.dataset, IterableDataset) or (streams and gives_again([loader.dataset, loader.collate_fn]))
 
 
 class _Behind:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +50,21 @@ class Once(Levels):
     def __iter__(self) -> Iterator[Item]:
         for x, _, level in super().__iter__():
             yield x, next(self.left), level
+
+
+class Placed(Levels):
+    """Keeps its place in a file, as streams do that are to be resumed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path = Path(tempfile.mkdtemp()) / "place"
+        self.path.write_text("0")
+
+    def __iter__(self) -> Iterator[Item]:
+        for x, _, level in super().__iter__():
+            place = int(self.path.read_text())
+            self.path.write_text(str(place + 1))
+            yield x, place, level
 
 
 class OfAService(Levels):
@@ -146,7 +162,6 @@ def nothing(loader: Any, value: int) -> None:
 @pytest.mark.parametrize(
     ("data", "change"),
     [
-        *((Levels, change) for change in (attribute, transform, of_the_class, of_the_module, batch_size)),
         (Indexed, attribute),
         (Indexed, batch_size),
     ],
@@ -161,6 +176,9 @@ def test_data_of_this_process_are_those_of_the_float_run(data: type[Any], change
 @pytest.mark.parametrize(
     ("make", "change", "name"),
     [
+        (lambda: DataLoader(Levels(), 4), attribute, r"dataset\.level \(from 0 to 5\)"),
+        (lambda: DataLoader(Levels(), 4), of_the_module, r"OF_THE_MODULE"),
+        (lambda: DataLoader(Levels(), 4), batch_size, r"batch_sampler\.batch_size \(from 4 to 6\)"),
         (lambda: DataLoader(Once(), 4), attribute, r"dataset\.level \(from 0 to 5\)"),
         (lambda: DataLoader(OfAService(), 4), attribute, r"dataset\.level"),
         (lambda: DataLoader(Once(), 4), transform, r"dataset\.inner\['transform'\]\[0\]\.level"),
@@ -168,7 +186,7 @@ def test_data_of_this_process_are_those_of_the_float_run(data: type[Any], change
         (lambda: DataLoader(Indexed(), 4, num_workers=1), batch_size, r"batch_sampler\.batch_size \(from 4 to 6\)"),
         (lambda: DataLoader(Shared(), 4, num_workers=1), shared, r"dataset\.level \(from 0 to 5\)"),
     ],
-    ids=["attribute", "service", "transform", "class", "batch size", "shared memory"],
+    ids=["stream", "module", "batch size of a stream", "attribute", "service", "transform", "class", "batch size", "shared memory"],
 )
 def test_changes_after_batches_were_drawn_are_said_by_name(
     make: Callable[[], Any], change: Callable[[Any, int], None], name: str, tmp_path: Path
@@ -184,10 +202,11 @@ def test_changes_after_batches_were_drawn_are_said_by_name(
     ("make", "change"),
     [
         (lambda: DataLoader(Once(), 4), nothing),
+        (lambda: DataLoader(Placed(), 4), nothing),
         (lambda: DataLoader(Indexed(), 4, shuffle=True, num_workers=1), nothing),
         (lambda: DataLoader(Indexed(), 4, num_workers=1), attribute),  # a copy in the worker keeps its level
     ],
-    ids=["stream", "workers", "not seen by workers"],
+    ids=["stream", "place in a file", "workers", "not seen by workers"],
 )
 def test_nothing_is_said_where_nothing_changes(make: Callable[[], Any], change: Callable[[Any, int], None], tmp_path: Path) -> None:
     wanted = seen(tmp_path / "float", make(), change, None)

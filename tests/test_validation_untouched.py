@@ -108,6 +108,20 @@ def closed_over() -> Any:
     return DataLoader(Local(), 4)
 
 
+class Placed(IterableDataset):
+    """Keeps its place in a file, as streams do that are to be resumed."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp()) / "place"
+        self.path.write_text("0")
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(12):
+            place = int(self.path.read_text())
+            self.path.write_text(str(place + 1))
+            yield torch.linspace(-1, 1, 8), float(place)
+
+
 def once() -> Iterator[Any]:
     """Gives each of its batches once, over all validations."""
     for i in range(40):
@@ -172,8 +186,9 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "queue of the program": of_the_program,
     "queue of a function": closed_over,
     "open file": lines,
+    "place in a file": lambda: DataLoader(Placed(), 4),
 }
-ONCE = {"iterator", "queue", "queue of the program", "queue of a function", "open file"}
+ONCE = {"iterator", "queue", "queue of the program", "queue of a function", "open file", "place in a file"}
 
 
 @pytest.mark.parametrize("steps", [0, 2])
