@@ -32,7 +32,8 @@ def fake_quantize_openly(x: Tensor, scale: Bound, grid: Grid) -> Tensor:
 
 
 def _wants_gradient() -> bool:
-    if is_jit_tracing():  # the graph must be the same each time, and may be trained
+    # The compiler can't look into `is_jit_tracing`. The graph of a trace must be the same each time, and may be trained.
+    if not torch.compiler.is_compiling() and is_jit_tracing():
         return not torch.onnx.is_in_onnx_export()
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 

@@ -174,3 +174,11 @@ def test_a_module_that_is_given_slices_of_several_parameters() -> None:
     twice = capture(model, lambda: model.head(model.adding(x, model.large[:2]) + model.adding(x, model.small[:2])))
     cuts = [[weight.cut_from for site in found.sites.values() if site.layer == "add" for weight in site.weights] for found in (once, twice)]
     assert cuts == [["large"], [None]]
+
+
+def test_a_compiled_cut_is_an_eager_one() -> None:
+    x = torch.randn(2, 4, 16)
+    quantized = quantize(Cutting("parameter").eval(), "w8a8", (x,))
+    quantized.calibrate([(x,)])
+    eager = quantized.model(x)
+    torch.testing.assert_close(torch.compile(quantized.model, backend="aot_eager", fullgraph=True)(x), eager, atol=1e-5, rtol=1e-5)
