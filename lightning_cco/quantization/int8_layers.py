@@ -129,7 +129,7 @@ class Int8Layers:
             if not only_behind and not in_float and any(reader in int8 for reader in self.connections.consumers(name)):
                 continue
             clamped = self._groups.clamped_by(name, int8) if self.connections.category[name] is Category.CLAMP else None
-            unrounded = self._unrounded(name) if clamped is not None else ""
+            unrounded = self._unrounded(name, int8) if clamped is not None else ""
             # The clamp is part of the rounding. Where the layer before it gives a result that is not rounded, it is one on floats.
             if clamped is not None and not (unrounded and self.graph[clamped].kind in self.target.float_outputs):
                 continue
@@ -143,12 +143,16 @@ class Int8Layers:
             }
             pending += [other for other in neighbours if self._follows(other)]
 
-    def _unrounded(self, name: str) -> str:
-        """Why a layer's result is not rounded where it is made; empty if it may be."""
+    def _unrounded(self, name: str, int8: set[str]) -> str:
+        """Why a layer's result is not rounded in a file where it is made; empty if it may be."""
         if self._stream.keeps_float(TensorKey(name)):
             return "its result is in float (residual_stream: float)"
         needed = self._exact.reads_for_output(TensorKey(name))
-        return f"its result is needed as it is, since it {needed}" if needed else ""
+        if needed:
+            return f"its result is needed as it is, since it {needed}"
+        if self._exact.reads(TensorKey(name)) and not any(reader in int8 for reader in self.connections.consumers(name)):
+            return "its result is needed as it is, and no INT8 layer reads it"  # rounded at its readers, it would be rounded nowhere
+        return ""
 
     def _follows(self, name: str) -> bool:
         kind = self.graph[name].kind

@@ -79,3 +79,25 @@ def test_a_relu_of_a_residual_stream_in_float(tmp_path: Path) -> None:
     quantized.calibrate([x])
     assert {name: str(why) for name, why in quantized.plan.skipped.items() if "residual_stream" in str(why)}.keys() >= {"relu", "relu_1"}
     assert quantized.export(tmp_path / "a.onnx").integer_nodes["QGemm"] == 3
+
+
+def test_a_relu_that_is_kept_beside_and_that_no_int8_layer_reads(tmp_path: Path) -> None:
+    class Kept(nn.Module):
+        """Keeps which values are above a limit, for a log; the layers after the ReLU are in float."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 4)
+            self.register_buffer("above", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.first(x))
+            self.above = (x > 0.3).sum()
+            return self.last(torch.softmax(x, 1))
+
+    torch.manual_seed(0)
+    x = torch.randn(32, 16)
+    quantized = quantize(Kept().eval(), None, (x,))
+    quantized.calibrate([x])
+    assert "needed as it is" in quantized.plan.skipped["relu"]
+    assert quantized.export(tmp_path / "a.onnx").integer_nodes["QGemm"] == 1
