@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import pickle
 import sys
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
+from lightning_cco.graph.global_state import names_in
 from lightning_cco.graph.replayed_iterators import is_iterator
 
 _WRITES = {"write", "writelines", "write_text", "write_bytes", "unlink", "remove", "rename", "truncate", "commit"}
@@ -65,11 +66,7 @@ def _named_by(function: FunctionType) -> list[Any]:
     package = (function.__module__ or "").partition(".")[0]
     if package in sys.stdlib_module_names or "site-packages" in function.__code__.co_filename:
         return found
-    pending, names = [function.__code__], set[str]()
-    while pending:
-        code = pending.pop()
-        names.update(code.co_names)
-        if not _WRITES.isdisjoint(code.co_names):
-            raise TypeError("it writes")
-        pending += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    names = names_in(function.__code__)
+    if not _WRITES.isdisjoint(names):
+        raise TypeError("it writes")
     return found + [function.__globals__[name] for name in names if name in function.__globals__]
