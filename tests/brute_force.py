@@ -57,8 +57,9 @@ def trained(network: type[nn.Module], data: Batch, steps: int = 150) -> nn.Modul
 
 
 def quantized(model: nn.Module, batches: Sequence[Batch], activations_num_bits: int = 8) -> QuantizedModel:
-    """The whole model hooked and calibrated."""
-    found = quantize(model, {"global_quantization_settings": {**WHOLE, "activations_num_bits": activations_num_bits}}, (batches[0][0][:4],))
+    """The whole model hooked and calibrated, all of its activations at so many bits: a rule, since the settings for all leave some at 8."""
+    rules = [{"match": "*", "activations_num_bits": activations_num_bits}] if activations_num_bits != 8 else []
+    found = quantize(model, {"global_quantization_settings": WHOLE, "layer_settings": rules}, (batches[0][0][:4],))
     found.calibrate([[inputs] for inputs, _ in batches])
     return found
 
@@ -100,6 +101,7 @@ def measured_rises(make: Callable[[int], QuantizedModel], batches: Sequence[Batc
                 found["weights", name, tried] = loss(hooked.model) - before
         for key, quantizer in activations.items():
             hooked.runtime.load(plan, {**no_activations, key: quantizer}, no_weights, {})
+            assert quantizer.num_bits == bits, (key, quantizer.num_bits)
             found["activations", str(key), bits] = loss(hooked.model) - before
         hooked.remove()
     return found
