@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from lightning_cco._values import FP16_FRAMEWORKS
 from lightning_cco.names import printable, shown
 
 _LONGEST_MATCH, _MOST_STARS = 4096, 20
@@ -43,10 +44,10 @@ def problem_with_rule(rule: Mapping[str, Any]) -> str:
 def problem_with_deployment(values: Mapping[str, Any]) -> str:
     """What is wrong with the values of the deployment together, in words that go on from its place in the recipe; empty if nothing is."""
     target = values.get("target_framework")
-    if values.get("fp16") and target != "tensorrt":
+    if values.get("fp16") and target not in FP16_FRAMEWORKS:
         return (
-            f".fp16: floats of 16 bits are for target_framework: tensorrt, not for {target}, which decides itself in which float type it computes. "
-            "Leave fp16 out."
+            f".fp16: floats of 16 bits are for target_framework: {', '.join(FP16_FRAMEWORKS)}, not for {target}, which decides itself in which float type "
+            "it computes. Leave fp16 out."
         )
     return ""
 

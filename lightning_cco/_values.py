@@ -15,6 +15,8 @@ from lightning_cco.names import Interpolated, nearest, printable, shown
 RANGE_ESTIMATORS = ("auto", "moving_average", "min_max", "percentile", "mse", "learned")
 WEIGHT_ESTIMATORS = ("auto", "minmax", "mse", "learned")
 RESIDUAL_STREAMS = ("auto", "quantized", "int8", "float")
+FP16_FRAMEWORKS = ("tensorrt",)
+"""Those whose files may have floats of 16 bits for what is not in INT8 (`Engine.takes_fp16`)."""
 TARGET_FRAMEWORKS = ("ort", "openvino", "tensorrt", "executorch", "litert", "coreml", "qnn")
 SENSITIVITY_MODES = ("local", "accumulated")
 DISTILLED = ("outputs", "layers")

@@ -276,7 +276,8 @@ def as_markdown() -> list[str]:
     """The lines of the table in the documentation."""
     versions = "; ".join(f"{package} {', '.join(found)}" for package, found in TESTED.items())
     lines = [
-        "What has no public counterpart is read in `lightning_cco/compat` alone; where a file stands beside it, that is asked at each torch call.",
+        "What has no public counterpart is read in `lightning_cco/compat`. Where a row names another file (with a `/`), that file reads it in place, "
+        "mostly since it is asked at each torch call.",
         f"`tests/compat` tries each on the installed version. It has passed with {versions}.",
         "",
         "| private API | read in | for | in a version without it |",

@@ -1,4 +1,4 @@
-"""Why a layer is left in float."""
+"""The kinds of reasons for leaving a layer in float, and how one is written."""
 
 from __future__ import annotations
 

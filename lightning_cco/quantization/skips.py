@@ -1,4 +1,4 @@
-"""Which layers are left in float, and why."""
+"""What is left in float by settings, kind and engine; `int8_layers`, `groups` and `residual_stream` add what follows from neighbours."""
 
 from __future__ import annotations
 

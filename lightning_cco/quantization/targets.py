@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from lightning_cco.graph.layer import Layer
 from lightning_cco.quantization.int8_conditions import (
@@ -40,7 +41,7 @@ Int8Condition = Callable[[Layer], bool]
 
 @dataclass(frozen=True)
 class Target:
-    """An inference engine.
+    """What an inference engine computes in INT8, which decides the plan.
 
     Attributes:
         name: The word for it in `DeploymentSettings.target_framework`.
@@ -51,8 +52,6 @@ class Target:
             float where `float_products` is false.
         float_outputs: Kinds among them whose result the engine gives in float without a conversion. It is rounded only where an INT8 layer reads it.
         integer_outputs: Kinds that it computes in INT8 only where their result is rounded.
-        elementwise_kinds: Kinds that multiply no weights. They run in INT8 if all that they read is INT8 anyway or something that reads them is; between float
-            layers (a residual stream between layer norms) the conversions would cost more than they save.
         adds_before_rounding: Kinds to whose result it adds another tensor before it rounds: such a result is not rounded, the other tensor is.
         followed_in_float: Kinds whose rounded result alone is no reason to run the addition after them in INT8: another INT8 layer has to read its sum. So a
             transformer's residual stream is not rounded where the engine wants the results of linear layers rounded.
@@ -75,7 +74,6 @@ class Target:
     int8_conditions: Mapping[str, Int8Condition] | None = None
     float_outputs: frozenset[str] = _WEIGHTED - {"conv", "conv_transpose"} | _MATMUL
     integer_outputs: frozenset[str] = frozenset()
-    elementwise_kinds: frozenset[str] = _ELEMENTWISE | _SHAPING | _SMOOTH
     adds_before_rounding: frozenset[str] = frozenset()
     followed_in_float: frozenset[str] = frozenset()
     float_products: bool = True
@@ -86,6 +84,15 @@ class Target:
     refuses_int4: str = ""
     refuses_groups: str = ""
     refuses_dynamic: str = "was not tried with it. Leave activations_dynamic out, or choose target_framework: ort"
+
+    @cached_property
+    def elementwise_kinds(self) -> frozenset[str]:
+        """Kinds that multiply no weights and are no clamps.
+
+        They run in INT8 if all that they read is INT8 anyway or something that reads them is; between float layers (a residual stream between layer norms)
+        the conversions would cost more than they save.
+        """
+        return self.int8_kinds - _WEIGHTED - _MATMUL - _CLAMP
 
     def computes_in_int8(self, layer: Layer) -> bool:
         """Whether a layer, all of whose floats are rounded, is computed in INT8."""
