@@ -400,3 +400,23 @@ def test_a_flat_net_is_folded_in_groups(browser: Any, tmp_path: Path) -> None:
     assert len(opened.seen()) < 300
     opened.page.close()
     assert opened.wrong == []
+
+
+_CROSSED = """
+cco.graph.cy.edges().flatMap((edge) => {
+  const points = [edge.sourceEndpoint(), ...(edge.segmentPoints() || []), edge.targetEndpoint()];
+  const others = cco.graph.cy.nodes().filter((node) => !node.isParent() && node.id() !== edge.source().id() && node.id() !== edge.target().id());
+  const within = (box, x, y) => x > box.x1 && x < box.x2 && y > box.y1 && y < box.y2;
+  return others.filter((node) => points.slice(1).some((end, number) => [...Array(101).keys()].some((part) => within(node.boundingBox(),
+    points[number].x + (end.x - points[number].x) * part / 100, points[number].y + (end.y - points[number].y) * part / 100))))
+    .map((node) => `${edge.id()} through ${node.id()}`);
+})
+"""
+
+
+def test_a_residual_connection_runs_around_the_layers_that_it_passes(opened: OpenPage) -> None:
+    opened.page.click("#unfold")
+    opened.page.click("#unfold")
+    shortcut = "cco.graph.cy.edges().filter((edge) => edge.source().data('label').startsWith('relu') && edge.target().data('label').startsWith('add')).length"
+    assert opened.page.evaluate(shortcut) == 2
+    assert opened.page.evaluate(_CROSSED) == []

@@ -16,7 +16,7 @@ from lightning_cco.report_page.data import to_json
 
 ASSETS = files("lightning_cco.report_page") / "assets"
 VENDOR = files("lightning_cco.report_page") / "vendor"
-SCRIPTS = ("data.js", "tree.js", "charts.js", "what_if.js", "head.js", "graph.js", "layer.js", "table.js", "sections.js", "search.js")
+SCRIPTS = ("data.js", "tree.js", "charts.js", "what_if.js", "head.js", "layout.js", "graph.js", "layer.js", "table.js", "sections.js", "search.js")
 """Our own, in the order in which they run."""
 
 
@@ -53,7 +53,7 @@ def _shell() -> str:
     scripts = [*vendored, *own]
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts)
     policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
-    licences = "\n\n".join(_licence(entry) for entry in [one for entry in libraries() for one in (entry, *entry.get("contains", ()))])
+    licences = "\n\n".join(_licence(entry) for entry in libraries())
     return (
         template.replace("{{policy}}", policy)
         .replace("{{style}}", (ASSETS / "style.css").read_text(encoding="utf-8"))

@@ -24,7 +24,8 @@
       { selector: "node.changed", style: { "border-style": "dashed" } },
       { selector: "edge", style: { width: 1.5, "line-color": cco.colour("muted"), "target-arrow-color": cco.colour("muted"), "target-arrow-shape": "triangle",
         "arrow-scale": 0.9, "curve-style": "bezier", opacity: 0.75 } },
-      { selector: "edge.around", style: { "curve-style": "unbundled-bezier", "control-point-distances": "data(bend)", "control-point-weights": 0.5 } },
+      { selector: "edge.led", style: { "curve-style": "round-segments", "segment-weights": "data(along)", "segment-distances": "data(aside)", "segment-radii": 12,
+        "edge-distances": "node-position" } },
     ];
   };
 
@@ -72,19 +73,11 @@
     cy.elements().remove();
     cy.add(elements());
     cy.endBatch();
-    cy.layout({ name: "dagre", rankDir: "TB", nodeSep: 20, rankSep: 36, edgeSep: 8, animate: false, fit: false, nodeDimensionsIncludeLabels: false }).run();
-    bend();
+    cco.layOut(cy);
     mark();
     const target = focus ? cy.getElementById(focus) : cy.collection();
     show(target.nonempty() ? target.union(target.children()) : cy.elements());
   };
-  /** A tensor that goes straight past other nodes is led around them. */
-  const bend = () => cy.edges().forEach((edge) => {
-    const from = edge.source().position(), to = edge.target().position(), down = Math.abs(to.y - from.y);
-    if (down < 130 || Math.abs(to.x - from.x) > 60) return;
-    edge.data("bend", -(60 + Math.min(120, down / 8)));
-    edge.addClass("around");
-  });
   const show = (what) => {
     if (!container.clientWidth) return;
     cy.fit(what, 24);
