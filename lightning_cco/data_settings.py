@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing.sharedctypes import SynchronizedBase
 from types import FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
@@ -17,6 +19,10 @@ from lightning_cco.graph.global_state import functions_of, is_own_code, names_in
 
 _MOST_ITEMS, _MOST_OBJECTS, _DEEPEST = 16, 1000, 6
 """Containers with more items are samples, not settings."""
+
+_RUNNING = (nn.Module, pl.Trainer)
+_PROPERTIES = ("global_step", "current_epoch", "hparams")
+"""Of modules and Trainers: no attributes of their own, and what data are most likely to read."""
 
 Settings = dict[str, Any]
 
@@ -75,7 +81,7 @@ class _Values:
         if value is None or isinstance(value, (bool, int, float, str)):
             if not self.only_shared:
                 self.values[name] = value
-        elif isinstance(value, (nn.Module, pl.Trainer, ModuleType, *self.others)):
+        elif isinstance(value, (*_RUNNING, ModuleType, *self.others)):
             return
         elif isinstance(value, SynchronizedBase):
             self.values[name] = getattr(value, "value", None)
@@ -93,7 +99,8 @@ class _Values:
             return {f"[{key!r}]": item for key, item in items} if len(items) <= _MOST_ITEMS else {}
         if isinstance(value, GeneratorType):
             frame = value.gi_frame
-            return {} if frame is None else _dotted(frame.f_locals) | _known(frame.f_globals, frame.f_code)
+            names = names_in(value.gi_code)
+            return {} if frame is None else _dotted(frame.f_locals, names) | _known(frame.f_globals, names)
         if isinstance(value, MethodType):
             return {".__self__": value.__self__, ".__func__": value.__func__}
         if isinstance(value, FunctionType):
@@ -103,37 +110,48 @@ class _Values:
         inherited = {
             f".{name}": item for part in reversed(own) for name, item in vars(part).items() if _is_plain(item) and not name.startswith("__")
         }
-        known = {
-            name: item
-            for part in own
-            for function in functions_of(part)
-            if isinstance(function, FunctionType)
-            for name, item in _of_function(function).items()
-        }
-        return known | inherited | ({} if isinstance(value, type) else _dotted(getattr(value, "__dict__", {})))
+        functions = [function for part in own for function in functions_of(part) if isinstance(function, FunctionType)]
+        known = {name: item for function in functions for name, item in _of_function(function).items()}
+        read = frozenset(name for function in functions for name in names_in(function.__code__))
+        return known | inherited | ({} if isinstance(value, type) else _dotted(getattr(value, "__dict__", {}), read))
 
 
 def _of_function(function: FunctionType) -> Settings:
-    cells = {}
+    cells, names = {}, names_in(function.__code__)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
-            cells[f".{name}"] = cell.cell_contents
+            cells[name] = cell.cell_contents
         except ValueError:  # it is empty
             continue
-    return cells | _known(function.__globals__, function.__code__)
+    return _dotted(cells, names) | _known(function.__globals__, names)
 
 
-def _known(names: dict[str, Any], code: Any) -> Settings:
-    return {
-        f": {name}": names[name]
-        for name in names_in(code)
-        if name in names and (_is_plain(names[name]) or isinstance(names[name], (list, dict)))
-    }
+def _known(values: dict[str, Any], names: frozenset[str]) -> Settings:
+    known = {name: values[name] for name in names if name in values}
+    wanted = {name: item for name, item in known.items() if _is_plain(item) or isinstance(item, (list, dict, *_RUNNING))}
+    return {f": {name.removeprefix('.')}": item for name, item in _dotted(wanted, names).items()}
 
 
 def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, SynchronizedBase))
 
 
-def _dotted(values: Any) -> Settings:
-    return {f".{name}": item for name, item in list(values.items())}
+def _dotted(values: Mapping[str, Any], names: frozenset[str]) -> Settings:
+    """Values by their names; of a module or a Trainer, which change in each step, what the code names of them."""
+    found: Settings = {}
+    for name, item in list(values.items()):
+        if isinstance(item, _RUNNING):
+            found |= {f".{name}.{part}": value for part, value in _read_of(item, names).items()}
+        else:
+            found[f".{name}"] = item
+    return found
+
+
+def _read_of(value: Any, names: frozenset[str]) -> Settings:
+    """Plain attributes, small buffers, and the counters of Lightning, if code names them."""
+    held = {**vars(value), **getattr(value, "_buffers", {})}
+    found = {name: item for name, item in held.items() if name in names and (_is_plain(item) or isinstance(item, Tensor))}
+    for name in names.intersection(_PROPERTIES):
+        with suppress(AttributeError, RuntimeError):  # a module of PyTorch's own has none, and one of Lightning's wants a Trainer
+            found[name] = getattr(value, name)
+    return found

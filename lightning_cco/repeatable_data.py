@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import pickle
-import sys
 from types import FunctionType, ModuleType
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from lightning_cco.graph.global_state import names_in
+from lightning_cco.graph.global_state import is_own_code, names_in
 from lightning_cco.graph.replayed_iterators import is_iterator
 
 _WRITES = {"write", "writelines", "write_text", "write_bytes", "unlink", "remove", "rename", "truncate", "commit"}
@@ -63,8 +62,7 @@ class _Holds(pickle.Pickler):
 def _named_by(function: FunctionType) -> list[Any]:
     """What the code of a user's function refers to outside of it; an error if it writes."""
     found = [cell.cell_contents for cell in function.__closure__ or ()]
-    package = (function.__module__ or "").partition(".")[0]
-    if package in sys.stdlib_module_names or "site-packages" in function.__code__.co_filename:
+    if not is_own_code(function):
         return found
     names = names_in(function.__code__)
     if not _WRITES.isdisjoint(names):

@@ -97,6 +97,46 @@ class Shared(Levels):
             yield X, i, self.level.value  # type: ignore[attr-defined]
 
 
+class OfTheRun(IterableDataset[Item]):
+    """A stream that reads a number of the module that is trained, or of its Trainer."""
+
+    def __init__(self) -> None:
+        self.left = iter(range(72))
+        self.module: Any = None
+
+    def __iter__(self) -> Iterator[Item]:
+        for _ in range(24):
+            yield X, next(self.left), self.number()
+
+    def number(self) -> int:
+        raise NotImplementedError
+
+
+class OfItsAttribute(OfTheRun):
+    def number(self) -> int:
+        return int(self.module.level)
+
+
+class OfItsBuffer(OfTheRun):
+    def number(self) -> int:
+        return int(self.module.stage)
+
+
+class OfItsConfig(OfTheRun):
+    def number(self) -> int:
+        return int(self.module.hparams["level"])
+
+
+class OfItsStep(OfTheRun):
+    def number(self) -> int:
+        return int(self.module.global_step)
+
+
+class OfNothing(OfTheRun):
+    def number(self) -> int:
+        return len(list(self.module.parameters()))
+
+
 class Reading(pl.LightningModule):
     """Notes what it is trained on; changes its data by ``change`` before an epoch and before a batch."""
 
@@ -104,10 +144,16 @@ class Reading(pl.LightningModule):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         self.change, self.loader, self.seen = change, loader, list[Any]()
+        self.level = 0
+        self.register_buffer("stage", torch.tensor(0))
+        self.save_hyperparameters({"level": 0})
+        if isinstance(loader.dataset, OfTheRun):
+            loader.dataset.module = self
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.seen.append([self.current_epoch, *(value.tolist() for value in batch)])
-        return self.net(batch[0]).square().mean()
+        loss: Tensor = self.net(batch[0]).square().mean()
+        return loss
 
     def on_train_epoch_start(self) -> None:
         self.change(self.loader, 5 + self.current_epoch)
@@ -155,6 +201,12 @@ def shared(loader: Any, value: int) -> None:
     loader.dataset.level.value = value
 
 
+def of_the_network(loader: Any, value: int) -> None:
+    module = loader.dataset.module
+    module.level = module.hparams["level"] = value
+    module.stage.fill_(value)
+
+
 def nothing(loader: Any, value: int) -> None:
     pass
 
@@ -185,8 +237,26 @@ def test_data_of_this_process_are_those_of_the_float_run(data: type[Any], change
         (lambda: DataLoader(Once(), 4), of_the_class, r"dataset\.in_class"),
         (lambda: DataLoader(Indexed(), 4, num_workers=1), batch_size, r"batch_sampler\.batch_size \(from 4 to 6\)"),
         (lambda: DataLoader(Shared(), 4, num_workers=1), shared, r"dataset\.level \(from 0 to 5\)"),
+        (lambda: DataLoader(OfItsAttribute(), 4), of_the_network, r"dataset\.module\.level \(from 0 to 5\)"),
+        (lambda: DataLoader(OfItsBuffer(), 4), of_the_network, r"dataset\.module\.stage \(from 0 to 5\)"),
+        (lambda: DataLoader(OfItsConfig(), 4), of_the_network, r"dataset\.module\.hparams\['level'\] \(from 0 to 5\)"),
+        (lambda: DataLoader(OfItsStep(), 4), nothing, r"dataset\.module\.global_step \(from 0 to 1\)"),
     ],
-    ids=["stream", "module", "batch size of a stream", "attribute", "service", "transform", "class", "batch size", "shared memory"],
+    ids=[
+        "stream",
+        "module",
+        "batch size of a stream",
+        "attribute",
+        "service",
+        "transform",
+        "class",
+        "batch size",
+        "shared memory",
+        "attribute of the network",
+        "buffer",
+        "configuration",
+        "step",
+    ],
 )
 def test_changes_after_batches_were_drawn_are_said_by_name(
     make: Callable[[], Any], change: Callable[[Any, int], None], name: str, tmp_path: Path
@@ -203,10 +273,11 @@ def test_changes_after_batches_were_drawn_are_said_by_name(
     [
         (lambda: DataLoader(Once(), 4), nothing),
         (lambda: DataLoader(Placed(), 4), nothing),
+        (lambda: DataLoader(OfNothing(), 4), of_the_network),
         (lambda: DataLoader(Indexed(), 4, shuffle=True, num_workers=1), nothing),
         (lambda: DataLoader(Indexed(), 4, num_workers=1), attribute),  # a copy in the worker keeps its level
     ],
-    ids=["stream", "place in a file", "workers", "not seen by workers"],
+    ids=["stream", "place in a file", "a network that is not read", "workers", "not seen by workers"],
 )
 def test_nothing_is_said_where_nothing_changes(make: Callable[[], Any], change: Callable[[Any, int], None], tmp_path: Path) -> None:
     wanted = seen(tmp_path / "float", make(), change, None)

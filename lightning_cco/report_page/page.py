@@ -16,7 +16,19 @@ from lightning_cco.report_page.data import to_json
 
 ASSETS = files("lightning_cco.report_page") / "assets"
 VENDOR = files("lightning_cco.report_page") / "vendor"
-SCRIPTS = ("data.js", "tree.js", "charts.js", "what_if.js", "head.js", "layout.js", "graph.js", "layer.js", "table.js", "sections.js", "search.js")
+SCRIPTS = (
+    "data.js",
+    "tree.js",
+    "charts.js",
+    "what_if.js",
+    "head.js",
+    "layout.js",
+    "graph.js",
+    "layer.js",
+    "table.js",
+    "sections.js",
+    "search.js",
+)
 """Our own, in the order in which they run."""
 
 
