@@ -149,7 +149,7 @@ def _dotted(values: Mapping[str, Any], names: frozenset[str]) -> Settings:
 
 def _read_of(value: Any, names: frozenset[str]) -> Settings:
     """Plain attributes, small buffers, and the counters of Lightning, if code names them."""
-    held = {**vars(value), **getattr(value, "_buffers", {})}
+    held = {**vars(value), **(dict(value.named_buffers(recurse=False)) if isinstance(value, nn.Module) else {})}
     found = {name: item for name, item in held.items() if name in names and (_is_plain(item) or isinstance(item, Tensor))}
     for name in names.intersection(_PROPERTIES):
         with suppress(AttributeError, RuntimeError):  # a module of PyTorch's own has none, and one of Lightning's wants a Trainer

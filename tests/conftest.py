@@ -30,6 +30,7 @@ _VARYING = frozenset(
         "test_export.py",
         "test_batches_said.py",
         "test_export_local_check.py",
+        "test_export_recurrent.py",
         "test_interpolation.py",
         "test_readme.py",
         "test_cut_operands.py",

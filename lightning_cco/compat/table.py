@@ -17,6 +17,7 @@ TESTED: dict[str, tuple[str, ...]] = {
 """Versions, the oldest first, with which `tests/compat` has passed."""
 
 _ERROR = "an error before a model is hooked, which names it"
+_UNROLLED = "PyTorch computes the shapes step by step (export of long sequences takes hours)"
 _ATTRIBUTE = "`AttributeError` at the first call, which names it"
 _START = "`AttributeError` at the start of the training, which names it"
 _VALUES = "outputs are distilled by their squared error, where `distillation_settings.loss` is `auto`"
@@ -142,6 +143,12 @@ _OPERATORS = (
     ("torch._ops.OpOverloadPacket", "tells calls of operators from those of functions", "`ImportError`"),
     ("torch.ops.aten._linalg_check_errors.default", "leaves checks of inverses out of traces", "a file with an inverse is refused"),
 )
+_RECURRENT = (
+    ("torch._subclasses.fake_tensor.FakeTensor", "tells tensors of a trace", _UNROLLED),
+    ("torch._decomp.decomposition_table", "finds the shapes that an LSTM or a GRU gives without computing its steps", _UNROLLED),
+    ("torch._ops.OpOverload.py_kernels", "finds the shapes that an LSTM or a GRU gives without computing its steps", _UNROLLED),
+    ("torch._ops.OpOverload._dispatch_cache", "lets the same be seen", _UNROLLED),
+)
 _TRAINER = (
     ("lightning.pytorch.LightningModule._on_before_batch_transfer", "a batch goes through the module's hooks", _START),
     (
@@ -259,6 +266,7 @@ def _rows() -> Iterator[PrivateApi]:
         ("callers", _CALLERS),
         ("dynamo", _DYNAMO),
         ("operators", _OPERATORS),
+        ("recurrent", _RECURRENT),
         ("lightning_trainer", _TRAINER),
         ("lightning_loaders", _LOADERS),
     ):

@@ -67,14 +67,20 @@ def ways_to_vary(
     auto, dynamic = torch.export.Dim.AUTO, torch.export.Dim.DYNAMIC
     tensors = _doubled_batch(deployed, tensors, first)
     batch = [{0: dynamic if number == first else auto} if tensor.dim() else {} for number, tensor in enumerate(tensors)]
-    names = dict.fromkeys(_batch_axes(deployed, tensors, first), "batch")
+    time_first = _reads_time_first(deployed, tensors, first)
+    names = dict.fromkeys(_batch_axes(deployed, tensors, first), "sequence" if time_first else "batch")
     if sizes:
         free: list[Specification] = [
             {**batch[number], **{axis: auto for axis in range(1, tensor.dim()) if (number, axis) in sizes and tensor.shape[axis] > 1}}
             for number, tensor in enumerate(tensors)
         ]
-        yield Axes(tensors, free, names, dict(sizes))
+        yield Axes(tensors, free, names, {place: "batch" if time_first and place == (first, 1) else name for place, name in sizes.items()})
         return
+    if time_first:
+        size = tensors[first].shape[1]
+        second: list[Specification] = [{1: auto} if tensor.dim() > 1 and tensor.shape[1] == size else {} for tensor in tensors]
+        second[first] = {1: dynamic}
+        yield Axes(tensors, second, {(first, 1): "batch"})
     yield Axes(tensors, batch, names)
     # Sequence first: its length is that of a mask's other axes too.
     size = tensors[first].shape[0]
@@ -82,13 +88,6 @@ def ways_to_vary(
     together[first][0] = dynamic
     if sum(map(len, together)) > 1 and together != batch:
         yield Axes(tensors, together, {(first, 0): "length"})
-    # Recurrent layers that are given time first: their batch is the second axis. The exporter fixes the length, which is said.
-    if any(isinstance(module, torch.nn.RNNBase) and not module.batch_first for module in deployed.modules()) and tensors[first].dim() > 1:
-        size = tensors[first].shape[1]
-        second: list[Specification] = [{1: auto} if tensor.dim() > 1 and tensor.shape[1] == size else {} for tensor in tensors]
-        second[first][0] = torch.export.Dim.STATIC
-        second[first][1] = dynamic
-        yield Axes(tensors, second, {(first, 1): "batch"})
 
 
 def _of_axes(axes: Any, deployed: Deployed, input_names: Sequence[str]) -> list[Any]:
@@ -185,6 +184,27 @@ def _batch_axes(deployed: Deployed, tensors: tuple[Tensor, ...], first: int) -> 
         if alike or not _runs(deployed, others):
             mates.append(left)
     return [(number, 0) for number in mates]
+
+
+def _is_time_first(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.RNNBase) and not module.batch_first
+
+
+def _reads_time_first(deployed: Deployed, tensors: tuple[Tensor, ...], first: int) -> bool:
+    """Whether the first two axes of the first input are time and batch, as a recurrent layer reads them."""
+    found: list[bool] = []
+    sizes = tensors[first].shape[:2]
+
+    def look(module: torch.nn.Module, args: Any) -> None:
+        read = args[0] if args else None
+        found.append(isinstance(read, Tensor) and read.dim() == 3 and read.shape[:2] == sizes and sizes[0] != sizes[1])
+
+    hooks = [module.register_forward_pre_hook(look) for module in deployed.modules() if _is_time_first(module)]
+    try:
+        return bool(hooks) and _runs(deployed, tensors) and any(found)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _runs(deployed: Deployed, tensors: Sequence[Tensor]) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lightning_cco.compat.onnx_exporter import LOGGERS
+from lightning_cco.compat.recurrent import shapes_of_sequences
 from lightning_cco.export import onnx_passes
 from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.dialects import OnnxDialect
@@ -24,6 +25,7 @@ from lightning_cco.export.failures import failed, inexpressible, kind_of
 from lightning_cco.export.named_axes import bounds_of
 from lightning_cco.export.provenance import layers_of_nodes
 from lightning_cco.export.qdq_emitter import Emitter
+from lightning_cco.export.recurrent_translations import translations
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.rewriting import rewrite
 from lightning_cco.export.stored_tensors import StoredWeights
@@ -61,14 +63,17 @@ def write_onnx(
     stored = StoredWeights(quantized, int4)
     emitter = Emitter(quantized, stored, OnnxDialect(opset))
     emitter.model = deployed
-    with _quietly():
+    with _quietly(), shapes_of_sequences():
         free = bool(sizes) and not at_any_price
         emitter.look = refuse_long_sizes if free else None
         ways = ways_to_vary(deployed, dynamic_batch, options, inputs, sizes)
         traced, axes = first_emitted(deployed, emitter, ways, lambda axes: _traced(deployed, emitter, axes, free))
-        conversion = {name: options[name] for name in ("verbose", "optimize", "custom_translation_table") if name in options}
+        conversion = {name: options[name] for name in ("verbose", "optimize") if name in options}
+        table = {**translations(), **(options.get("custom_translation_table") or {})}
         try:
-            program = torch.onnx.export(traced, dynamo=True, opset_version=opset, **{"verbose": False, **conversion})
+            program = torch.onnx.export(
+                traced, dynamo=True, opset_version=opset, custom_translation_table=table, **{"verbose": False, **conversion}
+            )
         except Exception as error:
             raise kind_of(error)(inexpressible(quantized.model, error)) from error
     assert program is not None

@@ -7,13 +7,17 @@ import sys
 from types import FrameType
 from typing import Any
 
+import pytest
 import torch
 from canary import tries
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from lightning_cco.compat import autograd, callers, checkpointing, dynamo, modules, operators
+from lightning_cco.compat import autograd, callers, checkpointing, dynamo, modules, operators, recurrent
 
 
 def frame_of(code: Any) -> FrameType | None:
@@ -192,3 +196,32 @@ def test_operators() -> None:
     assert isinstance(torch.ops.aten.add.Tensor, operators.OpOverload)
     assert isinstance(torch.ops.aten.add, operators.OpOverloadPacket)
     assert torch.ops.aten.add.Tensor._schema.name == torch.ops.aten.add._qualified_op_name == "aten::add"
+
+
+@tries(
+    "torch._subclasses.fake_tensor.FakeTensor",
+    "torch._decomp.decomposition_table",
+    "torch._ops.OpOverload.py_kernels",
+    "torch._ops.OpOverload._dispatch_cache",
+)
+@pytest.mark.parametrize(
+    "layer", [nn.LSTM(3, 4, 2, bidirectional=True), nn.LSTM(3, 4, proj_size=2), nn.GRU(3, 4, batch_first=True), nn.RNN(3, 4)]
+)
+@pytest.mark.filterwarnings("ignore:.*assigned during export", "ignore:.*oneDNN")
+def test_recurrent_layers_are_traced_by_their_shapes(layer: nn.Module) -> None:
+    """As PyTorch has them, in one operation, of sequences whose steps would take an hour."""
+    before = {overload: dict(overload.py_kernels) for overload in recurrent._OVERLOADS}
+    with recurrent.shapes_of_sequences():
+        program = torch.export.export(layer, (torch.zeros(500_000, 2, 3),))
+    assert [node.target for node in program.graph.nodes if node.target in recurrent._OVERLOADS]
+    assert before == {overload: dict(overload.py_kernels) for overload in recurrent._OVERLOADS}
+    x = torch.randn(5, 2, 3)
+    with recurrent.shapes_of_sequences(), FakeTensorMode(allow_non_fake_inputs=True) as mode, enable_python_dispatcher():
+        seen = layer(mode.from_tensor(x))
+        assert all(
+            tuple(found.shape) == tuple(wanted.shape) and found.stride() == wanted.stride()
+            for found, wanted in zip(tree_leaves(seen), tree_leaves(layer(x)), strict=True)
+        )
+    with recurrent.shapes_of_sequences():
+        torch.testing.assert_close(layer(x), layer(x))
+        assert bool(layer(x)[0].any())
