@@ -26,8 +26,8 @@ class Suggestion:
         relative: Norm of its error over the norm of its output.
         sqnr_db: Signal-to-quantization-noise ratio in dB.
         reason: What was measured against which threshold.
-        wins: How much less the loss is expected to rise without its rounding; NaN where that was not measured.
-        costs: How much larger the weights of the model become, as a part of what they take now; NaN where their sizes were not given.
+        wins: How much less the loss is expected to rise if it is skipped; NaN if that was not measured.
+        costs: How much larger the weights of the model become, as a part of their size now; NaN if their sizes were not given.
     """
 
     name: str
