@@ -81,7 +81,7 @@ class EngineWorker(Worker):
     """An engine in a process of its own: the functions of a module there, which imports nothing of lightning_cco.
 
     Args:
-        name: Name of the module beside this one, such as ``openvino_process``.
+        name: Name of the module in this package, such as ``openvino_process``.
         *imported: Modules that are imported there first.
 
     Raises:
@@ -104,7 +104,7 @@ class FileWorker(EngineWorker):
     """A file, loaded by an engine in a process of its own.
 
     Args:
-        name: Name of the module beside this one that has ``load``, ``run`` and ``executed``.
+        name: Name of the module in this package that has ``load``, ``run`` and ``executed``.
         path: The file.
 
     Raises:
