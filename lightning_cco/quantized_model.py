@@ -129,12 +129,7 @@ class QuantizedModel(HookedModel):
     network: StepNetwork | None = None
 
     def hold_ranges(self, hold: bool) -> None:
-        """Hold the ranges during an optimizer step that runs the model several times (LBFGS), so that its forwards compute one function of the weights.
-
-        With a Trainer the callback does this.
-
-        Args:
-            hold: True before the step, False after it.
+        """Hold the ranges (True) in an optimizer step that runs the model several times (LBFGS), until it is over (False). The callback does this.
 
         Example:
             >>> x = torch.randn(16, 8)
@@ -211,7 +206,7 @@ class QuantizedModel(HookedModel):
     ) -> ExportReport | WeightsReport | torch.export.ExportedProgram:
         """Write an INT8 file and check it in its engine, or a `torch.export` program.
 
-        ``.onnx``, or ``.pte`` for ExecuTorch, ``.tflite`` for LiteRT, ``.mlpackage`` for Core ML; ``.pt2`` for the program; ``model.safetensors`` for
+        ``.onnx``; ``.pte`` for ExecuTorch, ``.tflite`` for LiteRT, ``.mlpackage`` for Core ML; ``.pt2`` for the program; ``model.safetensors`` for
         the integer weights of a network of `transformers`.
 
         Args:

@@ -276,7 +276,8 @@ def as_markdown() -> list[str]:
     """The lines of the table in the documentation."""
     versions = "; ".join(f"{package} {', '.join(found)}" for package, found in TESTED.items())
     lines = [
-        "What has no public counterpart is read in `lightning_cco/compat` alone; where a file stands beside it, that is asked at each torch call.",
+        "Private APIs, where no public one exists, are used only in `lightning_cco/compat`, except in the files that *read in* lists with their path (these are "
+        "read at each torch call).",
         f"`tests/compat` tries each on the installed version. It has passed with {versions}.",
         "",
         "| private API | read in | for | in a version without it |",
