@@ -276,8 +276,8 @@ def as_markdown() -> list[str]:
     """The lines of the table in the documentation."""
     versions = "; ".join(f"{package} {', '.join(found)}" for package, found in TESTED.items())
     lines = [
-        "Private APIs, where no public one exists, are used only in `lightning_cco/compat`, except in the files that *read in* lists with their path (these are "
-        "read at each torch call).",
+        "Private APIs, where no public one exists, are used only in `lightning_cco/compat`, except in files that *read in* lists with their path: "
+        "there they are read at each torch call.",
         f"`tests/compat` tries each on the installed version. It has passed with {versions}.",
         "",
         "| private API | read in | for | in a version without it |",
