@@ -21,7 +21,7 @@ from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.schedule import Schedule
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings, load_settings
-from lightning_cco.strategies import check_strategy
+from lightning_cco.strategies import check_trainer
 from lightning_cco.suggestions import Suggestion
 
 
@@ -157,7 +157,7 @@ class CCOCallback(pl.Callback):
             raise CCOError(
                 f"Trainer(callbacks=...): {len(others)} CCOCallbacks were given, but a model can be quantized only once. Keep one of them."
             )
-        check_strategy(trainer)
+        check_trainer(trainer)
         self._run.prepare(trainer, pl_module, stage)
 
     @override

@@ -155,7 +155,8 @@ def _captured_from_batch(
 ) -> QuantizedModel:
     if not isinstance(model, pl.LightningModule):
         raise CCOError(
-            f"load_quantized: batch needs a LightningModule, which knows what to do with it; got {type(model).__name__}. Give example_args instead."
+            f"load_quantized: batch needs a LightningModule of lightning.pytorch, which knows what to do with it; got {type(model).__name__}. "
+            "Give example_args instead."
         )
     with _with_a_trainer(model), eager(), torch.no_grad():
         captured, way = capture_module(model, batch, forward_fn)
