@@ -147,7 +147,7 @@ def _started(engine: Engine) -> Reader:
 
 
 def _reinstall(engine: Engine) -> str:
-    return f"Its versions go together with certain ones of torch: pip install 'lightning-cco[{engine.extra}]' in an environment of its own."
+    return f"Its versions go together with certain ones of torch: pip install 'lightning-cco[{engine.extra}]' in a separate environment."
 
 
 def _converted(reader: Reader, engine: Engine, program: torch.export.ExportedProgram, between: Path, target: Path) -> Converted:

@@ -1,4 +1,4 @@
-"""The quantizer of a weight: a module without a state of its own, whose scales come from the weight."""
+"""The quantizer of a weight: a module without state, whose scales come from the weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine whose files are made of programs (PT2E), in a process of its own."""
+"""An engine whose files are made of programs (PT2E), in a separate process."""
 
 from __future__ import annotations
 

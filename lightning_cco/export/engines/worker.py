@@ -1,4 +1,4 @@
-"""An engine in a process of its own: what it loads there disturbs nobody, and where it crashes, the training does not."""
+"""An engine in a separate process: what it loads there disturbs nobody, and where it crashes, the training does not."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Worker:
 
 
 class EngineWorker(Worker):
-    """An engine in a process of its own: the functions of a module there, which imports nothing of lightning_cco.
+    """An engine in a separate process: the functions of a module there, which imports nothing of lightning_cco.
 
     Args:
         name: Name of the module in this package, such as ``openvino_process``.
@@ -101,7 +101,7 @@ class EngineWorker(Worker):
 
 
 class FileWorker(EngineWorker):
-    """A file, loaded by an engine in a process of its own.
+    """A file, loaded by an engine in a separate process.
 
     Args:
         name: Name of the module in this package that has ``load``, ``run`` and ``executed``.
