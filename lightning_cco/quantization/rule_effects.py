@@ -192,7 +192,7 @@ def _warn_of_unstored(plan: QuantizationPlan) -> None:
 
 
 def _warn_of_misfits(plan: QuantizationPlan, resolved: Mapping[str, ResolvedRules]) -> None:
-    """Warn of layers whose weights can't be in groups of the size that is wanted; those of other kinds, such as convolutions, never are."""
+    """Warn of layers whose weights can't be in groups of the size that is wanted, and where none is; convolutions and other kinds never are."""
     overall = plan.settings.global_quantization_settings
     misfits = [
         layer
@@ -206,6 +206,12 @@ def _warn_of_misfits(plan: QuantizationPlan, resolved: Mapping[str, ResolvedRule
         what = f"weights_group_size: {wanted_group(overall, resolved.get(misfits[0].name, ResolvedRules()))}, but {misfit(misfits[0])}"
         others = f" (so have {_names(misfits[1:])})" if len(misfits) > 1 else ""
         warnings.warn(f"{what}. Until then it has one scale for each channel{others}.", CCOWarning, stacklevel=4)
+    elif overall.weights_group_size and not any(decision.weights_group_size for decision in plan.decisions.values()):
+        warnings.warn(
+            f"weights_group_size: {overall.weights_group_size} changes nothing: no linear layer, product with a matrix of weights or embedding is quantized.",
+            CCOWarning,
+            stacklevel=4,
+        )
 
 
 def _suggested(plan: QuantizationPlan, layer: Layer) -> bool:
