@@ -18,7 +18,7 @@ _LARGEST = 32 * 2**20  # bytes of a recipe
 
 
 def shipped_configs_dir() -> Path:
-    """The folder of the shipped Hydra configs: inside the package when installed, beside it in a source tree.
+    """The folder of the shipped Hydra configs: in the package if it is installed, next to the package in a source tree.
 
     Raises:
         CCOError: Neither is there.

@@ -1,4 +1,4 @@
-"""What each value in a recipe may be by itself: bounds, words, and dataclasses that refuse others where they are made and where they are written to."""
+"""The values that each key of a recipe may have: bounds, words, and dataclasses that refuse others when they are constructed and when a field is set."""
 
 from __future__ import annotations
 

@@ -157,13 +157,13 @@ def _where(around: list[_Open]) -> str:
 
 
 def check_interpolations(content: Any) -> None:
-    """Refuse interpolations that stand for so many of each other that they could never be resolved.
+    """Refuse interpolations that refer to so many of each other that they could never be resolved.
 
     Args:
         content: The recipe, or the configuration that it is a part of, not resolved yet.
 
     Raises:
-        CCOError: They stand for too much.
+        CCOError: They refer to too many.
     """
     by_path: dict[str, Any] = {}
     _index(content, "", by_path)

@@ -1,4 +1,4 @@
-"""Layers that a run stops quantizing by itself, since their sensitivity is too high (`automatic_skip_quantization`)."""
+"""Layers that a run stops quantizing automatically, because their sensitivity is too high (`automatic_skip_quantization`)."""
 
 from __future__ import annotations
 

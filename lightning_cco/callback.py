@@ -21,7 +21,7 @@ from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.schedule import Schedule
 from lightning_cco.sensitivity import SensitivityReport
 from lightning_cco.settings import Settings, load_settings
-from lightning_cco.strategies import check_strategy
+from lightning_cco.strategies import check_trainer
 from lightning_cco.suggestions import Suggestion
 
 
@@ -35,7 +35,7 @@ class CCOCallback(pl.Callback):
     Args:
         cfg: The recipe: `Settings`, a mapping, a DictConfig, the path of a YAML file, or the name of a shipped recipe such as ``w8a8``; `None` for the
             defaults.
-        forward_fn: ``(pl_module, batch) -> Any``: how a batch goes through the model's layers, for capture, calibration and measurement. By default
+        forward_fn: ``(pl_module, batch) -> Any``: how to call the model on a batch, for capture, calibration and measurement. By default
             ``pl_module(...)`` on the batch's first element (or as many as ``forward`` requires, or the keys that it names), and if that does not reach
             every layer with weights, ``training_step`` with nothing logged or optimized.
 
@@ -121,7 +121,7 @@ class CCOCallback(pl.Callback):
 
     @property
     def budget(self) -> BudgetPlan | None:
-        """What the budget has chosen; `None` without one."""
+        """The plan that the budget has chosen; `None` without a budget."""
         return self._run.budget
 
     @property
@@ -131,12 +131,12 @@ class CCOCallback(pl.Callback):
 
     @property
     def distiller(self) -> Distiller:
-        """What learns from the float model."""
+        """The distillation from the float model."""
         return self._run.distiller
 
     @property
     def schedule(self) -> Schedule:
-        """What changes at a step."""
+        """The changes at a step or an epoch: start, stages, freezing."""
         return self._run.schedule
 
     @property
@@ -146,7 +146,7 @@ class CCOCallback(pl.Callback):
 
     @property
     def calibrated_metrics(self) -> dict[str, float]:
-        """Metrics after the calibration, before any training: what calibration alone gives."""
+        """Metrics after the calibration, before any training: those of PTQ."""
         return self._run.before_training.calibrated
 
     @override
@@ -157,7 +157,7 @@ class CCOCallback(pl.Callback):
             raise CCOError(
                 f"Trainer(callbacks=...): {len(others)} CCOCallbacks were given, but a model can be quantized only once. Keep one of them."
             )
-        check_strategy(trainer)
+        check_trainer(trainer)
         self._run.prepare(trainer, pl_module, stage)
 
     @override
@@ -276,14 +276,16 @@ class CCOCallback(pl.Callback):
     def export(
         self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> Any:
-        """Write the compressed model as an INT8 file and check it in its engine: ``.onnx``, ``.pte`` (ExecuTorch), ``.tflite`` (LiteRT); or a ``.pt2`` program.
+        """Write the compressed model as an INT8 file, and check it in its engine.
 
-        The report goes to the log, to ``FILE.export_report.json`` beside the file, and to TensorBoard.
+        The path's ending chooses the format: ``.onnx``; ``.pte`` (ExecuTorch), ``.tflite`` (LiteRT), ``.mlpackage`` (Core ML); ``.pt2`` for a
+        `torch.export` program; ``model.safetensors`` for a network of `transformers`. The report is logged, saved as ``FILE.export_report.json`` in the
+        folder of the file, and shown in TensorBoard.
 
         Args:
             path: Where to write.
-            example_args: Positional arguments of one forward; by default those of a held batch: what the file then holds is what ``forward``, or the
-                training step, makes of it, without losses; it is checked on batches of the validation, which the calibration has not seen.
+            example_args: Positional arguments of one forward. By default those of a batch that the callback holds: the file then contains what ``forward``,
+                or the training step, computes of it, without losses. It is checked on validation batches, which the calibration has not seen.
             example_kwargs: Keyword arguments of it.
             **options: See `lightning_cco.export.export_onnx`.
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightning_cco._yaml import parse_yaml
 from lightning_cco.batches import forward_arguments, overrides_forward
 from lightning_cco.errors import CCOError
-from lightning_cco.export.destination import announcement
+from lightning_cco.export.destination import announcement, holds_weights_alone, is_program
 from lightning_cco.export.report import ExportReport
 from lightning_cco.loading import load_quantized
 from lightning_cco.monitoring.run_report import run_report
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Those of the command line; by default `sys.argv`'s.
 
     Returns:
-        The exit status: 0, or 1 after an error, which then stands on standard error.
+        The exit status: 0, or 1 after an error, which is printed to standard error.
     """
     options = _parser().parse_args(arguments)
     sys.path.insert(0, os.getcwd())
@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     export = commands.add_parser(
-        "export", help="write a checkpoint as an INT8 file (.onnx, .pte, .tflite) or as a .pt2 program, and check it"
+        "export",
+        help="write a checkpoint as an INT8 file (.onnx, .pte, .tflite, .mlpackage, model.safetensors) or as a .pt2 program, and check it",
     )
     export.set_defaults(run=_export)
     export.add_argument("checkpoint", help="saved by a training with CCOCallback")
@@ -72,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         default="model.onnx",
         metavar="FILE",
-        help="what to write: .onnx, .pt2, .pte for ExecuTorch, .tflite for LiteRT (default: model.onnx)",
+        help="what to write: .onnx, .pt2, .pte for ExecuTorch, .tflite for LiteRT, .mlpackage for Core ML, model.safetensors for transformers "
+        "(default: model.onnx)",
     )
     export.add_argument(
         "--arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of the module's constructor, as YAML; may be repeated"
@@ -95,9 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="whether the batch size varies; default: if it can",
     )
-    export.add_argument(
-        "--trust", action="store_true", help="read checkpoints that hold objects of classes of one's own, which can run code"
-    )
+    export.add_argument("--trust", action="store_true", help="read checkpoints with objects of arbitrary classes, which can run code")
 
     report = commands.add_parser("report", help="summarize what a run has written")
     report.set_defaults(run=lambda options: print(run_report(options.folder, most=options.most)))
@@ -127,14 +127,15 @@ def _export(options: argparse.Namespace) -> None:
         )
     quantized = load_quantized(module, options.checkpoint, weights_only=not options.trust, **arguments)
     more: dict[str, Any] = {} if options.dynamic_batch is None else {"dynamic_batch": options.dynamic_batch}
-    if len(batches) > 1 and quantized.network is None and overrides_forward(module) and not str(options.out).endswith(".pt2"):
+    checks_batches = not is_program(options.out) and not holds_weights_alone(options.out)
+    if len(batches) > 1 and quantized.network is None and overrides_forward(module) and checks_batches:
         calls = [forward_arguments(module, batch) for batch in batches]
         more["batches"] = [kwargs or args for args, kwargs in calls]
     print(announcement(options.out), file=sys.stderr)
     written = quantized.export(options.out, **more)
     if isinstance(written, ExportReport):
         written.save(written.beside)
-    print(written if isinstance(written, ExportReport) else f"Wrote {options.out}.")
+    print(f"Wrote {options.out}." if is_program(options.out) else written)
 
 
 def _build(options: argparse.Namespace) -> Any:

@@ -36,7 +36,7 @@ class Compression:
         held: Batches held for measuring, copies.
         validation: The first batches of the validation, copies, to check files on.
         state: The callback's state of a checkpoint that waits for the capture.
-        skips: Layers that the run skips by itself.
+        skips: Layers that the run skips automatically.
         outside: Whether weights outside of a training have ranges.
         rules_are_checked: Whether it was looked whether the rules fit the layers.
         said_of_rules: The warnings that were given of them then, which are not repeated.

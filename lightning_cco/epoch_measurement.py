@@ -74,7 +74,7 @@ class EpochMeasurements:
         monitor: Monitor,
         before_training: InitialEvaluation,
     ) -> None:
-        """Log and draw what was measured, beside the metrics of the epoch.
+        """Log and draw what was measured, together with the metrics of the epoch.
 
         Args:
             trainer: The Trainer.

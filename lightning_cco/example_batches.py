@@ -1,4 +1,4 @@
-"""What the batches that the callback holds serve for beside measuring: examples of the calls that a file holds, and ranges for weights without."""
+"""What the batches that the callback holds are used for, other than measuring: examples for exports, and ranges for weights that were loaded without any."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _ABANDONED = 24 * 3600.0  # seconds after which what a process elsewhere left co
 
 
 def write_file(path: str | Path, data: str | bytes) -> None:
-    """Write a file whole: beside it first, under a name of its own, then in its place. Its folder is made if missing.
+    """Write a file atomically: first under another name in the same folder, then renamed. Its folder is made if missing.
 
     Args:
         path: Where; a symbolic link is followed.

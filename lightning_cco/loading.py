@@ -46,15 +46,15 @@ def load_quantized(
     ``example_input_array`` is taken, else numbers of the shapes that the checkpoint knows.
 
     Args:
-        model: The float model, built as for the training: the LightningModule, or the network inside of it, whose weights stand under one prefix in the
-            checkpoint. It is put into evaluation mode, its weights are replaced.
+        model: The float model, built as for the training: the LightningModule, or a network in it, whose weights then have one prefix in the checkpoint.
+            It is put into evaluation mode, and its weights are replaced.
         checkpoint: A file, local or remote, or the directory of a distributed checkpoint.
         example_args: Positional arguments of one forward, or one tensor.
         example_kwargs: Keyword arguments of it.
         batch: A batch of the training.
         forward_fn: What `CCOCallback` was given as ``forward_fn``; needs ``batch``.
-        settings: Another recipe than the checkpoint's own. What then has no range is in ``uncalibrated``: calibrate before you use it.
-        weights_only: Refuse files that hold objects of classes of one's own, which run code when they are read. False: read them, if you trust who wrote them.
+        settings: Another recipe than that of the checkpoint. Quantizers without a range are then in ``uncalibrated``: calibrate before you use the model.
+        weights_only: Refuse files with objects of arbitrary classes, which can run code when they are read. False: read them, if you trust their author.
 
     Raises:
         CCOError: The file holds no ranges (``save_weights_only=True``, or a training without the callback), belongs to another architecture, holds objects
@@ -155,7 +155,8 @@ def _captured_from_batch(
 ) -> QuantizedModel:
     if not isinstance(model, pl.LightningModule):
         raise CCOError(
-            f"load_quantized: batch needs a LightningModule, which knows what to do with it; got {type(model).__name__}. Give example_args instead."
+            f"load_quantized: batch needs a LightningModule of lightning.pytorch, which knows what to do with it; got {type(model).__name__}. "
+            "Give example_args instead."
         )
     with _with_a_trainer(model), eager(), torch.no_grad():
         captured, way = capture_module(model, batch, forward_fn)

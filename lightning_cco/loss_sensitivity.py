@@ -5,7 +5,7 @@ the sample's loss: the squared error weighted by the squared gradient (the Fishe
 it is squared, not value by value: what rounding does to a weight it does at each pixel alike, and such errors add up. For the output of a linear
 operation this is ``½ · ΔWᵀ F ΔW`` with the full Fisher matrix of the layer's weight, from one backward for all layers and numbers of bits together.
 
-The first order, ``E[g_i · e_i]``, is kept beside it. It vanishes where a training has ended, and says on a few batches more of these than of others.
+The first order, ``E[g_i · e_i]``, is measured too, but not added: at the end of a training it vanishes, and on a few batches it is specific to these.
 """
 
 from __future__ import annotations

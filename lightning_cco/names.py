@@ -99,7 +99,7 @@ def yaml_value(value: object) -> str:
 
 
 def literal(value: Any) -> Any:
-    r"""A value, or a container of values, in which ``${...}`` stands for itself when OmegaConf reads it.
+    r"""A value, or a container of values, in which OmegaConf reads ``${...}`` literally.
 
     >>> literal({"match": "${HOME}"})
     {'match': '\\${HOME}'}
@@ -112,7 +112,7 @@ def literal(value: Any) -> Any:
 
 
 class Interpolated(str):
-    """Text that came out of an interpolation such as ``${oc.env:TOKEN}``: messages show what was written, never what it stands for.
+    """Text that came out of an interpolation such as ``${oc.env:TOKEN}``: messages show what was written, never the value that it resolves to.
 
     Args:
         value: The text.

@@ -34,7 +34,7 @@ def quantize(
     example_args: Sequence[Any] = (),
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> QuantizedModel:
-    """Capture a model's layers, plan, and hook fake-quantization on it; no Trainer needed.
+    """Capture a model's layers, plan which are quantized, and add fake quantization to it by hooks; no Trainer needed.
 
     The model stays the same object with the same parameters. Until `QuantizedModel.calibrate` has run, it computes in float.
 
@@ -93,7 +93,7 @@ def _check_kinds(model: Any, settings: Any, example_args: Any, example_kwargs: A
 
 
 class QuantizedModel(HookedModel):
-    """A model, its layer graph, its plan and its quantizers. The model itself is hooked, not changed; `remove` takes the hooks off.
+    """A model, its layer graph, its plan and its quantizers. They are added to the model by hooks; `remove` removes these.
 
     Args:
         model: The model.
@@ -102,15 +102,15 @@ class QuantizedModel(HookedModel):
         suggestions: Layers to skip because of their sensitivity.
 
     Attributes:
-        model: The same object that was given.
+        model: The model, the same object.
         graph: Its layer graph.
-        plan: What is quantized.
+        plan: Which layers and tensors are quantized, and why others are not.
         settings: The recipe.
         weights: Quantizers of each layer's weights.
-        calibrated: Whether the ranges are known; before that the model computes in float.
-        frozen: Whether the ranges stay as they are.
+        calibrated: Whether the ranges are known. Before that the model computes in float.
+        frozen: Whether the ranges are frozen.
         example: Positional and keyword arguments of one forward, for exports.
-        network: What the example is given to where that is not the model's ``forward``: the part of a step that a file holds.
+        network: The part of a training step that is exported, if the example is not for the model's ``forward``.
         uncalibrated: Quantizers that have no range after a state was loaded or the plan changed.
 
     Example:
@@ -129,7 +129,7 @@ class QuantizedModel(HookedModel):
     network: StepNetwork | None = None
 
     def hold_ranges(self, hold: bool) -> None:
-        """Say that an optimizer's step begins, or is over: forwards within it, of which LBFGS makes many, see one function of the weights. The callback does.
+        """Hold the ranges (True) in an optimizer step that runs the model several times (LBFGS), until it is over (False). The callback does this.
 
         Example:
             >>> x = torch.randn(16, 8)
@@ -148,8 +148,8 @@ class QuantizedModel(HookedModel):
         """Measure the Quantization Sensitivity of each layer.
 
         Args:
-            batches: The held batches, on the model's device.
-            forward: How a batch goes through the model, as in `calibrate`.
+            batches: The batches to measure on, on the model's device.
+            forward: How to call the model on a batch, as in `calibrate`.
             modes: ``local``: float and quantized layer on the same float input. ``accumulated``: quantized model against float model.
 
         Raises:
@@ -174,11 +174,11 @@ class QuantizedModel(HookedModel):
     def loss_sensitivity(
         self, batches: Iterable[Any], forward: Forward | None = None, loss: Forward | None = None
     ) -> LossSensitivityReport:
-        """Measure how much the loss is expected to rise if one weight or activation alone is rounded, at several numbers of bits.
+        """Measure how much the loss is expected to rise if only one weight or activation is quantized, for several numbers of bits.
 
         Args:
-            batches: The held batches, on the model's device.
-            forward: How a batch goes through the model, as in `calibrate`.
+            batches: The batches to measure on, on the model's device.
+            forward: How to call the model on a batch, as in `calibrate`.
             loss: ``(model, batch) -> Tensor``: the mean loss of a batch. `None`: the divergence of the outputs from those of the float model; see
                 `lightning_cco.loss_measurement.divergence`.
 
@@ -206,17 +206,17 @@ class QuantizedModel(HookedModel):
     ) -> ExportReport | WeightsReport | torch.export.ExportedProgram:
         """Write an INT8 file and check it in its engine, or a `torch.export` program.
 
-        ``.onnx``, or ``.pte`` for ExecuTorch, ``.tflite`` for LiteRT, ``.mlpackage`` for Core ML; ``.pt2`` for the program; ``model.safetensors`` for
+        ``.onnx``; ``.pte`` for ExecuTorch, ``.tflite`` for LiteRT, ``.mlpackage`` for Core ML; ``.pt2`` for the program; ``model.safetensors`` for
         the integer weights of a network of `transformers`.
 
         Args:
-            path: Where to write; the ending says what.
+            path: Where to write; the ending chooses the format.
             example_args: Positional arguments of one forward; by default those of `quantize`.
             example_kwargs: Keyword arguments of it.
             **options: Those of `export_onnx`, `export_program` or `export_engine_file`.
 
         Returns:
-            The report of the check; the program for a ``.pt2`` file; what was written for a ``.safetensors`` file, for which no example is needed.
+            The `ExportReport`; the program for a ``.pt2`` file; a `WeightsReport` for a ``.safetensors`` file, which needs no example.
 
         Example:
             >>> import torch

@@ -36,7 +36,7 @@ class RandomState:
 
 @contextmanager
 def isolated_random() -> Iterator[None]:
-    """Lightning's `isolate_rng`, which by itself puts nothing back when an exception leaves it, such as that of a generator dropped halfway."""
+    """Lightning's `isolate_rng`, which alone restores nothing after an exception, such as that of a generator that is closed early."""
     stack = ExitStack()
     stack.enter_context(isolate_rng())
     try:

@@ -14,19 +14,19 @@ from lightning_cco.errors import CCOError
 
 @dataclass
 class LayerQuantizationSettings(Checked):
-    """What is said of one layer, or of the layers from it on.
+    """Settings of one layer, or of the layers from it on.
 
     Attributes:
-        skip_quantization: True: don't quantize. False: quantize, even in the model's tail. None: not said.
-        skip_quantization_until: With ``skip_quantization``: skip all layers between this one and these, this one included, these not.
-        skip_quantization_downstream: With ``skip_quantization``: skip everything from this layer to the outputs.
+        skip_quantization: True: leave the layer in float. False: quantize it, even in the model's tail. None: the rule says nothing of it.
+        skip_quantization_until: With ``skip_quantization``: skip all layers from this one up to these, which are not skipped.
+        skip_quantization_downstream: With ``skip_quantization``: skip all layers from this one to the outputs.
         weights_num_bits: Bits of the weights, 2 to 8; None: the global value.
         activations_num_bits: Bits of the layer's output, 2 to 8; None: the global value.
-        weight_only: Quantize the weights alone: they are integers in the file, the layer is computed in float, and nothing is rounded for it. False: not, where
-            it holds globally.
-        weights_group_size: So many weights of an output share a scale, 16 to 256, as globally; 0: all of them; None: the global value.
-        weights_symmetric: Whether weights that are quantized alone have no zero points, as globally; None: the global value.
-        activations_dynamic: Whether what the layer reads is rounded by a range that is found when it runs, as globally; None: the global value.
+        weight_only: True: quantize only the weights; the layer is computed in float. False: not weight-only, although the global setting says so.
+            None: the global value.
+        weights_group_size: Weights per scale, 16 to 256, as in the global setting; 0: one scale per channel; None: the global value.
+        weights_symmetric: False: zero points for weight-only weights, as in the global setting; None: the global value.
+        activations_dynamic: Quantize the layer's input dynamically, as in the global setting; None: the global value.
 
     Example:
         >>> LayerQuantizationSettings(skip_quantization=True, skip_quantization_until=["add"]).skip_quantization_until
@@ -53,7 +53,7 @@ class LayerRule(LayerQuantizationSettings):
     """The settings of the layers that ``match`` selects: a layer's name, a module's path, or a glob over either.
 
     Attributes:
-        by: ``budget`` if `budget_settings` has chosen it: then what the other rules say comes first.
+        by: ``budget`` in rules that `budget_settings` has chosen: all other rules take precedence over them.
     """
 
     match: str = ""
@@ -66,31 +66,31 @@ class LayerRule(LayerQuantizationSettings):
 
 @dataclass
 class GlobalQuantizationSettings(Checked):
-    """What holds for every layer that no rule says otherwise of.
+    """Settings of all layers, unless a rule in ``layer_settings`` says otherwise.
 
     Attributes:
-        weights_num_bits: Bits of the weights, 2 to 8. Up to 4, convolutions that read the inputs of the model keep 8.
-        activations_num_bits: Bits of the activations, 2 to 8. Up to 4, inputs of the model keep 8, and so do tensors that no layer multiplies as integers
-            (what an addition, an activation or a float layer reads alone): fewer would save nothing. A rule that names a layer counts for these as well.
-        weight_only: Quantize the weights alone, of every layer: they are integers in the file, and everything is computed in float.
-        weights_group_size: So many weights that an output is made of share a scale: 16, 32, 64, 128 or 256, of linear layers, products with a matrix of
-            weights, and embeddings, whose weights alone are then quantized (as with ``weight_only``). It must divide the number of a layer's inputs. For
-            few bits: of 4, with 32 in a group, little is lost. None: all weights of an output.
-        weights_symmetric: False: weights that are quantized alone (``weight_only``, ``weights_group_size``), of the kinds that can be in groups, have a zero
-            point beside each scale, and use all levels of their bits. At 2 to 4 bits they are off by a quarter to a third less (`benchmarks/weights_only.py`).
-            Weights that an engine multiplies as integers are always symmetric.
-        activations_dynamic: Round what linear layers and products with a matrix of weights read to 8 bits by a range that is found when they run, symmetric,
-            from the largest magnitude in each row, or in each block of one, as the engine has it; nothing is calibrated. Their weights are then quantized
-            alone.
-        residual_stream: What residual additions make and read: ``quantized``: of ``activations_num_bits``, like all else; ``int8``: of 8 bits; ``float``: not
-            rounded. Layers that multiply still read ``activations_num_bits``. ``auto``: ``int8`` up to 3 bits, ``quantized`` above (`benchmarks/fashion.py`).
-        skip_tail_quantization: Skip the layers from each output up to the first weighted layer of every branch.
-        automatic_skip_quantization: Skip the layers above the threshold from the next epoch on, instead of suggesting it.
+        weights_num_bits: Bits of the weights, 2 to 8. With up to 4, convolutions that read the inputs of the model keep 8.
+        activations_num_bits: Bits of the activations, 2 to 8. With up to 4, inputs of the model keep 8, and so do tensors that no layer multiplies as
+            integers (that only additions, activation functions or float layers read): fewer would save nothing. A rule applies to these tensors, too.
+        weight_only: Quantize only the weights, in all layers: they are integers in the file, and all layers compute in float.
+        weights_group_size: Weights per scale, for group-wise quantization: 16, 32, 64, 128 or 256. For linear layers, matrix products with a weight, and
+            embeddings, which are then weight-only. It must divide the number of a layer's inputs. Useful for few bits: with 4 bits and groups of 32
+            little accuracy is lost. None: one scale per output channel.
+        weights_symmetric: False: weight-only weights (``weight_only``, ``weights_group_size``) of linear layers, matrix products and embeddings have a zero
+            point for each scale, and use all levels of their bits. At 2 to 4 bits the rounding error is a quarter to a third smaller
+            (`benchmarks/weights_only.py`). Weights that an engine multiplies as integers are always symmetric.
+        activations_dynamic: Dynamic quantization: the inputs of linear layers and matrix products with a weight are quantized to 8 bits, symmetric, with a
+            scale that is computed at run time from the largest magnitude of each block of a row; nothing is calibrated. The layers are weight-only.
+        residual_stream: Format of the tensors that residual additions read and produce: ``quantized``: ``activations_num_bits``; ``int8``: 8 bits;
+            ``float``: not quantized. Layers that multiply read ``activations_num_bits`` in any case. ``auto``: ``int8`` up to 3 bits, ``quantized`` above
+            (`benchmarks/fashion.py`).
+        skip_tail_quantization: Leave the tail in float: the layers from each output back to the first layer with weights of every branch.
+        automatic_skip_quantization: Skip the layers above a threshold from the next epoch on, instead of only suggesting it.
         quantization_sensitivity_threshold: Quantization Sensitivity (L2 norm) above which a skip is suggested; None: no such threshold.
-        quantization_sensitivity_relative_threshold: The same for the norm relative to the layer's output, and to what varies of it between the samples of a
-            batch. Above the default of 0.5 (6 dB) skipping brings accuracy back, below 0.25 it does not (`benchmarks/skip_threshold.py`). None: no such
-            threshold.
-        automatic_skip_by: What skips are suggested by: ``qs``, the Quantization Sensitivity, or ``loss``, the expected rise of the loss.
+        quantization_sensitivity_relative_threshold: The same for the relative error (QS over the norm of the layer's output), also of the part that varies
+            between the samples of a batch. Above the default of 0.5 (6 dB) skipping restores accuracy, below 0.25 it does not
+            (`benchmarks/skip_threshold.py`). None: no such threshold.
+        automatic_skip_by: The criterion of suggested skips: ``qs``, the Quantization Sensitivity, or ``loss``, the expected rise of the loss.
         loss_sensitivity_threshold: Expected rise of the loss above which a skip is suggested, where it is measured; None: no such threshold.
     """
 
@@ -111,13 +111,13 @@ class GlobalQuantizationSettings(Checked):
 
 @dataclass
 class BitsStage(Checked):
-    """From when on all layers without bits of their own have how many.
+    """Bits of all layers without a rule, from a step or an epoch on.
 
     Attributes:
-        at_step: Global step from which the stage holds; or
-        at_epoch: Epoch from which it does, counted from 0.
-        weights_num_bits: Bits of the weights, 2 to 8; None: as before.
-        activations_num_bits: Bits of the activations, 2 to 8; None: as before.
+        at_step: Global step at which the stage begins; or
+        at_epoch: Epoch at which it begins, counted from 0.
+        weights_num_bits: Bits of the weights, 2 to 8; None: unchanged.
+        activations_num_bits: Bits of the activations, 2 to 8; None: unchanged.
     """
 
     at_step: int | None = None
@@ -132,28 +132,30 @@ class BitsStage(Checked):
 
 @dataclass
 class TrainingSettings(Checked):
-    """Calibration and ranges.
+    """Calibration, observers, and what changes during the training.
 
     Attributes:
-        stats_steps: Batches of the training loader for the calibration before the first step.
-        range_estimator: ``moving_average``, ``min_max``, ``percentile`` or ``mse``; ``auto``: what is best at a tensor's bits, which is ``mse`` with
-            ranges that are frozen after the calibration up to 4 bits, and ``moving_average`` above (`benchmarks/fashion.py`). ``learned``: scale and
-            offset begin there and are trained (LSQ+).
-        weight_estimator: ``minmax``: scales of the largest magnitudes; ``mse``: those at which rounding and clipping of a channel lose least, found anew at
-            each step; ``auto``: ``mse`` up to 4 bits, ``minmax`` above; ``learned``: they begin at those of ``mse`` and are trained (LSQ).
-        scale_learning_rate: Learning rate of scales that are ``learned``, relative to each scale. In a Trainer it falls as that of the weights does.
-        bias_correction: Measure in the calibration what rounding shifts the mean of each output channel by, and take it off the bias of convolutions and
-            linear layers: for models that are calibrated only, above all with depthwise convolutions (`benchmarks/ptq.py`). The module's own biases stay as
-            they are. A training that follows goes on with the corrections, which stay as they are. Keeps the calibration's batches, and takes thrice as long.
-        averaging_constant: Share of a training batch in the moving average, in (0, 1].
-        percentile: For the ``percentile`` estimator, in (50, 100]: 99.99 clips 0.01 % of the values at each end.
+        stats_steps: Batches of the training loader for the calibration.
+        range_estimator: Observer of the activations: ``moving_average``, ``min_max``, ``percentile`` or ``mse`` (the range with the smallest squared error).
+            ``auto``: ``mse`` for tensors of up to 4 bits, whose ranges are then frozen after the calibration, and ``moving_average`` above
+            (`benchmarks/fashion.py`). ``learned``: scale and offset start at these values and are trained (LSQ+).
+        weight_estimator: Scales of the weights: ``minmax``: from the largest magnitude of a channel; ``mse``: those with the smallest squared error,
+            computed again at each step; ``auto``: ``mse`` up to 4 bits, ``minmax`` above; ``learned``: they start at those of ``mse`` and are trained (LSQ).
+        scale_learning_rate: Learning rate of ``learned`` scales, relative to each scale. In a Trainer it decays with the learning rate of the optimizer.
+        bias_correction: Measure in the calibration by how much quantization shifts the mean of each output channel, and subtract it from the bias of
+            convolutions and linear layers. For models that are calibrated only (PTQ), especially with depthwise convolutions (`benchmarks/ptq.py`). The
+            module's biases do not change, and a training does not update the corrections. The calibration holds its batches in memory, and takes three
+            times as long.
+        averaging_constant: Weight of a new batch in the moving average, in (0, 1].
+        percentile: For the ``percentile`` observer, in (50, 100]: 99.99 clips 0.01 % of the values at each end.
         freeze_ranges_at_step: Global step from which ranges are frozen; 0: right after the calibration; None: never.
-        start_at_step: Global step at which fake-quantization starts: before it the model is trained in float, at it ranges are calibrated; None: at once.
-        stages: Bits that change in the training: ``{at_step: 500, weights_num_bits: 4, activations_num_bits: 4}``, or ``at_epoch``; they take the place of
-            the global ones, bits of rules stay. Ranges of other bits are calibrated anew, on the batches that are trained on next.
-        freeze_batch_norm_at_step: Global step from which batch norms keep their statistics: the network is then trained as it will be deployed; None: never.
-        skip_initial_evaluation: Don't validate the float model before training.
-        skip_calibrated_evaluation: Don't validate the model after its calibration, before training: what calibration alone gives, without training.
+        start_at_step: Global step at which fake quantization starts. Before it the model is trained in float; at it the ranges are calibrated. None: from
+            the first step on.
+        stages: Bits that change during the training: ``{at_step: 500, weights_num_bits: 4, activations_num_bits: 4}``, or ``at_epoch``. They replace the
+            global bits; bits in rules stay. Ranges whose bits change are calibrated again, on the following training batches.
+        freeze_batch_norm_at_step: Global step from which batch norms use their running statistics, as at inference; None: never.
+        skip_initial_evaluation: Don't validate the float model before the training.
+        skip_calibrated_evaluation: Don't validate the calibrated model before the training (the accuracy of PTQ).
     """
 
     stats_steps: int = 20
@@ -173,18 +175,18 @@ class TrainingSettings(Checked):
 
 @dataclass
 class DistillationSettings(Checked):
-    """Learning from the float model that the run started from, beside the training's own loss.
+    """Distillation from the float model, in addition to the loss of the training.
 
     The loss of a step becomes ``(1 - weight) * loss + weight * distillation``.
 
     Attributes:
-        weight: Share of the distillation; 0: none; 1: the step's own loss is not used, so that no labels are needed.
-        temperature: What logits are divided by before they are compared by Kullback-Leibler divergence, which is multiplied by its square.
-        on: ``outputs``: what the network gives; ``layers``: what each layer with integer weights gives, its squared error relative to the float one.
-        loss: How outputs are compared: ``kl``: logits of classes by Kullback-Leibler divergence; ``mse``: by the squared error; ``auto``: as the step's
-            loss takes them: ``kl`` where it takes a softmax or a sigmoid of them, ``mse`` elsewhere.
-        teacher: File of the float weights to learn from (a checkpoint or a ``state_dict``); None: those that the run starts from, which are kept in
-            ``teacher.pt`` beside the pictures for a later resume.
+        weight: Weight of the distillation term; 0: no distillation; 1: the step's own loss is not used, so no labels are needed.
+        temperature: Divides the logits before the Kullback-Leibler divergence, which is multiplied by its square.
+        on: ``outputs``: compare the outputs of the network; ``layers``: compare the output of each layer with integer weights (relative squared error).
+        loss: ``kl``: Kullback-Leibler divergence of class logits; ``mse``: squared error; ``auto``: ``kl`` where the step's loss computes a softmax or a
+            sigmoid of the outputs, ``mse`` elsewhere.
+        teacher: File with the float weights of the teacher (a checkpoint or a ``state_dict``); None: the weights at the start of the run, which are saved
+            as ``teacher.pt`` in the output folder for a resumed run.
     """
 
     weight: float = 0.0
@@ -199,12 +201,12 @@ class MonitoringSettings(Checked):
     """What is measured and shown each epoch.
 
     Attributes:
-        sensitivity_batches: Batches on which Quantization Sensitivity is measured, the same ones each epoch.
-        sensitivity_modes: ``local``, ``accumulated``, or both.
-        loss_sensitivity: Measure the loss sensitivity, too: how much the loss is expected to rise by each rounding. Takes a backward for each batch, and each
-            layer with weights four times more.
+        sensitivity_batches: Number of batches for the Quantization Sensitivity, the same batches in each epoch.
+        sensitivity_modes: ``local`` (each layer on float inputs), ``accumulated`` (the quantized model against the float model), or both.
+        loss_sensitivity: Also measure how much the loss is expected to rise for each quantized tensor. Takes a backward for each batch, and computes each
+            layer with weights four more times.
         draw_graph: Draw the layer graph.
-        output_dir: Folder for pictures and recipes; None: ``cco`` in the Trainer's log folder.
+        output_dir: Folder for all files of the run; None: ``cco`` in the Trainer's log folder.
     """
 
     sensitivity_batches: int = 2
@@ -216,22 +218,23 @@ class MonitoringSettings(Checked):
 
 @dataclass
 class BudgetSettings(Checked):
-    """What the compressed model may take: bits and skips are then chosen by what they cost. One goal, or none.
+    """A limit for the compressed model: the bits of each layer, and the layers in float, are then chosen automatically. One goal, or none.
 
     Attributes:
-        size: Size of the exported file, as a part of that of the same model with nothing quantized.
-        average_bits: Bits per weight, on average over all that can be quantized; 32 where they stay in float.
-        bops: Bit operations (multiplications by the bits of both operands) of the layers with weights, as a part of the float model's.
-        accuracy_drop: How much of ``metric`` may be lost before the training; the smallest plan that loses no more is taken, or the fastest.
-        metric: What is validated for ``accuracy_drop``, as it is logged: ``val_acc``.
-        accuracy_drop_by: Which plan within ``accuracy_drop`` is taken: the smallest by ``size``, the fastest by ``speed``.
-        speed: How many times as fast as the model in float it must be, as predicted from the times of its layers; alone, or beside a ``size`` or an
+        size: Size of the exported file, as a part of the size of the float file.
+        average_bits: Average bits per weight of all weights that can be quantized; a weight in float counts 32.
+        bops: Bit operations (multiplications times the bits of both operands) of the layers with weights, as a part of the float model's.
+        accuracy_drop: How much ``metric`` may be worse after the calibration, before any training. The smallest plan within this limit is chosen, or the
+            fastest.
+        metric: Name of the logged validation metric for ``accuracy_drop``, such as ``val_acc``.
+        accuracy_drop_by: Which plan within ``accuracy_drop`` is chosen: ``size``: the smallest; ``speed``: the fastest.
+        speed: How many times as fast as the float model it must be, predicted from the times of the layers; alone, or together with ``size`` or
             ``accuracy_drop``.
-        layer_times: File with times of the layers that was written before (`layer_times.json`), here or where the model will run; None: they are measured
-            here, before the first step.
-        threads: Threads of the engine when times are measured.
-        batch_size: Samples of a batch then.
-        revise_every_n_epochs: Choose anew at the start of every so many epochs, by the sensitivities of the weights as they are then; None: never.
+        layer_times: File with measured times of the layers (`layer_times.json`), from this machine or that of the deployment; None: they are measured on
+            this machine before the first step.
+        threads: Threads of the engine for that measurement.
+        batch_size: Batch size for that measurement.
+        revise_every_n_epochs: Choose again at the start of every n-th epoch, from the sensitivities at that time; None: never.
     """
 
     size: float | None = None
@@ -253,20 +256,20 @@ class BudgetSettings(Checked):
 
 @dataclass
 class DeploymentSettings(Checked):
-    """Where the model is going.
+    """The engine, the processor and the file of the deployment.
 
     Attributes:
         target_framework: ``ort``, ``openvino`` (or ``ov``), ``tensorrt`` (or ``trt``), ``executorch`` (or ``et``), ``litert`` (or
-            ``tflite``), ``coreml`` or ``qnn`` (or ``htp``): decides which kinds of layer run in INT8, and what `export_dir` gets.
-        export_dir: Folder that the best checkpoint is exported to when ``fit`` ends; None: no export.
-        int4: Whether files store weights of at most 4 bits in 4 bits, half the size, which ONNX Runtime then computes in float; None: if `budget_settings`
-            counts on it (a size, average bits, or an accuracy drop).
-        fp16: Whether files for ``tensorrt`` have floats of 16 bits for what is not in INT8, in which it then computes that.
-        amx: Whether files for ``ort`` are written for processors with AMX (Intel Xeon since 2023), where large convolutions then run up to twice as
-            fast, on others a third slower; None: as the processor that exports.
+            ``tflite``), ``coreml`` or ``qnn`` (or ``htp``): decides which kinds of layers run in INT8, and which file `export_dir` gets.
+        export_dir: Folder to which ``fit`` exports the best checkpoint when it ends; None: no export.
+        int4: Whether files store weights of at most 4 bits in 4 bits: half the size, but ONNX Runtime then computes these layers in float. None: only if
+            `budget_settings` needs it (a size, average bits, or an accuracy drop).
+        fp16: Whether files for ``tensorrt`` use 16-bit floats for the layers that are not in INT8.
+        amx: Whether files for ``ort`` are written for processors with AMX (Intel Xeon since 2023): large convolutions are up to twice as fast there, and a
+            third slower on other processors. None: decided by the processor of the exporting machine.
         vnni: Whether files for ``ort`` are written for processors that add products of 8-bit integers without overflow (ARM; x86 with VNNI: Intel since
-            2019, AMD since Zen 4). On others int8 weights give wrong sums, so False stores them as uint8; None: as the processor that exports.
-            OpenVINO's sums overflow there, too, and it has no other product: False gives weights for ``openvino`` 7 bits instead of 8.
+            2019, AMD since Zen 4). On others sums of int8 weights overflow, so False stores weights as uint8. For ``openvino``, False limits weights to 7
+            bits. None: decided by the processor of the exporting machine.
     """
 
     target_framework: str = "ort"

@@ -1,7 +1,7 @@
 """Quantization Sensitivity: how far a layer's quantized output is from its float one.
 
 For layer l and batch b, ``QS = sqrt(mean_b ‖q_l(x_b) − f_l(x_b)‖₂²)`` with the norm over the whole output tensor: the L2 norm between the quantized and
-the float output, as the CLIKA CCO guide defines it. The raw norm grows with batch and tensor size; beside it stand the relative form ``‖q − f‖ / ‖f‖``
+the float output, as the CLIKA CCO guide defines it. The raw norm grows with batch and tensor size; so there are also the relative form ``‖q − f‖ / ‖f‖``
 and the signal-to-quantization-noise ratio ``10 · log10(‖f‖² / ‖q − f‖²)`` in dB.
 
 Both are also measured for the *batch-varying* part alone: f and q − f less their means over the batch. A network tells inputs apart by what differs between
@@ -56,7 +56,7 @@ class SensitivityReport:
 
     Attributes:
         local: Float and quantized layer on the same float input.
-        accumulated: Quantized model against float model; the error of all layers before is in it.
+        accumulated: Quantized model against float model; includes the error of all layers before.
         num_batches: Batches measured, over all processes.
     """
 

@@ -1,4 +1,4 @@
-"""Which ways of spreading a model over processes work: those in which each process computes whole layers from whole weights."""
+"""Which Trainers work: those of `lightning.pytorch`, with a strategy in which each process computes whole layers from whole weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ _FULLY_SHARD = (
 )
 
 
-def check_strategy(trainer: pl.Trainer) -> None:
-    """Refuse a strategy that hides weights from the quantizers.
+def check_trainer(trainer: object) -> None:
+    """Refuse a Trainer of the other package, `pytorch_lightning`, and a strategy that hides weights from the quantizers.
 
     Raises:
         CCOError: The message says why, and what to write instead.
     """
+    if not isinstance(trainer, pl.Trainer):  # its classes are copies: nothing here would find its loops and hooks
+        raise CCOError(
+            f"CCOCallback: expected a Trainer of lightning.pytorch, got one of {type(trainer).__module__.partition('.')[0]}, whose classes are others. "
+            "Write 'import lightning.pytorch as pl', for the module and the other callbacks too."
+        )
     strategy = trainer.strategy
     if isinstance(strategy, FSDPStrategy):
         raise CCOError(

@@ -26,8 +26,8 @@ class Suggestion:
         relative: Norm of its error over the norm of its output.
         sqnr_db: Signal-to-quantization-noise ratio in dB.
         reason: What was measured against which threshold.
-        wins: How much less the loss is expected to rise without its rounding; NaN where that was not measured.
-        costs: How much larger the weights of the model become, as a part of what they take now; NaN where their sizes were not given.
+        wins: How much less the loss is expected to rise if it is skipped; NaN if that was not measured.
+        costs: How much larger the weights of the model become, as a part of their size now; NaN if their sizes were not given.
     """
 
     name: str
@@ -63,7 +63,7 @@ def suggest_skips(
     any threshold. The relative threshold holds for the whole output and for its batch-varying part (see `lightning_cco.sensitivity`): what tells inputs apart
     may be lost while the whole output is hardly changed.
 
-    A layer with weights is suggested by itself: most often they are the cause. Where the rounding of its output is (it has no weights, or is in float already
+    A layer with weights is suggested alone: most often they are the cause. Where the rounding of its output is (it has no weights, or is in float already
     and measured all the same), skipping it alone would change nothing, since what reads it in INT8 has its input rounded: then the layers that read it, and
     those fused with it, are suggested too.
 
@@ -229,7 +229,7 @@ def suggestions_yaml(suggestions: Sequence[Suggestion], settings: Settings | Non
     Args:
         suggestions: The suggested skips.
         settings: The recipe.
-        applied: Layers that are skipped by themselves already.
+        applied: Layers that are already skipped automatically.
     """
     lines = ["# Suggested by the Quantization Sensitivity of the last epoch. Merge over the recipe as it is."]
     known = settings.to_dict()["layer_settings"] if settings is not None else []

@@ -28,12 +28,12 @@ _VARYING = frozenset(
     {
         "test_dynamic_sizes.py",
         "test_export.py",
-        "test_batches_said.py",
+        "test_unsuitable_batches.py",
         "test_export_local_check.py",
         "test_export_recurrent.py",
-        "test_interpolation.py",
+        "test_interpolate_layers.py",
         "test_readme.py",
-        "test_cut_operands.py",
+        "test_slices_of_parameters.py",
     }
 )
 """Files whose exports try other sizes in `make test` too; elsewhere it would double their time."""

@@ -373,6 +373,29 @@ def test_two_callbacks_are_one_too_many(tmp_path: Path) -> None:
         make_trainer(tmp_path, quick(), quick())
 
 
+@pytest.mark.parametrize(("run", "loaders"), [("fit", 2), ("validate", 1)])
+def test_a_trainer_of_the_other_package_is_refused_by_name(run: str, loaders: int, tmp_path: Path) -> None:
+    other = pytest.importorskip("pytorch_lightning")
+
+    class Net(other.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Linear(4, 4)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.layers(batch).sum()
+
+        validation_step = training_step
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    silent = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = other.Trainer(callbacks=[CCOCallback()], default_root_dir=tmp_path, max_steps=1, **silent)
+    with pytest.raises(CCOError, match=r"expected a Trainer of lightning\.pytorch, got one of pytorch_lightning"):
+        getattr(trainer, run)(Net(), *[DataLoader(torch.randn(8, 4), batch_size=4)] * loaders)
+
+
 def test_a_forward_that_raises_says_so_and_keeps_the_models_error(tmp_path: Path) -> None:
     class Broken(Classifier):
         def forward(this, x: Tensor) -> Tensor:

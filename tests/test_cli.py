@@ -136,6 +136,7 @@ def test_export_as_a_program(run, tmp_path: Path) -> None:
         ((*EXPORT, "cli_project.Net", "--data", "cli_project.nothing"), "expected at least one batch, got none"),
         ((*EXPORT, "cli_project.Net", "--data", "cli_project.Data", "--example", "example.pt"), "got both"),
         ((*EXPORT, "cli_project.Net", "--example", "cli_project.py"), "expected tensors that torch.save wrote"),
+        ((*EXPORT, "cli_project.Net", "--data", "cli_project.Data", "--out", "model.safetensors"), "but the plan rounds activations"),
         (("report", "nowhere"), "'nowhere' is no folder"),
         (("report", "checkpoints"), "has no resolved_recipe.yaml"),
     ],

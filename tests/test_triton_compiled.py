@@ -18,7 +18,7 @@ INEXACT = re.compile(r"\b(fma\.|mad\.f|div\.full|div\.approx|rcp\.|ex2\.)|\.ftz"
 
 
 def compile_all(folder: str) -> None:
-    """Run in a process of its own, where Triton's interpreter is off."""
+    """Run in a separate process, where Triton's interpreter is off."""
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget

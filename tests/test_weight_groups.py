@@ -235,6 +235,15 @@ def test_sizes_that_do_not_fit_are_said() -> None:
         load_settings({"layer_settings": [{"match": "a", "weights_group_size": 32, "weight_only": False}]})
 
 
+def test_a_size_that_reaches_no_layer_is_said() -> None:
+    """The head is in the tail: with convolutions alone, all weights have a scale for each channel."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
+    x = torch.randn(2, 1, 6, 6)
+    with pytest.warns(CCOWarning, match="weights_group_size: 32 changes nothing"):
+        quantize(model, {"global_quantization_settings": {"weights_group_size": 32}}, (x,)).remove()
+    quantize(model, {"global_quantization_settings": {"weights_group_size": 32, "skip_tail_quantization": False}}, (x,)).remove()
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [

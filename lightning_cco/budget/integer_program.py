@@ -29,7 +29,7 @@ class Choice:
 class IntegerProgram:
     """Binary variables and what binds them.
 
-    One variable stands for each option of each group, one for each number of bits of each tensor. A group that runs in integers needs what it reads
+    There is a variable for each option of each group, and one for each number of bits of each tensor. A group that runs in integers needs what it reads
     rounded to the bits of its option, and what it makes rounded to some.
 
     Args:
@@ -39,7 +39,7 @@ class IntegerProgram:
     Attributes:
         options: Number of the group and option, for each of the first columns.
         tensors: Tensor and bits, for each of the columns after them.
-        whole: For each column whether it is whole (1) or follows by itself (0).
+        whole: For each column whether it must be an integer (1), or is one automatically at the optimum (0).
         speeds: What each model of speed has added, by its identity.
     """
 

@@ -72,7 +72,7 @@ def measured_times(model: PlannedModel, timer: LayerTimer, made: Choices, base: 
 
 
 def probes(made: Choices, packed: bool) -> dict[str, tuple[Option, ...]]:
-    """Options for each group of the files that are measured beside that in float: all in integers, every other one, the others, and all in 4 bits.
+    """Options for each group in the files that are measured in addition to the float one: all in integers, every other one, the others, and all in 4 bits.
 
     What can have its weights alone in integers has that in the place of float in the mixed files.
     """

@@ -20,7 +20,7 @@ class SpeedRows:
         rows: Its rows.
         seconds: Seconds by column.
         fixed: Seconds whatever is chosen.
-        whole: For each of its columns whether it is whole (1) or follows by itself (0).
+        whole: For each of its columns whether it must be an integer (1), or is one automatically at the optimum (0).
     """
 
     def __init__(self, model: SpeedModel, columns: Mapping[int, Sequence[tuple[int, Option]]], first: int) -> None:

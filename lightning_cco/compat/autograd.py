@@ -51,7 +51,7 @@ FUNCTION_APPLY: CodeType | None = or_else("torch.autograd.Function.apply.__func_
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` without the Python around it, which looks for transforms of `torch.func`: for calls that are known to run plainly.
 
-    Private API: that ``torch.autograd.Function.apply`` hands over to an ``apply`` of its base class. Without it: ``function.apply`` (slower).
+    Private API: that ``torch.autograd.Function.apply`` calls an ``apply`` of its base class. Without it: ``function.apply`` (slower).
     """
     found: Callable[..., Any] = getattr(super(torch.autograd.Function, function), "apply", function.apply)
     return found

@@ -47,7 +47,7 @@ def reload_if_due(trainer: pl.Trainer) -> None:
 
 
 def loader_of(fetcher: Any) -> Any:
-    """What a fetcher iterates when it begins, whatever stands there.
+    """What a fetcher iterates over when it begins, of whatever type.
 
     Private API: ``_DataFetcher._combined_loader``.
     """

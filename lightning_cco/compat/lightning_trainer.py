@@ -39,7 +39,7 @@ def logged_step(trainer: pl.Trainer) -> int:
     """The step at which Lightning gives the metrics of an epoch to loggers: the number of its last batch, counted from 0 over all epochs.
 
     Private API: ``_TrainingEpochLoop._batches_that_stepped``. Without it: ``Trainer.global_step``, which counts the steps of each optimizer, so with several
-    of them pictures and metrics stand at different steps.
+    of them pictures and metrics are logged at different steps.
     """
     stepped = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
     return max(0, int(stepped) - 1)

@@ -1,4 +1,4 @@
-"""What traces and the ONNX exporter write beside a graph: which traced node each node was made of, and in which module."""
+"""What traces and the ONNX exporter write about the nodes of a graph: which traced node each was made from, and in which module."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def find(name: str) -> Any:
 
 
 def needed(name: str) -> Any:
-    """A private API that nothing can stand in for.
+    """A private API that has no substitute.
 
     Where it is missing, `refuse_missing` says so before a model is hooked; what is returned here raises the same error when it is called.
     """

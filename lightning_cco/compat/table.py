@@ -93,7 +93,7 @@ _AUTOGRAD = (
 _MODULES = (
     ("torch.nn.Module._call_impl.__code__", "finds the call of a module on the call stack", _ERROR),
     ("torch.nn.Module._call_impl.f_locals", "names the module that an error came out of", "it is not named"),
-    ("torch.nn.Module._forward_hooks", "finds hooks of the user's own", "they see rounded tensors"),
+    ("torch.nn.Module._forward_hooks", "finds the user's hooks", "they see rounded tensors"),
     ("torch.nn.modules.module._global_forward_hooks", "finds hooks on all modules", "they see rounded tensors"),
     ("torch.nn.modules.module._global_forward_pre_hooks", "finds hooks on all modules", "they see rounded tensors"),
     ("torch.nn.Module._forward_pre_hooks", "finds the hooks of another quantized model", "a second `quantize` is not refused"),
@@ -164,8 +164,8 @@ _TRAINER = (
     ("lightning.pytorch.Trainer._results", "the sanity check's metrics with several loaders", "they are not shown"),
     (
         "lightning.pytorch.loops._TrainingEpochLoop._batches_that_stepped",
-        "pictures stand at the step of the metrics",
-        "with several optimizers they stand at other steps",
+        "pictures are logged at the step of the metrics",
+        "with several optimizers they are logged at other steps",
     ),
     ("lightning.pytorch.Trainer._run_sanity_check", "validates the calibrated model before training", "it is not validated"),
     ("lightning.pytorch.loops._EvaluationLoop._combined_loader", "validates it on a copy of the loader", "it is not validated"),
@@ -176,13 +176,13 @@ _LOADERS = (
     ("lightning.pytorch.loops.fetchers._DataFetcher._combined_loader", "a begun iteration goes to the training", _START),
     ("lightning.pytorch.loops._FitLoop._data_fetcher", "finds the training's iterator", _START),
     ("lightning.pytorch.loops._FitLoop._combined_loader", "finds the training's loaders", _START),
-    ("lightning.pytorch.loops._FitLoop._should_reload_train_dl", "loaders are made anew when the training would", _START),
+    ("lightning.pytorch.loops._FitLoop._should_reload_train_dl", "loaders are created again when the training would", _START),
     ("lightning.fabric.utilities.types._Stateful", "tells loaders with a state", _ERROR),
     ("lightning.fabric.utilities.data._set_sampler_epoch", "shuffles as the training does", _ERROR),
     ("lightning.pytorch.utilities.combined_loader.CombinedLoader._state_dicts", "checkpoints keep the place of what is trained on", _START),
     ("lightning.pytorch.utilities.combined_loader.CombinedLoader._mode", "copies a loader", _START),
     ("torch.utils.data.DataLoader._get_iterator", "tells loaders that can be copied", "none is copied"),
-    ("torch.utils.data.DataLoader._iterator", "a copy begins anew", "it does so by its other attributes"),
+    ("torch.utils.data.DataLoader._iterator", "a copy starts from the beginning", "it does so by its other attributes"),
 )
 _OTHERS = (
     ("torchmetrics.Metric._to_sync", "metrics", "tells whether sensitivities are added up over processes", "always"),
@@ -284,8 +284,8 @@ def as_markdown() -> list[str]:
     """The lines of the table in the documentation."""
     versions = "; ".join(f"{package} {', '.join(found)}" for package, found in TESTED.items())
     lines = [
-        "What has no public counterpart is read in `lightning_cco/compat`. Where a row names another file (with a `/`), that file reads it in place, "
-        "mostly since it is asked at each torch call.",
+        "Private APIs, where no public one exists, are used only in `lightning_cco/compat`, except in files that *read in* lists with their path: "
+        "there they are read at each torch call.",
         f"`tests/compat` tries each on the installed version. It has passed with {versions}.",
         "",
         "| private API | read in | for | in a version without it |",

@@ -21,10 +21,10 @@ class LayerNode:
     """One node of a picture.
 
     Attributes:
-        key: Name of the first layer it stands for; unique in a view.
-        members: Every layer it stands for, in execution order.
-        path: Module path, with ranges where it stands for repeated modules: ``encoder.layer.[0-11].attention``.
-        repeats: How many repeated blocks it stands for.
+        key: Name of the first layer it represents; unique in a view.
+        members: All layers it represents, in execution order.
+        path: Module path, with ranges if it represents repeated modules: ``encoder.layer.[0-11].attention``.
+        repeats: How many repeated blocks it represents.
         is_layer: Whether it is one layer (the same one in each repeated block); otherwise it is a folded module.
     """
 
@@ -37,7 +37,7 @@ class LayerNode:
 
 @dataclass(frozen=True)
 class BlockBox:
-    """A box around the nodes of one block that stands for several."""
+    """A box around the nodes of one block that represents several."""
 
     label: str
     keys: tuple[str, ...]

@@ -20,9 +20,9 @@ class Box:
     """One box of an overview.
 
     Attributes:
-        label: Path of its module, with ranges where it stands for repeated ones; names of the inputs or outputs.
+        label: Path of its module, with ranges if it represents repeated ones; names of the inputs or outputs.
         members: Its layers, in execution order.
-        repeats: How many repeated modules it stands for.
+        repeats: How many repeated modules it represents.
         end: ``input`` or ``output``; empty for modules.
     """
 
@@ -39,7 +39,7 @@ def modules_view(graph: LayerGraph, mark: Callable[[Layer], Hashable], most: int
 
     Args:
         graph: The layers.
-        mark: What must be equal, beside kinds and names, for two modules to be shown as one.
+        mark: What must be equal, in addition to kinds and names, for two modules to be shown as one.
         most: Boxes at most, inputs and outputs included.
 
     Returns:

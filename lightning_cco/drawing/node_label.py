@@ -64,7 +64,7 @@ def node_label(title: str, kind: str, path: str, rows: Iterable[str], paint: Pai
 
 
 def ghost_label(name: str) -> str:
-    """Returns the label of the small copy of a node that is drawn beside a far reader of it."""
+    """Returns the label of the small copy of a node that is drawn next to a distant reader of it."""
     return (
         f'<<TABLE BORDER="1" CELLBORDER="0" CELLSPACING="0" CELLPADDING="2" STYLE="ROUNDED,DASHED" COLOR="{WHITE.border}">'
         f"<TR><TD>{font('from ' + name, size=10, color=MUTED)}</TD></TR></TABLE>>"
@@ -83,7 +83,7 @@ def shapes_row(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> str:
 
 
 def attributes_rows(attributes: Mapping[str, object], limit: int = 4) -> str:
-    """Returns the attributes in a few lines, as many as fit beside each other in each."""
+    """Returns the attributes in a few lines, each with as many as fit."""
     lines = [""]
     for key, value in attributes.items():
         item = f"{key} {_value(value)}"
@@ -138,7 +138,7 @@ _IN_SHORT = {
 
 
 def balanced(text: str, width: int = _WRAP) -> list[str]:
-    """Returns a text in as few lines as the width allows, about equally long: no word stands alone in the last.
+    """Returns a text in as few lines as the width allows, about equally long: the last one has more than one word.
 
     >>> balanced("not quantized: dropout is not part of the deployed model")
     ['not quantized: dropout is not', 'part of the deployed model']

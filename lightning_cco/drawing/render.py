@@ -25,7 +25,7 @@ MAX_PIXELS = 16_000  # a side of a PNG; cairo ends at 32,767 and viewers long be
 DPI = 110
 TIMEOUT = 60.0  # seconds for one picture
 
-# Graphviz runs in a process of its own: its C code is not thread-safe, prints font warnings to file descriptor 2, and on a graph that it
+# Graphviz runs in a separate process: its C code is not thread-safe, prints font warnings to file descriptor 2, and on a graph that it
 # can't cope with it runs for hours or crashes. None of that may reach a training. The first line keeps modules of the working directory
 # from shadowing the standard library.
 _CHILD = """

@@ -22,7 +22,7 @@ class Run:
         start: Position of the first layer of the first block.
         size: Layers in each block.
         repeats: Number of blocks.
-        modules: Path of each module called in the first block, with the path that stands for it in all blocks:
+        modules: Path of each module called in the first block, with the path that represents it in all blocks:
             ``{"encoder.layer.0": "encoder.layer.[0-11]"}``.
     """
 

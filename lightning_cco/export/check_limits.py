@@ -29,7 +29,7 @@ class Limits:
         mean_steps: That a tensor may be off on average, in steps of its scale, computed from the engine's tensors before it.
         far_share: That may be more than a step off of its values.
         largest_steps: That any value may be off, in steps.
-        difference: That an output may be off from what the model makes of the engine's own rounded tensors, beside its largest value.
+        difference: Limit for an output: its difference from the output that the model computes from the engine's quantized tensors, over its largest value.
     """
 
     mean_steps: float = MEAN_STEPS

@@ -1,4 +1,4 @@
-"""A file beside its model, batch by batch: each layer computed from the engine's own tensors, and the outputs from end to end."""
+"""Comparison of a file with its model, batch by batch: each layer computed from the engine's own tensors, and the outputs from end to end."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Deployed(nn.Module):
     """A model behind a signature of tensors alone.
 
     Arguments by keyword, ``**inputs``, an unused ``*rest``, defaults, dictionaries and dataclasses are bound as in the example; labels, without which
-    the model gives the same outputs but no loss, are left out; so is a loss beside other outputs.
+    the model gives the same outputs but no loss, are left out; so is a loss that is returned with other outputs.
 
     Args:
         model: The model, in evaluation mode.

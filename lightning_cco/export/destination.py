@@ -63,12 +63,12 @@ def _other_ending(path: Path, ending: str) -> Path:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, and of the one beside it that holds its large tensors."""
+    """Bytes of a file, and of the file with its large tensors (external data)."""
     return sum(part.stat().st_size for part in (path, path.with_name(f"{path.name}.data")) if part.exists())
 
 
 def move(made: Path, target: Path) -> None:
-    """Put a file, and the one beside it that holds its large tensors, in the place of older ones, so that no two of them are ever mixed."""
+    """Replace older files by a file and the one with its large tensors (external data), so that parts of two exports are never mixed."""
     data, old = made.with_name(f"{made.name}.data"), target.with_name(f"{target.name}.data")
     if data.exists() or old.exists():
         target.unlink(missing_ok=True)

@@ -157,11 +157,11 @@ class ExportAttempts:
     """Ways of writing a file, the best first: with all sizes that may vary, with the batch alone, with the sizes of the example.
 
     Args:
-        sizes: The sizes beside the batch that may vary.
+        sizes: The sizes other than the batch that may vary.
         batch: Whether the batch does; `None`: where the model allows it.
         at_any_price: Whether a file without these sizes is none.
         example: The tensors that the file takes.
-        why: Why sizes beside the batch are fixed, where they are from the start.
+        why: Why sizes other than the batch are fixed, if they are from the start.
 
     Attributes:
         why: What is to be said of sizes that do not vary.

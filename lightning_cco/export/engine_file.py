@@ -64,12 +64,12 @@ def export_engine_file(
         path: Where to write; its ending tells the engine.
         example_args: Positional arguments of one forward.
         example_kwargs: Keyword arguments of it.
-        batches: What the file is checked on, as in `QuantizedModel.calibrate`, in pieces of its size; by default the example.
-        batch_size: How many samples the file takes at once.
+        batches: Batches to check the file on, as in `QuantizedModel.calibrate`, split to its batch size; by default the example.
+        batch_size: The batch size of the file.
         check: Run the file.
-        min_sqnr_db: The check fails below this signal-to-noise ratio of the outputs from end to end; `None`: the layers decide by themselves.
+        min_sqnr_db: The check fails below this SQNR of the outputs from end to end; `None`: only the comparison layer by layer counts.
         max_mean_steps: The check fails if a quantized tensor is further off than this on average, in steps of its scale; `None`: the engine's limit.
-        network: What the file holds in the place of the model's ``forward``, whose arguments the example then is: `network_of_the_step`.
+        network: The part of a training step to export instead of the model's ``forward``; the example is then for it (`network_of_the_step`).
         **options: There are no others; what only an ONNX file has is refused by name.
 
     Raises:
@@ -147,7 +147,7 @@ def _started(engine: Engine) -> Reader:
 
 
 def _reinstall(engine: Engine) -> str:
-    return f"Its versions go together with certain ones of torch: pip install 'lightning-cco[{engine.extra}]' in an environment of its own."
+    return f"Its versions go together with certain ones of torch: pip install 'lightning-cco[{engine.extra}]' in a separate environment."
 
 
 def _converted(reader: Reader, engine: Engine, program: torch.export.ExportedProgram, between: Path, target: Path) -> Converted:

@@ -15,7 +15,7 @@ ForwardArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def call_of(batch: Any) -> ForwardArguments:
-    """The arguments that a batch stands for: a mapping gives keyword arguments, a tuple or list positional ones, anything else the one argument."""
+    """The arguments that a batch gives: a mapping gives keyword arguments, a tuple or list positional ones, anything else the one argument."""
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}

@@ -1,6 +1,6 @@
 """Types of floats in a file: what is rounded to integers is computed in float32, whatever the model computes it in.
 
-Engines have no integer form of an operator on float16, bfloat16 or double, and none where a cast stands between an operator and its rounding. Of 8 bits,
+Engines have no integer form of an operator on float16, bfloat16 or double, and none if a cast is between an operator and its quantizer. Of 8 bits,
 16-bit floats change less than half a step: the integers are the same without them.
 """
 

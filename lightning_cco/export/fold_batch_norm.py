@@ -28,8 +28,8 @@ class IntegerWeight:
         axis: Axis of the channels, or that which is cut into groups; `None`: one scale.
         bias: Bias of the layer after folding, float32, 1-d; `None`: none, or left as it is.
         folded: Name of the batch norm layer folded in, if any.
-        zero_point: What stands for 0; `shifted` changes it.
-        zero_points: What stands for 0 beside each scale, of the type of the integers; `None`: ``zero_point`` for all.
+        zero_point: The zero point; `shifted` changes it.
+        zero_points: A zero point for each scale, of the type of the integers; `None`: ``zero_point`` for all.
         group: How many weights along ``axis`` share a scale; `None`: those of a channel.
     """
 

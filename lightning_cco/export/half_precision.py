@@ -30,12 +30,12 @@ _AS_INFINITE = 1e30
 def write_fp16(quantized: HookedModel, path: Path, emitter: Emitter, calls: Sequence[ForwardArguments], report: ExportReport) -> None:
     """Write a file anew with floats of 16 bits; its inputs and outputs keep their types. The conversion is ONNX Runtime's.
 
-    With calls, the tensors of the file before are looked at for values beyond 16 bits, and the new one is run in ONNX Runtime, each operator as it stands,
+    With calls, the tensors of the float32 file are searched for values beyond 16 bits, and the new file is run in ONNX Runtime without fusing operators,
     and compared layer by layer with the fake-quantized model.
 
     Args:
         quantized: The model, the reference.
-        path: The file, which is replaced; its weights too where they are in a file beside it.
+        path: The file, which is replaced, also the file with its external data if there is one.
         emitter: What wrote it.
         calls: What to check it on; none: it is not checked.
         report: That of the file before; its size and notes are those of the new one.

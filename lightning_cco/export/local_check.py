@@ -2,7 +2,7 @@
 
 Compared from end to end, harmless roundings that fall the other way add up from layer to layer. So at each quantizer its levels are compared with the
 engine's integers, and the forward goes on from the engine's: a layer that is right is then a step off where a value lies almost in the middle between two
-levels, and one that is wrong stands out alone. Values right in the middle may go either way.
+levels, and one that is wrong is the only one with large differences. Values in the middle of two levels may be rounded to either.
 """
 
 from __future__ import annotations

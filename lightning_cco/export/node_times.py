@@ -61,7 +61,7 @@ class FileTimes:
 def time_files(files: Mapping[str, Written], threads: int, batch_size: int) -> dict[str, FileTimes]:
     """Measure files by turns, so that whatever slows the machine down slows all of them.
 
-    Totals are medians over the turns; of all but the first file, of what it takes beside the first in the same turn. With one thread they are processor
+    Totals are medians over the turns; for all files but the first, of the ratio to the first in the same turn. With one thread they are processor
     time, of which other programs take nothing; with more, wall time. What the profiler says of single nodes is its own cost less, so that the nodes of a
     file take its total.
 

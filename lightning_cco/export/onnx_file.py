@@ -71,21 +71,21 @@ def export_onnx(
         path: Where to write.
         example_args: Positional arguments of one forward.
         example_kwargs: Keyword arguments of it.
-        batches: What the file is checked on, as in `QuantizedModel.calibrate`; by default the example.
-        dynamic_batch: Let the first axis of every input vary. `None`: where the model allows it; report and a warning say where it does not. Engines that
-            compile for known sizes (QNN) get a file of one sample then, and of as many as the example has with `False`.
+        batches: Batches to check the file on, as in `QuantizedModel.calibrate`; by default the example.
+        dynamic_batch: Make the first axis of every input dynamic. `None`: if the model allows it; else the report and a warning say so. For engines that
+            need fixed sizes (QNN), `None` gives a file for one sample, and `False` one for the batch size of the example.
         check: Run the file in ONNX Runtime and compare.
-        min_sqnr_db: The check fails below this signal-to-noise ratio of the outputs from end to end; `None`: the layers decide by themselves.
+        min_sqnr_db: The check fails below this SQNR of the outputs from end to end; `None`: only the comparison layer by layer counts.
         max_mean_steps: The check fails if a quantized tensor is further off than this on average, in steps of its scale, computed from what the engine
             computed before it.
         int4: Store weights of at most 4 bits in 4 bits (opset 21): half the size, but ONNX Runtime then computes those layers in float. `None`: as the
             recipe says, in `deployment_settings` or by its budget.
-        network: What the file holds in the place of the model's ``forward``, whose arguments the example then is: `network_of_the_step`.
-        dynamic_sizes: Let the length of sequences, and height and width of images vary, where the model allows it. `None`: where it costs nothing. Fixed
-            sizes let a first convolution of stride 2 read blocks of pixels.
-        written: Filled with what the file was written of.
-        fp16: Write floats of 16 bits for what stays in float, once the file with 32 bits is checked; for TensorRT, which computes in the types of the file.
-            `None`: as `deployment_settings` say.
+        network: The part of a training step to export instead of the model's ``forward``; the example is then for it (`network_of_the_step`).
+        dynamic_sizes: Make the sequence length, and height and width of images dynamic, if the model allows it. `None`: unless fixed sizes are faster (a
+            first convolution of stride 2 that reads blocks of pixels).
+        written: Filled with the parts that the file was written from.
+        fp16: Use 16-bit floats for the layers that are not in INT8, after the file with 32-bit floats was checked; for TensorRT, which computes in the types
+            of the file. `None`: as in `deployment_settings`.
         **options: Further arguments of `torch.onnx.export`, such as ``dynamic_shapes``.
 
     Raises:

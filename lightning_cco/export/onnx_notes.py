@@ -1,4 +1,4 @@
-"""What an export says beside its figures: how weights are stored, for which processors, and what is not as planned."""
+"""The notes of an export report: how weights are stored, for which processors, and what is not as planned."""
 
 from __future__ import annotations
 

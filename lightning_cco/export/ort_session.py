@@ -31,7 +31,7 @@ FLOAT_PRODUCTS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
 
 def engine_session(model: Any, as_written: bool = False, entries: Mapping[str, str] | None = None, **options: Any) -> Any:
-    """A session as a user makes it; or one that computes each operator as it stands in the file, in float between dequantize and quantize.
+    """A session as a user makes it; or one without fusion, which computes each operator of the file in float between dequantize and quantize.
 
     Args:
         model: Path of a file.
@@ -98,7 +98,7 @@ def inspected_session(
         path: The file.
         model: The same, loaded.
         tensors: What it gives as well.
-        as_written: Whether each operator is computed as it stands there.
+        as_written: Whether each operator is computed without fusion.
         rounding: Names of nodes that round what they read, as planned.
         copies: Names of floats among ``tensors``, and of which tensors they are copies.
     """
@@ -121,7 +121,7 @@ def inspected_session(
 
 
 def session_of(model: Any, path: Path, as_written: bool) -> Any:
-    """A session of a changed model, which is written beside its file, and rounds nothing that the plan does not."""
+    """A session of a changed model, which is written to the folder of its file, and quantizes nothing that the plan does not."""
     import onnx
 
     onnx.save(model, str(path), save_as_external_data=model.ByteSize() > _MOST_BYTES)

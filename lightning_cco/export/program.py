@@ -62,11 +62,11 @@ def export_program(
         path: Where to write.
         example_args: Positional arguments of one forward.
         example_kwargs: Keyword arguments of it.
-        dynamic_batch: Let the first axis of every input vary. `None`: where the model allows it; a warning says where it does not.
-        dynamic_shapes: What varies instead: axis → ``Dim`` or name, by argument.
-        network: What the file holds in the place of the model's ``forward``, whose arguments the example then is: `network_of_the_step`.
+        dynamic_batch: Make the first axis of every input dynamic. `None`: if the model allows it; else a warning says so.
+        dynamic_shapes: The dynamic axes instead of these: axis → ``Dim`` or name, by argument, as in `torch.export`.
+        network: The part of a training step to export instead of the model's ``forward``; the example is then for it (`network_of_the_step`).
         pt2e: Whether it has quantized operators. `None`: if ``target_framework`` is an engine that reads such programs.
-        batches: What a program with quantized operators is checked on; by default the example.
+        batches: Batches to check a program with quantized operators on; by default the example.
         check: Run it, at another size of the batch as well, and, with quantized operators, compare it layer by layer with the fake-quantized model.
         **options: There are no others; what only an ONNX file has is refused by name.
 

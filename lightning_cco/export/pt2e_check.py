@@ -24,7 +24,7 @@ _TOLERANCE = 1e-5
 
 
 class Comparison:
-    """Outputs and rounded tensors of a program, wherever it runs, beside those of the fake-quantized model.
+    """Outputs and quantized tensors of a program, wherever it runs, compared with those of the fake-quantized model.
 
     Args:
         quantized: The model.

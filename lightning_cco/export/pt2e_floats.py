@@ -1,6 +1,6 @@
 """Types of floats in a program with quantized operators: what a model computes in 16 bits is computed in float32, as in an ONNX file (`float_types`).
 
-Engines look for a dequantize operator right before an operator and for a quantize operator right after it; a cast stands between them.
+Engines look for a dequantize operator right before an operator and for a quantize operator right after it; a cast between them breaks this pattern.
 """
 
 from __future__ import annotations

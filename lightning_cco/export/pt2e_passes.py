@@ -129,7 +129,7 @@ class Passes:
                     reader.replace_input_with(node, values)
 
     def drop_free_clamps(self) -> None:
-        """Take out clamps at the ends of the levels that they are rounded to, since rounding clamps as they do, where they would run by themselves.
+        """Remove clamps whose bounds are the ends of the quantized range, because the quantizer clamps equally, if they would run as separate operators.
 
         That would be on floats; or on integers, of which ExecuTorch 1.5.1 takes those of the result for levels of the operand.
         """

@@ -44,7 +44,7 @@ class OutputDifference:
         varying_sqnr_db: The same of the deviation from each batch's mean, so that a constant part hides nothing.
         largest_difference: Largest absolute difference, from end to end.
         mean_difference: Mean absolute difference, from end to end.
-        local_difference: Largest difference from what the model makes of the engine's own rounded tensors, beside the largest value.
+        local_difference: Largest difference from the output that the model computes from the engine's quantized tensors, over the output's largest value.
         class_axis: The axis that the arg-max is over; `None`: it has no classes.
         agreement: Share of equal arg-max over it.
         integers: Whether it holds indices, counts or masks; ``local_difference`` is then the largest share of a batch that differs.
@@ -68,7 +68,7 @@ class ExportReport:
     Attributes:
         path: The file.
         size_bytes: Its size.
-        inputs: Of each input the sizes of its axes; the name of one that varies.
+        inputs: For each input the sizes of its axes; a name for a dynamic axis.
         float_size_bytes: Size of the float parameters and buffers.
         sqnr_db: Signal-to-noise ratio of the outputs against the fake-quantized model's, from end to end.
         varying_sqnr_db: The same of the deviation from each batch's mean, so that a constant part hides nothing.
@@ -76,27 +76,27 @@ class ExportReport:
         largest_difference: Largest absolute difference of an output.
         mean_difference: Mean absolute difference of the outputs.
         batches: How many batches both were run on.
-        variations: How many further batches were made of those: flipped and scaled, or of other ids.
+        variations: How many more batches were made from those: negated and scaled floats, or other ids.
         outputs: Differences of each output.
         layers: Difference of each quantized tensor, in execution order, each computed from the engine's tensors before it.
-        faults: Layers of which the file stores something else than the model has, and what.
+        faults: Layers whose stored values differ from those of the model, and which.
         uncompared: Quantized tensors that could not be compared, and why.
         integer_nodes: After the engine's optimization: how many nodes of each kind compute in INT8.
-        float_nodes: How many nodes of each kind compute in float; what only moves values is left out.
-        float_islands: The layers behind those that it has an INT8 kernel of, and why.
-        in_groups: How many layers have weights with a scale for each group of inputs that the engine can multiply, or look up, as they are.
-        as_floats: Those of them whose weights it makes floats of in every run.
-        zero_points: How many of the others have zero points.
-        dynamic: Layers that round what they read to 8 bits when they run, as planned.
+        float_nodes: How many nodes of each kind compute in float, without those that only move values.
+        float_islands: The layers of those nodes, and why they are in float.
+        in_groups: How many layers have weights in groups that the engine uses as integers.
+        as_floats: Layers with weights in groups that the engine converts to floats in every run.
+        zero_points: How many of the layers in ``in_groups`` have zero points.
+        dynamic: Layers whose inputs are dynamically quantized to 8 bits, as planned.
         unasked: Layers that the plan leaves in float and that the engine computes in INT8.
         conversions: Quantize and dequantize nodes left between them.
-        notes: What a reader should know, such as bits stored in wider formats.
+        notes: Remarks, for instance that weights of few bits are stored in 8.
         target: The engine that the file is for and its version, if it was run in another than ONNX Runtime.
-        target_sqnr_db: Signal-to-noise ratio of the outputs in that.
-        target_nodes: How many products of each kind that computes in INT8; of an engine that tells of all its operators, how many of these.
-        target_largest_steps: Largest difference of a rounded tensor in that, in steps of its scale, computed from its own tensors before it.
-        target_floats: How many of each kind it computes in float.
-        batch_limits: Which batches the file is not for, although its batch varies.
+        target_sqnr_db: SQNR of the outputs in that engine.
+        target_nodes: How many products of each kind it computes in INT8; if it lists all its operators, how many of these.
+        target_largest_steps: Largest difference of a quantized tensor in it, in steps of its scale, computed from its own tensors before it.
+        target_floats: How many operators of each kind it computes in float.
+        batch_limits: Limits of the batch size of a file whose batch is dynamic.
         widened: Types that the model casts to, and that the file computes in float32.
     """
 
@@ -151,12 +151,12 @@ class ExportReport:
 
     @property
     def local_difference(self) -> float:
-        """Largest difference of an output from what the model makes of the engine's own rounded tensors, beside its largest value."""
+        """Largest difference of an output from the one that the model computes from the engine's quantized tensors, over its largest value."""
         return max((entry.local_difference for entry in self.outputs), default=float("nan"))
 
     @property
     def beside(self) -> Path:
-        """Where the report of a file belongs: ``model.onnx.export_report.json`` beside ``model.onnx``, so that several files in one folder keep theirs."""
+        """The path of the saved report: ``model.onnx.export_report.json`` in the folder of ``model.onnx``, one for each file."""
         path = Path(self.path)
         return path.with_name(f"{path.name}.export_report.json")
 

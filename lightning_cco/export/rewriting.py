@@ -38,7 +38,7 @@ def rewrite(graph: Any, engine: Engine, int4: bool, grouped: bool) -> list[str]:
         grouped: Whether some weights are in groups.
 
     Returns:
-        The types of floats that it computed in beside float32, and that it has no longer.
+        The float types other than float32 that the graph computed in, and no longer has.
     """
     narrow = compute_in_float32(graph)
     onnx_passes.fix_shapes(graph)

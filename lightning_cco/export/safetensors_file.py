@@ -90,7 +90,7 @@ class _Contents:
 
 
 def export_safetensors(quantized: HookedModel, path: str | Path, **options: Any) -> WeightsReport:
-    """Write ``model.safetensors``, and ``config.json`` beside it; ``AutoModel….from_pretrained(folder)`` loads them where compressed-tensors is installed.
+    """Write ``model.safetensors`` and ``config.json`` into a folder; ``AutoModel….from_pretrained(folder)`` loads it if compressed-tensors is installed.
 
     Args:
         quantized: A model that is, or that holds, one network of `transformers`, with weights alone in integers (``weight_only: true``).

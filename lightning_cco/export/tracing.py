@@ -20,7 +20,7 @@ def traced_program(
     Where a call fails whose hooks did not all run (that of a scripted module), function modes are taken off in another order than they came, and that of
     `torch.export` stays: it would see every torch call of this thread.
 
-    `torch.export` runs what the user has compiled eagerly by itself. What is traced by the compiler inside of it are the functions that `torch.cond` and its
+    `torch.export` runs eagerly what the user has compiled. What is traced by the compiler inside of it are the functions that `torch.cond` and its
     like are given, whose weights it makes inputs of the program: run eagerly, these would be constants that nothing can store.
 
     Args:

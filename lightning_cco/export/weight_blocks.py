@@ -35,7 +35,7 @@ class Block:
         scale: float32, (outputs, groups).
         packed: uint8, (outputs, bytes): integers above 0 by half of their range, two of 4 bits in a byte, the first one in its lower half. For ONNX Runtime's
             own operators; `None`: it needs none.
-        zeros: int8, (outputs, groups): what stands for 0 in each group; `None`: 0 does.
+        zeros: int8, (outputs, groups): the zero point of each group; `None`: 0.
         packed_zeros: These as ``packed`` has the integers, (outputs, bytes).
         matrix: Integers and scales for a DequantizeLinear, and zero points if there are any, with which both are unsigned (OpenVINO 2026.4 rounds what it
             multiplies unsigned ones with, which is faster, but not signed ones): before a product as (inputs, outputs) and (groups, outputs), of a table as

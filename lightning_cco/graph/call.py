@@ -1,4 +1,4 @@
-"""One torch call as the capture writes it down: what it read, what it multiplied by, and where it stands."""
+"""One torch call as the capture records it: what it read, what it multiplied by, and its place in the code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Weight:
     """A parameter, or a tensor computed from parameters alone, that a call multiplies by or adds.
 
     Attributes:
-        slot: Where it stands in the call.
+        slot: Its place among the arguments of the call.
         parameters: Dotted names of the parameters it comes from; empty for a constant.
         axis: Axis that counts output channels; `None`: one scale for the whole tensor.
         shape: Its shape.
@@ -55,7 +55,7 @@ class Call:
         training: Whether the module that made the call was in training mode.
         in_place: Whether the result is the first argument itself.
         visible: Whether a function mode sees it again at run time (inputs, outputs and custom functions are not seen).
-        position: Where in the user's code the call stands, for telling two branches apart; -1 in modules of PyTorch itself.
+        position: Place of the call in the user's code, to distinguish two branches; -1 in modules of PyTorch itself.
     """
 
     layer: Layer

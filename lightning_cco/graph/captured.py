@@ -17,7 +17,7 @@ from lightning_cco.names import is_within
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor that a layer reads: where it stands in the call, which layer made it, and whether it can be quantized at all."""
+    """A tensor that a layer reads: its place among the arguments, the layer that produced it, and whether it can be quantized at all."""
 
     slot: ArgPath
     layer: str
@@ -40,7 +40,7 @@ class CallSite:
         in_place: Whether it overwrites its first argument, which the caller may go on using.
         overwritten: Whether a later call writes over its output or over a view of it.
         visible: Whether the function mode sees it.
-        code_position: Where in the user's code the call stands; -1 if that tells nothing.
+        code_position: Place of the call in the user's code; -1 if it distinguishes nothing.
     """
 
     layer: str
@@ -66,7 +66,7 @@ class Capture:
         sites: Where each layer happens.
         training_only: Calls that only training makes; they are never quantized.
         evaluation_only: Calls that only evaluation makes, if a forward in training mode was seen.
-        needs_gradients: Whether the forward differentiates by itself, so that it fails where no gradients are recorded.
+        needs_gradients: Whether the forward computes gradients itself, so that it fails under `torch.no_grad`.
         left_out: Paths of modules with parameters that serve losses alone, so that they are no layers.
         called: Paths of the modules that were called from outside of any other, teachers not among them.
         apart: Paths of the modules that the forward calls in other threads alone, so that they are no layers.

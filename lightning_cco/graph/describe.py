@@ -1,4 +1,4 @@
-"""What a reader wants to see of a layer beside its name: kernel size, stride, features and so on."""
+"""The arguments that describe a layer: kernel size, stride, features and so on."""
 
 from __future__ import annotations
 

@@ -241,7 +241,7 @@ class FrameStacks(Hooks):
 
     @contextmanager
     def resumed(self, saved: list[ModuleCall]) -> Iterator[None]:
-        """Put frames of an earlier time back inside the block. The backward may run on a thread of its own, or inside of another forward."""
+        """Put frames of an earlier time back inside the block. The backward may run on a separate thread, or inside of another forward."""
         stack = self.stack()
         before, stack[:] = list(stack), [frame.copy() for frame in saved]
         enters = bool(saved) and self._mode not in mode_stack()

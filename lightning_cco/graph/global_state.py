@@ -53,7 +53,7 @@ def names_in(code: CodeType) -> frozenset[str]:
 
 
 def functions_of(owner: type) -> list[Any]:
-    """The functions that stand in a class: methods, static and class methods, properties, and caches of them."""
+    """The functions that are defined in a class: methods, static and class methods, properties, and caches of them."""
     found: list[Any] = []
     for value in vars(owner).values():
         parts = (value.fget, value.fset, value.fdel) if isinstance(value, property) else (value,)

@@ -19,7 +19,7 @@ IN_FLOAT = "{} runs functions whose calls hooks don't see; torch.where of both b
 class WatchedBodies(TorchFunctionMode):
     """Makes a call of such an operator, and finds the parameters that its functions read.
 
-    A branch that the example does not take, or a loop that it does not enter, is run beside it: its weights belong to the model as well.
+    A branch that the example does not take, or a loop that it does not enter, is run in addition: its weights belong to the model as well.
 
     Attributes:
         read: The parameters, each once.

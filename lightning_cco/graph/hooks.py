@@ -117,7 +117,7 @@ def release(model: nn.Module) -> bool:
         Whether there were any.
 
     Raises:
-        CCOError: A part of the model was quantized by itself: a teacher, say, would run in float from now on.
+        CCOError: A part of the model was quantized separately, such as a teacher: it would run in float from now on.
     """
     found = {
         id(hooks): hooks

@@ -23,16 +23,16 @@ class Layer:
         output_shapes: Shape of each tensor it returns.
         output_dtypes: Data type of each tensor it returns, written without ``torch.``: ``float32``.
         quantizable_outputs: For each tensor it returns, whether it holds floats of ordinary size; empty: judged by data type.
-        attributes: What a reader wants to see of the call, such as ``{"kernel_size": (3, 3), "stride": (1, 1)}``.
+        attributes: Arguments of the call that describe the layer, such as ``{"kernel_size": (3, 3), "stride": (1, 1)}``.
         parameters: Dotted names of the parameters it reads, the weight first.
         weighted: Whether it multiplies by a weight (convolution, linear, embedding, recurrent, matmul with a parameter).
         multiplications: Products of two numbers that it computes for the example that was captured.
         note: Why the layer can't be quantized whatever the settings say; empty when it can.
-        frozen: Path of the frozen module around it that only training asks, such as a teacher; empty for layers of the deployed model.
-        read_out: Numbers of the outputs that somebody reads who is no layer of the network: Python (`item`, `tolist`, `bool`), a cast to integers, a hook, a
-            loss, or who keeps them.
-        beside: Whether it serves neither an output nor a layer with weights: it is part of a loss, a statistic, or what is logged or kept.
-        outside: Whether the step computes it between its networks, where no module runs; what reads it quantizes it.
+        frozen: Path of a frozen module that contains it and that only the training calls, such as a teacher; empty for layers of the deployed model.
+        read_out: Indices of the outputs that are also read outside of the network: by Python (`item`, `tolist`, `bool`), a cast to integers, a hook, a loss,
+            or code that stores them.
+        beside: Whether neither an output of the model nor a layer with weights depends on it: it is part of a loss, a statistic, or a value to log or store.
+        outside: Whether the step computes it between its networks, where no module runs; the layers that read it quantize it.
         input_dtypes: Data type of each tensor of ``input_shapes``, written as in ``output_dtypes``; empty: not known.
     """
 

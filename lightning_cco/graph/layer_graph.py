@@ -116,10 +116,10 @@ class LayerGraph:
         return self._reach(self._known(names), self._successors)
 
     def select(self, pattern: str) -> list[str]:
-        """Returns the names that a pattern stands for, in execution order.
+        """Returns the names of the layers that a pattern selects, in execution order.
 
-        The first of these that matches counts: the name of a layer; a module path, which stands for every layer called in that
-        module or below it; a glob over names and module paths (``*`` matches dots too). ``path:`` in front leaves names out.
+        The first of these that matches counts: the name of a layer; a module path, which selects every layer called in that module or below it; a glob over
+        names and module paths (``*`` matches dots too). With ``path:`` in front only module paths are matched.
         Outputs are selected by their exact name only.
 
         Raises:
@@ -131,8 +131,8 @@ class LayerGraph:
         """Returns the layers from each output upstream to the first weighted layer of every branch, that layer included.
 
         In other words: the layers from which a path leads to an output with no weighted layer on it other than, possibly, its first.
-        The output markers themselves and the inputs of the model are not part of it. An output that the model itself reads on (features returned
-        beside the logits, an encoder's states beside the decoder's) is not where it ends, and starts no tail while another output does.
+        The output markers themselves and the inputs of the model are not part of it. An output that other layers of the model also read (features
+        that are returned together with the logits, an encoder's states together with the decoder's) starts no tail if there is another output.
         """
         reached = self._reach(self._ends(), self._predecessors, stop=lambda name: self._by_name[name].weighted)
         return {name for name in reached if self._by_name[name].kind not in ("input", "output")}

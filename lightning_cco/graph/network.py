@@ -1,4 +1,4 @@
-"""What of a step is the network: the calls of modules with parameters, and what stands between them.
+"""What of a step is the network: the calls of modules with parameters, and what is computed between them.
 
 What comes before the first of them (augmentations) and after the last one (losses, metrics) is no layer; nor is what inside of a module serves a loss alone.
 """
@@ -107,7 +107,7 @@ class NetworkCalls:
 def find_network(outer: Sequence[OuterCall], calls: Sequence[Call]) -> NetworkCalls:
     """Tell the network from losses, metrics and augmentations.
 
-    A module with parameters is part of it unless it is a metric, or a loss beside other modules: one that is called so, gives only single numbers, or is
+    A module with parameters is part of it unless it is a metric, or a loss among other modules: one that is called so, gives only single numbers, or is
     frozen and compares features of what the network made with those of what came in.
 
     Args:

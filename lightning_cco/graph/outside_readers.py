@@ -1,4 +1,4 @@
-"""What is read beside the network, by hooks, losses, logs and whoever keeps a tensor: such readers get the values of the float run."""
+"""Tensors that are read outside of the network, by hooks, losses, logs and code that stores them: these readers get the values of the float run."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def read_outside(calls: Sequence[Call]) -> set[int]:
 
 
 def looked_at(aside: set[int], calls: Sequence[Call]) -> set[Output]:
-    """What the calls beside the network read of it; calls that overwrite a tensor which nobody reads afterwards look at nothing."""
+    """What the calls outside of the network read of it; calls that overwrite a tensor which nobody reads afterwards look at nothing."""
     readers: dict[int, set[int]] = {}
     for number, call in enumerate(calls):
         for read in call.reads:
@@ -138,6 +138,6 @@ def read_by(numbers: Iterable[int], calls: Sequence[Call]) -> set[Output]:
 
 
 def with_reader(call: Call, output: int) -> None:
-    """Note that an output of a call is read beside the network."""
+    """Note that an output of a call is read outside of the network."""
     read_out = tuple(sorted({*call.layer.read_out, output}))
     call.layer = replace(call.layer, read_out=read_out)

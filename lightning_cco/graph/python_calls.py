@@ -30,7 +30,7 @@ def called_by_graph(call: FrameType) -> bool:
 
 
 def calling_position(settled: bool = True) -> int:
-    """Where in the user's code the torch call now running stands: an offset into the code of the innermost function that isn't PyTorch's or ours.
+    """Place in the user's code of the torch call that is running: an offset into the code of the innermost function that isn't PyTorch's or ours.
 
     -1 if the module that runs now has no such code: one of PyTorch's, or a subclass that inherits its ``forward``. Who calls the module tells nothing.
 

@@ -47,7 +47,7 @@ class RecordingIterator(ReplayedIterator):
             return item
 
     def rest(self) -> Iterator[Any]:
-        """What is to stand in the iterator's place from now on."""
+        """What replaces the iterator from now on."""
         if self._items and type(self._iterator) is ReplayedIterator:
             self._iterator._items.extendleft(reversed(self._items))
             return self._iterator

@@ -52,7 +52,7 @@ def containers(path: str) -> list[str]:
 
 
 def select_layers(pattern: str, by_name: Mapping[str, Layer], paths: PathIndex) -> list[str]:
-    """Returns the names that a pattern stands for, in execution order; see ``LayerGraph.select``."""
+    """Returns the names that a pattern selects, in execution order; see ``LayerGraph.select``."""
     only_paths = pattern.startswith(PATH_PREFIX)
     wanted = pattern[len(PATH_PREFIX) :].strip() if only_paths else pattern
     by_path = paths.below(wanted)

@@ -42,7 +42,7 @@ def heat_map(
         threshold: Cells above are red, whatever the others are.
         suggested: Layers whose names are red, too, because a skip is suggested.
         what: What the values are.
-        paths: Of layers the module, which stands before the name.
+        paths: Module of each layer, which is written before the name.
 
     Returns:
         An RGB image; where a layer was not measured (it is in float) the cell is grey. A line above says what the colours mean.

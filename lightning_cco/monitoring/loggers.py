@@ -33,7 +33,7 @@ class Payload:
         files: Paths of files for loggers that take artifacts.
         report: Those of the report page, which is one artifact also where the other files are not.
         graph: A serialized GraphDef for TensorBoard's Graphs page.
-        original: Metrics of the float model, to stand beside those of the compressed one.
+        original: Metrics of the float model, to be shown with those of the compressed one.
         charts: Which curves belong into one chart, by chart and by group.
     """
 

@@ -123,7 +123,7 @@ def _processors(plan: QuantizationPlan) -> list[str]:
 
 
 def folded(graph: LayerGraph, names: Sequence[str], quoted: bool = False) -> str:
-    """Names of layers; of many, the modules that they stand in, with repeated ones in one: ``blocks.[0-11].attn.qkv × 12``.
+    """Names of layers; if there are many, the modules that contain them, with repeated ones folded: ``blocks.[0-11].attn.qkv × 12``.
 
     Args:
         graph: The layers.

@@ -17,8 +17,8 @@ def resolved_yaml(plan: QuantizationPlan, budget: BudgetPlan | None = None) -> s
     """A recipe with a rule for every layer; planning with it gives the plan again.
 
     Args:
-        plan: The plan; after each rule stands the layer's module and what is done to it.
-        budget: What a budget has chosen: with times of layers, they stand there too.
+        plan: The plan; a comment after each rule has the layer's module and how it runs.
+        budget: The plan of a budget; the comments also have the times of the layers, if known.
     """
     plain = plan.resolved_settings().to_dict()
     rules = plain.pop("layer_settings")

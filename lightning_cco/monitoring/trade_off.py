@@ -27,7 +27,7 @@ HEADER = ["layer", "form", "weights", "reads", "bytes", "µs", "loss rise", "rea
 def trade_off(plan: BudgetPlan) -> Image.Image:
     """Draw the expected rise of the loss (logarithmic) against what the goal counts: the best plans as a line, the others as points.
 
-    Where times of layers are known, that against the size stands beside that against the speed.
+    If times of layers are known, there are two charts: against the size, and against the speed.
 
     Args:
         plan: The budget's plan.

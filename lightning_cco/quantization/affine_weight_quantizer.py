@@ -58,7 +58,7 @@ class AffineWeightQuantizer(WeightQuantizer):
         return self._qparams(weight)[0]
 
     def zero_points(self, weight: Tensor) -> Tensor | None:
-        """What stands for 0 in each group, or in each channel, int8 as `scale` shapes it."""
+        """Zero point of each group, or of each channel, int8, of the shape of `scale`."""
         zero: Tensor = self._qparams(weight)[1] - 2 ** (self.num_bits - 1)
         return zero.to(torch.int8)
 

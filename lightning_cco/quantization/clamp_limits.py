@@ -1,4 +1,4 @@
-"""What a clamp clamps to, so that a quantizer after it clamps by itself."""
+"""The bounds of a clamp, so that a quantizer after it can clamp instead."""
 
 from __future__ import annotations
 

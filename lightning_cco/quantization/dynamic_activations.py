@@ -147,7 +147,7 @@ def not_dynamic(layer: Layer) -> str:
 
 
 def dynamic_slot(site: CallSite) -> ArgPath | None:
-    """Where in a call the factor stands that is rounded when it runs; `None` if it is a constant."""
+    """The argument of a call that is dynamically quantized; `None` if it is a constant."""
     if not site.sources:
         return None
     return site.sources[-1 if site.op.kind == "addmm" else 0].slot

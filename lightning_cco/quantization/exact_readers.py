@@ -91,7 +91,7 @@ class ExactReaders:
         return bool(self._exact.get(key))
 
     def reads_for_output(self, key: TensorKey) -> str:
-        """What a tensor is needed for as it is, for an output of the model; what is kept beside it, for a log, is not in a file. Empty: nothing."""
+        """Why an output of the model needs a tensor unquantized; values that are stored for a log are not in a file. Empty: none does."""
         pending = [key]
         while pending:
             for reader, _ in self.readers.get(pending.pop(), ()):

@@ -39,11 +39,11 @@ class _HolderCount(torch.autograd.Function):
 def fewest_holders(device: str = "cpu") -> tuple[tuple[int, ...], ...]:
     """The counts of `holders` for gradients that may be overwritten, as autograd itself does: one of its own memory, one that is a view.
 
-    ``device``: the type of device; a backward on a GPU runs in a thread of its own.
+    ``device``: the type of device; a backward on a GPU runs in a separate thread.
 
     They depend on the versions of Python and PyTorch. Where PyTorch does not tell them, no gradient is ever taken for one's own.
     """
-    # In a thread of its own, which no hooks for saved tensors and no modes of the caller see: a checkpoint would count what is saved here as its own.
+    # In a separate thread, which no hooks for saved tensors and no modes of the caller see: a checkpoint would count what is saved here as its own.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_counted, device).result()
 

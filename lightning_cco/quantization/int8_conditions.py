@@ -7,7 +7,7 @@ from lightning_cco.graph.layer import FLOATS, Layer
 
 
 def two_operands(layer: Layer) -> bool:
-    """Two tensors of floats, or one and a parameter: a number, a mask or integers beside it make no INT8 operator, nor does a factor of the second."""
+    """Two tensors of floats, or one and a parameter: with a number, a mask or integers it is no INT8 operator, nor does a factor of the second."""
     two = len(layer.input_shapes) > 1 or "operand_shape" in layer.attributes
     return two and floats_alone(layer) and layer.attributes.get("alpha", 1) == 1
 

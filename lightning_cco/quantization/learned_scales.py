@@ -2,7 +2,7 @@
 
 A value in steps of its scale is clipped to the first and the last level, then rounded straight through. So the scale has the gradient ``round(u) - u``
 where the value ``u = x / s`` lies between them, and the level that it is clipped to elsewhere; the offset of an affine format has that of what is clipped.
-Both are multiplied by ``1 / sqrt(N * Qp)`` of N values and the last level Qp, so that they are as large beside their scale as a weight's is beside the weight.
+Both are multiplied by ``1 / sqrt(N * Qp)`` of N values and the last level Qp, so that their ratio to the scale is that of a weight's gradient to the weight.
 
 Scales are no parameters of the model. Each has a *probe*, a leaf tensor of zeros that gets their gradient in its place.
 """

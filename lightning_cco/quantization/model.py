@@ -34,7 +34,7 @@ from lightning_cco.settings import Settings, load_settings
 
 
 class HookedModel:
-    """A model, its layer graph, its plan and its quantizers. The model itself is hooked, not changed; `remove` takes the hooks off.
+    """A model, its layer graph, its plan and its quantizers. They are added to the model by hooks; `remove` removes these.
 
     Args:
         model: The model.
@@ -43,12 +43,12 @@ class HookedModel:
         suggestions: Layers to skip because of their sensitivity.
 
     Attributes:
-        model: The same object that was given.
+        model: The model, the same object.
         graph: Its layer graph.
-        plan: What is quantized.
+        plan: Which layers and tensors are quantized, and why others are not.
         settings: The recipe.
         weights: Quantizers of each layer's weights.
-        corrections: What is added to the bias of each corrected layer; empty without ``bias_correction``.
+        corrections: The correction of each layer's bias; empty without ``bias_correction``.
         example: Positional and keyword arguments of one forward, for exports.
         uncalibrated: Quantizers that have no range after a state was loaded or the plan changed.
     """
@@ -81,33 +81,33 @@ class HookedModel:
 
     @property
     def activations(self) -> dict[TensorKey, ActivationQuantizer]:
-        """Quantizer of each fake-quantized tensor by name. Whoever asks may read a range, so all move on first to what the last step has shown."""
+        """Quantizer of each fake-quantized tensor by name. Ranges are first updated with the observations of the last step."""
         self._ranges.move_if_due()
         return self._activations
 
     @property
     def calibrated(self) -> bool:
-        """Whether the ranges are known; before that the model computes in float."""
+        """Whether the ranges are known. Before that the model computes in float."""
         return self._ranges.calibrated
 
     @property
     def frozen(self) -> bool:
-        """Whether the ranges stay as they are."""
+        """Whether the ranges are frozen."""
         return self._ranges.frozen
 
     @property
     def scales(self) -> ScaleLearner:
-        """What moves learned scales; its ``rate`` is theirs."""
+        """The optimizer of learned scales; ``rate`` is its learning rate."""
         return self._ranges.scales
 
     @property
     def drift(self) -> list[str]:
-        """Where the running model differs from the captured one, in words."""
+        """Where the running model differs from the captured one, as messages."""
         return list(self.runtime.mismatches.found.values())
 
     @property
     def device(self) -> torch.device:
-        """Where the model's parameters are."""
+        """The device of the model's parameters."""
         return next(self.model.parameters()).device
 
     def to(self, device: torch.device) -> None:
@@ -136,15 +136,15 @@ class HookedModel:
         return [key for key, quantizer in self.activations.items() if before.get(key) is not quantizer]
 
     def calibrate(self, batches: Iterable[Any], forward: Forward | None = None, only: Iterable[str] | None = None) -> int:
-        """Find the ranges of the activations from some batches, in evaluation mode and without gradients.
+        """Calibrate: find the ranges of the activations from some batches, in evaluation mode and without gradients.
 
         Args:
-            batches: What ``forward`` takes, on the model's device.
-            forward: ``(model, batch) -> Any``; by default the batch's items are the model's arguments.
+            batches: The batches, on the model's device: tensors, tuples of positional arguments, or mappings of keyword arguments.
+            forward: ``(model, batch) -> Any``: how to call the model on a batch; by default with the batch's items as its arguments.
             only: Names of the quantizers to calibrate; `None`: all.
 
         Returns:
-            How many batches were seen.
+            The number of batches.
 
         Raises:
             CCOError: No batch came, or a weight or an activation is NaN or infinite; the message names the layer.
@@ -198,7 +198,7 @@ class HookedModel:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode inside the block, without gradients if the model's own forward needs none. Ranges are frozen; what forwards leave is put back."""
+        """Evaluation mode inside the block, without gradients if the model's forward needs none. Ranges are frozen; state that forwards change is restored."""
         self.runtime.frames.need_attached()
         following, self.runtime.following = self.runtime.following, False
         try:
@@ -208,11 +208,11 @@ class HookedModel:
             self.runtime.following = following
 
     def follow_ranges(self, follow: bool) -> None:
-        """Say whether forwards that record gradients are of a training, which ranges follow: a validation may need gradients too, for forces."""
+        """Set whether ranges follow forwards that record gradients: those of a training do, not those of a validation that needs gradients (forces)."""
         self.runtime.following = follow
 
     def freeze_ranges(self) -> None:
-        """Keep all activation ranges as they are from now on."""
+        """Freeze all activation ranges."""
         self._ranges.freeze()
 
     def unfreeze_ranges(self) -> None:
@@ -220,10 +220,10 @@ class HookedModel:
         self._ranges.unfreeze()
 
     def update_ranges(self) -> None:
-        """Let the ranges follow what has passed in training since they last moved; under DDP equally on all ranks.
+        """Update the ranges with what was observed in training since their last update; under DDP equally on all ranks.
 
-        On a single process this happens by itself, before the first forward after the weights have changed, and before ranges are read. Under DDP call it
-        after each step, on all ranks (the callback does).
+        On a single process this is automatic: before the first forward after the weights have changed, and before ranges are read. Under DDP call it after
+        each step, on all ranks (the callback does).
         """
         self._ranges.move()
 
@@ -244,16 +244,16 @@ class HookedModel:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Compute in float inside the block, in this thread or asynchronous task: others go on quantizing."""
+        """Compute in float inside the block, in this thread or asynchronous task only."""
         with self.runtime.doing(Phase.PASS):
             yield
 
     def measured_layers(self) -> list[str]:
-        """Layers with a rounding of their own, in graph order: a weight, or a quantizer on the output."""
+        """Layers with a quantized weight, or with a quantizer on the output, in graph order."""
         return [name for name in self.graph.names if name in self.weights or name in self.activations]
 
     def forked_random(self) -> AbstractContextManager[None]:
-        """Random numbers inside the block, beginning where they are now; afterwards they are there again."""
+        """Restore the state of the random number generators after the block."""
         return random_apart(self.model)
 
     def state_dict(self) -> dict[str, Any]:
@@ -262,10 +262,10 @@ class HookedModel:
         return state_of(self.plan, self.activations, self.weights, self.corrections, calibrated=self.calibrated, frozen=self.frozen)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Take ranges over from a state: all of it, or, on an error, nothing.
+        """Load the ranges of a state. On an error nothing is changed.
 
         Returns:
-            What differs between the state's plan and this one, in words; empty if nothing does.
+            The differences between the state's plan and this one, as messages; empty if there is none.
 
         Raises:
             CCOError: The state belongs to another architecture, is of a newer version or damaged; the message names the key.
@@ -285,11 +285,11 @@ class HookedModel:
 
     @property
     def attached(self) -> bool:
-        """Whether the hooks are on: not after `remove`, nor after another callback has taken the model over."""
+        """Whether the hooks are on the model: not after `remove`, nor after another callback has quantized it."""
         return self.runtime.frames.attached
 
     def remove(self) -> None:
-        """Take all hooks off: the model is as it was."""
+        """Remove all hooks: the model computes in float again, with its current weights."""
         self.runtime.frames.detach()
 
     def __repr__(self) -> str:

@@ -60,10 +60,10 @@ class LayerDecision:
 
 @dataclass(frozen=True)
 class Boundary:
-    """A tensor that changes between float and INT8 on its way.
+    """A tensor that is converted between float and INT8.
 
     Attributes:
-        source: The layer that makes it.
+        source: The layer that produces it.
         destination: The layer that reads it.
         direction: ``float → INT8`` or ``INT8 → float``.
     """
@@ -108,20 +108,20 @@ class QuantizationPlan:
         settings: The settings that it follows.
         decisions: One per layer, outputs included.
         tensors: The fake-quantized tensors by quantizer name.
-        boundaries: Where tensors pass between float and INT8.
+        boundaries: The tensors that are converted between float and INT8.
         suggestions: Layers skipped because of their sensitivity.
-        origins: For every tensor the one it got its values from, seen through value-preserving layers.
+        origins: For every tensor the one that its values come from, through layers that only move values.
         groups: For each layer inside a fused group, the next one in it.
         forced: Layers that run in INT8 only because a rule asks for it by name.
         reads: For each layer, by the number of its input, the name of the quantizer that rounds that input.
-        at_readers: Names of the quantizers that stand there instead of after the layer that makes the tensor, which somebody needs as it is.
-        kept_at_8_bits: Layers whose result, or whose weights, have 8 bits although the settings say fewer for all: fewer would save nothing, or cost most.
+        at_readers: Names of the quantizers that are applied where a tensor is read, not where it is produced, because it is also needed unquantized.
+        kept_at_8_bits: Layers whose result, or whose weights, have 8 bits although the global settings say fewer: fewer would save nothing, or cost most.
         quantized: Layers whose weights and activations are quantized.
-        packed: Those of them whose weights the file holds in 4 bits, for which no engine has an INT8 product.
-        in_int8: The others, which run in INT8.
+        packed: Layers in ``quantized`` whose weights are stored in 4 bits, for which no engine has an INT8 kernel.
+        in_int8: The other layers in ``quantized``, which run in INT8.
         weight_only: Layers in float with integer weights.
-        dynamic: Those of them that round what they read when they run.
-        skipped: Why the others do not run in INT8, those with integer weights included.
+        dynamic: Layers in ``weight_only`` whose inputs are dynamically quantized.
+        skipped: The reason for each layer that does not run in INT8, including those in ``weight_only``.
     """
 
     graph: LayerGraph

@@ -192,20 +192,25 @@ def _warn_of_unstored(plan: QuantizationPlan) -> None:
 
 
 def _warn_of_misfits(plan: QuantizationPlan, resolved: Mapping[str, ResolvedRules]) -> None:
-    """Warn of layers whose weights can't be in groups of the size that is wanted; those of other kinds, such as convolutions, never are."""
+    """Warn of layers whose weights can't be in groups of the size that is wanted, and where none could have any; convolutions and other kinds never have."""
     overall = plan.settings.global_quantization_settings
+    found = [layer for layer in plan.graph if plan.decisions[layer.name].weights_num_bits is not None and grouped_inputs(layer) is not None]
     misfits = [
         layer
-        for layer in plan.graph
-        if plan.decisions[layer.name].weights_num_bits is not None
-        and plan.decisions[layer.name].weights_group_size is None
-        and grouped_inputs(layer) is not None
+        for layer in found
+        if plan.decisions[layer.name].weights_group_size is None
         and wanted_group(overall, resolved.get(layer.name, ResolvedRules())) is not None
     ]
     if misfits:
         what = f"weights_group_size: {wanted_group(overall, resolved.get(misfits[0].name, ResolvedRules()))}, but {misfit(misfits[0])}"
         others = f" (so have {_names(misfits[1:])})" if len(misfits) > 1 else ""
         warnings.warn(f"{what}. Until then it has one scale for each channel{others}.", CCOWarning, stacklevel=4)
+    elif overall.weights_group_size and not found:
+        warnings.warn(
+            f"weights_group_size: {overall.weights_group_size} changes nothing: no linear layer, product with a matrix of weights or embedding is quantized.",
+            CCOWarning,
+            stacklevel=4,
+        )
 
 
 def _suggested(plan: QuantizationPlan, layer: Layer) -> bool:

@@ -1,4 +1,4 @@
-"""Which quantizers stand where in a call: the tables that the runtime looks calls up in."""
+"""Which quantizers apply to which arguments and results of a call: the tables in which the runtime looks up calls."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 
 @dataclass(slots=True)
 class SiteQuantizers:
-    """The quantizers of one layer, and where in the call they stand.
+    """The quantizers of one layer, and the arguments or results that they apply to.
 
     Attributes:
         correction: What is added to the bias; `None`: nothing.
         dynamic: What is rounded by a range that is found now, and by what; `None`: nothing.
-        plain_slots: Whether all that is rounded before the call are positional arguments by themselves.
+        plain_slots: Whether all tensors that are quantized before the call are positional arguments, none inside of a container.
         passes: Whether the call only passes on values, or some of them.
     """
 

@@ -195,7 +195,7 @@ def fake_quantize_weight(
 ):
     """Round a weight to the symmetric grid of each channel, in place where out = weight; as ``fake_quantize_weight`` in C.
 
-    Each of the channels has ``count`` values, ``inner`` of them beside each other. A program takes ROWS channels, COLUMNS of their values at once; what it
+    Each of the channels has ``count`` values, ``inner`` of them contiguous. A program takes ROWS channels, COLUMNS of their values at once; what it
     reads again comes out of the cache. ``KNOWN``: scales are given; ``KEEP``: they are written.
     """
     channel = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]

@@ -1,4 +1,4 @@
-"""The quantizer of a weight: a module without a state of its own, whose scales come from the weight."""
+"""The quantizer of a weight: a module without state, whose scales come from the weight."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ class WeightQuantizer(nn.Module):
         return quant_range(self.num_bits, symmetric=True)
 
     def zero_points(self, weight: Tensor) -> Tensor | None:
-        """What stands for 0 in each group, or in each channel, int8 as `scale` shapes it; `None`: 0 does."""
+        """Zero point of each group, or of each channel, int8, of the shape of `scale`; `None`: 0."""
         return None
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ def _parts(rule: LayerRule) -> dict[str, Any]:
 
 
 def rules_now(plan: QuantizationPlan) -> list[dict[str, str]]:
-    """The rules that make a plan, as parts in YAML: those of the recipe, of its budget, and of the skips that were applied by themselves.
+    """The rules that make a plan, as parts in YAML: those of the recipe, of its budget, and of automatic skips.
 
     A rule of the budget says only what no rule of the user's does, since it would win over a wider one once it is written down.
     """
@@ -118,7 +118,7 @@ def rules_now(plan: QuantizationPlan) -> list[dict[str, str]]:
 
 
 def sections_now(plan: QuantizationPlan) -> list[str]:
-    """The lines of YAML beside ``layer_settings`` with which a recipe with a budget keeps to its plan; none without a budget."""
+    """The lines of YAML other than ``layer_settings`` that fix the plan of a recipe with a budget; none without a budget."""
     budget, empty = plan.settings.budget_settings, BudgetSettings()
     set_ones = [name for name, value in vars(budget).items() if value != getattr(empty, name)]
     if not set_ones:

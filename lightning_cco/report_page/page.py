@@ -36,7 +36,7 @@ def page(data: Mapping[str, Any]) -> str:
     """The page of a report.
 
     Scripts run by their hashes alone, which the page's content security policy lists: what comes with the data, such as a module named ``<script>``,
-    is text wherever it stands.
+    is shown as text everywhere.
 
     Args:
         data: The content of ``report.json``.
@@ -48,7 +48,7 @@ def page(data: Mapping[str, Any]) -> str:
 
 
 def in_script(text: str) -> str:
-    r"""JSON that can stand in a script element: it ends at ``</script``, whatever is in quotes.
+    r"""JSON that is safe in a script element, which ends at ``</script`` even inside of quotes.
 
     >>> in_script('{"a":"</script>"}')
     '{"a":"\\u003c/script>"}'

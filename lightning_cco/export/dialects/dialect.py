@@ -46,7 +46,7 @@ class Format:
         return cls(scale, torch.tensor(zero, dtype=dtype, device=scale.device), float(scale), zero, levels)
 
     def value(self, level: int) -> float:
-        """What a level stands for."""
+        """The value of a level."""
         return (level - self.zero) * self.step
 
 

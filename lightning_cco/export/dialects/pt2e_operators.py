@@ -92,7 +92,7 @@ class Pt2eDialect:
         return [self._operators.dequantize(levels, *numbers) for name, levels, numbers in self._written if wanted(name)]
 
     def bias(self, value: Tensor, scale: Tensor | None) -> Tensor:
-        """In float: engines round it by themselves, to the grid of their accumulator."""
+        """In float: engines quantize it to the scale of their accumulator."""
         return value if scale is None else value.float() * scale
 
     def average(self, x: Tensor) -> Tensor:

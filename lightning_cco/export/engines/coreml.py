@@ -7,7 +7,7 @@ from lightning_cco.export.engines.program_reader import ProgramReader
 
 
 class CoreML(ProgramReader):
-    """Core ML's converter, in a process of its own."""
+    """Core ML's converter, in a separate process."""
 
     def __init__(self) -> None:
         super().__init__("coreml_process")

@@ -16,7 +16,7 @@ _CANARIES = "tests/export/test_engine_canaries.py"
 
 
 class Compiled(FileWorker):
-    """A file compiled for the CPU, in a process of its own (`openvino_process`): floats are of 32 bits, and rounded where the file rounds them.
+    """A file compiled for the CPU, in a separate process (`openvino_process`): floats are of 32 bits, and rounded where the file rounds them.
 
     Args:
         path: The file.

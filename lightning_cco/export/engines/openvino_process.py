@@ -1,4 +1,4 @@
-"""OpenVINO in a process of its own: where it is loaded, later forks of a training (workers of a loader) and then a further process end in a crash.
+"""OpenVINO in a separate process: where it is loaded, later forks of a training (workers of a loader) and then a further process end in a crash.
 
 `engine_process` loads it; it imports nothing of lightning_cco.
 """

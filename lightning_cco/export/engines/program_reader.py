@@ -1,4 +1,4 @@
-"""An engine whose files are made of programs (PT2E), in a process of its own."""
+"""An engine whose files are made of programs (PT2E), in a separate process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ProgramReader(EngineWorker):
     """Converts programs into the engine's own files, and runs them where it can.
 
     Args:
-        name: Name of the module beside this one that has ``convert`` and, where the engine can be run, ``run``.
+        name: Name of the module in this package that has ``convert`` and, where the engine can be run, ``run``.
 
     Raises:
         RuntimeError: The engine can't be loaded; the message is its own.

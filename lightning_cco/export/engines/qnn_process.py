@@ -1,4 +1,4 @@
-"""QNN's HTP (the NPU of Qualcomm's chips) by ONNX Runtime, in a process of its own; on other processors the library simulates it.
+"""QNN's HTP (the NPU of Qualcomm's chips) by ONNX Runtime, in a separate process; on other processors the library simulates it.
 
 `engine_process` loads it; it imports nothing of lightning_cco.
 """

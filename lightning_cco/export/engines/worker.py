@@ -1,4 +1,4 @@
-"""An engine in a process of its own: what it loads there disturbs nobody, and where it crashes, the training does not."""
+"""An engine in a separate process: what it loads there disturbs nobody, and where it crashes, the training does not."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ class Worker:
 
 
 class EngineWorker(Worker):
-    """An engine in a process of its own: the functions of a module there, which imports nothing of lightning_cco.
+    """An engine in a separate process: the functions of a module there, which imports nothing of lightning_cco.
 
     Args:
-        name: Name of the module beside this one, such as ``openvino_process``.
+        name: Name of the module in this package, such as ``openvino_process``.
         *imported: Modules that are imported there first.
 
     Raises:
@@ -101,10 +101,10 @@ class EngineWorker(Worker):
 
 
 class FileWorker(EngineWorker):
-    """A file, loaded by an engine in a process of its own.
+    """A file, loaded by an engine in a separate process.
 
     Args:
-        name: Name of the module beside this one that has ``load``, ``run`` and ``executed``.
+        name: Name of the module in this package that has ``load``, ``run`` and ``executed``.
         path: The file.
 
     Raises:

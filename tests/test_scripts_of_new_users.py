@@ -10,7 +10,7 @@ import pytest
 
 from lightning_cco import CCOCallback
 
-sys.path.insert(0, str(Path(__file__).parent / "first_hour"))
+sys.path.insert(0, str(Path(__file__).parent / "user_scripts"))
 
 # The weighted layers that stay in float: tails only.
 SCRIPTS = {
