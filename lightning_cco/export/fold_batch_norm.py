@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lightning_cco._values import GROUP_SIZES
-from lightning_cco.compat.modules import BatchNormBase
 from lightning_cco.export.errors import ExportError
 from lightning_cco.quantization.model import HookedModel
 
@@ -55,7 +54,9 @@ def batch_norm_after(quantized: HookedModel, name: str) -> str | None:
 
 
 @torch.no_grad()
-def integer_weight(quantized: HookedModel, name: str, weight: Tensor, bias: Tensor | None, number: int = 0) -> IntegerWeight:
+def integer_weight(
+    quantized: HookedModel, name: str, weight: Tensor, bias: Tensor | None, number: int = 0, norm: tuple[str, BatchNorm] | None = None
+) -> IntegerWeight:
     """Quantize one weight of a layer, with the batch norm after it folded in.
 
     Args:
@@ -64,9 +65,10 @@ def integer_weight(quantized: HookedModel, name: str, weight: Tensor, bias: Tens
         weight: Its weight as the layer sees it.
         bias: Its bias, if any.
         number: Which of the layer's weights.
+        norm: The batch norm after it, by name, and what it computes with.
 
     Raises:
-        CCOError: The batch norm keeps no running statistics.
+        ExportError: It can't be folded.
     """
     quantizer = quantized.weights[name][number]
     integers, scale = quantizer.quantize(weight)
@@ -74,17 +76,10 @@ def integer_weight(quantized: HookedModel, name: str, weight: Tensor, bias: Tens
         bias = bias.detach().float() if bias is not None else None
         return _in_blocks(integers, scale, quantizer.zero_points(weight), quantizer.blocks or 0, bias)
     scale = scale.flatten() if quantizer.axis is not None else scale.reshape(())
-    norm = batch_norm_after(quantized, name)
     bias = bias.detach().float() if bias is not None else None
     if norm is None:
         return IntegerWeight(integers, scale, quantizer.axis, bias)
-    module = quantized.model.get_submodule(quantized.graph[norm].path)
-    if not isinstance(module, BatchNormBase) or module.running_mean is None or module.running_var is None:
-        raise ExportError(
-            f"layer '{norm}' (module '{quantized.graph[norm].path}') is a batch norm without running statistics, which can't be folded into "
-            f"'{name}'. Use track_running_stats=True, or skip it: {{match: {norm}, skip_quantization: true}}."
-        )
-    factor, shift = BatchNorm(module.running_mean, module.running_var, module.weight, module.bias, module.eps).factor_and_shift()
+    factor, shift = norm[1].factor_and_shift()
     axis = quantizer.axis or 0
     groups = factor.numel() // integers.shape[axis]
     if groups > 1:  # a grouped transposed convolution shares the scale of a channel between groups; the factor does not
@@ -99,7 +94,7 @@ def integer_weight(quantized: HookedModel, name: str, weight: Tensor, bias: Tens
     dead = factor == 0
     integers = integers * (~dead).to(torch.int8).reshape(shape)
     scale = torch.where(dead, scale, scale * factor.abs())
-    return IntegerWeight(integers, scale, quantizer.axis, (bias * factor if bias is not None else 0.0) + shift, norm)
+    return IntegerWeight(integers, scale, quantizer.axis, (bias * factor if bias is not None else 0.0) + shift, norm[0])
 
 
 def _in_blocks(integers: Tensor, scale: Tensor, zero_points: Tensor | None, axis: int, bias: Tensor | None) -> IntegerWeight:

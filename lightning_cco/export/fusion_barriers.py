@@ -1,15 +1,17 @@
-"""An operator that changes no value, between a layer and the rounding of its result, where an engine must not see the two side by side.
+"""An operator that changes no value, between a layer or a rounding and the rounding after it, where an engine must not see the two side by side.
 
 ONNX Runtime makes integers of float weights of its own accord, with one scale for all of them, where a convolution or a `Gemm` reads a rounded tensor and
 its result is rounded: a layer that was skipped because rounding hurts it would run in INT8 after all. And it computes a `Gemm` on integers in float where
 its result is rounded for some readers and not for others. A LeakyRelu with slope 1 between layer and rounding prevents both; it is computed together with
-the layer.
+the layer. Of two roundings one after the other it makes one, whose scale the integers of the next layer's bias are then read by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 from lightning_cco.export.moving_operators import PASSED
 from lightning_cco.export.onnx_passes import NAME, constant
@@ -43,6 +45,25 @@ def separate_roundings(graph: Any) -> None:
         roundings = tuple((reader, position) for reader, position in uses if reader.op_type == "QuantizeLinear")
         if roundings and (len(roundings) < len(uses) or node.outputs[0].is_graph_output()):
             _separate(graph, node, roundings)
+
+
+def separate_pairs(graph: Any) -> None:
+    """Put an operator that changes nothing between two roundings one after the other, if their grids differ."""
+    for node in list(graph):
+        if node.op_type != "DequantizeLinear" or constant(node.inputs[0]) is not None:
+            continue
+        roundings = [
+            (reader, at) for reader, at in node.outputs[0].uses() if reader.op_type == "QuantizeLinear" and not _same_grid(reader, node)
+        ]
+        if roundings:
+            _separate(graph, node, roundings)
+
+
+def _same_grid(first: Any, second: Any) -> bool:
+    grids = [[constant(value) for value in node.inputs[1:]] for node in (first, second)]
+    return len(grids[0]) == len(grids[1]) and all(
+        a is not None and b is not None and np.array_equal(a, b) for a, b in zip(*grids, strict=True)
+    )
 
 
 def _separate(graph: Any, node: Any, uses: Iterable[tuple[Any, int]]) -> None:

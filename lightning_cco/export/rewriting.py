@@ -9,7 +9,7 @@ from lightning_cco.export import onnx_passes
 from lightning_cco.export.counted_sizes import count_sizes
 from lightning_cco.export.engines import Engine, FileFeature
 from lightning_cco.export.float_types import compute_in_float32
-from lightning_cco.export.fusion_barriers import keep_float_weights, separate_roundings
+from lightning_cco.export.fusion_barriers import keep_float_weights, separate_pairs, separate_roundings
 from lightning_cco.export.integer_constants import arrange_integers
 from lightning_cco.export.qdq_per_operator import carry_pairs, clamp_between_pairs, round_tables
 from lightning_cco.export.split_linear import fill_biases, split_products, store_transposed
@@ -24,6 +24,7 @@ _BEFORE_SHARING: tuple[tuple[FileFeature, tuple[Callable[[Any], None], ...]], ..
     (FileFeature.STORED_TRANSPOSED, (store_transposed,)),
     (FileFeature.FLOAT_WEIGHTS, (keep_float_weights,)),
     (FileFeature.SEPARATE_ROUNDINGS, (separate_roundings,)),
+    (FileFeature.SEPARATE_PAIRS, (separate_pairs,)),
 )
 """Passes for a form that an engine may want, in the order in which they run."""
 

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_cco.compat.modules import BatchNormBase
 from lightning_cco.export.engine_patterns import shortened
 from lightning_cco.export.fold_batch_norm import IntegerWeight
 from lightning_cco.export.ort_session import QuantizeNode, constants
@@ -201,11 +200,9 @@ class _Expected:
         """What a folded batch norm multiplies each channel by."""
         if stored.folded is None:
             return None
-        module = self.quantized.model.get_submodule(self.quantized.graph[stored.folded].path)
-        assert isinstance(module, BatchNormBase)
-        assert module.running_var is not None
-        factor = (module.running_var.double() + module.eps).rsqrt()
-        return factor * module.weight.detach().double() if module.weight is not None else factor
+        norm = self.stored.norms[stored.folded]
+        factor = (norm.variance.double() + norm.eps).rsqrt()
+        return factor * norm.weight.detach().double() if norm.weight is not None else factor
 
     def _slack(self, layer: str, stored: IntegerWeight, shape: list[int]) -> Array | float:
         """Half a step where a channel's grid is coarser to make room for its bias in 32 bits."""

@@ -78,6 +78,8 @@ class CallTracer:
         Random numbers that the forward has drawn depend on none.
         """
         found: list[str] = []
+        if self.sources.has_changed(tensor):
+            return None
         for origin in self._origins.all_of(tensor):
             names = origin if is_constant(origin) else self._drawn_apart.get(origin[0]) if isinstance(origin, tuple) else None
             if names is None:
@@ -177,7 +179,7 @@ class CallTracer:
             index = seen.frame.counts.get("cast", 0)
             self._record(replace(seen, op=Op("cast", Category.COMPUTE), index=index, outputs=[result], visible=False))
         elif self._origins.of(result) is None:
-            self._origins.remember(result, origin)
+            self.sources.remember(result, origin)
             self._note_cut(replace(seen, outputs=[result]))
             if seen.function in ("clone", "__deepcopy__") and is_constant(origin) and origin:
                 self.alive.append(result)  # `nn.Parameter(copy)` and `copy.deepcopy` make another tensor in its memory
@@ -198,6 +200,7 @@ class CallTracer:
         elif in_place:
             written = [t for t in written if t is seen.args[0]]
         elif seen.op.kind in ("batch_norm", "instance_norm"):
+            self.sources.contents.note(*written)
             written = []  # statistics of training
         outputs = outputs or written
         if not outputs:
@@ -276,7 +279,7 @@ class CallTracer:
             for tensor in seen.outputs
         ]
         for tensor, origin in zip(seen.outputs, origins, strict=True):
-            self._origins.remember(tensor, origin)
+            self.sources.remember(tensor, origin)
         self._note_cut(seen)
         return origins
 

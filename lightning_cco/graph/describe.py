@@ -48,11 +48,17 @@ def attributes(
                 found[name] = tuple(value) if isinstance(value, list) else value
     if not found.get("ceil_mode"):
         found.pop("ceil_mode", None)
-    if op.kind == "batch_norm" and not isinstance(args[1] if len(args) > 1 else kwargs.get("running_mean"), Tensor):
+    if op.kind == "batch_norm" and not _uses_running_statistics(args, kwargs):
         found["running_statistics"] = False
     if weight is not None and op.biased:
         found["bias"] = isinstance(args[2] if len(args) > 2 else kwargs.get("bias"), Tensor)
     return found | _limits(op, args, kwargs)
+
+
+def _uses_running_statistics(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a batch norm normalizes by statistics that it is given, not by those of the batch."""
+    mean = args[1] if len(args) > 1 else kwargs.get("running_mean")
+    return isinstance(mean, Tensor) and not (args[5] if len(args) > 5 else kwargs.get("training", False))
 
 
 def _limits(op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, object]:

@@ -79,6 +79,9 @@ class FrameMode(HiddenMode):
         stack, name = self.frames._main, getattr(func, "__name__", "")
         if not stack or name in TAKE_FUNCTIONS or traces_a_body():
             return func(*args, **kwargs)
+        if is_operator(func):
+            name = name_of_operator(func)
+            func, args, kwargs = as_function(name, func, args, kwargs)
         hide_from_graph(self.frames.name)
         if name in COMPILED_CHECKPOINTS:
             return func(UnderMode(self, args[0]), *args[1:], **kwargs)

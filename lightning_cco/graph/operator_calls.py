@@ -41,6 +41,7 @@ def _library(func: Any) -> tuple[str, str]:
     return str(library), str(name)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def name_of_operator(func: Any) -> str:
     """The name of an operator without its overload; outside of PyTorch's own, with its library in front, since ``mine::linear`` may compute anything.
 

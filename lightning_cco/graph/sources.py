@@ -13,6 +13,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.graph.call import Call, Read
 from lightning_cco.graph.call_node import CallNode, ModuleCall
 from lightning_cco.graph.carried_state import Carried, KeptConstant
+from lightning_cco.graph.constant_contents import ConstantContents
 from lightning_cco.graph.constant_slices import Cuts
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.custom_functions import CustomCall
@@ -35,6 +36,7 @@ class Sources:
     Attributes:
         origins: What is known of each tensor.
         cuts: Which constants are cut from one parameter or buffer.
+        contents: What constants held that the forward has made of none.
         kept_read: Those of `Carried.constants` that were read as they were.
     """
 
@@ -42,6 +44,7 @@ class Sources:
         self.model, self.calls = model, calls
         self.origins = Origins()
         self.cuts = Cuts(model)
+        self.contents = ConstantContents()
         self._root, self._between = root, between
         self._inputs = 0
         self._modules = dict(model.named_modules())
@@ -59,12 +62,12 @@ class Sources:
             self.origins.remember(kept.tensor, kept.parameters)
         for name, tensor in [*self._parameters.items(), *model.named_buffers(remove_duplicate=False)]:
             if self.origins.of(tensor) is None and id(tensor) not in values:
-                self.origins.remember(tensor, (name,) if isinstance(tensor, nn.Parameter) else ())
+                self.remember(tensor, (name,) if isinstance(tensor, nn.Parameter) else ())
         self._attributes: dict[int, Tensor] = {}
         for module in self._modules.values():
             for _, tensor in tensors_in({k: v for k, v in vars(module).items() if k not in CONTENTS}):
                 if self.origins.of(tensor) is None and id(tensor) not in values:
-                    self.origins.remember(tensor, ())
+                    self.remember(tensor, ())
                     self._attributes[id(tensor)] = tensor
 
     def is_attribute(self, tensor: Tensor) -> bool:
@@ -79,6 +82,16 @@ class Sources:
         self._inputs += 1
         return origin
 
+    def remember(self, tensor: Tensor, origin: Origin) -> None:
+        """Note where a tensor comes from; of a constant that no parameter is in, also what it holds."""
+        self.origins.remember(tensor, origin)
+        if origin == ():
+            self.contents.note(tensor)
+
+    def has_changed(self, tensor: Tensor) -> bool:
+        """Whether a constant that no parameter is in holds something else than when a call was last seen to write to it."""
+        return self.origins.of(tensor) == () and self.contents.has_changed(tensor)
+
     def find(self, tensor: Tensor, frame: ModuleCall) -> Origin:
         """The origin of a tensor as it is now. Values that no call was seen to make, or in more than one, are a source of their own."""
         origin = self.origins.of(tensor)
@@ -89,7 +102,7 @@ class Sources:
             self.kept_read.append(kept)
         writes = self.origins.writes_since(tensor)
         if not writes and not isinstance(origin, CustomCall):
-            return origin
+            return self._as_it_is(tensor, origin, frame)
         origins = [self.resolved(o, tensor) for o in self.origins.all_of(tensor)]
         origin = origins[0]
         self.cuts.forget(tensor)
@@ -97,8 +110,16 @@ class Sources:
             origin = names_of(origins)
         elif writes:
             origin = self.add("written", tensor, frame.node, origins)
-        self.origins.remember(tensor, origin)
+        self.remember(tensor, origin)
         return self.origins.of(tensor)
+
+    def _as_it_is(self, tensor: Tensor, origin: Origin, frame: ModuleCall) -> Origin:
+        """The origin of a tensor that no call was seen to write to: a constant that has changed all the same holds values."""
+        if origin != () or not self.has_changed(tensor):
+            return origin
+        origin = self.add("unseen", tensor, frame.node)
+        self.origins.remember(tensor, origin)
+        return origin
 
     def _find_unknown(self, tensor: Tensor, frame: ModuleCall) -> Origin:
         """A tensor that no call was seen to make is a value, unless it is a parameter, or shares the memory of what is known."""

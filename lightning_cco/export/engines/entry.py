@@ -35,6 +35,7 @@ class FileFeature(Enum):
     JOINED = "what is concatenated rounded as the result is"
     FLOAT_WEIGHTS = "an operator that changes nothing between a layer in float and the rounding of its result"
     SEPARATE_ROUNDINGS = "an operator that changes nothing between a product and the rounding of its result, where others read it in float"
+    SEPARATE_PAIRS = "an operator that changes nothing between two roundings one after the other"
     UNITS = "quantize and dequantize operators around each operator on rounded tensors, also around those that move or clamp values alone"
     RELU_AS_MAXIMUM = "a ReLU on floats after a product in integers as a Max with 0"
     SORTED_MAXIMA = "the largest values along axes as the first ones of a TopK"

@@ -95,6 +95,12 @@ ORT = Engine(
             f"{_CANARIES}::test_ort_separate_roundings",
         ),
         Requirement(
+            FileFeature.SEPARATE_PAIRS,
+            "1.20 to 1.32",
+            "of two roundings one after the other it makes one of another scale, and reads the integers of the next layer's bias by that",
+            "tests/export/test_two_roundings.py::test_ort_separate_pairs",
+        ),
+        Requirement(
             FileFeature.RELU_AS_MAXIMUM,
             "1.32",
             "it fuses a linear layer with a ReLU after it that is not rounded into one operator on floats, before it looks for conversions",
