@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_cco.automatic_skips import AutomaticSkips
@@ -14,6 +16,7 @@ from lightning_cco.batch_prefetch import copied
 from lightning_cco.batches import ForwardFn, capture_module, model_context
 from lightning_cco.budget_run import recipe_of
 from lightning_cco.early_check import check_rules, unrepeated
+from lightning_cco.errors import CCOWarning
 from lightning_cco.example_batches import calibrate_on_held
 from lightning_cco.graph.hooks import release
 from lightning_cco.quantized_model import QuantizedModel
@@ -21,6 +24,9 @@ from lightning_cco.run_export import apply_state
 from lightning_cco.schedule import calibrate
 from lightning_cco.settings import Settings, changed_settings
 from lightning_cco.standalone_evaluation import OutsideFit
+
+_OF_THE_RUN = tuple(f"{section}_settings." for section in ("training", "distillation", "monitoring", "budget", "deployment"))
+"""Settings that do not change what a trained model computes."""
 
 
 class Compression:
@@ -86,21 +92,32 @@ class Compression:
                 with unrepeated(self.said_of_rules):
                     self.quantized = QuantizedModel(module, captured, recipe_of(self.settings, self.state), suggested)
         if self.state is not None:
-            self.take_over(self.state)
+            self.take_over(self.state, evaluating=trainer.state.fn is not TrainerFn.FITTING)
         return self.quantized
 
-    def take_over(self, state: Mapping[str, Any]) -> None:
+    def take_over(self, state: Mapping[str, Any], evaluating: bool = False) -> None:
         """Put a checkpoint's ranges in, and say what has changed since.
+
+        A training may go on with other settings on purpose. Metrics of an evaluation are then those of a model that nobody has trained, which is a warning.
 
         Raises:
             CCOError: The state is of another architecture.
         """
         assert self.quantized is not None
         with torch.inference_mode(False):
-            differences = apply_state(self.quantized, state, self.settings, self.skips.applied)
-        differences += changed_settings(state["settings"], self.quantized.settings.to_dict())
+            of_layers = apply_state(self.quantized, state, self.settings, self.skips.applied)
+        differences = changed_settings(state["settings"], self.quantized.settings.to_dict()) + of_layers
         self.state = None
-        for difference in differences:
+        planned = [difference for difference in differences if not difference.startswith(_OF_THE_RUN)]
+        if evaluating and planned:
+            more = f" and {len(planned) - 4} more" if len(planned) > 4 else ""
+            warnings.warn(
+                f"the model is evaluated with other settings than it was trained with: {'; '.join(planned[:4])}{more}. Give CCOCallback the recipe of "
+                "the training (resolved_recipe.yaml in its folder), or use lightning_cco.load_quantized, which takes that of the checkpoint.",
+                CCOWarning,
+                stacklevel=2,
+            )
+        for difference in [] if evaluating else differences:
             rank_zero_info(f"Resuming with other settings than the checkpoint's: {difference}.")
         if self.quantized.uncalibrated:
             rank_zero_info(f"Without ranges in the checkpoint, to be calibrated: {', '.join(self.quantized.uncalibrated)}.")

@@ -6,6 +6,7 @@ import itertools
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,21 @@ def test_resuming_with_fewer_skips_and_bits_calibrates_what_is_new(tmp_path: Pat
 
 def test_resuming_with_the_same_settings_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "Resuming with other settings" not in resume(tmp_path, quick(), quick(), caplog)[1]
+
+
+def test_an_evaluation_with_another_recipe_than_the_training_warns(tmp_path: Path) -> None:
+    """The plan is made from the callback's recipe: the metrics would be those of a model that nobody has trained."""
+    few = {"global_quantization_settings": {"weights_num_bits": 4, "activations_num_bits": 6}}
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    make_trainer(tmp_path, quick(**few), checkpoint).fit(Classifier(), batches())
+    with pytest.warns(
+        CCOWarning, match=r"evaluated with other settings than it was trained with: .*weights_num_bits: 4 → 8.*resolved_recipe"
+    ):
+        make_trainer(tmp_path, quick()).validate(Classifier(), batches(), ckpt_path=checkpoint.last_model_path, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CCOWarning)
+        same = quick(**few, monitoring_settings={"draw_graph": False})
+        make_trainer(tmp_path, same).validate(Classifier(), batches(), ckpt_path=checkpoint.last_model_path, verbose=False)
 
 
 def test_a_float_checkpoint_can_be_the_start(tmp_path: Path) -> None:

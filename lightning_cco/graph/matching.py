@@ -139,7 +139,8 @@ def _looks(call: Call) -> str:
     if call.position >= 0:
         return str(call.position)
     layer = call.layer
-    return repr((layer.input_shapes, layer.output_shapes, layer.parameters, layer.attributes, [read.slot for read in call.reads]))
+    attributes = {name: value for name, value in layer.attributes.items() if name != "running_statistics"}  # in training none are used
+    return repr((layer.input_shapes, layer.output_shapes, layer.parameters, attributes, [read.slot for read in call.reads]))
 
 
 def _pair(evaluated: list[str], trained: list[str]) -> dict[int, int]:

@@ -17,6 +17,7 @@ from lightning_cco.quantization.ranges import FEW_BITS
 from lightning_cco.quantization.residual_stream import INT8_BITS, ResidualStream
 from lightning_cco.quantization.rule_effects import warn_of_rules_without_effect
 from lightning_cco.quantization.rules import ResolvedRules, apply_rules
+from lightning_cco.quantization.setting_effects import warn_of_settings_without_effect
 from lightning_cco.quantization.skip_reasons import Skip, SkipReason
 from lightning_cco.quantization.skips import find_skips
 from lightning_cco.quantization.targets import TARGETS, Target
@@ -59,9 +60,11 @@ def plan_quantization(graph: LayerGraph, settings: Settings | None = None, sugge
     dynamic = find_dynamic(graph, settings.global_quantization_settings, rules, target, groups)
     skips, forced = find_skips(graph, settings, rules, suggestions, target, groups, dynamic)
     with_zeros = find_with_zero_points(graph, settings.global_quantization_settings, rules, target, skips)
-    plan = _Planner(graph, settings, target, rules, skips, suggestions, groups, with_zeros, dynamic).plan()
+    planner = _Planner(graph, settings, target, rules, skips, suggestions, groups, with_zeros, dynamic)
+    plan = planner.plan()
     plan.forced = forced
     warn_of_rules_without_effect(plan, rules)
+    warn_of_settings_without_effect(plan, planner.stream)
     return plan
 
 
