@@ -21,11 +21,12 @@ from lightning_cco.graph.capture_coverage import frozen_modules
 from lightning_cco.graph.captured import Capture
 from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.snapshot import Snapshot
-from lightning_cco.names import is_within
+from lightning_cco.names import is_within, list_names, printable
 from lightning_cco.random_numbers import isolated_random
 
 ForwardFn = Callable[[Any, Any], Any]
 """``(pl_module, batch) -> Any``: runs the model's layers on a batch."""
+_LONGEST = 400  # characters of a reason in the log
 
 
 def forward_through_model(module: pl.LightningModule, batch: Any) -> Any:
@@ -160,8 +161,17 @@ def _captured(module: pl.LightningModule, batch: Any, forward_fn: ForwardFn | No
             raise
         raise problem from problem.__cause__  # the model's own error, not that of the second try
     if found is None or len(_unreached(module, through_step)) < len(_unreached(module, found)):
+        if found is not None:
+            _say_step(f"`forward` does not reach {list_names(sorted(_unreached(module, found) - _unreached(module, through_step)))}.")
+        elif problem is not None:
+            _say_step(str(problem))
         return through_step, forward_through_step
     return found, forward_through_model
+
+
+def _say_step(why: str) -> None:
+    """Log that layers and inputs are not those of ``forward``, which the module has: those who load or export it call it differently."""
+    rank_zero_info(f"The layers are those that the training step calls, and an exported file takes its inputs: {printable(why, _LONGEST)}")
 
 
 def _unreached(module: pl.LightningModule, captured: Capture) -> set[str]:

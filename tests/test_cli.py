@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -155,6 +156,10 @@ def test_the_report_of_a_run(run, project: Path) -> None:
     assert "Suggested skips: none" in said
     assert f"Layers: {(project / 'logs/cco/layers.txt').read_text().splitlines()[0]}" in said
     assert "less sensitive layers" in said
+    head = next(line for line in said.splitlines() if line.startswith("layer "))  # as the log has it
+    assert re.split(r"\s{2,}", head) == ["layer", "module", "QS", "relative", "SQNR dB", "varying dB", "accumulated QS"]
+    first = said.splitlines()[said.splitlines().index(head) + 2]
+    assert re.fullmatch(r"\S+ +\S+ +\S+ +[\d.]+% +\d+\.\d +\d+\.\d +\S+", first)
     page = next(line for line in said.splitlines() if line.startswith("Page: "))
     assert Path(page.removeprefix("Page: ").partition(" (")[0]).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     (project / "logs/cco/sensitivity.csv").write_bytes((project / "logs/cco/sensitivity.csv").read_bytes() + b"1,torn")

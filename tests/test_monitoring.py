@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,7 @@ from lightning_cco.monitoring.heat_map import heat_map
 from lightning_cco.monitoring.metric_modes import metric_directions
 from lightning_cco.monitoring.plan_log import plan_lines
 from lightning_cco.monitoring.resolved import resolved_yaml
+from lightning_cco.monitoring.summary_text import summary_text
 from lightning_cco.monitoring.tables import float_layers, metrics_table, parsed_layers, sensitivity_table, suggestion_lines
 from lightning_cco.settings import load_settings
 from lightning_cco.suggestions import Suggestion
@@ -347,6 +349,25 @@ def test_tensorboard_opens_on_what_is_looked_at_first(run_with_tensorboard: Path
         "### What is quantized, and what is not",
         "### The most sensitive layers",
     ]
+
+
+def test_long_paths_leave_width_for_the_figures() -> None:
+    name = "a_module_of_a_pretrained_network_with_a_long_name"
+    body = nn.Sequential(OrderedDict({name: nn.Sequential(OrderedDict({name: nn.Linear(4, 4)}))}))
+    quantized = quantize(nn.Sequential(body, nn.ReLU(), nn.Linear(4, 2)), "w8a8", example_args=(torch.randn(3, 4),))
+    quantized.calibrate([torch.randn(3, 4)])
+    results: Any = SimpleNamespace(
+        plan=quantized.plan,
+        report=quantized.sensitivity([torch.randn(3, 4)]),
+        epoch=0,
+        metrics=SimpleNamespace(values={}),
+        suggestions=[],
+        settings=load_settings("w8a8"),
+    )
+    table = summary_text(results, {}).partition("### The most sensitive layers")[2]
+    (row,) = (line for line in table.splitlines() if line.startswith("| linear |"))
+    shown = row.split("|")[2].strip().replace("\\", "")
+    assert shown == f"…{name}"
 
 
 @pytest.mark.slow

@@ -297,3 +297,49 @@ def test_a_forward_that_gives_the_loss_alone_ends_at_what_it_compares() -> None:
 def test_a_single_number_is_a_result_where_there_is_no_other() -> None:
     graph = capture_graph(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0), nn.ReLU()), torch.randn(1, 4))
     assert graph.predecessors("output_0") == ("relu",)
+
+
+class TwoInputs(pl.LightningModule):
+    """Its ``forward`` takes what the batch has under other names, or what only the step makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.left(x) * scale
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.relu(self(batch["x"], torch.ones(4)) + self.right(batch["x"])).sum()
+
+
+class HalfForward(TwoInputs):
+    """Its ``forward`` runs a part of the network."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.left(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.relu(self(batch["x"]) + self.right(batch["x"])).sum()
+
+
+@pytest.mark.parametrize(
+    ("module", "why"), [(TwoInputs(), "nothing for ['scale']"), (HalfForward(), "does not reach 'right.bias', 'right.weight'")]
+)
+def test_it_is_said_that_the_step_was_captured_in_place_of_forward(
+    module: pl.LightningModule, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        found = captured(module, {"x": torch.randn(3, 4)})
+    assert sum(layer.kind == "linear" for layer in found.graph) == 2
+    said = [record.getMessage() for record in caplog.records if "training step" in record.getMessage()]
+    assert len(said) == 1
+    assert why in said[0]
+
+
+def test_a_forward_that_is_captured_needs_no_word(caplog: pytest.LogCaptureFixture) -> None:
+    module = HalfForward()
+    del module.right
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        captured(module, {"x": torch.randn(3, 4)})
+    assert "training step" not in caplog.text

@@ -372,6 +372,52 @@ def test_dark_mode_and_print(browser: Any, state: RunState, tmp_path: Path) -> N
     assert all(light != dark for light, dark in zip(colours["light"], colours["dark"], strict=True))
 
 
+def in_print(opened: OpenPage) -> None:
+    """The page as it goes to paper, with its scripts for that."""
+    opened.page.set_viewport_size({"width": 718, "height": 1046})  # A4 between margins of a centimetre
+    opened.page.emulate_media(media="print")
+    opened.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+
+
+def test_a_printed_table_has_titles_and_all_rows_and_fits(browser: Any, tmp_path: Path) -> None:
+    opened = OpenPage(browser, write_page(tmp_path, RunState(plan=plan_quantization(long_graph(150)))))
+    assert "100 of" in opened.page.inner_text("#shown")
+    in_print(opened)
+    titles = opened.page.evaluate(
+        "[...document.querySelectorAll('#table th')].map((th) => getComputedStyle(th, '::before').content + th.innerText)"
+    )
+    assert len(titles) >= 10
+    assert all(title not in ("none", "normal") for title in titles)
+    layers = opened.page.evaluate("cco.layers.length")
+    assert layers > 100
+    assert opened.page.evaluate("document.querySelectorAll('#table tbody tr').length") == layers
+    assert opened.page.inner_text("#shown") == f"{layers} of {layers} layers"
+    assert opened.page.evaluate("document.getElementById('table').getBoundingClientRect().right") <= 718
+    assert not opened.page.is_visible("#more")
+    opened.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert "100 of" in opened.page.inner_text("#shown")
+    opened.page.close()
+    assert opened.wrong == []
+
+
+def test_a_tall_graph_is_printed_in_columns_that_can_be_read(browser: Any, tmp_path: Path) -> None:
+    opened = OpenPage(browser, write_page(tmp_path, RunState(plan=plan_quantization(long_graph(150)))))
+    opened.page.evaluate("document.getElementById('unfold').click()")
+    box = opened.page.evaluate("(({w, h}) => [w, h])(cco.graph.cy.elements().boundingBox())")
+    in_print(opened)
+    columns = opened.page.evaluate("[...document.querySelectorAll('#picture > div')].map((part) => [part.offsetWidth, part.offsetHeight])")
+    shown = sum(height for _, height in columns)
+    assert len(columns) > 1
+    assert shown / box[1] > 600 / box[1]  # larger than the whole of it in one column
+    assert sum(width for width, _ in columns) <= 718
+    assert all(height <= 601 for _, height in columns)
+    opened.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert opened.page.is_visible("#canvas")
+    assert not opened.page.query_selector("#picture")
+    opened.page.close()
+    assert opened.wrong == []
+
+
 def test_a_net_of_5000_layers_is_folded(browser: Any, tmp_path: Path) -> None:
     graph = long_graph(5000)
     opened = OpenPage(browser, write_page(tmp_path, RunState(plan=plan_quantization(graph))))

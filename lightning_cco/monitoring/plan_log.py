@@ -17,6 +17,8 @@ from lightning_cco.quantization.targets import TARGETS
 MOST_LINES = 36
 """Lines in the log before a training, for any model; a few of the callback and of the calibration come to them."""
 _FEW = 6  # names, lines of one kind, that are shown one by one
+_LONGEST = 200  # about so many characters of a line: more are not read at a glance, and a line of layers of deep modules grew to 400
+_LEAST = 60  # characters for names, whatever is said before them
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -35,18 +37,18 @@ def plan_lines(plan: QuantizationPlan) -> list[str]:
     tail = plan.left_for(SkipReason.TAIL)
     lines = [plan.summary]
     if tail:
-        lines.append(f"Skipped Quantization automatically for the Tail of the model: {folded(plan.graph, tail, quoted=True)}")
+        lines.append(_named("Skipped Quantization automatically for the Tail of the model: ", plan.graph, tail, quoted=True))
     lines += [f"# of all Layers      : {plan.counted}", f"# of Quantized Layers: {len(plan.quantized)}"]
     lines += _bits(plan)
     if plan.kept_at_8_bits:
         lines.append(
-            f"Kept at 8 bits, unless a rule names them (see the guide, few bits): {folded(plan.graph, plan.kept_at_8_bits, quoted=True)}"
+            _named("Kept at 8 bits, unless a rule names them (see the guide, few bits): ", plan.graph, plan.kept_at_8_bits, quoted=True)
         )
     by_reason: dict[str, list[str]] = {}
     for name in plan.skipped:
         if name not in tail:
             by_reason.setdefault(_left(plan, name), []).append(name)
-    lines += _few([f"{said}: {folded(plan.graph, names)}" for said, names in by_reason.items()], 2 * _FEW, "reasons")
+    lines += _few([_named(f"{said}: ", plan.graph, names) for said, names in by_reason.items()], 2 * _FEW, "reasons")
     lines += [*_boundaries(plan), *_processors(plan)]
     return [printable(line) for line in lines]
 
@@ -66,7 +68,7 @@ def _bits(plan: QuantizationPlan) -> list[str]:
     if len(forms) <= _FEW:
         return [f"'{name}': using {said[form]}" for name, form in forms.items()]
     return [
-        f"Using {said[form]}: {folded(plan.graph, [name for name, its in forms.items() if its == form], quoted=True)}"
+        _named(f"Using {said[form]}: ", plan.graph, [name for name, its in forms.items() if its == form], quoted=True)
         for form in sorted(said)
     ]
 
@@ -102,13 +104,13 @@ def _boundaries(plan: QuantizationPlan) -> list[str]:
         crossings.setdefault((boundary.direction, boundary.source), []).append(boundary.destination)
     if len(crossings) <= _FEW:
         return [
-            f"{direction}: from '{source}' to {folded(plan.graph, destinations, quoted=True)}"
+            _named(f"{direction}: from '{source}' to ", plan.graph, destinations, quoted=True)
             for (direction, source), destinations in crossings.items()
         ]
     found: dict[str, list[str]] = {}
     for direction, source in crossings:
         found.setdefault(direction, []).append(source)
-    return [f"{direction}, {len(sources)} times: after {folded(plan.graph, sources)}" for direction, sources in found.items()]
+    return [_named(f"{direction}, {len(sources)} times: after ", plan.graph, sources) for direction, sources in found.items()]
 
 
 def _processors(plan: QuantizationPlan) -> list[str]:
@@ -122,23 +124,36 @@ def _processors(plan: QuantizationPlan) -> list[str]:
     )
 
 
-def folded(graph: LayerGraph, names: Sequence[str], quoted: bool = False) -> str:
+def _named(said: str, graph: LayerGraph, names: Sequence[str], quoted: bool = False) -> str:
+    """A line that names layers, of a length that is read at a glance."""
+    return said + folded(graph, names, quoted, max(_LONGEST - len(said), _LEAST))
+
+
+def folded(graph: LayerGraph, names: Sequence[str], quoted: bool = False, room: int = _LONGEST) -> str:
     """Names of layers; if there are many, the modules that contain them, with repeated ones folded: ``blocks.[0-11].attn.qkv × 12``.
 
     Args:
         graph: The layers.
         names: Some of their names.
         quoted: Whether to put names into quotes.
+        room: About how many characters; at least one name is shown, and of the others how many there are.
     """
-    if len(names) <= _FEW:
-        return ", ".join(f"'{name}'" if quoted else name for name in names)
+    every = ", ".join(f"'{name}'" if quoted else name for name in names)
+    if len(names) <= _FEW and (len(every) <= room or len(names) == 1):
+        return every
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
         layer = graph[name]
         groups.setdefault((_NUMBER.sub("#", layer.path), layer.kind), []).append(name)
     kinds = Counter(path for path, _ in groups)
-    shown = [_one(graph, members, alone=kinds[path] == 1) for (path, _), members in groups.items()]
-    return ", ".join(_few(shown, _FEW, "groups"))
+    shown = [(_one(graph, members, alone=kinds[path] == 1), len(members)) for (path, _), members in groups.items()]
+    kept = 0
+    while kept < min(len(shown), _FEW) and (not kept or len(", ".join(text for text, _ in shown[: kept + 1])) <= room):
+        kept += 1
+    said, rest = [text for text, _ in shown[:kept]], [text for text, _ in shown[kept:]]
+    more = sum(count for _, count in shown[kept:])
+    note = f"… and {more} more layer{'s' if more > 1 else ''} (all are in layers.txt)"
+    return ", ".join([*said, note] if len(", ".join(rest)) > len(note) else [*said, *rest])
 
 
 def _one(graph: LayerGraph, names: Sequence[str], alone: bool) -> str:

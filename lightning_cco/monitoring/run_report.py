@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from lightning_cco.names import printable
 from lightning_cco.number_format import figure
 
 _SHOWN = ("layer", "module", "qs", "relative", "sqnr_db", "varying_sqnr_db", "accumulated_qs")
+_TITLES = ("layer", "module", "QS", "relative", "SQNR dB", "varying dB", "accumulated QS")  # those of the table in the log
 
 
 def run_report(folder: str | Path, most: int = 10) -> str:
@@ -89,15 +91,22 @@ def _sensitivities(path: Path, most: int) -> Iterator[str]:
     last = max(int(row["epoch"]) for row in rows)
     now = [row for row in rows if int(row["epoch"]) == last]
     now.sort(key=lambda row: -_number(row["qs"]))
-    cells = [
-        [row[name] if name in ("layer", "module") else figure(_number(row[name])) if row[name] else "-" for name in _SHOWN]
-        for row in now[:most]
-    ]
+    cells = [[_cell(name, row[name]) for name in _SHOWN] for row in now[:most]]
     assert set(_SHOWN) <= set(HEADER)
     yield f"Quantization Sensitivity (QS) at the end of epoch {last}, the most sensitive layers first:"
-    yield text_table(list(_SHOWN), cells, right=range(2, len(_SHOWN)))
+    yield text_table(list(_TITLES), cells, right=range(2, len(_SHOWN)))
     if len(now) > most:
         yield f"… and {len(now) - most} less sensitive layers"
+
+
+def _cell(name: str, text: str) -> str:
+    """A value of the file, as the log shows it."""
+    if name in ("layer", "module") or not text:
+        return text or "-"
+    value = _number(text)
+    if not math.isfinite(value):
+        return figure(value)
+    return f"{100 * value:.2f}%" if name == "relative" else f"{value:.1f}" if name.endswith("_db") else figure(value)
 
 
 def _number(text: str) -> float:

@@ -8,10 +8,11 @@ from lightning_cco.monitoring import tables
 from lightning_cco.monitoring.epoch import EpochMetrics, EpochResults
 from lightning_cco.monitoring.metric_modes import best_of
 from lightning_cco.monitoring.plan_log import plan_lines
-from lightning_cco.names import markdown_cell
+from lightning_cco.names import last_parts, markdown_cell
 from lightning_cco.number_format import figure
 
 _MOST = 10  # layers in the table
+_PATH = 40  # characters of a module's path: TensorBoard breaks the titles of the other columns within words where one takes the width
 
 
 def summary_text(results: EpochResults, extremes: Mapping[str, Mapping[str, float]]) -> str:
@@ -28,7 +29,7 @@ def summary_text(results: EpochResults, extremes: Mapping[str, Mapping[str, floa
         parts.append(tables.markdown_table(["metric", "original", "calibrated", "now", "best"], _metrics(results.metrics, extremes)))
     suggested, *skips = tables.suggestion_lines(results.suggestions, results.settings)
     parts += [markdown_cell(suggested), _listed(skips)] if skips else [markdown_cell(suggested)]
-    rows = tables.sensitivity_rows(report, plan)
+    rows = [[layer, last_parts(path, _PATH), *figures] for layer, path, *figures in tables.sensitivity_rows(report, plan)]
     parts += ["### What is quantized, and what is not", _listed(rest)]
     parts += ["### The most sensitive layers", tables.markdown_table(tables.SENSITIVITY_HEADER, rows[:_MOST], of=len(rows))]
     return "\n\n".join(parts)

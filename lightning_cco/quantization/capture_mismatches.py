@@ -72,7 +72,8 @@ class CaptureMismatches:
         self._note(
             f"{where}:{kind}{again}",
             f"'{kind}' was called{again or ''} in '{where}' {'than' if again else 'though never'} when the layer graph was captured; "
-            "such calls run in float. Capture with an example that takes every path and the longest loop (`example_input_array` or `forward_fn`).",
+            "such calls run in float. If it belongs to the loss, there is nothing to do. Otherwise capture with an example that takes every path and the "
+            "longest loop (`example_input_array` or `forward_fn`).",
         )
 
     def _unseen_module(self, node: CallNode, kind: str) -> None:

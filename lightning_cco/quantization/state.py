@@ -60,7 +60,8 @@ def check_fits(state: Mapping[str, Any], graph: LayerGraph, activations: Mapping
         raise CCOError(
             f"load_state_dict: the checkpoint is of another architecture: it has {len(theirs)} layers, this model {len(ours)}. "
             f"Only in the checkpoint: {missing[:5]}; only in the model: {extra[:5]}; of another kind: {changed[:5]}. "
-            "Build the model as it was when the checkpoint was written, or start from the checkpoint's weights alone."
+            "Build the model as it was when the checkpoint was written, and call it as the training did (load_quantized takes a batch of it, "
+            "batch=...), or start from the checkpoint's weights alone."
         )
     for key, quantizer in activations.items():
         if key in state["ranges"] and state["ranges"][key]["num_bits"] == quantizer.num_bits:

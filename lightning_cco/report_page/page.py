@@ -24,6 +24,7 @@ SCRIPTS = (
     "head.js",
     "layout.js",
     "graph.js",
+    "print_graph.js",
     "layer.js",
     "table.js",
     "sections.js",

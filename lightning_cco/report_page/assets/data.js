@@ -45,6 +45,8 @@ cco.el = (tag, properties = {}, ...children) => {
   made.append(...children.filter((child) => child !== null && child !== undefined).map((child) => (child instanceof Node ? child : cco.shown(child))));
   return made;
 };
+/** A module's path, which breaks after its dots where a line is too short for it. */
+cco.path = (path) => cco.el("span", {}, ...path.split(".").flatMap((part, i, all) => (i < all.length - 1 ? [`${part}.`, document.createElement("wbr")] : [part])));
 /** A table of rows of cells. */
 cco.grid = (header, rows, right = []) => {
   const cell = (tag, content, place) => cco.el(tag, right.includes(place) ? { className: "number" } : {}, content);

@@ -182,16 +182,6 @@
   });
 
   document.addEventListener("cco:changed", mark);
-  /* Chromium prints the canvas as it is; a picture of the whole graph stands in for it. */
-  let picture = null;
-  addEventListener("beforeprint", () => {
-    picture = cco.el("img", { src: cy.png({ full: true, maxWidth: 2400, maxHeight: 2400, bg: "#ffffff" }), alt: "Graph of the layers" });
-    picture.style.cssText = "max-width:100%;max-height:16cm";
-    container.after(picture);
-    container.hidden = true;
-  });
-  addEventListener("afterprint", () => { if (picture) picture.remove(); container.hidden = false; });
-
   draw();
   cco.graph = { cy, find, choose, toggle, seen: seenCount, isUnfolded: (id) => unfolded.has(id) };
 }

@@ -2,6 +2,7 @@
 /* The table of layers: the graph's other form, and where several layers are changed. So many rows at a time, as a filter or a column orders them. */
 {
   const PAGE = 100;
+  const MOST_PRINTED = 1000;
   const { report } = cco;
   const table = document.getElementById("table"), body = table.querySelector("tbody");
   const filter = document.getElementById("filter"), only = document.getElementById("only"), more = document.getElementById("more");
@@ -20,7 +21,7 @@
     const { tick, weights, outputs, changed } = cco.whatIf.controls(layer);
     const cells = {
       float: tick || "", layer: cco.el("button", { type: "button", className: "link", onclick: () => { cco.graph.find(cco.byName.get(layer.name).index); document.getElementById("graph").scrollIntoView(); } }, layer.name),
-      module: layer.path || "–", kind: layer.kind, "runs in": cco.badge(layer.runs), "weights' bits": weights || String(layer.weights_bits || "–"), "output's bits": outputs || String(layer.output_bits || "–"),
+      module: layer.path ? cco.path(layer.path) : "–", kind: layer.kind, "runs in": cco.badge(layer.runs), "weights' bits": weights || String(layer.weights_bits || "–"), "output's bits": outputs || String(layer.output_bits || "–"),
       weights: layer.weights && layer.weights.elements ? cco.figure(layer.weights.elements) : "–", QS: cco.figure(qs(layer)), "loss rise": cco.figure(rise(layer)), "why not in INT8": layer.reason || "",
     };
     return cco.el("tr", { className: changed ? "changed" : "", "data-row": layer.name }, ...columns.map(([title]) =>
@@ -50,7 +51,7 @@
 
   const head = () => table.querySelector("thead").replaceChildren(cco.el("tr", {}, ...columns.map(([title, value], column) => {
     const by = sort && sort.column === column;
-    return cco.el("th", { scope: "col", className: NUMBERS.has(title) ? "number" : "", "aria-sort": by ? (sort.sign > 0 ? "ascending" : "descending") : "none" },
+    return cco.el("th", { scope: "col", ...(value ? { "data-title": title } : {}), className: NUMBERS.has(title) ? "number" : "", "aria-sort": by ? (sort.sign > 0 ? "ascending" : "descending") : "none" },
       value ? cco.el("button", { type: "button", onclick: () => {
         sort = { column, sign: by ? -sort.sign : NUMBERS.has(title) ? -1 : 1 };
         head();
@@ -63,6 +64,10 @@
   filter.addEventListener("input", () => { clearTimeout(waits); waits = setTimeout(() => { count = PAGE; show(); }, 120); });
   only.addEventListener("change", () => { count = PAGE; show(); });
   more.addEventListener("click", () => { count += PAGE; show(); });
+  /* Paper has no button for more; the titles are those of `data-title`, since Chromium leaves buttons out of the heads that it repeats on each page. */
+  let onScreen = PAGE;
+  addEventListener("beforeprint", () => { onScreen = count; count = Math.max(count, MOST_PRINTED); show(); });
+  addEventListener("afterprint", () => { count = onScreen; show(); });
   document.addEventListener("cco:changed", ({ detail }) => {
     cco.whatIf.show();
     const old = [...body.children].find((one) => one.dataset.row === detail.name);
