@@ -18,7 +18,7 @@ from lightning_cco.budget_run import recipe_of
 from lightning_cco.early_check import check_rules, unrepeated
 from lightning_cco.errors import CCOWarning
 from lightning_cco.example_batches import calibrate_on_held
-from lightning_cco.graph.hooks import release
+from lightning_cco.graph.hooks import hooks_on, release
 from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.run_export import apply_state
 from lightning_cco.schedule import calibrate
@@ -152,7 +152,8 @@ class Compression:
             return
         if self.state is None:
             if self.quantized is None:
-                self.outside.warn_of_float(trainer)
+                if hooks_on(module) is None:  # those of another callback quantize it: configure_callbacks gives each run a new one
+                    self.outside.warn_of_float(trainer)
             else:
                 self._calibrate_outside(trainer)
             return

@@ -61,3 +61,22 @@ def test_a_callback_that_was_never_used(copied: str) -> None:
     cco.name = "mine"
     twin = COPIES[copied](cco)
     assert (twin.name, twin.settings, twin.quantized, twin.state_dict()) == ("mine", cco.settings, None, {})
+
+
+class Configured(Classifier):
+    """Makes its callback for each run."""
+
+    def configure_callbacks(self) -> list[Any]:
+        return [quick()]
+
+
+def test_a_new_callback_of_the_same_model_does_not_say_that_it_is_float(tmp_path: Path) -> None:
+    """Warnings are errors here."""
+    torch.manual_seed(0)
+    model, trainer = Configured(), make_trainer(tmp_path)
+    trainer.fit(model, batches(), batches(seed=5))
+    x, _ = next(iter(batches(seed=5)))
+    with torch.no_grad():
+        trained = model.eval()(x)
+        trainer.validate(model, batches(seed=5), verbose=False)
+        assert torch.equal(model.eval()(x), trained)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_cco import quantize
 
@@ -32,8 +33,21 @@ def norm(x: Tensor) -> Tensor:
     return A.batch_norm.default(x, weight, bias, mean, variance, False, 0.1, 1e-3, False)
 
 
+def convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    return torch.relu(torch.convolution(x, layer.weight, layer.bias, [1], [1], [1], False, [0], 1))
+
+
+def transposed(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    return torch.relu(A.convolution.default(x, layer.weight, layer.bias, [2, 2], [1, 1], [1, 1], True, [1, 1], 1))
+
+
 CALLS = {
     "conv": lambda layer, x: torch.relu(A.conv2d.default(x, layer.weight, layer.bias, [1, 1], [1, 1])),
+    "convolution": lambda layer, x: torch.relu(
+        A.convolution.default(x, layer.weight, layer.bias, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    ),
+    "torch.convolution": convolved,
+    "transposed": transposed,
     "relu": lambda layer, x: A.relu.default(layer(x)),
     "avg_pool": lambda layer, x: layer(A.avg_pool2d.default(x, [2, 2], [2, 2])),
     "batch_norm": lambda layer, x: torch.relu(norm(layer(x))),
@@ -57,7 +71,7 @@ def test_compiled_it_computes_the_same(call: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
-@pytest.mark.parametrize("call", ["conv", "batch_norm"])
+@pytest.mark.parametrize("call", ["conv", "torch.convolution", "batch_norm"])
 def test_exported_it_runs_in_int8(call: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 10, 10)
@@ -66,3 +80,48 @@ def test_exported_it_runs_in_int8(call: str, tmp_path: Path) -> None:
     report = quantized.export(tmp_path / "a.onnx", dynamic_batch=False)
     assert report.integer_nodes["QLinearConv"] == 3
     assert report.sqnr_db > 45
+
+
+@pytest.mark.parametrize("call", ["convolution", "torch.convolution", "transposed"])
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_any_convolution_computes_as_the_function_of_its_dimensions(call: str, dimensions: int) -> None:
+    torch.manual_seed(0)
+    make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+    functions = ((F.conv1d, F.conv_transpose1d), (F.conv2d, F.conv_transpose2d), (F.conv3d, F.conv_transpose3d))[dimensions - 1]
+    layer, x, ones = make(8, 8, 3, groups=2), torch.randn(2, 8, *[6] * dimensions), [1] * dimensions
+    of_all: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+        "convolution": (
+            lambda x: A.convolution.default(x, layer.weight, layer.bias, ones, ones, ones, False, ones, groups=2),
+            lambda x: functions[0](x, layer.weight, layer.bias, padding=1, groups=2),
+        ),
+        "torch.convolution": (
+            lambda x: torch.convolution(x, layer.weight, None, [2], [0], [1], False, [0], 2),
+            lambda x: functions[0](x, layer.weight, stride=2, groups=2),
+        ),
+        "transposed": (
+            lambda x: A.convolution(x, layer.weight, None, [2], [1], [1], output_padding=[1], transposed=True, groups=2),
+            lambda x: functions[1](x, layer.weight, stride=2, padding=1, output_padding=1, groups=2),
+        ),
+    }
+    results = []
+    for function in of_all[call]:
+        model = OfFunction(function, layer)
+        quantized = quantize(model, ALL, (x,))
+        quantized.calibrate([x])
+        with torch.no_grad():
+            results.append(quantized.model(x))
+        kinds = [one.kind for one in quantized.graph if one.weighted]
+        assert kinds == ["conv_transpose" if call == "transposed" else "conv"]
+        quantized.remove()
+    assert torch.equal(*results)
+
+
+class OfFunction(nn.Module):
+    """A function of a layer's weight."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], layer: nn.Module) -> None:
+        super().__init__()
+        self.function, self.layer = function, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)

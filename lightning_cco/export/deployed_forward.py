@@ -23,6 +23,8 @@ from lightning_cco.names import list_names
 
 PREFIX = "model"
 """Name of the model in `Deployed`, and so the beginning of all paths that the exporter sees."""
+_NARROW = ("BFloat16", "Half", "Double", "double", "bfloat16", "float16", "float64")
+"""Types that a model may be of, and its own conversions may be to, as PyTorch's errors spell them."""
 
 
 class Deployed(nn.Module):
@@ -55,6 +57,7 @@ class Deployed(nn.Module):
         super().__init__()
         self.model, self._network = model, network
         called = inspect.signature(model.forward) if network is None else network.signature
+        self._cast = cast
         self._signature = ForwardSignature(called, type(model).__name__, cast)
         self.dropped: list[str] = []
         self.training = model.training
@@ -216,8 +219,16 @@ class Deployed(nn.Module):
             )
             raise ExportError(
                 f"the forward of {type(self.model).__name__} failed on the example ({given or 'no tensor'}){failing_module(self.model, error)}: "
-                f"{type(error).__name__}: {error}. Give an example that it takes: example_args=(tensor, ...) or example_kwargs={{...}}."
+                f"{type(error).__name__}: {error}. {self._instead_of_failing(error)}"
             ) from error
+
+    def _instead_of_failing(self, error: Exception) -> str:
+        if self._cast and any(name in str(error) for name in _NARROW):
+            return (
+                "While it is exported its parameters are float32, since no INT8 kernel takes another type; its forward converts to a type of its own. "
+                "Convert to that of the parameters instead, as in x.to(self.layer.weight.dtype)."
+            )
+        return "Give an example that it takes: example_args=(tensor, ...) or example_kwargs={...}."
 
     def _call(self, arguments: dict[str, Any]) -> Any:
         args, kwargs = self._signature.unbind(arguments)

@@ -18,6 +18,7 @@ from lightning_cco.export.embedding_bags import bag_arguments, is_bag, reduced
 from lightning_cco.export.engine_patterns import added_apart, attention, averages_images, divided, in_slices, sorted_maximum
 from lightning_cco.export.engines import FileFeature
 from lightning_cco.export.errors import ExportError
+from lightning_cco.export.exporter_spellings import for_the_exporter
 from lightning_cco.export.failures import untraceable
 from lightning_cco.export.fold_batch_norm import IntegerWeight
 from lightning_cco.export.pooling_as_convolution import averaged, averaged_in_float, window_weight
@@ -231,7 +232,7 @@ class Emitter:
         if kind in ("chunk", "split", "tensor_split"):
             return in_slices(func)
         spelled: dict[str, Callable[..., Any]] = {"scaled_dot_product_attention": attention, "einsum": einsum_by_matmul}
-        return spelled.get(kind, func)
+        return spelled.get(kind) or for_the_exporter(self.quantized.graph[site.layer], func)
 
     def _linear(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """A linear layer on rows: engines fuse weight, bias and rounding of a matrix product, not of a product of more dimensions."""

@@ -25,7 +25,7 @@ from lightning_cco.graph.call_node import Arguments, ModuleCall
 from lightning_cco.graph.compiled import BlockMode, HiddenMode, hide_from_graph, mode_stack, register_listener, restore_modes
 from lightning_cco.graph.framework_calls import CallOwner, owner_of_call
 from lightning_cco.graph.hooks import Hooks
-from lightning_cco.graph.operator_calls import as_function, is_operator, name_of_operator
+from lightning_cco.graph.operator_calls import as_function, is_operator
 from lightning_cco.graph.recompute import COMPILED_CHECKPOINTS, InContext, Resumed, UnderMode, running_checkpoint
 
 _FUNCTIONS = frozenset((BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType))
@@ -56,8 +56,7 @@ class FrameMode(HiddenMode):
         if watched is not None and name not in watched and name not in frame.table and type(func) in _FUNCTIONS:
             return func(*args, **kwargs)  # most calls: they move values, or ask for a shape
         if is_operator(func):
-            name = name_of_operator(func)
-            func, args, kwargs = as_function(name, func, args, kwargs)
+            name, func, args, kwargs = as_function(func, args, kwargs)
             if watched is not None and name not in watched and name not in frame.table:
                 return func(*args, **kwargs)
         # A call that may be a layer's.
@@ -80,8 +79,7 @@ class FrameMode(HiddenMode):
         if not stack or name in TAKE_FUNCTIONS or traces_a_body():
             return func(*args, **kwargs)
         if is_operator(func):
-            name = name_of_operator(func)
-            func, args, kwargs = as_function(name, func, args, kwargs)
+            name, func, args, kwargs = as_function(func, args, kwargs)
         hide_from_graph(self.frames.name)
         if name in COMPILED_CHECKPOINTS:
             return func(UnderMode(self, args[0]), *args[1:], **kwargs)

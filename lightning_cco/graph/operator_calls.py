@@ -19,7 +19,19 @@ _ORDERS: dict[str, tuple[Callable[..., Any], tuple[str, ...], tuple[str, ...]]] 
 }
 """Functions that take their arguments in another order than the operator of the same name: function, order of the operator, what goes by position."""
 
-_DIRECT = {torch.batch_norm: "batch_norm", torch.embedding: "embedding"}
+_DIRECT = {
+    torch.batch_norm: "batch_norm",
+    torch.embedding: "embedding",
+    torch.convolution: "convolution",
+    torch._convolution: "_convolution",
+}
+OTHER_NAMES = frozenset({"convolution", "_convolution"})
+"""Names of functions that are told under another name."""
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
+_SIZES = ("stride", "padding", "dilation", "output_padding")
+_CONVOLUTIONS = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
+_TRANSPOSED = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d, 3: torch.conv_transpose3d}
+"""By the number of dimensions of the kernel."""
 
 
 def is_operator(func: Any) -> bool:
@@ -54,8 +66,34 @@ def name_of_operator(func: Any) -> str:
     return name if library == "aten" else f"{library}_{name}"
 
 
-def as_function(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-    """The call of an operator as the function of that name takes its arguments."""
+def as_function(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The call of an operator as a function takes its arguments: name, function, arguments."""
+    name = name_of_operator(func)
+    if name in OTHER_NAMES:
+        return _convolution(name, func, args, kwargs)
+    return name, *_reordered(name, func, args, kwargs)
+
+
+def _convolution(
+    name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The one operator that every convolution becomes in a program of few operators, as the function that has its dimensions and direction."""
+    call = {**dict(zip(_CONVOLUTION, args, strict=False)), **kwargs}
+    dimensions = call["weight"].dim() - 2
+    function = (_TRANSPOSED if call["transposed"] else _CONVOLUTIONS).get(dimensions)
+    if function is None or "out" in kwargs:
+        return name, func, args, kwargs
+    # The operator takes one number for all dimensions, which the exporter writes as it is.
+    sizes = {key: list(call[key]) * (dimensions if len(call[key]) == 1 else 1) for key in _SIZES}
+    given = (call["input"], call["weight"], call["bias"], sizes["stride"], sizes["padding"])
+    if call["transposed"]:
+        return function.__name__, function, (*given, sizes["output_padding"], call["groups"], sizes["dilation"]), {}
+    return function.__name__, function, (*given, sizes["dilation"], call["groups"]), {}
+
+
+def _reordered(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
     known = _ORDERS.get(name)
     if known is None:
         return func, args, kwargs

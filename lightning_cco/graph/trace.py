@@ -22,7 +22,7 @@ from lightning_cco.graph.frames import Frames
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.network import End, OuterCall, find_network, has_parameters, is_metric
 from lightning_cco.graph.operands import dtype_name, is_quantizable
-from lightning_cco.graph.operator_calls import as_function, is_operator, name_of_operator
+from lightning_cco.graph.operator_calls import as_function, is_operator
 from lightning_cco.graph.ops import Category, Op
 from lightning_cco.graph.outside_readers import looked_at, read_outside, with_reader
 from lightning_cco.graph.records import refuse_tensors
@@ -160,8 +160,7 @@ class Tracer:
         if self.frames.stack() or is_compiling():
             return func(*args, **kwargs)
         if is_operator(func):
-            name = name_of_operator(func)
-            func, args, kwargs = as_function(name, func, args, kwargs)
+            name, func, args, kwargs = as_function(func, args, kwargs)
         result = self._traced.handle(self._traced.between, name, func, args, kwargs)
         self._traced.alive.append(result)
         return result

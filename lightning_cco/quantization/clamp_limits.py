@@ -19,6 +19,13 @@ def _clamp_limits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float,
     return (float("-inf") if low is None else float(low), float("inf") if high is None else float(high))
 
 
+def _one_limit(keyword: str) -> Limits:
+    def limits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float] | None:
+        return _clamp_limits((), {keyword: args[1] if len(args) > 1 else kwargs.get(keyword)})
+
+    return limits
+
+
 def _hardtanh_limits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float]:
     low = args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)
     high = args[2] if len(args) > 2 else kwargs.get("max_val", 1.0)
@@ -38,5 +45,7 @@ LIMITS: dict[str, Limits] = {
     **dict.fromkeys(("relu6",), _relu6_limits),
     **dict.fromkeys(("hardtanh", "hardtanh_"), _hardtanh_limits),
     **dict.fromkeys(("clamp", "clamp_", "clip", "clip_"), _clamp_limits),
+    **dict.fromkeys(("clamp_min", "clamp_min_"), _one_limit("min")),
+    **dict.fromkeys(("clamp_max", "clamp_max_"), _one_limit("max")),
 }
 """The interval that a function clamps to, from its arguments; a quantizer on its output then clamps by itself."""

@@ -16,6 +16,7 @@ from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.graph.captured import Capture
 from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.frames import Frames
+from lightning_cco.graph.operator_calls import OTHER_NAMES
 from lightning_cco.graph.python_calls import calling_position
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.bias_correction import BiasCorrection
@@ -69,7 +70,7 @@ class Runtime:
     ) -> None:
         self.capture = capture
         self.frames = Frames(model, capture.root, self._handle)
-        self.frames.watched = COMPUTES | {"multi_head_attention_forward"}
+        self.frames.watched = COMPUTES | OTHER_NAMES | {"multi_head_attention_forward"}
         self.frames.partly_apart = capture.partly_apart
         self.mismatches = CaptureMismatches(model, capture.root, capture.apart)
         self._blocks = Blocks()
