@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.batch_check import check_program_batch, program_agrees, shapes_in
@@ -101,9 +102,19 @@ def export_program(
             raise error from error.__cause__
         tensors = [tensor for _, tensor in tensors_in([args, kwargs])]
         warnings.warn(f"export: {batch_fixed_since(tensors, error)}.", CCOWarning, stacklevel=3)
+    _give_storage(program)
     with written(target) as temporary:
         torch.export.save(program, temporary)
     return program
+
+
+def _give_storage(program: torch.export.ExportedProgram) -> None:
+    """Let each constant that is a part of a larger memory have its own: PyTorch would write all of that memory, or warn that no tensor covers it."""
+    for name, tensor in program.constants.items():
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
+            continue
+        if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
+            program.constants[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def example_of(quantized: HookedModel, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
