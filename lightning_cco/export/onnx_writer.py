@@ -30,7 +30,7 @@ from lightning_cco.export.report import ExportReport
 from lightning_cco.export.rewriting import rewrite
 from lightning_cco.export.stored_tensors import StoredWeights
 from lightning_cco.export.trace_attempts import first_emitted
-from lightning_cco.export.tracing import traced_program
+from lightning_cco.export.tracing import ONE_AT_A_TIME, traced_program
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.version import __version__
 
@@ -63,7 +63,7 @@ def write_onnx(
     stored = StoredWeights(quantized, int4)
     emitter = Emitter(quantized, stored, OnnxDialect(opset))
     emitter.model = deployed
-    with _quietly(), shapes_of_sequences():
+    with ONE_AT_A_TIME, _quietly(), shapes_of_sequences():
         free = bool(sizes) and not at_any_price
         emitter.look = refuse_long_sizes if free else None
         ways = ways_to_vary(deployed, dynamic_batch, options, inputs, sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import nn
 
 from lightning_cco.compat.operators import check_of_inverses
 from lightning_cco.compat.torch_modes import function_mode_count, pop_function_mode
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held while something is traced or converted: PyTorch puts functions of its own in the place of others then, for all threads of the process."""
 
 
 def traced_program(
@@ -31,7 +35,7 @@ def traced_program(
     """
     modes = function_mode_count()
     try:
-        with torch.compiler.set_stance("default"):
+        with ONE_AT_A_TIME, torch.compiler.set_stance("default"):
             program = torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
     except BaseException:
         while function_mode_count() > modes:
