@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Callable
 
@@ -83,3 +84,47 @@ def test_statistics_of_norms_stay_constants() -> None:
     quantized = quantize(Model().train(), {"global_quantization_settings": {"skip_tail_quantization": False}}, (x,))
     assert not [layer.name for layer in quantized.graph if layer.kind == "unseen"]
     assert quantized.plan.groups["conv_1"] == "batch_norm_1"
+
+
+class Block(nn.Module):
+    def __init__(self, norm: nn.Module, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.norm = layer, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.layer(x)) + x)
+
+
+class Twice(nn.Module):
+    """A block that is called twice: the statistics of training are written to in between, and nothing counts it."""
+
+    def __init__(self, norm: nn.Module, layer: nn.Module) -> None:
+        super().__init__()
+        self.block, self.last = Block(norm, layer), copy.deepcopy(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.block(self.block(x)))
+
+
+@pytest.mark.parametrize(
+    ("norm", "layer", "shape"),
+    [
+        (nn.BatchNorm1d(4), nn.Linear(4, 4), (6, 4)),
+        (nn.BatchNorm2d(4, momentum=None), nn.Conv2d(4, 4, 3, padding=1), (6, 4, 5, 5)),
+        (nn.InstanceNorm2d(4, track_running_stats=True, affine=True), nn.Conv2d(4, 4, 1), (6, 4, 5, 5)),
+        (nn.BatchNorm2d(4, affine=False), nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1)), (6, 4, 5, 5)),
+    ],
+    ids=["batch norm", "cumulative", "instance norm", "spectral norm"],
+)
+def test_statistics_of_training_stay_constants(norm: nn.Module, layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """Each call of a training is found in the plan: ranges of all tensors move."""
+    model, x = Twice(norm, layer), torch.randn(shape)
+    quantized = quantize(model.eval(), {"global_quantization_settings": {"skip_tail_quantization": False}}, (x,))
+    quantized.calibrate([x])
+    model.train()
+    before = {key: (float(q.min_val), float(q.max_val)) for key, q in quantized.activations.items()}
+    for _ in range(2):
+        model(3 * torch.randn(shape)).square().mean().backward()
+    quantized.update_ranges()
+    assert [key for key, q in quantized.activations.items() if before[key] == (float(q.min_val), float(q.max_val))] == []
+    assert quantized.drift == []

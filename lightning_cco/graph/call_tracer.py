@@ -200,8 +200,9 @@ class CallTracer:
         elif in_place:
             written = [t for t in written if t is seen.args[0]]
         elif seen.op.kind in ("batch_norm", "instance_norm"):
-            self.sources.contents.note(*written)
-            written = []  # statistics of training
+            # Statistics of training, which are written to without PyTorch's counting it.
+            self.sources.contents.note(*(tensor for _, tensor in operands_of(seen.args, seen.kwargs)))
+            written = []
         outputs = outputs or written
         if not outputs:
             return
