@@ -24,18 +24,17 @@ def shapes_of_sequences() -> Iterator[None]:
 
     Private API: ``torch._ops.OpOverload.py_kernels`` and ``torch._ops.OpOverload._dispatch_cache``. Without them: sequences are unrolled, as PyTorch does.
     """
-    changed: list[tuple[dict[Any, Any], Any, Any]] = []
+    kernels = [getattr(overload, "py_kernels", {}) for overload in _OVERLOADS]
+    entries = [(table, key) for table in kernels for key in table] + [(_decompositions, overload) for overload in _OVERLOADS]
+    before = [(table, key, table[key]) for table, key in entries if _FakeTensor is not None and key in table]
     try:
-        for overload in _OVERLOADS if _FakeTensor is not None else ():
-            for table, keys in ((getattr(overload, "py_kernels", {}), None), (_decompositions, (overload,))):
-                for key in list(table) if keys is None else [key for key in keys if key in table]:
-                    changed.append((table, key, table[key]))
-                    table[key] = _by_shapes(table[key])
+        for table, key, compute in before:
+            table[key] = _by_shapes(compute)
         _forget()
         yield
     finally:
-        for table, key, before in changed:
-            table[key] = before
+        for table, key, compute in before:
+            table[key] = compute
         _forget()
 
 
@@ -46,19 +45,10 @@ def _forget() -> None:
 
 
 def _by_shapes(compute: Callable[..., Any]) -> Callable[..., Any]:
-    def shapes(
-        x: Tensor,
-        states: Any,
-        weights: Any,
-        has_biases: bool,
-        layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-        batch_first: bool,
-    ) -> Any:
+    def shapes(x: Tensor, states: Any, *args: Any) -> Any:
         if not isinstance(x, _FakeTensor):
-            return compute(x, states, weights, has_biases, layers, dropout, train, bidirectional, batch_first)
+            return compute(x, states, *args)
+        *_, bidirectional, batch_first = args  # the last ones of all four operators
         ends = [states] if isinstance(states, Tensor) else list(states)
         batch, length = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
         output = x.new_empty((length, batch, ends[0].shape[2] * (2 if bidirectional else 1)))
