@@ -19,6 +19,8 @@ TESTS = Path(__file__).parent
 EXACT = {"compile", "checkpointing", "ema", "resume", "test", "configure_model"}
 """They change how a step is computed or what is done with it, not the step."""
 SLOW = {"compile", "ddp"}
+COMPILING = pytest.mark.timeout(900)
+"""A compile of a quantized model takes three to five times that of the float one (25 s of processor time for the BERT); two processes do it three times."""
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # the compiler looks at its inputs' gradients
@@ -96,6 +98,7 @@ def test_cell(model: str, feature: str, tmp_path: Path, record_property: pytest.
 
 
 @pytest.mark.slow
+@COMPILING
 @pytest.mark.parametrize("model", MODELS)
 def test_all_at_once(model: str, tmp_path: Path, record_property: pytest.RecordProperty) -> None:
     record_property("cell", ("all", model))
@@ -116,6 +119,7 @@ def test_pair(model: str, pair: tuple[str, str], tmp_path: Path, record_property
 
 
 @pytest.mark.slow
+@COMPILING
 @pytest.mark.parametrize(("pair", "model"), SLOW_PAIRS, ids=["-".join((*pair, model)) for pair, model in SLOW_PAIRS])
 def test_pair_with_the_compiler_or_two_processes(
     pair: tuple[str, str], model: str, tmp_path: Path, record_property: pytest.RecordProperty
