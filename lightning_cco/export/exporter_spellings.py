@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,6 +24,8 @@ def for_the_exporter(layer: Layer, func: Callable[..., Any]) -> Callable[..., An
     """
     if layer.kind == "batch_norm" and not has_statistics(layer):
         return norm_by_batch
+    if layer.kind == "concat":
+        return _STACKED.get(getattr(func, "__name__", ""), func)
     return clamped_to_floats(func) if layer.kind == "clamp" else func
 
 
@@ -56,6 +59,62 @@ def clamped_to_floats(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return func(*map(_as_float, args), **{name: _as_float(value) for name, value in kwargs.items()})
 
     return clamped
+
+
+def hstack(tensors: Sequence[Tensor], **kwargs: Any) -> Tensor:
+    """`torch.hstack` as a concatenation: the exporter writes a sequence for it, which engines keep in floats.
+
+    >>> import torch
+    >>> hstack([torch.zeros(2, 1), torch.ones(2, 1)]).tolist()
+    [[0.0, 1.0], [0.0, 1.0]]
+    """
+    whole = [_atleast(tensor, 1) for tensor in tensors]  # one by one: of several at once it makes a sequence, too
+    return torch.cat(whole, 0 if whole[0].dim() == 1 else 1, **kwargs)
+
+
+def vstack(tensors: Sequence[Tensor], **kwargs: Any) -> Tensor:
+    """`torch.vstack` as a concatenation.
+
+    >>> import torch
+    >>> vstack([torch.zeros(2), torch.ones(2)]).tolist()
+    [[0.0, 0.0], [1.0, 1.0]]
+    """
+    return torch.cat([_atleast(tensor, 2) for tensor in tensors], 0, **kwargs)
+
+
+def dstack(tensors: Sequence[Tensor], **kwargs: Any) -> Tensor:
+    """`torch.dstack` as a concatenation.
+
+    >>> import torch
+    >>> dstack([torch.zeros(1), torch.ones(1)]).tolist()
+    [[[0.0, 1.0]]]
+    """
+    return torch.cat([_atleast(tensor, 3) for tensor in tensors], 2, **kwargs)
+
+
+def column_stack(tensors: Sequence[Tensor], **kwargs: Any) -> Tensor:
+    """`torch.column_stack` as a concatenation.
+
+    >>> import torch
+    >>> column_stack([torch.zeros(2), torch.ones(2)]).tolist()
+    [[0.0, 1.0], [0.0, 1.0]]
+    """
+    return torch.cat([tensor if tensor.dim() > 1 else tensor.reshape(-1, 1) for tensor in tensors], 1, **kwargs)
+
+
+def _atleast(tensor: Tensor, dimensions: int) -> Tensor:
+    """`torch.atleast_1d`, `torch.atleast_2d` or `torch.atleast_3d`, which PyTorch leaves without types."""
+    made: Tensor = getattr(torch, f"atleast_{dimensions}d")(tensor)
+    return made
+
+
+_STACKED: dict[str, Callable[..., Tensor]] = {
+    "hstack": hstack,
+    "vstack": vstack,
+    "dstack": dstack,
+    "row_stack": vstack,
+    "column_stack": column_stack,
+}
 
 
 def _as_float(value: Any) -> Any:

@@ -40,7 +40,7 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
         emitter: What wrote that.
         report: Filled in place.
     """
-    layers = NodeLayers(written, emitter.layers)
+    layers = NodeLayers(written, emitter.layers, model.graph)
     planned = planned_to_compute(quantized)
     kinds: Counter[str] = Counter()
     known = {entry.name for entry in model.graph.initializer}

@@ -100,7 +100,7 @@ def time_files(files: Mapping[str, Written], threads: int, batch_size: int) -> d
             written = onnx.load(str(files[name].path), load_external_data=False)
             graph = onnx.load(optimized, load_external_data=False).graph
             total = first * statistics.median(one / other for one, other in zip(taken[name][1:], taken[names[0]][1:], strict=True))
-            found[name] = _attributed(total, nodes, graph, NodeLayers(written, files[name].layers))
+            found[name] = _attributed(total, nodes, graph, NodeLayers(written, files[name].layers, graph))
     return found
 
 

@@ -58,7 +58,12 @@ def index_integers(graph: Any) -> None:
     Engines move a DequantizeLinear past what only reshapes a tensor; past what picks from it or repeats it (``x[:, 0]``, reflected borders, pixel shuffle, an
     interpolation to the nearest) they may not, and compute the layer that reads it in float.
     """
-    for node in list(graph):
+    for node in list(graph):  # in order: what is put together of picked values may be picked from again, as where two axes are rolled
+        if node.op_type == "Concat" and (of_one := _of_one_scale(node)) is not None:
+            for number, dequantize in enumerate(of_one):
+                node.replace_input_with(number, dequantize.inputs[0])
+            _dequantize_after(graph, node, of_one[0].inputs[0].dtype, of_one[0].inputs[1:])
+            continue
         dequantize = node.inputs[0].producer() if node.inputs and (picks(node) or _leads_to_a_pick(node)) else None
         if dequantize is None or dequantize.op_type != "DequantizeLinear" or any(value.is_graph_output() for value in node.outputs):
             continue
@@ -72,11 +77,6 @@ def index_integers(graph: Any) -> None:
             node.resize_inputs(max(3, len(node.inputs)))
             node.replace_input_with(2, border)
         _dequantize_after(graph, node, levels.dtype, format_)
-    for node in list(graph):
-        if node.op_type == "Concat" and (of_one := _of_one_scale(node)) is not None:
-            for number, dequantize in enumerate(of_one):
-                node.replace_input_with(number, dequantize.inputs[0])
-            _dequantize_after(graph, node, of_one[0].inputs[0].dtype, of_one[0].inputs[1:])
 
 
 def _dequantize_after(graph: Any, node: Any, dtype: Any, format_: Sequence[Any]) -> None:
@@ -108,10 +108,13 @@ def _of_one_scale(concat: Any) -> list[Any] | None:
 
 
 def _leads_to_a_pick(node: Any) -> bool:
-    """Whether a node only reshapes what an operator then picks from: to pick along the last axes, or to repeat along a new one."""
+    """Whether a node only reshapes what an operator then picks from, or puts together: to pick along the last axes, or to repeat along a new one."""
     if node.op_type not in RESHAPES:
         return False
-    return any(picks(reader) or _leads_to_a_pick(reader) for reader, position in node.outputs[0].uses() if position == 0)
+    readers = node.outputs[0].uses()
+    return any(
+        reader.op_type == "Concat" or (position == 0 and (picks(reader) or _leads_to_a_pick(reader))) for reader, position in readers
+    )
 
 
 def picks(node: Any) -> bool:

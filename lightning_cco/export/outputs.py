@@ -18,6 +18,7 @@ from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.names import list_names
 
 Arrays = list["np.ndarray[Any, Any]"]
+_EPSILON = float(np.finfo(np.float32).eps)
 
 
 class Outputs:
@@ -114,7 +115,9 @@ class _Sums:
         self.signal += float(np.square(finite).sum())
         if finite.ndim and len(finite) > 1:
             self.several = True
-            self.varying += float(np.square(finite - finite.mean(0)).sum())
+            deviation = float(np.square(finite - finite.mean(0)).sum())
+            # A mean of equal values is not quite one of them.
+            self.varying += deviation if deviation > _EPSILON**2 * float(np.square(finite).sum()) else 0.0
             self.noise_of_several += float(np.square(difference).sum())
         self.absolute += float(difference.sum())
         self.count += difference.size

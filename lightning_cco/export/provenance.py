@@ -9,6 +9,8 @@ from typing import Any
 
 from lightning_cco.compat.onnx_exporter import HANDED_ON, graph_being_traced, traced_text
 
+_INLINED = "_inlfunc_"
+"""How ONNX Runtime begins the names of values within an operator that it takes apart."""
 PAIR = "lightning_cco.quantizer"
 """Where it has, of a quantize operator, the name of its quantizer."""
 LAYER = "lightning_cco.layer"
@@ -70,12 +72,21 @@ class NodeLayers:
     Args:
         written: The file that the graph was made of.
         layers: Layer of each of its nodes, by name.
+        optimized: The engine's graph.
     """
 
-    def __init__(self, written: Any, layers: Mapping[str, str]) -> None:
+    def __init__(self, written: Any, layers: Mapping[str, str], optimized: Any) -> None:
         self._by_name = dict(layers)
         self._by_value = {value: layers[n.name] for n in written.graph.node if n.name in layers for value in n.output}
         self._seen: dict[str, str] = {}
+        self._note_inlined(optimized)
+
+    def _note_inlined(self, optimized: Any) -> None:
+        """Of an operator that ONNX Runtime takes apart (HardSwish), only the last part makes a value that has a name in the file; the others make for it."""
+        for node in reversed(optimized.node):
+            layer = next((self._by_value[value] for value in node.output if value in self._by_value), "")
+            if layer:
+                self._by_value.update(dict.fromkeys((value for value in node.input if value.startswith(_INLINED)), layer))
 
     def of(self, node: Any) -> str:
         """The layer; of a node that belongs to none, that of what it reads; empty if nothing is known of that either. Nodes come in order."""

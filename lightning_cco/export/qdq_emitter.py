@@ -170,6 +170,12 @@ class Emitter:
             restore_modes(modes)
 
     def _emit(self, site: CallSite, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = len(self.order)
+        result = self._written(site, func, args, kwargs)
+        self.pairs.refuse_unrounded(site, self.order[before:])
+        return result
+
+    def _written(self, site: CallSite, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = site.layer
         if self.look is not None:
             self.look(name, args)

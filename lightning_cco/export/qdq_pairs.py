@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
@@ -9,11 +10,13 @@ from torch import Tensor
 from lightning_cco.export.dialects import Dialect, Format
 from lightning_cco.export.engine_patterns import without_bound
 from lightning_cco.export.engines import FileFeature
+from lightning_cco.export.errors import ExportError
 from lightning_cco.export.fold_batch_norm import IntegerWeight
 from lightning_cco.export.ort_session import operand_name
 from lightning_cco.export.stored_tensors import StoredWeights
 from lightning_cco.graph.captured import CallSite
 from lightning_cco.graph.ops import Category
+from lightning_cco.names import list_names
 from lightning_cco.quantization.call_arguments import replaced
 from lightning_cco.quantization.clamp_limits import LIMITS
 from lightning_cco.quantization.model import HookedModel
@@ -105,7 +108,10 @@ class QdqPairs:
         return int(first) + zero_point, int(last) + zero_point
 
     def with_outputs(self, site: CallSite, args: tuple[Any, ...], result: Any, limits: tuple[int, int] | None = None) -> Any:
-        """Round what a layer gives, where the plan says so."""
+        """Round what a layer gives, where the plan says so; an assignment (``y[:, 0] = x``) gives nothing, and what it has written to is rounded."""
+        if result is None and self.quantized.plan.rounds(TensorKey(site.layer)):
+            args[0].copy_(self.round(args[0], TensorKey(site.layer)))
+            return None
         if isinstance(result, Tensor):
             if not self.quantized.plan.rounds(TensorKey(site.layer)):
                 return result
@@ -119,6 +125,24 @@ class QdqPairs:
             if self.quantized.plan.rounds(key):
                 items[output] = self.round(items[output], key)
         return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
+
+    def refuse_unrounded(self, site: CallSite, written: Collection[str]) -> None:
+        """Refuse a call whose results are written without the rounding that the plan has for them.
+
+        Args:
+            site: The call.
+            written: Quantizer name of each quantize operator that was written for it.
+
+        Raises:
+            ExportError: The layers after it would compute in float, which no comparison of rounded tensors sees.
+        """
+        results = (TensorKey(site.layer, output) for output in range(len(self.quantized.graph[site.layer].output_dtypes)))
+        planned = [key for key in results if self.quantized.plan.rounds(key) and not self.quantized.activations[key].empty]
+        if missing := [key for key in planned if key not in written]:
+            raise ExportError(
+                f"layer '{site.layer}': expected {list_names(missing)} to be rounded as planned, but {site.function} was written without it, so the layers "
+                f"after it would compute in float. Skip the layer (skip_quantization: true), and please open an issue with its code."
+            )
 
     def round(self, x: Tensor, key: TensorKey, limits: tuple[int, int] | None = None) -> Tensor:
         """Quantize and dequantize; formats of fewer than 8 bits are stored in 8 with a narrower range.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -230,7 +231,9 @@ class ExportReport:
     def _by_output(self) -> list[str]:
         """What the one number of all outputs hides: noise beside what varies, outputs apart, and layers that are right while the outputs differ."""
         lines = []
-        if self.varying_sqnr_db < self.sqnr_db - 3:
+        if self.varying_sqnr_db == -math.inf and math.isfinite(self.sqnr_db):
+            lines.append("  between samples     nothing differs: the fake-quantized model gives all samples of a batch the same outputs")
+        elif self.varying_sqnr_db < self.sqnr_db - 3:
             lines.append(f"  between samples     SQNR {self.varying_sqnr_db:.1f} dB of what differs between the samples of a batch")
         for entry in self.outputs if len(self.outputs) > 1 else []:
             agreement = (

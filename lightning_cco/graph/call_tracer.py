@@ -194,7 +194,7 @@ class CallTracer:
         """
         outputs = [seen.args[0]] if seen.function == "__setitem__" else [tensor for _, tensor in tensors_in(result)]
         given = [tensor for _, tensor in tensors_in(seen.kwargs.get("out"))]
-        in_place = bool(seen.args and outputs) and outputs[0] is seen.args[0]
+        in_place = self._overwrites(seen, result, outputs, written)
         if given:
             written = given
         elif in_place:
@@ -206,12 +206,18 @@ class CallTracer:
         outputs = outputs or written
         if not outputs:
             return
-        origins = self._record(replace(seen, outputs=outputs, writes=bool(written) and not in_place))
+        origins = self._record(replace(seen, outputs=outputs, writes=bool(written) and not in_place, in_place=in_place))
         for tensor in written:
             known = self._origins.of(tensor) is not None
             self._origins.note_write(tensor, origins[0], whole=in_place and seen.function in OVERWRITES)
             if not known or in_place:
                 self._origins.remember(tensor, origins[0])
+
+    def _overwrites(self, seen: Seen, result: Any, outputs: list[Tensor], written: list[Tensor]) -> bool:
+        """Whether a call overwrites its first argument. One that may give the argument itself (``broadcast_tensors``) does not."""
+        if isinstance(result, (tuple, list)) or not (seen.args and outputs and outputs[0] is seen.args[0]):
+            return False
+        return _version(seen.args[0]) is None or any(tensor is seen.args[0] for tensor in written)
 
     def _is_of_network(self, frame: ModuleCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call may belong to the network: in a module with parameters, or on what comes from one or from a parameter."""

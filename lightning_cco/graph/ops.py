@@ -132,7 +132,10 @@ _ROWS = (
         constants=True,
         read_by_gradient=True,
     ),
-    Op("concat", _C, ("cat", "concat", "concatenate", "hstack", "vstack", "dstack"), constants=True, masks=True, fresh=True, arguments=("", "dim")),
+    Op(
+        "concat", _C, ("cat", "concat", "concatenate", "hstack", "vstack", "dstack", "row_stack", "column_stack"),
+        constants=True, masks=True, fresh=True, arguments=("", "dim"),
+    ),
     Op("stack", _C, ("stack",), constants=True, fresh=True),
     Op("lookup", _C),  # a constant indexed by a tensor (`table[ids]`): a layer of its own, since its result is a value
     Op("setitem", _C, ("__setitem__",), masks=True),

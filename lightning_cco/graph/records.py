@@ -78,6 +78,7 @@ class Seen:
         mask_like: Whether a constant among them is a mask.
         visible: Whether a function mode sees it again at run time.
         writes: Whether it writes into tensors that it was given for that.
+        in_place: Whether it overwrites its first argument, which is its result.
     """
 
     frame: ModuleCall
@@ -91,6 +92,7 @@ class Seen:
     mask_like: bool
     visible: bool = True
     writes: bool = False
+    in_place: bool = False
 
     @property
     def dynamic(self) -> list[Operand]:
@@ -113,7 +115,7 @@ class Seen:
         kind = "lookup" if self._looks_up() else self.op.kind
         layer = Layer("", self.frame.node.path, kind, outside=outside)
         call = Call(layer, self.frame.node, self.function, self.op, self.index, self.frame.training, visible=self.visible and not outside)
-        call.in_place = bool(self.args) and self.outputs[0] is self.args[0]
+        call.in_place = self.in_place
         call.reads = [
             Read(slot, origin[0], origin[1], is_quantizable(t) and sources.quantizable(origin)) for slot, t, origin in self.dynamic
         ]
