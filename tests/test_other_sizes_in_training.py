@@ -142,3 +142,27 @@ def test_a_branch_of_training_alone_is_still_none_of_evaluation() -> None:
 
     with pytest.warns(UserWarning, match="'other' run in evaluation mode alone, those in 'one' in training mode alone"):
         quantize(Branches(), None, (torch.randn(8, 8),))
+
+
+class Views(nn.Module):
+    """Sees each sample several times in training."""
+
+    def __init__(self, together: bool) -> None:
+        super().__init__()
+        self.net, self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 4)
+        self.together = together
+
+    def forward(self, x: Tensor) -> Tensor:
+        views = [x, x.flip(0), x * 0.5] if self.training else [x]
+        features = self.net(torch.cat(views)).split(len(x)) if self.together else [self.net(view) for view in views]
+        return self.head(torch.stack(list(features)).mean(0))
+
+
+def test_further_calls_in_training_are_said_to_be_in_float() -> None:
+    x = torch.randn(16, 8)
+    with pytest.warns(UserWarning, match=r"layers with weights in 'net\.0', 'net\.2' are called more often by a forward in training mode"):
+        quantize(Views(together=False), None, (x,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantized = quantize(Views(together=True), None, (x,))
+    assert len(quantized.weights) == 2
