@@ -24,6 +24,7 @@ from lightning_cco.run_export import apply_state
 from lightning_cco.schedule import calibrate
 from lightning_cco.settings import Settings, changed_settings
 from lightning_cco.standalone_evaluation import OutsideFit
+from lightning_cco.weights_at_start import WeightsAtStart
 
 _OF_THE_RUN = tuple(f"{section}_settings." for section in ("training", "distillation", "monitoring", "budget", "deployment"))
 """Settings that do not change what a trained model computes."""
@@ -44,6 +45,7 @@ class Compression:
         state: The callback's state of a checkpoint that waits for the capture.
         skips: Layers that the run skips automatically.
         outside: Whether weights outside of a training have ranges.
+        weights: Whether the weights before the first batch are those that were calibrated.
         rules_are_checked: Whether it was looked whether the rules fit the layers.
         said_of_rules: The warnings that were given of them then, which are not repeated.
     """
@@ -58,6 +60,7 @@ class Compression:
         self.state: dict[str, Any] | None = None
         self.skips = AutomaticSkips()
         self.outside = OutsideFit()
+        self.weights = WeightsAtStart()
         self.rules_are_checked = False
         self.said_of_rules: list[str] = []
 

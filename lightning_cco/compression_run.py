@@ -138,6 +138,7 @@ class CompressionRun:
             self._find_ranges(trainer, quantized)
         assert compression.forward is not None
         self.distiller.start(trainer, quantized, compression.forward, held[0], monitor.folder.path)
+        compression.weights.note(module)
 
     def _find_ranges(self, trainer: pl.Trainer, quantized: QuantizedModel) -> None:
         """Before the first batch: calibrate, choose the plan of a budget, and validate what the calibration gives."""
@@ -174,13 +175,12 @@ class CompressionRun:
 
     def before_batch(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
         """Do what its step brings: fake-quantization starts, bits are lowered."""
-        assert self.quantized is not None
-        compression = self.compression
-        if self.schedule.before_batch(
-            trainer, self.quantized, compression.forward, batch, batch_idx, compression.skips.applied, self.settings
-        ):
+        quantized, compression = self.quantized, self.compression
+        assert quantized is not None
+        compression.weights.check(quantized.model)
+        if self.schedule.before_batch(trainer, quantized, compression.forward, batch, batch_idx, compression.skips.applied, self.settings):
             assert self._monitor is not None
-            self._monitor.on_plan(self.quantized.plan)
+            self._monitor.on_plan(quantized.plan)
         self.distiller.before_batch()
 
     def before_epoch(self, trainer: pl.Trainer) -> None:

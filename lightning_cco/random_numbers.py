@@ -12,10 +12,15 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 
 class RandomState:
-    """The global random states, as they are when this is made."""
+    """The global random states, as they are when this is made.
 
-    def __init__(self) -> None:
+    Args:
+        device: A GPU whose state is another one of them.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
         self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._gpu = (torch.cuda.get_rng_state(device), device) if device is not None and device.type == "cuda" else None
 
     def differs(self, other: RandomState) -> set[str]:
         """Whose numbers another state has not the same of: ``python``, ``numpy``, ``torch``."""
@@ -32,6 +37,8 @@ class RandomState:
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._torch)
+        if self._gpu is not None:
+            torch.cuda.set_rng_state(*self._gpu)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ LAYERS = [
         "monitoring",
         "optimizer_steps",
         "progress",
+        "weights_at_start",
     ],
     ["batch_prefetch", "quantized_model", "report_page", "strategies"],
     ["budget", "drawing", "export", "level_use", "loader_copy", "loss_measurement", "measurement", "prefetch_iterator", "suggestions"],

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from lightning_cco.batches import ForwardFn, model_context, on_a_copy
 from lightning_cco.distillation.autograd_graph import Use
+from lightning_cco.distillation.plain_state import PlainState
 from lightning_cco.distillation.recorder import CallOfStudent, StudentRecorder
 from lightning_cco.distillation.step_comparison import Key, StepComparison, layers_term, outputs_term, uses_of
-from lightning_cco.distillation.teacher import SETTING, copy_of, load_weights, save_weights
+from lightning_cco.distillation.teacher import SETTING, attach, copy_of, load_weights, save_weights
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.modes import switch_training, undisturbed
@@ -95,8 +96,12 @@ class Distiller:
         self._obtain(trainer, model, folder)
         assert self.teacher is not None
         self.teacher.to(quantized.device)
+        attach(self.teacher, trainer)
         layers = {layer.path for layer in quantized.graph if layer.name in quantized.weights} if self.settings.on == "layers" else set()
-        self._recorder = StudentRecorder(quantized.runtime.frames, _around(layer.path for layer in quantized.graph), layers)
+        plain = PlainState(model, self.teacher)
+        self._recorder = StudentRecorder(
+            quantized.runtime.frames, _around(layer.path for layer in quantized.graph), layers, plain, quantized.device
+        )
         self._trainer, self._student, self._reached_backward = trainer, quantized, False
         self._twins = {id(mine): theirs for mine, theirs in zip(_tensors_of(model), _tensors_of(self.teacher), strict=True)}
         self._uses.clear()
@@ -133,6 +138,7 @@ class Distiller:
             self._recorder = None
         if self.teacher is not None:
             self.teacher.to("cpu")
+            attach(self.teacher, None)
         self._trainer, self._student, self._twins = None, None, {}
 
     def _obtain(self, trainer: pl.Trainer, model: pl.LightningModule, folder: Path) -> None:

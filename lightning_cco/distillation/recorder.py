@@ -6,13 +6,16 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from lightning_cco.distillation.plain_state import PlainState
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.graph.containers import tensors_held
 from lightning_cco.graph.frames import Frames
+from lightning_cco.random_numbers import RandomState
 
 Way = tuple[Any, ...]
 """Where a tensor is in a result."""
@@ -30,6 +33,8 @@ class CallOfStudent:
         output: What it gave.
         output_versions: The same for the tensors that it gave.
         layers: What the layers in it gave, with their modules' paths, in order.
+        random: The random states that it began with; `None` in compiled code.
+        plain: What the student's modules held then beside their tensors; empty in compiled code.
     """
 
     path: str
@@ -39,6 +44,8 @@ class CallOfStudent:
     output: Any = None
     output_versions: list[int] = field(default_factory=list)
     layers: list[tuple[str, Tensor]] = field(default_factory=list)
+    random: RandomState | None = None
+    plain: list[Any] = field(default_factory=list)
 
 
 class StudentRecorder:
@@ -48,14 +55,18 @@ class StudentRecorder:
         frames: The student's frames.
         paths: Paths of the modules in which something is captured, and of those around them.
         layers: Paths of the modules whose outputs are kept.
+        plain: What student and teacher hold beside tensors.
+        device: The student's.
 
     Attributes:
         on: Whether forwards are those of training steps.
         calls: What was seen.
     """
 
-    def __init__(self, frames: Frames, paths: Collection[str], layers: Collection[str]) -> None:
+    def __init__(self, frames: Frames, paths: Collection[str], layers: Collection[str], plain: PlainState, device: torch.device) -> None:
         self.frames = frames
+        self.plain = plain
+        self._device = device
         self.on = False
         self.teaching = False
         self.calls: list[CallOfStudent] = []
@@ -92,6 +103,7 @@ class StudentRecorder:
         call = CallOfStudent(frame.node.path, args, dict(kwargs))
         if not is_compiling():
             call.versions = versions_of((args, kwargs))
+            call.random, call.plain = RandomState(self._device), self.plain.of_student()
         self._open.clear()
         self._open.append(call)
 

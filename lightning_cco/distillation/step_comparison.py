@@ -23,7 +23,7 @@ Key = tuple[int, Way]
 
 
 class StepComparison:
-    """What a teacher says of the student's calls in one step.
+    """What a teacher says of the student's calls in one step. Random numbers are drawn from here on by whoever calls: run it where they are put back.
 
     Args:
         teacher: The float model.
@@ -52,11 +52,11 @@ class StepComparison:
         try:
             with torch.set_grad_enabled(needs_gradients):
                 for call in calls:
-                    self._run(teacher, call, known)
+                    self._run(teacher, recorder, call, known)
         finally:
             recorder.teaching = False
 
-    def _run(self, teacher: nn.Module, call: CallOfStudent, known: dict[int, Tensor]) -> None:
+    def _run(self, teacher: nn.Module, recorder: StudentRecorder, call: CallOfStudent, known: dict[int, Tensor]) -> None:
         what = call.path or "the model"
         if call.versions and call.versions != versions_of((call.args, call.kwargs)):
             raise CCOError(
@@ -75,6 +75,9 @@ class StepComparison:
 
         args, kwargs = apply_to_collection((call.args, call.kwargs), Tensor, same)
         module = teacher.get_submodule(call.path)
+        recorder.plain.give_teacher(call.plain)
+        if call.random is not None:
+            call.random.restore()
         with self._kept(teacher, call) as layers:
             output = module(*args, **kwargs)
         self.outputs.append(output)

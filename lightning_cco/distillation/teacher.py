@@ -56,10 +56,18 @@ def copy_of(model: pl.LightningModule) -> nn.Module:
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
-    for name in ("log", "log_dict"):
-        teacher.__dict__[name] = _nothing
+    for module in teacher.modules():
+        if isinstance(module, pl.LightningModule):
+            vars(module).update(log=_nothing, log_dict=_nothing)
     switch_training(teacher, False)
     return teacher
+
+
+def attach(teacher: nn.Module, trainer: pl.Trainer | None) -> None:
+    """Let a teacher know the Trainer of the run, or know it no more: forwards read the epoch and the step from it, which `copy.deepcopy` leaves out."""
+    for module in teacher.modules():
+        if isinstance(module, pl.LightningModule):
+            module.trainer = trainer
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -33,12 +33,18 @@ def binary_divergence(student: Tensor, teacher: Tensor, temperature: float) -> T
     mine, wanted = wide(student) / temperature, wide(teacher) / temperature
     yes = wanted.sigmoid() * (F.logsigmoid(wanted) - F.logsigmoid(mine))
     no = (-wanted).sigmoid() * (F.logsigmoid(-wanted) - F.logsigmoid(-mine))
-    return temperature**2 * (yes + no).mean()
+    return temperature**2 * torch.where(_masked(mine, wanted), 0.0, yes + no).mean()
 
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean of the squared difference."""
-    return (wide(student) - wide(teacher)).square().mean()
+    mine, wanted = wide(student), wide(teacher)
+    return torch.where(_masked(mine, wanted), 0.0, mine - wanted).square().mean()
+
+
+def _masked(student: Tensor, teacher: Tensor) -> Tensor:
+    """Where both are the same infinity, as masks write it: they agree, and their difference would be no number."""
+    return teacher.isinf() & (student == teacher)
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:

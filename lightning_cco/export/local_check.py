@@ -63,6 +63,8 @@ class LocalRun:
         self.weights: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._unlike: dict[str, str] = {}
         self._ties: Tensor | None = None
+        self._merged = [key for key in quantized.activations if key not in rounded]
+        self._taken: list[tuple[Tensor, QuantizeNode]] = []
 
     @contextmanager
     def going_on_from(self, arrays: Arrays) -> Iterator[None]:
@@ -72,6 +74,7 @@ class LocalRun:
             arrays: The engine's integers by tensor name.
         """
         handles = []
+        self._taken.clear()
         try:
             for key, quantizer in self.quantized.activations.items():
                 handles.append(quantizer.register_forward_pre_hook(self._find_ties))
@@ -83,6 +86,7 @@ class LocalRun:
                     handles.append(weight_quantizer.register_forward_hook(self._weight_hook(layer, number, arrays)))
             yield
         finally:
+            self._taken.clear()
             for handle in handles:
                 handle.remove()
 
@@ -92,10 +96,8 @@ class LocalRun:
         for key in self.quantized.activations:
             if key in self._unlike:
                 missing[key] = self._unlike[key]
-            elif key not in self.rounded:
-                missing[key] = "the file does not round it"
             elif key not in self.steps:
-                missing[key] = "no batch of the check reached it"
+                missing[key] = "no batch of the check reached it" if key in self.rounded else "the file does not round it"
         return missing
 
     def _find_ties(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -110,10 +112,11 @@ class LocalRun:
         def hook(module: nn.Module, _: Any, output: Tensor) -> None:
             nonlocal calls
             number, calls = calls, calls + 1
-            if not rounded:
-                return
             # Each reader of an input rounds it by itself, here as in the file, unless the exporter took two of them for one.
-            for entry in [*rounded[number : number + 1], *rounded]:
+            entries = [*rounded[number : number + 1], *rounded] or self._same_as(output)
+            if not entries:
+                return
+            for entry in entries:
                 levels = _arranged(arrays[entry.tensor], output.shape)
                 if levels is not None:
                     break
@@ -123,11 +126,17 @@ class LocalRun:
                 return
             levels = levels.to(torch.float32).sub_(entry.zero_point)
             assert isinstance(module.scale, Tensor)
+            if self._merged:
+                self._taken.append((output.detach().clone(), entry))
             self._compare(key, output.detach().float().cpu() / float(module.scale), levels, self._ties)
             # In place: whoever overwrites its argument goes on with the argument.
             output.copy_(levels.mul_(entry.scale))
 
         return hook
+
+    def _same_as(self, output: Tensor) -> list[QuantizeNode]:
+        """What the file holds instead of a tensor that is computed twice, as by a module called again on the same: the exporter writes it once."""
+        return [entry for other, entry in self._taken if other.shape == output.shape and torch.equal(other, output)]
 
     def _read_hook(self, key: str, arrays: Arrays) -> Any:
         calls = 0

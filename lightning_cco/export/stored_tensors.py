@@ -22,6 +22,7 @@ from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.weight_groups import fitting_groups
 
 UNSIGNED = (128, torch.uint8)
+_FINER_FOR_FLOATS = 4096
 _MOST_IN_16_BITS = (2**15 - 1) // (2 * 255)
 
 
@@ -132,7 +133,7 @@ class StoredWeights:
         self.weights[site.layer] = weights
         self.folded.update(weight.folded for weight in weights if weight.folded)
         if site.op.biased and weights[0].bias is not None:
-            weights[0] = self._on_a_finer_grid(weights[0])
+            weights[0] = self._on_a_finer_grid(site, weights[0])
             weights[0] = self._with_room_for_bias(site, weights[0], weights[0].bias)
             self.biases[site.layer] = self._bias(site, weights[0].bias, weights[0].scale, args[0].dim())
         if site.op.kind == "conv":
@@ -194,7 +195,11 @@ class StoredWeights:
         integers, scale = quantizer.quantize(tensor)
         return IntegerWeight(integers, scale.reshape(()), None, None).shifted(*self.operand_format)
 
-    def _on_a_finer_grid(self, weight: IntegerWeight) -> IntegerWeight:
+    def _is_packed(self, layer: str) -> bool:
+        """Whether the file holds a layer's weights in 4 bits, so that the engine computes it in float."""
+        return self.int4 and layer in self.quantized.weights and self.quantized.weights[layer][0].num_bits <= 4
+
+    def _on_a_finer_grid(self, site: CallSite, weight: IntegerWeight) -> IntegerWeight:
         """The same values as multiples of a smaller scale, if they have few bits and are stored in 8.
 
         A bias is rounded to the input's scale times the weight's: at 2 bits for both that is half a step of the output. Up to 64 no two products with
@@ -202,7 +207,7 @@ class StoredWeights:
         """
         largest = int(weight.integers.abs().max()) if weight.integers.numel() else 0
         factor = (_MOST_IN_16_BITS // largest) if largest else 1
-        if factor < 2 or self.int4 or weight.group is not None or not self.engine.requires(FileFeature.INTEGER_BIAS):
+        if factor < 2 or self._is_packed(site.layer) or weight.group is not None or not self.engine.requires(FileFeature.INTEGER_BIAS):
             return weight
         return replace(weight, integers=(weight.integers.to(torch.int16) * factor).to(torch.int8), scale=weight.scale / factor)
 
@@ -231,6 +236,7 @@ class StoredWeights:
         """The bias on the grid of the accumulator, whose step is that of the input times that of the weight.
 
         In float if the input or the layer is, if the engine wants it so, or if it is added to a product of more than two dimensions that is not rounded.
+        Beside packed weights, with which the engine computes in float, on a finer grid: a float bias it would itself round to the coarse one.
         """
         key = self.quantizer_of(site)
         in_float = site.op.kind == "linear" and dimensions > 2 and not self.quantized.plan.rounds(site.layer)
@@ -239,6 +245,8 @@ class StoredWeights:
         if weight_scale.dim():
             weight_scale = weight_scale.repeat(bias.numel() // weight_scale.numel())
         scale = self.quantized.activations[key].scale.detach() * weight_scale
+        if self._is_packed(site.layer):
+            scale = torch.maximum(scale / _FINER_FOR_FLOATS, bias.abs() / 2.0**30)
         return (bias / scale).round().clamp(-(2.0**31) + 128, 2.0**31 - 128).to(torch.int32), scale
 
     def _convolution(self, site: CallSite, weight: IntegerWeight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> IntegerWeight:

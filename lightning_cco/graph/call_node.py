@@ -17,9 +17,10 @@ class CallNode:
         seen: Likewise: how often the capture saw each kind of operation.
         captured: Whether the capture saw this call; a call it never saw must not be quantized.
         ran: Whether it has run, outside of compiled graphs, since somebody asked.
+        repeats: How often training calls each kind of operation of which several calls are planned and nothing but their order tells which is which.
     """
 
-    __slots__ = ("captured", "children", "index", "parent", "path", "ran", "seen", "tables")
+    __slots__ = ("captured", "children", "index", "parent", "path", "ran", "repeats", "seen", "tables")
 
     def __init__(self, path: str, index: int = 0, parent: CallNode | None = None, captured: bool = True) -> None:
         self.path = path
@@ -27,6 +28,7 @@ class CallNode:
         self.parent = parent
         self.captured = captured
         self.ran = False
+        self.repeats: dict[str, int] = {}
         self.children: dict[tuple[str, int], CallNode] = {}
         self.tables: dict[bool, dict[str, Any]] = {False: {}, True: {}}
         self.seen: dict[bool, dict[str, int]] = {False: {}, True: {}}

@@ -109,7 +109,8 @@ def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> C
     captured.hooked = evaluation.hooked
     captured.apart, captured.partly_apart = tuple(in_other_threads(evaluation)), tuple(partly_in_other_threads(evaluation))
     captured.left_out = evaluation.left_out
-    _warn_of_two_networks(model, captured)
+    if not _warn_of_two_networks(model, captured):
+        _warn_of_further_calls(model, captured)
     return captured
 
 
@@ -203,8 +204,8 @@ def _warn_of_weights_without_kernel(model: nn.Module, evaluation: Tracer) -> Non
         )
 
 
-def _warn_of_two_networks(model: nn.Module, captured: Capture) -> None:
-    """Say where training runs other weights than evaluation does: those are in float, and what is exported is not what was trained.
+def _warn_of_two_networks(model: nn.Module, captured: Capture) -> bool:
+    """Say where training runs other weights than evaluation does: those are in float, and what is exported is not what was trained. Returns whether it does.
 
     Auxiliary heads, which training alone has, and what evaluation alone adds at the end are no such network by themselves.
     """
@@ -217,7 +218,7 @@ def _warn_of_two_networks(model: nn.Module, captured: Capture) -> None:
         )
     ]
     if not all(apart):
-        return
+        return False
     deployed, others = map(list_names, apart)
     warnings.warn(
         f"{type(model).__name__}: layers with weights in {deployed} run in evaluation mode alone, those in {others} in training mode alone. The layer graph "
@@ -225,6 +226,24 @@ def _warn_of_two_networks(model: nn.Module, captured: Capture) -> None:
         "rounded values. A layer of both modes is to be called in one place, outside of `if self.training`. If the copy for evaluation has averaged weights "
         "(EMA), leave it out: the callback EMAWeightAveraging of Lightning puts them into the module that is quantized. Otherwise capture what is trained: "
         "`forward_fn=lambda module, batch: ...`.",
+        CCOWarning,
+        stacklevel=4,
+    )
+    return True
+
+
+def _warn_of_further_calls(model: nn.Module, captured: Capture) -> None:
+    """Say which weights of the layer graph training multiplies by more often than evaluation: the further products are in float."""
+    trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    shared = trained.intersection(name for layer in captured.graph if layer.weighted for name in layer.parameters)
+    calls = [call for call in captured.training_only if call.layer.weighted and shared.intersection(call.layer.parameters)]
+    if not calls:
+        return
+    where = list_names(list(dict.fromkeys(call.layer.path or "the model itself" for call in calls)))
+    warnings.warn(
+        f"{type(model).__name__}: layers with weights in {where} are called more often by a forward in training mode than in evaluation mode. Only as many "
+        "calls as evaluation makes are trained with rounded values, the others in float. Call them equally often in both modes; several views of a sample "
+        "(crops, pairs) are to be put into one batch, or the whole model is to be called for each of them in training_step.",
         CCOWarning,
         stacklevel=4,
     )

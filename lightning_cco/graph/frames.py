@@ -53,6 +53,7 @@ class Frames(FrameStacks):
         growing: Whether new calls belong to the capture; what turns up later is marked as never captured.
         entered: Called with each frame pushed, and the arguments of its module.
         left: Called with each frame about to be popped, and its module's output.
+        ended: Called with each frame about to be popped of a training's call that has `CallNode.repeats`.
         apart: Called with the path of each module that a forward calls in another thread than its own; such calls then get no frame.
         partly_apart: Modules that a forward calls in its own thread and in others: the calls in others, which the capture did not see, get no frame.
         owner: Refers to the object that these hooks belong to.
@@ -63,6 +64,7 @@ class Frames(FrameStacks):
         self.root = root
         self.entered: Callable[[ModuleCall, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.left: Callable[[ModuleCall, Any], None] | None = None
+        self.ended: Callable[[ModuleCall], None] | None = None
         self.apart: Callable[[str], None] | None = None
         self.partly_apart: tuple[str, ...] = ()
         self.unwatched: frozenset[str] = frozenset()
@@ -254,6 +256,8 @@ class Frames(FrameStacks):
             return
         if self.left is not None:
             self.left(stack[-1], output)
+        if frame.node.repeats and frame.training and frame.records and output is not None and not compiling and self.ended is not None:
+            self.ended(frame)
         stack.pop()
         if not stack and self._below:
             self._below.pop(get_ident(), None)

@@ -104,7 +104,7 @@ def match_training(calls: list[Call], trained: list[Call] | None) -> Matched:
             continue
         if not all(call.training for call in theirs):
             continue  # run in evaluation mode (a frozen backbone): nothing to learn
-        paired = _pair([_looks(calls[i]) for i in numbers], [_looks(call) for call in theirs])
+        paired = _pair([calls[i] for i in numbers], theirs)
         for position, i in enumerate(numbers):
             if position in paired:
                 positions[i][True] = theirs[paired[position]].index
@@ -143,8 +143,29 @@ def _looks(call: Call) -> str:
     return repr((layer.input_shapes, layer.output_shapes, layer.parameters, attributes, [read.slot for read in call.reads]))
 
 
-def _pair(evaluated: list[str], trained: list[str]) -> dict[int, int]:
-    if evaluated == trained:
-        return {k: k for k in range(len(evaluated))}
-    matcher = difflib.SequenceMatcher(None, evaluated, trained, autojunk=False)
-    return {block.a + k: block.b + k for block in matcher.get_matching_blocks() for k in range(block.size)}
+def _looks_at_any_size(call: Call) -> str:
+    """The same without sizes: training may drop tokens, crop images, select samples, or send others to an expert."""
+    if call.position >= 0:
+        return str(call.position)
+    layer = call.layer
+    ranks = [[len(shape) for shape in shapes] for shapes in (layer.input_shapes, layer.output_shapes)]
+    return repr((ranks, layer.parameters, layer.attributes if layer.weighted else {}, [read.slot for read in call.reads]))
+
+
+def _pair(evaluated: list[Call], trained: list[Call]) -> dict[int, int]:
+    """Numbers of the calls of training by those of evaluation: first of calls that look alike, then of those between them that do but for their sizes."""
+    pairs: dict[int, int] = {}
+    between = [(range(len(evaluated)), range(len(trained)))]
+    for looks in (_looks, _looks_at_any_size):
+        pending, between = between, []
+        for mine, theirs in pending:
+            sides = [looks(evaluated[k]) for k in mine], [looks(trained[k]) for k in theirs]
+            done, their_done = 0, 0
+            for a, b, size in (
+                [(0, 0, len(mine))] if sides[0] == sides[1] else difflib.SequenceMatcher(None, *sides, False).get_matching_blocks()
+            ):
+                pairs.update(zip(mine[a : a + size], theirs[b : b + size], strict=True))
+                if a > done and b > their_done:
+                    between.append((mine[done:a], theirs[their_done:b]))
+                done, their_done = a + size, b + size
+    return pairs

@@ -52,6 +52,7 @@ class ActivationRange(nn.Module):
         observed: How many calibration batches did.
         widths: Of a tensor that its readers round: how wide the values are that each of them gets, or passes on as its outputs.
         saw_zeros: Whether zeros came in the calibration.
+        batch_widths: Of each calibration batch that said something, how wide its values are, 0 included.
         min_val, max_val: The range, 0-d float32.
         scale, zero_point: What follows from it, 0-d float32.
         extrema: Smallest and largest value that passed in training since the range last moved, float32 of 2; infinite if nothing did.
@@ -85,6 +86,7 @@ class ActivationRange(nn.Module):
         self.observed = 0
         self.saw_zeros = False
         self.widths: dict[tuple[str, int], Tensor] = {}
+        self.batch_widths: list[Tensor] = []
         # The calibration batch that was observed last: its number, its range, and the range before it.
         self._batch: int | None = None
         self._batch_range: tuple[Tensor, Tensor] | None = None
@@ -108,6 +110,7 @@ class ActivationRange(nn.Module):
         self.observed = 0
         self.saw_zeros = False
         self.widths = {}
+        self.batch_widths = []
         self._batch = self._batch_range = self._range_before = None
         self._samples.clear()
         self.non_finite.zero_()
@@ -143,16 +146,18 @@ class ActivationRange(nn.Module):
         if x.numel() == 0:
             return
         low, high = self._range_of(x)
-        self.non_finite.logical_or_(~torch.isfinite(low + high))
+        self.non_finite.logical_or_(~torch.isfinite(high - low))
         if bool((low == 0) & (high == 0)):
             self.saw_zeros = True
             return
         if batch is not None and batch == self._batch and self._batch_range is not None:
             low, high = torch.minimum(low, self._batch_range[0]), torch.maximum(high, self._batch_range[1])
+            self.batch_widths.pop()
         else:
             self._range_before = self.min_val.clone(), self.max_val.clone()
             self.observed += 1
         self._batch, self._batch_range = batch, (low, high)
+        self.batch_widths.append(high.clamp(min=0.0) - low.clamp(max=0.0))
         if self.estimator == "mse":
             self._samples.append(sample(x))
         assert self._range_before is not None

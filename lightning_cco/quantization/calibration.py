@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import warnings
 from collections.abc import Iterable, Mapping
 
@@ -18,6 +19,10 @@ from lightning_cco.quantization.range_updates import sync_calibration
 from lightning_cco.quantization.tensor_key import TensorKey
 
 _NARROW = 64
+_ENOUGH = 3
+"""Batches of which one can be called unusual."""
+_OUTLYING = 16
+"""How many times as wide as a usual batch a range may be: of 8 bits that leaves 16 levels to the usual ones."""
 
 
 def check_weights(model: nn.Module, graph: LayerGraph) -> None:
@@ -119,6 +124,7 @@ def finish_calibration(model: nn.Module, graph: LayerGraph, observed: Mapping[Te
                 f"or skip the layer: {{match: {layer.name}, skip_quantization: true}}."
             )
     _warn_of_narrow_slices(graph, observed)
+    _warn_of_outlying_batches(observed)
 
 
 def warn_of_zeros(plan: QuantizationPlan, observed: Mapping[TensorKey, ActivationQuantizer]) -> None:
@@ -160,6 +166,31 @@ def _warn_of_narrow_slices(graph: LayerGraph, observed: Mapping[TensorKey, Activ
                 CCOWarning,
                 stacklevel=4,
             )
+
+
+def _warn_of_outlying_batches(observed: Mapping[TensorKey, ActivationQuantizer]) -> None:
+    """Name the tensors whose range one batch, or a few, have made so wide that hardly a level is left to most others."""
+    wide: list[tuple[TensorKey, float, float, int]] = []
+    for key, quantizer in observed.items():
+        widths, quantizer.batch_widths = [float(width) for width in quantizer.batch_widths], []
+        if len(widths) < _ENOUGH:
+            continue
+        usual, width = statistics.median(widths), float(quantizer.max_val.clamp(min=0.0) - quantizer.min_val.clamp(max=0.0))
+        if 0.0 < usual * _OUTLYING < width:
+            wide.append((key, width, usual, widths.index(max(widths)) + 1))
+    if not wide:
+        return
+    key, width, usual, number = wide[0]
+    levels = (1 << observed[key].num_bits) - 1
+    names, left = list_names(list(dict.fromkeys(key.layer for key, *_ in wide))), max(1, round(usual / width * levels))
+    warnings.warn(
+        f"calibrate: batch {number} has made the range of {names} more than {_OUTLYING} times as wide as the values of half of the batches are "
+        f"('{key.layer}': {width:.3g}, {usual:.3g}), so those keep {left} of {levels} levels. Look at the samples of that batch (scaling, a broken file) and "
+        "leave them out. If batches differ so much by nature, bring them to one scale, or skip the layer: "
+        f"{{match: {key.layer}, skip_quantization: true}}.",
+        CCOWarning,
+        stacklevel=4,
+    )
 
 
 def _makes_int8(plan: QuantizationPlan, name: str) -> bool:

@@ -76,6 +76,7 @@ class Runtime:
         self._blocks = Blocks()
         self.phase = Phase.QUANTIZE
         self.frames.carried = self._carried
+        self.frames.ended = self._ended
         self.frames.opens, self.frames.passes = self._opens, self._passes
         # Whether ranges follow forwards that record gradients, and the number of the calibration batch.
         self.following = True
@@ -112,6 +113,10 @@ class Runtime:
             self.mismatches.moved(frame, name, site)
             return func(*args, **kwargs)
         return (self.run if self._blocks.open else self._run)(frame, site, func, args, kwargs)
+
+    def _ended(self, frame: ModuleCall) -> None:
+        if graph_task() == -1:  # a checkpoint that runs again need not run all
+            self.mismatches.left_out(frame, self.frames.unwatched)
 
     @property
     def phase(self) -> Phase:

@@ -81,6 +81,14 @@ def fill_tables(
     for node in capture.root.walk():
         for training, table in node.tables.items():
             node.tables[training] = {name: entry for name, entry in table.items() if entry.sites or not only_moves(entry.kind)}
+        entries = node.tables[True].values() if len(node.children) > 1 else ()
+        node.repeats = {entry.kind: entry.count for entry in entries if _told_by_order(entry)}
+
+
+def _told_by_order(entry: FunctionEntry) -> bool:
+    """Whether several rounded calls of an operation come from one place in the code: a loop."""
+    places = [site.code_position for site in entry.sites.values() if site.outputs or site.reads]
+    return len(set(places)) < len(places)
 
 
 def unwatched_modules(capture: Capture, model: nn.Module) -> frozenset[str]:
