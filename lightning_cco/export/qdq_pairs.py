@@ -85,6 +85,8 @@ class QdqPairs:
 
     def _with_bias(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         value = self.bias_value(site)
+        if site.op.adds_first:
+            return (value, *args[1:]), kwargs
         if len(args) > 2:
             return (*args[:2], value, *args[3:]), kwargs
         return args, {**kwargs, "bias": value}

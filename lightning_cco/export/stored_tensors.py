@@ -125,14 +125,13 @@ class StoredWeights:
         self, site: CallSite, found: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], norm: tuple[str, BatchNorm] | None
     ) -> None:
         """Take the weights that a call multiplies by, and its bias."""
-        stands = site.op.biased and not self.quantized.graph[site.layer].attributes.get("made_bias")
-        bias = (args[2] if len(args) > 2 else kwargs.get("bias")) if stands else None
+        bias = self._bias_of(site, found[0], args, kwargs)
         if site.layer in self.quantized.corrections:
             bias = self.quantized.corrections[site.layer](bias, found[0])
         weights = [integer_weight(self.quantized, site.layer, tensor, bias, i, norm) for i, tensor in enumerate(found)]
         self.weights[site.layer] = weights
         self.folded.update(weight.folded for weight in weights if weight.folded)
-        if site.op.biased and weights[0].bias is not None:
+        if weights[0].bias is not None:
             weights[0] = self._on_a_finer_grid(site, weights[0])
             weights[0] = self._with_room_for_bias(site, weights[0], weights[0].bias)
             self.biases[site.layer] = self._bias(site, weights[0].bias, weights[0].scale, args[0].dim())
@@ -140,6 +139,17 @@ class StoredWeights:
             weights[0] = self._convolution(site, weights[0], args, kwargs)
         if self.unsigned and _is_multiplied(site.op) and not self._alone_on_floats(site):
             self._store_unsigned(site, weights)
+
+    def _bias_of(self, site: CallSite, weight: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The constant that a call adds to each output channel; `None`: it adds none, or one that the forward makes."""
+        if site.op.biased:
+            made = self.quantized.graph[site.layer].attributes.get("made_bias")
+            return None if made else args[2] if len(args) > 2 else kwargs.get("bias")
+        if site.op.kind != "addmm" or site.in_place or len(args) < 3 or len(site.sources) > 1 or len(site.weights) > 1:
+            return None
+        addend: Tensor = args[0]
+        scaled = kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1
+        return None if scaled or site.weights[0].slot != (2,) or addend.shape != weight.shape[1:] else addend
 
     def _store_unsigned(self, site: CallSite, weights: list[IntegerWeight]) -> None:
         """Let weights that could overflow have the type of the activations, which engines multiply in 32 bits."""
