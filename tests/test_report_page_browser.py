@@ -53,7 +53,6 @@ def test_a_click_unfolds_a_module_and_shows_a_layer(opened: OpenPage) -> None:
     assert "m:blocks" in opened.seen()
     opened.click_node("m:blocks")
     assert {"m:blocks.0", "m:blocks.1"} <= opened.seen()
-    assert "4 of 8" not in opened.detail()
     assert opened.page.inner_text("#detail h3") == "blocks"
     opened.click_node("m:blocks.0")
     opened.click_node("m:blocks.0.body")
@@ -72,6 +71,16 @@ def test_a_click_unfolds_a_module_and_shows_a_layer(opened: OpenPage) -> None:
     ):
         assert part in said, part
     assert opened.page.locator("#detail canvas[role=img]").count() == 3  # weights, QS and loss over the epochs
+
+
+def test_a_module_counts_its_layers_with_weights(opened: OpenPage, state: RunState) -> None:
+    assert state.plan is not None
+    inside = [layer for layer in state.plan.graph if layer.path.startswith("blocks.") and layer.weighted]
+    opened.page.click("#fold")
+    label = opened.page.evaluate("cco.graph.cy.getElementById('m:blocks').data('label')")
+    assert label.splitlines()[1] == f"{sum(layer.name in state.plan.in_int8 for layer in inside)} of {len(inside)} with weights in INT8"
+    whole = opened.page.evaluate("`${cco.tree.int8} of ${cco.tree.weighted} layers with weights run in INT8`")
+    assert state.plan.summary.startswith(whole)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.004, 0.3, 0.994, 0.996, 0.9999, 1.0])

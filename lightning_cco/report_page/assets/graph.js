@@ -35,7 +35,7 @@
 
   const short = (text, most = 42) => (text.length > most ? `${text.slice(0, most / 2)}…${text.slice(-most / 2 + 1)}` : text);
   const labelOf = (node) => {
-    if (node.layer === undefined) return `${short(cco.shown(node.label))}\n${node.int8} of ${node.count} in INT8`;
+    if (node.layer === undefined) return `${short(cco.shown(node.label))}\n${cco.inside(node)}`;
     const layer = cco.layers[node.layer];
     const second = [cco.bits(layer), layer.sensitivity ? `QS ${cco.figure(layer.sensitivity.qs, 3)}` : "", !cco.bits(layer) && !layer.sensitivity ? layer.kind : ""];
     return `${short(cco.shown(node.label))}\n${second.filter(Boolean).join("  ")}`;
@@ -119,7 +119,7 @@
     const node = cco.nodes.get(id);
     document.dispatchEvent(new CustomEvent("cco:chosen", { detail: { node, tell } }));
     const layer = node.layer === undefined ? null : cco.layers[node.layer];
-    cco.say(layer ? `${layer.name}, ${layer.kind}, ${cco.RUNS[layer.runs]} ${cco.bits(layer)}` : `module ${node.path}, ${node.int8} of ${node.count} layers in INT8`);
+    cco.say(layer ? `${layer.name}, ${layer.kind}, ${cco.RUNS[layer.runs]} ${cco.bits(layer)}` : `module ${node.path}, ${cco.inside(node)}`);
   };
   /** Show a layer wherever it is: its modules are unfolded. */
   const find = (index) => {
