@@ -67,6 +67,29 @@ def modules_view(
     return boxes, [(source, destination) for source, destination in edges if source != destination]
 
 
+def module_of_each_layer(graph: LayerGraph, most: int) -> dict[str, str]:
+    """The module that each layer is shown in, if as many modules are shown as there is room for, each by itself; empty for a layer between them.
+
+    Args:
+        graph: The layers.
+        most: Modules at most, and layers between them; inputs and outputs do not count.
+    """
+    view = _ModulesView(graph, lambda layer: layer.name)
+
+    def shown(opened: set[str]) -> dict[str, str]:
+        paths = {name: view.box_of(name, opened) for name in graph.names}
+        return {name: "" if path is None else view.outermost(path) for name, path in paths.items()}
+
+    opened = {""}
+    found = shown(opened)
+    while (wider := view.open_largest(view.boxes(opened), opened)) is not None:
+        more = shown(wider)
+        if len({path or name for name, path in more.items() if graph[name].kind not in _ENDS}) > most:
+            break
+        opened, found = wider, more
+    return found
+
+
 def is_lump(graph: LayerGraph, boxes: Sequence[Box]) -> bool:
     """Whether one box, which does not stand for repeated modules, holds most of the network although it could be opened."""
     box = max((box for box in boxes if not box.end), key=lambda box: len(box.members), default=Box(""))
@@ -112,9 +135,8 @@ class _ModulesView:
         return ".".join(parts)
 
     def _label(self, path: str) -> tuple[str, int]:
-        """A shown path with ranges in it, and for how many modules it stands; of modules that hold nothing but each other the outermost one."""
-        while (outer := path.rpartition(".")[0]) and self.sizes[outer] == self.sizes[path] and len(self.runs.get(path, [])) < 2:
-            path = outer
+        """A shown path with ranges in it, and for how many modules it stands."""
+        path = self.outermost(path)
         parts, repeats = path.split("."), 1
         for end in range(len(parts), 0, -1):
             run = self.runs.get(".".join(path.split(".")[:end]), [])
@@ -122,6 +144,12 @@ class _ModulesView:
                 parts[end - 1] = f"[{parts[end - 1]}-{run[-1].rpartition('.')[2]}]"
                 repeats *= len(run)
         return ".".join(parts), repeats
+
+    def outermost(self, path: str) -> str:
+        """Of modules that hold nothing but each other the outermost one."""
+        while (outer := path.rpartition(".")[0]) and self.sizes[outer] == self.sizes[path] and len(self.runs.get(path, [])) < 2:
+            path = outer
+        return path
 
     def undeployed(self) -> set[str]:
         """The shown paths of modules whose layers are none of the deployed model."""
@@ -181,9 +209,8 @@ class _ModulesView:
 
 
 def _without_digits(path: str) -> str:
-    """What the paths of siblings have in common: ``layer2`` and ``layer3``, ``stages.0`` and ``stages.1``."""
-    parent, dot, name = path.rpartition(".")
-    return parent + dot + re.sub(r"\d+", "#", name)
+    """What the paths of siblings have in common: ``layer2`` and ``layer3``, ``stages.0.blocks`` and ``stages.1.blocks``."""
+    return re.sub(r"\d+", "#", path)
 
 
 def _few(ends: list[Box]) -> list[Box]:

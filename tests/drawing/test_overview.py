@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import GuideCNN, ResidualCNN
 from PIL import Image
+from tensorboard.compat.proto.graph_pb2 import GraphDef
 from torch import Tensor, nn
 
 from lightning_cco import QuantizedModel, quantize
@@ -21,6 +22,7 @@ from lightning_cco.drawing.node_label import GREEN, WHITE, YELLOW, mixed
 from lightning_cco.drawing.overview import HEIGHT, WIDTH, draw_overview, share_in_int8
 from lightning_cco.drawing.overview_layout import laid_out
 from lightning_cco.drawing.render import DPI, save_overview
+from lightning_cco.monitoring.graph_def import graph_def
 
 
 class Block(nn.Module):
@@ -199,3 +201,15 @@ def test_nearly_all_is_not_all(tmp_path: Path) -> None:
     svg = save_overview(model.graph, tmp_path / "overview", model.plan, {}, "")["svg"].read_text()
     assert "over 99 % of the multiplications" in model.plan.summary
     assert model.plan.summary in svg
+
+
+def test_tensorboard_opens_on_modules_not_on_one_box() -> None:
+    """A closed box for each name before the first slash: those that are seen at once."""
+    network = stages((3, 4, 12, 3), nested=True)
+    model = quantize(nn.Sequential(OrderedDict(net=network)).eval(), "w8a8", (torch.randn(1, 3, 16, 16),))
+    nodes = GraphDef.FromString(graph_def(model.plan, {})).node
+    assert {node.name.split("/")[0] for node in nodes} == {
+        "input_0", "embedder", "stages.0", "stages.1", "stages.2", "stages.3", "pool", "flatten", "classifier", "output_0",
+    }  # fmt: skip
+    modules = {node.name.split("/")[-1]: node.attr["module"].s.decode() for node in nodes}
+    assert modules == {layer.name: layer.path for layer in model.graph}
