@@ -475,3 +475,26 @@ def test_a_residual_connection_runs_around_the_layers_that_it_passes(opened: Ope
     shortcut = "cco.graph.cy.edges().filter((edge) => edge.source().data('label').startsWith('relu') && edge.target().data('label').startsWith('add')).length"
     assert opened.page.evaluate(shortcut) == 2
     assert opened.page.evaluate(_CROSSED) == []
+
+
+_TITLES_CROSSED = """
+cco.graph.cy.nodes(":parent").flatMap((node) => {
+  const pen = document.createElement("canvas").getContext("2d");
+  pen.font = "12px system-ui";
+  const box = node.boundingBox({ includeLabels: false }), wide = pen.measureText(node.data("label")).width;
+  const middle = (box.x1 + box.x2) / 2 + node.numericStyle("text-margin-x");
+  const within = (x, y) => x > middle - wide / 2 && x < middle + wide / 2 && y > box.y1 - 13 && y < box.y1 - 2;
+  return cco.graph.cy.edges().filter((edge) => {
+    const points = [edge.sourceEndpoint(), ...(edge.segmentPoints() || []), edge.targetEndpoint()];
+    return points.slice(1).some((end, number) => [...Array(201).keys()].some((part) => within(
+      points[number].x + (end.x - points[number].x) * part / 200, points[number].y + (end.y - points[number].y) * part / 200)));
+  }).map((edge) => `${edge.id()} through the title of ${node.id()}`);
+})
+"""
+
+
+def test_no_arrow_runs_through_the_title_of_a_module(opened: OpenPage) -> None:
+    opened.page.click("#unfold")
+    opened.page.click("#unfold")
+    assert opened.page.evaluate("cco.graph.cy.nodes(':parent').length") == 6
+    assert opened.page.evaluate(_TITLES_CROSSED) == []

@@ -18,7 +18,7 @@
         width: "data(width)", height: "data(height)", "border-width": 1.5 } },
       ...paints,
       { selector: "node.module", style: { "border-width": 3, "border-style": "double" } },
-      { selector: "node:parent", style: { "background-color": cco.colour("box"), "background-opacity": 0.6, "text-valign": "top", "font-size": 12, color: cco.colour("muted"),
+      { selector: "node:parent", style: { "background-color": cco.colour("box"), "background-opacity": 0.6, "text-valign": "top", "text-margin-x": "data(aside)", "font-size": 12, color: cco.colour("muted"),
         "border-width": 1, "border-style": "solid", "border-color": cco.colour("line"), padding: 12 } },
       { selector: "node.chosen", style: { "border-width": 4, "border-color": cco.colour("accent") } },
       { selector: "node.changed", style: { "border-style": "dashed" } },
@@ -47,7 +47,7 @@
     const inside = node.parent && node.parent !== cco.tree && unfolded.has(node.parent.id) ? node.parent.id : undefined;
     const open = node.layer === undefined && unfolded.has(node.id);
     return { group: "nodes", classes: node.layer === undefined ? "module" : "",
-      data: { id: node.id, parent: inside, paint: node.paint, width, height: 44, label: open ? short(cco.shown(node.label), 60) : label } };
+      data: { id: node.id, parent: inside, paint: node.paint, width, height: 44, aside: 0, label: open ? short(cco.shown(node.label), 60) : label } };
   };
 
   const elements = () => {

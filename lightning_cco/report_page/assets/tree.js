@@ -59,7 +59,7 @@
       const { runs } = cco.layers[node.layer];
       node.count = 1;
       node.paint = runs === "input" || runs === "output" ? "io" : runs === "int8" || runs === "packed" ? "int8" : "float";
-      node.weighted = cco.layers[node.layer].weights ? 1 : 0;
+      node.weighted = cco.layers[node.layer].weighted ? 1 : 0;
       node.int8 = runs === "int8" ? node.weighted : 0;
       node.green = node.paint === "int8" ? 1 : 0;
       node.first = node.layer;
