@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -498,3 +499,20 @@ def test_no_arrow_runs_through_the_title_of_a_module(opened: OpenPage) -> None:
     opened.page.click("#unfold")
     assert opened.page.evaluate("cco.graph.cy.nodes(':parent').length") == 6
     assert opened.page.evaluate(_TITLES_CROSSED) == []
+
+
+@pytest.mark.parametrize("factor", [1.05, 1.3, 2.0, 10.0, 1000.0])
+def test_labels_of_a_logarithmic_axis_stand_apart(factor: float, browser: Any, state: RunState, tmp_path: Path) -> None:
+    assert state.report is not None
+    worst = sorted(state.report.main, key=lambda name: -state.report.main[name].qs)[:8]  # type: ignore[union-attr]
+    epochs = [(epoch, {name: 3 * factor**number for number, name in enumerate(worst)}) for epoch in range(3)]
+    opened = OpenPage(browser, write_page(tmp_path, replace(state, qs_epochs=epochs)))
+    chart = "Chart.getChart([...document.querySelectorAll('canvas[aria-label]')].find((one) => one.getAttribute('aria-label').startsWith('QS of the most')))"
+    opened.page.evaluate("document.getElementById('sensitivity').scrollIntoView()")
+    opened.until(f"Boolean({chart})")
+    axis = f"(({{ scales: {{ y }} }}) => y.ticks.map(({{ value }}) => y.getPixelForValue(value)))({chart})"
+    places = opened.page.evaluate(axis)
+    assert len(places) >= 2
+    assert min(above - below for above, below in pairwise(places)) >= 14
+    assert opened.wrong == []
+    opened.page.close()
