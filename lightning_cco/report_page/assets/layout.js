@@ -25,7 +25,8 @@
   const pen = document.createElement("canvas").getContext("2d");
   /** How far aside of the middle of its box the title of an open module stands: as near to the left as no edge runs through it. */
   const asideOf = (node, ways) => {
-    const box = node.boundingBox({ includeLabels: false, includeOverlays: false });
+    const { x, y } = node.position(), half = node.outerWidth() / 2;
+    const box = { x1: x - half, x2: x + half, y1: y - node.outerHeight() / 2 };
     pen.font = "12px system-ui";
     const wide = pen.measureText(node.data("label")).width, top = box.y1 - TITLE, taken = [];
     for (const way of ways) {
