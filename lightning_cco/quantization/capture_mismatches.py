@@ -110,6 +110,7 @@ class CaptureMismatches:
             yield lambda: [place for place in (*self.found, *self.suspected) if place not in known]
         finally:
             self.found, self.suspected = before
+            self.followed = FollowedResults()
 
     def _unseen_module(self, node: CallNode, kind: str) -> None:
         """Note, once for all that it holds, a call of a module that the capture did not see."""

@@ -98,7 +98,7 @@ class Runtime:
 
     def forward_starts(self) -> None:
         """Before a forward: what is still followed of those before is not what somebody keeps for a log."""
-        if self.mismatches.followed:
+        if self._follows and self.frames.handle == self._handle:  # not while another handler sees every call
             self.mismatches.followed.forget_numbers()
             self._follow()
 
@@ -139,9 +139,9 @@ class Runtime:
 
     def _follow(self) -> None:
         """See every call, in every module, as long as something is followed."""
-        follows = bool(self.mismatches.followed)
-        self.frames.watched = None if follows else _WATCHED
-        self.frames.unwatched = frozenset() if follows else self._unwatched
+        self._follows = bool(self.mismatches.followed)
+        self.frames.watched = None if self._follows else _WATCHED
+        self.frames.unwatched = frozenset() if self._follows else self._unwatched
 
     @property
     def phase(self) -> Phase:
