@@ -21,14 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cco._yaml import parse_yaml
-from lightning_cco.batches import forward_arguments, overrides_forward
+from lightning_cco.batches import overrides_forward
 from lightning_cco.errors import CCOError
 from lightning_cco.export.destination import announcement, holds_weights_alone, is_program
+from lightning_cco.export.engines import PROGRAMS
 from lightning_cco.export.report import ExportReport
-from lightning_cco.loading import load_quantized
+from lightning_cco.loading import calls_on, load_quantized
 from lightning_cco.monitoring.run_report import run_report
 from lightning_cco.names import nearest
+from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.version import __version__
+
+_BATCHES = 2  # of --data, that a file is checked on unless --batches says otherwise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--data-arg", action="append", default=[], metavar="NAME=VALUE", help="an argument of it, as YAML; may be repeated")
     export.add_argument(
-        "--batches", type=int, default=2, metavar="N", help="how many batches of --data the file is checked on (default: 2)"
+        "--batches", type=_count, metavar="N", help=f"how many batches of --data the file is checked on (default: {_BATCHES})"
     )
     export.add_argument(
         "--example", metavar="FILE.pt", help="a tensor, a tuple or a mapping of tensors, saved with torch.save: the arguments of forward"
@@ -102,20 +106,19 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="summarize what a run has written")
     report.set_defaults(run=lambda options: print(run_report(options.folder, most=options.most)))
     report.add_argument("folder", help="the run's log folder, or the cco folder in it")
-    report.add_argument("--most", type=int, default=10, metavar="N", help="how many layers at most (default: 10)")
+    report.add_argument("--most", type=_count, default=10, metavar="N", help="how many layers at most (default: 10)")
     return parser
 
 
 def _export(options: argparse.Namespace) -> None:
     if "://" not in options.checkpoint and not os.path.exists(options.checkpoint):
         raise CCOError(f"the checkpoint '{options.checkpoint}' is not there.")
+    _refuse_idle(options)
     module = _build(options)
     arguments: dict[str, Any] = {}
     batches: list[Any] = []
-    if options.data is not None and options.example is not None:
-        raise CCOError("expected --data or --example; got both. Leave one out.")
     if options.data is not None:
-        batches = list(islice(_batches(options), options.batches))
+        batches = list(islice(_batches(options), options.batches or _BATCHES))
         if not batches:
             raise CCOError(f"--data {options.data}: expected at least one batch, got none.")
         arguments["batch"] = batches[0]
@@ -127,15 +130,48 @@ def _export(options: argparse.Namespace) -> None:
         )
     quantized = load_quantized(module, options.checkpoint, weights_only=not options.trust, **arguments)
     more: dict[str, Any] = {} if options.dynamic_batch is None else {"dynamic_batch": options.dynamic_batch}
-    checks_batches = not is_program(options.out) and not holds_weights_alone(options.out)
-    if len(batches) > 1 and quantized.network is None and overrides_forward(module) and checks_batches:
-        calls = [forward_arguments(module, batch) for batch in batches]
-        more["batches"] = [kwargs or args for args, kwargs in calls]
+    if _checks_batches(options.out, quantized):
+        if len(batches) > 1:
+            more["batches"] = calls_on(quantized, batches)
+    elif options.batches is not None:
+        raise CCOError(
+            f"--batches {options.batches}: {options.out} is not checked on batches. Leave --batches out, or write an .onnx file."
+        )
     print(announcement(options.out), file=sys.stderr)
     written = quantized.export(options.out, **more)
     if isinstance(written, ExportReport):
         written.save(written.beside)
     print(f"Wrote {options.out}." if is_program(options.out) else written)
+
+
+def _refuse_idle(options: argparse.Namespace) -> None:
+    """Refuse options that have no effect beside, or without, others.
+
+    Raises:
+        CCOError: There is one; it is named with what to write instead.
+    """
+    if options.data is not None and options.example is not None:
+        raise CCOError("expected --data or --example; got both. Leave one out.")
+    if options.data is None:
+        for given, what in ((options.data_arg, "--data-arg"), (options.batches, "--batches")):
+            if given:
+                raise CCOError(
+                    f"{what} {given if isinstance(given, int) else given[0]}: expected --data too, got none. Add it, or leave {what} out."
+                )
+
+
+def _checks_batches(path: str, quantized: QuantizedModel) -> bool:
+    """Whether the check of what is written to a path runs batches."""
+    if is_program(path):
+        return quantized.settings.deployment_settings.target_framework in PROGRAMS  # else it is the model itself, as it was traced
+    return not holds_weights_alone(path)
+
+
+def _count(text: str) -> int:
+    """A number of at least 1, as argparse wants it."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got '{text}'")
+    return int(text)
 
 
 def _build(options: argparse.Namespace) -> Any:
@@ -175,7 +211,12 @@ def _batches(options: argparse.Namespace) -> Iterable[Any]:
     """The batches of a data module's loaders, those that a deployment resembles most first; or of a function."""
     found = _find(options.data, "--data")
     try:
-        data = found(**_arguments(options.data_arg, "--data-arg")) if callable(found) else found
+        given = _arguments(options.data_arg, "--data-arg")
+        if given and not callable(found):
+            raise CCOError(
+                f"--data-arg {options.data_arg[0]}: {options.data} is no class or function, but {type(found).__name__}. Leave it out."
+            )
+        data = found(**given) if callable(found) else found
         if not isinstance(data, pl.LightningDataModule):
             found_batches: Iterable[Any] = iter(data)
             return found_batches

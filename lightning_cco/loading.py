@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_cco.batches import ForwardFn, capture_module, overrides_forward
+from lightning_cco.batches import ForwardFn, capture_module, forward_through_model, forward_through_step, overrides_forward
 from lightning_cco.checkpoints import check_callback_state, load_weights, read_checkpoint
 from lightning_cco.errors import CCOError
 from lightning_cco.example_batches import calls_of
@@ -164,6 +164,23 @@ def _captured_from_batch(
         calls, quantized.network = calls_of(quantized, [batch], way)
     quantized.example = calls[0]
     return quantized
+
+
+def calls_on(quantized: QuantizedModel, batches: Sequence[Any]) -> list[Any]:
+    """The arguments of what a file holds, on each of some batches, for the ``batches`` of an export.
+
+    Args:
+        quantized: A model that was loaded with a ``batch``, and without a ``forward_fn``.
+        batches: Batches as that one.
+
+    Raises:
+        CCOError: A batch goes otherwise through the model than the first one.
+    """
+    assert isinstance(quantized.model, pl.LightningModule)
+    way = forward_through_model if quantized.network is None else forward_through_step
+    with _with_a_trainer(quantized.model), eager(), torch.no_grad():
+        calls, _ = calls_of(quantized, batches, way)
+    return [kwargs or args for args, kwargs in calls]
 
 
 @contextmanager

@@ -89,7 +89,8 @@ def plan_of(graph: LayerGraph, skipped: dict[str, str] | None = None, threshold:
     }
     settings = SimpleNamespace(global_quantization_settings=SimpleNamespace(quantization_sensitivity_threshold=threshold))
     summary = "1 of 2 layers with weights run in INT8 in ort"
-    return SimpleNamespace(decisions=decisions, settings=settings, boundaries=[], summary=summary)
+    quantized = {name for name, decision in decisions.items() if decision.quantized}
+    return SimpleNamespace(decisions=decisions, settings=settings, boundaries=[], summary=summary, quantized=quantized, in_int8=quantized)
 
 
 def labels(dot: Any) -> dict[str, str]:

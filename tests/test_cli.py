@@ -39,6 +39,20 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
+class Step(pl.LightningModule):  # no forward: what the step calls is captured
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.head = nn.Linear(8, 2)
+
+    def training_step(self, batch, batch_idx):
+        self.trainer.global_step  # as steps do that ask for the Trainer
+        return nn.functional.cross_entropy(self.head(torch.relu(self.encoder(batch[0]))), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
 class Data(pl.LightningDataModule):
     def __init__(self, count=32):
         super().__init__()
@@ -56,13 +70,15 @@ def nothing():
 
 
 number = 3
+some = [(torch.randn(8, 6), torch.zeros(8, dtype=torch.long)) for _ in range(5)]
 
 
 def train():
-    saving = ModelCheckpoint("checkpoints", filename="best")
     settings = {"training_settings": {"stats_steps": 2}, "monitoring_settings": {"draw_graph": False, "output_dir": "logs/cco"}}
     options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    pl.Trainer(max_epochs=1, callbacks=[cc.CCOCallback(settings), saving], **options).fit(Net(width=12), Data())
+    for module, name in ((Step(), "step"), (Net(width=12), "best")):
+        callbacks = [cc.CCOCallback(settings), ModelCheckpoint("checkpoints", filename=name)]
+        pl.Trainer(max_epochs=1, callbacks=callbacks, **options).fit(module, Data())
 """
 
 
@@ -117,6 +133,16 @@ def test_export(run, tmp_path: Path, given: list[str]) -> None:
     assert bool(first.dim_value) == ("--no-dynamic-batch" in given)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize(("given", "count"), [([], 2), (["--batches", "4"], 4), (["--batches", "1"], 1)])
+@pytest.mark.parametrize(("checkpoint", "module"), [("best", "Net"), ("step", "Step")])
+def test_the_file_is_checked_on_as_many_batches(run, tmp_path: Path, checkpoint: str, module: str, given: list[str], count: int) -> None:
+    data = ["--data", "cli_project.Data", *given, "--out", str(tmp_path / "model.onnx")]
+    status, said, _ = run("export", f"checkpoints/{checkpoint}.ckpt", "--module", f"cli_project.{module}", *data)
+    assert status == 0
+    assert f"({count} batch{'es' if count > 1 else ''}" in said
+
+
 def test_export_as_a_program(run, tmp_path: Path) -> None:
     assert run(*EXPORT, "cli_project.Net", "--out", str(tmp_path / "model.pt2"))[0] == 0
     assert torch.export.load(tmp_path / "model.pt2").module()(torch.randn(8, 6)).shape == (8, 2)
@@ -138,6 +164,10 @@ def test_export_as_a_program(run, tmp_path: Path) -> None:
         ((*EXPORT, "cli_project.Net", "--data", "cli_project.Data", "--example", "example.pt"), "got both"),
         ((*EXPORT, "cli_project.Net", "--example", "cli_project.py"), "expected tensors that torch.save wrote"),
         ((*EXPORT, "cli_project.Net", "--data", "cli_project.Data", "--out", "model.safetensors"), "but the plan rounds activations"),
+        ((*EXPORT, "cli_project.Net", "--data-arg", "count=16"), "--data-arg count=16: expected --data too"),
+        ((*EXPORT, "cli_project.Net", "--batches", "4", "--example", "example.pt"), "--batches 4: expected --data too"),
+        ((*EXPORT, "cli_project.Net", "--data", "cli_project.some", "--data-arg", "count=16"), "is no class or function, but list"),
+        ((*EXPORT, "cli_project.Net", "--data", "cli_project.some", "--batches", "4", "--out", "model.pt2"), "is not checked on batches"),
         (("report", "nowhere"), "'nowhere' is no folder"),
         (("report", "checkpoints"), "has no resolved_recipe.yaml"),
     ],
@@ -147,6 +177,13 @@ def test_what_is_said_of_mistakes(run, arguments: tuple[str, ...], message: str)
     assert status == 1
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("arguments", [(*EXPORT, "cli_project.Net", "--batches", "0"), ("report", "logs", "--most", "-1")])
+def test_counts_are_at_least_one(run, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit):
+        run(*arguments)
+    assert "expected a number of at least 1" in capsys.readouterr().err
 
 
 def test_the_report_of_a_run(run, project: Path) -> None:

@@ -115,3 +115,19 @@ def test_nothing_is_written_where_nothing_is_shown(tmp_path: Path, state: RunSta
     remote.on_export(ExportReport(str(tmp_path / "model.onnx")))
     remote.finish()
     assert remote._report.paths == []
+
+
+def test_a_long_line_of_an_export_report_is_folded_and_whole() -> None:
+    report = ExportReport("model.onnx", batches=1)
+    report.inputs = {f"a_rather_long_name_of_an_input_{number}": ["batch", 3, "height", "width"] for number in range(12)}
+    report.notes = [
+        "sizes within which the file holds: " + "; ".join(f"axis {n} of 'pixel_values' {n} at least" for n in range(40)),
+        "short",
+    ]
+    lines = str(report).splitlines()
+    assert max(map(len, lines)) <= 200
+    assert "  note: short" in lines
+    said = " ".join(str(report).split())
+    assert " ".join(report.notes[0].split()) in said
+    assert all(name in said for name in report.inputs)
+    assert all(line.startswith("  ") for line in lines[1:])

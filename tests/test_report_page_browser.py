@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,6 @@ def test_a_click_unfolds_a_module_and_shows_a_layer(opened: OpenPage) -> None:
     assert "m:blocks" in opened.seen()
     opened.click_node("m:blocks")
     assert {"m:blocks.0", "m:blocks.1"} <= opened.seen()
-    assert "4 of 8" not in opened.detail()
     assert opened.page.inner_text("#detail h3") == "blocks"
     opened.click_node("m:blocks.0")
     opened.click_node("m:blocks.0.body")
@@ -72,6 +72,16 @@ def test_a_click_unfolds_a_module_and_shows_a_layer(opened: OpenPage) -> None:
     ):
         assert part in said, part
     assert opened.page.locator("#detail canvas[role=img]").count() == 3  # weights, QS and loss over the epochs
+
+
+def test_a_module_counts_its_layers_with_weights(opened: OpenPage, state: RunState) -> None:
+    assert state.plan is not None
+    inside = [layer for layer in state.plan.graph if layer.path.startswith("blocks.") and layer.weighted]
+    opened.page.click("#fold")
+    label = opened.page.evaluate("cco.graph.cy.getElementById('m:blocks').data('label')")
+    assert label.splitlines()[1] == f"{sum(layer.name in state.plan.in_int8 for layer in inside)} of {len(inside)} with weights in INT8"
+    whole = opened.page.evaluate("`${cco.tree.int8} of ${cco.tree.weighted} layers with weights run in INT8`")
+    assert state.plan.summary.startswith(whole)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.004, 0.3, 0.994, 0.996, 0.9999, 1.0])
@@ -466,3 +476,43 @@ def test_a_residual_connection_runs_around_the_layers_that_it_passes(opened: Ope
     shortcut = "cco.graph.cy.edges().filter((edge) => edge.source().data('label').startsWith('relu') && edge.target().data('label').startsWith('add')).length"
     assert opened.page.evaluate(shortcut) == 2
     assert opened.page.evaluate(_CROSSED) == []
+
+
+_TITLES_CROSSED = """
+cco.graph.cy.nodes(":parent").flatMap((node) => {
+  const pen = document.createElement("canvas").getContext("2d");
+  pen.font = "12px system-ui";
+  const box = node.boundingBox({ includeLabels: false }), wide = pen.measureText(node.data("label")).width;
+  const middle = (box.x1 + box.x2) / 2 + node.numericStyle("text-margin-x");
+  const within = (x, y) => x > middle - wide / 2 && x < middle + wide / 2 && y > box.y1 - 13 && y < box.y1 - 2;
+  return cco.graph.cy.edges().filter((edge) => {
+    const points = [edge.sourceEndpoint(), ...(edge.segmentPoints() || []), edge.targetEndpoint()];
+    return points.slice(1).some((end, number) => [...Array(201).keys()].some((part) => within(
+      points[number].x + (end.x - points[number].x) * part / 200, points[number].y + (end.y - points[number].y) * part / 200)));
+  }).map((edge) => `${edge.id()} through the title of ${node.id()}`);
+})
+"""
+
+
+def test_no_arrow_runs_through_the_title_of_a_module(opened: OpenPage) -> None:
+    opened.page.click("#unfold")
+    opened.page.click("#unfold")
+    assert opened.page.evaluate("cco.graph.cy.nodes(':parent').length") == 6
+    assert opened.page.evaluate(_TITLES_CROSSED) == []
+
+
+@pytest.mark.parametrize("factor", [1.05, 1.3, 2.0, 10.0, 1000.0])
+def test_labels_of_a_logarithmic_axis_stand_apart(factor: float, browser: Any, state: RunState, tmp_path: Path) -> None:
+    assert state.report is not None
+    worst = sorted(state.report.main, key=lambda name: -state.report.main[name].qs)[:8]  # type: ignore[union-attr]
+    epochs = [(epoch, {name: 3 * factor**number for number, name in enumerate(worst)}) for epoch in range(3)]
+    opened = OpenPage(browser, write_page(tmp_path, replace(state, qs_epochs=epochs)))
+    chart = "Chart.getChart([...document.querySelectorAll('canvas[aria-label]')].find((one) => one.getAttribute('aria-label').startsWith('QS of the most')))"
+    opened.page.evaluate("document.getElementById('sensitivity').scrollIntoView()")
+    opened.until(f"Boolean({chart})")
+    axis = f"(({{ scales: {{ y }} }}) => y.ticks.map(({{ value }}) => y.getPixelForValue(value)))({chart})"
+    places = opened.page.evaluate(axis)
+    assert len(places) >= 2
+    assert min(above - below for above, below in pairwise(places)) >= 14
+    assert opened.wrong == []
+    opened.page.close()

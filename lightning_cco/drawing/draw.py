@@ -155,16 +155,17 @@ class _Drawing:
         rows = [html.text_row(commonest, color=html.MUTED)]
         paint = html.WHITE
         if self.plan is not None:
-            decisions = [self._decision(name) for name in group.members if _is_deployed(self.graph[name])]
-            quantized = sum(decision is not None and decision.quantized for decision in decisions)
-            reasons = Counter(
-                decision.reason for decision in decisions if decision is not None and not decision.quantized and decision.reason
-            )
-            rows.append(html.share_row(quantized, len(decisions)))
+            decisions = {name: self.plan.decisions[name] for name in group.members if _is_deployed(self.graph[name])}
+            counted = [name for name in decisions if self.graph[name].weighted] or list(decisions)
+            quantized = sum(name in self.plan.quantized for name in counted)
+            in_int8 = sum(name in self.plan.in_int8 for name in counted)
+            reasons = Counter(decision.reason for decision in decisions.values() if not decision.quantized and decision.reason)
+            if any(layer.weighted for layer in map(self.graph.__getitem__, counted)):
+                rows.append(html.share_row(in_int8, len(counted)))
             if reasons:
                 listed = ", ".join(f"{count} {html.in_short(reason)}" for reason, count in reasons.most_common())
                 rows += [html.text_row(line, color="#7A5B00", bold=True) for line in html.balanced(f"not quantized: {listed}")]
-            paint = html.GREEN if quantized == len(decisions) else html.MIXED if quantized else html.YELLOW
+            paint = html.GREEN if quantized == len(counted) else html.MIXED if quantized else html.YELLOW
         worst = self._worst(group.members)
         if worst:
             rows.append(html.status_row("", self.qs[worst], self.largest, self.threshold, f" in {worst}"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -12,6 +14,8 @@ from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.graph.select import containers
 
 _ENDS = ("input", "output")
+_LUMP = 0.6  # of all layers: a box of so many says nothing of the network
+_FEW = 8  # modules that need not be opened
 _COMPARED = 300  # boxes among which the smallest neighbours are looked for
 
 
@@ -32,7 +36,9 @@ class Box:
     end: str = ""
 
 
-def modules_view(graph: LayerGraph, mark: Callable[[Layer], Hashable], most: int) -> tuple[list[Box], list[tuple[int, int]]]:
+def modules_view(
+    graph: LayerGraph, mark: Callable[[Layer], Hashable], most: int, whole: bool = True
+) -> tuple[list[Box], list[tuple[int, int]]]:
     """Group a graph's layers by module.
 
     A layer that a module runs itself, between its submodules, goes with the box before it, and so does a module of dropouts alone.
@@ -41,6 +47,8 @@ def modules_view(graph: LayerGraph, mark: Callable[[Layer], Hashable], most: int
         graph: The layers.
         mark: What must be equal, in addition to kinds and names, for two modules to be shown as one.
         most: Boxes at most, inputs and outputs included.
+        whole: Whether a module is shown as one if it holds more boxes than there is room for. Else only what holds most of the network is opened, and
+            neighbours in it are put together where there is no room.
 
     Returns:
         The boxes in execution order, and the edges between them as pairs of their numbers.
@@ -50,13 +58,43 @@ def modules_view(graph: LayerGraph, mark: Callable[[Layer], Hashable], most: int
     boxes = view.boxes(opened)
     while (wider := view.open_largest(boxes, opened)) is not None:
         more = view.boxes(wider)
-        if len(more) > most:
+        if len(more) > most if whole else not is_lump(graph, boxes):
             break
         opened, boxes = wider, more
     boxes = _merged(boxes, most)
     number = {name: index for index, box in enumerate(boxes) for name in box.members}
     edges = {(number[edge.source], number[edge.destination]): None for edge in graph.edges}
     return boxes, [(source, destination) for source, destination in edges if source != destination]
+
+
+def module_of_each_layer(graph: LayerGraph, most: int) -> dict[str, str]:
+    """The module that each layer is shown in, if as many modules are shown as there is room for, each by itself; empty for a layer between them.
+
+    Args:
+        graph: The layers.
+        most: Modules at most, and layers between them; inputs and outputs do not count.
+    """
+    view = _ModulesView(graph, lambda layer: layer.name)
+
+    def shown(opened: set[str]) -> dict[str, str]:
+        paths = {name: view.box_of(name, opened) for name in graph.names}
+        return {name: "" if path is None else view.outermost(path) for name, path in paths.items()}
+
+    opened = {""}
+    found = shown(opened)
+    while (wider := view.open_largest(view.boxes(opened), opened)) is not None:
+        more = shown(wider)
+        if len({path or name for name, path in more.items() if graph[name].kind not in _ENDS}) > most:
+            break
+        opened, found = wider, more
+    return found
+
+
+def is_lump(graph: LayerGraph, boxes: Sequence[Box]) -> bool:
+    """Whether one box, which does not stand for repeated modules, holds most of the network although it could be opened."""
+    box = max((box for box in boxes if not box.end), key=lambda box: len(box.members), default=Box(""))
+    paths = {graph[name].path for name in box.members}
+    return box.repeats == 1 and len(box.members) > _LUMP * len(graph) and len(paths) > _FEW
 
 
 class _ModulesView:
@@ -66,13 +104,14 @@ class _ModulesView:
         self.runs: dict[str, list[str]] = {}
         self._fold(mark)
         self.paths = {layer.name: self._shown(layer.path) for layer in graph}
+        self.sizes = Counter(path for shown in self.paths.values() for path in containers(shown))
 
     def _fold(self, mark: Callable[[Layer], Hashable]) -> None:
-        """Find the modules that repeat one after the other under one parent: same layers, same decisions."""
+        """Find the modules that repeat one after the other under one parent: same layers, sizes and decisions."""
         signatures: dict[str, list[Hashable]] = {}
         for layer in self.graph:
             for path in containers(layer.path):
-                signatures.setdefault(path, []).append((layer.path[len(path) :], layer.kind, mark(layer)))
+                signatures.setdefault(path, []).append((layer.path[len(path) :], layer.kind, tuple(layer.output_shapes), mark(layer)))
         before: dict[str, str] = {}
         for path in signatures:
             parent, _, child = path.rpartition(".")
@@ -97,6 +136,7 @@ class _ModulesView:
 
     def _label(self, path: str) -> tuple[str, int]:
         """A shown path with ranges in it, and for how many modules it stands."""
+        path = self.outermost(path)
         parts, repeats = path.split("."), 1
         for end in range(len(parts), 0, -1):
             run = self.runs.get(".".join(path.split(".")[:end]), [])
@@ -104,6 +144,12 @@ class _ModulesView:
                 parts[end - 1] = f"[{parts[end - 1]}-{run[-1].rpartition('.')[2]}]"
                 repeats *= len(run)
         return ".".join(parts), repeats
+
+    def outermost(self, path: str) -> str:
+        """Of modules that hold nothing but each other the outermost one."""
+        while (outer := path.rpartition(".")[0]) and self.sizes[outer] == self.sizes[path] and len(self.runs.get(path, [])) < 2:
+            path = outer
+        return path
 
     def undeployed(self) -> set[str]:
         """The shown paths of modules whose layers are none of the deployed model."""
@@ -149,13 +195,22 @@ class _ModulesView:
         return [*_few(ends["input"]), *found.values(), *_few(ends["output"])]
 
     def open_largest(self, boxes: list[Box], opened: set[str]) -> set[str] | None:
-        """Open the box with the most layers that has modules inside; `None` if none has."""
+        """Open the box with the most layers that has modules inside, and its siblings with it; `None` if none has."""
         for box in sorted(boxes, key=lambda box: -len(box.members)):
             paths = {path for name in box.members if (path := self.box_of(name, opened)) is not None}
-            inner = {path for path in paths if any(self.paths[name].startswith(f"{path}.") for name in box.members)}
-            if inner:
-                return opened | inner
+            if any(self._has_inside(path) for path in paths):
+                alike = {_without_digits(path) for path in paths}
+                closed = {path for name in self.paths if (path := self.box_of(name, opened)) is not None}
+                return opened | {path for path in closed if _without_digits(path) in alike and self._has_inside(path)}
         return None
+
+    def _has_inside(self, path: str) -> bool:
+        return any(other.startswith(f"{path}.") for other in self.sizes)
+
+
+def _without_digits(path: str) -> str:
+    """What the paths of siblings have in common: ``layer2`` and ``layer3``, ``stages.0.blocks`` and ``stages.1.blocks``."""
+    return re.sub(r"\d+", "#", path)
 
 
 def _few(ends: list[Box]) -> list[Box]:

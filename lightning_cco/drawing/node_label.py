@@ -164,9 +164,9 @@ def status_row(bits: str, qs: float | None, largest: float, threshold: float | N
 
 
 def share_row(quantized: int, total: int) -> str:
-    """Returns the row of a folded module: a bar, green for the quantized share of its layers and yellow for the rest, and the counts."""
+    """Returns the row of a folded module: a bar, green for the share of its layers with weights that is quantized, yellow for the rest, and the counts."""
     bar = _bar(quantized / total if total else 0.0, GREEN.border, "#F2C230")
-    text = font(f"{quantized} of {total} quantized", size=10)
+    text = font(f"{quantized} of {total} with weights in INT8", size=10)
     return _cells(text, _beside("", bar), padding=0)
 
 

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pydot
 
 from lightning_cco.drawing import node_label as html
 from lightning_cco.drawing.draw import quoted
-from lightning_cco.drawing.modules_view import Box, modules_view
+from lightning_cco.drawing.modules_view import Box
+from lightning_cco.drawing.overview_layout import Layout, laid_out
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.names import last_parts, printable
-from lightning_cco.number_format import badness, figure, is_above, per_cent
+from lightning_cco.number_format import badness, figure, is_above
 from lightning_cco.quantization.plan import QuantizationPlan
 
 WIDTH, HEIGHT = 1400, 900
 """Pixels that a picture of it has at most."""
-_MOST, _FEWEST = 11, 5  # boxes
-_LABELS = (22, 16, 12)  # characters of a module's name: fewer where the fewest boxes are still too wide
+_LINE = 100  # characters in a line below the legend
 _TITLE_LETTER, _MARK_LETTER = 8.6, 7.2
 """Points of a bold letter of DejaVu Sans, the widest of the usual fonts, at the sizes of `node_label`."""
-_WIDEST = 1250  # points from the first box to the last: what is wider is shrunk to the width of a screen, and hard to read
 
 
 def draw_overview(graph: LayerGraph, plan: QuantizationPlan, qs: Mapping[str, float] | None = None, title: str = "") -> pydot.Dot:
-    """Draw modules, at most a dozen boxes for any network; fewer where long names would make the whole too wide to be read.
+    """Draw modules: about a dozen boxes for any network, in rows where one line would be too wide to be read.
 
-    A box is green if all of its multiplications are in INT8, yellow if none is, in between by their share, which its bar shows. Modules without
-    multiplications count layers.
+    A box is green if all of its multiplications are in INT8, yellow if none is, in between by their share, which its bar shows; white if it has none.
 
     Args:
         graph: The layers.
@@ -39,17 +38,14 @@ def draw_overview(graph: LayerGraph, plan: QuantizationPlan, qs: Mapping[str, fl
     """
     measured = {name: float(value) for name, value in (qs or {}).items() if name in graph}
     worst = max(measured, key=lambda name: badness(measured[name]), default=None)
-    for most, letters in [*((most, _LABELS[0]) for most in range(_MOST, _FEWEST, -1)), *((_FEWEST, letters) for letters in _LABELS)]:
-        boxes, edges = modules_view(graph, lambda layer: plan.decisions[layer.name].quantized, most)
-        if _length(boxes, edges, worst, letters) <= _WIDEST:
-            break
+    layout = laid_out(graph, lambda layer: plan.decisions[layer.name].quantized, lambda box, letters: _width(box, worst, letters))
     dot = pydot.Dot("overview", graph_type="digraph")
     dot.set_graph_defaults(
-        rankdir="LR",
+        rankdir="TB" if layout.rows else "LR",
         bgcolor="white",
         pad="0.2",
-        nodesep="0.2",
-        ranksep="0.18",
+        nodesep="0.25" if layout.rows else "0.2",
+        ranksep="0.5" if layout.rows else "0.18",
         fontname=html.SANS,
         labelloc="t",
         labeljust="l",
@@ -57,37 +53,47 @@ def draw_overview(graph: LayerGraph, plan: QuantizationPlan, qs: Mapping[str, fl
     dot.set_node_defaults(shape="plain", fontname=html.SANS, fontsize="13", fontcolor=html.TEXT)
     dot.set_edge_defaults(color="#6B7785", penwidth="1.1", arrowsize="0.6")
     dot.set("label", _legend(plan, measured, worst, title))
-    for number, box in enumerate(boxes):
-        label, tooltip = _box(graph, plan, box, measured, worst, letters)
+    for number, box in enumerate(layout.boxes):
+        label, tooltip = _box(graph, plan, box, measured, worst, layout.letters)
         dot.add_node(pydot.Node(str(number), label=label, tooltip=quoted(tooltip)))
-    for source, destination in edges:
-        back: dict[str, Any] = {} if source < destination else {"constraint": "false", "style": "dotted"}
-        dot.add_edge(pydot.Edge(str(source), str(destination), **back))
+    _connect(dot, layout)
     return dot
 
 
+def _connect(dot: pydot.Dot, layout: Layout) -> None:
+    """Add the edges; and what holds the rows: invisible edges between neighbours in one, and from the start of one to that of the next."""
+    row_of = {number: row for row, numbers in enumerate(layout.rows) for number in numbers}
+    for source, destination in layout.edges:
+        how: dict[str, Any] = {}
+        if source > destination:
+            how = {"constraint": "false", "style": "dotted"}
+        elif row_of and row_of[source] != row_of[destination]:
+            how = {"constraint": "false"}
+        dot.add_edge(pydot.Edge(str(source), str(destination), **how))
+    for numbers in layout.rows:
+        row = pydot.Subgraph(rank="same")
+        for number in numbers:
+            row.add_node(pydot.Node(str(number)))
+        for pair in pairwise(numbers):
+            if pair not in layout.edges:
+                row.add_edge(pydot.Edge(str(pair[0]), str(pair[1]), style="invis"))
+        dot.add_subgraph(row)
+    starts = [numbers[0] for numbers in layout.rows]
+    for pair in pairwise(starts):
+        dot.add_edge(pydot.Edge(str(pair[0]), str(pair[1]), style="invis", weight="100", tailport="sw", headport="nw"))
+
+
 def share_in_int8(graph: LayerGraph, plan: QuantizationPlan, names: Sequence[str]) -> float:
-    """The part of the multiplications of some layers that is in INT8; of layers without any, the part of the layers. NaN without layers that count."""
-    layers = [graph[name] for name in names if graph[name].kind != "output"]
+    """The part of the multiplications of some layers that is in INT8; NaN if they have none."""
+    layers = [graph[name] for name in names]
     total = sum(layer.multiplications for layer in layers)
-    if total:
-        return sum(layer.multiplications for layer in layers if layer.name in plan.in_int8) / total
-    counted = [layer.name for layer in layers if plan.counts(layer.name)]
-    return sum(name in plan.in_int8 for name in counted) / len(counted) if counted else math.nan
+    return sum(layer.multiplications for layer in layers if layer.name in plan.in_int8) / total if total else math.nan
 
 
-def _length(boxes: Sequence[Box], edges: Sequence[tuple[int, int]], worst: str | None, letters: int) -> float:
-    """About how many points the longest chain of boxes takes from left to right."""
-    reach = [0.0] * len(boxes)
-    before: dict[int, list[int]] = {}
-    for source, destination in edges:
-        if source < destination:
-            before.setdefault(destination, []).append(source)
-    for number, box in enumerate(boxes):
-        marked = _MARK_LETTER * len(f"worst: {worst}") if worst in box.members else 0.0
-        width = max(_TITLE_LETTER * len(_title(box.label, letters)), marked, 55.0) + 22  # and what is around it
-        reach[number] = width + max((reach[source] + 14 for source in before.get(number, ())), default=0.0)
-    return max(reach, default=0.0)
+def _width(box: Box, worst: str | None, letters: int) -> float:
+    """About how many points a box takes."""
+    marked = _MARK_LETTER * len(f"worst: {worst}") if worst in box.members else 0.0
+    return max(_TITLE_LETTER * len(_title(box.label, letters)), marked, 55.0) + 22  # and what is around it
 
 
 def _box(graph: LayerGraph, plan: QuantizationPlan, box: Box, qs: Mapping[str, float], worst: str | None, letters: int) -> tuple[str, str]:
@@ -126,14 +132,15 @@ def _legend(plan: QuantizationPlan, qs: Mapping[str, float], worst: str | None, 
         (html.GREEN, "all multiplications in INT8"),
         (html.MIXED, "some"),
         (html.YELLOW, "none"),
+        (html.WHITE, "no multiplications"),
     ]
     cells = "".join(
         f'<TD>{html.swatch(paint)}</TD><TD ALIGN="LEFT">{html.font(text, size=11)}</TD><TD WIDTH="6"></TD>' for paint, text in entries
     )
-    share = plan.share_of_multiplications
-    lines = [] if math.isnan(share) else [f"{per_cent(share)} of the multiplications in INT8; W8: bits of the weights"]
+    lines = [plan.summary] if len(plan.summary) <= _LINE else plan.summary.split("; ")
+    lines.append("W8: bits of the weights")
     if worst is not None:
-        lines.append(f"largest Quantization Sensitivity (QS): {figure(qs[worst], 3)} in {worst}, whose box has a thick border")
+        lines[-1] += f"; thick border: largest Quantization Sensitivity (QS), {figure(qs[worst], 3)} in {worst}"
     rows = f'<TR><TD ALIGN="LEFT">{html.font(title, size=16, bold=True)}</TD></TR>' if title else ""
     rows += f'<TR><TD ALIGN="LEFT"><TABLE BORDER="0" CELLBORDER="0" CELLSPACING="2"><TR>{cells}</TR></TABLE></TD></TR>'
     rows += "".join(f'<TR><TD ALIGN="LEFT">{html.font(line, size=11, color=html.MUTED)}</TD></TR>' for line in lines)

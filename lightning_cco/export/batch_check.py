@@ -177,30 +177,27 @@ def agree(
         instead: What to do where they differ.
         kind: The error that is raised then.
     """
-    mismatches = quantized.runtime.mismatches
-    before = dict(mismatches.found)
     compared = compared.anew()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of calls that the capture did not see, below
-            ran = compared.run((tensors, {}), feeds_of(session, tensors, {}), plain)
-        if any(array.dtype.kind == "f" and np.isnan(array).any() for array in ran.expected):
-            return False  # as a standard deviation over one sample
-        unseen = [key for key in mismatches.found if key not in before]
-        if unseen:
-            raise ExportError(f"the model calls other operations than with the example's batch, such as '{unseen[0]}'.")
-        compared.add(ran)
-        found = ExportReport("")
-        compared.tell(found)
-        judge(found)
-    except CCOError as error:
-        raise kind(f"{where} {quoted(error)} {instead}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("onnxruntime"):
-            raise kind(f"{where} the file does not run: {first_paragraph(error)}. {instead}") from error
-        return False  # the model does not take it
-    finally:
-        mismatches.found = before
+    with quantized.runtime.mismatches.trial() as differences:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of calls that the capture did not see, below
+                ran = compared.run((tensors, {}), feeds_of(session, tensors, {}), plain)
+            if any(array.dtype.kind == "f" and np.isnan(array).any() for array in ran.expected):
+                return False  # as a standard deviation over one sample
+            unseen = differences()
+            if unseen:
+                raise ExportError(f"the model calls other operations than with the example's batch, such as '{unseen[0]}'.")
+            compared.add(ran)
+            found = ExportReport("")
+            compared.tell(found)
+            judge(found)
+        except CCOError as error:
+            raise kind(f"{where} {quoted(error)} {instead}") from error
+        except Exception as error:
+            if type(error).__module__.startswith("onnxruntime"):
+                raise kind(f"{where} the file does not run: {first_paragraph(error)}. {instead}") from error
+            return False  # the model does not take it
     return True
 
 

@@ -93,17 +93,14 @@ def sizes_that_vary(quantized: HookedModel, deployed: Deployed) -> Sizes:
 
 def takes(quantized: HookedModel, deployed: nn.Module, tensors: Sequence[Tensor]) -> bool:
     """Whether the model runs on a batch, with no other calls than those captured."""
-    mismatches = quantized.runtime.mismatches
-    before = dict(mismatches.found)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            deployed(*tensors)
-        return mismatches.found == before
-    except Exception:  # too short for it, or longer than its table of positions
-        return False
-    finally:
-        mismatches.found = before
+    with quantized.runtime.mismatches.trial() as differences:
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                deployed(*tensors)
+            return not differences()
+        except Exception:  # too short for it, or longer than its table of positions
+            return False
 
 
 def sizes_to_vary(quantized: HookedModel, deployed: Deployed, batch: bool, wanted: bool | None, check: bool) -> tuple[Sizes, str]:

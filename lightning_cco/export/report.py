@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import wrap
 
 from lightning_cco.export.island_kinds import FloatIsland
 from lightning_cco.files import write_file
@@ -14,6 +15,8 @@ from lightning_cco.number_format import number_of
 LOW_SQNR_DB = 15.0
 """Below this the report says why outputs can differ while each layer is right."""
 _MOST_KINDS = 10
+_LONGEST = 200  # characters of a line
+_CONTENT = 22  # where the content of a line begins
 
 
 @dataclass
@@ -211,7 +214,8 @@ class ExportReport:
             ]
         else:
             lines.append("  not checked")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        file, *others = [*lines, *(f"  note: {note}" for note in self.notes)]
+        return "\n".join([file, *(part for line in others for part in _folded(line))])
 
     def _in_target(self) -> str:
         return f"SQNR {self.target_sqnr_db:.1f} dB" if self.target_sqnr_db == self.target_sqnr_db else "not run"
@@ -259,6 +263,11 @@ class ExportReport:
             shown = ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:2])}, … {names[-1]} ({len(names)} layers)"
             lines.append(f"  float island        {shown} ({', '.join(operators)}): {reason}")
         return lines
+
+
+def _folded(line: str) -> list[str]:
+    """A line in parts that are read at a glance; those after the first stand below its content."""
+    return wrap(line, _LONGEST, subsequent_indent=" " * _CONTENT, break_long_words=False, break_on_hyphens=False)
 
 
 def _counts(nodes: dict[str, int]) -> str:

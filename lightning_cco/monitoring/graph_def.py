@@ -1,12 +1,19 @@
-"""The layer graph as a GraphDef, for TensorBoard's interactive Graphs page: nodes collapse by module."""
+"""The layer graph as a GraphDef, for TensorBoard's interactive Graphs page: nodes collapse by module.
+
+The page opens with all boxes closed, and a slash in a name is a box. So the modules that are to be seen at once have names without slashes.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from lightning_cco.drawing.modules_view import module_of_each_layer
+from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.names import printable
 from lightning_cco.quantization.plan import QuantizationPlan
+
+_MOST = 20  # boxes that are seen at once
 
 
 def graph_def(plan: QuantizationPlan, qs: Mapping[str, float]) -> bytes:
@@ -23,7 +30,7 @@ def graph_def(plan: QuantizationPlan, qs: Mapping[str, float]) -> bytes:
     from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
     from tensorboard.compat.proto.versions_pb2 import VersionDef
 
-    full = {layer.name: _node_name(layer.path, layer.name) for layer in plan.graph}
+    full = _node_names(plan.graph)
     nodes = []
     for layer in plan.graph:
         decision = plan.decisions[layer.name]
@@ -32,6 +39,7 @@ def graph_def(plan: QuantizationPlan, qs: Mapping[str, float]) -> bytes:
             shape=[TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in shape]) for shape in layer.output_shapes]
         )
         attributes = {
+            "module": AttrValue(s=printable(layer.path).encode()),
             "_output_shapes": AttrValue(list=shapes),
             "quantized": AttrValue(b=decision.quantized),
             "decision": AttrValue(s=printable(said).encode()),
@@ -51,5 +59,28 @@ def graph_def(plan: QuantizationPlan, qs: Mapping[str, float]) -> bytes:
     return bytes(GraphDef(node=nodes, versions=VersionDef(producer=22)).SerializeToString())
 
 
-def _node_name(path: str, name: str) -> str:
-    return "/".join(re.sub(r"[^A-Za-z0-9_.\\-]", "_", part) for part in [*path.split("."), name] if part)
+def _node_names(graph: LayerGraph) -> dict[str, str]:
+    """The name of each layer's node: the module that is seen at once, and its path in that."""
+    outermost = module_of_each_layer(graph, _MOST)
+    short = _short_names(sorted({path for path in outermost.values() if path}))
+    found = {}
+    for layer in graph:
+        module = outermost[layer.name]
+        inside = layer.path[len(module) + 1 :].split(".") if module else []
+        parts = [short.get(module, ""), *inside, layer.name]
+        found[layer.name] = "/".join(re.sub(r"[^A-Za-z0-9_.\\-]", "_", part) for part in parts if part)
+    return found
+
+
+def _short_names(paths: Sequence[str]) -> dict[str, str]:
+    """The last parts of paths, as many as tell apart those of one depth, from a name on that is no number: TensorBoard cuts long names at their end."""
+    found: dict[str, str] = {}
+    for depth in sorted({path.count(".") for path in paths}):
+        group = [path for path in paths if path.count(".") == depth]
+        for kept in range(1, depth + 2):
+            tails = [".".join(path.split(".")[-kept:]) for path in group]
+            fresh = len(set(tails)) == len(tails) and not set(tails).intersection(found.values())
+            if kept > depth or (fresh and not any(tail[0].isdigit() for tail in tails)):
+                found.update(zip(group, tails, strict=True))
+                break
+    return found

@@ -1,9 +1,14 @@
-"""Where a running model differs from the captured one: a call that the capture never saw is never quantized, and never silent."""
+"""Where a running model differs from the captured one: a call that the capture never saw is never quantized, and never silent.
+
+A loss that a network computes of its outputs, when it is given targets, is no layer, and no difference: without weights in it, such a call is one only if what
+it gives goes on into a layer.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +21,7 @@ from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.ops import OPS, READS_VALUES, Category, operation
 from lightning_cco.graph.outside_readers import hooked_modules
 from lightning_cco.names import is_within, list_names
+from lightning_cco.quantization.followed_results import FollowedResults
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.sites import SiteQuantizers
 from lightning_cco.quantization.targets import TARGETS
@@ -40,10 +46,14 @@ class CaptureMismatches:
 
     Attributes:
         found: What has been found, in words, by place.
+        suspected: Calls that are differences if what they gave goes on into a layer.
+        followed: What they gave.
     """
 
     def __init__(self, model: nn.Module, root: CallNode, apart: Sequence[str] = ()) -> None:
         self.found: dict[str, str] = {}
+        self.suspected: dict[str, str] = {}
+        self.followed = FollowedResults()
         self._model = model
         known = [*frozen_modules(model), *apart]
         self._with_parameters = {
@@ -52,29 +62,55 @@ class CaptureMismatches:
         self._captured = frozenset(node.path for node in root.walk() if node.captured)
         self._has_training_capture = any(node.seen[True] for node in root.walk())
 
-    def unseen(self, frame: ModuleCall, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note a call that the capture did not see, if the model computes floats by it."""
-        if frame.training and not self._has_training_capture and not self._has_weights(name, args, kwargs):
-            return  # the capture in training mode has failed, as that of a detector that wants targets: a loss may come here that it never saw
+    def unseen(self, frame: ModuleCall, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Note a call that the capture did not see, if the model computes floats by it.
+
+        Returns:
+            Its place, if it is a difference only where its result goes on into a layer; else nothing.
+        """
+        weighted = self._has_weights(name, args, kwargs)
+        if frame.training and not self._has_training_capture and not weighted:
+            return ""  # the capture in training mode has failed, as that of a detector that wants targets: a loss may come here that it never saw
         if name in READS_VALUES or name == "__len__":
-            return  # gives no tensor
+            return ""  # gives no tensor
         if not frame.node.captured and frame.node.path not in self._with_parameters:
-            return  # a metric, a loss or a teacher, not the model
+            return ""  # a metric, a loss or a teacher, not the model
         floats = [tensor for _, tensor in tensors_in((*args, kwargs)) if tensor.is_floating_point()]
         if not floats or self._are_stored(floats):
-            return  # weights are rounded where they are read, whatever makes them of others (pruning, a parametrization put on later)
+            return ""  # weights are rounded where they are read, whatever makes them of others (pruning, a parametrization put on later)
         kind = operation(name).kind
         if not frame.node.captured:
             self._unseen_module(frame.node, kind)
-            return
+            return ""
         where = frame.node.key or "the root module"
         again = " more often" if frame.table.get(name) is not None else ""
-        self._note(
+        place, message = (
             f"{where}:{kind}{again}",
             f"'{kind}' was called{again or ''} in '{where}' {'than' if again else 'though never'} when the layer graph was captured; "
-            "such calls run in float. If it belongs to the loss, there is nothing to do. Otherwise capture with an example that takes every path and the "
-            "longest loop (`example_input_array` or `forward_fn`).",
+            "such calls run in float. Capture with an example that takes every path and the longest loop (`example_input_array` or `forward_fn`).",
         )
+        if weighted or is_compiling():
+            self._note(place, message)
+            return ""
+        self.suspected[place] = message
+        return place if place not in self.found else ""
+
+    def read_by_a_layer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note suspected calls whose results a layer reads."""
+        for place in self.followed.sources([args, kwargs]):
+            self._note(place, self.suspected[place])
+
+    @contextmanager
+    def trial(self) -> Iterator[Callable[[], list[str]]]:
+        """Run the model on something else inside the block, of which nothing is left; what is given says where it has differed, whoever reads it."""
+        before = self.found, self.suspected
+        self.found, self.suspected = dict(self.found), dict(self.suspected)
+        known = {*self.found, *self.suspected}
+        try:
+            yield lambda: [place for place in (*self.found, *self.suspected) if place not in known]
+        finally:
+            self.found, self.suspected = before
+            self.followed = FollowedResults()
 
     def _unseen_module(self, node: CallNode, kind: str) -> None:
         """Note, once for all that it holds, a call of a module that the capture did not see."""

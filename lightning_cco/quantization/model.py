@@ -232,6 +232,7 @@ class HookedModel:
         self._starts += 1
         if self._starts & (self._starts - 1) == 0:  # before the first, second, fourth, eighth … forward: it looks at each module
             self.runtime.mismatches.hooked_late(self.capture.hooked, self.plan)
+        self.runtime.forward_starts()
         self._follow_device()
         self._ranges.before_forward()
 

@@ -41,6 +41,8 @@ from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.tracing import runs_plainly
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 
+_WATCHED = COMPUTES | OTHER_NAMES | {"multi_head_attention_forward"}
+
 PlannedCall = Callable[..., Any]
 """What is done at a planned call: takes its frame, its quantizers, its function, arguments and keyword arguments; gives its result."""
 
@@ -70,7 +72,7 @@ class Runtime:
     ) -> None:
         self.capture = capture
         self.frames = Frames(model, capture.root, self._handle)
-        self.frames.watched = COMPUTES | OTHER_NAMES | {"multi_head_attention_forward"}
+        self.frames.watched = _WATCHED
         self.frames.partly_apart = capture.partly_apart
         self.mismatches = CaptureMismatches(model, capture.root, capture.apart)
         self._blocks = Blocks()
@@ -92,22 +94,36 @@ class Runtime:
     ) -> None:
         """Fill the tables of every call node from a plan. Code compiled for another plan must be dropped by the caller."""
         fill_tables(self.capture, plan, activations, weights, corrections)
-        self.frames.unwatched = unwatched_modules(self.capture, self.frames.model)
+        self._unwatched = unwatched_modules(self.capture, self.frames.model)
+        self._follow()
+
+    def forward_starts(self) -> None:
+        """Before a forward: what is still followed of those before is not what somebody keeps for a log."""
+        if self._follows and self.frames.handle == self._handle:  # not while another handler sees every call
+            self.mismatches.followed.forget_numbers()
+            self._follow()
 
     def _handle(self, frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        followed = self.mismatches.followed
+        if not followed or is_compiling():
+            return self._planned(frame, name, func, args, kwargs)
+        entry = frame.table.get(name)
+        if entry is not None and frame.counts.get(entry.kind, 0) < entry.count:
+            self.mismatches.read_by_a_layer(args, kwargs)
+        result = self._planned(frame, name, func, args, kwargs)
+        followed.passed_on(name, args, kwargs, result)
+        return result
+
+    def _planned(self, frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = frame.table.get(name)
         if entry is None:
-            if name in COMPUTES:
-                self.mismatches.unseen(frame, name, args, kwargs)
-            return func(*args, **kwargs)
+            return self._unseen(frame, name, func, args, kwargs) if name in COMPUTES else func(*args, **kwargs)
         counts, kind = frame.counts, entry.kind
         index = counts.get(kind, 0)
         counts[kind] = index + 1
         site = entry.sites.get(index)
         if site is None:
-            if index >= entry.count:
-                self.mismatches.unseen(frame, name, args, kwargs)
-            return func(*args, **kwargs)
+            return self._unseen(frame, name, func, args, kwargs) if index >= entry.count else func(*args, **kwargs)
         here = site.code_position
         if here >= 0 and not is_compiling() and calling_position(settled=False) != here and calling_position() != here:
             self.mismatches.moved(frame, name, site)
@@ -116,7 +132,21 @@ class Runtime:
 
     def _ended(self, frame: ModuleCall) -> None:
         if graph_task() == -1:  # a checkpoint that runs again need not run all
-            self.mismatches.left_out(frame, self.frames.unwatched)
+            self.mismatches.left_out(frame, self._unwatched)
+
+    def _unseen(self, frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        place = self.mismatches.unseen(frame, name, args, kwargs)
+        result = func(*args, **kwargs)
+        if place:
+            self.mismatches.followed.start(place, result)
+            self._follow()
+        return result
+
+    def _follow(self) -> None:
+        """See every call, in every module, as long as something is followed."""
+        self._follows = bool(self.mismatches.followed)
+        self.frames.watched = None if self._follows else _WATCHED
+        self.frames.unwatched = frozenset() if self._follows else self._unwatched
 
     @property
     def phase(self) -> Phase:

@@ -167,6 +167,7 @@ def _layers(state: RunState, plan: QuantizationPlan) -> list[dict[str, Any]]:
             "outputs": [list(shape) for shape in layer.output_shapes],
             "attributes": {str(key): _text(value) for key, value in layer.attributes.items()},
             "parameters": list(layer.parameters),
+            "weighted": layer.weighted or None,
             "multiplications": layer.multiplications,
             "weights_bits": decision.weights_num_bits,
             "output_bits": bits.get(name),

@@ -140,7 +140,7 @@ def test_a_folded_module_counts_its_decisions() -> None:
     for text in (
         "net.stage0.block7",
         "12 layers",
-        "9 of 12 quantized",
+        "9 of 12 with weights in INT8",
         "not quantized: 2 in float in this engine, 1 as your recipe says",
         f"QS 20,000 in {block[5]}",
         node_label.RED,
@@ -156,3 +156,19 @@ def test_an_input_that_many_far_layers_read_is_copied_beside_them() -> None:
     sources = {reader: {str(source) for source in parsed.predecessors(reader)} for reader in readers}
     assert all(any(source.startswith("input_0") for source in found) for found in sources.values())
     assert parsed.out_degree("input_0") < len(readers) / 2
+
+
+def test_a_folded_module_does_not_count_norms() -> None:
+    b = Builder()
+    x = b.add("input")
+    for number in range(100):
+        for kind in ("conv", "layer_norm"):
+            x = b.add(kind, x, path=f"net.stage{number // 10}.block{number}.{kind}", size=number)
+    b.add("output", x)
+    graph = b.graph()
+    norms = {layer.name: "unsupported" for layer in graph if layer.kind == "layer_norm"}
+    drawn = [words(label) for label in labels(draw_graph(graph, plan_of(graph, norms), fold=True, max_nodes=150)).values()]
+    assert any("1 of 1 with weights in INT8" in label for label in drawn) or any(
+        "10 of 10 with weights in INT8" in label for label in drawn
+    )
+    assert not any("of 20" in label or "of 2 with" in label for label in drawn)

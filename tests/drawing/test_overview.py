@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -12,13 +13,16 @@ import pytest
 import torch
 from models import GuideCNN, ResidualCNN
 from PIL import Image
+from tensorboard.compat.proto.graph_pb2 import GraphDef
 from torch import Tensor, nn
 
 from lightning_cco import QuantizedModel, quantize
 from lightning_cco.drawing.modules_view import modules_view
-from lightning_cco.drawing.node_label import GREEN, YELLOW, mixed
+from lightning_cco.drawing.node_label import GREEN, WHITE, YELLOW, mixed
 from lightning_cco.drawing.overview import HEIGHT, WIDTH, draw_overview, share_in_int8
+from lightning_cco.drawing.overview_layout import laid_out
 from lightning_cco.drawing.render import DPI, save_overview
+from lightning_cco.monitoring.graph_def import graph_def
 
 
 class Block(nn.Module):
@@ -119,13 +123,63 @@ def test_it_fits_a_screen(net: str, tmp_path: Path) -> None:
     assert "largest Quantization Sensitivity" in written["svg"].read_text()
 
 
+def stages(blocks: tuple[int, ...], *, nested: bool) -> nn.Module:
+    """A stem, blocks of a convolution each, and a head; the blocks in a module for each stage, or all in one."""
+
+    def block(channels: int, width: int) -> nn.Module:
+        return nn.Sequential(OrderedDict(conv=nn.Conv2d(channels, width, 3, padding=1), bn=nn.BatchNorm2d(width), relu=nn.ReLU()))
+
+    parts: list[nn.Module] = []
+    channels = 4
+    for stage, depth in enumerate(blocks):
+        made = [block(channels if not number else 4 * 2**stage, 4 * 2**stage) for number in range(depth)]
+        channels = 4 * 2**stage
+        parts += [nn.Sequential(OrderedDict(layers=nn.Sequential(*made)))] if nested else made
+    body = {"encoder": nn.Sequential(OrderedDict(stages=nn.Sequential(*parts)))}
+    ends = {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "classifier": nn.Linear(channels, 2)}
+    return nn.Sequential(OrderedDict({"embedder": nn.Conv2d(3, 4, 3), **body, **ends}))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_no_box_holds_all_stages(nested: bool, tmp_path: Path) -> None:
+    """As in the ResNet-50 of transformers, where a stage is a module, and in nets that have all blocks in one module."""
+    model = quantize(stages((3, 4, 6, 3), nested=nested).eval(), "w8a8", (torch.randn(1, 3, 16, 16),))
+    layout = laid_out(model.graph, lambda layer: model.plan.decisions[layer.name].quantized, lambda box, letters: 8.6 * len(box.label) + 22)
+    largest = max(len(box.members) for box in layout.boxes)
+    assert largest <= 0.5 * len(model.graph)
+    labels = [box.label for box in layout.boxes]
+    expected = range(4) if nested else ("[0-2]", "[3-6]", "[7-12]", "[13-15]")
+    assert [label for label in labels if "stages" in label] == [f"encoder.stages.{each}" for each in expected]
+    with Image.open(save_overview(model.graph, tmp_path / "overview", model.plan)["png"]) as picture:
+        assert picture.width <= WIDTH
+        assert picture.height <= HEIGHT
+
+
+def test_siblings_are_opened_together() -> None:
+    blocks = [nn.Sequential(OrderedDict(norm=nn.LayerNorm(8), up=nn.Linear(8, 9 + n), down=nn.Linear(9 + n, 8))) for n in range(3)]
+    model = quantize(nn.Sequential(OrderedDict(stages=nn.Sequential(*blocks), head=nn.Linear(8, 2))).eval(), "w8a8", (torch.randn(2, 8),))
+    labels = [box.label for box in modules_view(model.graph, lambda layer: None, 8)[0]]
+    assert labels == ["input_0", "stages.0", "stages.1", "stages.2", "head", "output_0"]
+    assert len(modules_view(model.graph, lambda layer: None, 12)[0]) == 3 + 9
+
+
+def test_norms_do_not_count() -> None:
+    """What the box of a module says is what the summary says: of multiplications, not of layers."""
+    model = quantize(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)).eval(), "w8a8", (torch.randn(2, 4),))
+    assert "layer_norm" in model.plan.skipped
+    dot = draw_overview(model.graph, model.plan).to_string()
+    box = next(line for line in dot.split("];") if "<B>1</B>" in line)
+    assert WHITE.fill in box
+    assert "%" not in box
+
+
 def test_the_share_is_that_of_the_multiplications() -> None:
     model = quantized("guide")
     model.replan(suggestions=["conv_1"])
     graph, plan = model.graph, model.plan
     work = {name: graph[name].multiplications for name in ("conv", "conv_1")}
     assert share_in_int8(graph, plan, ["conv", "conv_1"]) == work["conv"] / sum(work.values())
-    assert share_in_int8(graph, plan, ["relu", "max_pool"]) == 1.0
+    assert math.isnan(share_in_int8(graph, plan, ["relu", "max_pool"]))
 
 
 def test_colours_follow_the_share() -> None:
@@ -145,5 +199,17 @@ def test_nearly_all_is_not_all(tmp_path: Path) -> None:
     model = quantize(pooled.eval(), "w8a8", (x,))
     assert 0.999 < model.plan.share_of_multiplications < 1
     svg = save_overview(model.graph, tmp_path / "overview", model.plan, {}, "")["svg"].read_text()
-    assert "over 99 % of the multiplications in INT8" in svg
     assert "over 99 % of the multiplications" in model.plan.summary
+    assert model.plan.summary in svg
+
+
+def test_tensorboard_opens_on_modules_not_on_one_box() -> None:
+    """A closed box for each name before the first slash: those that are seen at once."""
+    network = stages((3, 4, 12, 3), nested=True)
+    model = quantize(nn.Sequential(OrderedDict(net=network)).eval(), "w8a8", (torch.randn(1, 3, 16, 16),))
+    nodes = GraphDef.FromString(graph_def(model.plan, {})).node
+    assert {node.name.split("/")[0] for node in nodes} == {
+        "input_0", "embedder", "stages.0", "stages.1", "stages.2", "stages.3", "pool", "flatten", "classifier", "output_0",
+    }  # fmt: skip
+    modules = {node.name.split("/")[-1]: node.attr["module"].s.decode() for node in nodes}
+    assert modules == {layer.name: layer.path for layer in model.graph}

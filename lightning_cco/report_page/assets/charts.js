@@ -11,6 +11,22 @@
     grid: { color: cco.colour("line") },
     ...options,
   });
+  /** Ticks of a logarithmic axis whose labels don't overlap: powers of ten first, then 2 and 5 times them, then the others. */
+  const apart = (scale) => {
+    const [low, high] = [scale.min, scale.max].map(Math.log10), across = scale.isHorizontal();
+    const room = across ? scale.chart.width - 80 : scale.chart.height - 90, needed = across ? 56 : 20;
+    const place = (value) => ((Math.log10(value) - low) / (high - low || 1)) * room;
+    const rank = (value) => { const first = Math.round(value / 10 ** Math.floor(Math.log10(value) + 1e-9)); return first === 1 || first === 10 ? 0 : first === 2 || first === 5 ? 1 : 2; };
+    const kept = [], finest = high - low > 2 ? 0 : high - low > 1 ? 1 : 2;
+    for (const tick of scale.ticks.filter(({ value }) => rank(value) <= finest).sort((a, b) => rank(a.value) - rank(b.value))) {
+      if (kept.every((other) => Math.abs(place(other.value) - place(tick.value)) >= needed)) kept.push(tick);
+    }
+    scale.ticks = kept.sort((a, b) => a.value - b.value);
+  };
+  const logarithmic = (title) => {
+    const made = axis(title, { type: "logarithmic", afterBuildTicks: apart });
+    return { ...made, ticks: { ...made.ticks, autoSkip: false } };
+  };
   const watcher = new IntersectionObserver((entries) => entries.forEach((entry) => {
     if (entry.isIntersecting) draw(entry.target);
   }), { rootMargin: "200px" });
@@ -58,7 +74,7 @@
     return chart(title, said || "Nothing was measured.", () => ({
       type: "line",
       ...base(names.map((name, i) => series(name, points(name), 1 + (i % 8))), axis("epoch", { type: "linear", ticks: { precision: 0, color: cco.colour("muted") } }),
-        axis(options.unit || "", { type: options.log ? "logarithmic" : "linear" }), names.length > 1),
+        options.log ? logarithmic(options.unit || "") : axis(options.unit || "", { type: "linear" }), names.length > 1),
     }));
   };
 
@@ -108,7 +124,7 @@
       type: "scatter",
       ...base([series("best plans", curve.filter(usable).sort((a, b) => a.x - b.x), 1, { showLine: true }),
         ...points.map((point, i) => series(point.name, [point].filter(usable), 2 + i, { pointRadius: 7, pointStyle: point.name === "chosen" ? "star" : "rect", borderWidth: 3 }))],
-      axis(unit, { type: "logarithmic" }), axis("expected rise of the loss", { type: "logarithmic" }), true),
+      logarithmic(unit), logarithmic("expected rise of the loss"), true),
     }));
   };
 }

@@ -18,7 +18,7 @@
         width: "data(width)", height: "data(height)", "border-width": 1.5 } },
       ...paints,
       { selector: "node.module", style: { "border-width": 3, "border-style": "double" } },
-      { selector: "node:parent", style: { "background-color": cco.colour("box"), "background-opacity": 0.6, "text-valign": "top", "font-size": 12, color: cco.colour("muted"),
+      { selector: "node:parent", style: { "background-color": cco.colour("box"), "background-opacity": 0.6, "text-valign": "top", "text-margin-x": "data(aside)", "font-size": 12, color: cco.colour("muted"),
         "border-width": 1, "border-style": "solid", "border-color": cco.colour("line"), padding: 12 } },
       { selector: "node.chosen", style: { "border-width": 4, "border-color": cco.colour("accent") } },
       { selector: "node.changed", style: { "border-style": "dashed" } },
@@ -35,7 +35,7 @@
 
   const short = (text, most = 42) => (text.length > most ? `${text.slice(0, most / 2)}…${text.slice(-most / 2 + 1)}` : text);
   const labelOf = (node) => {
-    if (node.layer === undefined) return `${short(cco.shown(node.label))}\n${node.int8} of ${node.count} in INT8`;
+    if (node.layer === undefined) return `${short(cco.shown(node.label))}\n${cco.inside(node)}`;
     const layer = cco.layers[node.layer];
     const second = [cco.bits(layer), layer.sensitivity ? `QS ${cco.figure(layer.sensitivity.qs, 3)}` : "", !cco.bits(layer) && !layer.sensitivity ? layer.kind : ""];
     return `${short(cco.shown(node.label))}\n${second.filter(Boolean).join("  ")}`;
@@ -47,7 +47,7 @@
     const inside = node.parent && node.parent !== cco.tree && unfolded.has(node.parent.id) ? node.parent.id : undefined;
     const open = node.layer === undefined && unfolded.has(node.id);
     return { group: "nodes", classes: node.layer === undefined ? "module" : "",
-      data: { id: node.id, parent: inside, paint: node.paint, width, height: 44, label: open ? short(cco.shown(node.label), 60) : label } };
+      data: { id: node.id, parent: inside, paint: node.paint, width, height: 44, aside: 0, label: open ? short(cco.shown(node.label), 60) : label } };
   };
 
   const elements = () => {
@@ -119,7 +119,7 @@
     const node = cco.nodes.get(id);
     document.dispatchEvent(new CustomEvent("cco:chosen", { detail: { node, tell } }));
     const layer = node.layer === undefined ? null : cco.layers[node.layer];
-    cco.say(layer ? `${layer.name}, ${layer.kind}, ${cco.RUNS[layer.runs]} ${cco.bits(layer)}` : `module ${node.path}, ${node.int8} of ${node.count} layers in INT8`);
+    cco.say(layer ? `${layer.name}, ${layer.kind}, ${cco.RUNS[layer.runs]} ${cco.bits(layer)}` : `module ${node.path}, ${cco.inside(node)}`);
   };
   /** Show a layer wherever it is: its modules are unfolded. */
   const find = (index) => {

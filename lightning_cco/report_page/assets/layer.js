@@ -69,7 +69,7 @@
     collect(node);
     const worst = inside.filter((layer) => layer.sensitivity).sort((a, b) => cco.number(b.sensitivity.qs) - cco.number(a.sensitivity.qs)).slice(0, 5);
     const open = cco.graph.isUnfolded(node.id);
-    return [cco.el("h3", {}, node.path || node.label), cco.list([["layers", String(node.count)], ["in INT8", String(node.int8)],
+    return [cco.el("h3", {}, node.path || node.label), cco.list([["layers", String(node.count)], ["with weights in INT8", `${node.int8} of ${node.weighted}`],
       ["weights", cco.figure(inside.reduce((sum, layer) => sum + (layer.weights ? layer.weights.elements || 0 : 0), 0))]]),
     cco.el("p", {}, cco.el("button", { type: "button", onclick: () => cco.graph.toggle(node.id) }, open ? "Fold" : "Unfold")),
     ...(worst.length ? [cco.el("h3", {}, "Most sensitive"), cco.el("ul", {}, ...worst.map((layer) => cco.el("li", {},

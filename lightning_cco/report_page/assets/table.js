@@ -30,7 +30,7 @@
 
   const wanted = (layer) => {
     const text = filter.value.trim().toLowerCase();
-    const kind = { "": true, weights: Boolean(layer.weights), int8: layer.runs === "int8" || layer.runs === "packed", float: layer.runs === "float" || layer.runs === "weight-only",
+    const kind = { "": true, weights: Boolean(layer.weighted), int8: layer.runs === "int8" || layer.runs === "packed", float: layer.runs === "float" || layer.runs === "weight-only",
       changed: cco.whatIf.changes.has(layer.name) }[only.value];
     return kind && (!text || [layer.name, layer.path, layer.kind, layer.reason].some((field) => (field || "").toLowerCase().includes(text)));
   };

@@ -59,20 +59,23 @@
       const { runs } = cco.layers[node.layer];
       node.count = 1;
       node.paint = runs === "input" || runs === "output" ? "io" : runs === "int8" || runs === "packed" ? "int8" : "float";
-      node.int8 = runs === "int8" ? 1 : 0;
+      node.weighted = cco.layers[node.layer].weighted ? 1 : 0;
+      node.int8 = runs === "int8" ? node.weighted : 0;
       node.green = node.paint === "int8" ? 1 : 0;
       node.first = node.layer;
       return node;
     }
     node.children.forEach((child) => counted(child, node));
-    node.count = node.children.reduce((sum, child) => sum + child.count, 0);
-    node.int8 = node.children.reduce((sum, child) => sum + child.int8, 0);
-    node.green = node.children.reduce((sum, child) => sum + child.green, 0);
+    const sum = (of) => node.children.reduce((total, child) => total + of(child), 0);
+    for (const key of ["count", "weighted", "int8"]) node[key] = sum((child) => child[key]);
+    node.green = sum((child) => (child.weighted || !node.weighted ? child.green : 0));  // where there are weights, they count
     node.first = Math.min(...node.children.map((child) => child.first));
-    node.paint = node.green === node.count ? "int8" : node.green === 0 ? "float" : "mixed";
+    node.paint = node.green === (node.weighted || node.count) ? "int8" : node.green === 0 ? "float" : "mixed";
     return node;
   };
   cco.tree = counted(grouped(simplified(build())), null);
+  /** What is said of a module: of layers with weights, as everywhere. */
+  cco.inside = (node) => (node.weighted ? `${node.int8} of ${node.weighted} with weights in INT8` : `${node.count} layers without weights`);
   cco.leaf = (index) => cco.nodes.get(`l:${index}`);
 
   /** The modules to unfold at the start: level by level, as long as no more than so many nodes are seen. */
