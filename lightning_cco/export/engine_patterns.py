@@ -82,9 +82,18 @@ def added_apart(addend: Tensor, left: Tensor, right: Tensor, *, beta: float = 1,
 
     Of two dimensions they would put product and addition together again.
     """
-    product = (left[None] @ right)[0]
+    product = multiplied_apart(left, right)
     product = product if alpha == 1 else product * alpha
     return product + (addend if beta == 1 else addend * beta)
+
+
+def multiplied_apart(left: Tensor, right: Tensor) -> Tensor:
+    """A product of two matrices as one of three dimensions: what is added to one of two, engines put together with it, in float.
+
+    >>> multiplied_apart(torch.ones(1, 2), torch.ones(2, 1)).tolist()
+    [[2.0]]
+    """
+    return (left[None] @ right)[0] if left.dim() == right.dim() == 2 else left @ right
 
 
 def divided(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:

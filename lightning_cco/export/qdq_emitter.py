@@ -15,22 +15,21 @@ from torch import Tensor, nn
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.dialects import Dialect
 from lightning_cco.export.embedding_bags import bag_arguments, is_bag, reduced
-from lightning_cco.export.engine_patterns import added_apart, attention, averages_images, divided, in_slices, sorted_maximum
+from lightning_cco.export.engine_patterns import averages_images, sorted_maximum
+from lightning_cco.export.engine_spellings import as_engines_want
 from lightning_cco.export.engines import FileFeature
 from lightning_cco.export.errors import ExportError
-from lightning_cco.export.exporter_spellings import for_the_exporter
 from lightning_cco.export.failures import untraceable
 from lightning_cco.export.fold_batch_norm import IntegerWeight
-from lightning_cco.export.pooling_as_convolution import averaged, averaged_in_float, window_weight
+from lightning_cco.export.pooling_as_convolution import averaged, window_weight
 from lightning_cco.export.provenance import noting
 from lightning_cco.export.qdq_pairs import QdqPairs
-from lightning_cco.export.relu_on_floats import maximum, maximum_in_place, relus_on_floats
+from lightning_cco.export.relu_on_floats import relus_on_floats
 from lightning_cco.export.stored_tensors import StoredWeights
 from lightning_cco.export.weight_blocks import Block
 from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.graph.captured import CallSite
 from lightning_cco.graph.compiled import mode_stack, restore_modes
-from lightning_cco.graph.einsum_equations import einsum_by_matmul
 from lightning_cco.graph.ops import Category, operation
 from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
@@ -196,7 +195,7 @@ class Emitter:
         limits = self.pairs.folded_clamp(site, args, kwargs)
         if limits is not None:
             return self.pairs.with_outputs(site, args, args[0] if args else kwargs["input"], limits)
-        result = self._as_engines_want(site, func, kwargs)(*args, **kwargs)
+        result = as_engines_want(site, func, kwargs, self.quantized, self.stored, self._maxima)(*args, **kwargs)
         if averages_images(site.op.kind, args, kwargs):
             return self._average(name, args[0], result)
         return self.pairs.with_outputs(site, args, result)
@@ -221,24 +220,6 @@ class Emitter:
                 "export an .onnx file."
             )
         return result
-
-    def _as_engines_want(self, site: CallSite, func: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
-        """The same function, spelled so that the exporter writes operators that engines run in integers."""
-        kind = site.op.kind
-        if kind == "addmm" and not site.in_place and (len(site.sources) > 1 or kwargs.get("beta", 1) != 1):
-            return added_apart
-        if site.function == "avg_pool2d" and self.stored.engine.requires(FileFeature.POOLS_AS_CONVOLUTIONS):
-            return averaged_in_float
-        if site.layer in self._maxima:
-            return maximum_in_place if site.in_place else maximum
-        if kind == "avg_pool":
-            return divided(func)
-        if kind == "amax" and self.stored.engine.requires(FileFeature.SORTED_MAXIMA):
-            return sorted_maximum
-        if kind in ("chunk", "split", "tensor_split"):
-            return in_slices(func)
-        spelled: dict[str, Callable[..., Any]] = {"scaled_dot_product_attention": attention, "einsum": einsum_by_matmul}
-        return spelled.get(kind) or for_the_exporter(self.quantized.graph[site.layer], func)
 
     def _linear(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """A linear layer on rows: engines fuse weight, bias and rounding of a matrix product, not of a product of more dimensions."""

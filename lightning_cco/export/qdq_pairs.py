@@ -86,7 +86,7 @@ class QdqPairs:
     def _with_bias(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         value = self.bias_value(site)
         if site.op.adds_first:
-            return (value, *args[1:]), kwargs
+            return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "input": value})
         if len(args) > 2:
             return (*args[:2], value, *args[3:]), kwargs
         return args, {**kwargs, "bias": value}

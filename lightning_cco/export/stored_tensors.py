@@ -134,7 +134,7 @@ class StoredWeights:
         if weights[0].bias is not None:
             weights[0] = self._on_a_finer_grid(site, weights[0])
             weights[0] = self._with_room_for_bias(site, weights[0], weights[0].bias)
-            self.biases[site.layer] = self._bias(site, weights[0].bias, weights[0].scale, args[0].dim())
+            self.biases[site.layer] = self._bias(site, weights[0].bias, weights[0].scale, (args[0] if args else kwargs["input"]).dim())
         if site.op.kind == "conv":
             weights[0] = self._convolution(site, weights[0], args, kwargs)
         if self.unsigned and _is_multiplied(site.op) and not self._alone_on_floats(site):
@@ -145,11 +145,11 @@ class StoredWeights:
         if site.op.biased:
             made = self.quantized.graph[site.layer].attributes.get("made_bias")
             return None if made else args[2] if len(args) > 2 else kwargs.get("bias")
-        if site.op.kind != "addmm" or site.in_place or len(args) < 3 or len(site.sources) > 1 or len(site.weights) > 1:
+        addend = args[0] if args else kwargs.get("input")
+        if site.op.kind != "addmm" or site.in_place or len(site.sources) > 1 or len(site.weights) > 1 or addend is None:
             return None
-        addend: Tensor = args[0]
         scaled = kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1
-        return None if scaled or site.weights[0].slot != (2,) or addend.shape != weight.shape[1:] else addend
+        return None if scaled or site.weights[0].slot not in ((2,), ("mat2",)) or addend.shape != weight.shape[1:] else addend
 
     def _store_unsigned(self, site: CallSite, weights: list[IntegerWeight]) -> None:
         """Let weights that could overflow have the type of the activations, which engines multiply in 32 bits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +59,18 @@ def _labels(term: str, dimensions: int) -> list[str]:
     return [*before, *(f"...{axis}" for axis in range(between)), *after]
 
 
-def einsum_by_matmul(equation: Any, *operands: Any) -> Tensor:
-    """`torch.einsum`, written as a product with a matrix where it is one, which engines have an INT8 kernel of."""
+def einsum_by_matmul(equation: Any, *operands: Any, multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> Tensor:
+    """`torch.einsum`, written as a product with a matrix where it is one, which engines have an INT8 kernel of.
+
+    Args:
+        equation: As for `torch.einsum`.
+        *operands: Likewise.
+        multiply: Makes the product.
+    """
     given = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     product = matrix_product(equation, given[0].dim(), given[1].dim()) if len(given) == 2 else None
     if product is None:
         return torch.einsum(equation, *operands)
     x, matrix = given
-    result: Tensor = x.permute(product.of_x) @ (matrix.t() if product.transposed else matrix)
+    result = multiply(x.permute(product.of_x), matrix.t() if product.transposed else matrix)
     return result.permute(product.of_result)
