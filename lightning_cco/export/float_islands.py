@@ -27,6 +27,7 @@ _HEAVY = frozenset({
 })  # fmt: skip
 """Operators that an engine has an INT8 kernel of, or that most of the time goes to: layers in float are named that have one. Of a layer that is planned in INT8
 every operator counts."""
+_FLOAT_PRODUCTS = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"})
 _IN_FOUR_BITS = IslandKind.FOUR_BITS, "its weights are stored in 4 bits, for which the engine has no INT8 product"
 
 
@@ -61,6 +62,8 @@ def read_optimized(quantized: HookedModel, model: Any, written: Any, emitter: Em
             in_float[node.op_type] += 1
             if node.op_type in _HEAVY or layer in planned:
                 heavy.append((node.op_type, layer))
+            if node.op_type in _FLOAT_PRODUCTS and (product := layers.product_of(node)) in planned - {layer}:
+                heavy.append((node.op_type, product))
     engine = emitter.stored.engine
     unexpected = IslandKind.UNPLANNED, "planned in INT8, but the engine computes it in float"
     if engine.load is not None or engine.not_run:

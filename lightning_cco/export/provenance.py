@@ -9,8 +9,10 @@ from typing import Any
 
 from lightning_cco.compat.onnx_exporter import HANDED_ON, graph_being_traced, traced_text
 
-_INLINED = "_inlfunc_"
-"""How ONNX Runtime begins the names of values within an operator that it takes apart."""
+PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+"""Operators of a file that multiply by weights."""
+_MOST_FUSED = 4
+"""How many operators of a file an engine puts together behind a product, at most, under the name of the last one."""
 PAIR = "lightning_cco.quantizer"
 """Where it has, of a quantize operator, the name of its quantizer."""
 LAYER = "lightning_cco.layer"
@@ -78,15 +80,28 @@ class NodeLayers:
     def __init__(self, written: Any, layers: Mapping[str, str], optimized: Any) -> None:
         self._by_name = dict(layers)
         self._by_value = {value: layers[n.name] for n in written.graph.node if n.name in layers for value in n.output}
+        self._makers = {value: node for node in written.graph.node for value in node.output}
         self._seen: dict[str, str] = {}
         self._note_inlined(optimized)
 
+    def product_of(self, node: Any) -> str:
+        """The layer whose product a node computes; it may be called after what was put together with the product, such as an addition. Empty: none is known."""
+        values = list(node.output)
+        for _ in range(_MOST_FUSED):
+            makers = [self._makers[value] for value in values if value in self._makers]
+            if product := next((maker for maker in makers if maker.op_type in PRODUCTS), None):
+                return self._by_name.get(product.name, "")
+            values = [value for maker in makers for value in maker.input]
+        return ""
+
     def _note_inlined(self, optimized: Any) -> None:
-        """Of an operator that ONNX Runtime takes apart (HardSwish), only the last part makes a value that has a name in the file; the others make for it."""
+        """Of an operator that ONNX Runtime takes apart (HardSwish), only the last part may make a value with a name in the file; its reader names all."""
+        nameless = {value for node in optimized.node if not node.name for value in node.output}
         for node in reversed(optimized.node):
-            layer = next((self._by_value[value] for value in node.output if value in self._by_value), "")
+            layer = next((self._by_value[value] for value in node.output if value in self._by_value), self._by_name.get(node.name, ""))
             if layer:
-                self._by_value.update(dict.fromkeys((value for value in node.input if value.startswith(_INLINED)), layer))
+                for value in nameless.intersection(node.input):
+                    self._by_value.setdefault(value, layer)
 
     def of(self, node: Any) -> str:
         """The layer; of a node that belongs to none, that of what it reads; empty if nothing is known of that either. Nodes come in order."""

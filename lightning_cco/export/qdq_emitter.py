@@ -31,6 +31,7 @@ from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.graph.captured import CallSite
 from lightning_cco.graph.compiled import mode_stack, restore_modes
 from lightning_cco.graph.ops import Category, operation
+from lightning_cco.graph.python_calls import calling_position
 from lightning_cco.names import list_names
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.tensor_key import TensorKey
@@ -148,9 +149,7 @@ class Emitter:
 
         def find(frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             op = operation(name)
-            index = frame.counts.get(op.kind, 0)
-            frame.counts[op.kind] = index + 1
-            site = self._sites.get((id(frame.node), op.kind, index))
+            site = self._site(frame, op.kind)
             if site is None:
                 self._others = self._others or op.category is Category.WEIGHTED
                 return func(*args, **kwargs)
@@ -167,6 +166,18 @@ class Emitter:
             # A trace that fails skips the hooks of the modules it was in; torch.export then takes our mode off for its own and leaves that behind.
             frames.reset()
             restore_modes(modes)
+
+    def _site(self, frame: ModuleCall, kind: str) -> CallSite | None:
+        """The captured call that one of the forward is; `None`: a trace can take branches of its own, such as one that adds a mask."""
+        index = frame.counts.get(kind, 0)
+        frame.counts[kind] = index + 1
+        site = self._sites.get((id(frame.node), kind, index))
+        if site is None or site.code_position in (-1, here := calling_position()):
+            return site
+        while (later := self._sites.get((id(frame.node), kind, index))) is not None and later.code_position != here:
+            index += 1
+        frame.counts[kind] = frame.counts[kind] - 1 if later is None else index + 1
+        return later
 
     def _emit(self, site: CallSite, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         before = len(self.order)
