@@ -79,6 +79,8 @@ class CaptureMismatches:
         if not floats or self._are_stored(floats):
             return ""  # weights are rounded where they are read, whatever makes them of others (pruning, a parametrization put on later)
         kind = operation(name).kind
+        if kind == "concat" and sum(tensor.numel() > 0 for tensor in floats) < 2:
+            return ""  # a cache of keys before its first step: nothing is put together
         if not frame.node.captured:
             self._unseen_module(frame.node, kind)
             return ""

@@ -163,3 +163,29 @@ def test_results_are_followed_through_what_is_made_of_them() -> None:
     assert followed.sources([torch.ones(3), "relu"]) == []
     del x, part, other
     assert not followed
+
+
+class Remembering(nn.Module):
+    """Puts the keys of the steps before in front of its own, as a cache does; before the first step there are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.out, self.cached = nn.Linear(4, 4), nn.Linear(4, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = torch.relu(self.key(x))
+        if self.cached >= 0:
+            keys = torch.cat([torch.empty(len(x), self.cached, 4), keys], 1)
+        return torch.relu(self.out(keys)).sum()
+
+
+@pytest.mark.parametrize(("cached", "differs"), [(0, False), (3, True)])
+def test_an_empty_cache_is_no_difference(cached: int, differs: bool, recwarn: pytest.WarningsRecorder) -> None:
+    model, x = Remembering(), torch.randn(2, 5, 4)
+    model.cached = -1
+    quantized = quantize(model, None, (x,))
+    quantized.calibrate([x])
+    model.cached = cached
+    model(x)
+    assert bool(quantized.drift) is differs
+    assert bool([w for w in recwarn if "'concat' was called" in str(w.message)]) is differs
