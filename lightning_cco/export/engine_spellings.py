@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,6 @@ from lightning_cco.export.engine_patterns import added_apart, attention, divided
 from lightning_cco.export.engines import FileFeature
 from lightning_cco.export.exporter_spellings import for_the_exporter
 from lightning_cco.export.pooling_as_convolution import averaged_in_float
-from lightning_cco.export.relu_on_floats import maximum, maximum_in_place
 from lightning_cco.export.stored_tensors import StoredWeights
 from lightning_cco.graph.call import ArgPath
 from lightning_cco.graph.captured import CallSite
@@ -21,7 +20,7 @@ from lightning_cco.quantization.tensor_key import TensorKey
 
 
 def as_engines_want(
-    site: CallSite, func: Callable[..., Any], kwargs: dict[str, Any], quantized: HookedModel, stored: StoredWeights, maxima: Collection[str]
+    site: CallSite, func: Callable[..., Any], kwargs: dict[str, Any], quantized: HookedModel, stored: StoredWeights
 ) -> Callable[..., Any]:
     """The same function as an engine has an INT8 kernel for it.
 
@@ -31,7 +30,6 @@ def as_engines_want(
         kwargs: Its keyword arguments.
         quantized: The model.
         stored: What the file stores of it.
-        maxima: Layers that are written as a maximum with 0.
     """
     kind = site.op.kind
     if kind == "addmm" and not site.in_place and _adds_apart(site, kwargs, quantized.plan, stored):
@@ -40,8 +38,6 @@ def as_engines_want(
         return multiplied_apart if kind == "matmul" else partial(einsum_by_matmul, multiply=multiplied_apart)
     if site.function == "avg_pool2d" and stored.engine.requires(FileFeature.POOLS_AS_CONVOLUTIONS):
         return averaged_in_float
-    if site.layer in maxima:
-        return maximum_in_place if site.in_place else maximum
     if kind == "avg_pool":
         return divided(func)
     if kind == "amax" and stored.engine.requires(FileFeature.SORTED_MAXIMA):

@@ -26,12 +26,12 @@ _CLAMPS = frozenset({"Relu", "Clip"})
 def keep_float_weights(graph: Any) -> None:
     """Put an operator that changes nothing between each layer with float weights and the rounding of its result, if it reads a rounded tensor."""
     for node in list(graph):
-        if node.op_type not in _LAYERS or constant(node.inputs[1]) is None or not _reads_rounded(node.inputs[0]):
+        if node.op_type not in _LAYERS or constant(node.inputs[1]) is None or not reads_rounded(node.inputs[0]):
             continue
         last = node
         while (after := _only_reader(last)) is not None and after.op_type in _FOLDED and _else_constant(after, last):
             last = after
-        if (node.op_type == "MatMul" and last is node) or not _is_rounded(last):
+        if (node.op_type == "MatMul" and last is node) or not is_rounded(last):
             continue
         _separate(graph, last, tuple(last.outputs[0].uses()))
 
@@ -79,7 +79,7 @@ def _separate(graph: Any, node: Any, uses: Iterable[tuple[Any, int]]) -> None:
         reader.replace_input_with(position, same.outputs[0])
 
 
-def _reads_rounded(value: Any) -> bool:
+def reads_rounded(value: Any) -> bool:
     """Whether a value comes out of a DequantizeLinear, past what only moves values."""
     maker = value.producer()
     while maker is not None and maker.op_type in PASSED:
@@ -87,7 +87,7 @@ def _reads_rounded(value: Any) -> bool:
     return maker is not None and maker.op_type == "DequantizeLinear"
 
 
-def _is_rounded(node: Any) -> bool:
+def is_rounded(node: Any) -> bool:
     """Whether a node's result goes to roundings alone, past clamps and what only moves values."""
     pending = [node]
     while pending:

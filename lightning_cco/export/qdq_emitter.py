@@ -24,7 +24,6 @@ from lightning_cco.export.fold_batch_norm import IntegerWeight
 from lightning_cco.export.pooling_as_convolution import averaged, window_weight
 from lightning_cco.export.provenance import noting
 from lightning_cco.export.qdq_pairs import QdqPairs
-from lightning_cco.export.relu_on_floats import relus_on_floats
 from lightning_cco.export.stored_tensors import StoredWeights
 from lightning_cco.export.weight_blocks import Block
 from lightning_cco.graph.call_node import ModuleCall
@@ -133,7 +132,6 @@ class Emitter:
             for name, (weight, *_) in stored.weights.items()
             if graph[name].kind == "batch_norm"
         }
-        self._maxima = relus_on_floats(self.quantized.plan) if stored.engine.requires(FileFeature.RELU_AS_MAXIMUM) else frozenset()
         if stored.engine.requires(FileFeature.POOLS_AS_CONVOLUTIONS):
             found = {name: window_weight(graph[name]) for name in self.quantized.plan.quantized if graph[name].kind in _POOLS}
             self._windows = {name: weight for name, weight in found.items() if weight is not None}
@@ -206,7 +204,7 @@ class Emitter:
         limits = self.pairs.folded_clamp(site, args, kwargs)
         if limits is not None:
             return self.pairs.with_outputs(site, args, args[0] if args else kwargs["input"], limits)
-        result = as_engines_want(site, func, kwargs, self.quantized, self.stored, self._maxima)(*args, **kwargs)
+        result = as_engines_want(site, func, kwargs, self.quantized, self.stored)(*args, **kwargs)
         if averages_images(site.op.kind, args, kwargs):
             return self._average(name, args[0], result)
         return self.pairs.with_outputs(site, args, result)

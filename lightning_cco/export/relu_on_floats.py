@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
-from lightning_cco.quantization.plan import QuantizationPlan
-from lightning_cco.quantization.tensor_key import TensorKey
+import numpy as np
 
-
-def relus_on_floats(plan: QuantizationPlan) -> frozenset[str]:
-    """The ReLUs that stay in float and read what a layer in INT8 makes.
-
-    Args:
-        plan: What is quantized.
-    """
-    found = set()
-    for edge in plan.graph.edges:
-        origin = plan.origins.get(TensorKey(edge.source, edge.source_output), TensorKey(edge.source, edge.source_output))
-        if plan.graph[edge.destination].kind == "relu" and edge.destination in plan.skipped and origin.layer in plan.quantized:
-            found.add(edge.destination)
-    return frozenset(found)
+from lightning_cco.export.fusion_barriers import is_rounded, reads_rounded
+from lightning_cco.export.moving_operators import PASSED
+from lightning_cco.export.onnx_passes import constant, initializer
 
 
-def maximum(x: Tensor, inplace: bool = False) -> Tensor:
-    """`torch.relu` by another operator.
+def relus_as_maxima(graph: Any) -> None:
+    """Write each ReLU that is not rounded, of a product of rounded tensors, as a Max; also one of the step's own, outside of all layers."""
+    zero = None
+    for node in list(graph):
+        if node.op_type != "Relu" or is_rounded(node) or not _is_of_a_product(node.inputs[0]):
+            continue
+        zero = zero or initializer(graph, "zero_of_maxima", np.zeros((), np.float32))
+        node.op_type = "Max"
+        node.resize_inputs(2)
+        node.replace_input_with(1, zero)
 
-    >>> import torch
-    >>> maximum(torch.tensor([-1.0, 2.0]))
-    tensor([0., 2.])
-    """
-    return x.clamp_(min=0) if inplace else x.clamp(min=0)
 
-
-def maximum_in_place(x: Tensor, inplace: bool = True) -> Tensor:
-    """`torch.relu_` by another operator."""
-    return maximum(x, inplace)
+def _is_of_a_product(value: Any) -> bool:
+    """Whether a value is a linear layer's result in integers, past what only moves values."""
+    maker = value.producer()
+    while maker is not None and maker.op_type in PASSED:
+        maker = maker.inputs[0].producer()
+    if maker is not None and maker.op_type == "Add":
+        products = [one.producer() for one, other in (maker.inputs, maker.inputs[::-1]) if constant(other) is not None]
+        maker = next((product for product in products if product is not None), None)
+    return maker is not None and maker.op_type in ("Gemm", "MatMul") and all(map(reads_rounded, maker.inputs[:2]))

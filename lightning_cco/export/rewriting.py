@@ -12,6 +12,7 @@ from lightning_cco.export.float_types import compute_in_float32
 from lightning_cco.export.fusion_barriers import keep_float_weights, separate_pairs, separate_roundings
 from lightning_cco.export.integer_constants import arrange_integers
 from lightning_cco.export.qdq_per_operator import carry_pairs, clamp_between_pairs, round_tables
+from lightning_cco.export.relu_on_floats import relus_as_maxima
 from lightning_cco.export.split_linear import fill_biases, split_products, store_transposed
 from lightning_cco.export.weight_blocks import share_packed
 
@@ -22,6 +23,7 @@ _BEFORE_SHARING: tuple[tuple[FileFeature, tuple[Callable[[Any], None], ...]], ..
     (FileFeature.SPLIT_PRODUCTS, (split_products,)),
     (FileFeature.FULL_BIASES, (fill_biases,)),
     (FileFeature.STORED_TRANSPOSED, (store_transposed,)),
+    (FileFeature.RELU_AS_MAXIMUM, (relus_as_maxima,)),
     (FileFeature.FLOAT_WEIGHTS, (keep_float_weights,)),
     (FileFeature.SEPARATE_ROUNDINGS, (separate_roundings,)),
     (FileFeature.SEPARATE_PAIRS, (separate_pairs,)),
