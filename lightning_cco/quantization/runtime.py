@@ -99,22 +99,22 @@ class Runtime:
 
     def forward_starts(self) -> None:
         """Before a forward: what is still followed of those before is not what somebody keeps for a log."""
-        if self._follows and self.frames.handle == self._handle:  # not while another handler sees every call
+        if self._follows and self.frames.handle == self._following:  # not while another handler sees every call
             self.mismatches.followed.forget_numbers()
             self._follow()
 
-    def _handle(self, frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        followed = self.mismatches.followed
-        if not followed or is_compiling():
-            return self._planned(frame, name, func, args, kwargs)
+    def _following(self, frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The handler in the place of `_handle` as long as something is followed."""
+        if is_compiling():
+            return self._handle(frame, name, func, args, kwargs)
         entry = frame.table.get(name)
         if entry is not None and frame.counts.get(entry.kind, 0) < entry.count:
             self.mismatches.read_by_a_layer(args, kwargs)
-        result = self._planned(frame, name, func, args, kwargs)
-        followed.passed_on(name, args, kwargs, result)
+        result = self._handle(frame, name, func, args, kwargs)
+        self.mismatches.followed.passed_on(name, args, kwargs, result)
         return result
 
-    def _planned(self, frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _handle(self, frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = frame.table.get(name)
         if entry is None:
             return self._unseen(frame, name, func, args, kwargs) if name in COMPUTES else func(*args, **kwargs)
@@ -145,6 +145,8 @@ class Runtime:
     def _follow(self) -> None:
         """See every call, in every module, as long as something is followed."""
         self._follows = bool(self.mismatches.followed)
+        if self.frames.handle in (self._handle, self._following):
+            self.frames.handle = self._following if self._follows else self._handle
         self.frames.watched = None if self._follows else _WATCHED
         self.frames.unwatched = frozenset() if self._follows else self._unwatched
 
