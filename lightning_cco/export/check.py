@@ -19,6 +19,7 @@ from lightning_cco.export.errors import ExportError, SizesDoNotVary
 from lightning_cco.export.failures import does_not_run
 from lightning_cco.export.feeds import ForwardArguments, feeds_of, fits
 from lightning_cco.export.float_islands import read_optimized
+from lightning_cco.export.moving_operators import DRAWS
 from lightning_cco.export.named_axes import check_named_axes
 from lightning_cco.export.ort_session import engine_session, inspected_session, rounded_tensors
 from lightning_cco.export.outputs import arrays_of
@@ -57,6 +58,11 @@ def check_file(
     with _refused(emitter):
         session = engine_session(str(path), optimized_model_filepath=str(optimized))
     written = onnx.load(str(path))
+    report.random = sorted({node.op_type for node in written.graph.node if node.op_type in DRAWS})
+    if report.random:
+        report.notes.append(
+            f"the file draws random numbers in every run ({', '.join(report.random)}), so its results differ from run to run"
+        )
     read_optimized(quantized, onnx.load(str(optimized), load_external_data=False), written, emitter, report)
     reads = DynamicReads.of(written, emitter.layers, quantized.plan.dynamic)
     rounded = rounded_tensors(written, emitter.order) | reads.compared

@@ -84,6 +84,11 @@ def judge(report: ExportReport, min_sqnr_db: float | None = None, limits: Limits
     else:
         return
     where = f"the first layer that differs is '{first}'" if first else "no single layer exceeds its limits"
+    if report.random:
+        where += (
+            f". The forward draws random numbers in evaluation, too ({', '.join(report.random)} in the file), and the file draws others in every run: draw "
+            "them only in training (if self.training), or give them to the forward as an argument"
+        )
     raise FileDiffers(f"{what}; {where}")
 
 

@@ -16,6 +16,7 @@ class MovingOperator:
         passed: Whether ONNX Runtime moves conversions past it where it looks for float weights to round.
         counts: Whether its result is sizes or indices, and so integers.
         converts: Whether it changes the type or the place of values.
+        draws: Whether it draws random numbers.
     """
 
     name: str
@@ -24,6 +25,7 @@ class MovingOperator:
     passed: bool = False
     counts: bool = False
     converts: bool = False
+    draws: bool = False
 
 
 _ROWS = (
@@ -47,6 +49,9 @@ _ROWS = (
     MovingOperator("Tile", picks=True),
     MovingOperator("Pad", passed=True),
     *(MovingOperator(name) for name in ("Constant", "ConstantOfShape", "OneHot", "Range")),
+    # Draw numbers, and read at most the shape of a tensor.
+    *(MovingOperator(name, draws=True) for name in ("Bernoulli", "Multinomial")),
+    *(MovingOperator(name, draws=True) for name in ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")),
     # Sizes and indices.
     *(MovingOperator(name, counts=True) for name in ("ArgMax", "ArgMin", "NonZero", "Shape", "Size")),
     # The same values as another type, or elsewhere.
@@ -67,3 +72,4 @@ PICKS = frozenset(row.name for row in _ROWS if row.picks)
 PASSED = frozenset(row.name for row in _ROWS if row.passed) | {"MaxPool"}
 """A maximum of rounded values is one of them, but an engine computes it."""
 COUNTS = frozenset(row.name for row in _ROWS if row.counts)
+DRAWS = frozenset(row.name for row in _ROWS if row.draws)

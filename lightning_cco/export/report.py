@@ -101,6 +101,7 @@ class ExportReport:
         target_largest_steps: Largest difference of a quantized tensor in it, in steps of its scale, computed from its own tensors before it.
         target_floats: How many operators of each kind it computes in float.
         batch_limits: Limits of the batch size of a file whose batch is dynamic.
+        random: Operators of the file that draw random numbers in every run.
         widened: Types that the model casts to, and that the file computes in float32.
     """
 
@@ -137,6 +138,7 @@ class ExportReport:
     inputs: dict[str, list[int | str]] = field(default_factory=dict)
     batch_limits: list[str] = field(default_factory=list)
     widened: list[str] = field(default_factory=list)
+    random: list[str] = field(default_factory=list)
 
     @property
     def size_ratio(self) -> float:
