@@ -99,9 +99,8 @@ def _of_one_scale(concat: Any) -> list[Any] | None:
     makers = [value.producer() for value in concat.inputs]
     if any(maker is None or maker.op_type != "DequantizeLinear" or maker.inputs[0].producer() is None for maker in makers):
         return None
-    readers = [reader for reader, _ in concat.outputs[0].uses()]
-    if concat.outputs[0].is_graph_output() or any(reader.op_type == "QuantizeLinear" for reader in readers):
-        return None  # engines have a form of their own for it
+    if concat.outputs[0].is_graph_output() or _is_rounded(concat):
+        return None
     formats = {tuple(value.name for value in maker.inputs[1:]) for maker in makers}
     scale = constant(makers[0].inputs[1])
     return makers if len(formats) == 1 and scale is not None and not scale.ndim else None
@@ -111,10 +110,15 @@ def _leads_to_a_pick(node: Any) -> bool:
     """Whether a node only reshapes what an operator then picks from, or puts together: to pick along the last axes, or to repeat along a new one."""
     if node.op_type not in RESHAPES:
         return False
-    readers = node.outputs[0].uses()
     return any(
-        reader.op_type == "Concat" or (position == 0 and (picks(reader) or _leads_to_a_pick(reader))) for reader, position in readers
+        (reader.op_type == "Concat" and not _is_rounded(reader)) or (position == 0 and (picks(reader) or _leads_to_a_pick(reader)))
+        for reader, position in node.outputs[0].uses()
     )
+
+
+def _is_rounded(concat: Any) -> bool:
+    """Whether what is put together is rounded again: engines have a form of their own for it."""
+    return any(reader.op_type == "QuantizeLinear" for reader, _ in concat.outputs[0].uses())
 
 
 def picks(node: Any) -> bool:
