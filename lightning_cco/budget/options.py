@@ -215,9 +215,8 @@ class _Maker:
         return [self.plan.as_read(key) for key in origins if key is not None and key in self.plan.tensors]
 
     def _makes(self, name: str) -> list[TensorKey]:
-        while name in self.plan.groups:
-            name = self.plan.groups[name]
-        return [key for key in self.plan.tensors if key.layer == name and self.plan.as_read(key) == key]
+        end = self.plan.end_of_group(name)
+        return [key for key in self.plan.tensors if key.layer == end and self.plan.as_read(key) == key]
 
 
 def _shared(

@@ -196,13 +196,7 @@ def _elements(base: QuantizationPlan, name: str) -> int:
 
 def _unit_of(base: QuantizationPlan) -> dict[str, str]:
     """The last layer of each layer's group."""
-    found = {}
-    for name in base.graph.names:
-        end = name
-        while end in base.groups:
-            end = base.groups[end]
-        found[name] = end
-    return found
+    return {name: base.end_of_group(name) for name in base.graph.names}
 
 
 def _units(made: Choices, base: QuantizationPlan) -> tuple[list[FusedUnit], list[Passed]]:

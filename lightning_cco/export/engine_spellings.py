@@ -58,9 +58,7 @@ def _stands_apart(site: CallSite, plan: QuantizationPlan) -> bool:
     """Whether a product with a weight at its right is planned in integers, and not rounded: engines would put together with it what is added then."""
     right: dict[str, list[ArgPath]] = {"matmul": [(1,)], "einsum": [(2,), (1, 1)]}
     slots = [weight.slot in right.get(site.op.kind, []) for weight in site.weights]
-    end = site.layer
-    while end in plan.groups:  # a clamp after it, with which it is rounded
-        end = plan.groups[end]
+    end = plan.end_of_group(site.layer)  # a clamp after it, with which it is rounded
     return (
         slots == [True]
         and len(site.sources) == 1

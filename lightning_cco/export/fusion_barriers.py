@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from lightning_cco.export.moving_operators import PASSED
-from lightning_cco.export.onnx_passes import NAME, constant
+from lightning_cco.export.onnx_passes import NAME, PRODUCTS, constant
 
-_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _FOLDED = frozenset({"BatchNormalization", "Add", "Sub", "Mul", "Div"})
 """Operators that it takes into the weights, or into the bias, where all else that they read is constant."""
 _CLAMPS = frozenset({"Relu", "Clip"})
@@ -26,7 +25,7 @@ _CLAMPS = frozenset({"Relu", "Clip"})
 def keep_float_weights(graph: Any) -> None:
     """Put an operator that changes nothing between each layer with float weights and the rounding of its result, if it reads a rounded tensor."""
     for node in list(graph):
-        if node.op_type not in _LAYERS or constant(node.inputs[1]) is None or not reads_rounded(node.inputs[0]):
+        if node.op_type not in PRODUCTS or constant(node.inputs[1]) is None or not reads_rounded(node.inputs[0]):
             continue
         last = node
         while (after := _only_reader(last)) is not None and after.op_type in _FOLDED and _else_constant(after, last):
@@ -79,11 +78,17 @@ def _separate(graph: Any, node: Any, uses: Iterable[tuple[Any, int]]) -> None:
         reader.replace_input_with(position, same.outputs[0])
 
 
-def reads_rounded(value: Any) -> bool:
-    """Whether a value comes out of a DequantizeLinear, past what only moves values."""
+def maker_of(value: Any) -> Any | None:
+    """The node that a value comes out of, past what only moves values; `None` for a constant or an input."""
     maker = value.producer()
     while maker is not None and maker.op_type in PASSED:
         maker = maker.inputs[0].producer()
+    return maker
+
+
+def reads_rounded(value: Any) -> bool:
+    """Whether a value comes out of a DequantizeLinear, past what only moves values."""
+    maker = maker_of(value)
     return maker is not None and maker.op_type == "DequantizeLinear"
 
 

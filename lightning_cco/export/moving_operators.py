@@ -49,9 +49,11 @@ _ROWS = (
     MovingOperator("Tile", picks=True),
     MovingOperator("Pad", passed=True),
     *(MovingOperator(name) for name in ("Constant", "ConstantOfShape", "OneHot", "Range")),
-    # Draw numbers, and read at most the shape of a tensor.
-    *(MovingOperator(name, draws=True) for name in ("Bernoulli", "Multinomial")),
-    *(MovingOperator(name, draws=True) for name in ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")),
+    # Draw random numbers.
+    *(
+        MovingOperator(name, draws=True)
+        for name in ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+    ),
     # Sizes and indices.
     *(MovingOperator(name, counts=True) for name in ("ArgMax", "ArgMin", "NonZero", "Shape", "Size")),
     # The same values as another type, or elsewhere.

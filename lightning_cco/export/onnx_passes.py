@@ -15,6 +15,8 @@ from lightning_cco.export.moving_operators import PICKS, RESHAPES
 
 NAME = "lightning_cco.quantizer"
 """Metadata of a QuantizeLinear: the name of its quantizer."""
+PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+"""Operators of a file that multiply by weights."""
 
 
 def constant(value: Any) -> np.ndarray[Any, Any] | None:

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning_cco.compat.onnx_exporter import HANDED_ON, graph_being_traced, traced_text
+from lightning_cco.export.onnx_passes import PRODUCTS
 
-PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-"""Operators of a file that multiply by weights."""
 _MOST_FUSED = 4
 """How many operators of a file an engine puts together behind a product, at most, under the name of the last one."""
 PAIR = "lightning_cco.quantizer"

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_cco.export.fusion_barriers import is_rounded, reads_rounded
-from lightning_cco.export.moving_operators import PASSED
+from lightning_cco.export.fusion_barriers import is_rounded, maker_of, reads_rounded
 from lightning_cco.export.onnx_passes import constant, initializer
 
 
@@ -25,9 +24,7 @@ def relus_as_maxima(graph: Any) -> None:
 
 def _is_of_a_product(value: Any) -> bool:
     """Whether a value is a linear layer's result in integers, past what only moves values."""
-    maker = value.producer()
-    while maker is not None and maker.op_type in PASSED:
-        maker = maker.inputs[0].producer()
+    maker = maker_of(value)
     if maker is not None and maker.op_type == "Add":
         products = [one.producer() for one, other in (maker.inputs, maker.inputs[::-1]) if constant(other) is not None]
         maker = next((product for product in products if product is not None), None)

@@ -161,6 +161,12 @@ class QuantizationPlan:
         twin = TensorKey(key.layer, key.output, as_read=True)
         return twin if twin in self.tensors else key
 
+    def end_of_group(self, name: str) -> str:
+        """The layer at the end of the fused group that a layer is in, whose output is rounded; the layer itself if it is in none."""
+        while name in self.groups:
+            name = self.groups[name]
+        return name
+
     def rounds(self, key: str) -> bool:
         """Whether a tensor, by the name of its quantizer, is rounded where it is made."""
         return key in self.tensors and key not in self.at_readers

@@ -71,7 +71,7 @@ def _no_activations(plan: QuantizationPlan, layers: Sequence[Layer]) -> str:
         before = sorted({name for layer in layers for name in plan.graph.predecessors(layer.name)})
         return f"what it names only passes values on. Name the layer that makes them: {list_names(before)}"
     rounded = plan.output_bits()
-    if any(_end(plan, layer.name) in rounded or _suggested(plan, layer) for layer in layers):
+    if any(plan.end_of_group(layer.name) in rounded or _suggested(plan, layer) for layer in layers):
         return ""
     in_float = [layer for layer in layers if layer.name not in plan.quantized]
     if in_float:
@@ -219,13 +219,6 @@ def _suggested(plan: QuantizationPlan, layer: Layer) -> bool:
 
 
 _WAY_OUT = "Quantize the layer by a rule with skip_quantization: false if its engine can, or leave the bits out"
-
-
-def _end(plan: QuantizationPlan, name: str) -> str:
-    """The layer at the end of the fused group that a layer is in, whose output is rounded."""
-    while name in plan.groups:
-        name = plan.groups[name]
-    return name
 
 
 def _readers(graph: LayerGraph, layers: Sequence[Layer]) -> list[Layer]:

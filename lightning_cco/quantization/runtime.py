@@ -99,7 +99,7 @@ class Runtime:
 
     def forward_starts(self) -> None:
         """Before a forward: what is still followed of those before is not what somebody keeps for a log."""
-        if self._follows and self.frames.handle == self._following:  # not while another handler sees every call
+        if self.frames.handle == self._following:  # something is followed, and no other handler sees every call
             self.mismatches.followed.forget_numbers()
             self._follow()
 
@@ -144,11 +144,11 @@ class Runtime:
 
     def _follow(self) -> None:
         """See every call, in every module, as long as something is followed."""
-        self._follows = bool(self.mismatches.followed)
+        follows = bool(self.mismatches.followed)
         if self.frames.handle in (self._handle, self._following):
-            self.frames.handle = self._following if self._follows else self._handle
-        self.frames.watched = None if self._follows else _WATCHED
-        self.frames.unwatched = frozenset() if self._follows else self._unwatched
+            self.frames.handle = self._following if follows else self._handle
+        self.frames.watched = None if follows else _WATCHED
+        self.frames.unwatched = frozenset() if follows else self._unwatched
 
     @property
     def phase(self) -> Phase:
