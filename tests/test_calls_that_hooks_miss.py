@@ -56,7 +56,6 @@ HIDDEN: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("kind", HIDDEN)
 def test_a_module_that_runs_unseen_is_named(kind: str) -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), HIDDEN[kind](), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 4)
@@ -66,7 +65,6 @@ def test_a_module_that_runs_unseen_is_named(kind: str) -> None:
     assert quantized.graph["linear_1"].path == "3"
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_model_that_runs_unseen_as_a_whole_is_an_error_that_says_so() -> None:
     with pytest.raises(CCOError, match=r"no layer was captured.*TorchScript"):
         quantize(nn.Sequential(torch.jit.script(nn.Linear(4, 4))), None, (torch.randn(5, 4),))
@@ -108,7 +106,6 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("kind", PRODUCTS)
 def test_weights_that_a_part_of_a_model_uses_unseen_are_named(kind: str) -> None:
     model, x = (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -150,6 +152,55 @@ def test_a_custom_autograd_function_is_a_layer_with_a_reason() -> None:
     assert "Double" in captured.graph["custom_function"].note
     # The addition inside the function is seen at run time, so it counts.
     assert captured.sites["add"].positions[False] == 1
+
+
+def doubled(ctx: object, x: Tensor, *more: object, scale: float = 2.0) -> Tensor:
+    return x * scale
+
+
+def logged(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*args: object, **kwargs: object) -> Tensor:  # no functools.wraps
+        return function(*args, **kwargs)
+
+    return run
+
+
+def custom_function(forward: Callable[..., Tensor], **methods: Callable[..., None]) -> type[torch.autograd.Function]:
+    members = {"forward": staticmethod(forward), "backward": staticmethod(lambda ctx, grad: 2 * grad)}
+    return type("Made", (torch.autograd.Function,), members | {name: staticmethod(method) for name, method in methods.items()})
+
+
+CUSTOM_FUNCTIONS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+    "plain": lambda: custom_function(doubled).apply,
+    "mixed precision": lambda: custom_function(torch.amp.custom_fwd(doubled, device_type="cpu")).apply,
+    "decorated": lambda: custom_function(logged(doubled)).apply,
+    "partial": lambda: custom_function(functools.partial(doubled, scale=2.0)).apply,
+    "inherited": lambda: type("Heir", (custom_function(doubled),), {}).apply,
+    "context apart": lambda: custom_function(lambda x: x * 2, setup_context=lambda ctx, inputs, output: None).apply,
+    "helper": lambda: custom_function(lambda ctx, x: doubled(ctx, x)).apply,
+    "made by the forward": lambda: lambda x: custom_function(lambda ctx, x: x * 2).apply(x),
+}
+
+
+@pytest.mark.parametrize("kind", CUSTOM_FUNCTIONS)
+def test_what_a_custom_function_calls_is_no_layer_however_it_is_written(kind: str) -> None:
+    class Model(WithCustomFunction):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(function(self.fc1(x)) + x)
+
+    function, model = CUSTOM_FUNCTIONS[kind](), Model()
+    captured = capture(model, lambda: model(torch.ones(2, 4)))
+    assert captured.graph.names == ("input_0", "linear", "custom_function", "add", "linear_1", "output_0")
+    assert [(edge.source, edge.destination) for edge in captured.graph.edges][:2] == [("input_0", "linear"), ("linear", "custom_function")]
+
+
+def test_the_forward_of_a_custom_function_called_as_an_ordinary_one_is_the_users_code() -> None:
+    class Model(WithCustomFunction):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(function.forward(None, self.fc1(x)) + x)
+
+    function, model = custom_function(doubled), Model()
+    assert capture(model, lambda: model(torch.ones(2, 4))).graph.names == ("input_0", "linear", "mul", "add", "linear_1", "output_0")
 
 
 def test_masks_and_integers_are_told_apart_from_activations() -> None:

@@ -117,7 +117,6 @@ def test_only_plain_tensors_have_kernels() -> None:
     assert runs_plainly()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 def test_no_kernels_while_somebody_traces_or_transforms() -> None:
     from torch._subclasses import FakeTensorMode
     from torch.autograd import forward_ad

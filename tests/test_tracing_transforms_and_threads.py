@@ -54,7 +54,6 @@ TRACERS: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "no_grad"])
 @pytest.mark.parametrize("name", TRACERS)
 def test_tracers_see_the_quantized_values(name: str, gradients: bool) -> None:
@@ -172,7 +171,6 @@ def test_counting_operations_changes_nothing() -> None:
     assert counter.get_total_flops() > 0
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_scripting_is_refused() -> None:
     with pytest.raises(CCOError, match=r"can't be scripted.*remove\(\) first"):
         torch.jit.script(prepared()[0])

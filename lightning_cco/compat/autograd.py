@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import CodeType, FrameType
 from typing import Any
 
@@ -44,9 +46,6 @@ def _copy_each(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 foreach_copy: Callable[[Sequence[Tensor], Sequence[Tensor]], Any] = or_else("torch._foreach_copy_", _copy_each)
 """Copies a list of tensors into another. Without it: one by one (slower)."""
 
-FUNCTION_APPLY: CodeType | None = or_else("torch.autograd.Function.apply.__func__.__code__", None)
-"""The code of ``torch.autograd.Function.apply``. Without a code of its own, calls inside of custom functions count as the user's layers."""
-
 
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` without the Python around it, which looks for transforms of `torch.func`: for calls that are known to run plainly.
@@ -57,12 +56,48 @@ def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return found
 
 
-def applied(frame: FrameType) -> tuple[type, tuple[Any, ...], dict[str, Any]]:
-    """Class and arguments of the custom function that a frame of ``Function.apply`` runs.
+def forwards_of_functions() -> dict[CodeType, type[torch.autograd.Function]]:
+    """The code of the ``forward`` of each custom autograd function, also of one behind decorators (`torch.amp.custom_fwd`), and its class.
 
-    Private API: the names of its local variables, ``cls``, ``args`` and ``kwargs``. Without them: `KeyError` from the capture, which names the missing one.
+    ``Function.apply`` itself is written in C since PyTorch 2.14, and leaves no frame. What Python code can't be found of (a scripted function) calls no torch
+    functions that a function mode sees.
     """
-    return frame.f_locals["cls"], frame.f_locals["args"], frame.f_locals["kwargs"]
+    found: dict[CodeType, type[torch.autograd.Function]] = {}
+    pending = list(torch.autograd.Function.__subclasses__())
+    while pending:
+        function = pending.pop()
+        pending += function.__subclasses__()
+        code = getattr(inspect.unwrap(_whole(function.forward)), "__code__", None)
+        if code is not None:
+            found.setdefault(code, function)
+    return found
+
+
+def _whole(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def given_to(frame: FrameType, function: type[torch.autograd.Function]) -> tuple[Any, ...] | None:
+    """What a custom function was called with, from the frame that runs its ``forward``; `None` if somebody calls ``forward`` as an ordinary function.
+
+    Private API: a frame's ``f_locals``, which Python documents. They are the arguments as long as the code has not assigned to their names.
+    """
+    code, local = frame.f_code, frame.f_locals
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    given = [local.get(name) for name in names]
+    further = code.co_varnames[
+        len(names) : len(names) + bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    ]
+    given += [value for name in further for value in _values(local.get(name))]
+    if function.setup_context is not torch.autograd.Function.setup_context:
+        return tuple(given)
+    return tuple(given[1:]) if given and hasattr(given[0], "save_for_backward") else None
+
+
+def _values(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container or ()
 
 
 def softmax_of(node: Any) -> tuple[tuple[int, ...] | None, int]:

@@ -86,9 +86,9 @@ _AUTOGRAD = (
     ("torch.autograd.graph.Node._saved_result", "what a softmax in a step's loss gave", _VALUES),
     ("torch.autograd.graph.Node._saved_self", "what a step's loss has read", _VALUES),
     ("torch.autograd.graph.Node._saved_dim", "the dimension of the classes in a step's loss", "the last one"),
-    ("torch.autograd.Function.apply.__func__.__code__", "tells calls inside of custom functions", "these count as layers of the model"),
+    ("torch.autograd.Function.forward.__code__", "tells calls inside of custom functions", "these count as layers of the model"),
+    ("torch.autograd.Function.forward.f_locals", "what a custom function was called with", "these count as layers of the model"),
     ("torch.autograd.Function.__base__.apply", "quantizers skip a look for transforms", "`Function.apply` (slower)"),
-    ("torch.autograd.Function.apply.f_locals", "class and arguments of a custom function", "`KeyError` from the capture, which names it"),
 )
 _MODULES = (
     ("torch.nn.Module._call_impl.__code__", "finds the call of a module on the call stack", _ERROR),

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_cco.compat.autograd import applied
 from lightning_cco.compat.dynamo import TAKE_FUNCTIONS
 from lightning_cco.graph.call import Call
 from lightning_cco.graph.call_node import CallNode, ModuleCall
 from lightning_cco.graph.carried_state import Carried, drawn_apart
 from lightning_cco.graph.containers import tensors_in
-from lightning_cco.graph.custom_functions import CustomCall, running_function
+from lightning_cco.graph.custom_functions import CustomCall, RunningFunction, RunningFunctions
 from lightning_cco.graph.higher_order import IN_FLOAT, WatchedBodies
 from lightning_cco.graph.network import OuterCall, is_metric
 from lightning_cco.graph.operands import is_attention_mask, is_mask_like, operands_of
@@ -61,7 +59,8 @@ class CallTracer:
         self._outer = outer
         self._values_left = False
         self._drawn_apart: dict[int, tuple[str, ...]] = {}
-        self._function: tuple[FrameType, CustomCall] | None = None
+        self._running = RunningFunctions()
+        self._function: tuple[Any, CustomCall] | None = None
 
     def end(self) -> None:
         """Let go of what only a running forward needs."""
@@ -94,9 +93,9 @@ class CallTracer:
         op = operation(name)
         if is_custom(func):
             self.custom.add(op.kind)
-        function = running_function()
-        if function is not None:
-            return self._inside(function, frame, op, func, args, kwargs)
+        running = self._running.outermost()
+        if running is not None:
+            return self._inside(running, frame, op, func, args, kwargs)
         self._function = None
         if name in TAKE_FUNCTIONS:
             return self._with_bodies(Seen(frame, name, op, self._count(frame, op), args, kwargs, [], [], False, visible=False), func)
@@ -234,14 +233,13 @@ class CallTracer:
         return index
 
     def _inside(
-        self, function: FrameType, frame: ModuleCall, op: Op, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, running: RunningFunction, frame: ModuleCall, op: Op, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A call within a custom function. The mode sees it at run time too, so it is counted here, but it is no layer."""
-        if self._function is None or self._function[0] is not function:
-            kind, its_args, its_kwargs = applied(function)
-            given = operands_of(its_args, its_kwargs)
-            custom = CustomCall(kind.__name__, frame.node, [self.sources.find(tensor, frame) for _, tensor in given])
-            self._function = function, custom
+        if self._function is None or self._function[0] is not running.frame:
+            given = operands_of(running.given, {})
+            custom = CustomCall(running.name, frame.node, [self.sources.find(tensor, frame) for _, tensor in given])
+            self._function = running.frame, custom
         custom = self._function[1]
         if op.category is not Category.ALIAS:
             self._count(frame, op)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
+import torch
 from torch.utils.checkpoint import CheckpointFunction
 
-from lightning_cco.compat.autograd import FUNCTION_APPLY, applied
+from lightning_cco.compat.autograd import forwards_of_functions, given_to
 from lightning_cco.compat.modules import MODULE_CALL
 from lightning_cco.graph.call_node import CallNode
 
@@ -34,15 +35,43 @@ class CustomCall:
     number: int | None = None
 
 
-def running_function() -> FrameType | None:
-    """The outermost custom function between the torch call now seen and the module that makes it, as a frame of ``Function.apply``.
+class RunningFunction(NamedTuple):
+    """A custom function that runs now.
 
-    The function of reentrant checkpointing is none: its forward is the user's own, layer by layer.
+    Attributes:
+        frame: The frame of its ``forward``.
+        name: Its class.
+        given: What it was called with.
     """
-    found = None
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not MODULE_CALL:
-        if frame.f_code is FUNCTION_APPLY and applied(frame)[0] is not CheckpointFunction:
-            found = frame
-        frame = frame.f_back
-    return found
+
+    frame: FrameType
+    name: str
+    given: tuple[Any, ...]
+
+
+class RunningFunctions:
+    """Tells in which custom function a torch call is made."""
+
+    def __init__(self) -> None:
+        self._classes: dict[CodeType, type[torch.autograd.Function] | None] = {}
+
+    def outermost(self) -> RunningFunction | None:
+        """The outermost custom function between the torch call now seen and the module that makes it.
+
+        The function of reentrant checkpointing is none: its forward is the user's own, layer by layer.
+        """
+        found = None
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not MODULE_CALL:
+            function = self._class(frame.f_code)
+            given = None if function is None else given_to(frame, function)
+            if function is not None and given is not None:
+                found = RunningFunction(frame, function.__name__, given)
+            frame = frame.f_back
+        return found
+
+    def _class(self, code: CodeType) -> type[torch.autograd.Function] | None:
+        if code not in self._classes:  # a class may be made by the forward itself
+            function = forwards_of_functions().get(code)
+            self._classes[code] = None if function is None or issubclass(function, CheckpointFunction) else function
+        return self._classes[code]

@@ -71,7 +71,7 @@ def test_an_lstm_with_a_projection(options: dict[str, Any], tmp_path: Path) -> N
     assert not (tmp_path / "a.onnx").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*are not in the layer graph")
+@pytest.mark.filterwarnings("ignore:.*are not in the layer graph")
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])
 def test_scripted_modules(ending: str, tmp_path: Path) -> None:
     inner = nn.Sequential(nn.Linear(8, 8), torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.ReLU())))
