@@ -11,7 +11,7 @@ LOWEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= python3.13
 DOCS := .venv-docs
 
-.PHONY: demo test test-all test-gpu test-engines engine-speed test-floors test-sanitize coverage compatibility benchmark benchmark-accuracy benchmark-gpu benchmark-peers docs lint clean
+.PHONY: demo test test-all test-gpu test-engines engine-speed test-floors test-newest-torch test-sanitize coverage compatibility benchmark benchmark-accuracy benchmark-gpu benchmark-peers docs lint clean
 
 demo: $(STAMP)
 	$(RUN) recipes/digits_cnn.py
@@ -46,6 +46,13 @@ test-floors: $(STAMP)
 	test -x .venv-newest/bin/python || .venv-uv/bin/uv venv --quiet --python $(NEWEST_PYTHON) .venv-newest
 	.venv-uv/bin/uv pip install --quiet --python .venv-newest/bin/python -e '.[export,hydra,recipes]' $(FLOORS) -c constraints.txt
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -p no:anyio -n 2 -m "not slow"
+
+# The fast tests with the newest PyTorch that pip finds, and with everything else as it is pinned. PyTorch's default build needs 6 GB.
+test-newest-torch:
+	test -x .venv-torch/bin/python || $(PYTHON) -m venv .venv-torch
+	grep -v -e ^torch== -e ^triton== constraints.txt > .venv-torch/constraints.txt
+	.venv-torch/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[export,hydra,recipes,dev]' -c .venv-torch/constraints.txt
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-torch/bin/python -m pytest -n 2 -m "not slow"
 
 # A table of networks on each engine, written into docs/engines.md; 20 minutes, and 2 GB for each environment: the engines' pins exclude each other's.
 ENGINES := executorch litert coreml qnn
@@ -124,4 +131,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) .venv-uv .venv-lowest .venv-newest $(ENGINES:%=.venv-%) $(DOCS) outputs site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) .venv-uv .venv-lowest .venv-newest .venv-torch $(ENGINES:%=.venv-%) $(DOCS) outputs site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -37,12 +37,17 @@ def scaled(scale: Tensor, factor: float) -> Tensor:
     return (scale - scale * factor).detach() + scale * factor
 
 
+def clipped(x: Tensor, low: int, high: int) -> Tensor:
+    """`torch.clamp`, whose gradient at its bounds is 1 until PyTorch 2.13 and 0 from 2.14 on; here it is 1, as that of PyTorch's fake quantize."""
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
+
+
 def lsq(x: Tensor, scale: Tensor, offset: Tensor | None, low: int, high: int, count: int) -> Tensor:
     """LSQ (LSQ+ with an offset) in plain autograd."""
     factor = 1 / math.sqrt(count * high)
     scale = scaled(scale, factor)
     offset = torch.zeros(()) if offset is None else scaled(offset, factor)
-    return straight_through(((x - offset) / scale).clamp(low, high)) * scale + offset
+    return straight_through(clipped((x - offset) / scale, low, high)) * scale + offset
 
 
 def quantizer_of(low: float, high: float, bits: int, symmetric: bool) -> LearnedActivationQuantizer:

@@ -101,9 +101,25 @@ def test_a_graph_that_leaves_out_what_is_between_modules_is_refused(inside: bool
     assert torch.allclose(graph(x), expected, atol=0.1)
 
 
-def test_a_graph_follows_the_weights_and_has_their_gradients() -> None:
-    model, x, _, _ = prepared()
-    graph = make_fx(lambda parameters, x: functional_call(model, parameters, (x,)))(dict(model.named_parameters()), x)
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "8 bits": {},
+    "4 bits": {"global_quantization_settings": {"weights_num_bits": 4, "activations_num_bits": 4}},
+    "learned": {"training_settings": {"weight_estimator": "learned", "range_estimator": "learned"}},
+    "groups": {"global_quantization_settings": {"weights_num_bits": 4, "weights_group_size": 32, "weights_symmetric": False}},
+    "dynamic": {"global_quantization_settings": {"weights_num_bits": 4, "weights_group_size": 32, "activations_dynamic": True}},
+}
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.parametrize("settings", WEIGHTS)
+def test_a_graph_follows_the_weights_and_has_their_gradients(settings: str, pre_dispatch: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)), torch.randn(8, 32)
+    quantized = quantize(model, WEIGHTS[settings], (x,))
+    quantized.calibrate([x])
+    graph = make_fx(lambda parameters, x: functional_call(model, parameters, (x,)), pre_dispatch=pre_dispatch)(
+        dict(model.named_parameters()), x
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)

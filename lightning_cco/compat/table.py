@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 TESTED: dict[str, tuple[str, ...]] = {
-    "torch": ("2.13.0",),
+    "torch": ("2.13.0", "2.14.1"),
     "lightning": ("2.6.6",),
     "torchmetrics": ("1.9.0",),
     "omegaconf": ("2.3.1",),

@@ -11,7 +11,7 @@ from lightning_cco.quantization import operations
 from lightning_cco.quantization.differentiable_operations import straight_through
 from lightning_cco.quantization.native import Kernels, kernels_for
 from lightning_cco.quantization.qparams import SMALLEST_SCALE, smallest_scale
-from lightning_cco.quantization.tracing import runs_plainly
+from lightning_cco.quantization.tracing import runs_plainly, without_gradient
 from lightning_cco.quantization.weight_clipping import best_affine_ratios
 from lightning_cco.quantization.weight_recompute import RecomputedWeight
 
@@ -63,7 +63,7 @@ def fake_quantize_affine_rows(rows: Tensor, num_bits: int, recomputed: Recompute
     """
     if not torch.compiler.is_compiling():
         if not runs_plainly():
-            return straight_through(_by_torch(rows.detach(), num_bits, mse), rows)
+            return straight_through(_by_torch(without_gradient(rows), num_bits, mse), rows)
         kernels = recomputed.kernels if recomputed is not None else kernels_for(rows)
         if isinstance(kernels, Kernels) and rows.is_contiguous():
             rounded: Tensor = _RoundByKernel.apply(rows, kernels, 2**num_bits - 1, recomputed, mse)  # type: ignore[no-untyped-call]

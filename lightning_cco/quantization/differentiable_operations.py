@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from lightning_cco.compat.torch_modes import is_jit_tracing
 from lightning_cco.quantization.qparams import INF, Bound, Grid, quant_range, weight_scale
+from lightning_cco.quantization.tracing import without_gradient
 
 
 def fake_quantize_openly(x: Tensor, scale: Bound, grid: Grid) -> Tensor:
@@ -20,15 +21,16 @@ def fake_quantize_openly(x: Tensor, scale: Bound, grid: Grid) -> Tensor:
     What is rounded has no gradient; the gradient comes by way of a zero, ``y - y.detach()`` with y = x where it passes. Numbers instead of tensors where they
     are known: a fake tensor goes together with numbers, but not with a tensor that isn't.
     """
-    levels = _times(x.detach(), _inverse(scale)).round()
+    values = without_gradient(x)
+    levels = _times(values, _inverse(scale)).round()
     rounded = (_clamped(levels, grid.first, grid.last) * scale).to(x.dtype)
     if not _wants_gradient():
         return rounded
     inside = (levels >= grid.low) & (levels <= grid.high)
-    for condition in where_clamp_passes(x.detach(), grid.limits):
+    for condition in where_clamp_passes(values, grid.limits):
         inside = inside & condition
     passing = torch.where(inside, x, torch.zeros_like(x))
-    return rounded + (passing - passing.detach())
+    return rounded + (passing - without_gradient(passing))
 
 
 def _wants_gradient() -> bool:
@@ -52,8 +54,9 @@ def _clamped(levels: Tensor, first: Bound, last: Bound) -> Tensor:
 
 def fake_quantize_weight_openly(weight: Tensor, num_bits: int, axis: int | None, mse: bool) -> Tensor:
     """By differentiable operations alone, as `fake_quantize_openly`."""
-    scale, limit = weight_scale(weight, num_bits, axis, mse), quant_range(num_bits, symmetric=True)[1]
-    levels = _times(weight.detach(), scale.reciprocal()).round()
+    values, limit = without_gradient(weight), quant_range(num_bits, symmetric=True)[1]
+    scale = weight_scale(values, num_bits, axis, mse)
+    levels = _times(values, scale.reciprocal()).round()
     return straight_through(((levels.clamp(-limit, limit) if mse else levels) * scale).to(weight.dtype), weight)
 
 
@@ -65,7 +68,7 @@ def rounded_weight(weight: Tensor, scales: Tensor, limit: int) -> Tensor:
 
 def straight_through(rounded: Tensor, weight: Tensor) -> Tensor:
     """A rounded tensor with the gradient of the identity, where one is wanted."""
-    return rounded + (weight - weight.detach()) if _wants_gradient() else rounded
+    return rounded + (weight - without_gradient(weight)) if _wants_gradient() else rounded
 
 
 def where_clamp_passes(x: Tensor, limits: tuple[float, float]) -> list[Tensor]:

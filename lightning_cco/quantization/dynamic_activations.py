@@ -22,7 +22,7 @@ from lightning_cco.quantization.differentiable_operations import straight_throug
 from lightning_cco.quantization.native import kernels_for
 from lightning_cco.quantization.rules import BY_ITSELF, ResolvedRules
 from lightning_cco.quantization.targets import Target
-from lightning_cco.quantization.tracing import runs_plainly
+from lightning_cco.quantization.tracing import runs_plainly, without_gradient
 from lightning_cco.quantization.weight_groups import fitting_groups, grouped_inputs
 from lightning_cco.settings import GlobalQuantizationSettings
 
@@ -54,7 +54,7 @@ class DynamicQuantizer(nn.Module):
         """
         rows = x.reshape(-1, self.block)
         if not torch.compiler.is_compiling() and not runs_plainly():
-            return straight_through(_by_torch(rows.detach()), rows).view(x.shape)
+            return straight_through(_by_torch(without_gradient(rows)), rows).view(x.shape)
         result: Tensor = _Round.apply(rows)  # type: ignore[no-untyped-call]
         return result.view(x.shape)
 

@@ -13,7 +13,7 @@ from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.differentiable_operations import rounded_weight
 from lightning_cco.quantization.learned_scales import learned_activation, learned_weight
 from lightning_cco.quantization.qparams import quant_range, smallest_scale, weight_scale
-from lightning_cco.quantization.tracing import runs_plainly
+from lightning_cco.quantization.tracing import runs_plainly, without_gradient
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 from lightning_cco.quantization.weight_recompute import RecomputedWeight
 
@@ -183,8 +183,9 @@ class LearnedWeightQuantizer(WeightQuantizer):
             )
 
     def _rounded(self, weight: Tensor, recomputed: RecomputedWeight | None = None) -> Tensor:
-        rounded = rounded_weight(weight.detach(), self.scale(weight), self._limit)
-        return rounded + (weight - weight.detach()) if torch.is_grad_enabled() else rounded
+        values = without_gradient(weight)
+        rounded = rounded_weight(values, self.scale(weight), self._limit)
+        return rounded + (weight - values) if torch.is_grad_enabled() else rounded
 
     def scale(self, weight: Tensor) -> Tensor:
         """The scale of each channel, as `weight_scale` shapes it; of a weight that no calibration has seen the one that loses least."""

@@ -28,6 +28,7 @@ from lightning_cco.compat.torch_modes import (
 )
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def runs_plainly() -> bool:
@@ -45,6 +46,16 @@ def runs_plainly() -> bool:
         or dispatch_key_included(VMAP_MODE)
         or torch.compiler.is_compiling()
     )
+
+
+def without_gradient(x: Tensor) -> Tensor:
+    """A tensor's values as a constant, also in a graph of `make_fx` that is differentiated later.
+
+    Since PyTorch 2.14 such a graph holds ``x.detach()`` as an alias, through which gradients pass. They do not pass through integers.
+    """
+    if torch.compiler.is_compiling() or functorch_level() is not None or not values_are_traced():
+        return x.detach()
+    return x.detach().view(_INTEGERS[x.element_size()]).view(x.dtype)
 
 
 def reads_at_once(device: torch.device) -> bool:
