@@ -59,6 +59,15 @@ def is_within(path: str, modules: Iterable[str]) -> bool:
     return any(path == module or path.startswith(f"{module}.") for module in modules)
 
 
+def module_of(path: str) -> str:
+    """The module of a path, as messages name it.
+
+    >>> module_of("net.head"), module_of("")
+    ("module 'net.head'", 'the model itself')
+    """
+    return f"module '{path}'" if path else "the model itself"
+
+
 def markdown_cell(text: object) -> str:
     r"""A cell of a Markdown table.
 

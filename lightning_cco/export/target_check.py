@@ -27,6 +27,7 @@ from lightning_cco.export.planned_floats import Executed, planned_floats
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.report import ExportReport, LayerDifference
 from lightning_cco.export.value_types import computes
+from lightning_cco.names import module_of
 
 _INTEGER = ("u8", "i8")
 _FLOATS = ("f32", "f16", "bf16")
@@ -184,7 +185,7 @@ def _unloadable(title: str, written: Any, emitter: Emitter, error: Exception) ->
     """A message for a file that the engine refuses, with the layer whose operator it names."""
     text = " ".join(str(error).split())
     layer = next((layer for name, layer in _names(written.graph.node, emitter) if re.search(rf"\b{re.escape(name)}\b", text)), "")
-    where = f" at layer '{layer}' (module '{emitter.quantized.graph[layer].path}')" if layer in emitter.quantized.graph else ""
+    where = f" at layer '{layer}' ({module_of(emitter.quantized.graph[layer].path)})" if layer in emitter.quantized.graph else ""
     told = text[text.find("-- ") :] if "-- " in text else text
     return (
         f"{title}, the target, can't run the file{where}: {told[:400]}. No file was written. Replace that layer by operations that the engine "

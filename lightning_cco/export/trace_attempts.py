@@ -10,6 +10,7 @@ from lightning_cco.export.dynamic_axes import Axes
 from lightning_cco.export.errors import SizesDoNotVary
 from lightning_cco.export.failures import kind_of, untraceable
 from lightning_cco.export.qdq_emitter import Emitter
+from lightning_cco.names import module_of
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ def first_emitted(deployed: Deployed, emitter: Emitter, attempts: Iterable[Axes]
 
     def explain(failure: Exception) -> str:
         reached, graph = emitter.reached, emitter.quantized.graph
-        where = f" after layer '{reached}' (module '{graph[reached].path}')" if reached else ""
+        where = f" after layer '{reached}' ({module_of(graph[reached].path)})" if reached else ""
         return untraceable(emitter.quantized.model, where, failure, graph, deployed.names)
 
     return first_traced(collected(), trace, explain)

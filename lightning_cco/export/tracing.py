@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -35,7 +38,7 @@ def traced_program(
     """
     modes = function_mode_count()
     try:
-        with ONE_AT_A_TIME, torch.compiler.set_stance("default"):
+        with ONE_AT_A_TIME, torch.compiler.set_stance("default"), _without_the_partial_graph():
             program = torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
     except BaseException:
         while function_mode_count() > modes:
@@ -43,6 +46,20 @@ def traced_program(
         raise
     _drop_checks(program.graph)
     return program
+
+
+@contextmanager
+def _without_the_partial_graph() -> Iterator[None]:
+    """Keep from the error stream the graph that PyTorch prints before it raises: thousands of lines, in which the error that names the layer gets lost."""
+    printed, graph = io.StringIO(), ""
+    try:
+        with redirect_stderr(printed):
+            yield
+    except Exception as error:
+        graph = f"{getattr(error, 'partial_fx_graph', '')}"
+        raise
+    finally:
+        sys.stderr.write(printed.getvalue().replace(f"{graph}\n", "") if graph else printed.getvalue())
 
 
 def _drop_checks(graph: torch.fx.Graph) -> None:
