@@ -32,8 +32,9 @@ class FollowedResults:
         return bool(self._alive)
 
     def start(self, source: str, result: Any) -> None:
-        """Follow what a call gave."""
-        self._add(result, frozenset((source,)))
+        """Follow what a call gave, unless that is nothing but indices and masks, which nothing rounds (`torchvision.ops.nms`)."""
+        if any(tensor.is_floating_point() or tensor.is_complex() for _, tensor in tensors_in(result)):
+            self._add(result, frozenset((source,)))
 
     def sources(self, value: Any) -> list[str]:
         """What the tensors in a value came from."""

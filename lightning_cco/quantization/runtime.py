@@ -108,7 +108,8 @@ class Runtime:
         if is_compiling():
             return self._handle(frame, name, func, args, kwargs)
         entry = frame.table.get(name)
-        if entry is not None and frame.counts.get(entry.kind, 0) < entry.count:
+        index = 0 if entry is None else frame.counts.get(entry.kind, 0)
+        if entry is not None and index < entry.count and index not in entry.last:
             self.mismatches.read_by_a_layer(args, kwargs)
         result = self._handle(frame, name, func, args, kwargs)
         self.mismatches.followed.passed_on(name, args, kwargs, result)

@@ -49,11 +49,19 @@ class SiteQuantizers:
 
 @dataclass(slots=True)
 class FunctionEntry:
-    """All calls of one operation within one frame: how many were captured, and which of them are quantized."""
+    """All calls of one operation within one frame.
+
+    Attributes:
+        kind: The operation.
+        count: How many were captured.
+        sites: Which of them are quantized.
+        last: Those after which no layer with weights comes: what is made of the outputs.
+    """
 
     kind: str
     count: int
     sites: dict[int, SiteQuantizers] = field(default_factory=dict)
+    last: set[int] = field(default_factory=set)
 
 
 def fill_tables(
@@ -68,7 +76,13 @@ def fill_tables(
         for training in (False, True):
             seen = node.seen[training] or node.seen[False]
             node.tables[training] = by_spelling({kind: FunctionEntry(kind, count) for kind, count in seen.items()})
+    weighted = [layer.name for layer in capture.graph if layer.weighted]
+    leading = capture.graph.ancestors(weighted)
     for site in capture.sites.values():
+        if site.layer not in leading:
+            for training, position in site.positions.items():
+                if site.function in site.node.tables[training]:
+                    site.node.tables[training][site.function].last.add(position)
         quantizers = site_quantizers(site, capture, plan, activations, weights)
         if quantizers is None:
             continue
