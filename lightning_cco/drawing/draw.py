@@ -89,7 +89,7 @@ class _Drawing:
             if key not in framed:
                 holder.add_node(self._node(groups[key]))
                 for source in self.ghosts.get(key, ()):
-                    holder.add_node(pydot.Node(quoted(f"{source} for {key}"), label=html.ghost_label(source), tooltip=quoted(source)))
+                    holder.add_node(pydot.Node(quoted(f"{source} for {key}"), label=html.ghost_label(source), tooltip=hint(source)))
         for frame in frames:
             box = pydot.Subgraph(
                 quoted(f"cluster_{len(holder.get_subgraphs())}_{frame.all_keys()[0]}"),
@@ -114,7 +114,7 @@ class _Drawing:
 
     def _node(self, group: LayerNode) -> pydot.Node:
         label, tooltip = self._layer(group) if group.is_layer else self._module(group)
-        return pydot.Node(quoted(group.key), label=label, tooltip=quoted(tooltip))
+        return pydot.Node(quoted(group.key), label=label, tooltip=hint(tooltip))
 
     def _layer(self, group: LayerNode) -> tuple[str, str]:
         layer = self.graph[group.key]
@@ -240,6 +240,13 @@ def _is_deployed(layer: Layer) -> bool:
 def _bits(decision: LayerDecision | None) -> str:
     # What a float layer makes for an INT8 one is rounded, too, and so may be its weights.
     return "" if decision is None else decision.bits(" ")
+
+
+def hint(text: str) -> str:
+    """Returns a tooltip as DOT writes it, the middle of long lines left out: Graphviz reads no string of more than 16,384 bytes, and a module of a
+    detector, whose loops are unrolled, may have thousands of layers.
+    """
+    return quoted("\n".join(printable(line, 800) for line in text.split("\n")))
 
 
 def quoted(text: str) -> str:

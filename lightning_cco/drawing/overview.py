@@ -10,7 +10,7 @@ from typing import Any
 import pydot
 
 from lightning_cco.drawing import node_label as html
-from lightning_cco.drawing.draw import quoted
+from lightning_cco.drawing.draw import hint
 from lightning_cco.drawing.modules_view import Box
 from lightning_cco.drawing.overview_layout import Layout, laid_out
 from lightning_cco.graph.layer_graph import LayerGraph
@@ -55,7 +55,7 @@ def draw_overview(graph: LayerGraph, plan: QuantizationPlan, qs: Mapping[str, fl
     dot.set("label", _legend(plan, measured, worst, title))
     for number, box in enumerate(layout.boxes):
         label, tooltip = _box(graph, plan, box, measured, worst, layout.letters)
-        dot.add_node(pydot.Node(str(number), label=label, tooltip=quoted(tooltip)))
+        dot.add_node(pydot.Node(str(number), label=label, tooltip=hint(tooltip)))
     _connect(dot, layout)
     return dot
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,9 +17,10 @@ from drawn_graphs import cnn, flat, plan_of, transformer
 from lightning_cco.drawing import fonts
 from lightning_cco.drawing import render as render_module
 from lightning_cco.drawing.draw import draw_graph
+from lightning_cco.drawing.overview import draw_overview
 from lightning_cco.drawing.render import render, render_png_bytes, save_pictures
 from lightning_cco.errors import CCOWarning
-from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.layer import Edge, Layer
 from lightning_cco.graph.layer_graph import LayerGraph
 
 
@@ -141,3 +143,16 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
 def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     render(draw_graph(cnn()), tmp_path / "a")
     assert capfd.readouterr() == ("", "")
+
+
+def test_graphviz_reads_a_module_of_thousands_of_layers() -> None:
+    """Its strings end at 16,384 bytes: the loops of a detector, unrolled."""
+    names = [f"операция_{number}" for number in range(3000)]
+    kinds = ("mul", "sub", "add", "div")
+    layers = [
+        Layer(name, "net.postprocess", kinds[(number * number) % 4], ((1,),), ((1,),), ("float32",)) for number, name in enumerate(names)
+    ]
+    graph = LayerGraph(layers, [Edge(a, b) for a, b in pairwise(names)])
+    plan = plan_of(graph)
+    for dot in (draw_graph(graph, plan, fold=True), draw_overview(graph, plan)):
+        assert pygraphviz.AGraph(string=dot.to_string()).number_of_nodes() > 0
