@@ -114,7 +114,6 @@ class QuantizedModel(HookedModel):
         uncalibrated: Quantizers that have no range after a state was loaded or the plan changed.
 
     Example:
-        >>> import torch
         >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
         >>> quantized = quantize(model, None, (x,))
         >>> quantized.calibrate([x])
@@ -156,7 +155,6 @@ class QuantizedModel(HookedModel):
             CCOError: The model was never calibrated.
 
         Example:
-            >>> import torch
             >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
             >>> quantized = quantize(model, None, (x,))
             >>> quantized.calibrate([x])
@@ -166,9 +164,7 @@ class QuantizedModel(HookedModel):
             ['input_0', 'linear', 'linear_1', 'relu', 'relu_1']
         """
         if not self.calibrated:
-            raise CCOError(
-                "sensitivity: the model was never calibrated, so there is no quantized output to compare. Call calibrate(batches) first."
-            )
+            raise CCOError("sensitivity: the model was never calibrated, so nothing is quantized. Call calibrate(batches) first.")
         return measure(self, batches, forward or call_with, modes)
 
     def loss_sensitivity(
@@ -186,14 +182,13 @@ class QuantizedModel(HookedModel):
             forward: How to call the model on a batch, as in `calibrate`.
             loss: ``(model, batch) -> Tensor``: the mean loss of a batch. `None`: the divergence of the outputs from those of the float model; see
                 `lightning_cco.loss_measurement.divergence`.
-            weights_bits: Numbers of bits to try for weights, beside those of the plan: 2 to 8. Each takes one more run of the layers with weights.
-            activations_bits: Numbers of bits to try for activations, likewise.
+            weights_bits: Numbers of bits to try for weights, beside the plan's: 2 to 8. Each takes one more run of the layers with weights.
+            activations_bits: Likewise for activations.
 
         Raises:
             CCOError: The model was never calibrated, or the loss does not depend on its layers.
 
         Example:
-            >>> import torch
             >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
             >>> quantized = quantize(model, None, (x,))
             >>> quantized.calibrate([x])
@@ -203,9 +198,7 @@ class QuantizedModel(HookedModel):
             ['input_0', 'linear', 'linear_1', 'relu', 'relu_1']
         """
         if not self.calibrated:
-            raise CCOError(
-                "loss_sensitivity: the model was never calibrated, so its activations have no ranges. Call calibrate(batches) first."
-            )
+            raise CCOError("loss_sensitivity: the model was never calibrated, so it has no ranges. Call calibrate(batches) first.")
         return measure_loss(self, batches, forward or call_with, loss, weights_bits, activations_bits)
 
     def export(
