@@ -2,7 +2,7 @@
 
 The networks, data and training are those of ``fashion.py``: one epoch from one float network. All layers are quantized, the first and the last too;
 activations have 8 bits. Uniform: all weights have the bits of the column. Budget: ``budget_settings: {average_bits: ...}`` of the same number, chosen from
-2, 3, 4, 8 bits and float by the loss sensitivity on ten batches of training images.
+2 to 8 bits and float by the loss sensitivity on ten batches of training images.
 
 Run: ``python benchmarks/budget.py`` (an hour); ``--models resnet --bits 3 4 --seeds 1`` for a part. ``--speed`` (ten minutes): the predicted speed of
 plans against the measured one instead, of the same networks with the weights that they begin with, on which times do not depend
@@ -66,7 +66,7 @@ def budgeted(model: nn.Module, data: Images, bits: float, seed: int) -> Quantize
         quantized,
         settings,
         lambda names: quantized.calibrate([[images] for images, _ in held], only=names),
-        lambda: quantized.loss_sensitivity(held[:SENSITIVITY_BATCHES], lambda net, batch: net(batch[0]), loss),
+        lambda *bits: quantized.loss_sensitivity(held[:SENSITIVITY_BATCHES], lambda net, batch: net(batch[0]), loss, *bits),
         lambda net, batch: net(batch[0]),
     )
     plan = search.find(held[0])
@@ -112,7 +112,7 @@ def speeds(name: str, options: argparse.Namespace) -> list[list[str]]:
         quantized,
         settings,
         lambda names: quantized.calibrate([[images]], only=names),
-        lambda: quantized.loss_sensitivity([[images]]),
+        lambda *bits: quantized.loss_sensitivity([[images]], None, None, *bits),
         lambda net, batch: net(*batch),
         times=table,
     )

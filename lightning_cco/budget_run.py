@@ -21,7 +21,7 @@ from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.example_batches import calls_of
 from lightning_cco.export.engines import ENGINES, PROGRAMS
 from lightning_cco.layer_timing import FileTimer, check_timing, engine_name
-from lightning_cco.loss_sensitivity import LossSensitivityReport
+from lightning_cco.loss_sensitivity import ACTIVATIONS_BITS, WEIGHTS_BITS, LossSensitivityReport
 from lightning_cco.quantization.plan import packs_weights
 from lightning_cco.quantized_model import QuantizedModel
 from lightning_cco.schedule import staged, stages_in
@@ -131,7 +131,13 @@ def _loss_in(result: Any) -> Any:
 
 
 def measure_loss_sensitivity(
-    trainer: pl.Trainer, quantized: QuantizedModel, forward: ForwardFn, batches: Iterable[Any], loss: ForwardFn | None
+    trainer: pl.Trainer,
+    quantized: QuantizedModel,
+    forward: ForwardFn,
+    batches: Iterable[Any],
+    loss: ForwardFn | None,
+    weights_bits: Sequence[int] = WEIGHTS_BITS,
+    activations_bits: Sequence[int] = ACTIVATIONS_BITS,
 ) -> LossSensitivityReport:
     """The loss sensitivities on some batches, as the Trainer computes."""
     if is_sharded(quantized.model):
@@ -139,7 +145,7 @@ def measure_loss_sensitivity(
             "loss sensitivity: this process holds only parts of the parameters. Measure on one process, or with a strategy such as ddp."
         )
     with model_context(trainer):
-        return quantized.loss_sensitivity(batches, on_a_copy(forward), loss)
+        return quantized.loss_sensitivity(batches, on_a_copy(forward), loss, weights_bits, activations_bits)
 
 
 def measures_loss(settings: Settings) -> bool:
@@ -207,7 +213,7 @@ def plan_budget(
         quantized,
         settings,
         calibrate,
-        lambda: measure_loss_sensitivity(trainer, quantized, forward, training_batches(trainer, count), loss),
+        lambda *bits: measure_loss_sensitivity(trainer, quantized, forward, training_batches(trainer, count), loss, *bits),
         lambda model, batch: on_a_copy(forward)(model, batch),
         export_bytes,
         trainer.strategy.broadcast,

@@ -164,7 +164,7 @@ def measure_layer_times(
         quantized,
         settings,
         lambda names: quantized.calibrate([batch], forward, only=names),
-        lambda: LossSensitivityReport({layer.name: dict.fromkeys((2, 3, 4, 8), 0.0) for layer in quantized.graph}, {}, "loss", 0, {}),
+        lambda weights, _: LossSensitivityReport({layer.name: dict.fromkeys(weights, 0.0) for layer in quantized.graph}, {}, "loss", 0, {}),
         forward or call_with,
         timer=timer,
     )

@@ -20,7 +20,7 @@ from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.graph.capture import capture
 from lightning_cco.graph.hooks import refuse_hooked
 from lightning_cco.loss_measurement import measure_loss
-from lightning_cco.loss_sensitivity import LossSensitivityReport
+from lightning_cco.loss_sensitivity import ACTIVATIONS_BITS, WEIGHTS_BITS, LossSensitivityReport
 from lightning_cco.measurement import measure
 from lightning_cco.quantization.forward_call import Forward, call_with
 from lightning_cco.quantization.model import HookedModel
@@ -114,7 +114,6 @@ class QuantizedModel(HookedModel):
         uncalibrated: Quantizers that have no range after a state was loaded or the plan changed.
 
     Example:
-        >>> import torch
         >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
         >>> quantized = quantize(model, None, (x,))
         >>> quantized.calibrate([x])
@@ -156,7 +155,6 @@ class QuantizedModel(HookedModel):
             CCOError: The model was never calibrated.
 
         Example:
-            >>> import torch
             >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
             >>> quantized = quantize(model, None, (x,))
             >>> quantized.calibrate([x])
@@ -166,13 +164,16 @@ class QuantizedModel(HookedModel):
             ['input_0', 'linear', 'linear_1', 'relu', 'relu_1']
         """
         if not self.calibrated:
-            raise CCOError(
-                "sensitivity: the model was never calibrated, so there is no quantized output to compare. Call calibrate(batches) first."
-            )
+            raise CCOError("sensitivity: the model was never calibrated, so nothing is quantized. Call calibrate(batches) first.")
         return measure(self, batches, forward or call_with, modes)
 
     def loss_sensitivity(
-        self, batches: Iterable[Any], forward: Forward | None = None, loss: Forward | None = None
+        self,
+        batches: Iterable[Any],
+        forward: Forward | None = None,
+        loss: Forward | None = None,
+        weights_bits: Sequence[int] = WEIGHTS_BITS,
+        activations_bits: Sequence[int] = ACTIVATIONS_BITS,
     ) -> LossSensitivityReport:
         """Measure how much the loss is expected to rise if only one weight or activation is quantized, for several numbers of bits.
 
@@ -181,12 +182,13 @@ class QuantizedModel(HookedModel):
             forward: How to call the model on a batch, as in `calibrate`.
             loss: ``(model, batch) -> Tensor``: the mean loss of a batch. `None`: the divergence of the outputs from those of the float model; see
                 `lightning_cco.loss_measurement.divergence`.
+            weights_bits: Numbers of bits to try for weights, beside the plan's: 2 to 8. Each takes one more run of the layers with weights.
+            activations_bits: Likewise for activations.
 
         Raises:
             CCOError: The model was never calibrated, or the loss does not depend on its layers.
 
         Example:
-            >>> import torch
             >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
             >>> quantized = quantize(model, None, (x,))
             >>> quantized.calibrate([x])
@@ -196,10 +198,8 @@ class QuantizedModel(HookedModel):
             ['input_0', 'linear', 'linear_1', 'relu', 'relu_1']
         """
         if not self.calibrated:
-            raise CCOError(
-                "loss_sensitivity: the model was never calibrated, so its activations have no ranges. Call calibrate(batches) first."
-            )
-        return measure_loss(self, batches, forward or call_with, loss)
+            raise CCOError("loss_sensitivity: the model was never calibrated, so it has no ranges. Call calibrate(batches) first.")
+        return measure_loss(self, batches, forward or call_with, loss, weights_bits, activations_bits)
 
     def export(
         self, path: str | Path, example_args: Sequence[Any] = (), example_kwargs: Mapping[str, Any] | None = None, **options: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from brute_force import images, trained
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_modules import Classifier, batches, make_trainer, quick
 from models import GuideCNN, ResidualCNN
@@ -37,7 +39,7 @@ def search_for(model: nn.Module, example: Tensor, goal: dict[str, Any], **recipe
         quantized,
         settings,
         lambda names: quantized.calibrate([[example]], only=names),
-        lambda: quantized.loss_sensitivity([[example]]),
+        lambda *bits: quantized.loss_sensitivity([[example]], None, None, *bits),
         CALLS,
     )
 
@@ -50,6 +52,8 @@ def plan_for(model: nn.Module, example: Tensor, goal: dict[str, Any], **recipe: 
 def test_is_the_best_of_all_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against every combination there is, one by one."""
     torch.manual_seed(0)
+    monkeypatch.setattr("lightning_cco.budget.candidates._ACTIVATIONS", (4, 6, 8))
+    monkeypatch.setattr("lightning_cco.budget.candidates._COUNTED", (2, 5, 6, 8))
     made: list[Choices] = []
     monkeypatch.setattr("lightning_cco.budget.search.choices", lambda *args: made.append(choices(*args)) or made[-1])
     for goal, limit in (("average_bits", 4.5), ("size", 0.9), ("bops", 0.05)):
@@ -65,6 +69,24 @@ def test_is_the_best_of_all_choices(monkeypatch: pytest.MonkeyPatch) -> None:
             for tensors in _fitting(made[-1], options, bits)
         )
         assert rise_of(made[-1], found) <= best * 1.02 + 1e-12
+
+
+def test_chooses_among_the_bits_that_its_goal_counts() -> None:
+    """And no choice of equal bits is better than its own. A size and a speed are those of files, which have 4 and 8 bits."""
+    torch.manual_seed(0)
+    model, example = trained(GuideCNN, images()), images()[0][:64]
+    found = {goal: plan_for(copy.deepcopy(model), example, {goal: limit})[0] for goal, limit in (("average_bits", 6), ("size", 0.62))}
+    assert found["average_bits"].chosen.average_bits <= 6
+    assert {entry.weights for entry in found["average_bits"].layers} & {5, 6, 7}
+    assert {entry.weights for entry in found["size"].layers} <= {4, 8, 32}
+    chosen, _ = plan_for(copy.deepcopy(model), example, {"bops": 36 / 1024})
+    assert {entry.weights for entry in chosen.layers} & {5, 6, 7}
+    assert set(chosen.tensors.values()) & {5, 6, 7}
+    for bits in (4, 5, 6):
+        plan, search = plan_for(copy.deepcopy(model), example, {"average_bits": bits})
+        report = search.model.quantized.loss_sensitivity([[example]], weights_bits=(bits,))
+        assert plan.chosen.average_bits <= bits
+        assert sum(entry.rise for entry in plan.layers) <= sum(report.weights[entry.layer][bits] for entry in plan.layers) * 1.0001
 
 
 def _fitting(made: Choices, options: Any, bits: list[int]) -> list[dict[Any, int]]:
@@ -313,4 +335,4 @@ def test_tensors_that_no_gradient_reaches_keep_their_bits() -> None:
     _, search = plan_for(Detached(), torch.randn(16, 8), {"bops": 0.03})
     decisions = search.model.quantized.plan.decisions
     assert decisions["relu_1"].activations_num_bits == 8
-    assert decisions["relu"].activations_num_bits == 4
+    assert 4 <= (decisions["relu"].activations_num_bits or 0) < 8

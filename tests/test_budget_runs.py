@@ -127,8 +127,8 @@ def test_what_it_shows(tmp_path: Path) -> None:
     curve = sorted((point["average_bits"], point["rise"]) for point in written["curve"])
     assert len(curve) > 4
     assert [rise for _, rise in curve] == sorted((rise for _, rise in curve), reverse=True)
-    for point in written["uniform"]:
-        assert min(rise for bits, rise in curve if bits <= point["average_bits"] * 1.0001) <= point["rise"] * 1.05
+    for point in written["uniform"]:  # the best within as many bits or more loses no more
+        assert all(rise <= point["rise"] * 1.0001 for bits, rise in curve if bits >= point["average_bits"])
     picture = np.asarray(Image.open(folder / "trade_off.png"))
     for colour in ((24, 66, 122), (198, 40, 40), (35, 147, 74)):
         assert (picture == colour).all(-1).sum() > 50

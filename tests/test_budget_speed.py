@@ -264,7 +264,7 @@ def test_times_are_measured_in_exported_files(tmp_path: Path) -> None:
         quantized,
         settings,
         lambda names: quantized.calibrate([[x]], only=names),
-        lambda: quantized.loss_sensitivity([[x]]),
+        lambda *bits: quantized.loss_sensitivity([[x]], None, None, *bits),
         CALLS,
         times=load_layer_times(tmp_path / "layer_times.json"),
     )

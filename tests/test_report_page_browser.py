@@ -255,7 +255,7 @@ def test_the_plan_of_a_budget_is_written_out(browser: Any, tmp_path: Path) -> No
         quantized,
         load_settings(recipe),
         lambda names: quantized.calibrate([x], only=names),
-        lambda: quantized.loss_sensitivity([x]),
+        lambda *bits: quantized.loss_sensitivity([x], None, None, *bits),
         call_with,
     )
     state = state_of(quantized)
@@ -283,7 +283,7 @@ def test_the_speed_follows_the_changes(browser: Any, tmp_path: Path) -> None:
         quantized,
         load_settings(recipe),
         lambda names: quantized.calibrate([x], only=names),
-        lambda: quantized.loss_sensitivity([x]),
+        lambda *bits: quantized.loss_sensitivity([x], None, None, *bits),
         call_with,
         times=table_for(quantized.graph.names, 3),
     )

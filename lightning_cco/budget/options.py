@@ -130,7 +130,7 @@ def choices(
         general = plan.tensors[key].num_bits == plan.settings.global_quantization_settings.activations_num_bits
         known = general and bool(rises[key])  # where nothing was measured, nothing says that fewer would do
         allowed = (bits,) if bits is not None else tuple(activations_bits) if known else (plan.tensors[key].num_bits,)
-        tensors.append(TensorOptions(key, {b: _usable(rises[key].get(b, 0.0)) for b in allowed}, key in of_integers))
+        tensors.append(TensorOptions(key, {b: _known_rise(rises[key], b) for b in allowed}, key in of_integers))
     elements = sum(facts[name].elements for group in groups for name in _once(group.layers, facts))
     own = sum(4.0 * facts[name].elements for group in groups for name in _once(group.layers, facts))
     operations = sum(facts[name].products * FLOAT_BITS**2 for group in groups for name in group.layers)
@@ -170,7 +170,7 @@ class _Maker:
         bits = [target.weight_bits(plan.graph[names[0]], count, vnni) for count in wanted_bits]
         options: list[Option] = []
         for count in dict.fromkeys(bits):
-            rise = sum(_usable(self.report.weights.get(name, {}).get(count, 0.0)) for name in names)
+            rise = sum(_known_rise(self.report.weights.get(name, {}), count) for name in names)
             stored = all(target.stores_weights(plan.graph[name]) for name in names)
             if weight_only or (stored and ((in_tail and not any(e.skip is False for e in entries)) or any(e.weight_only for e in entries))):
                 options.append(self._option(names, WEIGHT_ONLY, count, FLOAT_BITS, rise))
@@ -201,7 +201,7 @@ class _Maker:
 
     def _uniform(self, names: Sequence[str], form: str, weights: int, activations: int, rounded: bool) -> Option:
         bits = FLOAT_BITS if form == FLOAT else weights
-        rise = 0.0 if form == FLOAT else sum(_usable(self.report.weights.get(name, {}).get(bits, 0.0)) for name in names)
+        rise = 0.0 if form == FLOAT else sum(_known_rise(self.report.weights.get(name, {}), bits) for name in names)
         return self._option(names, form, bits, activations if form == INTEGER and rounded else FLOAT_BITS, rise)
 
     def _input_bits(self, inputs: Sequence[TensorKey]) -> tuple[int, ...]:
@@ -246,5 +246,7 @@ def _once(names: Sequence[str], facts: Mapping[str, WeightFacts]) -> list[str]:
     return list({facts[name].memory: name for name in reversed(names)}.values())
 
 
-def _usable(rise: float) -> float:
+def _known_rise(rises: Mapping[int, float], bits: int) -> float:
+    """The rise at some bits; none where nothing was measured at any, and no way to take where it was measured at others alone."""
+    rise = rises.get(bits, math.inf if rises else 0.0)
     return math.inf if math.isnan(rise) else max(0.0, rise)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lightning_cco.budget.candidates import candidates
 from lightning_cco.budget.choosing import choose, trade_off, uniform_points
 from lightning_cco.budget.facts import float_bytes, weight_facts
 from lightning_cco.budget.integer_program import Choice
@@ -38,7 +39,7 @@ class BudgetSearch:
         quantized: The model, calibrated for the user's own recipe.
         settings: The user's recipe.
         calibrate: Calibrates quantizers that are new.
-        measure_loss: Measures the loss sensitivities of the model as it is planned then.
+        measure_loss: Measures the loss sensitivities of the model as it is planned then, for some numbers of bits of weights and of activations.
         forward: How a batch goes through the model.
         export_bytes: Exports the model as it is planned then, and says how many bytes that takes; `None`: sizes are estimated.
         agree: Makes the choice of the first process that of all of them.
@@ -51,7 +52,7 @@ class BudgetSearch:
         quantized: HookedModel,
         settings: Settings,
         calibrate: Calibrate,
-        measure_loss: Callable[[], LossSensitivityReport],
+        measure_loss: Callable[[Sequence[int], Sequence[int]], LossSensitivityReport],
         forward: Forward,
         export_bytes: Callable[[], int] | None = None,
         agree: Callable[[Any], Any] = lambda value: value,
@@ -112,12 +113,9 @@ class BudgetSearch:
     def _choices(self, batch: Any) -> tuple[Choices, QuantizationPlan, LossSensitivityReport]:
         """What can be chosen, the plan with everything quantized that can be, as the model is planned then, and the loss sensitivities."""
         self.model.replan(self.model.everything())
-        report = LossSensitivityReport.from_dict(self.agree(self.measure_loss().to_dict()))
+        bits = candidates(self.settings, self.by)
+        report = LossSensitivityReport.from_dict(self.agree(self.measure_loss(*bits.measured).to_dict()))
         facts = weight_facts(self.model.quantized, batch, self.forward)
-        general = self.settings.global_quantization_settings
-        of_files = (4, 8) if packs_weights(self.settings) else (8,)
-        weights_bits = of_files if self.by in ("size", "speed") else (2, 3, 4, 8)
-        activations_bits = (4, 8) if self.goal == "bops" else (general.activations_num_bits,)
         base = self.model.quantized.plan
         made = choices(
             base,
@@ -125,8 +123,8 @@ class BudgetSearch:
             facts,
             report,
             float_bytes(self.model.quantized.model),
-            weights_bits,
-            activations_bits,
+            bits.weights,
+            bits.activations,
             packs_weights(self.settings),
         )
         if not made.groups:

@@ -205,6 +205,8 @@ class Emitter:
         if limits is not None:
             return self.pairs.with_outputs(site, args, args[0] if args else kwargs["input"], limits)
         result = as_engines_want(site, func, kwargs, self.quantized, self.stored)(*args, **kwargs)
+        if name in self.stored.rests:
+            result = result + self.stored.rests[name]
         if averages_images(site.op.kind, args, kwargs):
             return self._average(name, args[0], result)
         return self.pairs.with_outputs(site, args, result)

@@ -24,6 +24,8 @@ from lightning_cco.quantization.weight_groups import fitting_groups
 UNSIGNED = (128, torch.uint8)
 _FINER_FOR_FLOATS = 4096
 _MOST_IN_16_BITS = (2**15 - 1) // (2 * 255)
+_FINE = 5000
+"""Of so many steps in the largest product half a one is 1e-4 of it: a tenth of what the check allows for an output."""
 
 
 def _is_multiplied(op: Op) -> bool:
@@ -51,6 +53,7 @@ class StoredWeights:
         weights: Integer weights by layer.
         blocks: Weights in groups by layer, in the forms of files.
         biases: Bias by layer, and its scale if it is stored as integers.
+        rests: By layer with a float result what its bias is beside those integers, where that would be seen.
         operands: Constants of layers without weights: integers, or the scale of what is computed from a parameter.
         blocked: Convolutions on blocks of pixels (`engine_patterns.blocked_convolution`): weight, and zeros around the image.
         for_matrix_units: Convolutions that the engine computes on a processor's matrix units.
@@ -69,6 +72,7 @@ class StoredWeights:
         self.engine = engine or ENGINES[deployment.target_framework]
         self.weights: dict[str, list[IntegerWeight]] = {}
         self.biases: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.rests: dict[str, Tensor] = {}
         self.operands: dict[str, list[IntegerWeight | Tensor]] = {}
         self.blocked: dict[str, tuple[IntegerWeight, tuple[int, int, int, int]]] = {}
         self.for_matrix_units: list[str] = []
@@ -119,7 +123,7 @@ class StoredWeights:
             bias = weight.bias
             weight = self._with_room_for_bias(site, weight, bias)
             self.weights[site.layer] = [weight]
-            self.biases[site.layer] = self._bias(site, bias, weight.scale, args[0].dim())
+            self.biases[site.layer] = self._bias(site, bias, weight, args[0].dim())
 
     def _take_products(
         self, site: CallSite, found: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], norm: tuple[str, BatchNorm] | None
@@ -134,7 +138,7 @@ class StoredWeights:
         if weights[0].bias is not None:
             weights[0] = self._on_a_finer_grid(site, weights[0])
             weights[0] = self._with_room_for_bias(site, weights[0], weights[0].bias)
-            self.biases[site.layer] = self._bias(site, weights[0].bias, weights[0].scale, (args[0] if args else kwargs["input"]).dim())
+            self.biases[site.layer] = self._bias(site, weights[0].bias, weights[0], (args[0] if args else kwargs["input"]).dim())
         if site.op.kind == "conv":
             weights[0] = self._convolution(site, weights[0], args, kwargs)
         if self.unsigned and _is_multiplied(site.op) and not self._alone_on_floats(site):
@@ -242,22 +246,31 @@ class StoredWeights:
         integers = (weight.integers * (weight.scale / scale).reshape(shape)).round().to(torch.int8)
         return replace(weight, integers=integers, scale=scale)
 
-    def _bias(self, site: CallSite, bias: Tensor, weight_scale: Tensor, dimensions: int) -> tuple[Tensor, Tensor | None]:
+    def _bias(self, site: CallSite, bias: Tensor, weight: IntegerWeight, dimensions: int) -> tuple[Tensor, Tensor | None]:
         """The bias on the grid of the accumulator, whose step is that of the input times that of the weight.
 
         In float if the input or the layer is, if the engine wants it so, or if it is added to a product of more than two dimensions that is not rounded.
         Beside packed weights, with which the engine computes in float, on a finer grid: a float bias it would itself round to the coarse one.
+        Of few bits the grid is coarse: beside a result that is rounded to few bits too that is little, but one in float shows it, so it gets the rest added.
         """
         key = self.quantizer_of(site)
         in_float = site.op.kind == "linear" and dimensions > 2 and not self.quantized.plan.rounds(site.layer)
         if key is None or in_float or site.layer in self.quantized.plan.weight_only or not self.engine.requires(FileFeature.INTEGER_BIAS):
             return bias, None
-        if weight_scale.dim():
-            weight_scale = weight_scale.repeat(bias.numel() // weight_scale.numel())
-        scale = self.quantized.activations[key].scale.detach() * weight_scale
+        repeated = weight.scale.repeat(bias.numel() // weight.scale.numel()) if weight.scale.dim() else weight.scale
+        quantizer = self.quantized.activations[key]
+        scale = quantizer.scale.detach() * repeated
         if self._is_packed(site.layer):
             scale = torch.maximum(scale / _FINER_FOR_FLOATS, bias.abs() / 2.0**30)
-        return (bias / scale).round().clamp(-(2.0**31) + 128, 2.0**31 - 128).to(torch.int32), scale
+        integers = (bias / scale).round().clamp(-(2.0**31) + 128, 2.0**31 - 128).to(torch.int32)
+        steps = (2**quantizer.num_bits - 1) * (int(weight.integers.abs().max()) if weight.integers.numel() else 0)
+        if (
+            steps < _FINE
+            and not self._is_packed(site.layer)
+            and not self.quantized.plan.rounds(self.quantized.plan.end_of_group(site.layer))
+        ):
+            self.rests[site.layer] = bias - integers * scale
+        return integers, scale
 
     def _convolution(self, site: CallSite, weight: IntegerWeight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> IntegerWeight:
         """A convolution's weight; on blocks of pixels for what reads the image, for matrix units if it is deep enough."""

@@ -192,7 +192,7 @@ def test_a_budget_leaves_them_at_8_bits() -> None:
         quantized,
         settings,
         lambda names: quantized.calibrate([[x]], only=names),
-        lambda: quantized.loss_sensitivity([[x]]),
+        lambda *bits: quantized.loss_sensitivity([[x]], None, None, *bits),
         lambda model, batch: model(*batch),
     )
     search.find([x])
