@@ -243,8 +243,9 @@ def _bits(decision: LayerDecision | None) -> str:
 
 
 def hint(text: str) -> str:
-    """Returns a tooltip as DOT writes it, the middle of long lines left out: Graphviz reads no string of more than 16,384 bytes, and a module of a
-    detector, whose loops are unrolled, may have thousands of layers.
+    """Returns a tooltip as DOT writes it, the middle of long lines left out.
+
+    Graphviz reads no string of more than 16,384 bytes, and a module of a detector, whose loops are unrolled, may have thousands of layers.
     """
     return quoted("\n".join(printable(line, 800) for line in text.split("\n")))
 
