@@ -21,7 +21,7 @@ QUANTIZED = {
     "data_dependent_loop": "2 add, 1 input, 4 linear",
     "training_branch": "1 add, 1 input, 2 linear, 1 relu",
     "plain_parameter": "1 input, 1 linear, 1 matmul, 1 mul, 2 relu",
-    "custom_function": "1 add, 1 clamp, 1 input, 2 linear",
+    "custom_function": "1 input, 2 linear",
     "einsum": "",
     "in_place": "1 input, 4 linear",
     "complex": "1 input, 4 linear",

@@ -34,7 +34,7 @@ from lightning_cco.graph.global_state import (
     of_a_library,
     slots_of,
 )
-from lightning_cco.graph.replayed_iterators import RecordingIterator, is_iterator
+from lightning_cco.graph.replayed_iterators import RecordingIterator, is_iterator, put_back
 from lightning_cco.graph.saved_attributes import KeptAttributes
 from lightning_cco.graph.saved_caches import environment_of, held_by, is_cache, undo_cache
 from lightning_cco.graph.saved_hooks import undo_children, undo_hooks
@@ -58,7 +58,7 @@ class Snapshot:
         model: The model, as it is now; `None`: only ``others``.
         parameters: Whether to keep the values of the parameters, too; see `keep_parameters`.
         others: Further objects, classes and functions, of which those of the user's own code are kept, too.
-        iterators: Whether what is drawn from iterators comes again. If not, they are left alone.
+        iterators: Whether what is drawn from iterators comes again; else they are left alone.
         parts: Whether modules that a forward replaces come back. Not in the capture: what a first forward makes for good is hooked.
 
     Attributes:
@@ -248,7 +248,7 @@ class Snapshot:
         for name, value in before.items():
             if is_iterator(value):
                 attributes[name] = recording = RecordingIterator(value)
-                self._undo.append(partial(_replay, attributes, name, recording))
+                self._undo.append(partial(put_back, attributes, name, recording))
             else:
                 self._enter(value)
 
@@ -288,10 +288,6 @@ class Snapshot:
             return
         with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # the first turns gradients on again
             self._tensors.append((tensor, tensor.detach().to(device or tensor.device, copy=True)))
-
-
-def _replay(attributes: MutableMapping[str, Any], name: str, recording: RecordingIterator) -> None:
-    attributes[name] = recording.rest()
 
 
 def _is_of_user(value: Any) -> bool:
