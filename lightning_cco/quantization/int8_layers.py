@@ -138,7 +138,7 @@ class Int8Layers:
         return [other for name in islands for other in self._neighbours(name) if self._follows(other)]
 
     def _is_held(self, name: str, int8: set[str], held: set[str]) -> bool:
-        """Whether a follower reads results of other INT8 layers, or one reads its own; followers count among these if they are held.
+        """Whether a follower reads a result of another INT8 layer, or one reads its own; followers count among these if they are held.
 
         What a convolution gives is INT8 for any engine here: they take the sum of images after it into it.
         """
@@ -148,8 +148,7 @@ class Int8Layers:
         ends_group = self.connections.category[name] is Category.CLAMP or self.graph[name].kind == "batch_norm"
         apart = set() if ends_group else (self.target.float_outputs | self.target.followed_in_float) - {"conv"}
         sources = [self._before_norm(source.layer) for source in self.connections.sources(name)]
-        from_int8 = (one in int8 and self.graph[one].kind not in apart and (one in held or not self._follows(one)) for one in sources)
-        return bool(sources) and all(from_int8)
+        return any(one in int8 and self.graph[one].kind not in apart and (one in held or not self._follows(one)) for one in sources)
 
     def _before_norm(self, name: str) -> str:
         """The layer that a batch norm folds into; of any other layer itself."""
