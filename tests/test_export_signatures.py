@@ -28,6 +28,24 @@ class Body(nn.Module):
         return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
 
 
+class Detecting(nn.Module):
+    """Beside the losses it returns what one of them is made of: the prediction of its first layer, and only with labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 3), nn.Linear(3, 3)
+
+    def forward(self, values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        early = self.first(values)
+        logits = self.last(early.relu())
+        if labels is None:
+            return {"logits": logits}
+        if (labels < 0).any():
+            raise ValueError("no class")
+        loss = nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(early, labels)
+        return {"loss": loss, "logits": logits, "early": early}
+
+
 class Labelled(Body):
     def forward(self, values: Tensor, mask: Tensor | None = None, labels: Tensor | None = None) -> dict[str, Tensor]:
         logits = self.logits(values if mask is None else values * mask)
@@ -68,11 +86,12 @@ LABELS = torch.arange(5) % 3
     ("make", "args", "kwargs", "inputs", "outputs"),
     [
         (Labelled, (), {"values": VALUES, "mask": MASK, "labels": LABELS}, ["values", "mask"], ["logits"]),
+        (Detecting, (), {"values": VALUES, "labels": LABELS}, ["values"], ["logits"]),
         (Keywords, (), {"values": VALUES, "mask": MASK}, ["values", "mask"], ["output_0"]),
         (Rest, (VALUES,), {"scale": 0.5}, ["values"], ["output_0"]),
         (Nested, ({"pair": (VALUES, MASK)},), {}, ["batch_pair_0", "batch_pair_1"], ["output_0", "output_1"]),
     ],
-    ids=["labels", "keywords", "rest", "nested"],
+    ids=["labels", "labels of layers", "keywords", "rest", "nested"],
 )
 def test_a_file_takes_the_tensors_of_the_forward_without_labels(
     make: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[str], outputs: list[str], tmp_path: Path

@@ -197,7 +197,7 @@ def test_dropped_results_of_in_place_operations_stay_quantized() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.fc1, self.fc2, self.fc3 = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.fc1, self.fc2, self.fc3, self.head = (nn.Linear(4, 4) for _ in range(4))
             self.keeps = False
 
         def forward(self, x: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ def test_dropped_results_of_in_place_operations_stay_quantized() -> None:
             torch.sigmoid_(y)
             if self.keeps:  # what the capture sees kept is not rounded where it is made
                 self.last = y
-            return self.fc3(y)
+            return self.head(self.fc3(y))
 
     model, x = InPlace(), torch.randn(5, 4)
     quantized = hooked(model, x)

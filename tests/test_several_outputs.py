@@ -107,3 +107,52 @@ def test_features_returned_beside_the_logits_end_nothing() -> None:
             return {"features": features, "logits": self.head(features)}
 
     assert tail_modules(plan_quantization(capture_graph(Encoder(), torch.randn(2, 4)))) == ({"head"}, set())
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(lambda x: x.permute(0, 2, 1), id="moved"),
+        pytest.param(lambda x: x[:, -2:].transpose(1, 2).flatten(1), id="last steps"),
+        pytest.param(lambda x: torch.zeros(2, 6, 4).copy_(x), id="copied"),
+        pytest.param(lambda x: x.chunk(2, -1)[0], id="half"),
+    ],
+)
+def test_features_returned_in_another_form_end_nothing(form: Callable[[Tensor], Tensor]) -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            features = F.relu(self.body(x))
+            return form(features), self.head(features)
+
+    assert tail_modules(plan_quantization(capture_graph(Encoder(), torch.randn(2, 6, 4)))) == ({"head"}, set())
+
+
+def test_another_part_of_a_tensor_is_a_result_of_its_own() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 8), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            both = self.body(F.relu(self.stem(x)))
+            return both[..., :4].permute(0, 2, 1), self.head(both[..., 4:])
+
+    weighted, _ = tail_modules(plan_quantization(capture_graph(Halves(), torch.randn(2, 6, 4))))
+    assert weighted == {"body", "head"}
+
+
+def test_features_of_which_the_head_reads_the_first_end_nothing() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            features = F.relu(self.body(x))
+            return features, self.head(features[:, 0])
+
+    assert tail_modules(plan_quantization(capture_graph(Encoder(), torch.randn(2, 6, 4)))) == ({"head"}, set())

@@ -58,6 +58,15 @@ def hooks_of(module: nn.Module) -> list[Any]:
     return [hook for hooks in hook_tables(module).values() for hook in list(hooks.values())]
 
 
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The dictionary of a module's own submodules.
+
+    Private API: ``nn.Module._modules``. Without it: an empty one, so modules that a trial forward replaces stay replaced.
+    """
+    children: dict[str, nn.Module | None] = vars(module).get("_modules", {})
+    return children
+
+
 def cells_of(function: FunctionType) -> tuple[CellType, ...]:
     """What a function holds of the variables of the code around it."""
     return function.__closure__ or ()

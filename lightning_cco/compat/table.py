@@ -98,7 +98,11 @@ _MODULES = (
     ("torch.nn.modules.module._global_forward_pre_hooks", "finds hooks on all modules", "they see rounded tensors"),
     ("torch.nn.Module._forward_pre_hooks", "finds the hooks of another quantized model", "a second `quantize` is not refused"),
     ("torch.nn.Module._parameters", "looks at other attributes alone", "what is there is looked at twice"),
-    ("torch.nn.Module._modules", "looks at other attributes alone", "what is there is looked at twice"),
+    (
+        "torch.nn.Module._modules",
+        "puts replaced modules back; looks at other attributes alone",
+        "they stay replaced; what is there is looked at twice",
+    ),
     ("torch.nn.modules.batchnorm._BatchNorm", "tells batch norms", "PyTorch's four classes"),
 )
 _CHECKPOINTS = (

@@ -14,6 +14,7 @@ from lightning_cco.errors import CCOError
 from lightning_cco.export.deployed_forward import Deployed
 from lightning_cco.export.engines import ENGINES
 from lightning_cco.export.errors import BatchDoesNotVary, SizesDoNotVary, VaryingSizesCost, quoted
+from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.quantization.model import HookedModel
 
 _IMAGES: Mapping[int, tuple[str, ...]] = {4: ("height", "width"), 5: ("depth", "height", "width")}
@@ -92,8 +93,8 @@ def sizes_that_vary(quantized: HookedModel, deployed: Deployed) -> Sizes:
 
 
 def takes(quantized: HookedModel, deployed: nn.Module, tensors: Sequence[Tensor]) -> bool:
-    """Whether the model runs on a batch, with no other calls than those captured."""
-    with quantized.runtime.mismatches.trial() as differences:
+    """Whether the model runs on a batch, with no other calls than those captured; what it changes in itself for that batch is put back."""
+    with quantized.runtime.mismatches.trial() as differences, Snapshot(quantized.model, parts=True):
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")

@@ -17,6 +17,8 @@ _LABELS = ("label", "labels", "target", "targets", "y", "y_true", "start_positio
 def find_labels(arguments: dict[str, Any], signature: ForwardSignature, call: Callable[[dict[str, Any]], Any]) -> list[str]:
     """Optional arguments without which a single number, the loss, is no longer returned and all else is.
 
+    Without those that are called labels other outputs may go, too: what losses are made of is returned beside them (predictions of earlier layers).
+
     Args:
         arguments: Bound arguments of the example.
         signature: Of the forward.
@@ -30,7 +32,7 @@ def find_labels(arguments: dict[str, Any], signature: ForwardSignature, call: Ca
     whole = _outputs(call, arguments)
     if whole is None or not any(_is_loss(value) for value in whole):
         return []
-    labels = [name for name in optional if _only_loses_losses(whole, _outputs(call, signature.without(arguments, [name])))]
+    labels = [name for name in optional if _is_label(name, whole, _outputs(call, signature.without(arguments, [name])))]
     more = [name for name in optional if labels and name not in labels and name in _LABELS]
     return labels + [name for name in more if _outputs(call, signature.without(arguments, [*labels, name])) is not None]
 
@@ -50,14 +52,19 @@ def _is_loss(value: Tensor) -> bool:
     return value.dim() == 0 and value.is_floating_point()
 
 
-def _only_loses_losses(whole: list[Tensor], less: list[Tensor] | None) -> bool:
+def _is_label(name: str, whole: list[Tensor], less: list[Tensor] | None) -> bool:
     if not less or sum(map(_is_loss, less)) >= sum(map(_is_loss, whole)):
         return False
     others = [value for value in whole if not _is_loss(value)]
     rest = [value for value in less if not _is_loss(value)]
     if not others:
         return bool(rest)
-    return len(rest) >= len(others) and all(
-        any(value.shape == same.shape and torch.allclose(value.double(), same.double(), equal_nan=True, atol=1e-4) for same in rest)
-        for value in others
+    only_losses = len(rest) >= len(others) and _all_in(others, rest)
+    return only_losses or (name in _LABELS and bool(rest) and _all_in(rest, others))
+
+
+def _all_in(values: list[Tensor], others: list[Tensor]) -> bool:
+    return all(
+        any(value.shape == same.shape and torch.allclose(value.double(), same.double(), equal_nan=True, atol=1e-4) for same in others)
+        for value in values
     )

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from lightning_cco.errors import CCOError
+from lightning_cco.graph.ends import end_outputs
 from lightning_cco.graph.layer import Edge, Layer, Shape
 from lightning_cco.graph.select import PathIndex, select_layers
 from lightning_cco.names import list_names, nearest, quote
@@ -132,19 +133,15 @@ class LayerGraph:
 
         In other words: the layers from which a path leads to an output with no weighted layer on it other than, possibly, its first.
         The output markers themselves and the inputs of the model are not part of it. An output that other layers of the model also read (features
-        that are returned together with the logits, an encoder's states together with the decoder's) starts no tail if there is another output.
+        that are returned together with the logits, an encoder's states together with the decoder's), as they are or moved, starts no tail if there is
+        another output.
         """
-        reached = self._reach(self._ends(), self._predecessors, stop=lambda name: self._by_name[name].weighted)
+        reached = self._reach(
+            end_outputs({name: self._by_name[name] for name in self._order}, self.edges),
+            self._predecessors,
+            stop=lambda name: self._by_name[name].weighted,
+        )
         return {name for name in reached if self._by_name[name].kind not in ("input", "output")}
-
-    def _ends(self) -> list[str]:
-        """Outputs that no layer of the network reads on; all of them if there is no such output."""
-        readers = {
-            layer.name for layer in self if layer.kind != "output" and not layer.beside
-        }  # a check of values, or a loss, goes nowhere
-        read_on = {edge.source for edge in self.edges if edge.destination in readers}
-        ends = [name for name in self.outputs if not read_on.intersection(self._predecessors[name])]
-        return ends or list(self.outputs)
 
     def between(self, start: str | Iterable[str], until: str | Iterable[str]) -> set[str]:
         """Returns the layers on the paths from ``start`` to any of ``until``: ``start`` included, the destinations not.

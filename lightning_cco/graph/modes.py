@@ -71,7 +71,7 @@ def evaluating(model: nn.Module, gradients: bool) -> Iterator[None]:
     """Evaluation mode inside the block, with gradients or without; what forwards leave is put back."""
     with training_flags(model):
         switch_training(model, False)
-        with Snapshot(model), recording(model, gradients):
+        with Snapshot(model, parts=True), recording(model, gradients):
             yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 
@@ -57,3 +57,8 @@ class RecordingIterator(ReplayedIterator):
 def is_iterator(value: Any) -> bool:
     """Whether a value gives each of its items once."""
     return hasattr(type(value), "__next__") and hasattr(type(value), "__iter__") and not isinstance(value, io.IOBase)
+
+
+def put_back(attributes: MutableMapping[str, Any], name: str, recording: RecordingIterator) -> None:
+    """Put what gives the drawn values again in the place of an iterator."""
+    attributes[name] = recording.rest()

@@ -1,4 +1,4 @@
-"""The hooks of a module as they were, and how they are put back.
+"""The hooks and the parts of a module as they were, and how they are put back.
 
 A model may register hooks at its first forward, and note in an attribute that it has (models of transformers that collect hidden states do). Where that
 attribute is put back and the hooks are not, the next forward registers them once more, and what they collect comes twice.
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_cco.compat.modules import hook_tables
+from lightning_cco.compat.modules import children_of, hook_tables
 
 _OWN = __name__.partition(".")[0]
 
@@ -25,6 +25,23 @@ def undo_hooks(module: nn.Module) -> Callable[[], None]:
     """
     before = {name: dict(table) for name, table in hook_tables(module).items()}
     return partial(_restore, module, before)
+
+
+def undo_children(module: nn.Module) -> Callable[[], None]:
+    """What puts submodules back where others are by then, or none; those under new names stay.
+
+    Args:
+        module: The module, as it is now.
+    """
+    return partial(_restore_children, module, dict(children_of(module)))
+
+
+def _restore_children(module: nn.Module, before: dict[str, nn.Module | None]) -> None:
+    now = children_of(module)
+    if any(now.get(name) is not child for name, child in before.items() if child is not None):
+        new = {name: child for name, child in now.items() if before.get(name) is None}
+        now.clear()
+        now.update({**before, **new})  # in the order in which containers go through them
 
 
 def _restore(module: nn.Module, before: dict[str, dict[int, Any]]) -> None:

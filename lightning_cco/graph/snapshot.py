@@ -34,10 +34,10 @@ from lightning_cco.graph.global_state import (
     of_a_library,
     slots_of,
 )
-from lightning_cco.graph.replayed_iterators import RecordingIterator, is_iterator
+from lightning_cco.graph.replayed_iterators import RecordingIterator, is_iterator, put_back
 from lightning_cco.graph.saved_attributes import KeptAttributes
 from lightning_cco.graph.saved_caches import environment_of, held_by, is_cache, undo_cache
-from lightning_cco.graph.saved_hooks import undo_hooks
+from lightning_cco.graph.saved_hooks import undo_children, undo_hooks
 from lightning_cco.graph.saved_values import is_same, restore, undo_array, undo_contents, undo_value
 
 _MOST_ITEMS, _MOST_OBJECTS = 10_000, 50_000
@@ -49,26 +49,27 @@ _ACTIVE: ContextVar[tuple[Snapshot, ...]] = ContextVar("_ACTIVE", default=())
 class Snapshot:
     """All that a forward may write to in a model: buffers, attributes of its modules, what is in them, generators of random numbers.
 
-    A context manager, which restores it in the end.
-
-    Lists, dictionaries, sets, arrays and tensors get their contents back, not only attributes their objects. Objects of the user's own classes and what the
-    user's hooks refer to are entered; those of libraries and data sets are not. So is what their code keeps elsewhere: attributes of classes and functions,
-    default arguments, the global names that it knows, what its caches hold, and the variables of the environment that it names. Hooks that a forward registers
-    on modules are taken off, those that it takes off come back.
+    A context manager, which restores it in the end. Lists, dictionaries, sets, arrays and tensors get their contents back, not only attributes their objects.
+    Objects of the user's own classes and what the user's hooks refer to are entered; those of libraries and data sets are not. So is what their code keeps
+    elsewhere: attributes of classes and functions, default arguments, the global names that it knows, what its caches hold, and the variables of the
+    environment that it names. Hooks that a forward registers on modules are taken off, those that it takes off come back.
 
     Args:
         model: The model, as it is now; `None`: only ``others``.
         parameters: Whether to keep the values of the parameters, too; see `keep_parameters`.
         others: Further objects, classes and functions, of which those of the user's own code are kept, too.
-        iterators: Whether what is drawn from iterators comes again. If not, they are left alone.
+        iterators: Whether what is drawn from iterators comes again; else they are left alone.
+        parts: Whether modules that a forward replaces come back. Not in the capture: what a first forward makes for good is hooked.
 
     Attributes:
         stay: Attributes and names that stay as they are when the block ends; see `appeared`.
         constants: Tensors that stay where a forward has put them in place of nothing.
     """
 
-    def __init__(self, model: nn.Module | None, parameters: bool = False, others: Iterable[Any] = (), *, iterators: bool = True) -> None:
-        self.model, self._iterators = model, iterators
+    def __init__(
+        self, model: nn.Module | None, parameters: bool = False, others: Iterable[Any] = (), *, iterators: bool = True, parts: bool = False
+    ) -> None:
+        self.model, self._iterators, self._parts = model, iterators, parts
         self.stay: frozenset[tuple[int, str]] = frozenset()
         self.constants: Sequence[Tensor] = ()
         self._parameters = False
@@ -209,6 +210,8 @@ class Snapshot:
         self._keep_attributes(buffers_of(module), stays=True)
         self._code.append(type(module))
         self._undo.append(undo_hooks(module))
+        if self._parts:
+            self._undo.append(undo_children(module))
         for hook in hooks_of(module):
             self._enter(hook)
         for child in module.children():
@@ -245,7 +248,7 @@ class Snapshot:
         for name, value in before.items():
             if is_iterator(value):
                 attributes[name] = recording = RecordingIterator(value)
-                self._undo.append(partial(_replay, attributes, name, recording))
+                self._undo.append(partial(put_back, attributes, name, recording))
             else:
                 self._enter(value)
 
@@ -285,10 +288,6 @@ class Snapshot:
             return
         with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # the first turns gradients on again
             self._tensors.append((tensor, tensor.detach().to(device or tensor.device, copy=True)))
-
-
-def _replay(attributes: MutableMapping[str, Any], name: str, recording: RecordingIterator) -> None:
-    attributes[name] = recording.rest()
 
 
 def _is_of_user(value: Any) -> bool:

@@ -118,6 +118,53 @@ class Int8Layers:
         """Take out the layers that multiply no weights and have float layers around them, or before them where that is what counts."""
         pending = [layer.name for layer in self.graph if layer.name in int8 and self._follows(layer.name)]
         while pending:
+            self._drop_pending(int8, pending)
+            pending = self._drop_islands(int8)
+
+    def _drop_islands(self, int8: set[str]) -> list[str]:
+        """Take out followers that are in INT8 for each other's sake alone (products and their sum, between floats); returns their neighbours."""
+        followers = {layer.name: None for layer in self.graph if layer.name in int8 and self._follows(layer.name)}
+        held: set[str] = set()
+        pending = list(followers)
+        while pending:
+            name = pending.pop()
+            if name in held or not self._is_held(name, int8, held):
+                continue
+            held.add(name)
+            pending += [other for other in self._neighbours(name) if other in followers]
+        islands = [name for name in followers if name not in held]
+        for name in islands:
+            self._leave(name, int8, "the layers before and after it run in float")
+        return [other for name in islands for other in self._neighbours(name) if self._follows(other)]
+
+    def _is_held(self, name: str, int8: set[str], held: set[str]) -> bool:
+        """Whether a follower reads a result of another INT8 layer, or one reads its own; followers count among these if they are held.
+
+        What a convolution gives is INT8 for any engine here: they take the sum of images after it into it.
+        """
+        readers = [reader for reader in self.connections.consumers(name) if reader in int8]
+        if self._asked_for(name) or any(reader in held or not self._follows(reader) for reader in readers):
+            return True
+        ends_group = self.connections.category[name] is Category.CLAMP or self.graph[name].kind == "batch_norm"
+        apart = set() if ends_group else (self.target.float_outputs | self.target.followed_in_float) - {"conv"}
+        sources = [self._before_norm(source.layer) for source in self.connections.sources(name)]
+        return any(one in int8 and self.graph[one].kind not in apart and (one in held or not self._follows(one)) for one in sources)
+
+    def _before_norm(self, name: str) -> str:
+        """The layer that a batch norm folds into; of any other layer itself."""
+        reads = self.connections.reads[name]
+        folds = self.graph[name].kind == "batch_norm" and len(reads) == 1 and self._groups.folds(reads[0].layer, name)
+        return reads[0].layer if folds else name
+
+    def _leave(self, name: str, int8: set[str], detail: str) -> None:
+        int8.discard(name)
+        self._skips.setdefault(name, Skip(SkipReason.ENGINE, detail))
+
+    def _neighbours(self, name: str) -> set[str]:
+        return {*self.connections.consumers(name), *(self.connections.origin[read].layer for read in self.connections.reads[name])}
+
+    def _drop_pending(self, int8: set[str], pending: list[str]) -> None:
+        while pending:
             name = pending.pop()
             if name not in int8 or self._asked_for(name):
                 continue
@@ -133,15 +180,9 @@ class Int8Layers:
             # The clamp is part of the rounding. Where the layer before it gives a result that is not rounded, it is one on floats.
             if clamped is not None and not (unrounded and self.graph[clamped].kind in self.target.float_outputs):
                 continue
-            int8.discard(name)
             detail = "the layer before it runs in float" if only_behind else "the layers before and after it run in float"
-            detail = "its result is in float (residual_stream: float)" if in_float else unrounded or detail
-            self._skips.setdefault(name, Skip(SkipReason.ENGINE, detail))
-            neighbours = {
-                *self.connections.consumers(name),
-                *(self.connections.origin[read].layer for read in self.connections.reads[name]),
-            }
-            pending += [other for other in neighbours if self._follows(other)]
+            self._leave(name, int8, "its result is in float (residual_stream: float)" if in_float else unrounded or detail)
+            pending += [other for other in self._neighbours(name) if self._follows(other)]
 
     def _unrounded(self, name: str, int8: set[str]) -> str:
         """Why a layer's result is not rounded in a file where it is made; empty if it may be."""
