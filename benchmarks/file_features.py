@@ -1,7 +1,8 @@
 """What the features are worth that files have for an engine's speed alone: the same network exported with each of them and without.
 
-Run: ``python benchmarks/file_features.py [norms | clamps]`` (a minute or so; `norms` measures batch norms in INT8 against float, `clamps` a ReLU between a
-linear layer and one in float, rounded against not)
+Run: ``python benchmarks/file_features.py [norms | clamps | sums]`` (a minute or so; `norms` measures batch norms in INT8 against float, `clamps` a ReLU
+between a linear layer and one in float, rounded against not, `sums` the products of RMSNorms and gates between floats and linear layers, in float against
+INT8)
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lightning_cco.export.engines import ENGINES, FileFeature
 from lightning_cco.export.ort_session import engine_session
 from lightning_cco.quantization import planner, targets
 from lightning_cco.quantization.groups import Groups
+from lightning_cco.quantization.int8_layers import Int8Layers
 
 
 class Stem(nn.Module):
@@ -54,6 +56,26 @@ class Dense(nn.Module):
         for norm, conv in zip(self.norms, self.convs, strict=True):
             x = torch.cat([x, torch.relu(conv(torch.relu(norm(x))))], 1)
         return x
+
+
+class Gated(nn.Module):
+    """A block of a language model: an RMSNorm written out, and a gated MLP."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.weight, self.gate, self.up, self.down = (
+            nn.Parameter(torch.ones(width)),
+            *(nn.Linear(width, 3 * width) for _ in range(2)),
+            nn.Linear(3 * width, width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+        return x + self.down(nn.functional.silu(self.gate(normed)) * self.up(normed))
+
+
+def language() -> nn.Module:
+    return nn.Sequential(nn.Linear(256, 256), *(Gated() for _ in range(6)), nn.Linear(256, 256))
 
 
 def deep() -> nn.Module:
@@ -125,6 +147,18 @@ def clamps(rounded: bool) -> Any:
         Groups.ends_at = old  # type: ignore[method-assign]
 
 
+@contextmanager
+def sums(in_float: bool) -> Any:
+    """Inside the block sums and products of floats that an INT8 layer reads are in float, or in INT8."""
+    old = Int8Layers._is_worth_it
+    if not in_float:
+        Int8Layers._is_worth_it = lambda self, name, int8: any(one in int8 for one in self.connections.consumers(name))  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Int8Layers._is_worth_it = old  # type: ignore[method-assign]
+
+
 def exported(model: nn.Module, x: Tensor, path: Path, target: str = "ort", tail: bool = False) -> None:
     settings = {"global_quantization_settings": {"skip_tail_quantization": tail}, "deployment_settings": {"target_framework": target}}
     quantized = cc.quantize(model.eval(), settings, (x,))
@@ -178,6 +212,20 @@ def main() -> None:
                     with clamps(wanted):
                         exported(model, x, path, tail=True)
                 print(f"clamps, batch {batch}: rounded {{:.3f}} ms, in float {{:.3f}} ms".format(*compared(paths, x)))
+            return
+        if sys.argv[1:] == ["sums"]:
+            for length in (16, 128):
+                model, x, decibels = language().eval(), torch.randn(1, length, 256), []
+                expected = model(x).detach()
+                for path, wanted in zip(paths, (True, False), strict=True):
+                    with sums(wanted):
+                        exported(model, x, path)
+                    error = torch.from_numpy(session(path, "ort")(x.numpy())[0]) - expected
+                    decibels.append(float(10 * torch.log10(expected.square().sum() / error.square().sum())))
+                times = compared(paths, x)
+                print(
+                    f"sums, {length} tokens: in float {times[0]:.2f} ms, {decibels[0]:.1f} dB, in INT8 {times[1]:.2f} ms, {decibels[1]:.1f} dB"
+                )
             return
         for feature, make in CASES.items():
             model, x = make()
