@@ -175,7 +175,9 @@ class Int8Layers:
             # The clamp is part of the rounding. Where the layer before it gives a result that is not rounded, it is one on floats.
             if clamped is not None and not (unrounded and self.graph[clamped].kind in self.target.float_outputs):
                 continue
-            detail = "the layer before it runs in float" if only_behind else "the layers before and after it run in float"
+            read = any(reader in int8 for reader in self.connections.consumers(name))
+            before = "the layer before it runs in float" if only_behind else "the layers before it run in float"
+            detail = before if only_behind or read else "the layers before and after it run in float"
             self._leave(name, int8, "its result is in float (residual_stream: float)" if in_float else unrounded or detail)
             pending += [other for other in self._neighbours(name) if self._follows(other)]
 

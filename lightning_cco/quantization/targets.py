@@ -89,8 +89,8 @@ class Target:
     def elementwise_kinds(self) -> frozenset[str]:
         """Kinds that multiply no weights and are no clamps.
 
-        They run in INT8 if all that they read is INT8 anyway or something that reads them is; between float layers (a residual stream between layer norms)
-        the conversions would cost more than they save.
+        They run in INT8 if all that they read is INT8 anyway, or if an INT8 layer reads them and one of several tensors that they read is; between float
+        layers (a residual stream between layer norms) the conversions would cost more than they save.
         """
         return self.int8_kinds - _WEIGHTED - _MATMUL - _CLAMP
 
