@@ -25,6 +25,7 @@ class FusedUnit:
         integer: How it runs then: in integers, or in float.
         sources: Units whose results it reads, by number, that engines give as integers; `None` among them: a float that is never rounded.
         only_behind: Whether only what it reads counts, not what reads it (clamps).
+        touching: Units of which one has to run in integers that what reads it counts; `None`: it counts in any case.
     """
 
     name: str
@@ -34,6 +35,7 @@ class FusedUnit:
     integer: bool = False
     sources: tuple[int | None, ...] = ()
     only_behind: bool = False
+    touching: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class SpeedModel:
                 "integer": unit.integer,
                 "sources": list(unit.sources),
                 "only_behind": unit.only_behind,
+                "touching": unit.touching,
                 "times": dict(times),
             }
             for unit, times in zip(self.units, self.times, strict=True)
@@ -177,7 +180,7 @@ class SpeedModel:
         return total
 
     def _settle(self, planned: list[bool]) -> None:
-        """Followers run in integers where all that they read does, or something that reads them; where nothing says so, in float."""
+        """Followers run in integers where all that they read does, or something that reads them (and a part of what they read); else in float."""
         readers = self.readers()
         moved = True
         while moved:
@@ -186,7 +189,8 @@ class SpeedModel:
                 if not unit.follows or planned[number]:
                     continue
                 behind = bool(unit.sources) and all(source is not None and planned[source] for source in unit.sources)
-                before = not unit.only_behind and any(planned[reader] for reader in readers[number])
+                touches = unit.touching is None or any(planned[source] for source in unit.touching)
+                before = touches and not unit.only_behind and any(planned[reader] for reader in readers[number])
                 if behind or before:
                     planned[number] = moved = True
 

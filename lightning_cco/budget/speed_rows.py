@@ -55,14 +55,19 @@ class SpeedRows:
         held = {number for number, column in self.follower.items() if values[column] > 0.5 and not planned[number]}
         if not held:
             return []
-        outside = [
-            self._planned(reader) for n in held if not self.model.units[n].only_behind for reader in self.readers[n] if reader not in held
-        ]
+        outside = [self._planned(other) for n in held if not self.model.units[n].only_behind for other in self._support(n, held, planned)]
         outside += [self.behind[n] for n in held if not held.intersection(self.model.units[n].sources)]
         before = len(self.rows)
         for number in held:
             self._row([(1.0, self._planned(number)), *((-1.0, other) for other in outside)], 0.0)
         return self.rows[before:]
+
+    def _support(self, number: int, held: set[int], planned: Sequence[bool]) -> list[int]:
+        """Units outside of a set of which one must run in integers that a member does for the sake of what reads it: readers, or parts of what it reads."""
+        touching = [other for other in self.model.units[number].touching or () if other not in held]
+        if self.model.units[number].touching is not None and not any(planned[other] for other in touching):
+            return touching
+        return [other for other in self.readers[number] if other not in held]
 
     def _new(self, whole: int) -> int:
         self.whole.append(whole)
@@ -92,7 +97,7 @@ class SpeedRows:
         self.rows.append((entries, -math.inf, most))
 
     def _follow(self, number: int, readers: Sequence[int]) -> None:
-        """A follower runs in integers if all that it reads does, or one that reads it does."""
+        """A follower runs in integers if all that it reads does, or one that reads it does (and a part of what it reads)."""
         unit = self.model.units[number]
         own, behind = ({self.follower[number]: 1.0}, 0.0), ({self._new(0): 1.0}, 0.0)
         self.behind[number] = behind
@@ -104,9 +109,23 @@ class SpeedRows:
         if sources:
             self._row([*((1.0, source) for source in sources), (-1.0, behind)], len(sources) - 1.0)
         after = [] if unit.only_behind else [self._planned(reader) for reader in readers]
+        if after and unit.touching is not None:
+            after = [self._both(after, [self._planned(source) for source in unit.touching])]
         for other in [behind, *after]:
             self._row([(1.0, other), (-1.0, own)], 0.0)
         self._row([(1.0, own), (-1.0, behind), *((-1.0, other) for other in after)], 0.0)
+
+    def _both(
+        self, some: Sequence[tuple[dict[int, float], float]], others: Sequence[tuple[dict[int, float], float]]
+    ) -> tuple[dict[int, float], float]:
+        """Whether one of these and one of those runs in integers."""
+        found = ({self._new(0): 1.0}, 0.0)
+        for one in some:
+            for other in others:
+                self._row([(1.0, one), (1.0, other), (-1.0, found)], 1.0)
+        for several in (some, others):
+            self._row([(1.0, found), *((-1.0, one) for one in several)], 0.0)
+        return found
 
     def _convert(self, tensor: Passed) -> None:
         """A tensor that is rounded is converted where its maker is in float, and back where a reader is."""

@@ -13,11 +13,13 @@ from lightning_cco.budget.layer_times import FLOAT, INT8, PACKED, WEIGHT_ONLY, L
 from lightning_cco.budget.options import Choices
 from lightning_cco.budget.speed import FusedUnit, Passed, SpeedModel
 from lightning_cco.errors import CCOError
+from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category
 from lightning_cco.names import list_names
 from lightning_cco.quantization.connections import Connections
+from lightning_cco.quantization.int8_conditions import reads_one
 from lightning_cco.quantization.plan import QuantizationPlan, packs_weights
-from lightning_cco.quantization.targets import TARGETS
+from lightning_cco.quantization.targets import TARGETS, Target
 
 REST = ""
 """In a table what belongs to no layer."""
@@ -199,6 +201,28 @@ def _unit_of(base: QuantizationPlan) -> dict[str, str]:
     return {name: base.end_of_group(name) for name in base.graph.names}
 
 
+def _touching(
+    graph: LayerGraph, target: Target, sources: Sequence[str], reader: str, firsts: Mapping[str, tuple[int, str]]
+) -> tuple[int, ...] | None:
+    """The units of which one has to give integers to a sum or a product that a reader is to make one of integers; `None`: none has to.
+
+    Args:
+        graph: The layers.
+        target: The engine.
+        sources: What the sum or product reads.
+        reader: The sum or product.
+        firsts: Of each layer the number of its unit, and the unit's first layer.
+    """
+    if reads_one(graph[reader]) or any(graph[name].kind == "input" for name in sources):
+        return None
+    found = []
+    for name in sources:
+        number, first = firsts[name]
+        if target.gives_int8(graph[first if graph[name].kind == "batch_norm" else name].kind):
+            found.append(number)
+    return tuple(found)
+
+
 def _units(made: Choices, base: QuantizationPlan) -> tuple[list[FusedUnit], list[Passed]]:
     """What is computed at once, and what passes between, without times."""
     graph, connections, unit_of = base.graph, Connections(base.graph), _unit_of(base)
@@ -209,6 +233,7 @@ def _units(made: Choices, base: QuantizationPlan) -> tuple[list[FusedUnit], list
         if layer.kind != "output":
             members.setdefault(unit_of[layer.name], []).append(layer.name)
     place = {end: number for number, end in enumerate(members)}
+    firsts = {name: (place[end], names[0]) for end, names in members.items() for name in names}
     units = []
     for end, names in members.items():
         first = next((name for name in names if name in group_of), names[0])
@@ -222,7 +247,12 @@ def _units(made: Choices, base: QuantizationPlan) -> tuple[list[FusedUnit], list
             place[unit_of[key.layer]] if graph[key.layer].kind not in loose and graph[key.layer].kind != "input" else None
             for key in connections.sources(first)
         )
-        units.append(FusedUnit(end, first, group, follows, runs and not follows, sources if follows else (), only_behind))
+        touching = (
+            _touching(graph, target, [key.layer for key in connections.sources(first)], first, firsts)
+            if follows and not only_behind
+            else None
+        )
+        units.append(FusedUnit(end, first, group, follows, runs and not follows, sources if follows else (), only_behind, touching))
     tensors = []
     for end, number in place.items():
         keys = [key for key in connections.outputs(end, at_least=1) if key in base.tensors]

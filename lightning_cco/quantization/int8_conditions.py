@@ -12,6 +12,11 @@ def two_operands(layer: Layer) -> bool:
     return two and floats_alone(layer) and layer.attributes.get("alpha", 1) == 1
 
 
+def reads_one(layer: Layer) -> bool:
+    """One tensor alone, and no parameter."""
+    return len(layer.input_shapes) < 2 and "operand_shape" not in layer.attributes
+
+
 def two_activations_or_channels(layer: Layer) -> bool:
     """Two tensors of floats, or one of images and a parameter with a value for each channel, or for all."""
     shape = layer.attributes.get("operand_shape")

@@ -9,6 +9,7 @@ from lightning_cco.graph.ops import Category, operation_of_kind
 from lightning_cco.quantization.connections import Connections
 from lightning_cco.quantization.exact_readers import ExactReaders
 from lightning_cco.quantization.groups import Groups, has_statistics
+from lightning_cco.quantization.int8_conditions import reads_one
 from lightning_cco.quantization.residual_stream import ResidualStream
 from lightning_cco.quantization.rules import ResolvedRules
 from lightning_cco.quantization.skip_reasons import Skip, SkipReason
@@ -189,8 +190,7 @@ class Int8Layers:
         """
         if not any(reader in int8 for reader in self.connections.consumers(name)):
             return False
-        layer = self.graph[name]
-        if len(layer.input_shapes) < 2 and "operand_shape" not in layer.attributes:
+        if reads_one(self.graph[name]):
             return True
         sources = [source.layer for source in self.connections.sources(name)]
         return any(
@@ -199,13 +199,9 @@ class Int8Layers:
         )
 
     def _gives_int8(self, source: str, reader: str) -> bool:
-        """Whether what an INT8 layer gives is in INT8 for the layer without weights that reads it, or in float unless something asks for INT8.
-
-        What a convolution gives is INT8 for any engine here: they take the sum of images after it into it.
-        """
-        if self.connections.category[reader] is Category.CLAMP or self.graph[reader].kind == "batch_norm":
-            return True
-        return self.graph[source].kind not in (self.target.float_outputs | self.target.followed_in_float) - {"conv"}
+        """Whether what an INT8 layer gives is in INT8 for the layer without weights that reads it, or in float unless something asks for INT8."""
+        ends_group = self.connections.category[reader] is Category.CLAMP or self.graph[reader].kind == "batch_norm"
+        return ends_group or self.target.gives_int8(self.graph[source].kind)
 
     def _unrounded(self, name: str, int8: set[str]) -> str:
         """Why a layer's result is not rounded in a file where it is made; empty if it may be."""

@@ -94,6 +94,13 @@ class Target:
         """
         return self.int8_kinds - _WEIGHTED - _MATMUL - _CLAMP
 
+    def gives_int8(self, kind: str) -> bool:
+        """Whether a sum or a product gets the result of an INT8 layer of a kind in INT8, where nothing else asks for it.
+
+        What a convolution gives is INT8 for any engine here: they take the sum of images after it into it.
+        """
+        return kind not in (self.float_outputs | self.followed_in_float) - {"conv"}
+
     def computes_in_int8(self, layer: Layer) -> bool:
         """Whether a layer, all of whose floats are rounded, is computed in INT8."""
         runs = (self.int8_conditions or {}).get(layer.kind)

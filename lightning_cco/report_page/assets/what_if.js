@@ -98,7 +98,8 @@
       model.units.forEach((unit, i) => {
         if (!unit.follows || planned[i] || (changes.get(unit.layer) || {}).form === "float") return;
         const behind = unit.sources.length && unit.sources.every((one) => one !== null && planned[one]);
-        if (behind || (!unit.only_behind && readers[i].some((one) => planned[one]))) { planned[i] = true; moved = true; }
+        const touches = unit.touching === null || unit.touching.some((one) => planned[one]);
+        if (behind || (touches && !unit.only_behind && readers[i].some((one) => planned[one]))) { planned[i] = true; moved = true; }
       });
     }
     const forms = model.units.map((unit, i) => {
