@@ -156,3 +156,18 @@ def test_features_of_which_the_head_reads_the_first_end_nothing() -> None:
             return features, self.head(features[:, 0])
 
     assert tail_modules(plan_quantization(capture_graph(Encoder(), torch.randn(2, 6, 4)))) == ({"head"}, set())
+
+
+def test_features_after_very_many_moves() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            features = moved = F.relu(self.body(x))
+            for _ in range(600):
+                moved = moved.reshape(-1, 2).reshape(-1, 4)
+            return moved, self.head(features)
+
+    assert tail_modules(plan_quantization(capture_graph(Encoder(), torch.randn(2, 4)))) == ({"head"}, set())

@@ -31,14 +31,22 @@ def end_outputs(layers: Mapping[str, Layer], edges: Sequence[Edge]) -> list[str]
         readers.setdefault((edge.source, edge.source_output), []).append(layers[edge.destination])
     read_on, read_whole = (_read_on(layers, readers, whole) for whole in (False, True))
 
-    def goes_on(tensor: _Tensor, cut: bool) -> bool:
-        maker = layers[tensor[0]]
-        if tensor in (read_whole if cut else read_on):
-            return True
-        return _moves(maker) and any(goes_on(before, cut or not _keeps_all(maker)) for before in reads[maker.name])
+    def goes_on(given: Sequence[_Tensor]) -> bool:
+        pending, seen = [(tensor, False) for tensor in given], set[tuple[_Tensor, bool]]()
+        while pending:
+            tensor, cut = pending.pop()
+            if (tensor, cut) in seen:
+                continue
+            seen.add((tensor, cut))
+            if tensor in (read_whole if cut else read_on):
+                return True
+            maker = layers[tensor[0]]
+            if _moves(maker):
+                pending += [(before, cut or not _keeps_all(maker)) for before in reads[maker.name]]
+        return False
 
     outputs = [name for name, layer in layers.items() if layer.kind == "output"]
-    return [name for name in outputs if not any(goes_on(tensor, False) for tensor in reads[name])] or outputs
+    return [name for name in outputs if not goes_on(reads[name])] or outputs
 
 
 def _read_on(layers: Mapping[str, Layer], readers: Mapping[_Tensor, Sequence[Layer]], whole: bool) -> set[_Tensor]:
