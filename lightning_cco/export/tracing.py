@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping
+from contextlib import redirect_stderr
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ def traced_program(
     """
     modes = function_mode_count()
     try:
-        with ONE_AT_A_TIME, torch.compiler.set_stance("default"), _without_the_partial_graph():
+        with ONE_AT_A_TIME, torch.compiler.set_stance("default"), redirect_stderr(_WithoutGraphs(sys.stderr)):
             program = torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
     except BaseException:
         while function_mode_count() > modes:
@@ -48,18 +47,20 @@ def traced_program(
     return program
 
 
-@contextmanager
-def _without_the_partial_graph() -> Iterator[None]:
-    """Keep from the error stream the graph that PyTorch prints before it raises: thousands of lines, in which the error that names the layer gets lost."""
-    printed, graph = io.StringIO(), ""
-    try:
-        with redirect_stderr(printed):
-            yield
-    except Exception as error:
-        graph = f"{getattr(error, 'partial_fx_graph', '')}"
-        raise
-    finally:
-        sys.stderr.write(printed.getvalue().replace(f"{graph}\n", "") if graph else printed.getvalue())
+class _WithoutGraphs:
+    """An error stream without the graph that PyTorch prints before it raises: thousands of lines, in which the error that names the layer gets lost."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._left_out = stream, False
+
+    def write(self, text: str) -> int:
+        ends_it, self._left_out = self._left_out and text == "\n", "def forward(self" in text and "torch.ops." in text
+        if not self._left_out and not ends_it:
+            self._stream.write(text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _drop_checks(graph: torch.fx.Graph) -> None:
