@@ -59,7 +59,8 @@ def test_bags_load_in_openvino(mode: str, padding: int | None, offsets: list[int
     quantized.calibrate([inputs])
     report = quantized.export(tmp_path / "bag.onnx")
     assert report.target_sqnr_db > 40
-    assert report.target_nodes == {"FullyConnected": 2}
+    # With AVX-512 it puts linear layers in a row into one node, if the number of rows is fixed.
+    assert report.target_nodes in ({"FullyConnected": 2}, {"Subgraph": 1})
     with torch.no_grad():
         np.testing.assert_allclose(run(tmp_path / "bag.onnx", *inputs, optimize=False), quantized.model(*inputs).numpy(), atol=1e-2)
 

@@ -31,5 +31,15 @@ def executed() -> list[tuple[str, str, tuple[str, ...]]]:
     for node in _loaded["model"].get_runtime_model().get_ordered_ops():
         said = {name: node.get_rt_info()[name].astype(str) for name in ("layerType", "runtimePrecision", "originalLayersNames")}
         names = (node.get_friendly_name(), *said["originalLayersNames"].split(","))
-        found.append((str(said["layerType"]), str(said["runtimePrecision"]), names))
+        precision = "i8" if _multiplies_integers(node, names) else str(said["runtimePrecision"])
+        found.append((str(said["layerType"]), precision, names))
     return found
+
+
+def _multiplies_integers(node: Any, names: tuple[str, ...]) -> bool:
+    """Whether a node that several operators were put into (a ``Subgraph``: small linear layers in a row, with AVX-512) has a product of integers.
+
+    Such a node's precision is that of what it reads first. The product reads integers, and what makes floats of its result is called after it, in the node too.
+    """
+    reads_integers = any(read.get_element_type().get_type_name() in ("i8", "u8") for read in node.inputs())
+    return reads_integers and any(f"{name}/DequantizationMultiply" in names for name in names)
