@@ -96,39 +96,39 @@ def test_a_u_net_with_an_auxiliary_output() -> None:
     assert {plan.graph[name].path for name in plan.weight_only} == {"up"}
 
 
-def test_features_returned_beside_the_logits_end_nothing() -> None:
-    class Encoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+class Encoder(nn.Module):
+    """Gives its features in some form, and what its head makes of some of them."""
 
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            features = F.relu(self.body(x))
-            return {"features": features, "logits": self.head(features)}
+    def __init__(self, form: Callable[[Tensor], Tensor], read: Callable[[Tensor], Tensor] = lambda x: x, named: bool = False) -> None:
+        super().__init__()
+        self.body, self.head, self.form, self.read, self.named = nn.Linear(4, 4), nn.Linear(4, 2), form, read, named
 
-    assert tail_modules(plan_quantization(capture_graph(Encoder(), torch.randn(2, 4)))) == ({"head"}, set())
+    def forward(self, x: Tensor) -> dict[str, Tensor] | tuple[Tensor, Tensor]:
+        features = F.relu(self.body(x))
+        given, logits = self.form(features), self.head(self.read(features))
+        return {"features": given, "logits": logits} if self.named else (given, logits)
+
+
+def moved_often(x: Tensor) -> Tensor:
+    for _ in range(600):
+        x = x.reshape(-1, 2).reshape(2, 6, 4)
+    return x
 
 
 @pytest.mark.parametrize(
-    "form",
+    "model",
     [
-        pytest.param(lambda x: x.permute(0, 2, 1), id="moved"),
-        pytest.param(lambda x: x[:, -2:].transpose(1, 2).flatten(1), id="last steps"),
-        pytest.param(lambda x: torch.zeros(2, 6, 4).copy_(x), id="copied"),
-        pytest.param(lambda x: x.chunk(2, -1)[0], id="half"),
+        pytest.param(Encoder(lambda x: x, named=True), id="as they are"),
+        pytest.param(Encoder(lambda x: x.permute(0, 2, 1)), id="moved"),
+        pytest.param(Encoder(lambda x: x[:, -2:].transpose(1, 2).flatten(1)), id="last steps"),
+        pytest.param(Encoder(lambda x: torch.zeros(2, 6, 4).copy_(x)), id="copied"),
+        pytest.param(Encoder(lambda x: x.chunk(2, -1)[0]), id="half"),
+        pytest.param(Encoder(moved_often), id="moved very often"),
+        pytest.param(Encoder(lambda x: x, lambda x: x[:, 0]), id="the head reads the first"),
     ],
 )
-def test_features_returned_in_another_form_end_nothing(form: Callable[[Tensor], Tensor]) -> None:
-    class Encoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            features = F.relu(self.body(x))
-            return form(features), self.head(features)
-
-    assert tail_modules(plan_quantization(capture_graph(Encoder(), torch.randn(2, 6, 4)))) == ({"head"}, set())
+def test_features_returned_beside_the_logits_end_nothing(model: Encoder) -> None:
+    assert tail_modules(plan_quantization(capture_graph(model, torch.randn(2, 6, 4)))) == ({"head"}, set())
 
 
 def test_another_part_of_a_tensor_is_a_result_of_its_own() -> None:
@@ -143,31 +143,3 @@ def test_another_part_of_a_tensor_is_a_result_of_its_own() -> None:
 
     weighted, _ = tail_modules(plan_quantization(capture_graph(Halves(), torch.randn(2, 6, 4))))
     assert weighted == {"body", "head"}
-
-
-def test_features_of_which_the_head_reads_the_first_end_nothing() -> None:
-    class Encoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            features = F.relu(self.body(x))
-            return features, self.head(features[:, 0])
-
-    assert tail_modules(plan_quantization(capture_graph(Encoder(), torch.randn(2, 6, 4)))) == ({"head"}, set())
-
-
-def test_features_after_very_many_moves() -> None:
-    class Encoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            features = moved = F.relu(self.body(x))
-            for _ in range(600):
-                moved = moved.reshape(-1, 2).reshape(-1, 4)
-            return moved, self.head(features)
-
-    assert tail_modules(plan_quantization(capture_graph(Encoder(), torch.randn(2, 4)))) == ({"head"}, set())

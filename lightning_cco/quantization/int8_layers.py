@@ -192,11 +192,8 @@ class Int8Layers:
             return False
         if reads_one(self.graph[name]):
             return True
-        sources = [source.layer for source in self.connections.sources(name)]
-        return any(
-            self.graph[one].kind == "input" or (self._before_norm(one) in int8 and self._gives_int8(self._before_norm(one), name))
-            for one in sources
-        )
+        sources = [self._before_norm(source.layer) for source in self.connections.sources(name)]
+        return any(self.graph[one].kind == "input" or (one in int8 and self._gives_int8(one, name)) for one in sources)
 
     def _gives_int8(self, source: str, reader: str) -> bool:
         """Whether what an INT8 layer gives is in INT8 for the layer without weights that reads it, or in float unless something asks for INT8."""
