@@ -1,7 +1,8 @@
-"""Average poolings whose last windows are smaller than the others."""
+"""Average poolings whose last windows are smaller than the others, and a max pooling before concatenations."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,40 @@ def test_windows_of_one_size_are_averaged_in_int8(module: bool) -> None:
 def test_the_module_says_it_too() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AvgPool2d(2, ceil_mode=True), nn.Conv2d(4, 4, 3))
     assert "avg_pool" in quantize(model, None, (images(),)).plan.skipped
+
+
+class DenseBlock(nn.Module):
+    """Layers that read all results before them; the first one puts one tensor together, as DenseNet of torchvision does."""
+
+    def __init__(self, first: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first = first
+        self.stem, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(24, 4)
+        self.convs = nn.ModuleList(nn.Conv2d(8 * count, 8, 3, padding=1) for count in (1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.stem(x)), 2)
+        found = [x, F.relu(self.convs[0](self.first(x)))]
+        found.append(F.relu(self.convs[1](torch.cat(found, 1))))
+        return self.last(torch.cat(found, 1).mean((2, 3)))
+
+
+ONE_ALONE: dict[str, Callable[[Tensor], Tensor]] = {
+    "cat": lambda x: torch.cat([x], 1),
+    "hstack": lambda x: torch.hstack([x]),
+    "stack": lambda x: torch.stack([x]).flatten(0, 1),
+    "cat with nothing": lambda x: torch.cat([x.new_empty(x.shape[0], 0, 4, 4), x], 1),
+    "cat twice": lambda x: torch.cat([torch.cat([x])], 1),
+}
+
+
+@pytest.mark.parametrize("first", ONE_ALONE)
+def test_one_tensor_alone_is_put_together_with_nothing(first: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    quantized = quantize(DenseBlock(ONE_ALONE[first]).eval(), None, (x,))
+    quantized.calibrate([x])
+    report = quantized.export(tmp_path / "a.onnx")
+    assert report.integer_nodes["QLinearConv"] == 3
+    assert report.integer_nodes["QLinearConcat"] == 2
+    assert not {"Concat", "MaxPool"} & {*report.float_nodes}

@@ -26,7 +26,8 @@ def for_the_exporter(layer: Layer, func: Callable[..., Any]) -> Callable[..., An
         return norm_by_batch
     if layer.kind == "concat":
         return _STACKED.get(getattr(func, "__name__", ""), func)
-    return clamped_to_floats(func) if layer.kind == "clamp" else func
+    spelled = _SPELLED.get(layer.kind)
+    return spelled(func) if spelled is not None else func
 
 
 def norm_by_batch(*args: Any, **kwargs: Any) -> Tensor:
@@ -59,6 +60,47 @@ def clamped_to_floats(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return func(*map(_as_float, args), **{name: _as_float(value) for name, value in kwargs.items()})
 
     return clamped
+
+
+def of_one_type(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A difference of a tensor of the result's type: for a float less integers (``1.0 - attention_mask``) the exporter finds no operator.
+
+    Args:
+        func: `torch.sub`, or another spelling of it.
+
+    >>> import torch
+    >>> of_one_type(torch.rsub)(torch.tensor([1, 0]), 1.0)
+    tensor([0., 1.])
+    """
+
+    def subtracted(x: Any, other: Any, **kwargs: Any) -> Tensor:
+        if isinstance(x, Tensor) and not isinstance(other, Tensor):
+            x = x.to(torch.result_type(x, other))
+        return func(x, other, **kwargs)
+
+    return subtracted
+
+
+def divided_and_rounded(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A floor division as a division that is rounded down: of floats, the exporter knows that one alone.
+
+    Args:
+        func: `torch.floor_divide`, or another spelling of it.
+
+    >>> import torch
+    >>> divided_and_rounded(torch.floor_divide)(torch.tensor([-3.0, 3.0]), 2)
+    tensor([-2.,  1.])
+    """
+    reverse = getattr(func, "__name__", "") == "__rfloordiv__"
+
+    def divided(x: Any, other: Any, **kwargs: Any) -> Tensor:
+        if not torch.result_type(x, other).is_floating_point:
+            return func(x, other, **kwargs)
+        first, second = (other, x) if reverse else (x, other)
+        result: Tensor = torch.div(torch.as_tensor(first), second, rounding_mode="floor", **kwargs)
+        return result
+
+    return divided
 
 
 def hstack(tensors: Sequence[Tensor], **kwargs: Any) -> Tensor:
@@ -114,6 +156,16 @@ _STACKED: dict[str, Callable[..., Tensor]] = {
     "dstack": dstack,
     "row_stack": vstack,
     "column_stack": column_stack,
+}
+
+
+_SPELLED: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Tensor]]] = {
+    "clamp": clamped_to_floats,
+    "sub": of_one_type,
+    "floor_divide": divided_and_rounded,
+    "floordiv": divided_and_rounded,
+    "rfloordiv": divided_and_rounded,
+    "ifloordiv": divided_and_rounded,
 }
 
 

@@ -1,4 +1,7 @@
-"""Moves what the exporter does to dequantized weights onto their integers: slices and rows put in another order (the gates of a recurrent layer)."""
+"""Moves what the exporter does to dequantized weights onto their integers.
+
+Slices and rows in another order (the gates of a recurrent layer); more than two dimensions that become a matrix (the weight of an einsum).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ _Constants = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]", "np.ndarray[A
 
 
 def arrange_integers(graph: Any) -> None:
-    """Slice, join and unsqueeze the integers of weights once, here, and not their dequantized values in every run.
+    """Slice, join, permute and reshape the integers of weights once, here, and not their dequantized values in every run.
 
     It also leaves each constant to one DequantizeLinear, of which some engines make one for each reader otherwise.
     """
@@ -26,7 +29,8 @@ def arrange_integers(graph: Any) -> None:
         integers, scale, zero_point, axis = found
         output = node.outputs[0]
         inputs = [initializer(graph, f"{output.name}.{i}", array) for i, array in enumerate((integers, scale, zero_point))]
-        after = onnx_ir.node("DequantizeLinear", inputs, attributes={"axis": axis}, name=f"{node.name}_dequantize")
+        attributes = {"axis": axis} if scale.ndim else {}
+        after = onnx_ir.node("DequantizeLinear", inputs, attributes=attributes, name=f"{node.name}_dequantize")
         after.metadata_props.update(node.metadata_props)
         after.outputs[0].name, after.outputs[0].dtype, after.outputs[0].shape = f"{output.name}_as_float", output.dtype, output.shape
         graph.insert_after(node, after)
@@ -35,7 +39,11 @@ def arrange_integers(graph: Any) -> None:
 
 def _arranged(node: Any) -> _Constants | None:
     """What a node makes of dequantized constants, as integers; `None` where that can't be said."""
-    if node.op_type not in ("Slice", "Concat", "Unsqueeze") or any(value.is_graph_output() for value in node.outputs):
+    if any(value.is_graph_output() for value in node.outputs):
+        return None
+    if node.op_type in ("Reshape", "Transpose"):
+        return _moved(node)
+    if node.op_type not in ("Slice", "Concat", "Unsqueeze"):
         return None
     given = [_constants(value) for value in (node.inputs if node.op_type == "Concat" else node.inputs[:1])]
     if not given or any(one is None for one in given):
@@ -70,11 +78,39 @@ def _arranged(node: Any) -> _Constants | None:
     return np.take(integers, range(*slice(start, end).indices(integers.shape[axis])), axis), scale[start:end], zero_point[start:end], axis
 
 
-def _constants(value: Any) -> _Constants | None:
+def _moved(node: Any) -> _Constants | None:
+    """A permuted or reshaped constant; `None` where its scales are along no single axis of it. A matrix that is only transposed is `store_transposed`'s."""
+    found = _constants(node.inputs[0], along_none=True)
+    if found is None or (node.op_type == "Transpose" and found[0].ndim == 2):
+        return None
+    integers, scale, zero_point, axis = found
+    if node.op_type == "Transpose":
+        order = list(node.attributes.get_ints("perm", range(integers.ndim)[::-1]))
+        return np.ascontiguousarray(integers.transpose(order)), scale, zero_point, order.index(axis % integers.ndim) if scale.ndim else axis
+    shape = constant(node.inputs[1])
+    if shape is None or np.any(shape == 0) or shape.size == 0:
+        return None
+    moved = integers.reshape(shape)
+    if not scale.ndim:
+        return moved, scale, zero_point, axis
+    # Which scale each number has, by its place: those of an axis that holds all of them in turn are the scales of that axis.
+    of_each = np.arange(scale.size).reshape([-1 if dim == axis % integers.ndim else 1 for dim in range(integers.ndim)])
+    of_each = np.broadcast_to(of_each, integers.shape).reshape(shape)
+    for along in range(of_each.ndim):
+        first = of_each[tuple(slice(None) if dim == along else slice(1) for dim in range(of_each.ndim))]
+        if np.array_equal(of_each, np.broadcast_to(first, of_each.shape)):
+            return moved, scale[first.reshape(-1)], zero_point[first.reshape(-1)], along
+    return None
+
+
+def _constants(value: Any, along_none: bool = False) -> _Constants | None:
+    """What a dequantized constant is made of, if it has a scale along an axis, or is allowed to have one alone."""
     node = value.producer() if value is not None else None
     if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) != 3 or node.inputs[0].producer() is not None:
         return None
     arrays = [constant(one) for one in node.inputs]
-    if any(array is None for array in arrays) or arrays[1] is None or arrays[1].ndim != 1 or arrays[0] is None or arrays[2] is None:
+    if arrays[0] is None or arrays[1] is None or arrays[2] is None or "block_size" in node.attributes:
+        return None
+    if arrays[1].ndim != 1 and not (along_none and arrays[1].ndim == 0):
         return None
     return arrays[0], arrays[1], arrays[2], node.attributes.get_int("axis", 1)

@@ -14,6 +14,8 @@ from lightning_cco.export.fold_batch_norm import IntegerWeight
 from lightning_cco.export.ort_session import QuantizeNode, constants
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.stored_blocks import ALMOST, StoredBlocks, attribute, stored_blocks
+from lightning_cco.graph.einsum_equations import MatrixProduct, matrix_product
+from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.ops import operation_of_kind
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.tensor_key import TensorKey
@@ -190,6 +192,9 @@ class _Expected:
                     wanted = wanted * factor.reshape(shape)
                 slack = self._slack(layer, stored, shape)
             yield wanted.cpu().numpy(), slack
+            product = _einsum_product(self.quantized.graph[layer], wanted.dim())
+            if product is not None:
+                yield product.matrix(wanted).cpu().numpy(), slack
         if layer in self.stored.biases and self.stored.weights.get(layer):
             bias, scale = self.stored.weights[layer][0].bias, self.stored.biases[layer][1]
             if bias is not None and scale is not None:
@@ -214,6 +219,13 @@ class _Expected:
         needed = needed if stored.scale.dim() else needed.amax()
         coarse = torch.where(stored.scale.double() <= needed * (1 + _TOLERANCE), 0.5001 * needed, torch.zeros_like(needed))
         return coarse.reshape(shape if coarse.dim() else [1] * len(shape)).cpu().numpy()
+
+
+def _einsum_product(layer: Layer, dimensions: int) -> MatrixProduct | None:
+    """What a file holds the weight of an einsum as, if it is a product with a matrix."""
+    if layer.kind != "einsum" or not layer.input_shapes:
+        return None
+    return matrix_product(layer.attributes.get("equation"), len(layer.input_shapes[0]), dimensions)
 
 
 def _steps_off(value: Array, step: Array, wanted: Array, allowed: Array | float, recurrent: bool) -> float | None:

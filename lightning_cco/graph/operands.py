@@ -12,6 +12,7 @@ from torch.masked import MaskedTensor
 
 from lightning_cco.graph.call import ArgPath, Weight
 from lightning_cco.graph.containers import tensors_in
+from lightning_cco.graph.einsum_equations import output_axis
 from lightning_cco.graph.ops import Category, Op
 from lightning_cco.graph.origins import unwrapped
 
@@ -88,7 +89,10 @@ def weights_of(op: Op, constants: list[tuple[ArgPath, Tensor, tuple[str, ...]]],
             if t.dim() < 2 or (op.adds_first and slot[0] in (0, "input")) or is_attention_mask(op, slot):
                 continue  # an added operand is a bias: it is rounded with the accumulator, not with the weight
             left = slot[0] == (1 if op.adds_first else 0)
-            axis = None if op.kind == "einsum" or t.dim() > 2 else (t.dim() - 2 if left else t.dim() - 1)
+            if op.kind == "einsum":
+                axis = output_axis(args, slot, t)
+            else:
+                axis = None if t.dim() > 2 else (t.dim() - 2 if left else t.dim() - 1)
             found.append(Weight(slot, names, axis, tuple(t.shape)))
         return found
     if op.constants:

@@ -7,6 +7,7 @@ runs in float.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -268,16 +269,21 @@ def operation_of_kind(kind: str) -> Op:
     return _KINDS.get(kind) or Op(kind, Category.COMPUTE)
 
 
-_HUGE = 1e4
-"""A border of at least this size stands for infinity: a maximum never takes it, so it is no new value."""
+_HUGE = 1e4  # a border of at least this size stands for infinity: a maximum never takes it, so it is no new value
 
 
 def category_of(layer: Layer) -> Category:
-    """How a layer treats values: as its kind does, but an interpolation to the nearest picks values, and a border of a number may add one."""
+    """How a layer treats values: as its kind does, but for arguments that make it move values alone, or add one.
+
+    An interpolation to the nearest picks values; one tensor alone (the first layer of a dense block) is put together with nothing; a border of a number
+    may be a new value.
+    """
     border = layer.attributes.get("value")
     if layer.kind == "pad" and isinstance(border, (int, float)) and 0 < abs(border) < _HUGE:
         return Category.COMPUTE
     if layer.kind == "interpolate" and str(layer.attributes.get("mode", "nearest")).startswith("nearest"):
+        return Category.PRESERVE
+    if layer.kind in ("concat", "stack") and [*map(math.prod, layer.input_shapes)] == [*map(math.prod, layer.output_shapes)]:
         return Category.PRESERVE
     return operation_of_kind(layer.kind).category
 

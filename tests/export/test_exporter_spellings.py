@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,3 +83,42 @@ def test_a_conversion_of_the_models_own_is_named(tmp_path: Path) -> None:
     quantized.calibrate([x])
     with pytest.raises(CCOError, match=r"in module 'first'.*parameters are float32.*converts to a type of its own.*weight\.dtype"):
         quantized.export(tmp_path / "a.onnx")
+
+
+class Masked(nn.Module):
+    """A network that is told by integers which rows count."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.function = nn.Linear(8, 8), nn.Linear(8, 4), function
+
+    def forward(self, x: Tensor, count: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x)) + self.function(count)[:, None])
+
+
+OF_INTEGERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "1.0 - mask": lambda n: (1.0 - n) * -3,
+    "rsub": lambda n: torch.rsub(n, 0.5),
+    "rsub with alpha": lambda n: torch.rsub(n, 0.5, alpha=2),
+    "of a mask": lambda n: 1.5 - (n > 1).int(),
+    "x // 1.5": lambda n: n // 1.5,
+    "7.5 // x": lambda n: 7.5 // n,
+    "floor_divide": lambda n: torch.floor_divide(n.float(), 2),
+    "x // y": lambda n: (n * 3) // 2 - 0.5,
+}
+
+
+@pytest.mark.parametrize("call", OF_INTEGERS)
+def test_floats_made_of_integers_are_right(call: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, count = torch.randn(4, 8), torch.tensor([1, 2, 3, 4])
+    model = Masked(OF_INTEGERS[call]).eval()
+    quantized = quantize(model, None, (x, count))
+    quantized.calibrate([(x, count)])
+    report = quantized.export(tmp_path / "a.onnx")
+    assert report.sqnr_db > 45
+    with torch.no_grad(), quantized.disabled():
+        expected = model(x, count)
+    session = ort.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"x": x.numpy(), "count": count.numpy()})
+    assert (torch.as_tensor(got) - expected).abs().max() < 0.05 * expected.abs().max()
