@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from lightning_cco.export.errors import ExportError, FileDiffers
 from lightning_cco.export.report import ExportReport, LayerDifference
+from lightning_cco.names import list_names
 from lightning_cco.number_format import figure
 
 MEAN_STEPS = 0.1
@@ -84,6 +85,11 @@ def judge(report: ExportReport, min_sqnr_db: float | None = None, limits: Limits
     else:
         return
     where = f"the first layer that differs is '{first}'" if first else "no single layer exceeds its limits"
+    if report.uncompared and not wrong and not report.faults:
+        where = (
+            f"{list_names(list(report.uncompared))} could not be compared ({next(iter(report.uncompared.values()))}): does the model's code take another way "
+            "while it is exported (torch.compiler.is_exporting, torch.jit.is_tracing), or for other values? Make it take the same one"
+        )
     if report.random:
         where += (
             f". The forward draws random numbers in evaluation, too ({', '.join(report.random)} in the file), and the file draws others in every run: draw "

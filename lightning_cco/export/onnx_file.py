@@ -31,6 +31,7 @@ from lightning_cco.export.onnx_notes import (
     warn_of_floats,
     warn_of_groups,
     warn_of_integers,
+    warn_of_uncompared,
 )
 from lightning_cco.export.onnx_writer import write_onnx
 from lightning_cco.export.options import checked_options
@@ -145,6 +146,7 @@ def export_onnx(
                 report = _by_the_best(ways, folder, lambda sizes, varies: write(folder / target.name, sizes, varies))
                 warn_of_floats(report)
                 warn_of_integers(report)
+                warn_of_uncompared(report)
                 warn_of_empty_inputs(report)
                 warn_of_groups(report)
                 warn_of_batches(report)

@@ -102,6 +102,18 @@ def warn_of_floats(report: ExportReport) -> None:
         )
 
 
+def warn_of_uncompared(report: ExportReport) -> None:
+    """Rounded tensors of the model that the check has no counterpart for in the file: of these layers it says nothing."""
+    if report.uncompared:
+        why = "; ".join(list(dict.fromkeys(report.uncompared.values()))[:3])
+        warnings.warn(
+            f"export: the check could not compare {list_names(list(report.uncompared), 8)} with the file ({why}). The outputs were compared. Make sure that "
+            "the example takes the same way through the model's code as in use, and look at the report's SQNR before you use the file.",
+            CCOWarning,
+            stacklevel=3,
+        )
+
+
 def warn_of_empty_inputs(report: ExportReport) -> None:
     """A file whose input has no values, such as a cache before the first step, takes no others: a size of 0 does not vary."""
     empty = {name: sizes for name, sizes in report.inputs.items() if 0 in sizes}
