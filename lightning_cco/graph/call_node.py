@@ -12,15 +12,20 @@ class CallNode:
     Attributes:
         path: Dotted path of the module; empty for the root.
         index: Which call of this module within the frame of its caller.
+        ordinal: Its place among the calls of modules within that frame, from 1.
         children: The calls made from within this one, by path and index.
         tables: For evaluation (`False`) and training (`True`): what to do with each function, by name. Filled by the runtime.
         seen: Likewise: how often the capture saw each kind of operation.
+        loops: Whether calls from within this one are counted anew after modules that it calls, since a loop makes them (`graph.loops`).
+        numbers: By kind of operation that such a loop calls: the numbers of its calls in the capture.
+        starts: What its caller's such operations, and shared modules, are counted from once this call has begun; `None`: they are counted on.
         captured: Whether the capture saw this call; a call it never saw must not be quantized.
         ran: Whether it has run, outside of compiled graphs, since somebody asked.
-        repeats: How often training calls each kind of operation of which several calls are planned and nothing but their order tells which is which.
     """
 
-    __slots__ = ("captured", "children", "index", "parent", "path", "ran", "repeats", "seen", "tables")
+    __slots__ = (
+        "captured", "children", "index", "loops", "numbers", "ordinal", "parent", "path", "ran", "seen", "starts", "tables",
+    )  # fmt: skip
 
     def __init__(self, path: str, index: int = 0, parent: CallNode | None = None, captured: bool = True) -> None:
         self.path = path
@@ -28,7 +33,10 @@ class CallNode:
         self.parent = parent
         self.captured = captured
         self.ran = False
-        self.repeats: dict[str, int] = {}
+        self.ordinal = 0 if parent is None else len(parent.children) + 1
+        self.loops = False
+        self.numbers: dict[str, set[int]] = {}
+        self.starts: tuple[dict[str, int], dict[str, int]] | None = None
         self.children: dict[tuple[str, int], CallNode] = {}
         self.tables: dict[bool, dict[str, Any]] = {False: {}, True: {}}
         self.seen: dict[bool, dict[str, int]] = {False: {}, True: {}}
@@ -72,9 +80,10 @@ class ModuleCall:
         python: Identity of the Python frame of the module's call; 0 if unknown, as in compiled code and in a recomputation.
         unwatched: Whether the mode is off, for a module in which nothing is rounded.
         token: Of a thread's first frame: ends with the Python frame, also where no hook says so.
+        last: For the capture: the ordinal of the module that it has called last.
     """
 
-    __slots__ = ("calls", "counts", "node", "python", "records", "table", "token", "training", "unwatched")
+    __slots__ = ("calls", "counts", "last", "node", "python", "records", "table", "token", "training", "unwatched")
 
     def __init__(self, node: CallNode, training: bool, records: bool = False) -> None:
         self.node = node
@@ -86,12 +95,19 @@ class ModuleCall:
         self.python = 0
         self.unwatched = False
         self.token: weakref.ref[Arguments] | None = None
+        self.last = 0
 
     def copy(self) -> ModuleCall:
         """The same with counters of its own."""
         twin = ModuleCall(self.node, self.training, self.records)
         twin.counts, twin.calls = dict(self.counts), dict(self.calls)
         return twin
+
+    def begin(self, starts: tuple[dict[str, int], dict[str, int]]) -> None:
+        """Count the calls of a loop anew, after a module that it has called."""
+        counts, calls = starts
+        self.counts.update(counts)
+        self.calls.update(calls)
 
 
 class Arguments(dict[str, Any]):

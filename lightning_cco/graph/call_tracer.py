@@ -15,6 +15,7 @@ from lightning_cco.graph.carried_state import Carried, drawn_apart
 from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.custom_functions import CustomCall, RunningFunction, RunningFunctions
 from lightning_cco.graph.higher_order import IN_FLOAT, WatchedBodies
+from lightning_cco.graph.loops import Loops
 from lightning_cco.graph.network import OuterCall, is_metric
 from lightning_cco.graph.operands import is_attention_mask, is_mask_like, operands_of
 from lightning_cco.graph.operator_calls import is_custom
@@ -49,6 +50,7 @@ class CallTracer:
         self.calls: list[Call] = []
         self.read: set[str] = set()
         self.custom: set[str] = set()
+        self.loops = Loops()
         self.drawn: dict[str, None] = {}
         self.between = ModuleCall(CallNode(""), False)
         self.sources = Sources(model, root, self.calls, self.between, carried)
@@ -230,6 +232,9 @@ class CallTracer:
     def _count(self, frame: ModuleCall, op: Op) -> int:
         index = frame.counts.get(op.kind, 0)
         frame.counts[op.kind] = index + 1
+        if op.kind in frame.node.numbers:
+            frame.node.numbers[op.kind].add(index)
+        self.loops.counted.append((frame.node, op.kind, index, frame.last))
         return index
 
     def _inside(

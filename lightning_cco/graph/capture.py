@@ -100,6 +100,7 @@ def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> C
         _check(model, evaluation, hidden)
         _warn_of_weights_without_kernel(model, evaluation)
         warn_of_weights_made(model, evaluation, late)
+        evaluation.find_loops()
         training = _trace_training(model, forward, evaluation.frames.root, carried_now(constants, kept.changed()))
         warn_of_weights_kept(model, training or evaluation)
     teachers = only_asked(model, evaluation, training)

@@ -53,7 +53,6 @@ class Frames(FrameStacks):
         growing: Whether new calls belong to the capture; what turns up later is marked as never captured.
         entered: Called with each frame pushed, and the arguments of its module.
         left: Called with each frame about to be popped, and its module's output.
-        ended: Called with each frame about to be popped of a training's call that has `CallNode.repeats`.
         apart: Called with the path of each module that a forward calls in another thread than its own; such calls then get no frame.
         partly_apart: Modules that a forward calls in its own thread and in others: the calls in others, which the capture did not see, get no frame.
         owner: Refers to the object that these hooks belong to.
@@ -64,7 +63,6 @@ class Frames(FrameStacks):
         self.root = root
         self.entered: Callable[[ModuleCall, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.left: Callable[[ModuleCall, Any], None] | None = None
-        self.ended: Callable[[ModuleCall], None] | None = None
         self.apart: Callable[[str], None] | None = None
         self.partly_apart: tuple[str, ...] = ()
         self.unwatched: frozenset[str] = frozenset()
@@ -122,8 +120,7 @@ class Frames(FrameStacks):
             if stack[-1].unwatched:  # something has interrupted an unwatched module
                 self._watch_again(stack[-1])
             if path in self.unwatched and self.watched is not None and not self._below and innermost_mode() is self._mode:
-                stack[-1].unwatched = True
-                pop_function_mode()
+                self._unwatch(stack[-1], path)
                 return None
         own: FrameType | None = _getframe(3)  # hooks are called by a function inside of it
         if own is None or own.f_code is not MODULE_CALL:
@@ -139,9 +136,7 @@ class Frames(FrameStacks):
         records = above.records
         if records and (saved_hooks_on_top(False) is not None or not is_grad_enabled()):
             self.note_checkpoint(stack, entering=True)
-        index = above.calls.get(path, 0)
-        above.calls[path] = index + 1
-        node = above.node.children.get((path, index)) or above.node.child(path, index, self.growing)
+        node = self._node_within(above, path)
         node.ran = True
         frame = ModuleCall(node, module.training, records)
         if own is not None:
@@ -230,10 +225,13 @@ class Frames(FrameStacks):
             self.entered(frame, args, kwargs)
 
     def _node_within(self, parent: ModuleCall, path: str) -> CallNode:
-        """The node of a module that is called from within another."""
+        """The node of a module that is called from within another, which counts the calls after it anew if they are those of a loop."""
         index = parent.calls.get(path, 0)
         parent.calls[path] = index + 1
-        return parent.node.child(path, index, self.growing)
+        node = parent.node.children.get((path, index)) or parent.node.child(path, index, self.growing)
+        if node.starts is not None:
+            parent.begin(node.starts)
+        return node
 
     def leave(self, path: str, output: Any) -> None:
         """Pop the frame of a module call that ends."""
@@ -256,13 +254,17 @@ class Frames(FrameStacks):
             return
         if self.left is not None:
             self.left(stack[-1], output)
-        if frame.node.repeats and frame.training and frame.records and output is not None and not compiling and self.ended is not None:
-            self.ended(frame)
         stack.pop()
         if not stack and self._below:
             self._below.pop(get_ident(), None)
         if not stack and (compiling or innermost_mode() is self._mode):
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def _unwatch(self, frame: ModuleCall, path: str) -> None:
+        if frame.node.loops:
+            self._node_within(frame, path)
+        frame.unwatched = True
+        pop_function_mode()
 
     def _watch_again(self, frame: ModuleCall) -> None:
         frame.unwatched = False

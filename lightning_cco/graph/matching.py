@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_cco.graph.call import Call
+from lightning_cco.graph.loops import segment_of
 from lightning_cco.graph.ops import Category
 from lightning_cco.graph.outside_readers import with_reader
 
@@ -104,14 +105,16 @@ def match_training(calls: list[Call], trained: list[Call] | None) -> Matched:
             continue
         if not all(call.training for call in theirs):
             continue  # run in evaluation mode (a frozen backbone): nothing to learn
-        paired = _pair([calls[i] for i in numbers], theirs)
+        mine = [calls[i] for i in numbers]
+        paired = _pair_loops(mine, theirs) if theirs[0].op.kind in theirs[0].node.numbers else _pair(mine, theirs)
         for position, i in enumerate(numbers):
             if position in paired:
                 positions[i][True] = theirs[paired[position]].index
                 for output in theirs[paired[position]].layer.read_out:
                     with_reader(calls[i], output)
             else:
-                del positions[i][True]
+                if not _is_passed_over(calls[i], theirs):
+                    del positions[i][True]
                 found.evaluation_only.append(calls[i])
         matched = set(paired.values())
         found.training_only += [call for k, call in enumerate(theirs) if k not in matched and _computes(call)]
@@ -150,6 +153,27 @@ def _looks_at_any_size(call: Call) -> str:
     layer = call.layer
     ranks = [[len(shape) for shape in shapes] for shapes in (layer.input_shapes, layer.output_shapes)]
     return repr((ranks, layer.parameters, layer.attributes if layer.weighted else {}, [read.slot for read in call.reads]))
+
+
+def _is_passed_over(call: Call, trained: list[Call]) -> bool:
+    """Whether a call of a loop comes after a module that the training has left out, this time."""
+    return call.op.kind in call.node.numbers and all(segment_of(other.index) != segment_of(call.index) for other in trained)
+
+
+def _pair_loops(evaluated: list[Call], trained: list[Call]) -> dict[int, int]:
+    """The same for the calls of a loop over modules: first of those after the same module, then of the others."""
+    pairs: dict[int, int] = {}
+    sides: tuple[dict[int, list[int]], dict[int, list[int]]] = ({}, {})
+    for found, calls in zip(sides, (evaluated, trained), strict=True):
+        for number, call in enumerate(calls):
+            found.setdefault(segment_of(call.index), []).append(number)
+    for segment, mine in sides[0].items():
+        theirs = sides[1].get(segment, [])
+        pairs.update((mine[a], theirs[b]) for a, b in _pair([evaluated[k] for k in mine], [trained[k] for k in theirs]).items())
+    mine = [number for number in range(len(evaluated)) if number not in pairs]
+    theirs = [number for number in range(len(trained)) if number not in {*pairs.values()}]
+    pairs.update((mine[a], theirs[b]) for a, b in _pair([evaluated[k] for k in mine], [trained[k] for k in theirs]).items())
+    return pairs
 
 
 def _pair(evaluated: list[Call], trained: list[Call]) -> dict[int, int]:

@@ -29,6 +29,19 @@ def called_by_graph(call: FrameType) -> bool:
     return frame is not None and frame.f_code.co_filename.startswith(FX_FILE)
 
 
+def position_of_module_call() -> int:
+    """Place in the user's code of the call of the module whose hooks run now: an offset into that of the function that calls it; -1 if that is PyTorch's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not MODULE_CALL:
+        frame = frame.f_back
+    frame = frame.f_back if frame is not None else None
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("torch."):
+        if frame.f_code is MODULE_CALL:
+            return -1
+        frame = frame.f_back
+    return -1 if frame is None else frame.f_lasti
+
+
 def calling_position(settled: bool = True) -> int:
     """Place in the user's code of the torch call that is running: an offset into the code of the innermost function that isn't PyTorch's or ours.
 

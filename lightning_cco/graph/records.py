@@ -115,6 +115,7 @@ class Seen:
         kind = "lookup" if self._looks_up() else self.op.kind
         layer = Layer("", self.frame.node.path, kind, outside=outside)
         call = Call(layer, self.frame.node, self.function, self.op, self.index, self.frame.training, visible=self.visible and not outside)
+        call.after = self.frame.last
         call.in_place = self.in_place
         call.reads = [
             Read(slot, origin[0], origin[1], is_quantizable(t) and sources.quantizable(origin)) for slot, t, origin in self.dynamic

@@ -61,6 +61,10 @@ class Tracer:
         self._sources, self._readers = self._traced.sources, self._traced.readers
         self._origins = self._sources.origins
 
+    def find_loops(self) -> None:
+        """Of the forward in evaluation mode, before that in training mode."""
+        self._traced.loops.find(self.frames.root, self.calls)
+
     @property
     def hooked(self) -> frozenset[str]:
         """Paths of the modules with hooks that may read what passes."""
@@ -89,7 +93,9 @@ class Tracer:
         self._readers.note_passed(frame.node.path, [args, kwargs])
         if torch.is_grad_enabled():
             self.with_gradients.add(frame.node.path)
-        if len(self.frames.stack()) > 1:
+        stack = self.frames.stack()
+        if len(stack) > 1:
+            self._traced.loops.note_module(stack[-2], frame.node)
             return
         module = self._modules[frame.node.path]
         with torch.DisableTorchFunction():

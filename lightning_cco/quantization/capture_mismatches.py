@@ -7,7 +7,7 @@ it gives goes on into a layer.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -138,25 +138,6 @@ class CaptureMismatches:
             f"{where}:{site.layer} moved",
             f"layer '{site.layer}': in '{where}' another call of '{operation(name).kind}' came instead (a branch that depends on data); it runs in "
             "float. Move the branch into a module of its own, or skip the layer: skip_quantization: true.",
-        )
-
-    def left_out(self, frame: ModuleCall, unwatched: Collection[str]) -> None:
-        """Note that a forward went past a module and on with later ones (stochastic depth): what is computed between modules is told apart by its order."""
-        node = frame.node
-        short = [kind for kind, count in node.repeats.items() if frame.counts.get(kind, 0) < count]
-        if not short:
-            return
-        ran = [index < frame.calls.get(path, 0) for path, index in node.children if path not in unwatched]
-        if False not in ran or True not in ran[ran.index(False) :]:
-            return  # a loop that ended earlier: what ran is in its place
-        passed = next(path for (path, index) in node.children if path not in unwatched and index >= frame.calls.get(path, 0))
-        where = node.key or "the root module"
-        self._note(
-            f"{where}: left out",
-            f"training went past '{passed}', and on with later modules (stochastic depth, LayerDrop). Calls of {list_names(short)} in '{where}' itself are "
-            "told apart by their order alone, so those after it were rounded with the ranges of the ones before, which have moved. Move what is computed "
-            "with each module's result (a residual addition, an activation) into a module that is left out as a whole, or freeze the ranges: "
-            "freeze_ranges_at_step: 0.",
         )
 
     def hooked_late(self, known: frozenset[str], plan: QuantizationPlan) -> None:

@@ -78,7 +78,6 @@ class Runtime:
         self._blocks = Blocks()
         self.phase = Phase.QUANTIZE
         self.frames.carried = self._carried
-        self.frames.ended = self._ended
         self.frames.opens, self.frames.passes = self._opens, self._passes
         # Whether ranges follow forwards that record gradients, and the number of the calibration batch.
         self.following = True
@@ -109,7 +108,7 @@ class Runtime:
             return self._handle(frame, name, func, args, kwargs)
         entry = frame.table.get(name)
         index = 0 if entry is None else frame.counts.get(entry.kind, 0)
-        if entry is not None and index < entry.count and index not in entry.last:
+        if entry is not None and index in entry.known and index not in entry.last:
             self.mismatches.read_by_a_layer(args, kwargs)
         result = self._handle(frame, name, func, args, kwargs)
         self.mismatches.followed.passed_on(name, args, kwargs, result)
@@ -124,16 +123,12 @@ class Runtime:
         counts[kind] = index + 1
         site = entry.sites.get(index)
         if site is None:
-            return self._unseen(frame, name, func, args, kwargs) if index >= entry.count else func(*args, **kwargs)
+            return self._unseen(frame, name, func, args, kwargs) if index not in entry.known else func(*args, **kwargs)
         here = site.code_position
         if here >= 0 and not is_compiling() and calling_position(settled=False) != here and calling_position() != here:
             self.mismatches.moved(frame, name, site)
             return func(*args, **kwargs)
         return (self.run if self._blocks.open else self._run)(frame, site, func, args, kwargs)
-
-    def _ended(self, frame: ModuleCall) -> None:
-        if graph_task() == -1:  # a checkpoint that runs again need not run all
-            self.mismatches.left_out(frame, self._unwatched)
 
     def _unseen(self, frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         place = self.mismatches.unseen(frame, name, args, kwargs)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from lightning_cco.graph.call import ArgPath
+from lightning_cco.graph.call_node import CallNode
 from lightning_cco.graph.captured import CallSite, Capture
 from lightning_cco.graph.ops import OPS, Category, is_known_kind, operation_of_kind
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
@@ -53,13 +54,13 @@ class FunctionEntry:
 
     Attributes:
         kind: The operation.
-        count: How many were captured.
+        known: Numbers of those that were captured.
         sites: Which of them are quantized.
         last: Those after which no layer with weights comes: what is made of the outputs.
     """
 
     kind: str
-    count: int
+    known: Container[int]
     sites: dict[int, SiteQuantizers] = field(default_factory=dict)
     last: set[int] = field(default_factory=set)
 
@@ -74,8 +75,7 @@ def fill_tables(
     """Fill the tables of every call node from a plan."""
     for node in capture.root.walk():
         for training in (False, True):
-            seen = node.seen[training] or node.seen[False]
-            node.tables[training] = by_spelling({kind: FunctionEntry(kind, count) for kind, count in seen.items()})
+            node.tables[training] = by_spelling({kind: FunctionEntry(kind, known) for kind, known in _known(node, training).items()})
     weighted = [layer.name for layer in capture.graph if layer.weighted]
     leading = capture.graph.ancestors(weighted)
     for site in capture.sites.values():
@@ -95,14 +95,12 @@ def fill_tables(
     for node in capture.root.walk():
         for training, table in node.tables.items():
             node.tables[training] = {name: entry for name, entry in table.items() if entry.sites or not only_moves(entry.kind)}
-        entries = node.tables[True].values() if len(node.children) > 1 else ()
-        node.repeats = {entry.kind: entry.count for entry in entries if _told_by_order(entry)}
 
 
-def _told_by_order(entry: FunctionEntry) -> bool:
-    """Whether several rounded calls of an operation come from one place in the code: a loop."""
-    places = [site.code_position for site in entry.sites.values() if site.outputs or site.reads]
-    return len(set(places)) < len(places)
+def _known(node: CallNode, training: bool) -> dict[str, Container[int]]:
+    """The numbers of each operation's calls within a frame. Of those of a loop over modules also the other mode's: a capture may have left modules out."""
+    seen = node.seen[training] or node.seen[False]
+    return {**{kind: range(count) for kind, count in seen.items()}, **node.numbers}
 
 
 def unwatched_modules(capture: Capture, model: nn.Module) -> frozenset[str]:
