@@ -30,7 +30,7 @@ def keep_float_weights(graph: Any) -> None:
         last = node
         while (after := _only_reader(last)) is not None and after.op_type in _FOLDED and _else_constant(after, last):
             last = after
-        if (node.op_type == "MatMul" and last is node) or not is_rounded(last):
+        if (node.op_type == "MatMul" and last is node) or not goes_to_roundings(last):
             continue
         _separate(graph, last, tuple(last.outputs[0].uses()))
 
@@ -92,7 +92,7 @@ def reads_rounded(value: Any) -> bool:
     return maker is not None and maker.op_type == "DequantizeLinear"
 
 
-def is_rounded(node: Any) -> bool:
+def goes_to_roundings(node: Any) -> bool:
     """Whether a node's result goes to roundings alone, past clamps and what only moves values."""
     pending = [node]
     while pending:

@@ -101,7 +101,7 @@ def _of_one_scale(concat: Any) -> list[Any] | None:
     makers = [value.producer() for value in concat.inputs]
     if any(maker is None or maker.op_type != "DequantizeLinear" or maker.inputs[0].producer() is None for maker in makers):
         return None
-    if concat.outputs[0].is_graph_output() or _is_rounded(concat):
+    if concat.outputs[0].is_graph_output() or _is_rounded_again(concat):
         return None
     formats = {tuple(value.name for value in maker.inputs[1:]) for maker in makers}
     scale = constant(makers[0].inputs[1])
@@ -113,12 +113,12 @@ def _leads_to_a_pick(node: Any) -> bool:
     if node.op_type not in RESHAPES:
         return False
     return any(
-        (reader.op_type == "Concat" and not _is_rounded(reader)) or (position == 0 and (picks(reader) or _leads_to_a_pick(reader)))
+        (reader.op_type == "Concat" and not _is_rounded_again(reader)) or (position == 0 and (picks(reader) or _leads_to_a_pick(reader)))
         for reader, position in node.outputs[0].uses()
     )
 
 
-def _is_rounded(concat: Any) -> bool:
+def _is_rounded_again(concat: Any) -> bool:
     """Whether what is put together is rounded again: engines have a form of their own for it."""
     return any(reader.op_type == "QuantizeLinear" for reader, _ in concat.outputs[0].uses())
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_cco.export.fusion_barriers import is_rounded, maker_of, reads_rounded
+from lightning_cco.export.fusion_barriers import goes_to_roundings, maker_of, reads_rounded
 from lightning_cco.export.onnx_passes import constant, initializer
 
 
@@ -14,7 +14,7 @@ def relus_as_maxima(graph: Any) -> None:
     """Write each ReLU that is not rounded, of a product of rounded tensors, as a Max; also one of the step's own, outside of all layers."""
     zero = None
     for node in list(graph):
-        if node.op_type != "Relu" or is_rounded(node) or not _is_of_a_product(node.inputs[0]):
+        if node.op_type != "Relu" or goes_to_roundings(node) or not _is_of_a_product(node.inputs[0]):
             continue
         zero = zero or initializer(graph, "zero_of_maxima", np.zeros((), np.float32))
         node.op_type = "Max"

@@ -31,16 +31,16 @@ class ResidualStream:
         rules: What the rules say of each layer.
 
     Attributes:
-        additions: Names of the residual additions, without those that a rule quantizes by name where the stream is in float.
-        tensors: What they read, by its origin: the results of the branches, and what earlier additions hand on.
+        additions: Names of the residual additions.
+        tensors: What they read, by its origin: the results of the branches, and what earlier additions hand on. Where the stream is in float, not what those
+            read that a rule quantizes by name.
     """
 
     def __init__(self, connections: Connections, setting: str, rules: Mapping[str, ResolvedRules]) -> None:
         self._connections, self._setting = connections, setting
         self.additions = {layer.name for layer in connections.graph if self._adds(layer)}
-        if self.in_float:
-            self.additions = {name for name in self.additions if not rules.get(name, ResolvedRules()).asked_for}
-        self.tensors = {key for name in self.additions for key in connections.sources(name)}
+        self._kept = {name for name in self.additions if not (self.in_float and rules.get(name, ResolvedRules()).asked_for)}
+        self.tensors = {key for name in self._kept for key in connections.sources(name)}
 
     def _adds(self, layer: Layer) -> bool:
         shapes = set(layer.input_shapes)
@@ -67,4 +67,4 @@ class ResidualStream:
 
     def skips(self) -> dict[str, Skip]:
         """Why the additions are in float; empty if they are not."""
-        return {name: Skip(SkipReason.SETTING, "residual_stream: float") for name in self.additions} if self.in_float else {}
+        return {name: Skip(SkipReason.SETTING, "residual_stream: float") for name in self._kept} if self.in_float else {}

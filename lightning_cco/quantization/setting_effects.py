@@ -57,7 +57,7 @@ def _of_distillation(plan: QuantizationPlan) -> Iterator[tuple[str, str]]:
 
 def _of_the_rest(plan: QuantizationPlan, stream: ResidualStream) -> Iterator[tuple[str, str]]:
     residual = plan.settings.global_quantization_settings.residual_stream
-    if residual in ("int8", "float") and not stream.additions and not _added_by_rules(plan):
+    if residual in ("int8", "float") and not stream.additions:
         key = f"global_quantization_settings.residual_stream: {residual}"
         yield key, "the model has no residual addition (of two activations of one shape). Leave it out"
     stages = [stage.weights_num_bits for stage in plan.settings.training_settings.stages]
@@ -67,8 +67,3 @@ def _of_the_rest(plan: QuantizationPlan, stream: ResidualStream) -> Iterator[tup
     chosen = any(goal is not None for goal in (budget.size, budget.average_bits, budget.bops, budget.accuracy_drop, budget.speed))
     if plan.settings.deployment_settings.int4 and not few and not chosen:
         yield "deployment_settings.int4: true", "no layer has weights of at most 4 bits. Add weights_num_bits: 4, or leave it out"
-
-
-def _added_by_rules(plan: QuantizationPlan) -> bool:
-    """Whether rules ask for an addition in INT8: `ResidualStream.additions` leaves such out."""
-    return any(plan.graph[name].kind == "add" for name in plan.forced)
