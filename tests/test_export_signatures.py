@@ -205,3 +205,30 @@ def test_names_that_are_those_of_operators(names: dict[str, Any], tmp_path: Path
         wanted = model(*batch)
     for got, want in zip(found, wanted.values(), strict=True):
         torch.testing.assert_close(torch.from_numpy(got), want, rtol=0, atol=1e-3)
+
+
+class Shifted(nn.Module):
+    """Reads the labels, shifted by one, as the decoders of translators do, and places that no gradient reaches; gives a loss beside the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(6, 8), nn.Linear(8, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            places = torch.arange(x.shape[1]).float()[:, None].sin()
+        logits = self.head(torch.relu(self.body(x) + self.table(labels.roll(1, 1)) + places))
+        return {"loss": nn.functional.cross_entropy(logits.view(-1, 6), labels.view(-1)), "logits": logits}
+
+
+def test_a_loss_of_labels_that_the_logits_need_is_left_out_of_a_forward_that_switches_gradients_off(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, labels = torch.randn(2, 5, 8), torch.randint(0, 6, (2, 5))
+    model = Shifted().eval()
+    quantized = quantize(model, None, (x, labels))
+    quantized.calibrate([(x, labels)])
+    quantized.export(tmp_path / "model.onnx")
+    session = ort.InferenceSession(tmp_path / "model.onnx")
+    assert [entry.name for entry in session.get_outputs()] == ["logits"]
+    (found,) = session.run(None, {"x": x.numpy(), "labels": labels.numpy()})
+    np.testing.assert_allclose(found, quantized.model(x, labels)["logits"].detach(), atol=1e-4)
