@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_cco import QuantizedModel, quantize
+from lightning_cco import CCOWarning, QuantizedModel, quantize
 from lightning_cco.export.ort_session import engine_session
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
@@ -205,3 +206,62 @@ def test_names_that_are_those_of_operators(names: dict[str, Any], tmp_path: Path
         wanted = model(*batch)
     for got, want in zip(found, wanted.values(), strict=True):
         torch.testing.assert_close(torch.from_numpy(got), want, rtol=0, atol=1e-3)
+
+
+class Shifted(nn.Module):
+    """Reads the labels, shifted by one, as the decoders of translators do, and places that no gradient reaches; gives a loss beside the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(6, 8), nn.Linear(8, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            places = torch.arange(x.shape[1]).float()[:, None].sin()
+        logits = self.head(torch.relu(self.body(x) + self.table(labels.roll(1, 1)) + places))
+        return {"loss": nn.functional.cross_entropy(logits.view(-1, 6), labels.view(-1)), "logits": logits}
+
+
+def test_a_loss_of_labels_that_the_logits_need_is_left_out_of_a_forward_that_switches_gradients_off(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, labels = torch.randn(2, 5, 8), torch.randint(0, 6, (2, 5))
+    model = Shifted().eval()
+    quantized = quantize(model, None, (x, labels))
+    quantized.calibrate([(x, labels)])
+    quantized.export(tmp_path / "model.onnx")
+    session = ort.InferenceSession(tmp_path / "model.onnx")
+    assert [entry.name for entry in session.get_outputs()] == ["logits"]
+    (found,) = session.run(None, {"x": x.numpy(), "labels": labels.numpy()})
+    np.testing.assert_allclose(found, quantized.model(x, labels)["logits"].detach(), atol=1e-4)
+
+
+class Masked(nn.Module):
+    """Without a mask it adds something else at another place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.more, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, labels: Tensor | None = None) -> dict[str, Tensor]:
+        x = torch.relu(self.body(x))
+        if mask is None:
+            x = x + self.body.bias
+        else:
+            x = x + mask
+        logits = self.head(torch.relu(self.more(torch.relu(x))))
+        return {"logits": logits} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_arguments_that_are_left_out_to_find_labels_make_no_difference_to_what_was_captured(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, mask, labels = torch.randn(4, 8), torch.rand(4, 8), torch.tensor([0, 1, 2, 0])
+    quantized = quantize(Masked().eval(), None, (x, mask, labels))
+    quantized.calibrate([(x, mask, labels)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = quantized.export(tmp_path / "model.onnx", batches=[(x, mask, labels)])
+    assert not [str(entry.message) for entry in caught if issubclass(entry.category, CCOWarning)]
+    assert not quantized.drift
+    assert list(report.inputs) == ["x", "mask"]
+    (found,) = ort.InferenceSession(tmp_path / "model.onnx").run(None, {"x": x.numpy(), "mask": mask.numpy()})
+    np.testing.assert_allclose(found, quantized.model(x, mask)["logits"].detach(), atol=5e-3)  # a step of the grid

@@ -131,6 +131,32 @@ def test_features_returned_beside_the_logits_end_nothing(model: Encoder) -> None
     assert tail_modules(plan_quantization(capture_graph(model, torch.randn(2, 6, 4)))) == ({"head"}, set())
 
 
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        pytest.param(lambda x: x[:, :, None].expand(-1, -1, 2, -1).flatten(1, 2), id="expanded"),
+        pytest.param(lambda x: x.repeat_interleave(2, 1), id="repeat_interleave"),
+        pytest.param(lambda x: x.repeat(1, 2, 1), id="repeated"),
+        pytest.param(lambda x: F.pad(x, (0, 0, 3, 3)), id="padded"),
+        pytest.param(lambda x: F.interpolate(x.transpose(1, 2), scale_factor=2.0).transpose(1, 2), id="nearest"),
+    ],
+)
+def test_the_last_steps_of_features_that_are_read_repeated_end_nothing(repeated: Callable[[Tensor], Tensor]) -> None:
+    class Attention(nn.Module):
+        """Gives the last of its keys to a cache, as layers with a sliding window do, and reads all of them for several heads."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            keys = torch.tanh(self.key(x))
+            read = repeated(keys)
+            return keys[:, -3:], self.head(F.scaled_dot_product_attention(self.query(x), read, read))
+
+    assert tail_modules(plan_quantization(capture_graph(Attention(), torch.randn(2, 6, 4)))) == ({"head"}, set())
+
+
 def test_another_part_of_a_tensor_is_a_result_of_its_own() -> None:
     class Halves(nn.Module):
         def __init__(self) -> None:

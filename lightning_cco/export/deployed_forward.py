@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Deployed(nn.Module):
         kwargs: Keyword arguments of it.
         cast: Whether floating-point inputs become float32.
         network: What to call in the place of the model's forward.
+        trial: Entered where arguments are left out to find labels: the model may then run other calls, of which nothing is said.
 
     Attributes:
         names: Name of each input.
@@ -52,7 +54,13 @@ class Deployed(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cast: bool = False, network: StepNetwork | None = None
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        cast: bool = False,
+        network: StepNetwork | None = None,
+        trial: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         super().__init__()
         self.model, self._network = model, network
@@ -62,7 +70,8 @@ class Deployed(nn.Module):
         self.dropped: list[str] = []
         self.training = model.training
         example = self._signature.bind(args, kwargs)
-        self.dropped = find_labels(example, self._signature, self._call)
+        with trial():
+            self.dropped = find_labels(example, self._signature, self._call)
         self._example = self._without_labels(example)
         found = leaves(self._example)
         self._slots = [slot for slot, value in found if isinstance(value, Tensor)]

@@ -65,24 +65,24 @@ def sizes_that_vary(quantized: HookedModel, deployed: Deployed) -> Sizes:
     """The axes after the batch along which the model takes other sizes, with the same calls as at those of the example; empty if there are none.
 
     Height and width of images, the length of ids. Of three axes the second or the third may be the length, of floats with two the second: what the model
-    says.
+    says. If not all of them vary together, those of texts alone or of images alone may: networks for both often take images of one size.
     """
-    sure: Sizes = {}
+    images: Sizes = {}
+    ids: Sizes = {}
     lengths: list[list[tuple[int, int]]] = []
     for number, tensor in enumerate(deployed.example):
         if tensor.dim() in _IMAGES:
             names = _IMAGES[tensor.dim()]
-            sure |= {(number, tensor.dim() - len(names) + place): name for place, name in enumerate(names)}
+            images |= {(number, tensor.dim() - len(names) + place): name for place, name in enumerate(names)}
         elif _has_sizes(tensor):
-            sure[number, 1] = "sequence"
+            ids[number, 1] = "sequence"
         elif tensor.dim() in (2, 3):
             lengths.append([(number, axis) for axis in range(1, tensor.dim())])
-    ways = (
-        [sure | dict.fromkeys(chosen, "sequence") for chosen in itertools.islice(itertools.product(*lengths), _MOST_WAYS)]
-        if lengths
-        else []
-    )
-    for sizes in [*ways, *([sure] if sure else [])]:
+    texts = [ids | dict.fromkeys(chosen, "sequence") for chosen in itertools.islice(itertools.product(*lengths), _MOST_WAYS)]
+    if lengths:
+        texts.append(ids)
+    ways = [*(images | text for text in texts), *texts, images]
+    for sizes in (way for place, way in enumerate(ways) if way and way not in ways[:place]):
         shapes = [
             [sizes.get((number, axis), length) for axis, length in enumerate(tensor.shape)]
             for number, tensor in enumerate(deployed.example)
@@ -125,13 +125,16 @@ def sizes_to_vary(quantized: HookedModel, deployed: Deployed, batch: bool, wante
             f"dynamic_sizes=True, but {type(deployed.model).__name__} took no other sizes than the example's. Leave it out, or name what varies: "
             "dynamic_shapes={argument: {axis: name}}."
         )
-    return sizes, "" if sizes else _taken_by_none(deployed)
+    return sizes, _fixed_beside(sizes, deployed)
 
 
-def _taken_by_none(deployed: Deployed) -> str:
+def _fixed_beside(sizes: Sizes, deployed: Deployed) -> str:
     """What is said where images and ids have sizes of the example; of other inputs nobody knows which axis might be a size."""
+    varying = {number for number, _ in sizes}
     named = [
-        f"{_axes_of(tensor)} of '{name}'" for name, tensor in zip(deployed.names, deployed.example, strict=False) if _has_sizes(tensor)
+        f"{_axes_of(tensor)} of '{name}'"
+        for number, (name, tensor) in enumerate(zip(deployed.names, deployed.example, strict=False))
+        if _has_sizes(tensor) and number not in varying
     ]
     return f"fixed, since the model took no other sizes that were tried: {', '.join(named)}" if named else ""
 
@@ -159,7 +162,7 @@ class ExportAttempts:
         batch: Whether the batch does; `None`: where the model allows it.
         at_any_price: Whether a file without these sizes is none.
         example: The tensors that the file takes.
-        why: Why sizes other than the batch are fixed, if they are from the start.
+        why: Why sizes other than the batch are fixed, all or some of them, if they are from the start.
 
     Attributes:
         why: What is to be said of sizes that do not vary.

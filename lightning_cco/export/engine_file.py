@@ -91,7 +91,14 @@ def export_engine_file(
     target = export_target(path, engine.ending)
     report = ExportReport(str(path), float_size_bytes=float_bytes(quantized.model))
     with in_float32(quantized.model), in_usual_layout(quantized.model), quantized.evaluating(), eager():
-        deployed = Deployed(quantized.model, args, kwargs, cast=bool(other_types(quantized.model)), network=network)
+        deployed = Deployed(
+            quantized.model,
+            args,
+            kwargs,
+            cast=bool(other_types(quantized.model)),
+            network=network,
+            trial=quantized.runtime.mismatches.trial,
+        )
         samples = Samples(deployed, batch_size)
         report.inputs = {name: list(tensor.shape) for name, tensor in zip(deployed.names, samples.example, strict=True)}
         written = write_program(quantized, deployed, [Axes(samples.example, [{} for _ in samples.example])], engine=engine)

@@ -111,7 +111,7 @@ def export_onnx(
     with in_float32(quantized.model), quantized.evaluating(), eager():
 
         def forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deployed:
-            return Deployed(quantized.model, args, kwargs, cast=bool(types), network=network)
+            return Deployed(quantized.model, args, kwargs, cast=bool(types), network=network, trial=quantized.runtime.mismatches.trial)
 
         deployed = forward(args, kwargs)
         calls = [deployed.tensors(*call_of(batch)) for batch in batches] if check else []

@@ -155,7 +155,7 @@ def _fake_quantized(
     check: bool,
 ) -> torch.export.ExportedProgram:
     with quantized.evaluating(), eager():
-        deployed = Deployed(quantized.model, args, kwargs, network=network)
+        deployed = Deployed(quantized.model, args, kwargs, network=network, trial=quantized.runtime.mismatches.trial)
 
         def trace(axes: Axes) -> torch.export.ExportedProgram:
             try:
@@ -209,7 +209,9 @@ def _with_operators(
     path: str,
 ) -> torch.export.ExportedProgram:
     with in_float32(quantized.model), quantized.evaluating(), eager():
-        deployed = Deployed(quantized.model, *call, cast=bool(other_types(quantized.model)), network=network)
+        deployed = Deployed(
+            quantized.model, *call, cast=bool(other_types(quantized.model)), network=network, trial=quantized.runtime.mismatches.trial
+        )
         ways = ways_to_vary(deployed, dynamic_batch, {"dynamic_shapes": dynamic_shapes}, [])
         found = write_program(quantized, deployed, ways, lambda axes: _traced(deployed, network, axes))
         if check:

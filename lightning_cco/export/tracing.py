@@ -43,6 +43,7 @@ def traced_program(
         while function_mode_count() > modes:
             pop_function_mode()
         raise
+    _record_readers(program.graph)
     _drop_checks(program.graph)
     return program
 
@@ -61,6 +62,17 @@ class _WithoutGraphs:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _record_readers(graph: torch.fx.Graph) -> None:
+    """Put every reader of a value into its list of readers.
+
+    Where a forward switches gradients off in between, PyTorch moves the parts of its graph together again, and forgets those who read an output for
+    something that is not returned, such as a loss: they could neither be left out nor be kept.
+    """
+    for node in graph.nodes:
+        for read in node.all_input_nodes:
+            read.users.setdefault(node)
 
 
 def _drop_checks(graph: torch.fx.Graph) -> None:

@@ -14,6 +14,9 @@ from lightning_cco.graph.ops import Category, category_of
 _Tensor = tuple[str, int]
 """A layer and which of its outputs."""
 
+_REPEATING = frozenset({"expand", "repeat", "repeat_interleave", "interpolate", "pad"})
+"""Kinds that give each value at least once where their result is the larger one: keys of which several heads of queries read each."""
+
 
 def end_outputs(layers: Mapping[str, Layer], edges: Sequence[Edge]) -> list[str]:
     """Outputs that no layer of the network reads on; all of them if there is no such output.
@@ -67,4 +70,7 @@ def _moves(layer: Layer) -> bool:
 
 
 def _keeps_all(layer: Layer) -> bool:
-    return bool(layer.input_shapes) and len(layer.output_shapes) == 1 and prod(layer.input_shapes[0]) == prod(layer.output_shapes[0])
+    if not layer.input_shapes or len(layer.output_shapes) != 1:
+        return False
+    before, after = prod(layer.input_shapes[0]), prod(layer.output_shapes[0])
+    return before == after or (layer.kind in _REPEATING and before < after)

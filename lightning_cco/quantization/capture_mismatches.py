@@ -53,6 +53,7 @@ class CaptureMismatches:
     def __init__(self, model: nn.Module, root: CallNode, apart: Sequence[str] = ()) -> None:
         self.found: dict[str, str] = {}
         self.suspected: dict[str, str] = {}
+        self._trying = False
         self.followed = FollowedResults()
         self._model = model
         known = [*frozen_modules(model), *apart]
@@ -105,13 +106,13 @@ class CaptureMismatches:
     @contextmanager
     def trial(self) -> Iterator[Callable[[], list[str]]]:
         """Run the model on something else inside the block, of which nothing is left; what is given says where it has differed, whoever reads it."""
-        before = self.found, self.suspected
-        self.found, self.suspected = dict(self.found), dict(self.suspected)
+        before = self.found, self.suspected, self._trying
+        self.found, self.suspected, self._trying = dict(self.found), dict(self.suspected), True
         known = {*self.found, *self.suspected}
         try:
             yield lambda: [place for place in (*self.found, *self.suspected) if place not in known]
         finally:
-            self.found, self.suspected = before
+            self.found, self.suspected, self._trying = before
             self.followed = FollowedResults()
 
     def _unseen_module(self, node: CallNode, kind: str) -> None:
@@ -172,5 +173,5 @@ class CaptureMismatches:
         if key in self.found:
             return
         self.found[key] = message
-        if not is_compiling():
+        if not is_compiling() and not self._trying:
             warnings.warn(f"lightning_cco: {message}", CCOWarning, stacklevel=2)

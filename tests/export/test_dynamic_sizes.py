@@ -100,6 +100,41 @@ def test_inputs_that_go_together_share_a_length(tmp_path: Path) -> None:
     agrees(quantized, tmp_path / "model.onnx", torch.randint(30, (2, 17)), torch.ones(2, 17))
 
 
+class Described(nn.Module):
+    """A picture of one size, or a text of one length, beside what may have others."""
+
+    def __init__(self, one_size: bool) -> None:
+        super().__init__()
+        self.one_size, self.table = one_size, nn.Embedding(9, 8)
+        self.conv, self.flat, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8 * (16 if one_size else 5), 8), nn.Linear(8, 4)
+
+    def forward(self, words: Tensor, image: Tensor, boxes: Tensor) -> Tensor:
+        seen, read = torch.relu(self.conv(image)), self.table(words)
+        if self.one_size:
+            read = torch.relu(read + boxes)
+            return self.head(read + self.flat(seen.flatten(1))[:, None]).mean(1)
+        return self.head(self.flat(torch.relu(read + boxes).flatten(1)) + seen.mean((2, 3)))
+
+
+@pytest.mark.parametrize("one_size", [True, False], ids=["pictures of one size", "texts of one length"])
+def test_what_has_one_size_does_not_fix_the_sizes_of_the_rest(one_size: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    words, image, boxes = torch.randint(0, 9, (3, 5)), torch.rand(3, 3, 8, 8), torch.rand(3, 5, 8)
+    quantized = cc.quantize(Described(one_size).eval(), None, (words, image, boxes))
+    quantized.calibrate([(words, image, boxes)])
+    report = quantized.export(tmp_path / "model.onnx", batches=[(words, image, boxes)], dynamic_sizes=True)
+    expected = {
+        "words": ["batch", "sequence" if one_size else 5],
+        "image": ["batch", 3, *([8, 8] if one_size else ["height", "width"])],
+        "boxes": ["batch", "sequence" if one_size else 5, 8],
+    }
+    assert report.inputs == expected
+    fixed = "height and width [8, 8] of 'image'" if one_size else "sequence [5] of 'words'"
+    assert f"fixed, since the model took no other sizes that were tried: {fixed}" in report.notes
+    length, size = (4, 8) if one_size else (5, 6)
+    agrees(quantized, tmp_path / "model.onnx", words[:, :length], torch.rand(3, 3, size, size), boxes[:, :length])
+
+
 class Downsampled(nn.Module):
     """Another way from a size on: no file of one trace holds both."""
 
