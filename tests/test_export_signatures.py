@@ -265,3 +265,33 @@ def test_arguments_that_are_left_out_to_find_labels_make_no_difference_to_what_w
     assert list(report.inputs) == ["x", "mask"]
     (found,) = ort.InferenceSession(tmp_path / "model.onnx").run(None, {"x": x.numpy(), "mask": mask.numpy()})
     np.testing.assert_allclose(found, quantized.model(x, mask)["logits"].detach(), atol=5e-3)  # a step of the grid
+
+
+class Contrastive(nn.Module):
+    """Compares each sample with each other one of its batch; a flag asks for the loss, as in CLIP and SigLIP of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 16), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor, return_loss: bool | None = None, return_features: bool = False) -> dict[str, Tensor]:
+        features = torch.relu(self.body(x))
+        found = {"logits": self.head(features), **({"features": features} if return_features else {})}
+        if not return_loss:
+            return found
+        likeness = found["logits"] @ found["logits"].t()
+        return {"loss": nn.functional.cross_entropy(likeness, torch.arange(len(x))), **found}
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_a_flag_that_asks_for_a_loss_is_left_out(features: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    example = {"return_loss": True, "return_features": features}
+    quantized = quantize(Contrastive().eval(), None, (x,), example)
+    quantized.calibrate([{"x": x, **example}])
+    report = quantized.export(tmp_path / "a.onnx")
+    assert list(report.inputs) == ["x"]
+    assert report.inputs["x"][0] == "batch"  # a loss that counts the samples would fix it
+    outputs = [output.name for output in ort.InferenceSession(tmp_path / "a.onnx").get_outputs()]
+    assert outputs == (["logits", "features"] if features else ["logits"])

@@ -1,4 +1,4 @@
-"""Which arguments of a forward are labels: without them the model gives the same outputs, but no loss."""
+"""Which arguments of a forward are labels, or ask for a loss: without them the model gives the same outputs, but no loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LABELS = ("label", "labels", "target", "targets", "y", "y_true", "start_positio
 
 
 def find_labels(arguments: dict[str, Any], signature: ForwardSignature, call: Callable[[dict[str, Any]], Any]) -> list[str]:
-    """Optional arguments without which a single number, the loss, is no longer returned and all else is.
+    """Optional arguments without which a single number, the loss, is no longer returned and all else is: labels, and flags such as ``return_loss=True``.
 
     Without those that are called labels other outputs may go, too: what losses are made of is returned beside them (predictions of earlier layers).
 
@@ -25,7 +25,7 @@ def find_labels(arguments: dict[str, Any], signature: ForwardSignature, call: Ca
         call: Calls the forward with bound arguments.
     """
     optional = [
-        name for name in signature.optional(arguments) if any(isinstance(value, Tensor) for _, value in leaves(_find(arguments, name)))
+        name for name in signature.optional(arguments) if any(isinstance(v, Tensor) or v is True for _, v in leaves(_find(arguments, name)))
     ]
     if not optional:
         return []
