@@ -22,7 +22,7 @@ QUANTIZED = {
     "training_branch": "1 add, 1 input, 2 linear, 1 relu",
     "plain_parameter": "1 input, 1 linear, 1 matmul, 1 mul, 2 relu",
     "custom_function": "1 input, 2 linear",
-    "einsum": "",
+    "einsum": "2 einsum, 1 input",
     "in_place": "1 input, 4 linear",
     "complex": "1 input, 4 linear",
     "integers": "1 conv, 2 linear, 1 mean, 1 relu",

@@ -80,7 +80,7 @@ class ModuleCall:
         python: Identity of the Python frame of the module's call; 0 if unknown, as in compiled code and in a recomputation.
         unwatched: Whether the mode is off, for a module in which nothing is rounded.
         token: Of a thread's first frame: ends with the Python frame, also where no hook says so.
-        last: For the capture: the ordinal of the module that it has called last.
+        last: For the capture: the module that it has called last.
     """
 
     __slots__ = ("calls", "counts", "last", "node", "python", "records", "table", "token", "training", "unwatched")
@@ -95,7 +95,7 @@ class ModuleCall:
         self.python = 0
         self.unwatched = False
         self.token: weakref.ref[Arguments] | None = None
-        self.last = 0
+        self.last: CallNode | None = None
 
     def copy(self) -> ModuleCall:
         """The same with counters of its own."""

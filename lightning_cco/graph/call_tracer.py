@@ -50,12 +50,11 @@ class CallTracer:
         self.calls: list[Call] = []
         self.read: set[str] = set()
         self.custom: set[str] = set()
-        self.loops = Loops()
         self.drawn: dict[str, None] = {}
         self.between = ModuleCall(CallNode(""), False)
         self.sources = Sources(model, root, self.calls, self.between, carried)
         self.readers = ValueReaders(model, self.sources.origins, self.calls)
-        self.alive: list[Any] = []
+        self.alive, self.loops = list[Any](), Loops()
         self._origins = self.sources.origins
         self._modules = dict(model.named_modules())
         self._outer = outer
@@ -232,9 +231,7 @@ class CallTracer:
     def _count(self, frame: ModuleCall, op: Op) -> int:
         index = frame.counts.get(op.kind, 0)
         frame.counts[op.kind] = index + 1
-        if op.kind in frame.node.numbers:
-            frame.node.numbers[op.kind].add(index)
-        self.loops.counted.append((frame.node, op.kind, index, frame.last))
+        self.loops.count(frame, op.kind, index)
         return index
 
     def _inside(

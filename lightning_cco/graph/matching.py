@@ -170,8 +170,9 @@ def _pair_loops(evaluated: list[Call], trained: list[Call]) -> dict[int, int]:
     for segment, mine in sides[0].items():
         theirs = sides[1].get(segment, [])
         pairs.update((mine[a], theirs[b]) for a, b in _pair([evaluated[k] for k in mine], [trained[k] for k in theirs]).items())
+    found_theirs = set(pairs.values())
     mine = [number for number in range(len(evaluated)) if number not in pairs]
-    theirs = [number for number in range(len(trained)) if number not in {*pairs.values()}]
+    theirs = [number for number in range(len(trained)) if number not in found_theirs]
     pairs.update((mine[a], theirs[b]) for a, b in _pair([evaluated[k] for k in mine], [trained[k] for k in theirs]).items())
     return pairs
 

@@ -95,7 +95,8 @@ class Tracer:
             self.with_gradients.add(frame.node.path)
         stack = self.frames.stack()
         if len(stack) > 1:
-            self._traced.loops.note_module(stack[-2], frame.node)
+            if not self.model.training:
+                self._traced.loops.note_module(stack[-2], frame.node)
             return
         module = self._modules[frame.node.path]
         with torch.DisableTorchFunction():
