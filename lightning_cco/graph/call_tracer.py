@@ -230,12 +230,7 @@ class CallTracer:
         return any(origin is not None and (not is_constant(origin) or origin != ()) for origin in origins)
 
     def _count(self, frame: ModuleCall, op: Op) -> int:
-        index = frame.counts.get(op.kind, 0)
-        frame.counts[op.kind] = index + 1
-        if op.kind in frame.node.numbers:
-            frame.node.numbers[op.kind].add(index)
-        self.loops.counted.append((frame.node, op.kind, index, frame.last))
-        return index
+        return self.loops.count(frame, op.kind)
 
     def _inside(
         self, running: RunningFunction, frame: ModuleCall, op: Op, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -2,7 +2,7 @@
 
 Calls of one operation, or of one module, within a frame are told apart by their order. In a loop over modules one line makes several of them, and a training
 may leave modules out (stochastic depth, LayerDrop); the order is then that of others. Such calls are therefore counted anew after each module that the frame
-calls once: the numbers after a module start where no other's are.
+calls once: the numbers after a module start where no other's are (`graph.loop_calls`).
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightning_cco.graph.call import Call
-from lightning_cco.graph.call_node import CallNode, ModuleCall
-from lightning_cco.graph.python_calls import position_of_module_call
-
-_BITS = 16
-"""Of a number: which call after a module; the bits above say after which."""
+from lightning_cco.graph.call_node import Called, CallNode, ModuleCall
+from lightning_cco.graph.loop_calls import BITS, LoopCalls, Start
+from lightning_cco.graph.python_calls import calling_position, position_of_module_call
 
 
 @dataclass(frozen=True)
 class _Begin:
-    """What a frame had called when it called a module: how often each operation, and each module; and from where in the user's code it called it."""
+    """What a frame had called when it called a module: which module last, how often each operation, and each module; and from where in the user's code."""
 
-    after: int
+    after: Called | None
     position: int
     counts: dict[str, int]
     calls: dict[str, int]
@@ -32,20 +30,29 @@ class Loops:
     """What the capture sees of a forward in evaluation mode, to find its loops.
 
     Attributes:
-        counted: Each call of an operation: its frame, its kind, its number, and the `CallNode.ordinal` of the module called before it.
+        counted: Of each call of an operation, by its frame, its kind and its number: the module called before it, and its place.
     """
 
     def __init__(self) -> None:
-        self.counted: list[tuple[CallNode, str, int, int]] = []
+        self.counted: dict[tuple[CallNode, str, int], tuple[Called | None, int]] = {}
         self._begins: dict[CallNode, _Begin] = {}
-        self._once: dict[CallNode, list[int]] = {}
+        self._once: dict[Called, int] = {}
         self._counts: dict[tuple[CallNode, int], dict[str, int]] = {}
+
+    def count(self, frame: ModuleCall, kind: str) -> int:
+        """The number of a call of an operation that a frame makes now."""
+        index, place = frame.counts.get(kind, 0), calling_position()
+        if frame.training and kind in frame.node.numbers:
+            index = frame.node.numbers[kind].note_training(index, place)
+        frame.counts[kind] = index + 1
+        self.counted[frame.node, kind, index] = frame.last, place
+        return index
 
     def note_module(self, frame: ModuleCall, node: CallNode) -> None:
         """Note that a frame calls a module, in the hooks of that."""
         self._begins[node] = _Begin(frame.last, position_of_module_call(), dict(frame.counts), dict(frame.calls))
         self._counts[frame.node, node.ordinal] = self._begins[node].counts
-        frame.last = node.ordinal
+        frame.last = Called(node, frame.last)
 
     def find(self, root: CallNode, calls: Iterable[Call]) -> None:
         """Have the calls that a loop over modules makes counted anew after each of them, from now on, and number those of evaluation so.
@@ -56,19 +63,19 @@ class Loops:
             root: The tree of module calls.
             calls: Of the forward.
         """
-        lines: dict[tuple[CallNode, str, int], set[int]] = {}
+        lines: dict[tuple[CallNode, str, int], set[Called | None]] = {}
         calls = list(calls)
         for call in calls:
             if call.visible and call.position >= 0:
                 lines.setdefault((call.node, call.op.kind, call.position), set()).add(call.after)
-        for (node, kind, _), ordinals in lines.items():
-            if len({self._once_before(node, ordinal) for ordinal in ordinals}) > 1:
-                node.numbers[kind] = set()
+        for (node, kind, _), before in lines.items():
+            if len({self._once_before(node, after) for after in before}) > 1:
+                node.numbers[kind] = LoopCalls()
         for node in root.walk():
             self._start(node)
-        for node, kind, index, after in self.counted:
+        for (node, kind, index), (after, place) in self.counted.items():
             if kind in node.numbers:
-                node.numbers[kind].add(self._number(node, kind, index, after))
+                node.numbers[kind].places[False][self._number(node, kind, index, after)] = place
         for call in calls:
             if call.op.kind in call.node.numbers:
                 call.index = self._number(call.node, call.op.kind, call.index, call.after)
@@ -77,10 +84,52 @@ class Loops:
         """Say from what the calls of a frame are counted after each module that it calls once."""
         shared = self._shared(node)
         node.loops = bool(node.numbers or shared)
+        lines: dict[int, list[CallNode]] = {}
         for child in node.children.values() if node.loops else ():
             if child in self._begins and (child.path, 1) not in node.children:
                 calls = self._begins[child].calls
-                child.starts = dict.fromkeys(node.numbers, child.ordinal << _BITS), {path: calls.get(path, 0) for path in shared}
+                child.start = Start(
+                    dict.fromkeys(node.numbers, child.ordinal << BITS), {path: calls.get(path, 0) for path in shared}, {}, {}
+                )
+                lines.setdefault(self._begins[child].position, []).append(child)
+        for position, children in lines.items():
+            if position >= 0 and len(children) > 1:
+                self._note_before(node, children, shared)
+
+    def _note_before(self, node: CallNode, children: list[CallNode], shared: set[str]) -> None:
+        """Note what a loop calls before each of the modules that one of its lines calls, but for what follows those of another line: that is told by them."""
+        lines = [self._line_of(node, self._once_before(node, self._begins[child].after)) for child in children]
+        for kind in node.numbers if len({*lines}) > 1 else ():
+            last = [self._last_before(node, child, kind) for child in children]
+            if None not in last and len({one[1] for one in last if one}) == 1:
+                for child, one in zip(children, last, strict=True):
+                    if child.start is not None and one is not None:
+                        child.start.before[kind] = one
+        for path in shared if len({*lines}) > 1 else ():
+            counts = [self._begins[child].calls.get(path, 0) for child in children]
+            if all(count > self._calls_since(node, child).get(path, 0) for child, count in zip(children, counts, strict=True)):
+                for child, count in zip(children, counts, strict=True):
+                    if child.start is not None:
+                        child.start.calls_before[path] = count
+
+    def _line_of(self, node: CallNode, ordinal: int) -> int:
+        """From where a frame calls a module; -1: it has called none yet."""
+        child = next((child for child in node.children.values() if child.ordinal == ordinal), None)
+        return self._begins[child].position if child in self._begins else -1
+
+    def _last_before(self, node: CallNode, child: CallNode, kind: str) -> tuple[int, int] | None:
+        """After which module, and where, the last call before a module is; `None` if there is none after the module before it."""
+        begin = self._begins[child]
+        found = self.counted.get((node, kind, begin.counts.get(kind, 0) - 1))
+        segment = self._once_before(node, begin.after)
+        return (segment, found[1]) if found is not None and self._once_before(node, found[0]) == segment else None
+
+    def _calls_since(self, node: CallNode, child: CallNode) -> dict[str, int]:
+        """How often each module had been called when the module before one began."""
+        segment = self._once_before(node, self._begins[child].after)
+        return next(
+            (self._begins[other].calls for other in node.children.values() if other.ordinal == segment and other in self._begins), {}
+        )
 
     def _shared(self, node: CallNode) -> set[str]:
         """Paths of the modules that a line of a loop calls again and again, after others: an activation that all layers share."""
@@ -94,21 +143,17 @@ class Loops:
                     found.add(path)
         return found
 
-    def _number(self, node: CallNode, kind: str, index: int, after: int) -> int:
+    def _number(self, node: CallNode, kind: str, index: int, after: Called | None) -> int:
         ordinal = self._once_before(node, after)
         before = self._counts[node, ordinal].get(kind, 0) if ordinal else 0
-        return ordinal << _BITS | index - before
+        return ordinal << BITS | index - before
 
-    def _once_before(self, node: CallNode, ordinal: int) -> int:
+    def _once_before(self, node: CallNode, after: Called | None) -> int:
         """The ordinal of the last module up to one that a frame calls once; 0: none."""
-        found = self._once.get(node)
-        if found is None:
-            found = self._once[node] = [0]
-            for child in node.children.values():
-                found.append(found[-1] if (child.path, 1) in node.children else child.ordinal)
-        return found[ordinal]
-
-
-def segment_of(number: int) -> int:
-    """After which module a number counts."""
-    return number >> _BITS
+        passed = []
+        while after is not None and after not in self._once and (after.node.path, 1) in node.children:
+            passed.append(after)
+            after = after.before
+        found = 0 if after is None else self._once.setdefault(after, after.node.ordinal)
+        self._once.update(dict.fromkeys(passed, found))
+        return found
