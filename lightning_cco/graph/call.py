@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_cco.graph.call_node import CallNode
+from lightning_cco.graph.call_node import Called, CallNode
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.ops import Op
 
@@ -56,7 +56,7 @@ class Call:
         in_place: Whether the result is the first argument itself.
         visible: Whether a function mode sees it again at run time (inputs, outputs and custom functions are not seen).
         position: Place of the call in the user's code, to distinguish two branches; -1 in modules of PyTorch itself.
-        after: The module that the frame had called last; `None`: there was none.
+        after: The module that the frame has called last.
     """
 
     layer: Layer
@@ -70,4 +70,4 @@ class Call:
     in_place: bool = False
     visible: bool = True
     position: int = -1
-    after: CallNode | None = None
+    after: Called | None = None

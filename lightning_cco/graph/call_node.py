@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+from lightning_cco.graph.loop_calls import LoopCalls, Start, segment_of
+
 
 class CallNode:
     """One call of one module within its chain of callers.
@@ -17,14 +19,14 @@ class CallNode:
         tables: For evaluation (`False`) and training (`True`): what to do with each function, by name. Filled by the runtime.
         seen: Likewise: how often the capture saw each kind of operation.
         loops: Whether calls from within this one are counted anew after modules that it calls, since a loop makes them (`graph.loops`).
-        numbers: By kind of operation that such a loop calls: the numbers of its calls in the capture.
-        starts: What its caller's such operations, and shared modules, are counted from once this call has begun; `None`: they are counted on.
+        numbers: By kind of operation that such a loop calls: its calls in the capture.
+        start: What its caller's such operations, and shared modules, are counted from once this call has begun; `None`: they are counted on.
         captured: Whether the capture saw this call; a call it never saw must not be quantized.
         ran: Whether it has run, outside of compiled graphs, since somebody asked.
     """
 
     __slots__ = (
-        "captured", "children", "index", "loops", "numbers", "ordinal", "parent", "path", "ran", "seen", "starts", "tables",
+        "captured", "children", "index", "loops", "numbers", "ordinal", "parent", "path", "ran", "seen", "start", "tables",
     )  # fmt: skip
 
     def __init__(self, path: str, index: int = 0, parent: CallNode | None = None, captured: bool = True) -> None:
@@ -35,8 +37,8 @@ class CallNode:
         self.ran = False
         self.ordinal = 0 if parent is None else len(parent.children) + 1
         self.loops = False
-        self.numbers: dict[str, set[int]] = {}
-        self.starts: tuple[dict[str, int], dict[str, int]] | None = None
+        self.numbers: dict[str, LoopCalls] = {}
+        self.start: Start | None = None
         self.children: dict[tuple[str, int], CallNode] = {}
         self.tables: dict[bool, dict[str, Any]] = {False: {}, True: {}}
         self.seen: dict[bool, dict[str, int]] = {False: {}, True: {}}
@@ -72,6 +74,15 @@ class CallNode:
         return f"CallNode({self.key!r})"
 
 
+class Called:
+    """A module that a frame has called, and the one before it."""
+
+    __slots__ = ("before", "node")
+
+    def __init__(self, node: CallNode, before: Called | None) -> None:
+        self.node, self.before = node, before
+
+
 class ModuleCall:
     """A module call that is running now: its node, its table of functions, and how often each thing has been called so far.
 
@@ -95,7 +106,7 @@ class ModuleCall:
         self.python = 0
         self.unwatched = False
         self.token: weakref.ref[Arguments] | None = None
-        self.last: CallNode | None = None
+        self.last: Called | None = None
 
     def copy(self) -> ModuleCall:
         """The same with counters of its own."""
@@ -103,11 +114,16 @@ class ModuleCall:
         twin.counts, twin.calls = dict(self.counts), dict(self.calls)
         return twin
 
-    def begin(self, starts: tuple[dict[str, int], dict[str, int]]) -> None:
+    def is_ready(self, start: Start) -> bool:
+        """Whether what a loop calls before a module was counted as in the capture."""
+        return all(segment_of(self.counts.get(kind, 0)) == segment for kind, (segment, _) in start.before.items()) and all(
+            self.calls.get(path, 0) == count for path, count in start.calls_before.items()
+        )
+
+    def begin(self, start: Start) -> None:
         """Count the calls of a loop anew, after a module that it has called."""
-        counts, calls = starts
-        self.counts.update(counts)
-        self.calls.update(calls)
+        self.counts.update(start.counts)
+        self.calls.update(start.calls)
 
 
 class Arguments(dict[str, Any]):

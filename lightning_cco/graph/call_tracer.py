@@ -50,11 +50,12 @@ class CallTracer:
         self.calls: list[Call] = []
         self.read: set[str] = set()
         self.custom: set[str] = set()
+        self.loops = Loops()
         self.drawn: dict[str, None] = {}
         self.between = ModuleCall(CallNode(""), False)
         self.sources = Sources(model, root, self.calls, self.between, carried)
         self.readers = ValueReaders(model, self.sources.origins, self.calls)
-        self.alive, self.loops = list[Any](), Loops()
+        self.alive: list[Any] = []
         self._origins = self.sources.origins
         self._modules = dict(model.named_modules())
         self._outer = outer
@@ -229,10 +230,7 @@ class CallTracer:
         return any(origin is not None and (not is_constant(origin) or origin != ()) for origin in origins)
 
     def _count(self, frame: ModuleCall, op: Op) -> int:
-        index = frame.counts.get(op.kind, 0)
-        frame.counts[op.kind] = index + 1
-        self.loops.count(frame, op.kind, index)
-        return index
+        return self.loops.count(frame, op.kind)
 
     def _inside(
         self, running: RunningFunction, frame: ModuleCall, op: Op, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

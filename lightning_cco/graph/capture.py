@@ -263,4 +263,6 @@ def _trace_training(model: nn.Module, forward: Callable[[], Any], root: CallNode
             # and the runtime reports where they are not.
             for node in root.walk():
                 node.seen[True].clear()
+                for calls in node.numbers.values():
+                    calls.forget_training()
     return None

@@ -53,6 +53,7 @@ class Frames(FrameStacks):
         growing: Whether new calls belong to the capture; what turns up later is marked as never captured.
         entered: Called with each frame pushed, and the arguments of its module.
         left: Called with each frame about to be popped, and its module's output.
+        confused: Called with a frame and a module that it calls, where a loop has not called before it what it did in the capture.
         apart: Called with the path of each module that a forward calls in another thread than its own; such calls then get no frame.
         partly_apart: Modules that a forward calls in its own thread and in others: the calls in others, which the capture did not see, get no frame.
         owner: Refers to the object that these hooks belong to.
@@ -64,6 +65,7 @@ class Frames(FrameStacks):
         self.entered: Callable[[ModuleCall, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.left: Callable[[ModuleCall, Any], None] | None = None
         self.apart: Callable[[str], None] | None = None
+        self.confused: Callable[[ModuleCall, CallNode], None] | None = None
         self.partly_apart: tuple[str, ...] = ()
         self.unwatched: frozenset[str] = frozenset()
         self.growing = False
@@ -229,8 +231,10 @@ class Frames(FrameStacks):
         index = parent.calls.get(path, 0)
         parent.calls[path] = index + 1
         node = parent.node.children.get((path, index)) or parent.node.child(path, index, self.growing)
-        if node.starts is not None:
-            parent.begin(node.starts)
+        if node.start is not None:
+            if self.confused is not None and not parent.is_ready(node.start) and not is_compiling():
+                self.confused(parent, node)
+            parent.begin(node.start)
         return node
 
     def leave(self, path: str, output: Any) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_cco.graph.call import Call
-from lightning_cco.graph.loops import segment_of
 from lightning_cco.graph.ops import Category
 from lightning_cco.graph.outside_readers import with_reader
 
@@ -113,7 +112,7 @@ def match_training(calls: list[Call], trained: list[Call] | None) -> Matched:
                 for output in theirs[paired[position]].layer.read_out:
                     with_reader(calls[i], output)
             else:
-                if not _is_passed_over(calls[i], theirs):
+                if not _is_passed_over(calls[i]):
                     del positions[i][True]
                 found.evaluation_only.append(calls[i])
         matched = set(paired.values())
@@ -155,26 +154,18 @@ def _looks_at_any_size(call: Call) -> str:
     return repr((ranks, layer.parameters, layer.attributes if layer.weighted else {}, [read.slot for read in call.reads]))
 
 
-def _is_passed_over(call: Call, trained: list[Call]) -> bool:
+def _is_passed_over(call: Call) -> bool:
     """Whether a call of a loop comes after a module that the training has left out, this time."""
-    return call.op.kind in call.node.numbers and all(segment_of(other.index) != segment_of(call.index) for other in trained)
+    loop = call.node.numbers.get(call.op.kind)
+    return loop is not None and call.index not in loop.paired and call.index not in loop.places[True]
 
 
 def _pair_loops(evaluated: list[Call], trained: list[Call]) -> dict[int, int]:
-    """The same for the calls of a loop over modules: first of those after the same module, then of the others."""
-    pairs: dict[int, int] = {}
-    sides: tuple[dict[int, list[int]], dict[int, list[int]]] = ({}, {})
-    for found, calls in zip(sides, (evaluated, trained), strict=True):
-        for number, call in enumerate(calls):
-            found.setdefault(segment_of(call.index), []).append(number)
-    for segment, mine in sides[0].items():
-        theirs = sides[1].get(segment, [])
-        pairs.update((mine[a], theirs[b]) for a, b in _pair([evaluated[k] for k in mine], [trained[k] for k in theirs]).items())
-    found_theirs = set(pairs.values())
-    mine = [number for number in range(len(evaluated)) if number not in pairs]
-    theirs = [number for number in range(len(trained)) if number not in found_theirs]
-    pairs.update((mine[a], theirs[b]) for a, b in _pair([evaluated[k] for k in mine], [trained[k] for k in theirs]).items())
-    return pairs
+    """The same for the calls of a loop over modules, which have been paired where they were counted."""
+    loop = trained[0].node.numbers[trained[0].op.kind]
+    by_number = {call.index: number for number, call in reversed([*enumerate(trained)])}
+    pairs = {number: by_number.get(loop.paired.get(call.index, -1)) for number, call in enumerate(evaluated)}
+    return {number: other for number, other in pairs.items() if other is not None}
 
 
 def _pair(evaluated: list[Call], trained: list[Call]) -> dict[int, int]:

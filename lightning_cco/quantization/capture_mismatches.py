@@ -14,10 +14,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from lightning_cco.compat.autograd import graph_task
 from lightning_cco.errors import CCOWarning
 from lightning_cco.graph.call_node import CallNode, ModuleCall
 from lightning_cco.graph.capture_coverage import frozen_modules
 from lightning_cco.graph.containers import tensors_in
+from lightning_cco.graph.loop_calls import segment_of
 from lightning_cco.graph.ops import OPS, READS_VALUES, Category, operation
 from lightning_cco.graph.outside_readers import hooked_modules
 from lightning_cco.names import is_within, list_names
@@ -140,6 +142,31 @@ class CaptureMismatches:
             f"layer '{site.layer}': in '{where}' another call of '{operation(name).kind}' came instead (a branch that depends on data); it runs in "
             "float. Move the branch into a module of its own, or skip the layer: skip_quantization: true.",
         )
+
+    def confused(self, frame: ModuleCall, node: CallNode) -> None:
+        """Note that a loop has left out a module (stochastic depth) together with what it calls before each: that was counted as the module's before.
+
+        Args:
+            frame: Of the loop.
+            node: The module that it calls next.
+        """
+        start = node.start
+        if start is None or not frame.training or graph_task() != -1:
+            return
+        found = []
+        for kind, (segment, place) in start.before.items():
+            number, entry = frame.counts.get(kind, 0) - 1, next((one for one in frame.table.values() if one.kind == kind), None)
+            if entry is not None and entry.known.get(number) == place and segment_of(number) != segment:
+                found += [kind] * any(site.code_position == place and (site.outputs or site.reads) for site in entry.sites.values())
+        found += [path for path, count in start.calls_before.items() if frame.calls.get(path, 0) not in (0, count)]
+        if found:
+            where = frame.node.key or "the root module"
+            self._note(
+                f"{where}: left out",
+                f"training went past a module before '{node.path}' (stochastic depth, LayerDrop). What '{where}' itself calls before each of its modules "
+                f"({list_names(found)}) is told apart by its order alone, and was rounded with the ranges of what comes before the module that was left out. "
+                "Move it into the module that is left out as a whole, or freeze the ranges: freeze_ranges_at_step: 0.",
+            )
 
     def hooked_late(self, known: frozenset[str], plan: QuantizationPlan) -> None:
         """Note hooks that have come since the capture where a rounded tensor passes: those that it saw read the values of the float run."""

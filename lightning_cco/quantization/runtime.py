@@ -16,6 +16,7 @@ from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.graph.captured import Capture
 from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.frames import Frames
+from lightning_cco.graph.loop_calls import compiled_number_of, number_of
 from lightning_cco.graph.operator_calls import OTHER_NAMES
 from lightning_cco.graph.python_calls import calling_position
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
@@ -35,7 +36,7 @@ from lightning_cco.quantization.phases import Phase
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.rounded_calls import with_inputs, with_outputs
 from lightning_cco.quantization.runtime_contexts import Blocks
-from lightning_cco.quantization.sites import SiteQuantizers, fill_tables, unwatched_modules
+from lightning_cco.quantization.sites import FunctionEntry, SiteQuantizers, fill_tables, unwatched_modules
 from lightning_cco.quantization.small_tensors import has_small_gradient
 from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.tracing import runs_plainly
@@ -78,6 +79,7 @@ class Runtime:
         self._blocks = Blocks()
         self.phase = Phase.QUANTIZE
         self.frames.carried = self._carried
+        self.frames.confused = self.mismatches.confused
         self.frames.opens, self.frames.passes = self._opens, self._passes
         # Whether ranges follow forwards that record gradients, and the number of the calibration batch.
         self.following = True
@@ -107,7 +109,7 @@ class Runtime:
         if is_compiling():
             return self._handle(frame, name, func, args, kwargs)
         entry = frame.table.get(name)
-        index = 0 if entry is None else frame.counts.get(entry.kind, 0)
+        index = 0 if entry is None else _number(frame, entry)
         if entry is not None and index in entry.known and index not in entry.last:
             self.mismatches.read_by_a_layer(args, kwargs)
         result = self._handle(frame, name, func, args, kwargs)
@@ -120,6 +122,11 @@ class Runtime:
             return self._unseen(frame, name, func, args, kwargs) if name in COMPUTES else func(*args, **kwargs)
         counts, kind = frame.counts, entry.kind
         index = counts.get(kind, 0)
+        if entry.onward is not None:
+            number = _number(frame, entry)
+            if number is None:
+                return self._not_of_the_loop(frame, name, entry.sites.get(index), func, args, kwargs)
+            index = number
         counts[kind] = index + 1
         site = entry.sites.get(index)
         if site is None:
@@ -129,6 +136,22 @@ class Runtime:
             self.mismatches.moved(frame, name, site)
             return func(*args, **kwargs)
         return (self.run if self._blocks.open else self._run)(frame, site, func, args, kwargs)
+
+    def _not_of_the_loop(
+        self,
+        frame: ModuleCall,
+        name: str,
+        instead_of: SiteQuantizers | None,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a call that is none of those that the capture saw in a loop; it is not counted."""
+        known = frame.table[name].known
+        if instead_of is None or calling_position() in known.values():
+            return self._unseen(frame, name, func, args, kwargs)
+        self.mismatches.moved(frame, name, instead_of)
+        return func(*args, **kwargs)
 
     def _unseen(self, frame: ModuleCall, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         place = self.mismatches.unseen(frame, name, args, kwargs)
@@ -253,3 +276,15 @@ class Runtime:
 
 def _call(_: ModuleCall, site: SiteQuantizers, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
+
+
+def _number(frame: ModuleCall, entry: FunctionEntry) -> int | None:
+    """Which of the captured calls of an operation the one that runs is; `None` if it is none of them."""
+    index = frame.counts.get(entry.kind, 0)
+    if entry.onward is None:
+        return index
+    if is_compiling():
+        return compiled_number_of(entry.known, entry.jumps, entry.next_ones, index)
+    if entry.known.get(index) == calling_position(settled=False):
+        return index
+    return number_of(entry.known, entry.onward, index, calling_position())

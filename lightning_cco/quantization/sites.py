@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -54,13 +54,18 @@ class FunctionEntry:
 
     Attributes:
         kind: The operation.
-        known: Numbers of those that were captured.
+        known: Numbers of those that were captured, and the place of each in the user's code if a loop over modules makes them.
+        onward: Of a loop over modules: places of calls that it makes in each round; else `None`.
+        jumps, next_ones: Of such a loop, for compiled code: see `LoopCalls`.
         sites: Which of them are quantized.
         last: Those after which no layer with weights comes: what is made of the outputs.
     """
 
     kind: str
-    known: Container[int]
+    known: Mapping[int, int]
+    onward: frozenset[int] | None = None
+    jumps: dict[int, int] = field(default_factory=dict)
+    next_ones: tuple[int, ...] = ()
     sites: dict[int, SiteQuantizers] = field(default_factory=dict)
     last: set[int] = field(default_factory=set)
 
@@ -75,7 +80,7 @@ def fill_tables(
     """Fill the tables of every call node from a plan."""
     for node in capture.root.walk():
         for training in (False, True):
-            node.tables[training] = by_spelling({kind: FunctionEntry(kind, known) for kind, known in _known(node, training).items()})
+            node.tables[training] = by_spelling(_entries(node, training))
     weighted = [layer.name for layer in capture.graph if layer.weighted]
     leading = capture.graph.ancestors(weighted)
     for site in capture.sites.values():
@@ -97,10 +102,13 @@ def fill_tables(
             node.tables[training] = {name: entry for name, entry in table.items() if entry.sites or not only_moves(entry.kind)}
 
 
-def _known(node: CallNode, training: bool) -> dict[str, Container[int]]:
-    """The numbers of each operation's calls within a frame. Of those of a loop over modules also the other mode's: a capture may have left modules out."""
+def _entries(node: CallNode, training: bool) -> dict[str, FunctionEntry]:
+    """What was captured within a frame, nothing of it quantized yet."""
     seen = node.seen[training] or node.seen[False]
-    return {**{kind: range(count) for kind, count in seen.items()}, **node.numbers}
+    found = {kind: FunctionEntry(kind, dict.fromkeys(range(count), -1)) for kind, count in seen.items() if kind not in node.numbers}
+    for kind, loop in node.numbers.items():
+        found[kind] = FunctionEntry(kind, loop.known(training), loop.onward(), loop.jumps if training else {}, loop.next_ones())
+    return found
 
 
 def unwatched_modules(capture: Capture, model: nn.Module) -> frozenset[str]:
