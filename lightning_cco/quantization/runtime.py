@@ -132,7 +132,13 @@ class Runtime:
         if site is None:
             return self._unseen(frame, name, func, args, kwargs) if index not in entry.known else func(*args, **kwargs)
         here = site.code_position
-        if here >= 0 and not is_compiling() and calling_position(settled=False) != here and calling_position() != here:
+        if (
+            here >= 0
+            and entry.onward is None
+            and not is_compiling()
+            and calling_position(settled=False) != here
+            and calling_position() != here
+        ):
             self.mismatches.moved(frame, name, site)
             return func(*args, **kwargs)
         return (self.run if self._blocks.open else self._run)(frame, site, func, args, kwargs)
