@@ -110,6 +110,9 @@ def fitted(case: Case, folder: Path, epochs: int, ckpt: str | None = None) -> tu
     return module, cco
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*a batch gave values more than a thousand times"
+)  # ConvNeXt's factors begin at 1e-6, and grow in the first step
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.name, marks=[] if case.name in QUICK | {"gan"} else pytest.mark.slow) for case in CASES]
 )
