@@ -512,15 +512,16 @@ void move_ranges(const struct range *ranges, int64_t n, int widens, float share,
     for (int64_t i = 0; i < n; i++) {
         const float low = ranges[i].extrema[0], high = ranges[i].extrema[1], least = *ranges[i].min_val, most = *ranges[i].max_val;
         const int seen = isfinite(low) && isfinite(high) && (low != 0.0f || high != 0.0f), empty = least == 0.0f && most == 0.0f;
-        outliers[i] = seen && !empty && width(low, high) > outlier * width(least, most);
-        first |= outliers[i] && !(before && before[i]);
+        const int met = before && before[i];
+        outliers[i] = seen ? !empty && width(low, high) > outlier * width(least, most) : met; /* where nothing passed, the last batch is the one before */
+        first |= outliers[i] && !met;
     }
     for (int64_t i = 0; i < n; i++) {
         const struct range *const range = ranges + i;
         const float ratio = widens ? 1.0f : *range->clip_ratio, low = range->extrema[0] * ratio, high = range->extrema[1] * ratio;
         float least = *range->min_val, most = *range->max_val;
         const int seen = isfinite(range->extrema[0]) && isfinite(range->extrema[1]) && (range->extrema[0] != 0.0f || range->extrema[1] != 0.0f);
-        const int again = outliers[i] && before && before[i], empty = least == 0.0f && most == 0.0f;
+        const int again = seen && outliers[i] && before && before[i], empty = least == 0.0f && most == 0.0f;
         if (again || (seen && !first)) {
             if (widens) {
                 least = low < least ? low : least;

@@ -260,7 +260,7 @@ class HookedModel:
     def state_dict(self) -> dict[str, Any]:
         """Plan and ranges as plain dicts, strings, numbers and tensors."""
         self._ranges.before_saving()
-        return state_of(self.plan, self.activations, self.weights, self.corrections, calibrated=self.calibrated, frozen=self.frozen)
+        return state_of(self.plan, self.activations, self.weights, self.corrections, self._ranges)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Load the ranges of a state. On an error nothing is changed.
@@ -279,6 +279,7 @@ class HookedModel:
             self._set_corrections({name: correction.to(self.device) for name, correction in corrections.items()})
         if state["frozen"]:
             self.freeze_ranges()
+        self._ranges.outliers.load(state.get("outliers", ()), self._activations)  # states before version 3 have none
         self._ranges.calibrated = bool(state["calibrated"])
         self.runtime.phase = Phase.QUANTIZE if self.calibrated else Phase.PASS
         torch.compiler.reset()

@@ -6,13 +6,13 @@ import threading
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
-from lightning_cco.quantization.range_updates import forget_batches, new_outliers, update_ranges, warn_of_outliers, world_size
+from lightning_cco.quantization.outliers import Outliers
+from lightning_cco.quantization.range_updates import forget_batches, update_ranges, world_size
 from lightning_cco.quantization.scale_learner import ScaleLearner
 from lightning_cco.quantization.tensor_key import TensorKey
-from lightning_cco.quantization.tracing import reads_at_once
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 
 _MOVING = threading.RLock()
@@ -29,6 +29,7 @@ class MovingRanges:
 
     Attributes:
         scales: What moves learned scales.
+        outliers: Which tensors' last batch was an outlier.
         calibrated: Whether the ranges are known; before that nothing moves.
         frozen: Whether the ranges stay as they are.
         held: Whether an optimizer is in the midst of a step, which may run the model several times.
@@ -48,8 +49,7 @@ class MovingRanges:
         self._model = model
         self._trained = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
         self._moved_at = self._weights_version()
-        self._outliers: Tensor | None = None
-        self._unsaid: Tensor | None = None
+        self.outliers = Outliers()
         self._mode = model.training
         self.load(activations, weights, rate)
 
@@ -66,10 +66,11 @@ class MovingRanges:
             self.scales.move()
         self._moved_at = self._weights_version()
         if not self.frozen and self.calibrated:
-            before, self._outliers = self._outliers, update_ranges(list(self._activations.values()), self._outliers)
-            self._unsaid = None if self._outliers is None else new_outliers(self._outliers, before)
-            if self._unsaid is not None and reads_at_once(self._unsaid.device):
-                warn_of_outliers(self._activations, self._unsaid)
+            quantizers = list(self._activations.values())
+            moving = [key for key, quantizer in self._activations.items() if not quantizer.fixed]
+            found = update_ranges(quantizers, self.outliers.last(moving, quantizers[0].scale.device) if moving else None)
+            if found is not None:
+                self.outliers.note(moving, found)
 
     def move_if_due(self) -> None:
         """Follow, if weights have changed since the ranges last moved. Of several threads one moves them, once."""
@@ -91,8 +92,7 @@ class MovingRanges:
         """Follow what the last step has shown, if it was one of the training, and warn of outliers that no step has waited for."""
         if world_size() == 1 and self._mode:
             self.move()
-        if self._unsaid is not None and not reads_at_once(self._unsaid.device):
-            warn_of_outliers(self._activations, self._unsaid)  # each step would have to wait for the device
+        self.outliers.warn()  # on an accelerator each step would have to wait for the device
 
     def freeze(self) -> None:
         """Keep all ranges as they are from now on."""

@@ -67,10 +67,10 @@ def move_by_kernel(quantizers: Sequence[ActivationQuantizer], outlier: float, ou
     Args:
         quantizers: Those that move.
         outlier: How many times as wide as its range the values of an outlier are.
-        outliers_before: Which met one in the last update, bool.
+        outliers_before: Which met one in the last update, bool, one for each quantizer.
 
     Returns:
-        Which met one, bool; `None` where the kernel can't be used, and nothing has changed.
+        Which met one in the last batch that said something, bool; `None` where the kernel can't be used, and nothing has changed.
     """
     kernels = load() if runs_plainly() else None
     if kernels is None or not quantizers[0].min_val.is_cpu:
@@ -79,9 +79,7 @@ def move_by_kernel(quantizers: Sequence[ActivationQuantizer], outlier: float, ou
     if not all(place.fits for place in places):
         return None
     count, share = len(places), quantizers[0].averaging_constant
-    before = None
-    if outliers_before is not None and outliers_before.shape == (count,):
-        before = address_of(outliers_before, torch.bool, count)
+    before = None if outliers_before is None else address_of(outliers_before, torch.bool, count)
     outliers, qparams = torch.empty(count, dtype=torch.bool, device="cpu"), (ctypes.c_float * (2 * count))()
     described, widens, from_end = b"".join([place.described for place in places]), quantizers[0].estimator == "min_max", share >= 0.5
     kernels.move_ranges(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,13 +10,11 @@ from torch import Tensor
 
 from lightning_cco.compat.autograd import foreach_copy
 from lightning_cco.compat.modules import buffers_of
-from lightning_cco.errors import CCOWarning
-from lightning_cco.names import list_names
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
+from lightning_cco.quantization.outliers import new_outliers
 from lightning_cco.quantization.qparams import affine_qparams
 from lightning_cco.quantization.range_kernel import move_by_kernel
 from lightning_cco.quantization.ranges import says_something
-from lightning_cco.quantization.tensor_key import TensorKey
 from lightning_cco.quantization.tracing import reads_at_once
 
 # How many times as wide as its range a batch's values must be to be no part of what the range follows, unless the next batch's are too.
@@ -35,10 +32,11 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], outliers_before: Te
 
     Args:
         quantizers: The same ones in the same order on every rank. Frozen and settled ones stay.
-        outliers_before: What the last update returned.
+        outliers_before: What the last update returned, for those that are not frozen now.
 
     Returns:
-        Which of the quantizers that are not frozen met values a thousand times as large, bool; `None` if all are. See `new_outliers`.
+        Which of the quantizers that are not frozen met values a thousand times as large in the last batch that said something, bool; `None` if all are
+        frozen. See `Outliers`.
     """
     moving = [quantizer for quantizer in quantizers if not quantizer.fixed]
     if not moving:
@@ -71,6 +69,8 @@ def _move(moving: Sequence[ActivationQuantizer], outliers_before: Tensor | None)
     outliers = seen & ~empty & (_width(low, high) > _OUTLIER * _width(min_val, max_val))
     first = new_outliers(outliers, outliers_before)
     again = outliers & ~first
+    if outliers_before is not None:
+        outliers = torch.where(seen, outliers, outliers_before)  # where nothing passed, the last batch is still the one before
     if not widens:
         new_min, new_max = torch.where(again, low * ratio, new_min), torch.where(again, high * ratio, new_max)
     seen = again | (seen & ~first.any())  # what an outlier makes of the layers after it says as little
@@ -95,25 +95,6 @@ def _move(moving: Sequence[ActivationQuantizer], outliers_before: Tensor | None)
 def _towards(start: Tensor, end: Tensor, share: float) -> Tensor:
     """As `torch.lerp`, but of operations that round alike everywhere: that one rounds once where it could round twice on some processors."""
     return start + (end - start) * share if share < 0.5 else end + (end - start) * (share - 1.0)
-
-
-def new_outliers(outliers: Tensor, before: Tensor | None) -> Tensor:
-    """Those of an update that the update before did not have. What comes twice in a row is no outlier."""
-    return outliers if before is None or before.shape != outliers.shape else outliers & ~before
-
-
-def warn_of_outliers(activations: Mapping[TensorKey, ActivationQuantizer], outliers: Tensor) -> None:
-    """Name the layers whose quantizers met an outlier, as `new_outliers` returns them."""
-    if not bool(outliers.any()):
-        return
-    moving = [key for key, quantizer in activations.items() if not quantizer.fixed]
-    names = dict.fromkeys(key.layer for key, found in zip(moving, outliers.tolist(), strict=True) if found)
-    warnings.warn(
-        f"training: a batch gave values more than a thousand times as large as the range of {list_names(list(names))}. The ranges do not follow it, unless "
-        "the next batch is like it. Check the samples of that batch (units, missing values) and the learning rate.",
-        CCOWarning,
-        stacklevel=3,
-    )
 
 
 def _width(low: Tensor, high: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.bias_correction import BiasCorrection
 from lightning_cco.quantization.learned_quantizers import LearnedWeightQuantizer
+from lightning_cco.quantization.moving_ranges import MovingRanges
 from lightning_cco.quantization.plan import QuantizationPlan
 from lightning_cco.quantization.state_checks import STATE_VERSION, check_scale, check_state, refuse
 from lightning_cco.quantization.tensor_key import TensorKey
@@ -21,9 +22,7 @@ def state_of(
     activations: Mapping[TensorKey, ActivationQuantizer],
     weights: Mapping[str, Sequence[WeightQuantizer]],
     corrections: Mapping[str, BiasCorrection],
-    *,
-    calibrated: bool,
-    frozen: bool,
+    moving: MovingRanges,
 ) -> dict[str, Any]:
     """Plan and ranges as plain dicts, strings, numbers and tensors."""
     learned = {name: [q.get_scales() for q in found if isinstance(q, LearnedWeightQuantizer)] for name, found in weights.items()}
@@ -38,9 +37,10 @@ def state_of(
         },
         "quantized": sorted(plan.quantized),
         "suggestions": list(plan.suggestions),
-        "calibrated": calibrated,
-        "frozen": frozen,
+        "calibrated": moving.calibrated,
+        "frozen": moving.frozen,
         "ranges": {str(key): quantizer.get_ranges() for key, quantizer in activations.items()},
+        "outliers": [str(key) for key in moving.outliers.names()],
         "weight_scales": {name: found for name, found in learned.items() if any(found)},
         "bias_corrections": {name: c.value.detach().clone().cpu() for name, c in corrections.items()},
     }

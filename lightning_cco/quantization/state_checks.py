@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_cco.errors import CCOError
 from lightning_cco.quantization.qparams import affine_qparams
 
-STATE_VERSION = 2
-"""Since version 2 every key is there, also one that says nothing: of a key that is not, nobody could tell whether it was lost."""
+STATE_VERSION = 3
+"""Since version 2 every key is there, also one that says nothing: of a key that is not, nobody could tell whether it was lost. Version 3 adds ``outliers``."""
 _NUMBERS = ("min_val", "max_val", "scale", "zero_point", "clip_ratio")
 _MOST_VALUES = 2**30
 _WAY_OUT = "Load another checkpoint, or only the weights of this one, and calibrate anew."
@@ -75,6 +75,8 @@ def check_state(state: Any) -> None:
     for key in ("layers", "suggestions"):
         if version >= 2 or key in state:
             names(state, key, "quantized.")
+    if version >= 3 or "outliers" in state:
+        names(state, "outliers", "quantized.")
     _check_inputs(entry({**later, **state}, "inputs", Mapping, "quantized."))
     entry(state, "calibrated", bool, "quantized.")
     entry(state, "frozen", bool, "quantized.")

@@ -12,8 +12,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lightning_cco import CCOWarning, QuantizedModel, quantize
-from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
-from lightning_cco.quantization.range_updates import new_outliers, update_ranges
 from lightning_cco.quantization.untrained_norms import by_batch_statistics, untrained_norms
 
 digits = load_digits()
@@ -116,38 +114,6 @@ def test_frozen_ranges_of_an_untrained_network_are_said() -> None:
         said = [str(entry.message) for entry in caught if "not trained yet" in str(entry.message)]
         assert bool(said) is warns
         assert all("start_at_step" in message and "'1'" in message for message in said)
-
-
-def test_what_is_beyond_the_range_twice_in_a_row_is_the_range() -> None:
-    # The ranges of two layers are wrong, and show it in turns: each batch has one that is new, so that waiting for a batch without would be for ever.
-    first, second, right = (ActivationQuantizer(8) for _ in range(3))
-    for quantizer in (first, second, right):
-        quantizer.min_val.fill_(0.0)
-        quantizer.max_val.fill_(1.0)
-        quantizer.refresh()
-    before: Tensor | None = None
-    for largest in ((5000.0, 1.0, 1.5), (5000.0, 7000.0, 1.5), (5000.0, 7000.0, 1.5)):
-        for quantizer, value in zip((first, second, right), largest, strict=True):
-            quantizer.extrema.copy_(torch.tensor([0.0, value]))
-        after = update_ranges([first, second, right], before)
-        assert after is not None
-        before = after
-    assert float(first.max_val) == pytest.approx(5000.0)
-    assert float(second.max_val) == pytest.approx(7000.0)
-    assert 1.0 < float(right.max_val) < 1.5
-    assert not new_outliers(torch.tensor([True]), torch.tensor([True])).any()
-
-
-def test_one_batch_beyond_the_range_moves_nothing() -> None:
-    quantizer = ActivationQuantizer(8)
-    quantizer.max_val.fill_(1.0)
-    quantizer.refresh()
-    quantizer.extrema.copy_(torch.tensor([0.0, 1e6]))
-    before = update_ranges([quantizer], None)
-    assert float(quantizer.max_val) == 1.0
-    quantizer.extrema.copy_(torch.tensor([0.0, 1.1]))
-    update_ranges([quantizer], before)
-    assert float(quantizer.max_val) == pytest.approx(1.005)
 
 
 def test_a_network_that_was_trained_for_a_few_steps_goes_on() -> None:
