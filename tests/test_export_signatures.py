@@ -174,6 +174,26 @@ def test_a_model_of_another_type_is_exported_in_float32_and_stays_as_it_is(dtype
         np.testing.assert_allclose(got, quantized.model(VALUES.to(dtype)).float().numpy(), atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_so_it_is_with_quantized_operators(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).to(dtype),
+        torch.randn(6, 8).to(dtype),
+    )
+    quantized = quantize(model, {"deployment_settings": {"target_framework": "executorch"}}, (x,))
+    quantized.calibrate([(x,)])
+    program = quantized.export(tmp_path / "model.pt2", (x,), pt2e=True, batches=[(x[:3],)])
+    assert isinstance(program, torch.export.ExportedProgram)
+    assert all(parameter.dtype is dtype for parameter in model.parameters())
+    with torch.no_grad():
+        expected = model(x).float().numpy()
+        for parameter in model.parameters():
+            parameter.zero_()  # the model trains on
+        for one in (program, torch.export.load(tmp_path / "model.pt2")):
+            np.testing.assert_allclose(one.module()(x.float()).numpy(), expected, atol=0.05)
+
+
 class NamedAsOperators(nn.Module):
     """Arguments, results and parameters that are called as the exporter calls what is inside of a file."""
 

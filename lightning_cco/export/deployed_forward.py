@@ -21,6 +21,7 @@ from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.graph.containers import tensors_held
 from lightning_cco.graph.error_location import failing_module
 from lightning_cco.names import list_names
+from lightning_cco.quantization.model import HookedModel
 
 PREFIX = "model"
 """Name of the model in `Deployed`, and so the beginning of all paths that the exporter sees."""
@@ -245,6 +246,21 @@ class Deployed(nn.Module):
 
     def _without_labels(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return self._signature.without(arguments, self.dropped) if self.dropped else arguments
+
+
+def deployed_forward(
+    quantized: HookedModel, args: tuple[Any, ...], kwargs: dict[str, Any], types: Sequence[str], network: StepNetwork | None
+) -> Deployed:
+    """What the file of a quantized model holds.
+
+    Args:
+        quantized: The model, in evaluation mode.
+        args: Positional arguments of one forward.
+        kwargs: Keyword arguments of it.
+        types: What `in_float32` found: inputs are cast where the model's own types were others.
+        network: What to call in the place of the model's forward.
+    """
+    return Deployed(quantized.model, args, kwargs, cast=bool(types), network=network, trial=quantized.runtime.mismatches.trial)
 
 
 def _unique(names: list[str], others: Sequence[str] = ()) -> list[str]:

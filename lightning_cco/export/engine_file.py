@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_cco.export.batch_chunks import MOST_SAMPLES, Samples, left_out_of_the_check
 from lightning_cco.export.check_limits import judge, refuse_floats
-from lightning_cco.export.deployed_forward import Deployed
+from lightning_cco.export.deployed_forward import deployed_forward
 from lightning_cco.export.destination import export_target, move
 from lightning_cco.export.dynamic_axes import Axes
 from lightning_cco.export.engines import BY_ENDING, Converted, Engine, Reader
@@ -26,7 +26,7 @@ from lightning_cco.export.layouts import in_usual_layout
 from lightning_cco.export.onnx_notes import notes_on_bits, warn_of_empty_inputs
 from lightning_cco.export.outputs import arrays_of
 from lightning_cco.export.planned_floats import Executed, planned_floats
-from lightning_cco.export.precision import float_bytes, in_float32, other_types
+from lightning_cco.export.precision import float_bytes, in_float32
 from lightning_cco.export.program import example_of
 from lightning_cco.export.provenance import LAYER, noted
 from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, levels_of
@@ -90,15 +90,8 @@ def export_engine_file(
     need_writable_names(name for layer in quantized.graph for name in (layer.path, *layer.parameters))
     target = export_target(path, engine.ending)
     report = ExportReport(str(path), float_size_bytes=float_bytes(quantized.model))
-    with in_float32(quantized.model), in_usual_layout(quantized.model), quantized.evaluating(), eager():
-        deployed = Deployed(
-            quantized.model,
-            args,
-            kwargs,
-            cast=bool(other_types(quantized.model)),
-            network=network,
-            trial=quantized.runtime.mismatches.trial,
-        )
+    with in_float32(quantized.model) as types, in_usual_layout(quantized.model), quantized.evaluating(), eager():
+        deployed = deployed_forward(quantized, args, kwargs, types, network)
         samples = Samples(deployed, batch_size)
         report.inputs = {name: list(tensor.shape) for name, tensor in zip(deployed.names, samples.example, strict=True)}
         written = write_program(quantized, deployed, [Axes(samples.example, [{} for _ in samples.example])], engine=engine)

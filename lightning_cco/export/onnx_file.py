@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.check import check_file
 from lightning_cco.export.check_limits import MEAN_STEPS, Limits, judge
-from lightning_cco.export.deployed_forward import Deployed
+from lightning_cco.export.deployed_forward import Deployed, deployed_forward
 from lightning_cco.export.destination import export_target, move, size_of
 from lightning_cco.export.dynamic_sizes import ExportAttempts, Sizes, sizes_to_vary
 from lightning_cco.export.engines import ENGINES
@@ -35,7 +35,7 @@ from lightning_cco.export.onnx_notes import (
 )
 from lightning_cco.export.onnx_writer import write_onnx
 from lightning_cco.export.options import checked_options
-from lightning_cco.export.precision import float_bytes, in_float32, other_types
+from lightning_cco.export.precision import float_bytes, in_float32
 from lightning_cco.export.report import ExportReport
 from lightning_cco.export.step_network import StepNetwork
 from lightning_cco.files import temporary_folder
@@ -106,12 +106,11 @@ def export_onnx(
     if "custom_translation_table" not in taken:
         need_onnx_forms(quantized.model, quantized.graph)
     target = export_target(path, ".onnx")
-    types = other_types(quantized.model)
     float_size = float_bytes(quantized.model)
-    with in_float32(quantized.model), quantized.evaluating(), eager():
+    with in_float32(quantized.model) as types, quantized.evaluating(), eager():
 
         def forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deployed:
-            return Deployed(quantized.model, args, kwargs, cast=bool(types), network=network, trial=quantized.runtime.mismatches.trial)
+            return deployed_forward(quantized, args, kwargs, types, network)
 
         deployed = forward(args, kwargs)
         calls = [deployed.tensors(*call_of(batch)) for batch in batches] if check else []

@@ -9,20 +9,19 @@ import torch
 from torch import Tensor, nn
 
 
-def other_types(model: nn.Module) -> list[str]:
-    """Floating-point types of parameters and buffers that are not float32."""
-    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in _tensors(model) if tensor.dtype is not torch.float32})
-
-
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Inside the block all floating-point parameters and buffers are float32; after it they are what they were, to the last bit."""
+def in_float32(model: nn.Module) -> Iterator[list[str]]:
+    """Inside the block all floating-point parameters and buffers are float32; after it they are what they were, to the last bit.
+
+    Yields:
+        The types, other than float32, that there were.
+    """
     before = [(tensor, tensor.data, tensor.grad) for tensor in _tensors(model) if tensor.dtype is not torch.float32]
     try:
         for tensor, data, _ in before:
             tensor.grad = None  # a gradient is of its parameter's type
             tensor.data = data.float()
-        yield
+        yield sorted({str(data.dtype).removeprefix("torch.") for _, data, _ in before})
     finally:
         for tensor, data, grad in before:
             tensor.data = data

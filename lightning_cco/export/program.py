@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_cco.errors import CCOError, CCOWarning
 from lightning_cco.export.batch_check import check_program_batch, program_agrees, shapes_in
 from lightning_cco.export.check_limits import judge
-from lightning_cco.export.deployed_forward import Deployed
+from lightning_cco.export.deployed_forward import Deployed, deployed_forward
 from lightning_cco.export.destination import export_target
 from lightning_cco.export.dynamic_axes import Axes, ways_to_vary
 from lightning_cco.export.dynamic_sizes import batch_fixed_since
@@ -26,7 +26,7 @@ from lightning_cco.export.failures import need_packages, need_writable_names, un
 from lightning_cco.export.feeds import call_of
 from lightning_cco.export.named_axes import bounds_of, check_named_axes
 from lightning_cco.export.outputs import arrays_of
-from lightning_cco.export.precision import in_float32, other_types
+from lightning_cco.export.precision import in_float32
 from lightning_cco.export.pt2e_check import Comparison, RecordedProgram, format_faults
 from lightning_cco.export.pt2e_writer import WrittenProgram, write_program
 from lightning_cco.export.report import ExportReport
@@ -108,6 +108,16 @@ def export_program(
     return program
 
 
+def _give_parameters(program: torch.export.ExportedProgram) -> None:
+    """Let it have floats of its own: the model's are of another type after the export, and its integers stay when the model trains on."""
+    own: dict[int, Tensor] = {}
+    for name, tensor in program.state_dict.items():
+        if id(tensor) not in own:
+            copied = tensor.detach().clone()
+            own[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+        program.state_dict[name] = own[id(tensor)]
+
+
 def _give_storage(program: torch.export.ExportedProgram) -> None:
     """Let each constant that is a part of a larger memory have its own: PyTorch would write all of that memory, or warn that no tensor covers it."""
     for name, tensor in program.constants.items():
@@ -155,7 +165,7 @@ def _fake_quantized(
     check: bool,
 ) -> torch.export.ExportedProgram:
     with quantized.evaluating(), eager():
-        deployed = Deployed(quantized.model, args, kwargs, network=network, trial=quantized.runtime.mismatches.trial)
+        deployed = deployed_forward(quantized, args, kwargs, [], network)  # of the types that the model has
 
         def trace(axes: Axes) -> torch.export.ExportedProgram:
             try:
@@ -208,12 +218,11 @@ def _with_operators(
     check: bool,
     path: str,
 ) -> torch.export.ExportedProgram:
-    with in_float32(quantized.model), quantized.evaluating(), eager():
-        deployed = Deployed(
-            quantized.model, *call, cast=bool(other_types(quantized.model)), network=network, trial=quantized.runtime.mismatches.trial
-        )
+    with in_float32(quantized.model) as types, quantized.evaluating(), eager():
+        deployed = deployed_forward(quantized, *call, types, network)
         ways = ways_to_vary(deployed, dynamic_batch, {"dynamic_shapes": dynamic_shapes}, [])
         found = write_program(quantized, deployed, ways, lambda axes: _traced(deployed, network, axes))
+        _give_parameters(found.program)
         if check:
             calls = [tensors for batch in batches if (tensors := deployed.tensors(*call_of(batch))) is not None]
             report = ExportReport(path)
