@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from lightning_cco.compat.resolve import or_else
+
+_NOT_THE_USERS = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, os.path.dirname(__file__)))
 
 
 def graph_being_traced() -> Any:
@@ -23,6 +26,23 @@ def graph_being_traced() -> Any:
         return output if hasattr(output, "compiler_fn") else None
     except (ImportError, AttributeError):
         return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def traced_line() -> str:
+    """Where in the user's code the torch call is that is traced now, as ``file:line``, outside of PyTorch and of this package; empty where it can't be had.
+
+    Private API: ``torch._guards.TracingContext.extract_stack``. Without it: compiled calls of one operation within one module are told apart by their order
+    alone.
+    """
+    try:
+        from torch._guards import TracingContext
+
+        stack = TracingContext.extract_stack()
+    except (ImportError, AttributeError):
+        return ""
+    users = (entry for entry in reversed(stack) if not entry.filename.startswith(_NOT_THE_USERS))
+    return next((f"{entry.filename}:{entry.lineno}" for entry in users), "")
 
 
 TAKE_FUNCTIONS = frozenset({"cond", "while_loop", "scan", "associative_scan", "map", "map_impl", "flex_attention", "invoke_subgraph"})

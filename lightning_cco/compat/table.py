@@ -137,6 +137,11 @@ _DYNAMO = (
         "they run under it (slower)",
     ),
     (
+        "torch._guards.TracingContext.extract_stack",
+        "tells compiled calls of layers from those of tables that are kept from call to call",
+        "they are told apart by their order alone",
+    ),
+    (
         "torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer",
         "checkpoints in one graph",
         "the graph breaks at them (slower)",

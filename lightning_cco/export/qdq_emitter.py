@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,9 +26,10 @@ from lightning_cco.export.provenance import noting
 from lightning_cco.export.qdq_pairs import QdqPairs
 from lightning_cco.export.stored_tensors import StoredWeights
 from lightning_cco.export.weight_blocks import Block
-from lightning_cco.graph.call_node import ModuleCall
+from lightning_cco.graph.call_node import CallNode, ModuleCall
 from lightning_cco.graph.captured import CallSite
 from lightning_cco.graph.compiled import mode_stack, restore_modes
+from lightning_cco.graph.loop_calls import number_of
 from lightning_cco.graph.ops import Category, operation
 from lightning_cco.graph.python_calls import calling_position
 from lightning_cco.names import list_names
@@ -72,6 +73,7 @@ class Emitter:
         self._others = False
         self._norms: dict[str, IntegerWeight] = {}
         self._windows: dict[str, IntegerWeight] = {}
+        self._known: dict[tuple[CallNode, str], tuple[Mapping[int, int], frozenset[int]]] = {}
         self._sites: dict[tuple[int, str, int], CallSite] = {
             (id(site.node), site.op.kind, site.positions[False]): site for site in quantized.capture.sites.values() if site.visible
         }
@@ -167,15 +169,14 @@ class Emitter:
 
     def _site(self, frame: ModuleCall, kind: str) -> CallSite | None:
         """The captured call that one of the forward is; `None`: a trace can take branches of its own, such as one that adds a mask."""
-        index = frame.counts.get(kind, 0)
-        frame.counts[kind] = index + 1
-        site = self._sites.get((id(frame.node), kind, index))
-        if site is None or site.code_position in (-1, here := calling_position()):
-            return site
-        while (later := self._sites.get((id(frame.node), kind, index))) is not None and later.code_position != here:
-            index += 1
-        frame.counts[kind] = frame.counts[kind] - 1 if later is None else index + 1
-        return later
+        if (frame.node, kind) not in self._known:
+            loop = frame.node.numbers.get(kind)
+            self._known[frame.node, kind] = frame.node.known(kind, False), frozenset() if loop is None else loop.onward()
+        number = number_of(*self._known[frame.node, kind], frame.counts.get(kind, 0), calling_position())
+        if number is None:
+            return None
+        frame.counts[kind] = number + 1
+        return self._sites.get((id(frame.node), kind, number))
 
     def _emit(self, site: CallSite, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         before = len(self.order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_cco.graph.loop_calls import LoopCalls, Start, segment_of
@@ -18,6 +19,9 @@ class CallNode:
         children: The calls made from within this one, by path and index.
         tables: For evaluation (`False`) and training (`True`): what to do with each function, by name. Filled by the runtime.
         seen: Likewise: how often the capture saw each kind of operation.
+        places: Likewise: the place of each such call in the user's code, by kind and number.
+        lines: Likewise: its place as a file and a line, for compiled code.
+        idle, idle_lines: By kind: places, and lines, of calls that are no layers; the next forward may leave them out, since it has kept what they gave.
         loops: Whether calls from within this one are counted anew after modules that it calls, since a loop makes them (`graph.loops`).
         numbers: By kind of operation that such a loop calls: its calls in the capture.
         start: What its caller's such operations, and shared modules, are counted from once this call has begun; `None`: they are counted on.
@@ -26,7 +30,8 @@ class CallNode:
     """
 
     __slots__ = (
-        "captured", "children", "index", "loops", "numbers", "ordinal", "parent", "path", "ran", "seen", "start", "tables",
+        "captured", "children", "idle", "idle_lines", "index", "lines", "loops", "numbers", "ordinal", "parent", "path", "places", "ran", "seen", "start",
+        "tables",
     )  # fmt: skip
 
     def __init__(self, path: str, index: int = 0, parent: CallNode | None = None, captured: bool = True) -> None:
@@ -42,6 +47,10 @@ class CallNode:
         self.children: dict[tuple[str, int], CallNode] = {}
         self.tables: dict[bool, dict[str, Any]] = {False: {}, True: {}}
         self.seen: dict[bool, dict[str, int]] = {False: {}, True: {}}
+        self.places: dict[bool, dict[str, dict[int, int]]] = {False: {}, True: {}}
+        self.lines: dict[bool, dict[str, dict[int, str]]] = {False: {}, True: {}}
+        self.idle: dict[str, set[int]] = {}
+        self.idle_lines: dict[str, set[str]] = {}
 
     def child(self, path: str, index: int, captured: bool) -> CallNode:
         """The node of a call made from within this one, made on first use."""
@@ -49,6 +58,21 @@ class CallNode:
         if node is None:
             node = self.children.setdefault((path, index), CallNode(path, index, self, captured))
         return node
+
+    def known(self, kind: str, training: bool) -> Mapping[int, int]:
+        """The place of each call of an operation that the capture saw, by number; -1: none that is of the user's code."""
+        if kind in self.numbers:
+            return self.numbers[kind].known(training)
+        training = training and bool(self.seen[True])
+        return {**dict.fromkeys(range(self.seen[training].get(kind, 0)), -1), **self.places[training].get(kind, {})}
+
+    def forget_training(self) -> None:
+        """The training's capture has failed."""
+        self.seen[True].clear()
+        self.places[True].clear()
+        self.lines[True].clear()
+        for calls in self.numbers.values():
+            calls.forget_training()
 
     @property
     def key(self) -> str:

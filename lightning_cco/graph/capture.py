@@ -24,8 +24,10 @@ from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.containers import LOOKED_INTO
 from lightning_cco.graph.error_location import failing_module
 from lightning_cco.graph.generated_weights import warn_of_weights_kept, warn_of_weights_made
+from lightning_cco.graph.idle_calls import note_idle
 from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.modes import as_now, switch_training, uncollected
+from lightning_cco.graph.saved_caches import clear_cache
 from lightning_cco.graph.snapshot import Snapshot
 from lightning_cco.graph.trace import Tracer
 from lightning_cco.names import is_within, list_names
@@ -84,8 +86,8 @@ _WITHOUT_GRADIENTS = ("does not require grad", "appears to not have been used in
 
 def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> Capture:
     with Snapshot(model, parameters=True) as kept:
-        parts = _parts(model)
-        evaluation = _trace_evaluation(model, forward, gradients)
+        parts, forward = _parts(model), _with_empty_caches(kept, forward)
+        first = evaluation = _trace_evaluation(model, forward, gradients)
         constants: list[KeptConstant] = []
         changed, appeared = kept.changed(), kept.appeared()
         late = [path for path, part in _parts(model).items() if parts.get(path) is not part]
@@ -103,6 +105,9 @@ def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> C
         evaluation.find_loops()
         training = _trace_training(model, forward, evaluation.frames.root, carried_now(constants, kept.changed()))
         warn_of_weights_kept(model, training or evaluation)
+    note_idle(
+        evaluation.frames.root, [(tracer.frames.root, tracer.calls) for tracer in (first, evaluation, training) if tracer is not None]
+    )
     teachers = only_asked(model, evaluation, training)
     captured = assemble(evaluation.frames.root, evaluation, training, teachers)
     captured.called = tuple(path for path in evaluation.called if not is_within(path, teachers))
@@ -113,6 +118,17 @@ def _capture(model: nn.Module, forward: Callable[[], Any], gradients: bool) -> C
     if not _warn_of_two_networks(model, captured):
         _warn_of_further_calls(model, captured)
     return captured
+
+
+def _with_empty_caches(kept: Snapshot, forward: Callable[[], Any]) -> Callable[[], Any]:
+    """A forward that computes what `functools.lru_cache` keeps, as a compiler has it in each forward."""
+
+    def run() -> Any:
+        for cache in kept.caches:
+            clear_cache(cache)
+        return forward()
+
+    return run
 
 
 def _trace_evaluation(
@@ -262,7 +278,5 @@ def _trace_training(model: nn.Module, forward: Callable[[], Any], root: CallNode
             # A batch of one sample under batch norm, a detector that wants targets: training calls are then taken to be those of evaluation,
             # and the runtime reports where they are not.
             for node in root.walk():
-                node.seen[True].clear()
-                for calls in node.numbers.values():
-                    calls.forget_training()
+                node.forget_training()
     return None

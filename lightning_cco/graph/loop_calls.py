@@ -98,7 +98,7 @@ def number_of(known: Mapping[int, int], onward: frozenset[int], index: int, plac
     """The number of the captured call that one is; `None` if it is none.
 
     Args:
-        known: The place of each number.
+        known: The place of each number; -1: unknown.
         onward: Places of calls that may be those after a later module.
         index: Its number by the count.
         place: Its place in the user's code.
@@ -106,12 +106,28 @@ def number_of(known: Mapping[int, int], onward: frozenset[int], index: int, plac
     >>> number_of({0: 8, 1 << 16: 9, 2 << 16: 9}, frozenset({8, 9}), 1 << 16 | 1, 9) == 2 << 16
     True
     """
-    if known.get(index) == place:
+    if known.get(index) in (-1, place):
         return index
     segment = segment_of(index)
     after = [number for number, at in known.items() if number > index and at == place]
     found = [number for number in after if segment_of(number) == segment or place in onward]
     return min(found, default=None)
+
+
+def number_at_line(lines: Mapping[int, str], index: int, line: str) -> int | None:
+    """The number of the captured call that one is which a compiler traces, where calls that are no layers may come between.
+
+    Args:
+        lines: The line of each number.
+        index: Its number by the count.
+        line: Its line; empty: unknown, so that the count is right.
+
+    >>> number_at_line({0: "net.py:3", 1: "net.py:8"}, 0, "net.py:8")
+    1
+    """
+    if not line or lines.get(index) == line:
+        return index
+    return min([number for number, at in lines.items() if number > index and at == line], default=None)
 
 
 def compiled_number_of(known: Mapping[int, int], jumps: Mapping[int, int], next_ones: tuple[int, ...], index: int) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lightning_cco.graph.call import Call
 from lightning_cco.graph.call_node import Called, CallNode, ModuleCall
 from lightning_cco.graph.loop_calls import BITS, LoopCalls, Start
-from lightning_cco.graph.python_calls import calling_position, position_of_module_call
+from lightning_cco.graph.python_calls import calling_line, calling_position, position_of_module_call
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Loops:
         if frame.training and kind in frame.node.numbers:
             index = frame.node.numbers[kind].note_training(index, place)
         frame.counts[kind] = index + 1
+        frame.node.places[frame.training].setdefault(kind, {}).setdefault(index, place)
+        frame.node.lines[frame.training].setdefault(kind, {}).setdefault(index, calling_line())
         self.counted[frame.node, kind, index] = frame.last, place
         return index
 

@@ -51,6 +51,12 @@ def undo_cache(cache: Any) -> Callable[[], None]:
     return undo
 
 
+def clear_cache(cache: Any) -> None:
+    """Empty a cache that holds only values and tensors, which are the same when made again: what makes them is then seen."""
+    if cache.cache_info().currsize and not any(_may_be_written_to(value) for value in held_by(cache)):
+        cache.cache_clear()
+
+
 def _may_be_written_to(value: Any) -> bool:
     return isinstance(value, (list, dict, set, deque, bytearray)) or (is_own_code(type(value)) and not isinstance(value, (type, nn.Module)))
 

@@ -63,6 +63,7 @@ class Snapshot:
 
     Attributes:
         stay: Attributes and names that stay as they are when the block ends; see `appeared`.
+        caches: What `functools.lru_cache` has made.
         constants: Tensors that stay where a forward has put them in place of nothing.
     """
 
@@ -78,7 +79,7 @@ class Snapshot:
         self._attributes: list[KeptAttributes] = []
         self._large: list[tuple[Tensor, int]] = []
         self._containers: list[tuple[Any, list[Any]]] = []
-        self._seen: dict[int, Any] = {}
+        self._seen, self.caches = dict[int, Any](), list[Any]()
         self._code: deque[type | FunctionType] = deque()
         self._most_bytes = _LARGE
         with torch.DisableTorchFunction(), torch.no_grad():
@@ -172,6 +173,7 @@ class Snapshot:
         elif isinstance(value, type):
             self._code.append(value)
         elif is_cache(value):
+            self.caches.append(value)
             self._undo.append(undo_cache(value))
             for part in (value.__wrapped__, *held_by(value)):
                 self._enter(part)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from lightning_cco.compat.autograd import graph_task
 from lightning_cco.errors import CCOWarning
@@ -22,6 +22,7 @@ from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.loop_calls import segment_of
 from lightning_cco.graph.ops import OPS, READS_VALUES, Category, operation
 from lightning_cco.graph.outside_readers import hooked_modules
+from lightning_cco.graph.python_calls import calling_position
 from lightning_cco.names import is_within, list_names
 from lightning_cco.quantization.followed_results import FollowedResults
 from lightning_cco.quantization.plan import QuantizationPlan
@@ -76,6 +77,8 @@ class CaptureMismatches:
             return ""  # the capture in training mode has failed, as that of a detector that wants targets: a loss may come here that it never saw
         if name in READS_VALUES or name == "__len__":
             return ""  # gives no tensor
+        if not is_dynamo_compiling() and calling_position() in frame.node.idle.get(operation(name).kind, ()):
+            return ""  # no layer, as it was none in the capture: a table that is kept for each size is made for another one
         if not frame.node.captured and frame.node.path not in self._with_parameters:
             return ""  # a metric, a loss or a teacher, not the model
         floats = [tensor for _, tensor in tensors_in((*args, kwargs)) if tensor.is_floating_point()]

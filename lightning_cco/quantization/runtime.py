@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 
 from lightning_cco.compat.autograd import graph_task
+from lightning_cco.compat.dynamo import traced_line
 from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.graph.captured import Capture
 from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.frames import Frames
-from lightning_cco.graph.loop_calls import compiled_number_of, number_of
+from lightning_cco.graph.loop_calls import compiled_number_of, number_at_line, number_of
 from lightning_cco.graph.operator_calls import OTHER_NAMES
 from lightning_cco.graph.python_calls import calling_position
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
@@ -125,25 +126,15 @@ class Runtime:
         if entry.onward is not None:
             number = _number(frame, entry)
             if number is None:
-                return self._not_of_the_loop(frame, name, entry.sites.get(index), func, args, kwargs)
+                return self._not_captured(frame, name, entry.sites.get(index), func, args, kwargs)
             index = number
         counts[kind] = index + 1
         site = entry.sites.get(index)
         if site is None:
             return self._unseen(frame, name, func, args, kwargs) if index not in entry.known else func(*args, **kwargs)
-        here = site.code_position
-        if (
-            here >= 0
-            and entry.onward is None
-            and not is_compiling()
-            and calling_position(settled=False) != here
-            and calling_position() != here
-        ):
-            self.mismatches.moved(frame, name, site)
-            return func(*args, **kwargs)
         return (self.run if self._blocks.open else self._run)(frame, site, func, args, kwargs)
 
-    def _not_of_the_loop(
+    def _not_captured(
         self,
         frame: ModuleCall,
         name: str,
@@ -152,9 +143,13 @@ class Runtime:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run a call that is none of those that the capture saw in a loop; it is not counted."""
-        known = frame.table[name].known
-        if instead_of is None or calling_position() in known.values():
+        """Run a call that is none of those that the capture saw; it is not counted."""
+        entry = frame.table[name]
+        if is_dynamo_compiling():
+            of_no_layer = traced_line() in frame.node.idle_lines.get(entry.kind, ())
+            return func(*args, **kwargs) if of_no_layer else self._unseen(frame, name, func, args, kwargs)
+        place = calling_position()
+        if instead_of is None or place in entry.known.values() or place in frame.node.idle.get(entry.kind, ()):
             return self._unseen(frame, name, func, args, kwargs)
         self.mismatches.moved(frame, name, instead_of)
         return func(*args, **kwargs)
@@ -289,8 +284,11 @@ def _number(frame: ModuleCall, entry: FunctionEntry) -> int | None:
     index = frame.counts.get(entry.kind, 0)
     if entry.onward is None:
         return index
-    if is_compiling():
+    if is_dynamo_compiling():
+        if entry.lines:
+            return number_at_line(entry.lines, index, traced_line())
         return compiled_number_of(entry.known, entry.jumps, entry.next_ones, index)
-    if entry.known.get(index) == calling_position(settled=False):
+    known = entry.known.get(index)
+    if known == -1 or known == calling_position(settled=False):
         return index
     return number_of(entry.known, entry.onward, index, calling_position())

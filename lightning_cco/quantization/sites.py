@@ -54,9 +54,10 @@ class FunctionEntry:
 
     Attributes:
         kind: The operation.
-        known: Numbers of those that were captured, and the place of each in the user's code if a loop over modules makes them.
-        onward: Of a loop over modules: places of calls that it makes in each round; else `None`.
+        known: Numbers of those that were captured, and the place of each in the user's code.
+        onward: Places of calls that a loop over modules makes in each round; `None`: calls are told apart by their order alone, since none is quantized.
         jumps, next_ones: Of such a loop, for compiled code: see `LoopCalls`.
+        lines: For compiled code, where calls that are no layers may come between: the file and the line of each number.
         sites: Which of them are quantized.
         last: Those after which no layer with weights comes: what is made of the outputs.
     """
@@ -66,6 +67,7 @@ class FunctionEntry:
     onward: frozenset[int] | None = None
     jumps: dict[int, int] = field(default_factory=dict)
     next_ones: tuple[int, ...] = ()
+    lines: Mapping[int, str] = field(default_factory=dict)
     sites: dict[int, SiteQuantizers] = field(default_factory=dict)
     last: set[int] = field(default_factory=set)
 
@@ -96,16 +98,27 @@ def fill_tables(
             entry = site.node.tables[training].get(site.function)
             if entry is not None:
                 entry.sites[position] = quantizers
-    # Most calls of a transformer only move values: no entry, no work.
     for node in capture.root.walk():
-        for training, table in node.tables.items():
-            node.tables[training] = {name: entry for name, entry in table.items() if entry.sites or not only_moves(entry.kind)}
+        node.tables = {training: _needed(table) for training, table in node.tables.items()}
+
+
+def _needed(table: dict[str, FunctionEntry]) -> dict[str, FunctionEntry]:
+    """A filled table without what only moves values, as most calls of a transformer do: no entry, no work. Where something is quantized, places count."""
+    for entry in table.values():
+        if entry.sites and entry.onward is None:
+            entry.onward = frozenset()
+    return {name: entry for name, entry in table.items() if entry.sites or not only_moves(entry.kind)}
 
 
 def _entries(node: CallNode, training: bool) -> dict[str, FunctionEntry]:
     """What was captured within a frame, nothing of it quantized yet."""
     seen = node.seen[training] or node.seen[False]
-    found = {kind: FunctionEntry(kind, dict.fromkeys(range(count), -1)) for kind, count in seen.items() if kind not in node.numbers}
+    lines = node.lines[training and bool(node.seen[True])]
+    found = {
+        kind: FunctionEntry(kind, node.known(kind, training), lines=lines.get(kind, {}) if kind in node.idle else {})
+        for kind in seen
+        if kind not in node.numbers
+    }
     for kind, loop in node.numbers.items():
         found[kind] = FunctionEntry(kind, loop.known(training), loop.onward(), loop.jumps if training else {}, loop.next_ones())
     return found

@@ -183,6 +183,18 @@ def test_the_graph_that_is_compiled() -> None:
     assert dynamo.without_side_effect_checks(lambda x: x + 1, 1) == 2
 
 
+@tries("torch._guards.TracingContext.extract_stack")
+def test_the_line_that_is_compiled() -> None:
+    def function(x: Tensor) -> Tensor:
+        x = x + 1 if dynamo.traced_line() == first else x
+        return x + 10 if dynamo.traced_line() == second else x
+
+    first, second = (f"{__file__}:{function.__code__.co_firstlineno + number}" for number in (1, 2))
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2)).tolist() == [12.0, 12.0]
+    assert dynamo.traced_line() == ""
+
+
 @tries(
     "torch._ops.OpOverload",
     "torch._ops.OpOverloadPacket",
