@@ -111,7 +111,7 @@ class Runtime:
             return self._handle(frame, name, func, args, kwargs)
         entry = frame.table.get(name)
         index = 0 if entry is None else _number(frame, entry)
-        if entry is not None and index in entry.known and index not in entry.last:
+        if entry is not None and index in entry.layers:
             self.mismatches.read_by_a_layer(args, kwargs)
         result = self._handle(frame, name, func, args, kwargs)
         self.mismatches.followed.passed_on(name, args, kwargs, result)

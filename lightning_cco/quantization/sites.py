@@ -59,7 +59,7 @@ class FunctionEntry:
         jumps, next_ones: Of such a loop, for compiled code: see `LoopCalls`.
         lines: For compiled code, where calls that are no layers may come between: the file and the line of each number.
         sites: Which of them are quantized.
-        last: Those after which no layer with weights comes: what is made of the outputs.
+        layers: Those that lead to a layer with weights, or are one; not what is made of the outputs, nor what is no layer.
     """
 
     kind: str
@@ -69,7 +69,7 @@ class FunctionEntry:
     next_ones: tuple[int, ...] = ()
     lines: Mapping[int, str] = field(default_factory=dict)
     sites: dict[int, SiteQuantizers] = field(default_factory=dict)
-    last: set[int] = field(default_factory=set)
+    layers: set[int] = field(default_factory=set)
 
 
 def fill_tables(
@@ -86,10 +86,10 @@ def fill_tables(
     weighted = [layer.name for layer in capture.graph if layer.weighted]
     leading = capture.graph.ancestors(weighted)
     for site in capture.sites.values():
-        if site.layer not in leading:
+        if site.layer in leading:
             for training, position in site.positions.items():
                 if site.function in site.node.tables[training]:
-                    site.node.tables[training][site.function].last.add(position)
+                    site.node.tables[training][site.function].layers.add(position)
         quantizers = site_quantizers(site, capture, plan, activations, weights)
         if quantizers is None:
             continue
