@@ -55,12 +55,16 @@ class LocalRun:
     Attributes:
         steps: Differences by quantizer name.
         weights: What each weight quantizer was given and gave, by layer and number.
+        of_no_output: Quantizers of tensors that no output depends on, so that the file leaves them out.
     """
 
     def __init__(self, quantized: HookedModel, rounded: Mapping[str, list[QuantizeNode]]) -> None:
         self.quantized, self.rounded = quantized, rounded
         self.steps: dict[str, Steps] = {}
         self.weights: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        graph = quantized.graph
+        read = graph.ancestors([layer.name for layer in graph if layer.kind == "output"])
+        self.of_no_output = [key for key in quantized.activations if key.layer not in read and key not in rounded]
         self._unlike: dict[str, str] = {}
         self._ties: Tensor | None = None
         self._merged = [key for key in quantized.activations if key not in rounded]
@@ -94,6 +98,8 @@ class LocalRun:
         """Quantizers whose tensors could not be compared, and why; without those that have no range, since nothing came there: they round nothing."""
         missing: dict[str, str] = {}
         for key, quantizer in self.quantized.activations.items():
+            if key in self.of_no_output:
+                continue
             if key in self._unlike:
                 missing[key] = self._unlike[key]
             elif key not in self.steps and not quantizer.empty:

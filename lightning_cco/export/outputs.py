@@ -197,6 +197,8 @@ def tell(report: ExportReport, local: LocalRun, outputs: Outputs | None) -> None
     if outputs is None:
         return
     report.uncompared = local.uncompared()
+    if local.of_no_output:
+        report.notes.append(f"no output depends on {list_names(local.of_no_output, 8)}: what only these need is not in the file")
     report.outputs = outputs.differences()
     report.sqnr_db, report.varying_sqnr_db = outputs.sqnr_db, outputs.varying_sqnr_db
     report.largest_difference = max((entry.largest_difference for entry in report.outputs), default=float("nan"))
