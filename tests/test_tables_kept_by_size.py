@@ -145,7 +145,7 @@ class Branches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.first, self.second, self.third, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
 
     def forward(self, x: Tensor, more: bool = True) -> Tensor:
         y = self.first(x)
@@ -153,7 +153,7 @@ class Branches(nn.Module):
             y = y + x
         z = self.second(y)
         z = z + y
-        return self.last(z)
+        return self.last(self.third(z))
 
 
 def test_a_branch_that_is_left_out_does_not_move_the_ranges_of_what_comes_after_it() -> None:

@@ -20,7 +20,7 @@ class CallNode:
         tables: For evaluation (`False`) and training (`True`): what to do with each function, by name. Filled by the runtime.
         seen: Likewise: how often the capture saw each kind of operation.
         places: Likewise: the place of each such call in the user's code, by kind and number.
-        lines: Likewise: its place as a file and a line, for compiled code.
+        lines: The file and the line of each place, for compiled code.
         idle, idle_lines: By kind: places, and lines, of calls that are no layers; the next forward may leave them out, since it has kept what they gave.
         loops: Whether calls from within this one are counted anew after modules that it calls, since a loop makes them (`graph.loops`).
         numbers: By kind of operation that such a loop calls: its calls in the capture.
@@ -48,7 +48,7 @@ class CallNode:
         self.tables: dict[bool, dict[str, Any]] = {False: {}, True: {}}
         self.seen: dict[bool, dict[str, int]] = {False: {}, True: {}}
         self.places: dict[bool, dict[str, dict[int, int]]] = {False: {}, True: {}}
-        self.lines: dict[bool, dict[str, dict[int, str]]] = {False: {}, True: {}}
+        self.lines: dict[int, str] = {}
         self.idle: dict[str, set[int]] = {}
         self.idle_lines: dict[str, set[str]] = {}
 
@@ -70,7 +70,6 @@ class CallNode:
         """The training's capture has failed."""
         self.seen[True].clear()
         self.places[True].clear()
-        self.lines[True].clear()
         for calls in self.numbers.values():
             calls.forget_training()
 

@@ -40,7 +40,7 @@ def note_idle(root: CallNode, forwards: Iterable[tuple[CallNode, Sequence[Call]]
 
 def _calls(node: CallNode) -> Iterator[tuple[str, int, str]]:
     """Kind, place and line of each call that was seen within a frame."""
-    for training, kinds in node.places.items():
+    for kinds in node.places.values():
         for kind, places in kinds.items():
-            for number, place in places.items():
-                yield kind, place, node.lines[training][kind][number]
+            for place in places.values():
+                yield kind, place, node.lines[place]

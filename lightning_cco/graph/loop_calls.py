@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+_Place = TypeVar("_Place", int, str)
 
 BITS = 16
 """Of a number: which call after a module; the bits above say after which."""
@@ -46,12 +49,10 @@ class LoopCalls:
     Attributes:
         places: For evaluation (`False`) and training (`True`): the place of each number.
         paired: The number in training of each one of evaluation.
-        jumps: By a count that the training's capture saw: the call after a later module that it was.
     """
 
     places: dict[bool, dict[int, int]] = field(default_factory=lambda: {False: {}, True: {}})
     paired: dict[int, int] = field(default_factory=dict)
-    jumps: dict[int, int] = field(default_factory=dict)
 
     def known(self, training: bool) -> dict[int, int]:
         """The place of each number; in training also of calls after modules that the capture left out there."""
@@ -77,8 +78,7 @@ class LoopCalls:
         if here:
             self.paired[here[0]] = index
         elif later:
-            self.jumps[index] = self.paired[later[0]] = later[0]
-            index = later[0]
+            index = self.paired[later[0]] = later[0]
         trained[index] = place
         return index
 
@@ -86,19 +86,13 @@ class LoopCalls:
         """The training's capture has failed."""
         self.places[True].clear()
         self.paired.clear()
-        self.jumps.clear()
-
-    def next_ones(self) -> tuple[int, ...]:
-        """The numbers of evaluation in order, where all come from one place, so that a count that is none of them leads to the next; else nothing."""
-        places = {*self.places[False].values()}
-        return tuple(sorted(self.places[False])) if places == self.onward() and len(places) == 1 else ()
 
 
-def number_of(known: Mapping[int, int], onward: frozenset[int], index: int, place: int) -> int | None:
+def number_of(known: Mapping[int, _Place], onward: frozenset[_Place], index: int, place: _Place) -> int | None:
     """The number of the captured call that one is; `None` if it is none.
 
     Args:
-        known: The place of each number; -1: unknown.
+        known: The place of each number, -1 where it is unknown; in compiled code its line, empty where it is unknown.
         onward: Places of calls that may be those after a later module.
         index: Its number by the count.
         place: Its place in the user's code.
@@ -106,47 +100,9 @@ def number_of(known: Mapping[int, int], onward: frozenset[int], index: int, plac
     >>> number_of({0: 8, 1 << 16: 9, 2 << 16: 9}, frozenset({8, 9}), 1 << 16 | 1, 9) == 2 << 16
     True
     """
-    if known.get(index) in (-1, place):
+    if known.get(index) in (-1, "", place):
         return index
     segment = segment_of(index)
     after = [number for number, at in known.items() if number > index and at == place]
     found = [number for number in after if segment_of(number) == segment or place in onward]
     return min(found, default=None)
-
-
-def number_at_line(lines: Mapping[int, str], index: int, line: str) -> int | None:
-    """The number of the captured call that one is which a compiler traces, where calls that are no layers may come between.
-
-    Args:
-        lines: The line of each number.
-        index: Its number by the count.
-        line: Its line; empty: unknown, so that the count is right.
-
-    >>> number_at_line({0: "net.py:3", 1: "net.py:8"}, 0, "net.py:8")
-    1
-    """
-    if not line or lines.get(index) == line:
-        return index
-    return min([number for number, at in lines.items() if number > index and at == line], default=None)
-
-
-def compiled_number_of(known: Mapping[int, int], jumps: Mapping[int, int], next_ones: tuple[int, ...], index: int) -> int:
-    """The same while a compiler traces, where no places are known.
-
-    Args:
-        known: Numbers of the captured calls.
-        jumps: `LoopCalls.jumps`.
-        next_ones: `LoopCalls.next_ones`.
-        index: Its number by the count, which is returned if it is no captured call.
-
-    >>> compiled_number_of({0: 8}, {}, (0, 1 << 16), 5) == 1 << 16
-    True
-    """
-    if index in known:
-        return index
-    if index in jumps:
-        return jumps[index]
-    for number in next_ones:
-        if number > index:
-            return number
-    return index

@@ -47,7 +47,8 @@ class Loops:
             index = frame.node.numbers[kind].note_training(index, place)
         frame.counts[kind] = index + 1
         frame.node.places[frame.training].setdefault(kind, {}).setdefault(index, place)
-        frame.node.lines[frame.training].setdefault(kind, {}).setdefault(index, calling_line())
+        if place not in frame.node.lines:
+            frame.node.lines[place] = calling_line()
         self.counted[frame.node, kind, index] = frame.last, place
         return index
 

@@ -17,7 +17,7 @@ from lightning_cco.graph.call_node import ModuleCall
 from lightning_cco.graph.captured import Capture
 from lightning_cco.graph.compiled import eager
 from lightning_cco.graph.frames import Frames
-from lightning_cco.graph.loop_calls import compiled_number_of, number_at_line, number_of
+from lightning_cco.graph.loop_calls import number_of
 from lightning_cco.graph.operator_calls import OTHER_NAMES
 from lightning_cco.graph.python_calls import calling_position
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
@@ -285,9 +285,8 @@ def _number(frame: ModuleCall, entry: FunctionEntry) -> int | None:
     if entry.onward is None:
         return index
     if is_dynamo_compiling():
-        if entry.lines:
-            return number_at_line(entry.lines, index, traced_line())
-        return compiled_number_of(entry.known, entry.jumps, entry.next_ones, index)
+        line = traced_line() if entry.lines else ""
+        return number_of(entry.lines, entry.onward_lines, index, line) if line else index
     known = entry.known.get(index)
     if known == -1 or known == calling_position(settled=False):
         return index

@@ -56,8 +56,7 @@ class FunctionEntry:
         kind: The operation.
         known: Numbers of those that were captured, and the place of each in the user's code.
         onward: Places of calls that a loop over modules makes in each round; `None`: calls are told apart by their order alone, since none is quantized.
-        jumps, next_ones: Of such a loop, for compiled code: see `LoopCalls`.
-        lines: For compiled code, where calls that are no layers may come between: the file and the line of each number.
+        lines, onward_lines: The same for compiled code, by files and lines; empty where order tells the calls apart.
         sites: Which of them are quantized.
         layers: Those that lead to a layer with weights, or are one; not what is made of the outputs, nor what is no layer.
     """
@@ -65,9 +64,8 @@ class FunctionEntry:
     kind: str
     known: Mapping[int, int]
     onward: frozenset[int] | None = None
-    jumps: dict[int, int] = field(default_factory=dict)
-    next_ones: tuple[int, ...] = ()
     lines: Mapping[int, str] = field(default_factory=dict)
+    onward_lines: frozenset[str] = frozenset()
     sites: dict[int, SiteQuantizers] = field(default_factory=dict)
     layers: set[int] = field(default_factory=set)
 
@@ -113,14 +111,12 @@ def _needed(table: dict[str, FunctionEntry]) -> dict[str, FunctionEntry]:
 def _entries(node: CallNode, training: bool) -> dict[str, FunctionEntry]:
     """What was captured within a frame, nothing of it quantized yet."""
     seen = node.seen[training] or node.seen[False]
-    lines = node.lines[training and bool(node.seen[True])]
-    found = {
-        kind: FunctionEntry(kind, node.known(kind, training), lines=lines.get(kind, {}) if kind in node.idle else {})
-        for kind in seen
-        if kind not in node.numbers
-    }
+    found = {kind: FunctionEntry(kind, node.known(kind, training)) for kind in (*seen, *node.numbers)}
     for kind, loop in node.numbers.items():
-        found[kind] = FunctionEntry(kind, loop.known(training), loop.onward(), loop.jumps if training else {}, loop.next_ones())
+        found[kind].onward = loop.onward()
+        found[kind].onward_lines = frozenset(node.lines[place] for place in loop.onward())
+    for kind in {*node.numbers, *node.idle} & found.keys():
+        found[kind].lines = {number: node.lines.get(place, "") for number, place in found[kind].known.items()}
     return found
 
 
