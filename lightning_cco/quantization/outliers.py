@@ -40,8 +40,8 @@ class Outliers:
         if self._keys != keys:
             names, unsaid = set(self.names()), set(self._named(self._unsaid))
             self._keys = list(keys)
-            self._last = torch.tensor([key in names for key in keys], dtype=torch.bool)
-            self._unsaid = torch.tensor([key in unsaid for key in keys], dtype=torch.bool)
+            self._last = torch.tensor([key in names for key in keys], dtype=torch.bool, device=device)
+            self._unsaid = torch.tensor([key in unsaid for key in keys], dtype=torch.bool, device=device)
         if self._last.device != device:
             self._last = self._last.to(device)
             self._unsaid = self._unsaid.to(device) if self._unsaid is not None else None
@@ -76,7 +76,7 @@ class Outliers:
         """Go on from saved `names`, those that are among `keys`."""
         known = set(names)
         self._keys = [key for key in keys if key in known]
-        self._last, self._unsaid = torch.ones(len(self._keys), dtype=torch.bool), None
+        self._last, self._unsaid = torch.ones(len(self._keys), dtype=torch.bool, device="cpu"), None
 
     def _named(self, found: Tensor | None) -> list[TensorKey]:
         if found is None or not bool(found.any()):
