@@ -52,16 +52,38 @@ def test_reachability_is_that_of_networkx(both: tuple[LayerGraph, nx.DiGraph]) -
 @given(graphs())
 def test_tail_is_what_reaches_an_output_past_no_further_weight(both: tuple[LayerGraph, nx.DiGraph]) -> None:
     graph, reference = both
-    # From the definition: without the weighted layers other than the layer itself, an output is still reachable from it.
+    # From the definition: without the weighted layers other than the layer itself, an output is still reachable from it; of the weighted ones only the last,
+    # which no other one reads, and of the others what comes after these, or after none.
     weighted = {layer.name for layer in graph if layer.weighted}
     markers = set(graph.outputs)
     ends = [o for o in graph.outputs if all(set(reference.successors(p)) <= markers for p in reference.predecessors(o))] or graph.outputs
     expected = set()
-    for layer in graph:
-        light = reference.subgraph(set(reference) - (weighted - {layer.name}))
-        if layer.kind == "conv" and any(nx.has_path(light, layer.name, output) for output in ends):
-            expected.add(layer.name)
+    for output in ends:
+        reaching = {
+            layer.name
+            for layer in graph
+            if layer.kind == "conv" and nx.has_path(reference.subgraph(set(reference) - (weighted - {layer.name})), layer.name, output)
+        }
+        before = reaching & weighted
+        last = {name for name in before if not any(nx.has_path(reference, name, other) for other in before - {name})}
+        for name in reaching:
+            above = nx.ancestors(reference, name) | {name}
+            if above & last or (before == last or not above & weighted):
+                expected.add(name)
     assert graph.tail() == expected
+
+
+def test_the_residual_stream_of_a_model_without_a_head_is_no_tail() -> None:
+    """Three residual blocks, then the output: what only the last block adds, and the sum."""
+    names = [f"{kind}_{block}" for block in range(3) for kind in ("up", "down", "sum")]
+    layers = [Layer(name, "", "conv", weighted=not name.startswith("sum")) for name in names]
+    edges = [Edge("input_0", "up_0"), Edge("input_0", "sum_0"), Edge("sum_2", "output_0")]
+    for block in range(3):
+        edges += [Edge(f"up_{block}", f"down_{block}"), Edge(f"down_{block}", f"sum_{block}")]
+        if block:
+            edges += [Edge(f"sum_{block - 1}", f"up_{block}"), Edge(f"sum_{block - 1}", f"sum_{block}")]
+    graph = LayerGraph([Layer("input_0", "", "input"), *layers, Layer("output_0", "", "output")], edges)
+    assert graph.tail() == {"down_2", "sum_2"}
 
 
 @settings(max_examples=60)
@@ -214,5 +236,5 @@ def test_queries_look_at_each_edge_a_bounded_number_of_times() -> None:
     graph = LayerGraph([*layers, Layer("output_0", "", "output")], [*edges, Edge(names[-1], "output_0")])
     assert len(graph.between("conv_0", [f"conv_{i}" for i in range(1, count, 2)])) == count // 2
     assert len(graph.downstream("conv_10")) == count - 10
-    assert graph.tail() == {f"conv_{i}" for i in range(count - 5, count)}
+    assert graph.tail() == {f"conv_{i}" for i in range(count - 4, count)}
     assert len(graph.select("stage.*.conv3")) == count // 20

@@ -131,17 +131,27 @@ class LayerGraph:
     def tail(self) -> set[str]:
         """Returns the layers from each output upstream to the first weighted layer of every branch, that layer included.
 
-        In other words: the layers from which a path leads to an output with no weighted layer on it other than, possibly, its first.
+        In other words: the layers from which a path leads to an output with no weighted layer on it other than, possibly, its first. Of the weighted layers
+        before an output those that another one of them reads are not part of it, nor what carries their results past that: the residual stream of an
+        encoder without a head leads from each of its blocks to the output, but what comes after a block can make up for its error.
+
         The output markers themselves and the inputs of the model are not part of it. An output that other layers of the model also read (features
         that are returned together with the logits, an encoder's states together with the decoder's), as they are or moved, starts no tail if there is
         another output.
         """
-        reached = self._reach(
-            end_outputs({name: self._by_name[name] for name in self._order}, self.edges),
-            self._predecessors,
-            stop=lambda name: self._by_name[name].weighted,
-        )
-        return {name for name in reached if self._by_name[name].kind not in ("input", "output")}
+        ends = end_outputs({name: self._by_name[name] for name in self._order}, self.edges)
+        found = set().union(*map(self._tail_of, ends))
+        return {name for name in found if self._by_name[name].kind not in ("input", "output")}
+
+    def _tail_of(self, output: str) -> set[str]:
+        reached = self._reach([output], self._predecessors, stop=lambda name: self._by_name[name].weighted)
+        weighted = {name for name in reached if self._by_name[name].weighted}
+        read = self._reach({before for name in weighted for before in self._predecessors[name]}, self._predecessors)
+        if weighted.isdisjoint(read):
+            return reached
+        after_last = self._reach(weighted - read, self._successors)
+        after_any = self._reach((layer.name for layer in self.layers if layer.weighted), self._successors)
+        return {name for name in reached if name in after_last or name not in after_any}
 
     def between(self, start: str | Iterable[str], until: str | Iterable[str]) -> set[str]:
         """Returns the layers on the paths from ``start`` to any of ``until``: ``start`` included, the destinations not.
