@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
 import onnx
 import pytest
@@ -14,6 +15,7 @@ from export_case import run
 from torch import Tensor, nn
 
 from lightning_cco import QuantizedModel, plan_quantization, quantize
+from lightning_cco.batches import capture_module
 from lightning_cco.export.ort_session import engine_session
 
 Form = Callable[[nn.Module, Tensor], Tensor]
@@ -371,3 +373,41 @@ def test_shared_modules_weights_and_factors(tmp_path: Path) -> None:
         expected = net(batches[1]).numpy()
     difference = run(tmp_path / "model.onnx", batches[1]) - expected
     assert np.square(difference).sum() < 1e-4 * np.square(expected).sum()
+
+
+class Tasks(nn.Module):
+    """A factor for each task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 2)
+        self.factors, self.task = nn.ParameterList(torch.rand(8) for _ in range(2)), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.first(x) * self.factors[self.task]))
+
+
+class TasksInTurn(pl.LightningModule):
+    """Calls a network twice in a step, for one task or for two."""
+
+    def __init__(self, tasks: tuple[int, int]) -> None:
+        super().__init__()
+        self.net, self.tasks = Tasks(), tasks
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.of_task(batch, 0) + self.of_task(batch, 1)
+
+    def of_task(self, batch: Tensor, turn: int) -> Tensor:
+        self.net.task = self.tasks[turn]
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize("tasks", [(0, 0), (0, 1)])
+def test_a_module_that_is_called_with_two_factors_takes_in_neither(tasks: tuple[int, int]) -> None:
+    module = TasksInTurn(tasks)
+    module.trainer = pl.Trainer(logger=False, enable_checkpointing=False)
+    plan = plan_quantization(capture_module(module, torch.randn(4, 8))[0].graph)
+    assert plan.folded == ({"mul": "linear"} if tasks == (0, 0) else {})
