@@ -32,7 +32,7 @@ QUANTIZED = {
     "hf_bert": "1 embedding, 13 linear",
     "hf_vit": "1 add, 1 concat, 1 conv, 1 input, 12 linear",
     "hf_swin": "1 conv, 1 input, 19 linear",
-    "hf_convnext": "1 add, 8 conv, 1 input, 8 linear, 1 mean",
+    "hf_convnext": "1 add, 8 conv, 1 input, 8 linear, 1 mean, 4 mul",
     "hf_resnet": "1 adaptive_avg_pool, 2 add, 6 batch_norm, 6 conv, 1 input, 5 relu",
     "hf_segformer": "1 batch_norm, 12 conv, 1 input, 28 linear, 1 relu",
     "hf_detr": "9 add, 7 conv, 1 input, 13 linear, 6 mul, 9 relu",

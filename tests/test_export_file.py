@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_cco import quantize
 from lightning_cco.errors import CCOError
-from lightning_cco.export.fold_batch_norm import BatchNorm, batch_norm_after, integer_weight
+from lightning_cco.export.fold_batch_norm import BatchNorm, integer_weight
 
 QUICK = {"cnn", "mobilenet", "unet", "vit", "tokens"}
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
@@ -214,9 +214,9 @@ def test_folding_a_batch_norm_is_exact(kind: str) -> None:
     quantized, _ = calibrated(model, lambda: x)
     norm.weight.data[2] = 0.0
     name = "conv" if kind == "grouped" else kind
-    assert batch_norm_after(quantized, name) == "batch_norm"
+    assert quantized.plan.folded_after(name) == ["batch_norm"]
     values = BatchNorm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-    folded = integer_weight(quantized, name, layer.weight, layer.bias, norm=("batch_norm", values))
+    folded = integer_weight(quantized, name, layer.weight, layer.bias, after={"batch_norm": values})
     assert (folded.scale > 0).all()
     shape = [1] * layer.weight.dim()
     shape[folded.axis] = -1

@@ -13,7 +13,6 @@ from lightning_cco.budget.layer_times import FLOAT, INT8, PACKED, WEIGHT_ONLY, L
 from lightning_cco.budget.options import Choices
 from lightning_cco.budget.speed import FusedUnit, Passed, SpeedModel
 from lightning_cco.errors import CCOError
-from lightning_cco.graph.layer_graph import LayerGraph
 from lightning_cco.graph.ops import Category
 from lightning_cco.names import list_names
 from lightning_cco.quantization.connections import Connections
@@ -202,23 +201,24 @@ def _unit_of(base: QuantizationPlan) -> dict[str, str]:
 
 
 def _touching(
-    graph: LayerGraph, target: Target, sources: Sequence[str], reader: str, firsts: Mapping[str, tuple[int, str]]
+    base: QuantizationPlan, target: Target, sources: Sequence[str], reader: str, firsts: Mapping[str, tuple[int, str]]
 ) -> tuple[int, ...] | None:
     """The units of which one has to give integers to a sum or a product that a reader is to make one of integers; `None`: none has to.
 
     Args:
-        graph: The layers.
+        base: The plan, with the layers.
         target: The engine.
         sources: What the sum or product reads.
         reader: The sum or product.
         firsts: Of each layer the number of its unit, and the unit's first layer.
     """
+    graph = base.graph
     if reads_one(graph[reader]) or any(graph[name].kind == "input" for name in sources):
         return None
     found = []
     for name in sources:
         number, first = firsts[name]
-        if target.gives_int8(graph[first if graph[name].kind == "batch_norm" else name].kind):
+        if target.gives_int8(graph[first if name in base.folded else name].kind):
             found.append(number)
     return tuple(found)
 
@@ -244,11 +244,11 @@ def _units(made: Choices, base: QuantizationPlan) -> tuple[list[FusedUnit], list
         follows = runs and first not in base.forced and (kind in target.elementwise_kinds or only_behind)
         loose = target.float_outputs | (frozenset() if category is Category.CLAMP else target.followed_in_float)
         sources = tuple(
-            place[unit_of[key.layer]] if graph[key.layer].kind not in loose and graph[key.layer].kind != "input" else None
+            place[unit_of[key.layer]] if graph[base.computed_with(key.layer)].kind not in loose | {"input"} else None
             for key in connections.sources(first)
         )
         touching = (
-            _touching(graph, target, [key.layer for key in connections.sources(first)], first, firsts)
+            _touching(base, target, [key.layer for key in connections.sources(first)], first, firsts)
             if follows and not only_behind
             else None
         )

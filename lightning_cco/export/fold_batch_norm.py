@@ -1,11 +1,12 @@
-"""Integer weights for a file, with batch norms folded into them exactly.
+"""Integer weights for a file, with batch norms and constants of channels folded into them exactly.
 
-``BN(conv(x, s·q) + b) = conv(x, (f·s)·q) + f·(b − mean) + beta`` with ``f = gamma / sqrt(var + eps)``: the per-channel scale takes the factor, the integers
-stay. A negative factor flips the integers' signs, since scales are positive.
+``f·(conv(x, s·q) + b) + c = conv(x, (f·s)·q) + f·b + c``: the per-channel scale takes the factor, the integers stay. Of a batch norm
+``f = gamma / sqrt(var + eps)`` and ``c = beta − f·mean``. A negative factor flips the integers' signs, since scales are positive.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from lightning_cco._values import GROUP_SIZES
 from lightning_cco.export.errors import ExportError
+from lightning_cco.graph.captured import CallSite
+from lightning_cco.graph.channel_constants import constant_of, factor_and_shift
 from lightning_cco.quantization.model import HookedModel
 
 
@@ -26,7 +29,7 @@ class IntegerWeight:
         scale: float32; 1-d along ``axis``, or 0-d; of weights in groups as many dimensions as the integers, the size of ``axis`` being that of the groups.
         axis: Axis of the channels, or that which is cut into groups; `None`: one scale.
         bias: Bias of the layer after folding, float32, 1-d; `None`: none, or left as it is.
-        folded: Name of the batch norm layer folded in, if any.
+        folded: Names of the layers folded in, in their order.
         zero_point: The zero point; `shifted` changes it.
         zero_points: A zero point for each scale, of the type of the integers; `None`: ``zero_point`` for all.
         group: How many weights along ``axis`` share a scale; `None`: those of a channel.
@@ -36,7 +39,7 @@ class IntegerWeight:
     scale: Tensor
     axis: int | None
     bias: Tensor | None
-    folded: str | None = None
+    folded: tuple[str, ...] = ()
     zero_point: int = 0
     group: int | None = None
     zero_points: Tensor | None = None
@@ -47,17 +50,11 @@ class IntegerWeight:
         return replace(self, integers=moved.to(dtype), zero_point=zero_point)
 
 
-def batch_norm_after(quantized: HookedModel, name: str) -> str | None:
-    """The batch norm that belongs to the group of a weighted layer, if there is one."""
-    after = quantized.plan.groups.get(name)
-    return after if after is not None and quantized.graph[after].kind == "batch_norm" else None
-
-
 @torch.no_grad()
 def integer_weight(
-    quantized: HookedModel, name: str, weight: Tensor, bias: Tensor | None, number: int = 0, norm: tuple[str, BatchNorm] | None = None
+    quantized: HookedModel, name: str, weight: Tensor, bias: Tensor | None, number: int = 0, after: dict[str, Affine] | None = None
 ) -> IntegerWeight:
-    """Quantize one weight of a layer, with the batch norm after it folded in.
+    """Quantize one weight of a layer, with what is computed after it folded in.
 
     Args:
         quantized: The model.
@@ -65,24 +62,27 @@ def integer_weight(
         weight: Its weight as the layer sees it.
         bias: Its bias, if any.
         number: Which of the layer's weights.
-        norm: The batch norm after it, by name, and what it computes with.
+        after: The layers that fold into it, by name, in their order.
 
     Raises:
-        ExportError: It can't be folded.
+        ExportError: They can't be folded.
     """
     quantizer = quantized.weights[name][number]
     integers, scale = quantizer.quantize(weight)
-    if quantizer.in_rows:  # computed in float: no batch norm goes into it
+    if quantizer.in_rows:  # computed in float: nothing goes into it
         bias = bias.detach().float() if bias is not None else None
         return _in_blocks(integers, scale, quantizer.zero_points(weight), quantizer.blocks or 0, bias)
     scale = scale.flatten() if quantizer.axis is not None else scale.reshape(())
     bias = bias.detach().float() if bias is not None else None
-    if norm is None:
+    if not after:
         return IntegerWeight(integers, scale, quantizer.axis, bias)
-    factor, shift = norm[1].factor_and_shift()
+    factor, shift = folded(after.values())
     axis = quantizer.axis or 0
-    groups = factor.numel() // integers.shape[axis]
-    if groups > 1:  # a grouped transposed convolution shares the scale of a channel between groups; the factor does not
+    if factor.numel() == 1:
+        factor = factor.expand(integers.shape[axis])
+    if (
+        factor.numel() > integers.shape[axis]
+    ):  # a grouped transposed convolution shares the scale of a channel between groups; the factor does not
         raise ExportError(
             f"layer '{name}' is a grouped transposed convolution with a batch norm, which can't be folded. "
             f"Skip it: {{match: {name}, skip_quantization: true}}."
@@ -94,7 +94,10 @@ def integer_weight(
     dead = factor == 0
     integers = integers * (~dead).to(torch.int8).reshape(shape)
     scale = torch.where(dead, scale, scale * factor.abs())
-    return IntegerWeight(integers, scale, quantizer.axis, (bias * factor if bias is not None else 0.0) + shift, norm[0])
+    bias = bias * factor if bias is not None else None
+    if shift is not None:
+        bias = shift.expand_as(factor).clone() if bias is None else bias + shift
+    return IntegerWeight(integers, scale, quantizer.axis, bias, tuple(after))
 
 
 def _in_blocks(integers: Tensor, scale: Tensor, zero_points: Tensor | None, axis: int, bias: Tensor | None) -> IntegerWeight:
@@ -112,7 +115,7 @@ def _in_blocks(integers: Tensor, scale: Tensor, zero_points: Tensor | None, axis
 @torch.no_grad()
 def norm_weight(norm: BatchNorm) -> IntegerWeight:
     """A batch norm as a convolution of each channel with one number, which a scale for each channel makes exact: (C, 1) integers, and its shift as bias."""
-    factor, shift = norm.factor_and_shift()
+    factor, shift = norm.factor_and_shift(torch.float32)
     dead = factor == 0
     integers = torch.where(dead, 0, torch.where(factor < 0, -127, 127)).to(torch.int8)
     scale = torch.where(dead, 1.0, factor.abs() / 127)
@@ -136,9 +139,48 @@ class BatchNorm:
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         return cls(call["running_mean"], call["running_var"], call.get("weight"), call.get("bias"), call.get("eps", 1e-5))
 
-    def factor_and_shift(self) -> tuple[Tensor, Tensor]:
-        """``y = factor · x + shift`` in float32."""
-        factor = (self.variance + self.eps).rsqrt()
-        factor = factor * self.weight if self.weight is not None else factor
-        shift = -self.mean * factor + (self.bias if self.bias is not None else 0.0)
-        return factor.detach().float(), shift.detach().float()
+    def factor_and_shift(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``y = factor · x + shift``, computed in a data type."""
+        mean, variance = self.mean.detach().to(dtype), self.variance.detach().to(dtype)
+        factor = (variance + self.eps).rsqrt()
+        factor = factor * self.weight.detach().to(dtype) if self.weight is not None else factor
+        return factor, -mean * factor + (self.bias.detach().to(dtype) if self.bias is not None else 0.0)
+
+
+@dataclass(frozen=True)
+class ChannelConstant:
+    """What a multiplication by a constant with one value for each channel, or for all, computes with; or an addition."""
+
+    kind: str
+    constant: Tensor
+
+    def factor_and_shift(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """``y = factor · x + shift``, computed in a data type; `None`: no shift."""
+        return factor_and_shift(self.kind, self.constant.detach().to(dtype))
+
+
+Affine = BatchNorm | ChannelConstant
+
+
+def affine_of(site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Affine:
+    """What a call that folds computes with."""
+    if site.op.kind == "batch_norm":
+        return BatchNorm.of_call(args, kwargs)
+    return ChannelConstant(site.op.kind, constant_of(args, kwargs, site.sources[0].slot))
+
+
+def folded(layers: Iterable[Affine], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
+    """The factor and the shift of several layers, one after the other; each 1-d, with one value for each channel or one for all.
+
+    >>> folded([ChannelConstant("mul", torch.tensor([2.0, 3.0])), ChannelConstant("add", torch.tensor(1.0)), ChannelConstant("mul", torch.tensor(-1.0))])
+    (tensor([-2., -3.]), tensor([-1.]))
+    """
+    factor, shift = torch.ones(1, dtype=dtype), None
+    for layer in layers:
+        own_factor, own_shift = layer.factor_and_shift(dtype)
+        factor = factor.to(own_factor.device) * own_factor
+        if shift is not None:
+            shift = shift * own_factor
+        if own_shift is not None:
+            shift = own_shift if shift is None else shift + own_shift
+    return factor, shift

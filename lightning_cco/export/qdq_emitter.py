@@ -33,6 +33,7 @@ from lightning_cco.graph.loop_calls import number_of
 from lightning_cco.graph.ops import Category, operation
 from lightning_cco.graph.python_calls import calling_position
 from lightning_cco.names import list_names
+from lightning_cco.quantization.call_arguments import at
 from lightning_cco.quantization.model import HookedModel
 from lightning_cco.quantization.tensor_key import TensorKey
 
@@ -189,7 +190,7 @@ class Emitter:
         if self.look is not None:
             self.look(name, args)
         if name in self.stored.folded:
-            return self.pairs.with_outputs(site, args, args[0])
+            return self.pairs.with_outputs(site, args, at(args, kwargs, site.sources[0].slot))
         if name in self.stored.blocked and all(isinstance(size, int) for size in args[0].shape[2:]):
             return self.pairs.with_outputs(site, args, self._convolve_blocks(site, args[0]))
         args, kwargs = self.pairs.with_inputs(site, args, kwargs)

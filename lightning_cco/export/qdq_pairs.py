@@ -118,7 +118,7 @@ class QdqPairs:
             if not self.quantized.plan.rounds(TensorKey(site.layer)):
                 return result
             rounded = self.round(result, TensorKey(site.layer), limits)
-            return args[0].copy_(rounded) if site.in_place and site.layer not in self.stored.folded else rounded
+            return args[0].copy_(rounded) if site.in_place else rounded
         if not isinstance(result, (tuple, list)):
             return result
         items = list(result)

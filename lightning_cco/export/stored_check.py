@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_cco.export.engine_patterns import shortened
-from lightning_cco.export.fold_batch_norm import IntegerWeight
+from lightning_cco.export.fold_batch_norm import IntegerWeight, folded
 from lightning_cco.export.ort_session import QuantizeNode, constants
 from lightning_cco.export.qdq_emitter import Emitter
 from lightning_cco.export.stored_blocks import ALMOST, StoredBlocks, attribute, stored_blocks
@@ -110,7 +110,7 @@ def _formats(quantized: HookedModel, model: Any, rounded: Mapping[str, list[Quan
 
 
 class _Expected:
-    """What layers may store: their fake-quantized weights, with batch norms folded in, and their biases."""
+    """What layers may store: their fake-quantized weights, with batch norms and constants folded in, and their biases."""
 
     def __init__(self, quantized: HookedModel, emitter: Emitter, weights: Mapping[tuple[str, int], tuple[Tensor, Tensor]]) -> None:
         self.quantized, self.stored = quantized, emitter.stored
@@ -202,12 +202,10 @@ class _Expected:
                 yield value, 0.5001 * scale.double().cpu().numpy() + _FLOAT32 * np.abs(value)
 
     def _factor(self, stored: IntegerWeight) -> Tensor | None:
-        """What a folded batch norm multiplies each channel by."""
-        if stored.folded is None:
+        """What the layers folded in multiply each channel by."""
+        if not stored.folded:
             return None
-        norm = self.stored.norms[stored.folded]
-        factor = (norm.variance.double() + norm.eps).rsqrt()
-        return factor * norm.weight.detach().double() if norm.weight is not None else factor
+        return folded((self.stored.folded[name] for name in stored.folded), torch.float64)[0]
 
     def _slack(self, layer: str, stored: IntegerWeight, shape: list[int]) -> Array | float:
         """Half a step where a channel's grid is coarser to make room for its bias in 32 bits."""

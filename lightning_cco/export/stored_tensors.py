@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_cco.export.engine_patterns import adds_products_exactly, blocked_convolution, bound_of, has_matrix_units, shortened
 from lightning_cco.export.engines import ENGINES, Engine, FileFeature
-from lightning_cco.export.fold_batch_norm import BatchNorm, IntegerWeight, batch_norm_after, integer_weight, norm_weight
+from lightning_cco.export.fold_batch_norm import Affine, BatchNorm, IntegerWeight, affine_of, integer_weight, norm_weight
 from lightning_cco.export.weight_blocks import Block, blocks_of
 from lightning_cco.graph.captured import CallSite
 from lightning_cco.graph.ops import Category, Op
@@ -58,8 +58,7 @@ class StoredWeights:
         blocked: Convolutions on blocks of pixels (`engine_patterns.blocked_convolution`): weight, and zeros around the image.
         for_matrix_units: Convolutions that the engine computes on a processor's matrix units.
         operand_format: Zero point and type of operands: those of activations, since engines add two tensors of one type only.
-        folded: Names of the batch norms that went into the weights before them.
-        norms: What those were called with.
+        folded: What went into the weights before it, by layer: batch norms, constants of channels.
         bounds: ``max_norm`` and ``norm_type`` of embeddings that have them.
         tables: Tables of embeddings with ``max_norm`` that stay in float, with all rows shortened.
         unsigned: Whether weights whose products with activations could overflow 16 bits are stored as uint8.
@@ -79,9 +78,9 @@ class StoredWeights:
         self.operand_format = (
             (0, torch.int8) if int4 or self.target.symmetric_activations or self.engine.requires(FileFeature.SIGNED) else UNSIGNED
         )
-        self.folded: set[str] = set()
-        self.norms: dict[str, BatchNorm] = {}
-        self._before_norm: dict[str, tuple[CallSite, tuple[Any, ...], dict[str, Any]]] = {}
+        self.folded: dict[str, Affine] = {}
+        self._waiting: dict[str, tuple[CallSite, tuple[Any, ...], dict[str, Any]]] = {}
+        self._after: dict[str, dict[str, Affine]] = {}
         self.bounds: dict[str, tuple[float, float]] = {}
         self.tables: dict[str, Tensor] = {}
         amx = has_matrix_units() if deployment.amx is None else deployment.amx
@@ -92,18 +91,23 @@ class StoredWeights:
 
     def collect(self, site: CallSite, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take the weights that a layer is called with (parametrized, sliced, tied), and call it."""
-        norm = batch_norm_after(self.quantized, site.layer)
-        if norm is not None:
-            self._before_norm[norm] = site, args, kwargs  # its weights take in what the norm will be called with
-        elif site.layer in self._before_norm:
-            self.norms[site.layer] = BatchNorm.of_call(args, kwargs)
-            self._take(*self._before_norm.pop(site.layer), (site.layer, self.norms[site.layer]))
+        plan = self.quantized.plan
+        head, follows = plan.folded.get(site.layer, site.layer), plan.folded_after(site.layer)
+        if head != site.layer and head in self._waiting:
+            self._after[head][site.layer] = affine_of(site, args, kwargs)
+            if not follows:
+                self._take(*self._waiting.pop(head), self._after.pop(head))
+        elif follows:
+            self._waiting[site.layer], self._after[site.layer] = (
+                (site, args, kwargs),
+                {},
+            )  # its weights take in what those will be called with
         else:
             self._take(site, args, kwargs)
         return func(*args, **kwargs)
 
-    def _take(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any], norm: tuple[str, BatchNorm] | None = None) -> None:
-        """Take the weights of a call, with a batch norm folded in."""
+    def _take(self, site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any], after: dict[str, Affine] | None = None) -> None:
+        """Take the weights of a call, with what is computed after it folded in."""
         bound = bound_of(args, kwargs) if site.op.looks_up and site.weights else None
         if bound is not None:
             self.bounds[site.layer] = bound
@@ -112,7 +116,7 @@ class StoredWeights:
             if bound is not None:
                 found[0] = shortened(found[0], *bound)
             if site.op.category in (Category.WEIGHTED, Category.MATMUL):
-                self._take_products(site, found, args, kwargs, norm)
+                self._take_products(site, found, args, kwargs, after or {})
             else:
                 self.operands[site.layer] = [self._operand(site.layer, tensor, i) for i, tensor in enumerate(found)]
         elif bound is not None:
@@ -126,15 +130,15 @@ class StoredWeights:
             self.biases[site.layer] = self._bias(site, bias, weight, args[0].dim())
 
     def _take_products(
-        self, site: CallSite, found: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], norm: tuple[str, BatchNorm] | None
+        self, site: CallSite, found: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], after: dict[str, Affine]
     ) -> None:
         """Take the weights that a call multiplies by, and its bias."""
         bias = self._bias_of(site, found[0], args, kwargs)
         if site.layer in self.quantized.corrections:
             bias = self.quantized.corrections[site.layer](bias, found[0])
-        weights = [integer_weight(self.quantized, site.layer, tensor, bias, i, norm) for i, tensor in enumerate(found)]
+        weights = [integer_weight(self.quantized, site.layer, tensor, bias, i, after) for i, tensor in enumerate(found)]
         self.weights[site.layer] = weights
-        self.folded.update(weight.folded for weight in weights if weight.folded)
+        self.folded.update({name: after[name] for name in weights[0].folded})
         if weights[0].bias is not None:
             weights[0] = self._on_a_finer_grid(site, weights[0])
             weights[0] = self._with_room_for_bias(site, weights[0], weights[0].bias)

@@ -108,6 +108,7 @@ def assemble(root: CallNode, evaluation: Tracer, training: Tracer | None, frozen
     rank = {i: position for position, i in enumerate(order)}
 
     matched = match_training(calls, None if training is None else training.calls)
+    evaluated_alone = {id(call) for call in matched.evaluation_only}
     overwritten = {merged[number] for number in overwritten_calls(evaluation.calls) if number in merged}
     layers: list[Layer] = []
     edges: dict[Edge, None] = {}
@@ -117,7 +118,9 @@ def assemble(root: CallNode, evaluation: Tracer, training: Tracer | None, frozen
         # An encoder run again on a decoder's output would close a cycle; the first reading is the one shown.
         reads = [(r, merged[r.source]) for r in call.reads if rank[merged[r.source]] < rank[i]]
         around = next((path for path in frozen if is_within(call.layer.path, [path])), "")
-        layers.append(replace(call.layer, name=names[i], frozen=around))
+        # What evaluation alone multiplies by is no part of what is trained; where training has left out both, it may be.
+        alone = id(call) in evaluated_alone and any(id(calls[source]) not in evaluated_alone for _, source in reads)
+        layers.append(replace(call.layer, name=names[i], frozen=around, constant=None if alone else call.layer.constant))
         for k, (read, source) in enumerate(reads):
             edges[Edge(names[source], names[i], read.output, k)] = None
         sites[names[i]] = CallSite(

@@ -34,6 +34,8 @@ class Layer:
         beside: Whether neither an output of the model nor a layer with weights depends on it: it is part of a loss, a statistic, or a value to log or store.
         outside: Whether the step computes it between its networks, where no module runs; the layers that read it quantize it.
         input_dtypes: Data type of each tensor of ``input_shapes``, written as in ``output_dtypes``; empty: not known.
+        constant: Shape of the constant by which it multiplies the one tensor that it reads, or that it adds to it, in evaluation as in training; `None`: it is
+            no such layer.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Layer:
     outside: bool = False
     input_dtypes: tuple[str, ...] = ()
     beside: bool = False
+    constant: Shape | None = None
 
 
 @dataclass(frozen=True)

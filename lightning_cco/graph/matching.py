@@ -25,6 +25,7 @@ def merge_repeats(calls: list[Call]) -> tuple[list[Call], dict[int, int]]:
             for output in call.layer.read_out:
                 with_reader(kept[first[key]], output)
             _drop_other_cuts(kept[first[key]], call)
+            _drop_other_constant(kept[first[key]], call)
             continue
         if key is not None:
             first[key] = len(kept)
@@ -39,6 +40,12 @@ def _drop_other_cuts(call: Call, repeated: Call) -> None:
     """A constant that is cut from another parameter in each call of a module has the scale of what is read there."""
     others = {weight.slot: weight.cut_from for weight in repeated.weights}
     call.weights = [weight if others.get(weight.slot) == weight.cut_from else replace(weight, cut_from=None) for weight in call.weights]
+
+
+def _drop_other_constant(call: Call, repeated: Call) -> None:
+    """What is multiplied by another parameter in each call of a module can't take it into its weights."""
+    if (call.layer.constant, call.layer.parameters) != (repeated.layer.constant, repeated.layer.parameters):
+        call.layer = replace(call.layer, constant=None)
 
 
 def _read_by_repeats_alone(calls: list[Call], kept: list[Call], merged: dict[int, int]) -> set[int]:

@@ -14,8 +14,9 @@ from torch.masked import MaskedTensor
 from lightning_cco.errors import CCOError
 from lightning_cco.graph.call import ArgPath, Call, Read
 from lightning_cco.graph.call_node import ModuleCall
+from lightning_cco.graph.channel_constants import scales_and_shifts
 from lightning_cco.graph.describe import attributes
-from lightning_cco.graph.layer import Layer
+from lightning_cco.graph.layer import Layer, Shape
 from lightning_cco.graph.multiplications import multiplications
 from lightning_cco.graph.operands import MASKING, dtype_name, is_mask_like, is_quantizable, note_of, weights_of
 from lightning_cco.graph.ops import Category, Op
@@ -153,6 +154,7 @@ class Seen:
             or (_DRAWN if self._draws_weights() else "")
             or (_LOOKUP if call.layer.kind == "lookup" else "")
             or ("writes its result into tensors that it is given" if self.writes else ""),
+            constant=self._constant(),
         )
         if self.op.category is Category.WEIGHTED:
             return replace(layer, attributes={**layer.attributes, **self._made_operands()})
@@ -164,6 +166,18 @@ class Seen:
         where: dict[str, object] = {"weight_first": True} if product and _before(first, call.reads[0].slot) else {}
         shapes = [tuple(t.shape) for slot, t, _ in self.constants if slot == first]
         return replace(layer, attributes={**layer.attributes, "operand_shape": shapes[0], **where})
+
+    def _constant(self) -> Shape | None:
+        """Shape of the constant that it multiplies what it reads by, or adds to it; `None`: it does something else."""
+        if len(self.dynamic) != 1 or len(self.constants) != 1 or self.writes:
+            return None
+        (slot, tensor, _), (_, constant, origin) = self.dynamic[0], self.constants[0]
+        if DRAWN in origin or not scales_and_shifts(self.op.kind, self.function, self.args, self.kwargs, slot):
+            return None
+        if not constant.is_floating_point() or (self.in_place and slot != (0,)):
+            return None
+        (result,) = self.outputs
+        return tuple(constant.shape) if (result.shape, result.dtype) == (tensor.shape, tensor.dtype) else None
 
     def _draws_weights(self) -> bool:
         return self.op.category is Category.WEIGHTED and any(DRAWN in origin for _, _, origin in self.constants)

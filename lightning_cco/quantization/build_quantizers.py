@@ -49,7 +49,7 @@ def build_quantizers(
     learned: dict[tuple[str, int, int | None], list[WeightQuantizer]] = {}
     for name in plan.graph.names:
         site, decision = capture.sites[name], plan.decisions[name]
-        if not (decision.quantized or decision.weight_only) or not site.weights:
+        if not (decision.quantized or decision.weight_only) or not site.weights or name in plan.folded:
             continue
         bits = decision.weights_num_bits
         if bits is None:  # a constant operand of an addition: an activation that never changes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from lightning_cco.graph.layer import Layer
 from lightning_cco.graph.ops import Category, operation_of_kind
@@ -27,10 +27,12 @@ class Int8Layers:
         skips: Layers that are left in float; those that are found to be are added.
         exact: Who needs tensors as they are.
         stream: What residual additions read.
+        in_rows: Layers whose weights are in groups, or have zero points.
 
     Attributes:
         names: The layers.
         fused_into: The layer that each fused layer's result goes into.
+        folded: For each layer that folds into quantized weights, whose they are.
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class Int8Layers:
         skips: dict[str, Skip],
         exact: ExactReaders,
         stream: ResidualStream,
+        in_rows: Collection[str] = (),
     ) -> None:
         self.graph, self.connections, self.target = connections.graph, connections, target
         self._rules, self._skips, self._exact, self._stream = rules, skips, exact, stream
-        self._groups = Groups(connections, target, skips)
+        self._groups = Groups(connections, target, skips, in_rows)
         self._find()
         while self._leave_without_integer_outputs():
             self._find()
@@ -52,6 +55,11 @@ class Int8Layers:
     def _find(self) -> None:
         self.names = self._allowed()
         self.fused_into = self._groups.find(self.names)
+        self.folded = {name: head for name, head in self._groups.folding.items() if name in self.fused_into.values()}
+
+    def computed_with(self, name: str) -> str:
+        """The layer that a multiplication by constants, or an addition of them, folds into; of any other layer, also a batch norm, itself."""
+        return name if self.graph[name].constant is None else self._groups.folded_into(name)
 
     def quantizable(self, key: TensorKey) -> bool:
         """Whether a tensor holds floats that can be rounded."""
@@ -63,7 +71,9 @@ class Int8Layers:
     def _leave_without_integer_outputs(self) -> bool:
         """Leave layers in float whose result is in float, if their engine computes them in INT8 only where it is rounded; returns whether there were any."""
         found = False
-        for name in [name for name in self.names if self.graph[name].kind in self.target.integer_outputs and not self._asked_for(name)]:
+        kinds = self.target.integer_outputs
+        heads = self.names - self.folded.keys()  # what folds stays with its layer
+        for name in [name for name in heads if self.graph[name].kind in kinds and not self._asked_for(name)]:
             key = TensorKey(name)
             while key.layer in self.fused_into:
                 key = TensorKey(self.fused_into[key.layer])
@@ -90,6 +100,8 @@ class Int8Layers:
                 self._skips.setdefault(name, Skip(SkipReason.ENGINE, f"what it computes {self._exact.why[name]}"))
             if (name in self._skips and not self._scales(name)) or self.connections.passes(name) or layer.kind == "input":
                 continue
+            if self.computed_with(name) != name:
+                continue  # it joins them, or leaves them, with the layer that it folds into
             if layer.weighted or self._reads_quantizable(layer):
                 found.add(name)
             else:
@@ -143,14 +155,8 @@ class Int8Layers:
         readers = [reader for reader in self.connections.consumers(name) if reader in int8]
         if self._asked_for(name) or any(reader in held or not self._follows(reader) for reader in readers):
             return True
-        sources = [self._before_norm(source.layer) for source in self.connections.sources(name)]
+        sources = [self._groups.folded_into(source.layer) for source in self.connections.sources(name)]
         return any(one in int8 and self._gives_int8(one, name) and (one in held or not self._follows(one)) for one in sources)
-
-    def _before_norm(self, name: str) -> str:
-        """The layer that a batch norm folds into; of any other layer itself."""
-        reads = self.connections.reads[name]
-        folds = self.graph[name].kind == "batch_norm" and len(reads) == 1 and self._groups.folds(reads[0].layer, name)
-        return reads[0].layer if folds else name
 
     def _leave(self, name: str, int8: set[str], detail: str) -> None:
         int8.discard(name)
@@ -192,7 +198,7 @@ class Int8Layers:
             return False
         if reads_one(self.graph[name]):
             return True
-        sources = [self._before_norm(source.layer) for source in self.connections.sources(name)]
+        sources = [self._groups.folded_into(source.layer) for source in self.connections.sources(name)]
         return any(self.graph[one].kind == "input" or (one in int8 and self._gives_int8(one, name)) for one in sources)
 
     def _gives_int8(self, source: str, reader: str) -> bool:
@@ -221,4 +227,5 @@ class Int8Layers:
         loose = self.target.float_outputs | (
             self.target.followed_in_float if self.connections.category[name] is not Category.CLAMP else set()
         )
-        return bool(sources) and all(source.layer in int8 and self.graph[source.layer].kind not in loose for source in sources)
+        makers = [self.computed_with(source.layer) for source in sources]
+        return bool(makers) and all(maker in int8 and self.graph[maker].kind not in loose for maker in makers)

@@ -115,6 +115,7 @@ class QuantizationPlan:
         forced: Layers that run in INT8 only because a rule asks for it by name.
         reads: For each layer, by the number of its input, the name of the quantizer that rounds that input.
         at_readers: Names of the quantizers that are applied where a tensor is read, not where it is produced, because it is also needed unquantized.
+        folded: For each layer whose factors and shifts go into the quantized weights before it (batch norms, constants of channels), whose they are.
         kept_at_8_bits: Layers whose result, or whose weights, have 8 bits although the global settings say fewer: fewer would save nothing, or cost most.
         quantized: Layers whose weights and activations are quantized.
         packed: Layers in ``quantized`` whose weights are stored in 4 bits, for which no engine has an INT8 kernel.
@@ -136,6 +137,7 @@ class QuantizationPlan:
     reads: dict[str, dict[int, TensorKey]] = field(default_factory=dict)
     at_readers: frozenset[TensorKey] = frozenset()
     kept_at_8_bits: tuple[str, ...] = ()
+    folded: dict[str, str] = field(default_factory=dict)
     quantized: set[str] = field(init=False)
     packed: set[str] = field(init=False)
     in_int8: set[str] = field(init=False)
@@ -166,6 +168,18 @@ class QuantizationPlan:
         while name in self.groups:
             name = self.groups[name]
         return name
+
+    def computed_with(self, name: str) -> str:
+        """The layer whose product a multiplication by constants, or an addition of them, folds into; of any other layer, also a batch norm, itself."""
+        return name if self.graph[name].constant is None else self.folded.get(name, name)
+
+    def folded_after(self, name: str) -> list[str]:
+        """The layers that fold into the weights of a layer, in their order."""
+        found: list[str] = []
+        while (after := self.groups.get(name)) is not None and after in self.folded:
+            found.append(after)
+            name = after
+        return found
 
     def rounds(self, key: str) -> bool:
         """Whether a tensor, by the name of its quantizer, is rounded where it is made."""
@@ -228,7 +242,8 @@ class QuantizationPlan:
             if layer.kind == "output":
                 continue
             decision = self.decisions[layer.name]
-            skip = True if not (decision.quantized or decision.weight_only) else False if layer.name in self.forced else None
+            with_weights = decision.quantized or decision.weight_only or layer.name in self.folded
+            skip = True if not with_weights else False if layer.name in self.forced else None
             weight_only = True if decision.weight_only and decision.weight_only_by_setting else None
             rule = LayerRule(
                 skip,

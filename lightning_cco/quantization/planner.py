@@ -105,8 +105,9 @@ class _Planner:
     def plan(self) -> QuantizationPlan:
         """Work it out."""
         self.skips.update({name: skip for name, skip in self.stream.skips().items() if name not in self.skips})
-        layers = Int8Layers(self.connections, self.target, self.rules, self.skips, self.exact, self.stream)
-        self.int8, self.fused_into = layers.names, layers.fused_into
+        in_rows = {*self.weight_groups, *self.with_zero_points}
+        layers = Int8Layers(self.connections, self.target, self.rules, self.skips, self.exact, self.stream, in_rows)
+        self.int8, self.fused_into, self.computed_with = layers.names, layers.fused_into, layers.computed_with
         self.fused_from = {after: before for before, after in self.fused_into.items()}
         wanted = self._wanted()
         keys = [key for layer in self.graph for key in self.connections.outputs(layer.name) if key in wanted and layers.quantizable(key)]
@@ -134,6 +135,7 @@ class _Planner:
             reads=placement.reads,
             at_readers=frozenset(at_readers),
             kept_at_8_bits=tuple(name for name in self.graph.names if name in kept),
+            folded=layers.folded,
         )
 
     def _spec(self, key: TensorKey) -> TensorSpec:
@@ -193,7 +195,7 @@ class _Planner:
         After a product with a clamp it does not: the rounding is the clamp. Left in float, ONNX Runtime 1.32 fuses ReLU with the linear layer before it into
         one operator on floats (`python benchmarks/file_features.py clamps`).
         """
-        return self.graph[name].kind in self.target.float_outputs
+        return self.graph[self.computed_with(name)].kind in self.target.float_outputs
 
     def _wanted(self) -> set[TensorKey]:
         """Tensors that an INT8 layer makes (at the end of its group) or reads (at their origin)."""

@@ -225,10 +225,10 @@ def _tensors(plan: QuantizationPlan) -> list[dict[str, Any]]:
     found = []
     for key, spec in plan.tensors.items():
         users = dict.fromkeys(readers.get(key, ()))
-        if plan.graph[key.layer].kind not in target.float_outputs:
+        if plan.graph[plan.computed_with(key.layer)].kind not in target.float_outputs:
             maker: str | None = key.layer
             while maker is not None:
-                if maker in plan.quantized and plan.graph[maker].kind not in ("input", "batch_norm"):
+                if maker in plan.quantized and plan.graph[maker].kind not in ("input", "batch_norm") and maker not in plan.folded:
                     users[maker] = None
                 maker = before.get(maker)
         follows = key.as_read or (key.output == 0 and plan.as_read(key) == key)
