@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import sys
-from opcode import opmap
 from types import FrameType
 
 from lightning_cco.compat.callers import FX_FILE
 from lightning_cco.compat.modules import MODULE_CALL
-
-_PRECALL = opmap.get("PRECALL")
-"""Python 3.11 has two instructions for a call, and does all of it in the first one where it has learned that a function of C is called (``sum(branches)``)."""
-_PRECALL_SIZE = 4
+from lightning_cco.graph.code_places import place_of
 
 
 def module_call(frame: FrameType | None) -> FrameType | None:
@@ -30,7 +26,7 @@ def called_by_graph(call: FrameType) -> bool:
 
 
 def position_of_module_call() -> int:
-    """Place in the user's code of the call of the module whose hooks run now: an offset into that of the function that calls it; -1 if that is PyTorch's."""
+    """Place in the user's code of the call of the module whose hooks run now, in the function that calls it; -1 if that is PyTorch's."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not MODULE_CALL:
         frame = frame.f_back
@@ -39,23 +35,17 @@ def position_of_module_call() -> int:
         if frame.f_code is MODULE_CALL:
             return -1
         frame = frame.f_back
-    return -1 if frame is None else frame.f_lasti
+    return -1 if frame is None else place_of(frame)
 
 
-def calling_position(settled: bool = True) -> int:
-    """Place in the user's code of the torch call that is running: an offset into the code of the innermost function that isn't PyTorch's or ours.
+def calling_position() -> int:
+    """Place in the user's code of the torch call that is running, in the innermost function that isn't PyTorch's or ours.
 
     -1 if the module that runs now has no such code: one of PyTorch's, or a subclass that inherits its ``forward``. Who calls the module tells nothing.
-
-    Args:
-        settled: Whether it is the same however often the code has run before; without, which is cheaper, it may be that of the instruction before.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "lightning_cco.")):
         if frame.f_code is MODULE_CALL:
             return -1
         frame = frame.f_back
-    position = frame.f_lasti
-    if settled and _PRECALL is not None and frame.f_code.co_code[position] == _PRECALL:
-        return position + _PRECALL_SIZE
-    return position
+    return place_of(frame)

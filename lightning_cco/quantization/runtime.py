@@ -132,13 +132,7 @@ class Runtime:
         if site is None:
             return self._unseen(frame, name, func, args, kwargs) if index not in entry.known else func(*args, **kwargs)
         here = site.code_position
-        if (
-            here >= 0
-            and entry.onward is None
-            and not is_compiling()
-            and calling_position(settled=False) != here
-            and calling_position() != here
-        ):
+        if here >= 0 and entry.onward is None and not is_compiling() and calling_position() != here:
             self.mismatches.moved(frame, name, site)
             return func(*args, **kwargs)
         return (self.run if self._blocks.open else self._run)(frame, site, func, args, kwargs)
@@ -291,6 +285,4 @@ def _number(frame: ModuleCall, entry: FunctionEntry) -> int | None:
         return index
     if is_compiling():
         return compiled_number_of(entry.known, entry.jumps, entry.next_ones, index)
-    if entry.known.get(index) == calling_position(settled=False):
-        return index
     return number_of(entry.known, entry.onward, index, calling_position())
