@@ -7,6 +7,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers
+# Names, or paths where no such name is on PATH: make test-floors LOWEST_PYTHON=$$HOME/.pyenv/versions/3.10.13/bin/python
 LOWEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= python3.13
 DOCS := .venv-docs

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from export_models import LSTMClassifier, ViT
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning_modules import Losses, RangesMoved, make_trainer, quick
 from models import ResidualCNN
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
+from weight_averages import averaging
 
 FEATURES = ("compile", "bf16", "ddp", "checkpointing", "ema", "resume", "test", "partial_batch", "configure_model")
 EPOCHS, SAMPLES, BATCH = 2, 32, 8
@@ -124,7 +125,7 @@ def train(model: str, features: Iterable[str], folder: Path, quantized: bool = T
     def run(folder: Path, epochs: int, ckpt: str | None, cco: pl.Callback | None, *more: pl.Callback) -> tuple[Combined, pl.Trainer, str]:
         torch._dynamo.reset()  # the compiler takes only so many models of one class
         module, keeper = make(model, features), ModelCheckpoint(folder, save_last=True)
-        average = [EMAWeightAveraging(decay=0.5)] if "ema" in features else []
+        average = [averaging("EMAWeightAveraging", decay=0.5)] if "ema" in features else []
         fitted = trainer(folder, *([cco] if cco else []), losses, *more, *average, keeper, epochs=epochs)
         fitted.fit(module, loader(model, features, 3), loader(model, features, 4), ckpt_path=ckpt)
         return module, fitted, keeper.last_model_path

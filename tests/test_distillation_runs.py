@@ -10,11 +10,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_modules import make_trainer, quick
 from test_distillation import DISTILLATION, Module, Net, assert_same, by_hand, data, kl, twins
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from weight_averages import averaging
 
 from lightning_cco import CCOCallback, CCOError, load_settings
 from lightning_cco.sections import DistillationSettings
@@ -126,7 +127,7 @@ def test_a_checkpoint_of_another_run_brings_its_own_teacher(tmp_path: Path) -> N
 
 def test_averaged_weights_and_an_interrupted_run(tmp_path: Path) -> None:
     module, reference = twins(plain)
-    fit(tmp_path, module, callback(), WeightAveraging(avg_fn=lambda mean, new, count: new), max_epochs=1)
+    fit(tmp_path, module, callback(), averaging("WeightAveraging", avg_fn=lambda mean, new, count: new), max_epochs=1)
     assert_same(module, by_hand(reference, data(), kl))
 
     class Stops(pl.Callback):

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from export_case import run
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_modules import Classifier, batches, make_trainer
+from weight_averages import averaging
 
 from lightning_cco import CCOCallback, CCOError
 
@@ -87,7 +88,7 @@ def test_export_dir_without_checkpoints_hands_over_the_last_weights(tmp_path: Pa
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_export_dir_hands_over_averaged_weights(before: bool, tmp_path: Path) -> None:
     cco = CCOCallback({**QUICK, "deployment_settings": {"export_dir": str(tmp_path / "int8")}})
-    average, checkpoint = EMAWeightAveraging(decay=0.9), ModelCheckpoint(tmp_path / "checkpoints", monitor="val_loss")
+    average, checkpoint = averaging("EMAWeightAveraging", decay=0.9), ModelCheckpoint(tmp_path / "checkpoints", monitor="val_loss")
     model, val = Classifier(), batches(seed=5)
     trainer = make_trainer(tmp_path, *((average, cco) if before else (cco, average)), checkpoint, max_epochs=2)
     trainer.fit(model, batches(), val)

@@ -14,15 +14,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import (
     EarlyStopping,
-    EMAWeightAveraging,
     LearningRateMonitor,
     ModelCheckpoint,
     StochasticWeightAveraging,
-    WeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
 from lightning_modules import Classifier, assert_acts, assert_quantized, batches, make_trainer, quick, run_fit
 from torch.utils.data import DataLoader
+from weight_averages import averaging
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -33,8 +32,8 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 @pytest.mark.parametrize(
     "averaging",
     [
-        pytest.param(lambda: EMAWeightAveraging(decay=0.5), id="EMAWeightAveraging"),
-        pytest.param(WeightAveraging, id="WeightAveraging"),
+        pytest.param(lambda: averaging("EMAWeightAveraging", decay=0.5), id="EMAWeightAveraging"),
+        pytest.param(lambda: averaging("WeightAveraging"), id="WeightAveraging"),
         pytest.param(lambda: StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1), id="StochasticWeightAveraging"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,8 @@ def not_reentrant(function: Run, *args: Tensor) -> Tensor:
 
 
 def to_the_end(function: Run, *args: Tensor) -> Tensor:
+    if "early_stop" not in inspect.signature(checkpoint).parameters:
+        pytest.skip("this PyTorch has no such argument")
     return checkpoint(function, *args, use_reentrant=False, early_stop=False)
 
 

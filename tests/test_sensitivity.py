@@ -82,7 +82,7 @@ def test_pickle_and_plain_data() -> None:
     metric.start_batch()
     metric.update("local", "a", torch.zeros(2), torch.ones(2))
     report = pickle.loads(pickle.dumps(metric)).report(["local"])
-    assert SensitivityReport.from_dict(report.to_dict()) == report == metric.report(["local"])
+    assert repr(SensitivityReport.from_dict(report.to_dict())) == repr(report) == repr(metric.report(["local"]))  # NaN equals nothing
 
 
 def _rank(rank: int, folder: str) -> None:

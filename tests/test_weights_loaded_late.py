@@ -12,11 +12,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning_modules import make_trainer, quick
 from test_distillation import data
 from test_distillation_runs import plain
 from torch.utils.data import DataLoader
+from weight_averages import averaging
 
 from lightning_cco import CCOWarning
 
@@ -62,7 +63,9 @@ def test_weights_of_a_hook(hook: str, tmp_path: Path) -> None:
     assert all(re.search(r"net\..*weight.*Load weights in setup", text) for text in said)
 
 
-@pytest.mark.parametrize("other", [WeightAveraging, lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=1)], ids=["average", "swa"])
+@pytest.mark.parametrize(
+    "other", [lambda: averaging("WeightAveraging"), lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=1)], ids=["average", "swa"]
+)
 def test_callbacks_that_average_weights_change_none(other: Callable[[], pl.Callback], tmp_path: Path) -> None:
     cco = quick()
     trainer = make_trainer(tmp_path, cco, other(), max_epochs=2)

@@ -121,7 +121,9 @@ class IntegerProgram:
 
         data = [(value, r, c) for r, (entries, _, _) in enumerate(self._rows) for c, value in entries.items()]
         values, r, c = (np.array(part) for part in zip(*data, strict=True))
-        matrix = coo_array((values.astype(float), (r.astype(int), c.astype(int))), shape=(len(self._rows), len(self.whole))).tocsr()
+        matrix = coo_array(
+            (values.astype(float), (r.astype(np.int32), c.astype(np.int32))), shape=(len(self._rows), len(self.whole))
+        ).tocsr()
         return milp(
             objective,
             integrality=np.array(self.whole),

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import sys
-from opcode import opmap
 from types import FrameType
 
 from lightning_cco.compat.callers import FX_FILE
 from lightning_cco.compat.modules import MODULE_CALL
-
-_PRECALL = opmap.get("PRECALL")
-"""Python 3.11 has two instructions for a call, and does all of it in the first one where it has learned that a function of C is called (``sum(branches)``)."""
-_PRECALL_SIZE = 4
-_OFFSET_BITS = 20
-"""Of a place: an offset into the code of a function; the bits above say where that begins, so that the same offset in another one is another place."""
+from lightning_cco.graph.code_places import place_of
 
 
 def module_call(frame: FrameType | None) -> FrameType | None:
@@ -41,7 +35,7 @@ def position_of_module_call() -> int:
         if frame.f_code is MODULE_CALL:
             return -1
         frame = frame.f_back
-    return -1 if frame is None else frame.f_code.co_firstlineno << _OFFSET_BITS | frame.f_lasti
+    return -1 if frame is None else place_of(frame)
 
 
 def _users_frame(frame: FrameType) -> FrameType | None:
@@ -58,18 +52,10 @@ def calling_line() -> str:
     return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-def calling_position(settled: bool = True) -> int:
+def calling_position() -> int:
     """Place in the user's code of the torch call that is running, in the innermost function that isn't PyTorch's or ours.
 
     -1 if the module that runs now has no such code: one of PyTorch's, or a subclass that inherits its ``forward``. Who calls the module tells nothing.
-
-    Args:
-        settled: Whether it is the same however often the code has run before; without, which is cheaper, it may be that of the instruction before.
     """
     frame = _users_frame(sys._getframe(1))
-    if frame is None:
-        return -1
-    code, offset = frame.f_code, frame.f_lasti
-    if settled and _PRECALL is not None and code.co_code[offset] == _PRECALL:
-        offset += _PRECALL_SIZE
-    return code.co_firstlineno << _OFFSET_BITS | offset
+    return -1 if frame is None else place_of(frame)

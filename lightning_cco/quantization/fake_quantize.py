@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_cco.compat.autograd import plain_apply
 from lightning_cco.quantization import operations
 from lightning_cco.quantization.differentiable_operations import fake_quantize_openly, where_clamp_passes
-from lightning_cco.quantization.gradient_holders import fewest_holders, holders
+from lightning_cco.quantization.gradient_holders import fewest_holders, holders, known_holders
 from lightning_cco.quantization.native import Kernels, ReadyGrid, kernels_for
 from lightning_cco.quantization.qparams import NO_LIMITS, Grid, grid_of, grid_of_numbers, quant_range
 from lightning_cco.quantization.small_tensors import round_small
@@ -198,7 +198,7 @@ class _FakeQuantizeByKernel(torch.autograd.Function):
         (mask,) = ctx.saved_tensors
         if torch.is_grad_enabled() or fitting_kernels(grad) is None or grad.stride() != ctx.strides:
             return torch.where(_unpacked(mask, grad.shape, ctx.strides), grad, 0.0), *(None,) * 4
-        own = fewest_holders(grad.device.type)
+        own = known_holders(grad.device.type)
         out = grad if own and holders(grad) in own else torch.empty_like(grad)
         ctx.kernels.mask_gradient(grad, out, mask)
         return out, *(None,) * 4

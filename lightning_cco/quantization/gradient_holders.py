@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -35,17 +34,37 @@ class _HolderCount(torch.autograd.Function):
         return grad
 
 
-@functools.cache
+_found: dict[tuple[str, int], tuple[tuple[int, ...], ...]] = {}
+
+
 def fewest_holders(device: str = "cpu") -> tuple[tuple[int, ...], ...]:
     """The counts of `holders` for gradients that may be overwritten, as autograd itself does: one of its own memory, one that is a view.
 
     ``device``: the type of device; a backward on a GPU runs in a separate thread.
 
-    They depend on the versions of Python and PyTorch. Where PyTorch does not tell them, no gradient is ever taken for one's own.
+    They depend on the versions of Python and PyTorch, and on how the interpreter calls functions now. Where PyTorch does not tell them, no gradient is ever
+    taken for one's own.
     """
-    # In a separate thread, which no hooks for saved tensors and no modes of the caller see: a checkpoint would count what is saved here as its own.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_counted, device).result()
+    key = device, _references_of_calls()
+    if key not in _found:
+        # In a separate thread, which no hooks for saved tensors and no modes of the caller see: a checkpoint would count what is saved here as its own.
+        with ThreadPoolExecutor(1) as thread:
+            _found[key] = thread.submit(_counted, device).result()
+    return _found[key]
+
+
+def known_holders(device: str) -> tuple[tuple[int, ...], ...]:
+    """The same if it has been found out before: a backward must not wait for another one."""
+    return _found.get((device, _references_of_calls()), ())
+
+
+def _references_of_calls() -> int:
+    """How often a call holds its argument: once more while something watches the interpreter's calls (a compiler), since they are made otherwise then."""
+    return _references(object())
+
+
+def _references(argument: object) -> int:
+    return sys.getrefcount(argument)
 
 
 def _counted(device: str) -> tuple[tuple[int, ...], ...]:

@@ -287,7 +287,6 @@ def _number(frame: ModuleCall, entry: FunctionEntry) -> int | None:
     if is_dynamo_compiling():
         line = traced_line() if entry.lines else ""
         return number_of(entry.lines, entry.onward_lines, index, line) if line else index
-    known = entry.known.get(index)
-    if known == -1 or known == calling_position(settled=False):
+    if entry.known.get(index) == -1:
         return index
     return number_of(entry.known, entry.onward, index, calling_position())
