@@ -139,9 +139,10 @@ def page(collector: Collector, seconds: float) -> str:
         f"Last written with Python {platform.python_version()}, {versions}, on {os.cpu_count()} CPUs. "
         f"All tests (`make test-all`) took {round(seconds / 60)} minutes.",
         "",
-        "With other versions (`make test-floors`): Python 3.13.0 with the pinned packages: 3,896 of the fast tests passed, 26 failed, 23 of them by a warning of",
-        "PyTorch about Python 3.13.0 itself; 25 of these passed when run again after mends. Python 3.10.13 with the lowest packages: 3,709 passed, 170 failed before",
-        "mends, most by warnings of NumPy and in tests that use what is newer. Some exports with PyTorch 2.8, ONNX 1.17 and ONNX Runtime 1.20 fail: take newer ones.",
+        "With other versions (`make test-floors`): Python 3.13.0 with the pinned packages: 3,896 of the fast tests passed, 26 failed, 23 of them by a",
+        "warning of PyTorch about Python 3.13.0 itself; 25 of these passed when run again after mends. Python 3.10.13 with the lowest packages: 3,709",
+        "passed, 170 failed before mends, most by warnings of NumPy and in tests that use what is newer. Some exports with PyTorch 2.8, ONNX 1.17 and",
+        "ONNX Runtime 1.20 fail: take newer ones.",
         "",
         "## Ways of training × kinds of models",
         "Each cell is a training with the callback (`tests/test_combination.py`). ✓: every quantizer ran in the training step; all calls were those of the",
