@@ -22,6 +22,8 @@ _ATTRIBUTE = "`AttributeError` at the first call, which names it"
 _START = "`AttributeError` at the start of the training, which names it"
 _VALUES = "outputs are distilled by their squared error, where `distillation_settings.loss` is `auto`"
 _DRIFT = "calls that are not the model's are counted as its own, and reported as drift"
+_COMPILER = "tells the compiler's calls", _DRIFT
+_LOOKED_PAST = "looks further for who calls", "its caller is taken for the user's code"
 
 
 @dataclass(frozen=True)
@@ -116,16 +118,8 @@ _CHECKPOINTS = (
     ("torch.utils.checkpoint.CheckpointFunction.forward.ctx.run_function", "the same as `recompute_fn`", "`KeyError` at it, or drift"),
 )
 _CALLERS = (
-    ("torch._tensor", "looks further for who calls", "its caller is taken for the user's code"),
-    ("torch._jit_internal", "looks further for who calls", "its caller is taken for the user's code"),
-    ("torch._ops", "looks further for who calls", "its caller is taken for the user's code"),
-    ("torch._library.custom_ops", "looks further for who calls", "its caller is taken for the user's code"),
-    ("torch._dynamo", "tells the compiler's calls", _DRIFT),
-    ("torch._inductor", "tells the compiler's calls", _DRIFT),
-    ("torch._functorch", "tells the compiler's calls", _DRIFT),
-    ("torch._subclasses", "tells the compiler's calls", _DRIFT),
-    ("torch._higher_order_ops", "tells the compiler's calls", _DRIFT),
-    ("torch._decomp", "tells the compiler's calls", _DRIFT),
+    *((name, *_LOOKED_PAST) for name in ("torch._tensor", "torch._jit_internal", "torch._ops", "torch._library.custom_ops")),
+    *((f"torch._{name}", *_COMPILER) for name in ("dynamo", "inductor", "functorch", "subclasses", "higher_order_ops", "decomp")),
     ("torch.fx.GraphModule.<eval_with_key>", "tells graphs by their file's name", _DRIFT),
     ("torch._inductor.torchinductor", "tells compiled code by its file's path", _DRIFT),
     ("lightning.pytorch.strategies.strategy._ForwardRedirection.wrapped_forward", "tells a step under DDP from a forward", _DRIFT),
