@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from triton_here import DEVICE, as_on_a_gpu, needs_triton, use_triton
 
 import lightning_cco
-from lightning_cco.quantization import activation_range, moving_ranges, range_updates, tracing
+from lightning_cco.quantization import activation_range, outliers, range_updates, tracing
 from lightning_cco.quantization.activation_quantizer import ActivationQuantizer
 from lightning_cco.quantization.weight_quantizer import WeightQuantizer
 from lightning_cco.quantization.weight_recompute import LEAST_RECOMPUTED, RecomputedWeight, saving_recomputed
@@ -156,7 +156,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 def test_a_step(recipe: str, waits: Waits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turn_kernels_off(monkeypatch)
     as_on_a_gpu(monkeypatch)
-    for user in (activation_range, moving_ranges, range_updates):
+    for user in (activation_range, outliers, range_updates):
         monkeypatch.setattr(user, "reads_at_once", lambda device: False)
     module = {"groups": WatchedDecoder, "empty": WatchedAdapter}.get(recipe, Watched)(waits)
     loader = DataLoader(torch.arange(4 * 24).remainder(48).reshape(4, 1, 2, 12), None) if recipe == "groups" else batches()
