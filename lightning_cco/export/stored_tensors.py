@@ -98,10 +98,8 @@ class StoredWeights:
             if not follows:
                 self._take(*self._waiting.pop(head), self._after.pop(head))
         elif follows:
-            self._waiting[site.layer], self._after[site.layer] = (
-                (site, args, kwargs),
-                {},
-            )  # its weights take in what those will be called with
+            self._waiting[site.layer] = site, args, kwargs  # its weights take in what those will be called with
+            self._after[site.layer] = {}
         else:
             self._take(site, args, kwargs)
         return func(*args, **kwargs)
