@@ -17,8 +17,11 @@ DOCS := .venv-docs
 demo: $(STAMP)
 	$(RUN) recipes/digits_cnn.py
 
-test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not slow"
+# Types are checked beside the tests, which wait for processes of theirs a quarter of the time.
+test: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy & types=$$!; OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not slow"; tests=$$?; wait $$types && exit $$tests
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2

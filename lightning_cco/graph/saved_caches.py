@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_cco.graph.containers import tensors_in
 from lightning_cco.graph.global_state import Names, is_own_code, names_in
 
 _CACHE = type(functools.lru_cache(int))
@@ -52,8 +53,9 @@ def undo_cache(cache: Any) -> Callable[[], None]:
 
 
 def clear_cache(cache: Any) -> None:
-    """Empty a cache that holds only values and tensors, which are the same when made again: what makes them is then seen."""
-    if cache.cache_info().currsize and not any(_may_be_written_to(value) for value in held_by(cache)):
+    """Empty a cache that holds tensors, and nothing that may be written to: they are the same when made again, and what makes them is then seen."""
+    held = held_by(cache)
+    if tensors_in(held) and not any(_may_be_written_to(value) for value in held):
         cache.cache_clear()
 
 
