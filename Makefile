@@ -12,15 +12,13 @@ LOWEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= python3.13
 DOCS := .venv-docs
 
-.PHONY: demo test test-all test-gpu test-engines engine-speed test-floors test-newest-torch test-sanitize coverage compatibility benchmark benchmark-accuracy benchmark-gpu benchmark-peers docs lint clean
+.PHONY: demo test test-all test-gpu test-engines engine-speed test-floors test-newest-torch test-sanitize coverage compatibility benchmark benchmark-accuracy benchmark-gpu benchmark-peers docs lint style clean
 
 demo: $(STAMP)
 	$(RUN) recipes/digits_cnn.py
 
 # Types are checked beside the tests, which wait for processes of theirs a quarter of the time.
-test: $(STAMP)
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check .
+test: style
 	$(RUN) -m mypy & types=$$!; OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not slow"; tests=$$?; wait $$types && exit $$tests
 
 test-all: lint
@@ -124,10 +122,12 @@ $(DOCS)/.installed: pyproject.toml constraints.txt
 	$(DOCS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r $(DOCS)/requirements.txt -c constraints.txt
 	touch $@
 
-lint: $(STAMP)
+lint: style
+	$(RUN) -m mypy
+
+style: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

@@ -80,9 +80,8 @@ def integer_weight(
     axis = quantizer.axis or 0
     if factor.numel() == 1:
         factor = factor.expand(integers.shape[axis])
-    if (
-        factor.numel() > integers.shape[axis]
-    ):  # a grouped transposed convolution shares the scale of a channel between groups; the factor does not
+    # A grouped transposed convolution shares the scale of a channel between groups; the factor does not.
+    if factor.numel() > integers.shape[axis]:
         raise ExportError(
             f"layer '{name}' is a grouped transposed convolution with a batch norm, which can't be folded. "
             f"Skip it: {{match: {name}, skip_quantization: true}}."

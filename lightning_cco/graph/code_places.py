@@ -77,9 +77,8 @@ def _places_in(code: CodeType) -> list[int]:
         where = getattr(instruction, "positions", None)  # since Python 3.11
         line = (instruction.starts_line if where is None else where.lineno) or line
         if where is None or where.col_offset is None:
-            call = number + (
-                instruction.opname == "PRECALL"
-            )  # Python 3.11 has two instructions for a call, and may do all of it in the first one
+            # Python 3.11 has two instructions for a call, and may do all of it in the first one.
+            call = number + (instruction.opname == "PRECALL")
             where = line, _copied_end(instructions[call : call + _COPIED]) or instructions[call].offset
         place = code.co_firstlineno << _BITS | first.setdefault(where, instruction.offset)
         end = instructions[number + 1].offset if number + 1 < len(instructions) else len(code.co_code)
